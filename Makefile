@@ -1,0 +1,35 @@
+# make generate            write the demo's completions to out/demo
+# make generate CONFIG=my.yaml ARGS="--limit 100"
+# make test                run the tests        make check   lint, types and tests
+PYTHON ?= python3
+CONFIG ?= demo
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: install generate test lint types check clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+generate: install
+	$(BIN)/gptbatch generate --config $(CONFIG) $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

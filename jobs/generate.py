@@ -1,0 +1,55 @@
+"""`gptbatch generate`: the main job."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from jobs.options import config_options, option_name
+from jobs.progress import progress_for_terminal
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
+from pipeline.run import inspect_job, run_job
+
+
+@click.command()
+@click.option("--config", "config_file", metavar="FILE", help="YAML file, or the name of a bundled config: demo, gpt2-cpu, gpt2-cuda.")
+@config_options
+@click.option("--greedy", is_flag=True, help="The same as --temperature 0.")
+@click.option("--dry-run", is_flag=True, help="Check every row, print counts and token lengths; load no model, write nothing.")
+@click.pass_context
+def generate(context: click.Context, /, config_file: str | None, greedy: bool, dry_run: bool, **settings: Any) -> None:
+    """Generate a completion for every prompt of an input and write them to a folder of Parquet files.
+
+    Options win over GPTBATCH_... environment variables, these over the config file. The last line on standard output is
+    a JSON object that sums the run up.
+    """
+    options = {
+        name.replace("__", "."): value
+        for name, value in settings.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    if greedy:
+        if "temperature" in options:
+            raise click.UsageError("--greedy and --temperature cannot be given together")
+        options["temperature"] = 0.0
+    try:
+        config = load_config(config_file, options=options)
+    except ConfigError as error:
+        if set(error.keys) & set(options) or (config_file is None and error.keys):
+            raise click.UsageError(_in_option_words(str(error), options)) from error
+        raise
+    if dry_run:
+        click.echo(json.dumps(asdict(inspect_job(config))))
+    else:
+        click.echo(json.dumps(asdict(run_job(config, progress_for_terminal()))))
+
+
+def _in_option_words(message: str, options: dict[str, Any]) -> str:
+    for key in options:
+        message = message.replace(f"options: {key}:", f"{option_name(key)}:")
+    return message

@@ -1,0 +1,61 @@
+"""The options of `gptbatch generate`: the config keys, one for one, so that neither can be forgotten."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+
+from pipeline.config import config_fields
+
+_METAVARS = {
+    "--model": "M",
+    "--input": "F",
+    "--dataset": "D",
+    "--split": "S",
+    "--output": "DIR",
+    "--seed": "N",
+    "--temperature": "T",
+    "--top-k": "K",
+    "--batch-size": "B",
+    "--part-rows": "R",
+}
+
+
+def option_name(key: str) -> str:
+    """--batch-size for the config key engine.batch_size."""
+    return "--" + key.rpartition(".")[2].replace("_", "-")
+
+
+def config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every config key. Ranges are checked with the config, where all sources meet."""
+    for key, field in reversed(config_fields().items()):
+        name, kind = option_name(key), _click_type(field.annotation)
+        default = "" if field.is_required() or field.default is None else f" [default: {_yaml(field.default)}]"
+        declaration = f"{name}/--no-{name[2:]}" if kind is click.BOOL else name
+        description = (field.description or "").replace("null", "unset")
+        command = click.option(
+            declaration,
+            key.replace(".", "__"),
+            type=None if kind is click.BOOL else kind,
+            default=None,
+            metavar=_METAVARS.get(name),
+            help=f"{description[:1].upper()}{description[1:]}.{default}",
+        )(command)
+    return command
+
+
+def _click_type(annotation: Any) -> click.ParamType[Any]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        (annotation,) = [arm for arm in get_args(annotation) if arm is not types.NoneType]
+    if get_origin(annotation) is Literal:
+        return click.Choice(get_args(annotation))
+    if hasattr(annotation, "__metadata__"):
+        annotation = annotation.__origin__
+    return {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}[annotation]
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,51 @@
+"""Progress on standard error: a bar on a terminal, a plain line every few seconds otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+from tqdm import tqdm
+
+LINE_EVERY_S = 5.0
+
+
+class Bar:
+    """A tqdm bar over rows, with tokens/s beside it."""
+
+    def begin(self, total_rows: int) -> None:
+        self._bar = tqdm(total=total_rows, unit="row", file=sys.stderr, dynamic_ncols=True)
+        self._began = time.monotonic()
+
+    def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
+        speed = completion_tokens / max(time.monotonic() - self._began, 1e-9)
+        self._bar.set_postfix_str(f"{speed:.0f} tokens/s" + (f", {errors} errors" if errors else ""), refresh=False)
+        self._bar.update(rows - self._bar.n)
+
+    def end(self) -> None:
+        self._bar.close()
+
+
+class Lines:
+    """`120 of 2000 rows, 0 errors, 950 tokens/s, about 40 s left`."""
+
+    def begin(self, total_rows: int) -> None:
+        self._total = total_rows
+        self._began = self._printed = time.monotonic()
+
+    def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
+        now = time.monotonic()
+        if now - self._printed < LINE_EVERY_S:
+            return
+        self._printed = now
+        elapsed = now - self._began
+        left = f", about {elapsed / rows * (self._total - rows):.0f} s left" if rows else ""
+        click.echo(f"{rows} of {self._total} rows, {errors} errors, {completion_tokens / elapsed:.0f} tokens/s{left}", err=True)
+
+    def end(self) -> None:
+        pass
+
+
+def progress_for_terminal() -> Bar | Lines:
+    return Bar() if sys.stderr.isatty() else Lines()

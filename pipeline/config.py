@@ -1,0 +1,205 @@
+"""JobConfig: everything that a run can be told, checked once, from a YAML file, the environment and options.
+
+Knows: names, types and ranges of settings. Does not know: what they do. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from pipeline.data.bundled import PREFIX, locate
+from pipeline.errors import ConfigError
+from pipeline.records import MAX_SEED
+
+ENVIRONMENT_PREFIX = "GPTBATCH_"
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class EngineConfig(_Section):
+    """How the work is done on this machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where there is a GPU")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of weights and cache; float16 needs cuda")
+    batch_size: int = Field(64, ge=1, le=65536, description="most rows that run at a time")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null takes what torch finds")
+
+
+class JobConfig(_Section):
+    """One job. Paths are relative to the working directory; `bundled:demo/...` names files of the package."""
+
+    model: Name = Field(description="folder of a checkpoint, or a name on the Hugging Face hub")
+    revision: Name | None = Field(None, description="branch, tag or commit of a hub model")
+    allow_pickle: bool = Field(False, description="accept pytorch_model.bin where there are no safetensors")
+    input: Name | None = Field(None, description="JSONL file, also .gz or .zst; - is standard input")
+    dataset: Name | None = Field(None, description="instead of input: hub name, folder, file or save_to_disk folder of a dataset")
+    dataset_config: Name | None = Field(None, description="configuration name of the dataset")
+    dataset_revision: Name | None = Field(None, description="branch, tag or commit of a hub dataset")
+    split: Name = Field("train", description="split of the dataset, slices such as train[:100] too")
+    prompt_field: Name = Field("prompt", description="field that holds the prompt")
+    limit: int | None = Field(None, ge=0, description="rows to take from the front of the input; null takes all")
+    output: Name = Field(description="folder to write; created if missing")
+    part_rows: int = Field(512, ge=1, description="rows a Parquet file")
+    overwrite: bool = Field(False, description="replace an earlier run in the output folder")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="run seed; rows without a seed derive theirs from it and their id")
+    temperature: float = Field(1.0, ge=0, description="divides the logits before softmax; 0 is greedy")
+    top_k: int = Field(0, ge=0, le=2**31 - 1, description="keep the k likeliest tokens and ties with the last; 0 keeps all")
+    max_new_tokens: int = Field(128, ge=1, le=2**31 - 1, description="most tokens to generate for a row")
+    ignore_eos: bool = Field(False, description="go on after end-of-text")
+    parse_special: bool = Field(False, description="take <|endoftext|> inside a prompt as the special token")
+    context_overflow: Literal["error", "truncate_left"] = Field(
+        "error", description="a prompt of more than n_positions tokens becomes an error row, or loses its front"
+    )
+    window_full: Literal["stop", "slide"] = Field(
+        "stop", description="when prompt and completion fill the context: end the row, or go on with the latest n_positions tokens"
+    )
+    engine: EngineConfig = Field(default_factory=lambda: EngineConfig(), description="how the work is done on this machine")
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if (self.input is None) == (self.dataset is None):
+            raise ValueError("give either input or dataset" + (", not both" if self.input else ""))
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_config(file: str | None, *, environment: Mapping[str, str] = os.environ, options: Mapping[str, Any]) -> JobConfig:
+    """Options > environment > file > defaults.
+
+    file: a path, or the name of a bundled config (demo, gpt2-cpu, gpt2-cuda). options: flat, "engine.dtype" for nested keys.
+    Raises ConfigError that names the source and the key; its `keys` are the keys at fault.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if file is not None:
+        path = find_config(file)
+        layers.append((str(path), _flatten(_read_yaml(path), str(path))))
+    layers.append(("environment", _read_environment(environment)))
+    layers.append(("options", dict(options)))
+    merged: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for name, values in layers:
+        # a layer that names an input replaces the one below it, of either kind
+        if values.get("input") is not None or values.get("dataset") is not None:
+            merged = {key: value for key, value in merged.items() if key not in ("input", "dataset")}
+        for key, value in values.items():
+            merged[key], source[key] = value, name
+    try:
+        return JobConfig.model_validate(_nest(merged))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        keys = tuple(".".join(str(step) for step in problem["loc"]) for problem in problems)
+        raise ConfigError("\n".join(_explain(problem, source) for problem in problems), keys=keys) from error
+
+
+def find_config(name: str) -> Path:
+    """A path, or the name of a bundled config."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = locate(PREFIX).joinpath(f"{name}.yaml")
+    if "/" not in name and bundled.is_file():
+        return bundled
+    known = ", ".join(sorted(entry.stem for entry in locate(PREFIX).glob("*.yaml")))
+    raise ConfigError(f"{name}: no such config file, nor a bundled config ({known})")
+
+
+def config_fields() -> dict[str, FieldInfo]:
+    """Every config key under its full name: `seed`, `engine.dtype`."""
+    fields = {name: info for name, info in JobConfig.model_fields.items() if name != "engine"}
+    return fields | {f"engine.{name}": info for name, info in EngineConfig.model_fields.items()}
+
+
+def environment_name(key: str) -> str:
+    """GPTBATCH_SEED for seed, GPTBATCH_ENGINE_DTYPE for engine.dtype."""
+    return ENVIRONMENT_PREFIX + key.replace(".", "_").upper()
+
+
+# -- sources ---------------------------------------------------------------------------------------------------------
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML with a key twice is an error; PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a mapping of keys to values is needed")
+    return content
+
+
+def _flatten(content: dict[str, Any], where: str) -> dict[str, Any]:
+    flat = {str(key): value for key, value in content.items() if key != "engine"}
+    engine = content.get("engine") or {}
+    if not isinstance(engine, dict):
+        raise ConfigError(f"{where}: engine must be a mapping of keys to values", keys=("engine",))
+    return flat | {f"engine.{key}": value for key, value in engine.items()}
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {key: value for key, value in flat.items() if not key.startswith("engine.")}
+    engine = {key.removeprefix("engine."): value for key, value in flat.items() if key.startswith("engine.")}
+    return nested | {"engine": engine}
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    names = {environment_name(key): key for key in config_fields()}
+    values: dict[str, Any] = {}
+    for name, text in environment.items():
+        if not name.startswith(ENVIRONMENT_PREFIX):
+            continue
+        if name not in names:
+            raise ConfigError(f"environment variable {name}: no such setting{_nearest(name, list(names))}")
+        key = names[name]
+        adapter: TypeAdapter[Any] = TypeAdapter(config_fields()[key].annotation or str)
+        try:
+            values[key] = adapter.validate_strings(text)
+        except ValidationError as error:
+            raise ConfigError(f"environment variable {name}: {error.errors()[0]['msg']}, not {text!r}", keys=(key,)) from error
+    return values
+
+
+def _explain(problem: ErrorDetails, source: Mapping[str, str]) -> str:
+    key = ".".join(str(step) for step in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{source[key]}: there is no key {key!r}{_nearest(key, list(config_fields()))}"
+    if problem["type"] == "missing":
+        return f"{key} is needed: give it as an option, in the config file or as {environment_name(key)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    where = environment_name(key) if source.get(key) == "environment" else f"{source.get(key, 'config')}: {key}"
+    return f"{where}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else f"; known are {', '.join(known)}"

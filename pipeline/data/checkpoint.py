@@ -1,0 +1,131 @@
+"""Finds the files of a checkpoint: a local folder, a bundled one, or a model of the Hugging Face hub.
+
+Knows: which files a GPT-2 checkpoint has, and their digests. Does not know: what is in the tensors. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.bundled import locate
+from pipeline.errors import ModelError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of one checkpoint. `name` is what the user called it; `weights` are in a fixed order."""
+
+    name: str
+    folder: Path
+    weights: tuple[Path, ...]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return _read_json(self.config_path)
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / CONFIG_FILE
+
+    @cached_property
+    def model_digest(self) -> str:
+        """SHA-256 over config.json and the files of weights."""
+        return _digest([self.config_path, *self.weights])
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 over the files that the tokenizer is read from."""
+        return _digest([path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()])
+
+
+def find_checkpoint(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+    """Raises ModelError when there is no such checkpoint, or it has no weights that may be loaded."""
+    path = locate(name)
+    if path.is_dir():
+        folder = path
+    elif path.exists():
+        raise ModelError(f"{name}: a file; name the folder that holds config.json and the weights")
+    elif _HUB_NAME.fullmatch(name):
+        folder = _download(name, revision, allow_pickle)
+    else:
+        raise ModelError(f"{name}: no such folder")
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelError(f"{name}: the folder has no {CONFIG_FILE}; a checkpoint in the Hugging Face format is needed")
+    return Checkpoint(name=name, folder=folder, weights=_find_weights(name, folder, allow_pickle))
+
+
+def _find_weights(name: str, folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
+    for single, index, allowed in ((WEIGHTS_FILE, WEIGHTS_INDEX, True), (PICKLE_FILE, PICKLE_INDEX, allow_pickle)):
+        if not ((folder / single).is_file() or (folder / index).is_file()):
+            continue
+        if not allowed:
+            raise ModelError(
+                f"{name}: the weights are pickled ({single}), which is refused; convert them to safetensors, or set allow_pickle"
+            )
+        return (folder / single,) if (folder / single).is_file() else _shards(folder / index)
+    raise ModelError(f"{name}: the folder has neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}")
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ModelError(f"{index}: weight_map must map tensor names to file names")
+    shards = tuple(index.parent / shard for shard in sorted(set(weight_map.values())))
+    for shard in shards:
+        if shard.parent != index.parent or shard.name in ("", ".", ".."):
+            raise ModelError(f"{index}: the shard {shard.name!r} is not a plain file name")
+        if not shard.is_file():
+            raise ModelError(f"{index}: the shard {shard.name} is missing; fetch the checkpoint again")
+    return shards
+
+
+def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
+    """The hub's snapshot in the local cache, fetched if it is not there. Safetensors first; pickles only if there are none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = [CONFIG_FILE, WEIGHTS_FILE, "model-*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        has_safetensors = (folder / WEIGHTS_FILE).is_file() or (folder / WEIGHTS_INDEX).is_file()
+        if allow_pickle and not has_safetensors:
+            pickles = [PICKLE_FILE, "pytorch_model-*.bin", PICKLE_INDEX]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *pickles]))
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{name}: no such folder, and the hub does not give a model of that name ({reason})") from error
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: a JSON object is needed")
+    return content
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+    return digest.hexdigest()

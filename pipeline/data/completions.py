@@ -1,0 +1,121 @@
+"""The table that a run writes: one fixed schema, and the row that a completion becomes.
+
+Knows: columns. Does not know: files and parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from pipeline.records import Completion
+
+Kind = Literal["deterministic", "observed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column. unit is "" where there is none."""
+
+    name: str
+    type: pa.DataType
+    nullable: bool
+    kind: Kind
+    unit: str
+    meaning: str
+
+    @property
+    def field(self) -> pa.Field:
+        metadata = {"kind": self.kind, "unit": self.unit, "meaning": self.meaning}
+        return pa.field(self.name, self.type, nullable=self.nullable, metadata=metadata)
+
+
+def _fixed(name: str, type_: pa.DataType, meaning: str, *, nullable: bool = False, unit: str = "") -> Column:
+    return Column(name, type_, nullable, "deterministic", unit, meaning)
+
+
+def _observed(name: str, type_: pa.DataType, meaning: str, *, unit: str = "s") -> Column:
+    return Column(name, type_, True, "observed", unit, meaning)
+
+
+COLUMNS = (
+    _fixed("prompt_id", pa.string(), "the row's id; the row index as text where the input gave none"),
+    _fixed("prompt_index", pa.int64(), "the row's place in the input, from 0"),
+    _fixed("prompt", pa.string(), "the prompt as it was read", nullable=True),
+    _fixed("completion", pa.string(), "the generated text, without the prompt and a closing end-of-text; null for an error", nullable=True),
+    _fixed("completion_token_ids", pa.list_(pa.int32()), "the generated tokens, a closing end-of-text included; empty for an error"),
+    _fixed("finish_reason", pa.string(), "stop (end-of-text), length or error"),
+    _fixed("stop_reason", pa.string(), "end_of_text, max_new_tokens or window (the context was full); null for an error", nullable=True),
+    _fixed("error", pa.string(), "why there is no completion; null when there is one", nullable=True),
+    _fixed("prompt_tokens", pa.int32(), "tokens of the prompt that the model saw", unit="tokens"),
+    _fixed("completion_tokens", pa.int32(), "length of completion_token_ids", unit="tokens"),
+    _fixed("prompt_tokens_dropped", pa.int32(), "tokens cut off the prompt's front by truncate_left", unit="tokens"),
+    _fixed("seed", pa.int64(), "the row seed that was used: the row's own, or derived from the run seed and prompt_id"),
+    _fixed("temperature", pa.float64(), "0 is greedy"),
+    _fixed("top_k", pa.int32(), "0 is off", unit="tokens"),
+    _fixed("max_new_tokens", pa.int32(), "the most tokens that the row might generate", unit="tokens"),
+    _fixed("metadata", pa.string(), "the row's other fields as JSON text; null when there are none", nullable=True),
+    _observed("queue_s", pa.float64(), "from reading the row to its first token entering a step"),
+    _observed("prefill_s", pa.float64(), "from there to its first new token"),
+    _observed("decode_s", pa.float64(), "from its first new token to its last"),
+    _observed("total_s", pa.float64(), "queue_s + prefill_s + decode_s"),
+    _observed("time_to_first_token_s", pa.float64(), "queue_s + prefill_s"),
+    _observed("tokens_per_s", pa.float64(), "(completion_tokens - 1) / decode_s; null below 2 tokens", unit="tokens/s"),
+    _observed("mean_batch_size", pa.float64(), "mean rows a step while the row was running", unit="rows"),
+    _observed("started_at", pa.timestamp("us", tz="UTC"), "wall clock when the row was admitted to the batch", unit="UTC"),
+)
+SCHEMA = pa.schema([column.field for column in COLUMNS])
+DETERMINISTIC_COLUMNS = [column.name for column in COLUMNS if column.kind == "deterministic"]
+
+
+def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
+    """The row of a completion; `text` is its decoded new tokens, None for an error."""
+    prompt, params, timing = completion.prompt, completion.prompt.params, completion.timing
+    count = len(completion.token_ids)
+    return {
+        "prompt_id": prompt.prompt_id,
+        "prompt_index": prompt.index,
+        "prompt": prompt.text,
+        "completion": text,
+        "completion_token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "error": completion.error,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": count,
+        "prompt_tokens_dropped": completion.prompt_tokens_dropped,
+        "seed": params.seed,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "max_new_tokens": params.max_new_tokens,
+        "metadata": prompt.metadata,
+        "queue_s": timing and timing.queue_s,
+        "prefill_s": timing and timing.prefill_s,
+        "decode_s": timing and timing.decode_s,
+        "total_s": timing and timing.total_s,
+        "time_to_first_token_s": timing and timing.time_to_first_token_s,
+        "tokens_per_s": (count - 1) / timing.decode_s if timing and count > 1 and timing.decode_s > 0 else None,
+        "mean_batch_size": timing and timing.mean_batch_size,
+        "started_at": timing and datetime.fromtimestamp(timing.started_at_s, UTC),
+    }
+
+
+def to_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows in the order given, in the schema."""
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def content_digest(table: pa.Table) -> str:
+    """SHA-256 over the deterministic columns in canonical form: equal for equal work, whoever did it and when.
+
+    The form is a line of UTF-8 for each row: a JSON array of the values in the order of the schema, no spaces.
+    """
+    digest = hashlib.sha256()
+    for row in table.select(DETERMINISTIC_COLUMNS).to_pylist():
+        digest.update(json.dumps(list(row.values()), ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""How the next token of each row is chosen from its logits.
+
+    kept   = the tokens whose logit is at least the k-th largest (all ties kept; all tokens when top_k is 0 or >= V)
+    score  = float64(logit) + temperature * g, with g the noise of (row seed, step, token id)
+    winner = the kept token of the largest score, ties to the smallest id
+
+With Gumbel noise this draws from softmax(logits / temperature) over the kept tokens (Maddison, Tarlow and Minka, "A*
+sampling", NeurIPS 2014); temperature 0 is the same formula and greedy. Rows do not know each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.generation.noise import gumbel
+from pipeline.records import SamplingParams
+
+
+def choose_tokens(logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int | None]:
+    """The next token id of each row, None for a row whose logits hold NaN or +inf (or nothing but -inf).
+
+    logits (B, V) of any floating type; params and steps (the index of the new token in its row), one each a row.
+    """
+    device, vocab_size = logits.device, logits.shape[1]
+    finite = torch.isfinite(logits.amax(dim=1))
+    seeds = torch.tensor([p.seed for p in params], device=device)
+    temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
+    step_index = torch.tensor(list(steps), device=device)
+    # greedy draws no noise that matters: only ties at the largest logit can win
+    kept_counts = [1 if p.temperature == 0 else min(p.top_k, vocab_size) or vocab_size for p in params]
+    winners = torch.zeros(len(params), dtype=torch.long, device=device)
+
+    few = [row for row, count in enumerate(kept_counts) if count < vocab_size]
+    if few:
+        counts = torch.tensor([kept_counts[row] for row in few], device=device)
+        rows = torch.tensor(few, device=device)
+        few_logits = logits if len(few) == len(params) else logits[rows]
+        largest = torch.topk(few_logits, int(counts.max()), dim=1).values
+        kth = largest.gather(1, counts[:, None] - 1)
+        where, token_ids = torch.nonzero(few_logits >= kth, as_tuple=True)
+        owners = rows[where]
+        scores = few_logits[where, token_ids].double() + temperatures[owners] * gumbel(seeds[owners], step_index[owners], token_ids)
+        best = torch.full((len(few),), float("-inf"), dtype=torch.float64, device=device).scatter_reduce(0, where, scores, "amax")
+        candidates = torch.where(scores == best[where], token_ids, vocab_size)
+        smallest = torch.full((len(few),), vocab_size, device=device).scatter_reduce(0, where, candidates, "amin")
+        winners[rows] = smallest
+    for row, count in enumerate(kept_counts):
+        if count == vocab_size:  # one row at a time: the noise of a whole vocabulary is large
+            token_ids = torch.arange(vocab_size, device=device)
+            scores = logits[row].double() + temperatures[row] * gumbel(seeds[row], step_index[row], token_ids)
+            winners[row] = scores.argmax()
+    chosen = torch.where(finite, winners, -1).tolist()
+    return [token if token >= 0 else None for token in chosen]

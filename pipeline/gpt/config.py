@@ -1,0 +1,122 @@
+"""The shape and switches of a GPT-2 checkpoint, read from its config.json.
+
+Every key that changes the numbers is honoured or refused by name; keys that do not (dropout rates, generation defaults,
+labels of other heads) are left alone. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.errors import ModelError
+
+Activation = Literal["none", "gelu_tanh", "gelu", "relu", "silu", "tanh"]
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+# other names that transformers accepts for GPT-2's own keys
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPTConfig:
+    """Shape: V vocab_size, n_positions, C n_embd, L n_layer, H n_head, n_inner of the MLP. end_of_text: a token id or None."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    activation: Activation = "gelu_tanh"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    upcast_attention: bool = False
+    tied: bool = True
+    end_of_text: int | None = None
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    def attention_scale(self, layer: int) -> float:
+        scale = self.head_size**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+
+def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
+    """The config of a checkpoint from the content of its config.json; `where` names the file in errors."""
+
+    def refuse(key: str, what: str) -> ModelError:
+        return ModelError(f"{where}: {key} is {content.get(key)!r}: {what}")
+
+    if content.get("model_type") != "gpt2":
+        raise refuse("model_type", "only GPT-2 checkpoints (model_type 'gpt2') can be loaded")
+    for key, what in {
+        "auto_map": "checkpoints that bring their own code are refused",
+        "quantization_config": "quantized weights are not supported",
+        "add_cross_attention": "cross-attention is not supported",
+        "pruned_heads": "pruned heads are not supported",
+    }.items():
+        if content.get(key):
+            raise refuse(key, what)
+    content = {**content, **{name: content[alias] for alias, name in _ALIASES.items() if alias in content and name not in content}}
+
+    def integer(key: str, default: int) -> int:
+        value = content.get(key, default)
+        if type(value) is not int or value < 1:
+            raise refuse(key, "a whole number of at least 1 is needed")
+        return value
+
+    def switch(key: str, default: bool) -> bool:
+        value = content.get(key, default)
+        if type(value) is not bool:
+            raise refuse(key, "true or false is needed")
+        return value
+
+    n_embd, n_head = integer("n_embd", 768), integer("n_head", 12)
+    if n_embd % n_head:
+        raise ModelError(f"{where}: n_embd {n_embd} is not a multiple of n_head {n_head}")
+    activation = content.get("activation_function", "gelu_new")
+    if activation not in _ACTIVATIONS:
+        raise refuse("activation_function", f"known are {', '.join(sorted(_ACTIVATIONS))}")
+    epsilon = content.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise refuse("layer_norm_epsilon", "a number from 0 to 1 is needed")
+    vocab_size = integer("vocab_size", 50257)
+    end_of_text = content.get("eos_token_id", 50256)
+    if end_of_text is not None and (type(end_of_text) is not int or not 0 <= end_of_text < vocab_size):
+        raise refuse("eos_token_id", f"null or one token id below vocab_size {vocab_size} is needed")
+    return GPTConfig(
+        vocab_size=vocab_size,
+        n_positions=integer("n_positions", 1024),
+        n_embd=n_embd,
+        n_layer=integer("n_layer", 12),
+        n_head=n_head,
+        n_inner=4 * n_embd if content.get("n_inner") is None else integer("n_inner", 4 * n_embd),
+        activation=_ACTIVATIONS[activation],
+        layer_norm_epsilon=float(epsilon),
+        scale_attn_weights=switch("scale_attn_weights", True),
+        scale_attn_by_inverse_layer_idx=switch("scale_attn_by_inverse_layer_idx", False),
+        upcast_attention=switch("reorder_and_upcast_attn", False),
+        tied=switch("tie_word_embeddings", True),
+        end_of_text=end_of_text,
+    )

@@ -1,0 +1,244 @@
+"""How weights get into the network: from checkpoint files, or copied from a model of transformers in memory.
+
+Knows: the names and layouts of GPT-2 tensors. transformers keeps the linears of a block as (in, out), ours are (out, in).
+Does not know: where the files come from.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pipeline.errors import ModelError
+from pipeline.gpt.config import GPTConfig
+from pipeline.gpt.linear import Linear
+from pipeline.gpt.model import GPT, Block
+
+# a parameter of our block -> its name inside h.N of a checkpoint, and whether it is transposed there
+BLOCK_NAMES = {
+    "ln_1.weight": ("ln_1.weight", False),
+    "ln_1.bias": ("ln_1.bias", False),
+    "attn_qkv.weight": ("attn.c_attn.weight", True),
+    "attn_qkv.bias": ("attn.c_attn.bias", False),
+    "attn_out.weight": ("attn.c_proj.weight", True),
+    "attn_out.bias": ("attn.c_proj.bias", False),
+    "ln_2.weight": ("ln_2.weight", False),
+    "ln_2.bias": ("ln_2.bias", False),
+    "mlp_in.weight": ("mlp.c_fc.weight", True),
+    "mlp_in.bias": ("mlp.c_fc.bias", False),
+    "mlp_out.weight": ("mlp.c_proj.weight", True),
+    "mlp_out.bias": ("mlp.c_proj.bias", False),
+}
+OUTER_NAMES = ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
+HEAD_NAME = "lm_head.weight"
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that old checkpoints carry
+
+
+# -- from a model in memory ------------------------------------------------------------------------------------------
+
+
+def copy_parameter(target: Tensor, source: Tensor, *, transpose: bool = False) -> None:
+    """Copy the values of one tensor into another of the same shape; raises ValueError when the shapes differ."""
+    source = source.detach().t() if transpose else source.detach()
+    if target.shape != source.shape:
+        raise ValueError(f"cannot copy a tensor of shape {tuple(source.shape)} into one of shape {tuple(target.shape)}")
+    with torch.no_grad():
+        target.copy_(source)
+
+
+def copy_block(block: Block, source: nn.Module) -> None:
+    """Copy a transformers `GPT2Block` into a block of ours."""
+    for name, (source_name, transpose) in BLOCK_NAMES.items():
+        copy_parameter(block.get_parameter(name), source.get_parameter(source_name), transpose=transpose)
+
+
+def copy_model(gpt: GPT, source: nn.Module) -> None:
+    """Copy a transformers `GPT2LMHeadModel` into a GPT of ours that has not been packed."""
+    blocks = source.get_submodule("transformer.h")
+    sources = list(blocks.children())
+    if len(sources) != len(gpt.blocks):
+        raise ValueError(f"cannot copy a model of {len(sources)} blocks into one of {len(gpt.blocks)}")
+    for block, source_block in zip(gpt.blocks, sources, strict=True):
+        assert isinstance(block, Block)
+        copy_block(block, source_block)
+    for name in OUTER_NAMES:
+        copy_parameter(gpt.get_parameter(name), source.get_parameter(f"transformer.{name}"))
+    head = source.get_parameter(HEAD_NAME)
+    if gpt.config.tied and not torch.equal(head, source.get_parameter("transformer.wte.weight")):
+        raise ValueError("the model's head differs from its token embedding, but the config says that they are tied")
+    copy_parameter(gpt.lm_head.weight, head)
+
+
+# -- from files ------------------------------------------------------------------------------------------------------
+
+
+class TensorFile(Protocol):
+    """An open file of named tensors."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def read(self, names: list[str]) -> dict[str, Tensor]: ...
+
+
+class SafetensorsFile:
+    """Opened anew for each group of tensors, so that no more of the file than one group is mapped at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        with self._open() as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict, and no iterator)
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        with self._open() as file:
+            return {name: file.get_tensor(name) for name in names}
+
+    def _open(self) -> safe_open:
+        try:
+            return safe_open(self.path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.path}: not a whole safetensors file ({error}); fetch it again") from error
+
+
+class PickleFile:
+    """A pytorch_model.bin, read by torch's restricted unpickler and mapped, never run as code."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise ModelError(f"{path}: not a readable file of weights ({error})") from error
+        if not isinstance(self._tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in self._tensors.values()):
+            raise ModelError(f"{path}: not a plain dictionary of tensors")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        return {name: self._tensors[name] for name in names}
+
+
+def load_gpt(config: GPTConfig, files: list[Path], *, dtype: torch.dtype, device: torch.device, pack: bool = True) -> GPT:
+    """Load a checkpoint straight from its safetensors (or pickle) files into a network in eval mode.
+
+    Group by group (embeddings, each block, head): read, check, cast, move, pack; at no time is a second copy of the whole
+    resident. Raises ModelError that names the tensor for anything missing, extra, misshapen or not finite.
+    """
+    weights = _CheckpointWeights(files)
+    tied = config.tied or not weights.has(HEAD_NAME)
+    with torch.device("meta"):
+        gpt = GPT(config)
+    gpt.eval().requires_grad_(False)
+    expected = {name: shape for group in _groups(gpt) for name, shape in group.shapes.items()}
+    weights.check(expected, tied=tied)
+    for group in _groups(gpt):
+        if tied and HEAD_NAME in group.shapes:
+            _check_tied_head(weights, gpt.wte.weight)
+            gpt.lm_head.tie(gpt.wte)
+        else:
+            group.fill(weights.read(list(group.shapes)), dtype, device)
+        if pack:
+            for module in group.module.modules():
+                if isinstance(module, Linear):
+                    module.pack()
+    return gpt
+
+
+class _CheckpointWeights:
+    """The tensors of all files of a checkpoint under their names without the `transformer.` prefix."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._where: dict[str, tuple[TensorFile, str, Path]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            file: TensorFile = SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+            for stored_name, shape in file.shapes().items():
+                name = stored_name.removeprefix("transformer.")
+                if MASK_BUFFER.fullmatch(name):
+                    continue
+                if name in self._where:
+                    raise ModelError(f"{path}: tensor {name} is also in {self._where[name][2]}")
+                self._where[name], self._shapes[name] = (file, stored_name, path), shape
+
+    def has(self, name: str) -> bool:
+        return name in self._where
+
+    def check(self, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
+        """Every expected tensor is there in its shape, and no other."""
+        missing = [name for name in expected if name not in self._where and not (tied and name == HEAD_NAME)]
+        if missing:
+            raise ModelError(f"the checkpoint lacks the tensors {_some(missing)}")
+        extra = [name for name in self._where if name not in expected]
+        if extra:
+            path = self._where[extra[0]][2]
+            raise ModelError(f"{path}: GPT-2 with this config.json has no tensors {_some(extra)}")
+        for name, shape in self._shapes.items():
+            if shape != expected[name]:
+                raise ModelError(f"{self._where[name][2]}: tensor {name} has shape {shape}; config.json asks for {expected[name]}")
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The named tensors as they are stored."""
+        tensors: dict[str, Tensor] = {}
+        for file in {id(self._where[name][0]): self._where[name][0] for name in names}.values():
+            stored = {self._where[name][1]: name for name in names if self._where[name][0] is file}
+            for stored_name, tensor in file.read(list(stored)).items():
+                name = stored[stored_name]
+                if not tensor.is_floating_point():
+                    raise ModelError(f"{self._where[name][2]}: tensor {name} holds {tensor.dtype}, not floating-point numbers")
+                tensors[name] = tensor
+        return tensors
+
+
+class _Group:
+    """Parameters that are loaded together: a module of ours, and for each parameter its name in the checkpoint."""
+
+    def __init__(self, module: nn.Module, names: dict[str, tuple[str, bool]]) -> None:
+        self.module, self.names = module, names
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for own, (name, transposed) in names.items():
+            shape = tuple(module.get_parameter(own).shape)
+            self.shapes[name] = shape[::-1] if transposed else shape
+
+    def fill(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        for own, (name, transposed) in self.names.items():
+            tensor = tensors[name].to(device=device, dtype=dtype, copy=True)
+            low, high = torch.aminmax(tensor)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise ModelError(f"tensor {name} holds NaN or infinity as {str(dtype).removeprefix('torch.')}")
+            if transposed:
+                tensor = tensor.t().contiguous()
+            *path, attribute = own.split(".")
+            setattr(self.module.get_submodule(".".join(path)), attribute, nn.Parameter(tensor, requires_grad=False))
+
+
+def _groups(gpt: GPT) -> Iterator[_Group]:
+    for name in OUTER_NAMES:
+        owner, attribute = name.split(".")
+        yield _Group(gpt.get_submodule(owner), {attribute: (name, False)})
+    for layer, block in enumerate(gpt.blocks):
+        yield _Group(block, {own: (f"h.{layer}.{name}", transposed) for own, (name, transposed) in BLOCK_NAMES.items()})
+    yield _Group(gpt.lm_head, {"weight": (HEAD_NAME, False)})
+
+
+def _check_tied_head(weights: _CheckpointWeights, embedding: Tensor) -> None:
+    """A file may hold the head of a tied model too, but then it must say the same."""
+    if weights.has(HEAD_NAME):
+        head = weights.read([HEAD_NAME])[HEAD_NAME].to(device=embedding.device, dtype=embedding.dtype)
+        if not torch.equal(head, embedding):
+            raise ModelError(
+                f"tensor {HEAD_NAME} differs from wte.weight, but config.json says tie_word_embeddings: true; "
+                "set it to false if the head is its own"
+            )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

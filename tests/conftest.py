@@ -1,0 +1,122 @@
+"""Shared fixtures: tiny models with every parameter randomised, a tiny tokenizer, and the command run for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from jobs.train_demo import END_OF_TEXT, train_tokenizer
+from pipeline.gpt.config import parse_config
+from pipeline.gpt.model import GPT
+from pipeline.gpt.weights import copy_model
+from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SENTENCES = ["The king is dead.", "Long live the king, and the queen.", "To be, or not to be: that is the question."]
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def random_model(seed: int = 0, **shape: Any) -> GPT2LMHeadModel:
+    """A transformers GPT-2 whose every parameter is random: in a freshly made one most biases and norms are 0 or 1.
+
+    Token 0 is end-of-text.
+    """
+    settings = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 300, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(**{**settings, **shape}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.85 * model.config.n_embd**-0.5 if parameter.dim() > 1 else 0.3
+            centre = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
+            parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def our_model(theirs: GPT2LMHeadModel, *, pack: bool = True) -> GPT:
+    """The same weights in our network, ready to run."""
+    gpt = GPT(parse_config(theirs.config.to_dict(), "config")).eval().requires_grad_(False)
+    copy_model(gpt, theirs)
+    if pack:
+        gpt.pack()
+    return gpt
+
+
+def tokenized(
+    index: int, token_ids: list[int], *, seed: int | None = None, temperature: float = 1.0, top_k: int = 0, max_new_tokens: int = 16
+) -> TokenizedPrompt:
+    """A prompt as the engine takes it; the seed is the index unless one is given."""
+    params = SamplingParams(seed=index if seed is None else seed, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens)
+    prompt = Prompt(index=index, prompt_id=str(index), text="", params=params, metadata=None)
+    return TokenizedPrompt(prompt=prompt, token_ids=token_ids, tokens_dropped=0, read_s=0.0)
+
+
+def save_tokenizer(folder: Path, vocab_size: int = 300) -> None:
+    """A byte-level BPE with end-of-text as token 0, in the Hugging Face format."""
+    tokenizer = train_tokenizer(SENTENCES * 20, vocab_size)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random checkpoint with its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    random_model().save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows (objects, or lines as text) as a JSONL file."""
+
+    def write(rows: Iterable[dict[str, Any] | str], name: str = "prompts.jsonl") -> Path:
+        path = tmp_path / name
+        lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+@dataclass
+class Ran:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The JSON object of the last line on standard output."""
+        summary: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
+        return summary
+
+
+def run_gptbatch(*arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, stdin: bytes | None = None) -> Ran:
+    """`gptbatch ARGUMENTS...` in a child process, offline."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY), **(env or {})},
+        input=stdin,
+        capture_output=True,
+        timeout=240,
+    )
+    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())

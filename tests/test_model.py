@@ -1,0 +1,192 @@
+"""The network against transformers, and its cached forward against its plain one."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from pipeline.gpt.config import parse_config
+from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.weights import copy_block, copy_model, copy_parameter
+from tests.conftest import our_model, random_model
+
+SWITCHES: dict[str, dict[str, Any]] = {  # each changes the numbers
+    "erf-gelu": {"activation_function": "gelu"},
+    "relu": {"activation_function": "relu"},
+    "silu": {"activation_function": "silu"},
+    "tanh": {"activation_function": "tanh"},
+    "unscaled-attention": {"scale_attn_weights": False},
+    "scaled-by-layer": {"scale_attn_by_inverse_layer_idx": True},
+    "upcast-attention": {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
+    "large-epsilon": {"layer_norm_epsilon": 0.1},
+}
+SHAPES: dict[str, dict[str, Any]] = SWITCHES | {
+    "plain": {},
+    "one-layer-one-head": {"n_layer": 1, "n_head": 1, "n_embd": 8},
+    "odd-sizes": {"n_layer": 3, "n_head": 3, "n_embd": 39, "n_inner": 77, "vocab_size": 131},
+    "deep": {"n_layer": 9, "n_head": 2, "n_embd": 24},
+    "untied": {"tie_word_embeddings": False},
+    "pytorch-tanh-gelu": {"activation_function": "gelu_pytorch_tanh"},
+}
+TOLERANCE = 1e-4
+
+
+def largest_difference(theirs: GPT2LMHeadModel, ours: GPT, idx: torch.Tensor) -> float:
+    with torch.inference_mode():
+        return (theirs(idx).logits - ours(idx)).abs().max().item()
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["plain-linears", "packed-linears"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_agree_with_transformers(name: str, pack: bool) -> None:
+    theirs = random_model(**SHAPES[name])
+    idx = torch.randint(0, theirs.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+    assert largest_difference(theirs, our_model(theirs, pack=pack), idx) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_the_comparison_notices_a_switch_that_is_ignored(name: str) -> None:
+    """A negative control: the same weights without the switch give other logits."""
+    theirs, plain = random_model(**SWITCHES[name]), random_model()
+    idx = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+    assert largest_difference(theirs, our_model(plain), idx) > 5 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_logits_agree_on_the_full_gpt2_shape() -> None:
+    theirs = random_model(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024)
+    ours = our_model(theirs, pack=False)
+    assert ours.parameter_count() == 163_037_184
+    ours.pack()
+    idx = torch.randint(0, 50257, (2, 96), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, logits = theirs(idx).logits, ours(idx)
+    assert expected.std() > 1, "logits that hardly vary would agree by themselves"
+    assert (expected - logits).abs().max() <= TOLERANCE
+
+
+def test_parameter_count_is_that_of_transformers() -> None:
+    for shape in ({}, {"tie_word_embeddings": False}):
+        theirs = random_model(**shape)
+        expected = sum(p.numel() for _, p in theirs.named_parameters(remove_duplicate=False))
+        assert our_model(theirs, pack=False).parameter_count() == expected
+
+
+@pytest.mark.parametrize("length", [0, 65, 1000])
+def test_sequences_that_do_not_fit_are_refused(length: int) -> None:
+    ours = our_model(random_model())
+    with pytest.raises(ValueError, match=f"a sequence of {length} tokens does not fit: 1 to n_positions \\(64\\) do"):
+        ours(torch.zeros(1, length, dtype=torch.long))
+    assert ours(torch.zeros(1, 64, dtype=torch.long)).shape == (1, 64, 300)
+
+
+def test_every_parameter_matters_to_the_logits() -> None:
+    """Each parameter that is not copied shows: the parity tests would fail without it."""
+    theirs = random_model(n_layer=1)
+    idx = torch.randint(1, 300, (2, 30), generator=torch.Generator().manual_seed(1))
+    for name, parameter in theirs.named_parameters():
+        ours = our_model(theirs)
+        with torch.no_grad():
+            kept = parameter.clone()
+            parameter.mul_(1.5).add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+        if not name.endswith("c_attn.bias"):  # of which the keys' third cancels in softmax
+            assert largest_difference(theirs, ours, idx) > TOLERANCE, name
+        with torch.no_grad():
+            parameter.copy_(kept)
+
+
+def test_copying_refuses_other_shapes() -> None:
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) into one of shape \(3, 3\)"):
+        copy_parameter(torch.zeros(3, 3), torch.ones(2, 3))
+    target = torch.zeros(3, 2)
+    copy_parameter(target, torch.arange(6.0).view(2, 3), transpose=True)
+    assert target.tolist() == [[0, 3], [1, 4], [2, 5]]
+    small, large = random_model(), random_model(n_layer=3)
+    with pytest.raises(ValueError, match="3 blocks into one of 2"):
+        copy_model(our_model(small, pack=False), large)
+
+
+def test_copy_block_copies_one_block() -> None:
+    theirs = random_model(n_layer=1)
+    ours = GPT(parse_config(theirs.config.to_dict(), "config"))
+    block = ours.blocks[0]
+    assert isinstance(block, Block)
+    copy_block(block, theirs.transformer.h[0])
+    assert torch.equal(block.mlp_in.weight, theirs.transformer.h[0].mlp.c_fc.weight.t())
+    assert torch.equal(block.ln_2.bias, theirs.transformer.h[0].ln_2.bias)
+
+
+def test_cached_forward_agrees_with_the_plain_one() -> None:
+    """Prefills of mixed lengths, then random chunks of random sequences in random slots."""
+    ours = our_model(random_model())
+    rng = random.Random(0)
+    sequences = torch.randint(0, 300, (5, 64), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        expected = ours(sequences)
+        cache = ours.new_cache(8)
+        slots = rng.sample(range(8), 5)
+        done = [0] * 5
+        compared = 0
+        while min(done) < 64:
+            chosen = [s for s in rng.sample(range(5), rng.randint(1, 5)) if done[s] < 64]
+            if not chosen:
+                continue
+            counts = [min(rng.choice([1, 1, 2, 7, 20]), 64 - done[s]) for s in chosen]
+            logits = ours.extend(
+                cache,
+                slots=[slots[s] for s in chosen],
+                starts=[done[s] for s in chosen],
+                tokens=[sequences[s, done[s] : done[s] + n].tolist() for s, n in zip(chosen, counts, strict=True)],
+            )
+            for row, s, n in zip(logits, chosen, counts, strict=True):
+                done[s] += n
+                compared += 1
+                assert torch.allclose(row, expected[s, done[s] - 1], atol=2e-5)
+    assert compared > 40
+
+
+def test_what_a_cleared_slot_held_reaches_nobody() -> None:
+    """0 x NaN is NaN: a masked position must hold zeros, not what an earlier sequence left."""
+    ours = our_model(random_model())
+    with torch.inference_mode():
+        fresh, used = ours.new_cache(2), ours.new_cache(2)
+        ours.extend(used, slots=[0, 1], starts=[0, 0], tokens=[[5] * 40, [6] * 30])
+        for tensor in (*used.keys, *used.values):
+            tensor[0, :, :40] = float("nan")
+        used.clear(0, 40)
+        used.move(1, 0, 30)
+        used.clear(0, 30)
+        short, long = [7, 8, 9], [10] * 35
+        expected = ours.extend(fresh, slots=[0, 1], starts=[0, 0], tokens=[short, long])
+        assert torch.equal(ours.extend(used, slots=[0, 1], starts=[0, 0], tokens=[short, long]), expected)
+        for tensor in (*used.keys, *used.values):
+            assert torch.isfinite(tensor).all()
+
+
+def test_growing_the_cache_keeps_what_it_holds() -> None:
+    ours = our_model(random_model())
+    tokens = list(range(1, 61))
+    with torch.inference_mode():
+        whole = ours.extend(ours.new_cache(1), slots=[0], starts=[0], tokens=[tokens])
+        cache = ours.new_cache(1)
+        widths = []
+        for start in range(0, 60, 10):
+            logits = ours.extend(cache, slots=[0], starts=[start], tokens=[tokens[start : start + 10]])
+            widths.append(cache.width)
+    assert torch.allclose(logits, whole, atol=2e-5)
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1] == 64
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["plain", "odd-sizes", "scaled-by-layer", "untied"])
+def test_logits_on_cuda_agree_with_transformers_on_cpu(name: str) -> None:
+    theirs = random_model(**SHAPES[name])
+    ours = our_model(theirs, pack=False).to("cuda")
+    idx = torch.randint(0, theirs.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert (theirs(idx).logits - ours(idx.cuda()).cpu()).abs().max() <= TOLERANCE
