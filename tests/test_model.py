@@ -65,7 +65,7 @@ def test_logits_agree_on_the_full_gpt2_shape() -> None:
     idx = torch.randint(0, 50257, (2, 96), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected, logits = theirs(idx).logits, ours(idx)
-    assert expected.std() > 1, "logits that hardly vary would agree by themselves"
+    assert expected.std() > 0.5, "logits that hardly vary would agree by themselves"
     assert (expected - logits).abs().max() <= TOLERANCE
 
 

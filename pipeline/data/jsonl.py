@@ -137,9 +137,9 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start + 1} of the line") from None
     try:
-        value = _DECODER.decode(text)
+        value = _DECODER.decode(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+        raise ValueError(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_NESTING} levels") from None
     if not isinstance(value, dict):
@@ -199,7 +199,7 @@ def _no_constant(name: str) -> NoReturn:
 
 def shorten(value: Any) -> str:
     """A value as it may stand in a message: at most 40 characters, printable."""
-    text = ascii(str(value)) if not isinstance(value, (int, float)) else str(value)
+    text = repr(value) if type(value) is str else str(value)
     return text if len(text) <= 40 else text[:40] + "..."
 
 

@@ -196,7 +196,7 @@ def _parse_integer(value: Any, name: str, low: int, high: int) -> int | None:
     if integer is None:
         raise ValueError(f"{name} must be a whole number, not {_seen(value)}")
     if not low <= integer <= high:
-        raise ValueError(f"{name} must be {low} to {high}, not {shorten(str(integer))}")
+        raise ValueError(f"{name} must be {low} to {high}, not {shorten(integer)}")
     return integer
 
 
@@ -221,7 +221,10 @@ def _whole(value: NumberText | int | float) -> int | None:
 
 
 def _seen(value: Any) -> str:
-    return f"the string {shorten(value)}" if type(value) is str else json_type(value) if not isinstance(value, str) else shorten(value)
+    """A value as a message may show it: numbers and short strings whole, all else by its type."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return json_type(value)
+    return f"the string {shorten(value)}" if type(value) is str else shorten(value)
 
 
 def _plain(value: Any) -> Any:

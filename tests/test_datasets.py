@@ -1,0 +1,121 @@
+"""Splits of datasets: local folders and files of every format, save_to_disk folders, slices, types with gaps."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.hub_dataset import HubDataset
+from pipeline.data.prompts import PromptReader, RowDefaults, derive_seed
+from pipeline.errors import InputNotFoundError, InputRowsError
+from pipeline.records import Prompt
+
+# the library does not close the file of a stream that was not read to its end
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+DEFAULTS = RowDefaults(prompt_field="prompt", seed=0, temperature=1.0, top_k=0, max_new_tokens=4)
+ROWS = [{"prompt": f"prompt {i}", "seed": i if i % 2 else None, "note": f"n{i}"} for i in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def read(dataset: Path | str, split: str = "train", limit: int | None = None) -> list[Prompt]:
+    source = HubDataset(dataset=str(dataset), config=None, split=split, revision=None)
+    reader = PromptReader(source=source, defaults=DEFAULTS, limit=limit)
+    prompts = list(reader.prompts())
+    assert reader.check().rows == len(prompts), "a source can be read again"
+    return prompts
+
+
+def write_folder(folder: Path, kind: str, split: str = "train") -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{split}.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "seed", "note"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def expect_rows(prompts: list[Prompt], start: int = 0, stop: int = 6) -> None:
+    assert [p.text for p in prompts] == [f"prompt {i}" for i in range(start, stop)]
+    assert [p.index for p in prompts] == list(range(stop - start))
+    for i, prompt in zip(range(start, stop), prompts, strict=True):
+        assert prompt.params.seed == (i if i % 2 else derive_seed(0, str(i - start)))
+        assert prompt.metadata == json.dumps({"note": f"n{i}"})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json", "jsonl"])
+def test_folders_and_files_of_each_format(tmp_path: Path, kind: str) -> None:
+    path = write_folder(tmp_path / "data", kind)
+    expect_rows(read(tmp_path / "data"))
+    expect_rows(read(tmp_path / "data", split="train[1:4]"), 1, 4)
+    expect_rows(read(tmp_path / "data", limit=2), 0, 2)
+    expect_rows(read(path))
+
+
+def test_folders_made_by_save_to_disk(tmp_path: Path) -> None:
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "one")
+    expect_rows(read(tmp_path / "one"))
+    expect_rows(read(tmp_path / "one", split="train[:50%]"), 0, 3)
+    datasets.DatasetDict({"train": whole, "test": whole.select(range(2, 5))}).save_to_disk(tmp_path / "two")
+    expect_rows(read(tmp_path / "two", split="test"), 2, 5)
+    assert len(read(tmp_path / "two", split="train+test")) == 9
+    with pytest.raises(InputNotFoundError, match="validation"):
+        read(tmp_path / "two", split="validation")
+
+
+def test_values_that_json_has_no_form_for(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "prompt": ["a", "b"],
+            "when": pa.array([0, 1], pa.timestamp("s", tz="UTC")),
+            "score": pa.array([float("nan"), 1.5]),
+            "tags": [["x"], []],
+            "seed": pa.array([3.0, None]),
+        }
+    )
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data" / "train.parquet")
+    first, second = read(tmp_path / "data")
+    assert first.params.seed == 3, "a whole float is an integer here: CSV with gaps has no integers"
+    assert json.loads(first.metadata or "") == {"when": "1970-01-01 00:00:00+00:00", "score": None, "tags": ["x"]}
+    assert json.loads(second.metadata or "")["score"] == 1.5
+
+
+def test_bad_rows_are_named_by_row(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"prompt": ["a", None, "c"], "seed": [1.0, 2.0, 2.5]}), tmp_path / "data" / "train.parquet")
+    source = HubDataset(dataset=str(tmp_path / "data"), config=None, split="train", revision=None)
+    with pytest.raises(InputRowsError) as caught:
+        PromptReader(source=source, defaults=DEFAULTS).check()
+    assert f"{tmp_path / 'data'}[train] row 1: prompt must be a string, not null" in str(caught.value)
+    assert "row 2: seed must be a whole number, not 2.5" in str(caught.value)
+
+
+def test_datasets_and_splits_that_are_not_there(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", "jsonl")
+    for dataset, split in ((tmp_path / "data", "test"), (tmp_path / "data", "test[:3]"), (tmp_path / "nothing", "train"), ("./nothing", "train")):
+        with pytest.raises(InputNotFoundError):
+            read(dataset, split=split)
+    (tmp_path / "rows.txt").write_text("x")
+    with pytest.raises(InputNotFoundError, match=r"a file must end in \.csv"):
+        read(tmp_path / "rows.txt")
+    with pytest.raises(InputNotFoundError, match="cannot be loaded"):
+        read("nobody/no-such-dataset")

@@ -1,0 +1,266 @@
+"""Reading and checking rows: what is accepted, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import jsonl
+from pipeline.data.jsonl import JsonlFile, parse_object, to_json
+from pipeline.data.prompts import BadRow, InputSummary, PromptReader, RowDefaults, derive_seed
+from pipeline.errors import InputNotFoundError, InputRowsError
+from pipeline.records import MAX_SEED, Prompt
+
+DEFAULTS = RowDefaults(prompt_field="prompt", seed=3, temperature=0.7, top_k=5, max_new_tokens=9)
+WriteRows = Callable[..., Path]
+
+
+def reader(path: Path, *, limit: int | None = None, prompt_field: str = "prompt") -> PromptReader:
+    defaults = RowDefaults(prompt_field=prompt_field, seed=3, temperature=0.7, top_k=5, max_new_tokens=9)
+    return PromptReader(source=JsonlFile(path), defaults=defaults, limit=limit)
+
+
+def read(path: Path, **settings: Any) -> list[Prompt]:
+    prompts = list(reader(path, **settings).prompts())
+    assert reader(path, **settings).check().rows == len(prompts)
+    return prompts
+
+
+def problems(path: Path, **settings: Any) -> str:
+    with pytest.raises(InputRowsError) as caught:
+        reader(path, **settings).check()
+    return str(caught.value)
+
+
+def test_rows_take_the_defaults_and_win_over_them(write_rows: WriteRows) -> None:
+    path = write_rows(
+        [
+            {"prompt": "plain"},
+            {"prompt": "own", "id": "a", "seed": MAX_SEED, "temperature": 0, "top_k": 0, "max_new_tokens": 1},
+            {"prompt": "null is absent", "id": None, "seed": None, "temperature": None, "top_k": None, "max_new_tokens": None},
+            {"prompt": "", "id": 17, "temperature": 1.5, "seed": 0},
+        ]
+    )
+    plain, own, null, last = read(path)
+    assert (plain.index, plain.prompt_id, plain.text, plain.metadata) == (0, "0", "plain", None)
+    assert plain.params.seed == derive_seed(3, "0")
+    assert (plain.params.temperature, plain.params.top_k, plain.params.max_new_tokens) == (0.7, 5, 9)
+    assert (own.prompt_id, own.params.seed, own.params.temperature, own.params.top_k, own.params.max_new_tokens) == ("a", MAX_SEED, 0, 0, 1)
+    assert (null.prompt_id, null.params.seed, null.params.temperature) == ("2", derive_seed(3, "2"), 0.7)
+    assert (last.prompt_id, last.text, last.params.seed, last.params.temperature) == ("17", "", 0, 1.5)
+
+
+def test_other_fields_are_kept_as_they_are_written(write_rows: WriteRows) -> None:
+    path = write_rows(
+        [
+            '{"a": 1.10, "prompt": "x", "b": [1e999, -0, 123456789012345678901234567890, null, true], "c": {"d": "é\\u00e9\\n"}}',
+            '{"prompt": "x", "date": "2024-01-01"}',
+            '{"prompt": "x"}',
+        ]
+    )
+    metadata = [prompt.metadata for prompt in read(path)]
+    assert metadata[0] == '{"a": 1.10, "b": [1e999, -0, 123456789012345678901234567890, null, true], "c": {"d": "éé\\n"}}'
+    assert metadata[1:] == ['{"date": "2024-01-01"}', None]
+
+
+def test_another_field_can_be_the_prompt(write_rows: WriteRows) -> None:
+    path = write_rows([{"text": "yes", "prompt": "no"}])
+    (prompt,) = read(path, prompt_field="text")
+    assert (prompt.text, prompt.metadata) == ("yes", '{"prompt": "no"}')
+    assert "there is no field 'question' (config key prompt_field names the one to use)" in problems(path, prompt_field="question")
+
+
+def test_limit_takes_rows_from_the_front(write_rows: WriteRows) -> None:
+    path = write_rows([{"prompt": "a"}, {"prompt": "b"}, "broken"])
+    assert [p.text for p in read(path, limit=2)] == ["a", "b"]
+    assert read(path, limit=0) == []
+    assert f"{path}:3: not valid JSON" in problems(path, limit=3)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n\n", "\r\n \t\r\n", ""])
+def test_line_endings_and_blank_last_lines(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\r\n{"prompt": "b"}' + ending.encode())
+    assert [p.text for p in read(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_compressed_files_and_a_byte_order_mark(tmp_path: Path, suffix: str) -> None:
+    content = b"\xef\xbb\xbf" + b"".join(json.dumps({"prompt": f"row {i} \u2028 \x00"}).encode() + b"\n" for i in range(5000))
+    pack: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+    path = tmp_path / f"prompts.jsonl{suffix}"
+    path.write_bytes(pack[suffix](content))
+    prompts = read(path)
+    assert len(prompts) == 5000
+    assert prompts[4999].text == "row 4999 \u2028 \x00"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_that_are_cut_off(tmp_path: Path, suffix: str) -> None:
+    content = b"".join(json.dumps({"prompt": f"row {i * i * 7919}"}).encode() + b"\n" for i in range(5000))
+    whole = gzip.compress(content) if suffix == ".gz" else zstandard.ZstdCompressor().compress(content)
+    path = tmp_path / f"prompts.jsonl{suffix}"
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "damaged or cut off" in problems(path)
+    path.write_bytes(b"not compressed at all, whatever the name says")
+    assert "damaged or cut off" in problems(path)
+
+
+BAD_LINES = [  # a line, and what is said of it
+    ("", "the line is empty; only the last lines may be"),
+    ("not json", "not valid JSON: Expecting value at column 1"),
+    ('{"prompt": "cut', "not valid JSON: Unterminated string"),
+    ('{"prompt": "a"} {"prompt": "b"}', "not valid JSON: Extra data at column 17"),
+    ('{"prompt": NaN}', "not valid JSON: NaN is no JSON number"),
+    ('{"prompt": "a", "x": -Infinity}', "not valid JSON: -Infinity is no JSON number"),
+    ('{"prompt": "a\tb"}', "not valid JSON: Invalid control character"),
+    ('["prompt"]', "a JSON object is needed, not an array"),
+    ("17", "a JSON object is needed, not a number"),
+    ("null", "a JSON object is needed, not null"),
+    ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice in one object"),
+    ('{"prompt": "a", "x": {"y": 1, "y": 2}}', "the key 'y' stands twice in one object"),
+    ("{}", "there is no field 'prompt'"),
+    ('{"prompt": null}', "prompt must be a string, not null"),
+    ('{"prompt": 5}', "prompt must be a string, not a number"),
+    ('{"prompt": ["a"]}', "prompt must be a string, not an array"),
+    ('{"prompt": "\\ud800"}', "a lone surrogate (U+D800) is not text"),
+    ('{"prompt": "a", "x": "\\udfff"}', "a lone surrogate (U+DFFF) is not text"),
+    ('{"prompt": "a", "id": true}', "id must be a string or a whole number, not true or false"),
+    ('{"prompt": "a", "id": 1.5}', "id must be a string or a whole number, not 1.5"),
+    ('{"prompt": "a", "id": ""}', "id must not be empty"),
+    ('{"prompt": "a", "id": ["x"]}', "id must be a string or a whole number, not an array"),
+    ('{"prompt": "a", "seed": -1}', f"seed must be 0 to {MAX_SEED}, not -1"),
+    ('{"prompt": "a", "seed": 9223372036854775808}', f"seed must be 0 to {MAX_SEED}, not 9223372036854775808"),
+    ('{"prompt": "a", "seed": "5"}', "seed must be a whole number, not the string '5'"),
+    ('{"prompt": "a", "seed": 5.0}', "seed must be a whole number, not 5.0"),
+    ('{"prompt": "a", "seed": 5e0}', "seed must be a whole number, not 5e0"),
+    ('{"prompt": "a", "seed": true}', "seed must be a whole number, not true or false"),
+    ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "seed must be a whole number"),
+    ('{"prompt": "a", "temperature": -0.1}', "temperature must be 0 or more and finite, not -0.1"),
+    ('{"prompt": "a", "temperature": 1e999}', "temperature must be 0 or more and finite, not 1e999"),
+    ('{"prompt": "a", "temperature": "hot"}', "temperature must be a number, not the string 'hot'"),
+    ('{"prompt": "a", "temperature": false}', "temperature must be a number, not true or false"),
+    ('{"prompt": "a", "top_k": -1}', "top_k must be 0 to 2147483647, not -1"),
+    ('{"prompt": "a", "top_k": 2.5}', "top_k must be a whole number, not 2.5"),
+    ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens must be 1 to 2147483647, not 0"),
+    ('{"prompt": "a", "x": ' + "[" * 200 + "]" * 200 + "}", "nested deeper than 100 levels"),
+    ('{"prompt": "a", "x": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested deeper than 100 levels"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=[line[:40] or "empty" for line, _ in BAD_LINES])
+def test_bad_lines_are_named(write_rows: WriteRows, line: str, message: str) -> None:
+    path = write_rows([{"prompt": "good"}, line, {"prompt": "good too"}])
+    said = problems(path)
+    assert said.startswith("1 bad of 3 rows; nothing was generated\n")
+    assert f"{path}:2: {message}" in said
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    assert f"{path}:2: not UTF-8 at byte 13 of the line" in problems(path)
+    path.write_bytes('{"prompt": "a"}\n'.encode("utf-16"))
+    assert f"{path}:1: the file is UTF-16; convert it to UTF-8" in problems(path)
+
+
+def test_lines_over_the_cap_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "prompts.jsonl"
+    exact = b'{"prompt": "' + b"x" * 986 + b'"}\n'
+    assert len(exact) == 1001
+    path.write_bytes(exact + b'{"prompt": "' + b"x" * 5000 + b'"}\n{"prompt": "a"}\n')
+    said = problems(path)
+    assert said == f"1 bad of 3 rows; nothing was generated\n{path}:2: the line is longer than 1000 bytes"
+
+
+def test_repeated_ids_name_both_lines(write_rows: WriteRows) -> None:
+    path = write_rows([{"prompt": "a"}, {"prompt": "b", "id": "x"}, {"prompt": "c", "id": 0}, {"prompt": "d", "id": "x"}])
+    said = problems(path)
+    assert f"{path}:3: id '0' was already used on line 1; ids must be unique" in said
+    assert f"{path}:4: id 'x' was already used on line 2; ids must be unique" in said
+    assert said.startswith("2 bad of 4 rows")
+
+
+def test_the_first_20_bad_rows_are_named_in_order(write_rows: WriteRows) -> None:
+    path = write_rows(["broken" if i % 2 else {"prompt": "a", "id": "same"} for i in range(60)])
+    lines = problems(path).splitlines()
+    assert lines[0] == "59 bad of 60 rows; nothing was generated"
+    assert len(lines) == 22
+    assert [int(line.split(":")[1]) for line in lines[1:21]] == list(range(2, 22))
+    assert lines[21] == "... and 39 more"
+
+
+def test_messages_show_no_prompt(write_rows: WriteRows) -> None:
+    path = write_rows(['{"prompt": "my secret" x}', '{"prompt": "my secret", "seed": -1}', '{"prompt": ["my secret"]}'])
+    assert "secret" not in problems(path)
+
+
+def test_an_input_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputNotFoundError, match=r"nothing\.jsonl: no such file"):
+        JsonlFile(tmp_path / "nothing.jsonl")
+    with pytest.raises(InputNotFoundError, match="is a folder; name a file, or use --dataset"):
+        JsonlFile(tmp_path)
+
+
+def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"")
+    assert reader(path).check().rows == 0
+
+
+def test_an_input_that_changes_between_check_and_run(write_rows: WriteRows) -> None:
+    source = reader(write_rows([{"prompt": "a"}]))
+    source.check()
+    write_rows(["broken"])
+    with pytest.raises(InputRowsError, match="the input changed while it was being read"):
+        list(source.prompts())
+
+
+def test_the_digest_follows_what_a_run_takes(write_rows: WriteRows) -> None:
+    def digest(*rows: dict[str, Any] | str) -> InputSummary:
+        return reader(write_rows(rows)).check()
+
+    base = digest({"prompt": "a", "seed": 1})
+    assert digest('{"seed": 1,   "prompt": "\\u0061"}') == base
+    for other in ({"prompt": "b", "seed": 1}, {"prompt": "a", "seed": 2}, {"prompt": "a", "seed": 1, "id": "x"}, {"prompt": "a", "seed": 1, "y": 0}):
+        assert digest(other) != base
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(codec="utf-8")),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(st.characters(codec="utf-8")), children, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text(st.characters(codec="utf-8")), json_values))
+@settings(deadline=None)
+def test_any_json_object_survives(value: dict[str, Any]) -> None:
+    text = to_json(parse_object(json.dumps(value).encode()))
+    assert json.loads(text) == value
+    assert to_json(parse_object(text.encode())) == text
+
+
+@given(st.lists(st.binary(max_size=40) | st.just(b'{"prompt": "a"}'), max_size=8))
+@settings(deadline=None, max_examples=200)
+def test_any_bytes_are_rows_or_a_clear_error(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
+    path = tmp_path_factory.mktemp("bytes") / "prompts.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    source = PromptReader(source=JsonlFile(path), defaults=DEFAULTS)
+    try:
+        rows = list(source.rows())
+    except InputRowsError as error:
+        assert "UTF-16" in str(error)
+        return
+    assert all(isinstance(row, BadRow) or (isinstance(row, Prompt) and row.index < len(rows)) for row in rows)
+    lines_with_content = b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").rstrip(b" \t\r\n").count(b"\n") + 1
+    assert len(rows) == (lines_with_content if b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n") else 0)

@@ -1,0 +1,185 @@
+"""Noise and the choice of tokens: known answers, the distribution, ties, edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from pipeline.data.prompts import derive_seed
+from pipeline.generation.noise import gumbel, philox4x32, random_bits
+from pipeline.generation.reference import choose_token
+from pipeline.generation.sampling import choose_tokens
+from pipeline.records import MAX_SEED, SamplingParams
+
+DRAWS = 20_000
+FALSE_ALARM = 1e-6  # of each chi-square test, were its seeds random; they are fixed, so a pass stays a pass
+
+
+def params(seed: int, *, temperature: float = 1.0, top_k: int = 0) -> SamplingParams:
+    return SamplingParams(seed=seed, temperature=temperature, top_k=top_k, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # the vectors published with Random123, file kat_vectors, philox4x32 10
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_philox_gives_the_published_answers(counter: list[int], key: list[int], expected: str, device: str) -> None:
+    c0, c1, c2, c3 = (torch.tensor([word], device=device) for word in counter)
+    k0, k1 = (torch.tensor([word], device=device) for word in key)
+    words = philox4x32((c0, c1, c2, c3), (k0, k1))
+    assert " ".join(f"{int(word):08x}" for word in words) == expected
+
+
+def test_noise_version_1_is_pinned() -> None:
+    """Another layout gives other completions: change NOISE_VERSION with these."""
+    seeds = torch.tensor([0, 1, MAX_SEED, 7])
+    steps = torch.tensor([0, 3, 1000, 7])
+    token_ids = torch.tensor([0, 5, 50256, 8])
+    words = philox4x32((torch.tensor([2]), torch.tensor([3]), torch.tensor([0]), torch.tensor([0])), (torch.tensor([1]), torch.tensor([0])))
+    bits = random_bits(seeds, steps, token_ids)
+    assert bits[0] == (0x6627E8D5 << 20) | (0xE169C58D >> 12), "token 0: words 0 and 1 of the block of counter 0"
+    assert bits[1] == (int(words[2]) << 20) | (int(words[3]) >> 12), "an odd token takes words 2 and 3 of the block"
+    u = (int(bits[0]) + 0.5) / 2**52
+    assert gumbel(seeds, steps, token_ids)[0].item() == pytest.approx(-math.log(-math.log(u)), rel=1e-14)
+
+
+def test_noise_is_finite_at_both_ends() -> None:
+    for n, expected in ((0, -3.6), (2**52 - 1, 36.7)):
+        u = torch.tensor((n + 0.5) * 2.0**-52, dtype=torch.float64)
+        assert 0 < u < 1
+        assert -torch.log(-torch.log(u)) == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 12, 40, 10**9])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_draws_follow_softmax(top_k: int, temperature: float) -> None:
+    """Chi-square over seeds as users have them: derived from prompt ids."""
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.0, -0.3, -0.5, -1.0, -1.1, -1.2, 0.4, 0.1, -2.0])
+    kept = min(top_k, len(logits)) or len(logits)
+    rows = [params(derive_seed(0, str(i)), temperature=temperature, top_k=top_k) for i in range(DRAWS)]
+    tokens = choose_tokens(logits.expand(DRAWS, -1), rows, [0] * DRAWS)
+    order = logits.argsort(descending=True)[:kept]
+    expected = torch.softmax(logits[order].double() / temperature, 0) * DRAWS
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(logits))
+    assert counts.sum() == counts[order].sum() == DRAWS, "only kept tokens are drawn"
+    if kept > 1:
+        likely = expected >= 5
+        observed = torch.cat([counts[order][likely], counts[order][~likely].sum()[None]]).double()
+        wanted = torch.cat([expected[likely], expected[~likely].sum()[None]])
+        observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+        assert stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > FALSE_ALARM
+
+
+def test_draws_of_one_seed_over_steps_follow_softmax_too() -> None:
+    logits = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0])
+    tokens = choose_tokens(logits.expand(DRAWS, -1), [params(42)] * DRAWS, list(range(DRAWS)))
+    counts = torch.bincount(torch.tensor(tokens), minlength=5).double()
+    assert stats.chisquare(counts.numpy(), (torch.softmax(logits.double(), 0) * DRAWS).numpy()).pvalue > FALSE_ALARM
+
+
+def test_the_chi_square_test_has_teeth() -> None:
+    logits = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0])
+    tokens = choose_tokens(logits.expand(DRAWS, -1), [params(s, temperature=1.1) for s in range(DRAWS)], [0] * DRAWS)
+    counts = torch.bincount(torch.tensor(tokens), minlength=5).double()
+    assert stats.chisquare(counts.numpy(), (torch.softmax(logits.double(), 0) * DRAWS).numpy()).pvalue < FALSE_ALARM
+
+
+def test_neighbouring_seeds_steps_and_tokens_are_uncorrelated() -> None:
+    """False alarm: 6 sigma, about 1e-9 each."""
+    n = 100_000
+    base = torch.arange(n)
+    zero = torch.zeros_like(base)
+    for a, b in (
+        (gumbel(base, zero, zero), gumbel(base + 1, zero, zero)),
+        (gumbel(zero, base, zero), gumbel(zero, base + 1, zero)),
+        (gumbel(zero, zero, 2 * base), gumbel(zero, zero, 2 * base + 1)),
+        (gumbel(base, zero, zero), gumbel(zero, base, zero)),
+    ):
+        assert abs(torch.corrcoef(torch.stack([a[1:], b[1:]]))[0, 1]) < 6 / n**0.5
+
+
+def test_seeds_that_differ_in_their_high_half_alone_differ() -> None:
+    token_ids = torch.arange(64)
+    low, high = torch.tensor(5), torch.tensor(5 + 2**40)
+    assert not torch.equal(random_bits(low, torch.tensor(0), token_ids), random_bits(high, torch.tensor(0), token_ids))
+
+
+def test_derived_seeds_never_meet() -> None:
+    """200,000 ids of three run seeds; the chance that any two meet by accident is 2e-8."""
+    seeds = {derive_seed(run_seed, str(index)) for run_seed in (0, 1, MAX_SEED) for index in range(200_000)}
+    assert len(seeds) == 600_000
+    assert min(seeds) >= 0
+    assert max(seeds) <= MAX_SEED
+    assert derive_seed(0, "a") == derive_seed(0, "a") != derive_seed(1, "a")
+
+
+def test_greedy_takes_the_largest_and_the_smallest_id_of_ties() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 3.0, 3.0, 5.0], [-1.0, -2.0, -3.0, -1.5]])
+    for top_k in (0, 1, 3):
+        assert choose_tokens(logits, [params(s, temperature=0, top_k=top_k) for s in range(3)], [0, 1, 2]) == [1, 0, 0]
+
+
+def test_every_tie_at_the_kth_logit_is_kept() -> None:
+    logits = torch.tensor([1.0, 2.0, 1.0, 0.999, 1.0]).expand(2000, -1)
+    tokens = choose_tokens(logits, [params(s, top_k=2) for s in range(2000)], [0] * 2000)
+    assert set(tokens) == {0, 1, 2, 4}
+
+
+def test_rows_keep_their_own_parameters() -> None:
+    """A row's choice is the one that it makes alone, whatever its neighbours ask for."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 97, generator=generator) * 3
+    rows = [params(s, temperature=(0, 0.5, 1, 3)[s % 4], top_k=(0, 1, 7, 97, 500)[s % 5]) for s in range(40)]
+    steps = [s % 3 for s in range(40)]
+    together = choose_tokens(logits, rows, steps)
+    assert together == [choose_tokens(logits[i : i + 1], rows[i : i + 1], steps[i : i + 1])[0] for i in range(40)]
+    assert together == [
+        choose_token(logits[i], temperature=p.temperature, sample=p.temperature > 0, top_k=p.top_k, seed=p.seed, step=steps[i])
+        for i, p in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_are_not_numbers_have_no_token(top_k: int, temperature: float) -> None:
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[0.0, nan, 1.0], [0.0, inf, 1.0], [-inf, -inf, -inf], [-inf, 2.0, -inf], [0.0, 1.0, 2.0]])
+    tokens = choose_tokens(logits, [params(s, temperature=temperature, top_k=top_k) for s in range(5)], [0] * 5)
+    assert tokens[:4] == [None, None, None, 1]
+    assert tokens[4] is not None
+
+
+def test_a_vocabulary_of_one() -> None:
+    assert choose_tokens(torch.zeros(2, 1), [params(0), params(1, temperature=0)], [0, 5]) == [0, 0]
+
+
+def test_bfloat16_logits_are_widened_before_the_noise_is_added() -> None:
+    logits = torch.tensor([[1.0, 0.0, -1.0, 0.5]] * 500)
+    rows = [params(s) for s in range(500)]
+    assert choose_tokens(logits.bfloat16(), rows, [0] * 500) == choose_tokens(logits, rows, [0] * 500)
+
+
+@pytest.mark.cuda
+def test_cpu_and_cuda_agree_on_the_integers() -> None:
+    seeds, steps, token_ids = torch.arange(100)[:, None] * 2**50, torch.arange(100)[:, None], torch.arange(1000)[None]
+    cpu = random_bits(seeds, steps, token_ids)
+    assert torch.equal(random_bits(seeds.cuda(), steps.cuda(), token_ids.cuda()).cpu(), cpu)
+
+
+@pytest.mark.cuda
+def test_cpu_and_cuda_choose_the_same_tokens_from_the_same_logits() -> None:
+    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)) * 3
+    rows = [params(s, temperature=(0, 0.8, 2)[s % 3], top_k=(0, 40)[s % 2]) for s in range(64)]
+    assert choose_tokens(logits.cuda(), rows, [3] * 64) == choose_tokens(logits, rows, [3] * 64)
