@@ -10,13 +10,15 @@ sampling", NeurIPS 2014); temperature 0 is the same formula and greedy. Rows do 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.generation.noise import gumbel
 from pipeline.records import SamplingParams
+
+MOST_SCORES = 2**18  # computed at a time where the whole vocabulary is kept: what fits the caches of a CPU
 
 
 def choose_tokens(logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int | None]:
@@ -47,10 +49,17 @@ def choose_tokens(logits: Tensor, params: Sequence[SamplingParams], steps: Seque
         candidates = torch.where(scores == best[where], token_ids, vocab_size)
         smallest = torch.full((len(few),), vocab_size, device=device).scatter_reduce(0, where, candidates, "amin")
         winners[rows] = smallest
-    for row, count in enumerate(kept_counts):
-        if count == vocab_size:  # one row at a time: the noise of a whole vocabulary is large
-            token_ids = torch.arange(vocab_size, device=device)
-            scores = logits[row].double() + temperatures[row] * gumbel(seeds[row], step_index[row], token_ids)
-            winners[row] = scores.argmax()
+    whole = [row for row, count in enumerate(kept_counts) if count == vocab_size]
+    for chunk in _chunks(whole, max(1, MOST_SCORES // vocab_size)):
+        rows = torch.tensor(chunk, device=device)
+        token_ids = torch.arange(vocab_size, device=device)
+        noise = gumbel(seeds[rows, None], step_index[rows, None], token_ids[None])
+        scores = logits[rows].double() + temperatures[rows, None] * noise
+        winners[rows] = scores.argmax(dim=1)
     chosen = torch.where(finite, winners, -1).tolist()
     return [token if token >= 0 else None for token in chosen]
+
+
+def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]
