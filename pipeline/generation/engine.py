@@ -22,6 +22,8 @@ from pipeline.generation.sampling import choose_tokens
 from pipeline.gpt.model import GPT
 from pipeline.records import Completion, StopReason, Timing, TokenizedPrompt
 
+RESERVE_TOKENS = 256  # new tokens of a row that the cache has room for from the start; more is made when it is needed
+
 WindowFull = Literal["stop", "slide"]
 
 
@@ -111,6 +113,7 @@ class Engine:
                     rows_before=0,
                 )
             )
+        self._reserve(self._running[first:])
         for slots in self._groups(list(range(first, len(self._running)))):
             now = time.monotonic()
             for slot in slots:
@@ -119,6 +122,12 @@ class Engine:
                 self.stats.prefilled_tokens += len(sequence.tokens)
             self._step(slots)
         return self._retire()
+
+    @torch.inference_mode()
+    def _reserve(self, admitted: list[Sequence]) -> None:
+        """Room in the cache for what the admitted rows will likely need, at once: growing it step by step copies it."""
+        wanted = [len(s.tokens) + min(s.source.prompt.params.max_new_tokens, RESERVE_TOKENS) for s in admitted]
+        self._cache.reserve(min(self._n_positions, max(wanted, default=0)))
 
     def _decode(self) -> list[Completion]:
         inside: list[int] = []  # slots whose next token has a position left

@@ -40,9 +40,7 @@ def choose_tokens(logits: Tensor, params: Sequence[SamplingParams], steps: Seque
         counts = torch.tensor([kept_counts[row] for row in few], device=device)
         rows = torch.tensor(few, device=device)
         few_logits = logits if len(few) == len(params) else logits[rows]
-        largest = torch.topk(few_logits, int(counts.max()), dim=1).values
-        kth = largest.gather(1, counts[:, None] - 1)
-        where, token_ids = torch.nonzero(few_logits >= kth, as_tuple=True)
+        where, token_ids = _kept_tokens(few_logits, counts)
         owners = rows[where]
         scores = few_logits[where, token_ids].double() + temperatures[owners] * gumbel(seeds[owners], step_index[owners], token_ids)
         best = torch.full((len(few),), float("-inf"), dtype=torch.float64, device=device).scatter_reduce(0, where, scores, "amax")
@@ -58,6 +56,17 @@ def choose_tokens(logits: Tensor, params: Sequence[SamplingParams], steps: Seque
         winners[rows] = scores.argmax(dim=1)
     chosen = torch.where(finite, winners, -1).tolist()
     return [token if token >= 0 else None for token in chosen]
+
+
+def _kept_tokens(logits: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, token id) of every kept token. logits (B, V); counts (B,), each below V: a row keeps as many, and all ties."""
+    largest, token_ids = torch.topk(logits, int(counts.max()) + 1, dim=1)
+    kth, next_ = largest.gather(1, counts[:, None] - 1), largest.gather(1, counts[:, None])
+    if torch.any(kth == next_):  # ties at the k-th logit may reach beyond what topk lists
+        where, tied_ids = torch.nonzero(logits >= kth, as_tuple=True)
+        return where, tied_ids
+    where, rank = torch.nonzero(torch.arange(largest.shape[1], device=logits.device) < counts[:, None], as_tuple=True)
+    return where, token_ids[where, rank]
 
 
 def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:

@@ -24,16 +24,19 @@ class Attention(Protocol):
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor: ...
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, *, upcast: bool) -> Tensor:
-    """q (S, H, Tq, D), k and v (S, H, W, D), mask (S or 1, 1, Tq, W), true where a query may look -> (S, H, Tq, D).
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, *, upcast: bool) -> Tensor:
+    """q (S, H, Tq, D), k and v (S, H, W, D), hidden (S or 1, 1, Tq, W), true where a query may not look
+    -> (S, H, Tq, D).
 
     `upcast` computes in float32 whatever the type of q (the config switch reorder_and_upcast_attn).
     """
     dtype = q.dtype
     if upcast:
         q, k, v = q.float(), k.float(), v.float()
-    scores = (q * scale) @ k.transpose(-1, -2)
-    scores = scores.masked_fill_(~mask, float("-inf"))
+    q = (q * scale).transpose(-1, -2)
+    # the same products either way; for one query a sequence, keys first reads them faster
+    scores = (k @ q).transpose(-1, -2) if q.shape[-1] == 1 else q.transpose(-1, -2) @ k.transpose(-1, -2)
+    scores = scores.masked_fill_(hidden, float("-inf"))
     return (torch.softmax(scores, dim=-1) @ v).to(dtype)
 
 
@@ -43,11 +46,11 @@ class WholeContextAttention:
     def __init__(self, *, batch: int, length: int, n_head: int, upcast: bool, device: torch.device) -> None:
         self.shape = (batch, length, 3, n_head, -1)
         self.upcast = upcast
-        self.mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+        self.hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         q, k, v = qkv.view(self.shape).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        out = softmax_attention(q, k, v, self.mask, scale, upcast=self.upcast)
+        out = softmax_attention(q, k, v, self.hidden, scale, upcast=self.upcast)
         return out.transpose(1, 2).reshape(qkv.shape[0], -1)
 
 
@@ -76,7 +79,7 @@ class CachedAttention:
         # where the flat tokens stand among the padded queries; nothing to pad when every sequence has as many
         self.padded = None if min(counts) == self.queries else sequence * self.queries + offset
         query_positions = start[:, None] + torch.arange(self.queries, device=device)  # (S, Tq)
-        self.mask = (torch.arange(self.width, device=device) <= query_positions[:, :, None])[:, None]
+        self.hidden = (torch.arange(self.width, device=device) > query_positions[:, :, None])[:, None]
         contiguous = slots == list(range(slots[0], slots[0] + len(slots)))
         self.slot_index: slice | Tensor = slice(slots[0], slots[0] + len(slots)) if contiguous else torch.tensor(slots, device=device)
 
@@ -89,6 +92,6 @@ class CachedAttention:
         if self.padded is not None:
             q = q.new_zeros(self.n_sequences * self.queries, *q.shape[1:]).index_copy_(0, self.padded, q)
         q = q.view(self.n_sequences, self.queries, self.n_head, -1).transpose(1, 2)
-        out = softmax_attention(q, keys, values, self.mask, scale, upcast=self.upcast)
+        out = softmax_attention(q, keys, values, self.hidden, scale, upcast=self.upcast)
         out = out.transpose(1, 2).reshape(self.n_sequences * self.queries, -1)
         return out if self.padded is None else out[self.padded]

@@ -33,8 +33,9 @@ class KVCache:
         self.width = min(self.n_positions, max(round_up(width), 2 * self.width))
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                grown = old.new_zeros(*old.shape[:2], self.width, old.shape[3])
+                grown = old.new_empty(*old.shape[:2], self.width, old.shape[3])
                 grown[:, :, : old.shape[2]] = old
+                grown[:, :, old.shape[2] :] = 0
                 tensors[layer] = grown
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
