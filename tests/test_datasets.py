@@ -111,7 +111,12 @@ def test_bad_rows_are_named_by_row(tmp_path: Path) -> None:
 
 def test_datasets_and_splits_that_are_not_there(tmp_path: Path) -> None:
     write_folder(tmp_path / "data", "jsonl")
-    for dataset, split in ((tmp_path / "data", "test"), (tmp_path / "data", "test[:3]"), (tmp_path / "nothing", "train"), ("./nothing", "train")):
+    for dataset, split in (
+        (tmp_path / "data", "test"),
+        (tmp_path / "data", "test[:3]"),
+        (tmp_path / "nothing", "train"),
+        ("./nothing", "train"),
+    ):
         with pytest.raises(InputNotFoundError):
             read(dataset, split=split)
     (tmp_path / "rows.txt").write_text("x")

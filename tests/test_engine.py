@@ -47,9 +47,7 @@ def run(
     prefill_tokens: int = 4096,
 ) -> list[Completion]:
     """All completions, in the order of the prompts' indices."""
-    engine = Engine(
-        model=model, batch_size=batch_size, end_of_text=end_of_text, window_full=window_full, prefill_tokens=prefill_tokens
-    )
+    engine = Engine(model=model, batch_size=batch_size, end_of_text=end_of_text, window_full=window_full, prefill_tokens=prefill_tokens)
     ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]
     assert len(ended) == len(prompts)
     return sorted(ended, key=lambda completion: completion.prompt.index)
@@ -58,9 +56,7 @@ def run(
 def expect(
     model: GPT, prompts: Sequence[TokenizedPrompt], *, end_of_text: int | None = END_OF_TEXT, window_full: WindowFull = "stop"
 ) -> list[tuple[list[int], str]]:
-    return [
-        reference.generate(model, p.token_ids, p.prompt.params, end_of_text=end_of_text, window_full=window_full) for p in prompts
-    ]
+    return [reference.generate(model, p.token_ids, p.prompt.params, end_of_text=end_of_text, window_full=window_full) for p in prompts]
 
 
 def outcome(completions: Sequence[Completion]) -> list[tuple[list[int], str | None]]:

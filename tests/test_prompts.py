@@ -231,7 +231,12 @@ def test_the_digest_follows_what_a_run_takes(write_rows: WriteRows) -> None:
 
     base = digest({"prompt": "a", "seed": 1})
     assert digest('{"seed": 1,   "prompt": "\\u0061"}') == base
-    for other in ({"prompt": "b", "seed": 1}, {"prompt": "a", "seed": 2}, {"prompt": "a", "seed": 1, "id": "x"}, {"prompt": "a", "seed": 1, "y": 0}):
+    for other in (
+        {"prompt": "b", "seed": 1},
+        {"prompt": "a", "seed": 2},
+        {"prompt": "a", "seed": 1, "id": "x"},
+        {"prompt": "a", "seed": 1, "y": 0},
+    ):
         assert digest(other) != base
 
 

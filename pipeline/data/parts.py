@@ -80,7 +80,9 @@ class PartWriter:
         temporary = self._work / f"{part.name}.{os.getpid()}.tmp"
         try:
             with temporary.open("wb") as file:
-                pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+                with pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True) as writer:
+                    if rows:  # load_dataset stumbles over a row group of no rows, not over no row group
+                        writer.write_table(table)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self._output / part.name)

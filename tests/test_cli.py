@@ -1,0 +1,329 @@
+"""The real command in a child process: exit codes, messages, and what is on which stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+
+from jobs.cli import cli, run_command
+from tests.conftest import REPOSITORY, run_gptbatch
+
+WriteRows = Callable[..., Path]
+
+
+@pytest.fixture
+def in_process(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`gptbatch ARGUMENTS...` without the price of a new process: for what ends before a model is loaded."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        code = run_command([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+InProcess = Callable[..., tuple[int, str, str]]
+
+
+def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    path = write_rows([{"prompt": f"secret {i}"} for i in range(5)])
+    command = ["generate", "--model", checkpoint, "--input", path, "--output", "out", "--max-new-tokens", "4", "--threads", "1"]
+    ran = run_gptbatch(*command, cwd=tmp_path)
+    assert ran.code == 0, ran.stderr
+    assert len(ran.stdout.splitlines()) == 1
+    assert list(ran.summary) == [
+        "output",
+        "rows",
+        "ok",
+        "errors",
+        "skipped",
+        "prompt_tokens",
+        "completion_tokens",
+        "load_s",
+        "generate_s",
+        "wall_s",
+        "tokens_per_s",
+        "device",
+        "dtype",
+        "numerics",
+        "fingerprint",
+    ]
+    assert (ran.summary["output"], ran.summary["rows"], ran.summary["ok"], ran.summary["skipped"]) == ("out", 5, 5, 0)
+    completions = pq.read_table(tmp_path / "out" / "part-00000.parquet")["completion"].to_pylist()
+    for text in ("secret", *(c for c in completions if len(c) > 3)):
+        assert text not in ran.stdout + ran.stderr, "prompts and completions are never logged"
+    again = run_gptbatch(*command, cwd=tmp_path)
+    assert (again.code, again.summary["rows"], again.summary["skipped"]) == (0, 0, 5)
+
+
+def test_prompts_from_standard_input(checkpoint: Path, tmp_path: Path) -> None:
+    rows = b'{"prompt": "The king"}\n{"prompt": "The queen"}\n'
+    settings = ["--model", checkpoint, "--output", tmp_path / "out", "--max-new-tokens", "3"]
+    ran = run_gptbatch("generate", *settings, "--input", "-", stdin=rows)
+    assert ran.code == 0, ran.stderr
+    assert pq.read_table(tmp_path / "out" / "part-00000.parquet")["prompt"].to_pylist() == ["The king", "The queen"]
+    bad = run_gptbatch("generate", *settings[:2], "--output", tmp_path / "other", "--input", "-", stdin=b"{}\n")
+    assert bad.code == 65
+    assert "<stdin>:1: there is no field 'prompt'" in bad.stderr
+
+
+def test_a_dataset_split(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("question,seed\nThe king,1\nThe queen,\n")
+    ran = run_gptbatch(
+        *("generate", "--model", checkpoint, "--dataset", tmp_path / "data", "--split", "train[:1]", "--prompt-field", "question"),
+        *("--output", tmp_path / "out", "--max-new-tokens", "3"),
+        env={"HF_HOME": str(tmp_path / "hf")},
+    )
+    assert ran.code == 0, ran.stderr
+    assert pq.read_table(tmp_path / "out" / "part-00000.parquet")["seed"].to_pylist() == [1]
+
+
+def test_a_dry_run_loads_no_model_and_writes_nothing(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    path = write_rows([{"prompt": ""}, {"prompt": "The king"}, {"prompt": "The king is dead. " * 60}])
+    program = (
+        "import sys; from jobs.cli import run_command; code = run_command(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
+    )
+    arguments = ["generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out", "--dry-run"]
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["rows"], report["n_positions"], report["too_long"]) == (3, 64, 1)
+    assert report["prompt_tokens_min"] == 1 < report["prompt_tokens_median"] < 64 < report["prompt_tokens_max"]
+    assert report["prompt_tokens"] == 1 + report["prompt_tokens_median"] + report["prompt_tokens_max"]
+    assert not (tmp_path / "out").exists()
+    write_rows(["{}"])
+    bad = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert bad.returncode == 65
+
+
+def test_a_complete_output_is_recognised_without_torch(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    path = write_rows([{"prompt": "The king"}])
+    arguments = ["generate", "--model", str(checkpoint), "--input", str(path), "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    assert run_command(arguments) == 0
+    program = "import sys; from jobs.cli import run_command; run_command(sys.argv[1:]); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--seed", "-1"], 2, "--seed: input should be greater than or equal to 0, not -1"),
+        (["--seed", str(2**63)], 2, "--seed: input should be less than or equal to 9223372036854775807"),
+        (["--seed", "x"], 2, "'x' is not a valid integer"),
+        (["--temperature", "-0.5"], 2, "--temperature: input should be greater than or equal to 0, not -0.5"),
+        (["--temperature", "nan"], 2, "--temperature: input should be a finite number"),
+        (["--temperature", "inf"], 2, "--temperature: input should be a finite number"),
+        (["--top-k", "-1"], 2, "--top-k: input should be greater than or equal to 0, not -1"),
+        (["--max-new-tokens", "0"], 2, "--max-new-tokens: input should be greater than or equal to 1"),
+        (["--batch-size", "0"], 2, "--batch-size: input should be greater than or equal to 1"),
+        (["--dtype", "float64"], 2, "'float64' is not one of 'float32', 'bfloat16', 'float16'"),
+        (["--greedy", "--temperature", "1"], 2, "--greedy and --temperature cannot be given together"),
+        (["--colour"], 2, "No such option '--colour'"),
+        (["--dataset", "data"], 2, "give either input or dataset, not both"),
+        (["--config", "nowhere.yaml"], 78, "nowhere.yaml: no such config file, nor a bundled config (demo, gpt2-cpu, gpt2-cuda)"),
+        (["--model", "no/such/model"], 78, "no/such/model: no such folder"),
+        (["--model", "bundled:nothing"], 66, "bundled:nothing: the package has no such file"),
+        (["--input", "nowhere.jsonl"], 66, "nowhere.jsonl: no such file"),
+        (["--dtype", "float16", "--device", "cpu"], 78, "engine.dtype is float16"),
+    ],
+)
+def test_options_that_cannot_be(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess, options: list[str], code: int, message: str
+) -> None:
+    path = write_rows([{"prompt": "The king"}])
+    base = ["generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out"]
+    ended, stdout, stderr = in_process(*base, *options)
+    assert (ended, stdout) == (code, "")
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_needed_and_missing(checkpoint: Path, in_process: InProcess, tmp_path: Path) -> None:
+    code, _, stderr = in_process("generate", "--model", checkpoint)
+    assert code == 2
+    assert "output is needed: give it as an option, in the config file or as GPTBATCH_OUTPUT" in stderr
+    code, _, stderr = in_process("generate", "--model", checkpoint, "--output", tmp_path / "out")
+    assert code == 2
+    assert "give either input or dataset" in stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess) -> None:
+    path = write_rows([{"prompt": "The king"}])
+    code, _, stderr = in_process("generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out", "--device", "cuda")
+    assert code == 78
+    assert "engine.device is cuda, but torch finds no CUDA device here; use cpu or auto" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+BAD_ROWS: list[tuple[list[dict[str, Any] | str], str]] = [
+    ([{"prompt": "a"}, '{"prompt": "b"'], ":2: not valid JSON"),
+    ([{"prompt": "a"}, {"text": "b"}], ":2: there is no field 'prompt'"),
+    ([{"prompt": 7}], ":1: prompt must be a string, not a number"),
+    ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], ":2: id 'x' was already used on line 1; ids must be unique"),
+    (['{"prompt": "a", "temperature": NaN}'], ":1: not valid JSON: NaN is no JSON number"),
+    ([{"prompt": "a", "temperature": -1}], ":1: temperature must be 0 or more and finite, not -1"),
+    ([{"prompt": "a", "top_k": -1}], ":1: top_k must be 0 to 2147483647, not -1"),
+    ([{"prompt": "a", "seed": 2**63}], ":1: seed must be 0 to 9223372036854775807, not 9223372036854775808"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), BAD_ROWS)
+def test_bad_rows_stop_the_run_before_anything_is_loaded(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess, rows: list[dict[str, Any] | str], message: str
+) -> None:
+    path = write_rows(rows)
+    code, stdout, stderr = in_process("generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out")
+    assert (code, stdout) == (65, "")
+    assert f"{path}{message}" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_that_is_not_there(checkpoint: Path, tmp_path: Path, in_process: InProcess) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "a"}\n')
+    base = ["generate", "--model", checkpoint, "--output", tmp_path / "out"]
+    code, _, stderr = in_process(*base, "--dataset", tmp_path / "data", "--split", "validation")
+    assert code == 66
+    assert "[validation]: cannot be loaded" in stderr
+
+
+def test_a_folder_that_holds_something_else(checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    path = write_rows([{"prompt": "a"}])
+    code, _, stderr = in_process("generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out")
+    assert code == 78
+    assert f"{tmp_path / 'out'}: holds something that gptbatch did not write; name another output" in stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("temprature: 0.5", "there is no key 'temprature'; did you mean temperature?"),
+        ("engine: {dtyp: float32}", "there is no key 'engine.dtyp'; did you mean engine.dtype?"),
+        ("seed: -1", "seed: input should be greater than or equal to 0, not -1"),
+        ("seed: '5'", "seed: input should be a valid integer, not '5'"),
+        ("seed: true", "seed: input should be a valid integer, not True"),
+        ("temperature: .nan", "temperature: input should be a finite number, not nan"),
+        ("window_full: roll", "window_full: input should be 'stop' or 'slide', not 'roll'"),
+        ("seed: 1\nseed: 2", "the key 'seed' stands twice"),
+        ("[1, 2]", "a mapping of keys to values is needed"),
+        ("a: [", "not readable as YAML"),
+        ("engine: 5", "engine must be a mapping"),
+    ],
+)
+def test_config_files_that_cannot_be(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess, content: str, message: str
+) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(content)
+    path = write_rows([{"prompt": "a"}])
+    base = ["generate", "--config", config, "--model", checkpoint, "--input", path, "--output", tmp_path / "out"]
+    code, _, stderr = in_process(*base)
+    assert code == 78
+    assert str(config) in stderr
+    assert message in stderr
+
+
+def test_an_unexpected_error_is_a_bug_with_a_traceback(in_process: InProcess, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr("jobs.generate.load_config", lambda *args, **kwargs: 1 / 0)
+    code, _, _ = in_process("generate")
+    assert code == 70
+    assert "this is a bug in gptbatch" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_ctrl_c_says_to_run_again(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    path = write_rows([{"prompt": f"{i}"} for i in range(20_000)])
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "jobs",
+            "generate",
+            "--model",
+            checkpoint,
+            "--input",
+            path,
+            "--output",
+            tmp_path / "out",
+            "--batch-size",
+            "1",
+        ],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    for _ in range(600):
+        if (tmp_path / "out" / "_manifest.json").exists():
+            break
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 75
+    assert "stopped; run the same command again" in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_progress_is_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    from jobs import progress
+
+    clock = iter([0.0, 1.0, 10.0, 11.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    lines = progress.Lines()
+    lines.begin(100)
+    for rows in (1, 20, 30):
+        lines.update(rows=rows, errors=2, completion_tokens=rows * 50)
+    lines.end()
+    assert capfd.readouterr().err.splitlines() == ["20 of 100 rows, 2 errors, 100 tokens/s, about 40 s left"]
+
+
+def test_check_model_agrees(checkpoint: Path) -> None:
+    ran = run_gptbatch("check-model", checkpoint)
+    assert ran.code == 0, ran.stderr
+    assert ran.summary["agree"] is True
+    assert ran.summary["parameters"] == ran.summary["parameters_transformers"]
+    assert 0 < ran.summary["largest_logit_difference"] < 1e-4
+    assert ran.summary["greedy_tokens_equal"] == ran.summary["greedy_tokens_compared"] > 60
+    assert re.search(r"parameters, the head counted as its own: ours ([\d,]+), transformers \1\n", ran.stdout)
+
+
+def test_check_model_notices_a_network_that_differs(checkpoint: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.gpt.config import GPTConfig
+
+    monkeypatch.setattr(GPTConfig, "attention_scale", lambda self, layer: 0.3)
+    code, stdout, stderr = in_process("check-model", checkpoint)
+    assert code == 78
+    assert json.loads(stdout.splitlines()[-1])["agree"] is False
+    assert "our network and transformers do not agree" in stderr
+
+
+def test_every_command_has_help() -> None:
+    for name, command in cli.commands.items():
+        result = CliRunner().invoke(cli, [name, "--help"])
+        assert result.exit_code == 0
+        assert command.help
+        assert result.output.startswith(f"Usage: gptbatch {name}") or name in result.output

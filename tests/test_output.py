@@ -1,0 +1,302 @@
+"""What a run writes: the table, its footers, the folder, and that everyone can read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import JobConfig, run_job
+from pipeline.data.completions import COLUMNS, DETERMINISTIC_COLUMNS, SCHEMA, content_digest
+from pipeline.data.parts import read_footer
+from pipeline.errors import OutputConflictError, OutputCreationError
+from pipeline.run import RunSummary
+
+WriteRows = Callable[..., Path]
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "The king", "id": "a", "seed": 5, "temperature": 0.5, "top_k": 3, "max_new_tokens": 6, "note": 1.50},
+    {"prompt": ""},
+    {"prompt": "To be, or not to be: that is the question. " * 40, "id": "too long"},
+    {"prompt": "Long live the queen \u00e9\u4e2d"},
+    {"prompt": "The king <|endoftext|>"},
+    {"prompt": "dead", "max_new_tokens": 1},
+    {"prompt": "question"},
+]
+
+
+def job(checkpoint: Path, path: Path, output: Path, **settings: Any) -> JobConfig:
+    return JobConfig(model=str(checkpoint), input=str(path), output=str(output), **{"max_new_tokens": 8, **settings})
+
+
+def read(output: Path) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path) for path in sorted(output.glob("part-*.parquet")))
+
+
+def deterministic(output: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read(output).select(DETERMINISTIC_COLUMNS).to_pylist()
+    return rows
+
+
+def test_a_run_writes_every_row_once_and_in_order(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    summary = run_job(job(checkpoint, write_rows(ROWS), tmp_path / "out", part_rows=3))
+    rows = deterministic(tmp_path / "out")
+    assert [row["prompt_index"] for row in rows] == list(range(7))
+    assert [row["prompt_id"] for row in rows] == ["a", "1", "too long", "3", "4", "5", "6"]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS]
+    first, empty, long = rows[:3]
+    assert (first["seed"], first["temperature"], first["top_k"], first["max_new_tokens"]) == (5, 0.5, 3, 6)
+    assert first["metadata"] == '{"note": 1.5}'
+    assert (empty["prompt_tokens"], empty["metadata"], empty["error"]) == (1, None, None)
+    assert long["finish_reason"] == "error"
+    assert long["error"] == f"the prompt has {long['prompt_tokens']} tokens, more than n_positions (64)"
+    assert (long["completion"], long["completion_token_ids"], long["completion_tokens"], long["stop_reason"]) == (None, [], 0, None)
+    for row in rows:
+        assert row["completion_tokens"] == len(row["completion_token_ids"]) <= row["max_new_tokens"]
+        if row["finish_reason"] != "error":
+            assert row["stop_reason"] == ("end_of_text" if row["finish_reason"] == "stop" else "max_new_tokens")
+            assert (row["completion_token_ids"][-1] == 0) == (row["finish_reason"] == "stop")
+            assert "<|endoftext|>" not in row["completion"]
+    assert (summary.rows, summary.ok, summary.errors, summary.skipped) == (7, 6, 1, 0)
+    assert summary.completion_tokens == sum(row["completion_tokens"] for row in rows)
+    assert summary.prompt_tokens == sum(row["prompt_tokens"] for row in rows)
+
+
+def test_the_table_has_the_schema_and_its_words(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    run_job(job(checkpoint, write_rows(ROWS), tmp_path / "out", part_rows=3))
+    for path in sorted((tmp_path / "out").glob("part-*.parquet")):
+        schema = pq.read_schema(path)
+        assert schema.remove_metadata().equals(SCHEMA.remove_metadata())
+        for column in COLUMNS:
+            field = schema.field(column.name)
+            assert field.metadata[b"kind"] == column.kind.encode()
+            assert field.metadata[b"meaning"] == column.meaning.encode()
+            assert field.metadata[b"unit"] == column.unit.encode()
+            assert field.nullable == column.nullable
+
+
+def test_timings_of_rows(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    run_job(job(checkpoint, write_rows(ROWS), tmp_path / "out"))
+    for row in read(tmp_path / "out").to_pylist():
+        observed = [row[column.name] for column in COLUMNS if column.kind == "observed"]
+        if row["finish_reason"] == "error":
+            assert observed == [None] * len(observed)
+            continue
+        assert row["total_s"] == pytest.approx(row["queue_s"] + row["prefill_s"] + row["decode_s"])
+        assert row["time_to_first_token_s"] == pytest.approx(row["queue_s"] + row["prefill_s"])
+        assert min(row["queue_s"], row["prefill_s"]) > 0
+        assert 1 <= row["mean_batch_size"] <= 6
+        assert row["started_at"].tzinfo is not None
+        if row["completion_tokens"] > 1:
+            assert row["tokens_per_s"] == pytest.approx((row["completion_tokens"] - 1) / row["decode_s"])
+        else:
+            assert row["tokens_per_s"] is None
+
+
+def test_footers_and_manifest(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    summary = run_job(job(checkpoint, write_rows(ROWS), output, part_rows=3))
+    manifest = json.loads((output / "_manifest.json").read_text())
+    assert (output / "_SUCCESS").is_file()
+    assert manifest["complete"] is True
+    assert (manifest["rows"], manifest["errors"]) == (7, 1)
+    assert [part["name"] for part in manifest["parts"]] == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    for part, first, rows in zip(manifest["parts"], (0, 3, 6), (3, 3, 1), strict=True):
+        footer = read_footer(output / part["name"])
+        assert footer is not None
+        assert (footer["first_row"], footer["rows"]) == (part["first_row"], part["rows"]) == (first, rows)
+        assert footer["content_digest"] == part["content_digest"] == content_digest(pq.read_table(output / part["name"]))
+        assert footer["fingerprint"] == manifest["fingerprint"] == summary.fingerprint
+        for key in ("model", "model_digest", "tokenizer_digest", "input_digest", "dtype", "device", "profile", "versions", "numerics"):
+            assert footer[key] == manifest[key]
+        assert footer["profile"].keys() >= {"attention", "linears", "torch", "device_class", "noise_version"}
+        assert footer["versions"]["torch"]
+    names = {path.name for path in output.iterdir()}
+    assert names == {"part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "_manifest.json", "_SUCCESS", ".gptbatch"}
+    assert [path.name for path in (output / ".gptbatch").iterdir()] == ["config.yaml"]
+
+
+def test_page_checksums_are_on(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    run_job(job(checkpoint, write_rows(ROWS), tmp_path / "out"))
+    path = tmp_path / "out" / "part-00000.parquet"
+    column = pq.read_metadata(path).row_group(0).column(DETERMINISTIC_COLUMNS.index("prompt"))
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises((OSError, pa.ArrowException)):
+        pq.read_table(path, page_checksum_verification=True)
+
+
+def test_the_same_job_gives_the_same_rows(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    rows = [{"prompt": f"The king {i}"} for i in range(40)]
+    path = write_rows(rows)
+    digests = []
+    for name, settings in (("a", {}), ("b", {}), ("c", {"batch_size": 3}), ("other seed", {"seed": 1})):
+        batch_size = settings.pop("batch_size", 64)
+        run_job(job(checkpoint, path, tmp_path / name, part_rows=40, engine={"batch_size": batch_size}, **settings))
+        digests.append(content_digest(read(tmp_path / name)))
+    assert digests[0] == digests[1] == digests[2] != digests[3]
+    tokens = [row["completion_token_ids"] for row in deterministic(tmp_path / "a")]
+    other = [row["completion_token_ids"] for row in deterministic(tmp_path / "other seed")]
+    assert sum(a != b for a, b in zip(tokens, other, strict=True)) > 30
+
+
+def test_equal_seeds_share_noise_and_derived_ones_do_not(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    rows = [{"prompt": "The king", "seed": 9}, {"prompt": "The king", "seed": 9}, {"prompt": "The king"}, {"prompt": "The king"}]
+    run_job(job(checkpoint, write_rows(rows), tmp_path / "out"))
+    a, b, c, d = (row["completion_token_ids"] for row in deterministic(tmp_path / "out"))
+    assert a == b
+    assert len({tuple(a), tuple(c), tuple(d)}) == 3
+
+
+def test_special_tokens_are_plain_text_unless_they_are_asked_for(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    path = write_rows([{"prompt": "a<|endoftext|>b"}])
+    run_job(job(checkpoint, path, tmp_path / "plain"))
+    run_job(job(checkpoint, path, tmp_path / "special", parse_special=True))
+    plain, special = deterministic(tmp_path / "plain")[0], deterministic(tmp_path / "special")[0]
+    assert special["prompt_tokens"] == 3 < plain["prompt_tokens"]
+
+
+def test_long_prompts_lose_their_front_where_that_is_asked_for(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    text = "The king is dead. Long live the king, and the queen. " * 12
+    rows = [{"prompt": text, "max_new_tokens": n} for n in (8, 1, 1000)] + [{"prompt": "The king", "max_new_tokens": 8}]
+    run_job(job(checkpoint, write_rows(rows), tmp_path / "out", context_overflow="truncate_left", ignore_eos=True, temperature=0.0))
+    some, one, many, short = deterministic(tmp_path / "out")
+    total = some["prompt_tokens"] + some["prompt_tokens_dropped"]
+    assert total > 64
+    assert [row["prompt_tokens"] for row in (some, one, many)] == [64 - 8 + 1, 64, 1]
+    assert [row["completion_tokens"] for row in (some, one, many)] == [8, 1, 64]
+    assert [row["stop_reason"] for row in (some, one, many)] == ["max_new_tokens", "max_new_tokens", "window"]
+    assert short["prompt_tokens_dropped"] == 0
+    assert all(row["prompt"] == text for row in (some, one, many))
+
+
+@pytest.mark.parametrize("rows", [0, 4, 12], ids=["no rows", "one part", "three parts"])
+def test_everyone_reads_it(checkpoint: Path, write_rows: WriteRows, tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    output = tmp_path / "out"
+    run_job(job(checkpoint, write_rows([{"prompt": f"row {i}"} for i in range(rows)]), output, part_rows=4))
+    assert len(list(output.glob("part-*.parquet"))) == max(1, rows // 4)
+    expected = [str(i) for i in range(rows)]
+    columns = [column.name for column in COLUMNS]
+
+    frame = pd.read_parquet(output)
+    assert list(frame.columns) == columns
+    assert sorted(frame["prompt_id"], key=int) == expected
+    assert all(isinstance(ids, np.ndarray) for ids in frame["completion_token_ids"])
+
+    lazy = pl.read_parquet(f"{output}/part-*.parquet")
+    assert lazy.columns == columns
+    assert lazy["prompt_id"].to_list() == expected
+
+    found = duckdb.sql(f"SELECT prompt_id, completion FROM '{output}/part-*.parquet' ORDER BY prompt_index").fetchall()
+    assert [prompt_id for prompt_id, _ in found] == expected
+
+    # the library loads no split without rows (huggingface/datasets pull request 8401), but streams one
+    dataset = datasets.load_dataset(str(output), split="train", streaming=rows == 0)
+    assert dataset.column_names == columns
+    assert [row["prompt_id"] for row in dataset] == expected
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------
+
+
+def run(checkpoint: Path, path: Path, output: Path, **settings: Any) -> RunSummary:
+    return run_job(job(checkpoint, path, output, **settings))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_complete_output_is_left_as_it_is(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    path, output = write_rows(ROWS), tmp_path / "out"
+    first = run(checkpoint, path, output)
+    before = snapshot(output)
+    again = run(checkpoint, path, output)
+    assert (again.rows, again.skipped, again.completion_tokens) == (0, 7, 0)
+    assert again.fingerprint == first.fingerprint
+    assert snapshot(output) == before
+
+
+def test_an_incomplete_output_is_done_again(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    path, output = write_rows(ROWS), tmp_path / "out"
+    run(checkpoint, path, output, part_rows=3)
+    expected = deterministic(output)
+    (output / "_SUCCESS").unlink()
+    (output / "part-00001.parquet").unlink()
+    assert run(checkpoint, path, output, part_rows=3).rows == 7
+    assert deterministic(output) == expected
+    assert (output / "_SUCCESS").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "differs"),
+    [
+        ({"seed": 1}, "fingerprint, seed"),
+        ({"temperature": 0.5}, "fingerprint, temperature"),
+        ({"ignore_eos": True}, "fingerprint, ignore_eos"),
+        ({"window_full": "slide"}, "fingerprint, window_full"),
+        ({"limit": 2}, "input_digest, rows"),
+        ({"part_rows": 5}, "part_rows"),
+        ({"engine": {"dtype": "bfloat16"}}, "fingerprint, dtype"),
+    ],
+)
+def test_another_job_is_refused_and_nothing_is_touched(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, settings: dict[str, Any], differs: str
+) -> None:
+    path, output = write_rows(ROWS), tmp_path / "out"
+    run(checkpoint, path, output)
+    before = snapshot(output)
+    with pytest.raises(OutputConflictError) as caught:
+        run(checkpoint, path, output, **settings)
+    named = str(caught.value).split("(")[1].split(" differ")[0].split(", ")
+    assert set(named) >= set(differs.split(", "))
+    assert "--overwrite" in str(caught.value)
+    assert snapshot(output) == before
+
+
+def test_overwrite_replaces_our_files_and_no_others(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    path, output = write_rows(ROWS), tmp_path / "out"
+    run(checkpoint, path, output, part_rows=2)
+    foreign = {"notes.txt": b"mine", "part-00099.parquet": b"not a part of yours", "other.parquet": b"mine too"}
+    for name, content in foreign.items():
+        (output / name).write_bytes(content)
+    run(checkpoint, path, output, part_rows=4, overwrite=True, seed=1)
+    assert {name: (output / name).read_bytes() for name in foreign} == foreign
+    (output / "part-00099.parquet").unlink()
+    assert [row["prompt_index"] for row in deterministic(output)] == list(range(7))
+
+
+def test_a_folder_that_holds_something_else_is_refused(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    path, output = write_rows(ROWS), tmp_path / "out"
+    output.mkdir()
+    for name, content in (("notes.txt", "mine"), ("_manifest.json", '{"format": "another"}'), ("_manifest.json", "{")):
+        (output / name).write_text(content)
+        for settings in ({}, {"overwrite": True}):
+            with pytest.raises(OutputConflictError, match="holds something that gptbatch did not write"):
+                run(checkpoint, path, output, **settings)
+        assert [p.name for p in output.iterdir()] == [name]
+        (output / name).unlink()
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(OutputConflictError, match="exists and is no folder"):
+        run(checkpoint, path, file)
+    with pytest.raises((OutputCreationError, OutputConflictError)):
+        run(checkpoint, path, file / "below")
+    assert file.read_text() == "mine"
+
+
+def test_an_empty_folder_is_fine(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert run(checkpoint, write_rows(ROWS), tmp_path / "out").rows == 7
