@@ -1,7 +1,7 @@
 """gptbatch as a library: `run_job(JobConfig(model="gpt2", input="prompts.jsonl", output="out"))`."""
 
-from pipeline.config import JobConfig, load_config
+from pipeline.config import EngineConfig, JobConfig, load_config
 from pipeline.errors import GptbatchError
 from pipeline.run import InputReport, Progress, RunSummary, inspect_job, run_job
 
-__all__ = ["GptbatchError", "InputReport", "JobConfig", "Progress", "RunSummary", "inspect_job", "load_config", "run_job"]
+__all__ = ["EngineConfig", "GptbatchError", "InputReport", "JobConfig", "Progress", "RunSummary", "inspect_job", "load_config", "run_job"]

@@ -45,7 +45,8 @@ def random_model(seed: int = 0, **shape: Any) -> GPT2LMHeadModel:
             spread = 0.85 * model.config.n_embd**-0.5 if parameter.dim() > 1 else 0.3
             centre = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def our_model(theirs: GPT2LMHeadModel, *, pack: bool = True) -> GPT:

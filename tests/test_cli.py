@@ -41,7 +41,7 @@ InProcess = Callable[..., tuple[int, str, str]]
 
 def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
     path = write_rows([{"prompt": f"secret {i}"} for i in range(5)])
-    command = ["generate", "--model", checkpoint, "--input", path, "--output", "out", "--max-new-tokens", "4", "--threads", "1"]
+    command = ["generate", "--model", str(checkpoint), "--input", str(path), "--output", "out", "--max-new-tokens", "4", "--threads", "1"]
     ran = run_gptbatch(*command, cwd=tmp_path)
     assert ran.code == 0, ran.stderr
     assert len(ran.stdout.splitlines()) == 1
@@ -72,11 +72,11 @@ def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -
 
 def test_prompts_from_standard_input(checkpoint: Path, tmp_path: Path) -> None:
     rows = b'{"prompt": "The king"}\n{"prompt": "The queen"}\n'
-    settings = ["--model", checkpoint, "--output", tmp_path / "out", "--max-new-tokens", "3"]
-    ran = run_gptbatch("generate", *settings, "--input", "-", stdin=rows)
+    settings = ["--model", str(checkpoint), "--max-new-tokens", "3"]
+    ran = run_gptbatch("generate", *settings, "--output", tmp_path / "out", "--input", "-", stdin=rows)
     assert ran.code == 0, ran.stderr
     assert pq.read_table(tmp_path / "out" / "part-00000.parquet")["prompt"].to_pylist() == ["The king", "The queen"]
-    bad = run_gptbatch("generate", *settings[:2], "--output", tmp_path / "other", "--input", "-", stdin=b"{}\n")
+    bad = run_gptbatch("generate", *settings, "--output", tmp_path / "other", "--input", "-", stdin=b"{}\n")
     assert bad.code == 65
     assert "<stdin>:1: there is no field 'prompt'" in bad.stderr
 
@@ -292,7 +292,7 @@ def test_progress_is_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPa
     from jobs import progress
 
     clock = iter([0.0, 1.0, 10.0, 11.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     lines = progress.Lines()
     lines.begin(100)
     for rows in (1, 20, 30):

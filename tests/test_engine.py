@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -97,12 +97,12 @@ def test_windows_that_fill(model: GPT, batch_size: int, window_full: WindowFull)
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 def test_greedy_tokens_are_those_of_transformers(batch_size: int) -> None:
     theirs = random_model(seed=5, n_layer=3)
-    prompts = [p for p in ragged_prompts(64, greedy=True)]
+    prompts = ragged_prompts(64, greedy=True)
     completions = run(our_model(theirs), prompts, batch_size=batch_size, end_of_text=None)
     with torch.inference_mode():
         for prompt, completion in zip(prompts, completions, strict=True):
             idx = torch.tensor([prompt.token_ids])
-            expected = theirs.generate(
+            expected = theirs.generate(  # type: ignore[misc]
                 idx,
                 attention_mask=torch.ones_like(idx),
                 max_new_tokens=len(completion.token_ids),
@@ -172,12 +172,9 @@ def test_prompts_are_taken_as_slots_fall_free(model: GPT) -> None:
     """Never more prompts are read than fit: what waits costs no memory."""
     taken = ended = 0
 
-    def prompts() -> list[TokenizedPrompt]:
-        return ragged_prompts(50)
-
-    def counted():  # type: ignore[no-untyped-def]
+    def counted() -> Iterator[TokenizedPrompt]:
         nonlocal taken
-        for prompt in prompts():
+        for prompt in ragged_prompts(50):
             taken += 1
             yield prompt
 

@@ -199,7 +199,9 @@ def test_everyone_reads_it(checkpoint: Path, write_rows: WriteRows, tmp_path: Pa
     assert lazy.columns == columns
     assert lazy["prompt_id"].to_list() == expected
 
-    found = duckdb.sql(f"SELECT prompt_id, completion FROM '{output}/part-*.parquet' ORDER BY prompt_index").fetchall()
+    relation = duckdb.sql(f"SELECT prompt_id, completion FROM '{output}/part-*.parquet' ORDER BY prompt_index")
+    assert relation is not None
+    found = relation.fetchall()
     assert [prompt_id for prompt_id, _ in found] == expected
 
     # the library loads no split without rows (huggingface/datasets pull request 8401), but streams one

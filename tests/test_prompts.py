@@ -261,11 +261,11 @@ def test_any_bytes_are_rows_or_a_clear_error(tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("bytes") / "prompts.jsonl"
     path.write_bytes(b"\n".join(lines))
     source = PromptReader(source=JsonlFile(path), defaults=DEFAULTS)
-    try:
-        rows = list(source.rows())
-    except InputRowsError as error:
-        assert "UTF-16" in str(error)
+    if b"\n".join(lines).startswith((b"\xff\xfe", b"\xfe\xff")):
+        with pytest.raises(InputRowsError, match="UTF-16"):
+            list(source.rows())
         return
-    assert all(isinstance(row, BadRow) or (isinstance(row, Prompt) and row.index < len(rows)) for row in rows)
+    rows = list(source.rows())
+    assert all(isinstance(row, BadRow) or row.index < len(rows) for row in rows)
     lines_with_content = b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").rstrip(b" \t\r\n").count(b"\n") + 1
     assert len(rows) == (lines_with_content if b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n") else 0)

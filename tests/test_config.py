@@ -1,0 +1,105 @@
+"""Where settings come from, which source wins, and that no key is forgotten anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from jobs.generate import generate
+from jobs.options import option_name
+from pipeline.config import EngineConfig, JobConfig, config_fields, environment_name, find_config, load_config
+from pipeline.errors import ConfigError
+
+NEEDED = {"model": "m", "input": "i", "output": "o"}
+
+
+def test_options_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("{model: m, input: i, output: o, seed: 1, top_k: 1, max_new_tokens: 1, engine: {threads: 1, batch_size: 1}}")
+    environment = {"GPTBATCH_SEED": "2", "GPTBATCH_TOP_K": "2", "GPTBATCH_ENGINE_THREADS": "2", "HOME": "/"}
+    config = load_config(str(path), environment=environment, options={"seed": 3})
+    assert (config.seed, config.top_k, config.max_new_tokens, config.temperature) == (3, 2, 1, 1.0)
+    assert (config.engine.threads, config.engine.batch_size) == (2, 1)
+
+
+def test_an_input_replaces_a_dataset_below_it_and_the_other_way_round(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("{model: m, input: i, output: o}")
+    config = load_config(str(path), environment={}, options={"dataset": "d"})
+    assert (config.input, config.dataset) == (None, "d")
+    path.write_text("{model: m, dataset: d, output: o}")
+    config = load_config(str(path), environment={}, options={"input": "i"})
+    assert (config.input, config.dataset) == ("i", None)
+    with pytest.raises(ConfigError, match="give either input or dataset, not both"):
+        load_config(None, environment={}, options={**NEEDED, "dataset": "d"})
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("1", True)])
+def test_the_environment_is_text(text: str, value: bool) -> None:
+    config = load_config(None, environment={"GPTBATCH_IGNORE_EOS": text, "GPTBATCH_TEMPERATURE": "0.25"}, options=NEEDED)
+    assert config.ignore_eos is value
+    assert config.temperature == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("GPTBATCH_SEED", "five", "environment variable GPTBATCH_SEED: Input should be a valid integer"),
+        ("GPTBATCH_SEED", "-5", "GPTBATCH_SEED: input should be greater than or equal to 0, not -5"),
+        ("GPTBATCH_SEDE", "5", "environment variable GPTBATCH_SEDE: no such setting; did you mean GPTBATCH_SEED?"),
+        ("GPTBATCH_ENGINE_DEVICE", "tpu", "environment variable GPTBATCH_ENGINE_DEVICE"),
+    ],
+)
+def test_environment_variables_that_cannot_be(name: str, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        load_config(None, environment={name: text}, options=NEEDED)
+
+
+def test_the_library_takes_values_as_strictly() -> None:
+    assert JobConfig(model="m", input="i", output="o", engine=EngineConfig(threads=2)).engine.threads == 2
+    assert JobConfig.model_validate({**NEEDED, "engine": {"threads": 2}}).engine.threads == 2
+    for wrong in ({"seed": "5"}, {"seed": True}, {"sede": 5}, {"engine": {"threads": 0}}):
+        with pytest.raises(ValidationError):
+            JobConfig.model_validate({**NEEDED, **wrong})
+
+
+def test_the_resolved_config_can_be_run_again(tmp_path: Path) -> None:
+    config = load_config("demo", environment={}, options={"limit": 3, "engine.threads": 1})
+    path = tmp_path / "resolved.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(str(path), environment={}, options={}) == config
+
+
+@pytest.mark.parametrize("name", ["demo", "gpt2-cpu", "gpt2-cuda"])
+def test_bundled_configs_hold(name: str) -> None:
+    config = load_config(name, environment={}, options={"input": "i", "output": "o"})
+    for line in find_config(name).read_text().splitlines():
+        if ":" in line and not line.startswith("#") and not line.rstrip().endswith(":"):
+            assert " # " in line, f"a key without a comment: {line}"
+    assert config.output == "o"
+
+
+def test_the_longest_bundled_config_shows_every_key_and_its_default() -> None:
+    text = find_config("gpt2-cpu").read_text()
+    body = text[text.index("\nmodel:") :]
+    uncommented = "\n".join(line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line for line in body.splitlines())
+    shown = yaml.safe_load(uncommented)
+    engine = shown.pop("engine")
+    assert shown.keys() | {f"engine.{key}" for key in engine} == config_fields().keys()
+    chosen = yaml.safe_load(text)
+    for key, field in config_fields().items():
+        value = engine[key.removeprefix("engine.")] if key.startswith("engine.") else shown[key]
+        is_chosen = key.removeprefix("engine.") in chosen["engine"] if key.startswith("engine.") else key in chosen
+        if not is_chosen and not field.is_required():
+            assert value == field.default, key
+
+
+def test_every_key_has_an_option_a_variable_and_a_description() -> None:
+    options = {name for parameter in generate.params for name in parameter.opts}
+    keys = config_fields()
+    assert {option_name(key) for key in keys} | {"--config", "--greedy", "--dry-run"} == options
+    assert len({environment_name(key) for key in keys}) == len(keys)
+    assert all(field.description for field in keys.values())
