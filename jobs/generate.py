@@ -13,7 +13,8 @@ from jobs.options import config_options, option_name
 from jobs.progress import progress_for_terminal
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
-from pipeline.run import inspect_job, run_job
+from pipeline.job import inspect_job
+from pipeline.run import run_job
 
 
 @click.command()

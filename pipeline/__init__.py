@@ -2,6 +2,7 @@
 
 from pipeline.config import EngineConfig, JobConfig, load_config
 from pipeline.errors import GptbatchError
-from pipeline.run import InputReport, Progress, RunSummary, inspect_job, run_job
+from pipeline.job import InputReport, inspect_job
+from pipeline.run import Progress, RunSummary, run_job
 
 __all__ = ["EngineConfig", "GptbatchError", "InputReport", "JobConfig", "Progress", "RunSummary", "inspect_job", "load_config", "run_job"]

@@ -11,6 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from pipeline.gpt.config import parse_config
 from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.linear import round_rows
 from pipeline.gpt.weights import copy_block, copy_model, copy_parameter
 from tests.conftest import our_model, random_model
 
@@ -181,6 +182,24 @@ def test_growing_the_cache_keeps_what_it_holds() -> None:
     assert torch.allclose(logits, whole, atol=2e-5)
     assert widths == sorted(widths)
     assert widths[0] < widths[-1] == 64
+
+
+def test_row_counts_are_few_and_waste_little() -> None:
+    rounded = [round_rows(rows) for rows in range(1, 4097)]
+    assert all(rows <= up <= max(rows + 7, rows * 9 / 8) for rows, up in enumerate(rounded, start=1))
+    assert len(set(rounded)) < 60
+
+
+def test_rows_that_fill_up_a_batch_change_nothing() -> None:
+    """11 sequences run as 16 rows where the linears are packed, and as 11 where they are not."""
+    theirs = random_model()
+    tokens = [[1 + i] * (1 + i % 3) for i in range(11)]
+    with torch.inference_mode():
+        packed, plain = our_model(theirs), our_model(theirs, pack=False)
+        settings: dict[str, Any] = {"slots": list(range(11)), "starts": [0] * 11, "tokens": tokens}
+        logits = packed.extend(packed.new_cache(11), **settings)
+        assert logits.shape == (11, 300)
+        assert torch.allclose(logits, plain.extend(plain.new_cache(11), **settings), atol=2e-5)
 
 
 @pytest.mark.cuda

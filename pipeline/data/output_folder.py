@@ -57,7 +57,7 @@ class OutputFolder:
 
     def check_identity(self, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
         """Raises OutputConflictError, naming what differs, unless the folder's run is the same job."""
-        differing = [key for key, value in identity.items() if manifest["identity"].get(key) != value]
+        differing = [key for key, value in identity.items() if manifest.get("identity", {}).get(key) != value]
         if differing:
             raise OutputConflictError(
                 f"{self.path}: holds a run of another job ({', '.join(differing)} differ); name another output, or use --overwrite"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from pipeline.data.bundled import locate
 from pipeline.data.hub_dataset import HubDataset
 from pipeline.data.jsonl import JsonlFile, NumberText, check_utf8, json_type, shorten, to_json
 from pipeline.data.rows import RawRow, RowSource
@@ -165,8 +166,6 @@ def open_source(
     """The source that a config names: a JSONL file (`path`) or a split of a dataset."""
     if dataset is not None:
         return HubDataset(dataset=dataset, config=dataset_config, split=split, revision=dataset_revision)
-    from pipeline.data.bundled import locate
-
     assert path is not None
     return JsonlFile(path if path == "-" else locate(path))
 

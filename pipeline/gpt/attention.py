@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.gpt.kv_cache import KVCache, round_up
 
@@ -58,7 +59,8 @@ class CachedAttention:
     """Attention of the new tokens of some slots over everything that those slots hold, for one step.
 
     Sequence i of the step stands in slot slots[i], has starts[i] tokens in the cache and counts[i] >= 1 new ones. The flat
-    tokens are those of sequence 0, then of sequence 1, and so on. Their keys and values are written to the cache first.
+    tokens are those of sequence 0, then of sequence 1, and so on; further rows of qkv belong to nobody and come back as 0.
+    The tokens' keys and values are written to the cache first.
     """
 
     def __init__(self, cache: KVCache, *, slots: list[int], starts: list[int], counts: list[int], n_head: int, upcast: bool) -> None:
@@ -84,8 +86,8 @@ class CachedAttention:
         self.slot_index: slice | Tensor = slice(slots[0], slots[0] + len(slots)) if contiguous else torch.tensor(slots, device=device)
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        n_tokens = qkv.shape[0]
-        q, k, v = qkv.view(n_tokens, 3, self.n_head, -1).unbind(1)  # each (N, H, D)
+        n_tokens = len(self.token_slots)
+        q, k, v = qkv[:n_tokens].view(n_tokens, 3, self.n_head, -1).unbind(1)  # each (N, H, D)
         self.cache.write(layer, self.token_slots, self.positions, k, v)
         keys = self.cache.keys[layer][self.slot_index, :, : self.width]
         values = self.cache.values[layer][self.slot_index, :, : self.width]
@@ -94,4 +96,5 @@ class CachedAttention:
         q = q.view(self.n_sequences, self.queries, self.n_head, -1).transpose(1, 2)
         out = softmax_attention(q, keys, values, self.hidden, scale, upcast=self.upcast)
         out = out.transpose(1, 2).reshape(self.n_sequences * self.queries, -1)
-        return out if self.padded is None else out[self.padded]
+        out = out if self.padded is None else out[self.padded]
+        return F.pad(out, (0, 0, 0, len(qkv) - n_tokens))

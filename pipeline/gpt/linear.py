@@ -84,6 +84,18 @@ class Linear(nn.Module):
             self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
 
 
+def round_rows(rows: int) -> int:
+    """The number of rows to run for `rows`: at most 7 more, or an eighth more above 64.
+
+    oneDNN builds a kernel for every number of rows that it meets and keeps it, about half a megabyte each: a run whose
+    batches are of every size would slow down for each new one, and hold a gigabyte in the end.
+    """
+    step = 8
+    while rows > 8 * step:
+        step *= 2
+    return -(-rows // step) * step
+
+
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN takes this weight: on CPU, float32, or bfloat16 where the CPU has the instructions."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.gpt.attention import Attention, CachedAttention, WholeContextAttention
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kv_cache import KVCache
-from pipeline.gpt.linear import Linear
+from pipeline.gpt.linear import Linear, round_rows
 
 
 class Block(nn.Module):
@@ -96,9 +97,13 @@ class GPT(nn.Module):
             upcast=self.config.upcast_attention,
         )
         flat = torch.tensor([token for new in tokens for token in new], device=self.device)
-        x = self._hidden(flat, attention.positions, attention, attention.last_tokens)
+        x = self._hidden(self._padded(flat), self._padded(attention.positions), attention, self._padded(attention.last_tokens))
         logits: Tensor = self.lm_head(x)
-        return logits
+        return logits[: len(tokens)]
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """(N,) -> (N or more,): where the linears are packed, as many rows as they have a kernel for; zeros fill up."""
+        return F.pad(rows, (0, round_rows(len(rows)) - len(rows))) if self.lm_head.packed else rows
 
     def _hidden(self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor | None = None) -> Tensor:
         """tokens, positions (N,) -> what the head reads (N, C), or only the rows `wanted`."""
