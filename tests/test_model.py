@@ -10,8 +10,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from pipeline.gpt.config import parse_config
-from pipeline.gpt.model import GPT, Block
 from pipeline.gpt.linear import round_rows
+from pipeline.gpt.model import GPT, Block
 from pipeline.gpt.weights import copy_block, copy_model, copy_parameter
 from tests.conftest import our_model, random_model
 

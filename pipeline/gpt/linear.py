@@ -85,13 +85,13 @@ class Linear(nn.Module):
 
 
 def round_rows(rows: int) -> int:
-    """The number of rows to run for `rows`: at most 7 more, or an eighth more above 64.
+    """The number of rows to run for `rows`: at most 7 more, or an eighth more above 128.
 
     oneDNN builds a kernel for every number of rows that it meets and keeps it, about half a megabyte each: a run whose
     batches are of every size would slow down for each new one, and hold a gigabyte in the end.
     """
     step = 8
-    while rows > 8 * step:
+    while rows > 16 * step:
         step *= 2
     return -(-rows // step) * step
 
