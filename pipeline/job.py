@@ -102,6 +102,8 @@ class Job:
         n_positions = self.gpt_config.n_positions
         if not token_ids:
             return [], "the prompt is empty, and the checkpoint has no end-of-text token to start from"
+        if max(token_ids) >= self.gpt_config.vocab_size:
+            return [], f"the prompt holds token {max(token_ids)}, which the model (vocab_size {self.gpt_config.vocab_size}) does not have"
         if len(token_ids) <= n_positions:
             return token_ids, None
         if self.config.context_overflow == "error":

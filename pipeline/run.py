@@ -12,6 +12,7 @@ Heavy libraries are imported where they are used: a complete output is recognise
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.generation.engine import Engine
+
+logger = logging.getLogger("gptbatch")
 
 
 class Progress(Protocol):
@@ -78,9 +81,11 @@ def run_job(config: JobConfig, progress: Progress | None = None) -> RunSummary:
         if output.is_complete():
             return _nothing_to_do(config, manifest, time.monotonic() - began)
     device = resolve_device(config)
+    logger.info("%d rows checked; loading %s on %s as %s", summary.rows, config.model, device, config.engine.dtype)
     load_began = time.monotonic()
     engine = _load_engine(job, device)
     load_s = time.monotonic() - load_began
+    logger.info("loaded in %.1f s; up to %d rows at a time", load_s, config.engine.batch_size)
     if manifest is not None and config.overwrite:
         output.clear()
     output.prepare(config.to_yaml(), identity)
@@ -89,6 +94,7 @@ def run_job(config: JobConfig, progress: Progress | None = None) -> RunSummary:
     generate_began = time.monotonic()
     counts = _generate(job, engine, writer, progress, summary.rows)
     generate_s = time.monotonic() - generate_began
+    logger.info("%d rows in %d parts written in %.1f s", counts.rows, len(writer.parts), generate_s)
     output.complete({"identity": identity, **facts, "rows": counts.rows, "errors": counts.errors}, writer.parts)
     return RunSummary(
         output=config.output,

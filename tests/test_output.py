@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
 
 from pipeline import JobConfig, run_job
 from pipeline.data.completions import COLUMNS, DETERMINISTIC_COLUMNS, SCHEMA, content_digest
 from pipeline.data.parts import read_footer
 from pipeline.errors import OutputConflictError, OutputCreationError
 from pipeline.run import RunSummary
+from tests.conftest import random_model
 
 WriteRows = Callable[..., Path]
 ROWS: list[dict[str, Any]] = [
@@ -302,3 +305,23 @@ def test_a_folder_that_holds_something_else_is_refused(checkpoint: Path, write_r
 def test_an_empty_folder_is_fine(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert run(checkpoint, write_rows(ROWS), tmp_path / "out").rows == 7
+
+
+def test_a_token_that_the_model_does_not_have(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    """Fine-tuned checkpoints often have a padding token beyond the vocabulary: only a prompt that holds it is in error."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[PAD]"])
+    assert tokenizer.token_to_id("[PAD]") == tokenizer.get_vocab_size() - 1
+    config = json.loads((model / "config.json").read_text())
+    vocab_size = tokenizer.get_vocab_size() - 1
+    tokenizer.save(str(model / "tokenizer.json"))
+    random_model(vocab_size=vocab_size, **{key: config[key] for key in ("n_layer", "n_head", "n_embd")}).save_pretrained(model)
+    path = write_rows([{"prompt": "The king"}, {"prompt": "The [PAD] king"}])
+    run_job(job(model, path, tmp_path / "plain"))
+    assert [row["error"] for row in deterministic(tmp_path / "plain")] == [None, None]
+    run_job(job(model, path, tmp_path / "special", parse_special=True))
+    fine, wrong = deterministic(tmp_path / "special")
+    assert fine["error"] is None
+    assert wrong["error"] == f"the prompt holds token {vocab_size}, which the model (vocab_size {vocab_size}) does not have"

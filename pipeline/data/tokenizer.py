@@ -27,7 +27,8 @@ class PromptTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = not parse_special
         self._end_of_text = end_of_text
-        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        # tokens that were added later (a padding token, say) may lie beyond; a prompt that holds one is an error row
+        largest = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         if largest >= vocab_size:
             raise ModelError(
                 f"{folder}: the tokenizer has token id {largest}, but the model's vocab_size is {vocab_size}; they do not belong together"
