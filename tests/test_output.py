@@ -325,3 +325,14 @@ def test_a_token_that_the_model_does_not_have(checkpoint: Path, write_rows: Writ
     fine, wrong = deterministic(tmp_path / "special")
     assert fine["error"] is None
     assert wrong["error"] == f"the prompt holds token {vocab_size}, which the model (vocab_size {vocab_size}) does not have"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_run_on_cuda(checkpoint: Path, write_rows: WriteRows, tmp_path: Path, dtype: str) -> None:
+    path = write_rows([{"prompt": f"The king {i}"} for i in range(30)])
+    engine = {"device": "cuda", "dtype": dtype, "batch_size": 8}
+    for name in ("a", "b"):
+        summary = run(checkpoint, path, tmp_path / name, engine=engine)
+        assert (summary.ok, summary.device, summary.dtype) == (30, "cuda", dtype)
+    assert deterministic(tmp_path / "a") == deterministic(tmp_path / "b")

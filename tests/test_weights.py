@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -309,3 +310,50 @@ print(json.dumps([before, memory("VmRSS"), memory("VmHWM")]))
     before, after, peak = json.loads(done.stdout)
     assert after - before > 100e6, "the model is resident"
     assert peak - before <= 1.3 * (after - before)
+
+
+# -- the hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of hub downloads, as the library lays it out, while the hub cannot be reached."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+def cache_model(cache: Path, name: str, folder: Path) -> None:
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123456789abcdef")
+    shutil.copytree(folder, repository / "snapshots" / "0123456789abcdef")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "someone/a-model"])
+def test_a_hub_name_that_has_been_fetched(hub_cache: Path, folder: Path, theirs: GPT2LMHeadModel, name: str) -> None:
+    cache_model(hub_cache, name, folder)
+    checkpoint = find_checkpoint(name)
+    assert checkpoint.name == name
+    config = parse_config(checkpoint.config, "config")
+    gpt = load_gpt(config, list(checkpoint.weights), dtype=torch.float32, device=torch.device("cpu"))
+    with torch.inference_mode():
+        assert (gpt(IDX) - theirs(IDX).logits).abs().max() <= 1e-5
+
+
+def test_a_hub_model_with_pickled_weights_only(hub_cache: Path, folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    cache_model(hub_cache, "someone/pickled", folder)
+    with pytest.raises(ModelError, match="which is refused"):
+        find_checkpoint("someone/pickled")
+    assert find_checkpoint("someone/pickled", allow_pickle=True).weights[0].name == "pytorch_model.bin"
+
+
+def test_a_hub_name_that_cannot_be_fetched(hub_cache: Path, folder: Path) -> None:
+    with pytest.raises(ModelError, match="someone/nothing: no such folder, and the hub does not give a model of that name"):
+        find_checkpoint("someone/nothing")
+    cache_model(hub_cache, "someone/a-model", folder)
+    with pytest.raises(ModelError, match="the hub does not give a model"):
+        find_checkpoint("someone/a-model", revision="v2")

@@ -97,4 +97,4 @@ class CachedAttention:
         out = softmax_attention(q, keys, values, self.hidden, scale, upcast=self.upcast)
         out = out.transpose(1, 2).reshape(self.n_sequences * self.queries, -1)
         out = out if self.padded is None else out[self.padded]
-        return F.pad(out, (0, 0, 0, len(qkv) - n_tokens))
+        return out if len(qkv) == n_tokens else F.pad(out, (0, 0, 0, len(qkv) - n_tokens))
