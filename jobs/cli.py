@@ -27,7 +27,7 @@ def cli(verbose: bool) -> None:
 
     \b
     Exit codes: 0 done, error rows included; 2 a bad option; 65 bad input rows; 66 no such input; 70 a bug;
-    73 output cannot be created; 74 I/O error; 75 stopped by a signal; 78 bad config, model or machine, or an
+    73 output cannot be created; 74 I/O error; 75 stopped by Ctrl-C; 78 bad config, model or machine, or an
     output folder that holds something else.
     """
     logging.basicConfig(
@@ -59,8 +59,8 @@ def run_command(arguments: list[str]) -> int:
     except GptbatchError as error:
         click.echo(f"gptbatch: {error}", err=True)
         return error.exit_code
-    except BrokenPipeError:  # whoever read our standard output has gone; leave nothing to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:  # how click ends when whoever read our standard output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
         return StorageError.exit_code
     except OSError as error:
         click.echo(f"gptbatch: {error.filename or 'I/O'}: {error.strerror or error}", err=True)

@@ -48,4 +48,5 @@ class Lines:
 
 
 def progress_for_terminal() -> Bar | Lines:
-    return Bar() if sys.stderr.isatty() else Lines()
+    has_terminal = sys.stderr is not None and sys.stderr.isatty()  # None when the caller closed it
+    return Bar() if has_terminal else Lines()

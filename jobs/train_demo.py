@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipeline.errors import InputRowsError
+
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
@@ -27,17 +29,23 @@ END_OF_TEXT = "<|endoftext|>"
 @click.command("train-demo")
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("output", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--steps", default=3600, show_default=True, help="Optimizer steps.")
-@click.option("--batch-size", default=16, show_default=True, help="Sequences a step.")
+@click.option("--steps", default=3600, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Sequences a step.")
 @click.option("--vocab-size", default=1024, show_default=True, type=click.IntRange(257, 2048), help="Tokens of the BPE.")
-@click.option("--n-positions", default=256, show_default=True, help="Context length in tokens.")
-@click.option("--n-layer", default=5, show_default=True)
-@click.option("--n-head", default=6, show_default=True)
-@click.option("--n-embd", default=192, show_default=True)
-@click.option("--dropout", default=0.1, show_default=True)
+@click.option("--n-positions", default=256, show_default=True, type=click.IntRange(1), help="Context length in tokens.")
+@click.option("--n-layer", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--n-head", default=6, show_default=True, type=click.IntRange(1))
+@click.option("--n-embd", default=192, show_default=True, type=click.IntRange(1))
+@click.option("--dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1, max_open=True))
 @click.option("--learning-rate", default=2e-3, show_default=True, help="Peak, after the warm-up.")
 @click.option("--weight-decay", default=0.1, show_default=True)
-@click.option("--validation-share", default=0.1, show_default=True, help="Share of the text, taken from its end.")
+@click.option(
+    "--validation-share",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of the text, taken from its end.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 def train_demo(
@@ -66,13 +74,22 @@ def train_demo(
 
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    content = text.read_text(encoding="utf-8")
+    if n_embd % n_head:
+        raise click.UsageError(f"--n-embd {n_embd} is not a multiple of --n-head {n_head}")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputRowsError(f"{text}: not UTF-8 at byte {error.start + 1}") from error
     cut = int(len(content) * (1 - validation_share))
     training_documents = split_documents(content[:cut], random.Random(seed))
     validation_documents = split_documents(content[cut:], random.Random(seed + 1))
     tokenizer = train_tokenizer(training_documents, vocab_size)
     training_tokens = encode_documents(tokenizer, training_documents)
     validation_tokens = encode_documents(tokenizer, validation_documents)
+    if len(training_tokens) <= n_positions or len(content) == cut:
+        raise InputRowsError(
+            f"{text}: too short: {len(training_tokens)} training tokens, and more than n_positions ({n_positions}) are needed"
+        )
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     config = GPT2Config(
         vocab_size=tokenizer.get_vocab_size(),

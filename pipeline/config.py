@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.data.bundled import PREFIX, locate
 from pipeline.errors import ConfigError
-from pipeline.records import MAX_SEED
+from pipeline.records import MAX_SEED, MAX_TEMPERATURE
 
 ENVIRONMENT_PREFIX = "GPTBATCH_"
 
@@ -50,12 +50,12 @@ class JobConfig(_Section):
     dataset_revision: Name | None = Field(None, description="branch, tag or commit of a hub dataset")
     split: Name = Field("train", description="split of the dataset, slices such as train[:100] too")
     prompt_field: Name = Field("prompt", description="field that holds the prompt")
-    limit: int | None = Field(None, ge=0, description="rows to take from the front of the input; null takes all")
+    limit: int | None = Field(None, ge=0, le=2**63 - 1, description="rows to take from the front of the input; null takes all")
     output: Name = Field(description="folder to write; created if missing")
-    part_rows: int = Field(512, ge=1, description="rows a Parquet file")
+    part_rows: int = Field(512, ge=1, le=2**31 - 1, description="rows a Parquet file")
     overwrite: bool = Field(False, description="replace an earlier run in the output folder")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="run seed; rows without a seed derive theirs from it and their id")
-    temperature: float = Field(1.0, ge=0, description="divides the logits before softmax; 0 is greedy")
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="divides the logits before softmax; 0 is greedy")
     top_k: int = Field(0, ge=0, le=2**31 - 1, description="keep the k likeliest tokens and ties with the last; 0 keeps all")
     max_new_tokens: int = Field(128, ge=1, le=2**31 - 1, description="most tokens to generate for a row")
     ignore_eos: bool = Field(False, description="go on after end-of-text")
@@ -83,7 +83,7 @@ def load_config(file: str | None, *, environment: Mapping[str, str] = os.environ
     """Options > environment > file > defaults.
 
     file: a path, or the name of a bundled config (demo, gpt2-cpu, gpt2-cuda). options: flat, "engine.dtype" for nested keys.
-    Raises ConfigError that names the source and the key; its `keys` are the keys at fault.
+    Raises ConfigError that names the source and the key; its `keys` are those at fault that options set, or that nobody did.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     if file is not None:
@@ -103,15 +103,19 @@ def load_config(file: str | None, *, environment: Mapping[str, str] = os.environ
         return JobConfig.model_validate(_nest(merged))
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        keys = tuple(".".join(str(step) for step in problem["loc"]) for problem in problems)
+        locations = [".".join(str(step) for step in problem["loc"]) for problem in problems]
+        keys = tuple(key for key in locations if source.get(key, "options") == "options")
         raise ConfigError("\n".join(_explain(problem, source) for problem in problems), keys=keys) from error
 
 
 def find_config(name: str) -> Path:
     """A path, or the name of a bundled config."""
     path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise ConfigError(f"{name[:80]}: cannot be a config file ({error.strerror})") from error
     bundled = locate(PREFIX).joinpath(f"{name}.yaml")
     if "/" not in name and bundled.is_file():
         return bundled
@@ -147,7 +151,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError, OSError) as error:
+        # the library lets what its constructors of numbers and dates raise pass through
         raise ConfigError(f"{path}: not readable as YAML ({error})") from error
     if content is None:
         return {}
@@ -158,9 +163,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _flatten(content: dict[str, Any], where: str) -> dict[str, Any]:
     flat = {str(key): value for key, value in content.items() if key != "engine"}
-    engine = content.get("engine") or {}
+    engine = {} if content.get("engine") is None else content["engine"]
     if not isinstance(engine, dict):
-        raise ConfigError(f"{where}: engine must be a mapping of keys to values", keys=("engine",))
+        raise ConfigError(f"{where}: engine must be a mapping of keys to values")
     return flat | {f"engine.{key}": value for key, value in engine.items()}
 
 
@@ -183,7 +188,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         try:
             values[key] = adapter.validate_strings(text)
         except ValidationError as error:
-            raise ConfigError(f"environment variable {name}: {error.errors()[0]['msg']}, not {text!r}", keys=(key,)) from error
+            raise ConfigError(f"environment variable {name}: {error.errors()[0]['msg']}, not {text!r}") from error
     return values
 
 

@@ -85,9 +85,9 @@ class Job:
             "part_rows": self.config.part_rows,
         }
 
-    def tokenized(self, reject: Callable[[Completion], None]) -> Iterator[TokenizedPrompt]:
+    def tokenized(self, summary: InputSummary, reject: Callable[[Completion], None]) -> Iterator[TokenizedPrompt]:
         """All prompts as the engine takes them; those that it cannot take are given to `reject` as error rows."""
-        prompts = self.reader.prompts()
+        prompts = self.reader.prompts(summary)
         while batch := list(islice(prompts, TOKENIZE_ROWS)):
             read_s = time.monotonic()
             for prompt, token_ids in zip(batch, self.tokenizer.encode([prompt.text for prompt in batch]), strict=True):
@@ -131,7 +131,7 @@ def inspect_job(config: JobConfig) -> InputReport:
     job = Job(config)
     summary = job.reader.check()
     lengths = array("q")
-    for prompt in job.tokenized(lambda completion: lengths.append(completion.prompt_tokens)):
+    for prompt in job.tokenized(summary, lambda completion: lengths.append(completion.prompt_tokens)):
         lengths.append(len(prompt.token_ids) + prompt.tokens_dropped)
     ordered = sorted(lengths)
     n_positions = job.gpt_config.n_positions

@@ -12,6 +12,7 @@ FinishReason = Literal["stop", "length", "error"]
 StopReason = Literal["end_of_text", "max_new_tokens", "window"]
 
 MAX_SEED = 2**63 - 1
+MAX_TEMPERATURE = 1e300  # noise is below 37, so that no score overflows
 NOISE_VERSION = 1  # the layout of generation/noise.py; another layout gives other completions
 
 

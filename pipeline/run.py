@@ -24,6 +24,7 @@ from pipeline.config import JobConfig
 from pipeline.data.completions import to_row
 from pipeline.data.output_folder import OutputFolder
 from pipeline.data.parts import PartWriter
+from pipeline.data.prompts import InputSummary
 from pipeline.errors import DeviceError
 from pipeline.job import Job
 from pipeline.records import NOISE_VERSION, Completion
@@ -78,21 +79,22 @@ def run_job(config: JobConfig, progress: Progress | None = None) -> RunSummary:
     identity = job.identity(summary)
     if manifest is not None and not config.overwrite:
         output.check_identity(manifest, identity)
-        if output.is_complete():
+        if output.is_complete(manifest):
             return _nothing_to_do(config, manifest, time.monotonic() - began)
     device = resolve_device(config)
     logger.info("%d rows checked; loading %s on %s as %s", summary.rows, config.model, device, config.engine.dtype)
+    output.create()
     load_began = time.monotonic()
-    engine = _load_engine(job, device)
+    engine = _load_engine(job, device, batch_size=max(1, min(config.engine.batch_size, summary.rows)))
     load_s = time.monotonic() - load_began
-    logger.info("loaded in %.1f s; up to %d rows at a time", load_s, config.engine.batch_size)
+    logger.info("loaded in %.1f s; up to %d rows at a time", load_s, engine.batch_size)
     if manifest is not None and config.overwrite:
         output.clear()
-    output.prepare(config.to_yaml(), identity)
+    output.begin(config.to_yaml(), identity)
     facts = _run_facts(job, device, engine, identity)
     writer = PartWriter(output.path, output.work, part_rows=config.part_rows, total_rows=summary.rows, facts=facts)
     generate_began = time.monotonic()
-    counts = _generate(job, engine, writer, progress, summary.rows)
+    counts = _generate(job, engine, writer, progress, summary)
     generate_s = time.monotonic() - generate_began
     logger.info("%d rows in %d parts written in %.1f s", counts.rows, len(writer.parts), generate_s)
     output.complete({"identity": identity, **facts, "rows": counts.rows, "errors": counts.errors}, writer.parts)
@@ -140,7 +142,7 @@ class _Counts:
     completion_tokens: int = 0
 
 
-def _load_engine(job: Job, device: torch.device) -> Engine:
+def _load_engine(job: Job, device: torch.device, *, batch_size: int) -> Engine:
     import torch
 
     from pipeline.generation.engine import Engine
@@ -152,13 +154,13 @@ def _load_engine(job: Job, device: torch.device) -> Engine:
     model = load_gpt(job.gpt_config, list(job.checkpoint.weights), dtype=getattr(torch, config.engine.dtype), device=device)
     return Engine(
         model=model,
-        batch_size=config.engine.batch_size,
+        batch_size=batch_size,
         end_of_text=None if config.ignore_eos else job.gpt_config.end_of_text,
         window_full=config.window_full,
     )
 
 
-def _generate(job: Job, engine: Engine, writer: PartWriter, progress: Progress | None, total_rows: int) -> _Counts:
+def _generate(job: Job, engine: Engine, writer: PartWriter, progress: Progress | None, summary: InputSummary) -> _Counts:
     counts = _Counts()
 
     def write(completion: Completion) -> None:
@@ -170,9 +172,9 @@ def _generate(job: Job, engine: Engine, writer: PartWriter, progress: Progress |
         counts.completion_tokens += len(completion.token_ids)
 
     if progress is not None:
-        progress.begin(total_rows)
+        progress.begin(summary.rows)
     try:
-        for ended in engine.generate(job.tokenized(reject=write)):
+        for ended in engine.generate(job.tokenized(summary, reject=write)):
             for completion in ended:
                 write(completion)
             if progress is not None:

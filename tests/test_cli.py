@@ -133,6 +133,7 @@ def test_a_complete_output_is_recognised_without_torch(checkpoint: Path, write_r
         (["--temperature", "inf"], 2, "--temperature: input should be a finite number"),
         (["--top-k", "-1"], 2, "--top-k: input should be greater than or equal to 0, not -1"),
         (["--max-new-tokens", "0"], 2, "--max-new-tokens: input should be greater than or equal to 1"),
+        (["--limit", "9" * 30], 2, "--limit: input should be less than or equal to"),
         (["--batch-size", "0"], 2, "--batch-size: input should be greater than or equal to 1"),
         (["--dtype", "float64"], 2, "'float64' is not one of 'float32', 'bfloat16', 'float16'"),
         (["--greedy", "--temperature", "1"], 2, "--greedy and --temperature cannot be given together"),
@@ -181,7 +182,7 @@ BAD_ROWS: list[tuple[list[dict[str, Any] | str], str]] = [
     ([{"prompt": 7}], ":1: prompt must be a string, not a number"),
     ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], ":2: id 'x' was already used on line 1; ids must be unique"),
     (['{"prompt": "a", "temperature": NaN}'], ":1: not valid JSON: NaN is no JSON number"),
-    ([{"prompt": "a", "temperature": -1}], ":1: temperature must be 0 or more and finite, not -1"),
+    ([{"prompt": "a", "temperature": -1}], ":1: temperature must be 0 to 1e+300, not -1"),
     ([{"prompt": "a", "top_k": -1}], ":1: top_k must be 0 to 2147483647, not -1"),
     ([{"prompt": "a", "seed": 2**63}], ":1: seed must be 0 to 9223372036854775807, not 9223372036854775808"),
 ]
@@ -231,6 +232,10 @@ def test_a_folder_that_holds_something_else(checkpoint: Path, write_rows: WriteR
         ("[1, 2]", "a mapping of keys to values is needed"),
         ("a: [", "not readable as YAML"),
         ("engine: 5", "engine must be a mapping"),
+        ("engine: false", "engine must be a mapping"),
+        ("seed: 2001-99-99", "not readable as YAML"),
+        ("seed: !!int abc", "not readable as YAML"),
+        ("a: " + "[" * 3000, "not readable as YAML"),
     ],
 )
 def test_config_files_that_cannot_be(

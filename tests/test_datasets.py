@@ -32,8 +32,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def read(dataset: Path | str, split: str = "train", limit: int | None = None) -> list[Prompt]:
     source = HubDataset(dataset=str(dataset), config=None, split=split, revision=None)
     reader = PromptReader(source=source, defaults=DEFAULTS, limit=limit)
-    prompts = list(reader.prompts())
-    assert reader.check().rows == len(prompts), "a source can be read again"
+    checked = reader.check()
+    prompts = list(reader.prompts(checked))
+    assert checked.rows == len(prompts)
     return prompts
 
 
@@ -79,6 +80,37 @@ def test_folders_made_by_save_to_disk(tmp_path: Path) -> None:
     assert len(read(tmp_path / "two", split="train+test")) == 9
     with pytest.raises(InputNotFoundError, match="validation"):
         read(tmp_path / "two", split="validation")
+
+
+def test_a_folder_named_like_a_loader_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(Path("csv"), "csv")
+    Path("other.csv").write_text("prompt\nfrom outside\n")
+    expect_rows(read("csv"))
+    expect_rows(read("./csv", split="train[1:3]"), 1, 3)
+
+
+def test_a_saved_format_hides_nothing(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).with_format("numpy", columns=["prompt"]).save_to_disk(tmp_path / "one")
+    expect_rows(read(tmp_path / "one"))
+    assert read(tmp_path / "one", split="train[10:20]") == []
+
+
+@pytest.mark.parametrize("split", ["train", "train[:1]"])
+@pytest.mark.parametrize(("name", "content"), [("train.parquet", b"PAR1 no"), ("train.jsonl", b'{"prompt": '), ("train.json", b"")])
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, split: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(content)
+    with pytest.raises((InputRowsError, InputNotFoundError), match="data"):
+        read(tmp_path / "data", split=split)
+
+
+def test_damaged_saved_folders(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    for content in ("{}", "[1]", "{"):
+        (tmp_path / "one" / "state.json").write_text(content)
+        with pytest.raises(InputNotFoundError, match="cannot be loaded"):
+            read(tmp_path / "one")
 
 
 def test_values_that_json_has_no_form_for(tmp_path: Path) -> None:

@@ -55,6 +55,19 @@ def test_check_model_on_the_demo() -> None:
     assert ran.summary["agree"] is True
 
 
+def test_texts_that_cannot_be_trained_on(tmp_path: Path) -> None:
+    for content, options, code, message in (
+        (b"short", [], 65, "too short"),
+        (b"\xff" * 1000, [], 65, "not UTF-8 at byte 1"),
+        (b"text " * 1000, ["--n-embd", "16", "--n-head", "3"], 2, "--n-embd 16 is not a multiple of --n-head 3"),
+    ):
+        (tmp_path / "text.txt").write_bytes(content)
+        ran = run_gptbatch("train-demo", tmp_path / "text.txt", tmp_path / "model", *options)
+        assert ran.code == code
+        assert message in ran.stderr
+        assert "Traceback" not in ran.stderr
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_demo_model_can_be_trained_and_used(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,10 @@ def reader(path: Path, *, limit: int | None = None, prompt_field: str = "prompt"
 
 
 def read(path: Path, **settings: Any) -> list[Prompt]:
-    prompts = list(reader(path, **settings).prompts())
-    assert reader(path, **settings).check().rows == len(prompts)
+    source = reader(path, **settings)
+    checked = source.check()
+    prompts = list(source.prompts(checked))
+    assert checked.rows == len(prompts)
     return prompts
 
 
@@ -75,7 +79,7 @@ def test_another_field_can_be_the_prompt(write_rows: WriteRows) -> None:
     path = write_rows([{"text": "yes", "prompt": "no"}])
     (prompt,) = read(path, prompt_field="text")
     assert (prompt.text, prompt.metadata) == ("yes", '{"prompt": "no"}')
-    assert "there is no field 'question' (config key prompt_field names the one to use)" in problems(path, prompt_field="question")
+    assert "there is no field 'question' (--prompt-field names the one to use)" in problems(path, prompt_field="question")
 
 
 def test_limit_takes_rows_from_the_front(write_rows: WriteRows) -> None:
@@ -112,6 +116,11 @@ def test_compressed_files_that_are_cut_off(tmp_path: Path, suffix: str) -> None:
     assert "damaged or cut off" in problems(path)
     path.write_bytes(b"not compressed at all, whatever the name says")
     assert "damaged or cut off" in problems(path)
+    path.write_bytes(b"")
+    assert "is empty, which no compressed file is" in problems(path)
+    path = path.rename(tmp_path / "prompts.jsonl")
+    path.write_bytes(whole)
+    assert f"{path}:1: the file is compressed; its name must end in .gz or .zst" in problems(path)
 
 
 BAD_LINES = [  # a line, and what is said of it
@@ -144,14 +153,15 @@ BAD_LINES = [  # a line, and what is said of it
     ('{"prompt": "a", "seed": 5e0}', "seed must be a whole number, not 5e0"),
     ('{"prompt": "a", "seed": true}', "seed must be a whole number, not true or false"),
     ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "seed must be a whole number"),
-    ('{"prompt": "a", "temperature": -0.1}', "temperature must be 0 or more and finite, not -0.1"),
-    ('{"prompt": "a", "temperature": 1e999}', "temperature must be 0 or more and finite, not 1e999"),
+    ('{"prompt": "a", "temperature": -0.1}', "temperature must be 0 to 1e+300, not -0.1"),
+    ('{"prompt": "a", "temperature": 1e999}', "temperature must be 0 to 1e+300, not 1e999"),
     ('{"prompt": "a", "temperature": "hot"}', "temperature must be a number, not the string 'hot'"),
     ('{"prompt": "a", "temperature": false}', "temperature must be a number, not true or false"),
     ('{"prompt": "a", "top_k": -1}', "top_k must be 0 to 2147483647, not -1"),
     ('{"prompt": "a", "top_k": 2.5}', "top_k must be a whole number, not 2.5"),
     ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens must be 1 to 2147483647, not 0"),
     ('{"prompt": "a", "x": ' + "[" * 200 + "]" * 200 + "}", "nested deeper than 100 levels"),
+    ('{"prompt": "a", "x": ' + "[" * 700 + "]" * 700 + "}", "nested deeper than 100 levels"),
     ('{"prompt": "a", "x": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested deeper than 100 levels"),
 ]
 
@@ -211,6 +221,17 @@ def test_an_input_that_is_not_there(tmp_path: Path) -> None:
         JsonlFile(tmp_path)
 
 
+def test_a_pipe_is_read_once_and_kept(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=pipe.write_bytes, args=(b'{"prompt": "a"}\n{"prompt": "b"}\n',))
+    thread.start()
+    source = PromptReader(source=JsonlFile(pipe), defaults=DEFAULTS)
+    thread.join()
+    assert [prompt.text for prompt in source.prompts(source.check())] == ["a", "b"]
+    assert PromptReader(source=JsonlFile("/dev/null"), defaults=DEFAULTS).check().rows == 0
+
+
 def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b"")
@@ -218,11 +239,12 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
 
 
 def test_an_input_that_changes_between_check_and_run(write_rows: WriteRows) -> None:
-    source = reader(write_rows([{"prompt": "a"}]))
-    source.check()
-    write_rows(["broken"])
-    with pytest.raises(InputRowsError, match="the input changed while it was being read"):
-        list(source.prompts())
+    source = reader(write_rows([{"prompt": "a"}, {"prompt": "b"}]))
+    checked = source.check()
+    for changed in (["broken"], [{"prompt": "a"}], [{"prompt": "a"}, {"prompt": "B"}], [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]):
+        write_rows(changed)
+        with pytest.raises(InputRowsError, match="the input has changed since it was checked"):
+            list(source.prompts(checked))
 
 
 def test_the_digest_follows_what_a_run_takes(write_rows: WriteRows) -> None:
@@ -261,11 +283,11 @@ def test_any_bytes_are_rows_or_a_clear_error(tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("bytes") / "prompts.jsonl"
     path.write_bytes(b"\n".join(lines))
     source = PromptReader(source=JsonlFile(path), defaults=DEFAULTS)
-    if b"\n".join(lines).startswith((b"\xff\xfe", b"\xfe\xff")):
-        with pytest.raises(InputRowsError, match="UTF-16"):
+    if b"\n".join(lines).startswith((b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+        with pytest.raises(InputRowsError, match="UTF-16|compressed"):
             list(source.rows())
         return
     rows = list(source.rows())
-    assert all(isinstance(row, BadRow) or row.index < len(rows) for row in rows)
+    assert all(isinstance(row, BadRow) or row.prompt.index < len(rows) for row in rows)
     lines_with_content = b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").rstrip(b" \t\r\n").count(b"\n") + 1
     assert len(rows) == (lines_with_content if b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n") else 0)

@@ -227,6 +227,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "text for a number": ({"n_layer": "2"}, "n_layer is '2': a whole number"),
     "null for a switch": ({"scale_attn_weights": None}, "scale_attn_weights is None: true or false"),
     "epsilon": ({"layer_norm_epsilon": -1}, "layer_norm_epsilon is -1"),
+    "no text": ({"activation_function": ["gelu"]}, r"activation_function is \['gelu'\]"),
+    "a size beyond sense": ({"n_layer": 10**30}, "n_layer is 10+: a whole number from 1 to 4096"),
     "end-of-text": ({"eos_token_id": 300}, "eos_token_id is 300: null or one token id below vocab_size 300"),
     "several ends": ({"eos_token_id": [0, 1]}, r"eos_token_id is \[0, 1\]"),
 }
@@ -271,12 +273,32 @@ def test_shards_that_are_missing_or_elsewhere(tmp_path: Path, theirs: GPT2LMHead
     shutil.copy(first, tmp_path / "outside.safetensors")
     outside = {**content["weight_map"], "wpe.weight": "../outside.safetensors"}
     index.write_text(json.dumps({"weight_map": outside}))
-    with pytest.raises(ModelError, match="is not a plain file name"):
+    with pytest.raises(ModelError, match=r"is not the plain name of a \.safetensors file"):
         load(tmp_path / "model")
     index.write_text(json.dumps(content))
     first.unlink()
     with pytest.raises(ModelError, match=f"the shard {first.name} is missing"):
         load(tmp_path / "model")
+
+
+def test_an_index_brings_no_pickle_in(tmp_path: Path, theirs: GPT2LMHeadModel) -> None:
+    theirs.save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "weights.bin")
+    names = list(load_file(tmp_path / "model.safetensors"))
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "weights.bin")}))
+    with pytest.raises(ModelError, match=r"'weights\.bin' is not the plain name of a \.safetensors file"):
+        load(tmp_path)
+
+
+def test_pickles_of_the_oldest_format(folder: Path, theirs: GPT2LMHeadModel) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / "model.safetensors").unlink()
+    expect_logits(folder, theirs, allow_pickle=True)
+    for content in ({1: torch.zeros(1)}, [torch.zeros(1)]):
+        torch.save(content, folder / "pytorch_model.bin")
+        with pytest.raises(ModelError, match="not a plain dictionary of named tensors"):
+            load(folder, allow_pickle=True)
 
 
 def test_digests_follow_the_files(folder: Path) -> None:

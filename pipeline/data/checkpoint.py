@@ -78,18 +78,18 @@ def _find_weights(name: str, folder: Path, allow_pickle: bool) -> tuple[Path, ..
             raise ModelError(
                 f"{name}: the weights are pickled ({single}), which is refused; convert them to safetensors, or set allow_pickle"
             )
-        return (folder / single,) if (folder / single).is_file() else _shards(folder / index)
+        return (folder / single,) if (folder / single).is_file() else _shards(folder / index, Path(single).suffix)
     raise ModelError(f"{name}: the folder has neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}")
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
+def _shards(index: Path, suffix: str) -> tuple[Path, ...]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ModelError(f"{index}: weight_map must map tensor names to file names")
     shards = tuple(index.parent / shard for shard in sorted(set(weight_map.values())))
     for shard in shards:
-        if shard.parent != index.parent or shard.name in ("", ".", ".."):
-            raise ModelError(f"{index}: the shard {shard.name!r} is not a plain file name")
+        if shard.parent != index.parent or shard.suffix != suffix:
+            raise ModelError(f"{index}: the shard {shard.name!r} is not the plain name of a {suffix} file")
         if not shard.is_file():
             raise ModelError(f"{index}: the shard {shard.name} is missing; fetch the checkpoint again")
     return shards
@@ -108,7 +108,7 @@ def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
             pickles = [PICKLE_FILE, "pytorch_model-*.bin", PICKLE_INDEX]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *pickles]))
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{name}: no such folder, and the hub does not give a model of that name ({reason})") from error
     return folder
 

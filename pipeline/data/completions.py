@@ -52,7 +52,7 @@ COLUMNS = (
     _fixed("finish_reason", pa.string(), "stop (end-of-text), length or error"),
     _fixed("stop_reason", pa.string(), "end_of_text, max_new_tokens or window (the context was full); null for an error", nullable=True),
     _fixed("error", pa.string(), "why there is no completion; null when there is one", nullable=True),
-    _fixed("prompt_tokens", pa.int32(), "tokens of the prompt that the model saw", unit="tokens"),
+    _fixed("prompt_tokens", pa.int32(), "tokens of the prompt, without those that were dropped", unit="tokens"),
     _fixed("completion_tokens", pa.int32(), "length of completion_token_ids", unit="tokens"),
     _fixed("prompt_tokens_dropped", pa.int32(), "tokens cut off the prompt's front by truncate_left", unit="tokens"),
     _fixed("seed", pa.int64(), "the row seed that was used: the row's own, or derived from the run seed and prompt_id"),

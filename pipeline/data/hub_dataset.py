@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline.data.bundled import locate
 from pipeline.data.rows import RawRow
 from pipeline.errors import InputNotFoundError, InputRowsError
@@ -35,10 +37,12 @@ class HubDataset:
                 yield RawRow(where=f"{self.name} row {number}", line=number, fields=fields)
                 number += 1
         except (DatasetsError, pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
-            raise InputRowsError(f"{self.name} row {number}: the datasets library cannot read on ({error})") from error
+            raise InputRowsError(f"{self.name} row {number}: the datasets library cannot read on ({_cause(error)})") from error
 
     def _load(self, dataset: str, config: str | None, split: str, revision: str | None) -> Iterable[dict[str, Any]]:
         import datasets
+        import pyarrow
+        from datasets.exceptions import DatasetGenerationError, DatasetsError
 
         datasets.disable_progress_bars()
         path = locate(dataset)
@@ -49,9 +53,9 @@ class HubDataset:
             if path.is_file():
                 if path.suffix not in _FILE_BUILDERS:
                     raise InputNotFoundError(f"{dataset}: a file must end in {', '.join(_FILE_BUILDERS)}")
-                dataset, data_files = _FILE_BUILDERS[path.suffix], str(path)
+                dataset, data_files = _FILE_BUILDERS[path.suffix], str(path.resolve())
             elif path.is_dir():
-                dataset = str(path)
+                dataset = str(path.resolve())  # a relative one could be the name of one of the library's own loaders
             elif dataset.startswith((".", os.sep, "~")):
                 raise InputNotFoundError(f"{dataset}: no such folder or file")
             streaming = "[" not in split and "+" not in split
@@ -59,9 +63,18 @@ class HubDataset:
                 dataset, config, data_files=data_files, split=split, revision=revision, streaming=streaming
             )
             return rows
-        except (FileNotFoundError, ConnectionError, OSError, ValueError) as error:
-            # the library has no error of its own for a missing split or config: they are ValueErrors that say so
+        except (DatasetGenerationError, pyarrow.ArrowException) as error:
+            raise InputRowsError(f"{self.name}: cannot be read ({_cause(error)})") from error
+        except (DatasetsError, OSError, ValueError, LookupError, TypeError, RuntimeError, StopIteration, yaml.YAMLError) as error:
+            # the library has no error of its own for a missing split, a damaged folder and the like
             raise InputNotFoundError(f"{self.name}: cannot be loaded ({error})") from error
+
+
+def _cause(error: BaseException) -> str:
+    """What lies under an error that only says that there was one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
 
 
 def _is_saved(path: Path) -> bool:
@@ -74,6 +87,10 @@ def _saved_split(path: Path, split: str) -> Iterable[dict[str, Any]]:
     saved = datasets.load_from_disk(str(path))
     parts = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
     instructions = datasets.ReadInstruction.from_spec(split).to_absolute({name: part.num_rows for name, part in parts.items()})
-    wanted = [parts[i.splitname].select(range(i.from_, i.to)) for i in instructions]
+    wanted = []
+    for instruction in instructions:
+        part = parts[instruction.splitname].with_format(None)  # a format may hide columns and change types
+        end = min(instruction.to, part.num_rows)
+        wanted.append(part.select(range(instruction.from_, end) if instruction.from_ < end else []))
     joined: Iterable[dict[str, Any]] = datasets.concatenate_datasets(wanted)
     return joined

@@ -32,25 +32,33 @@ class NumberText(str):
 
 
 class JsonlFile:
-    """A file of JSON lines, plain, `.gz` or `.zst`; `-` is standard input, kept in a temporary file to be read twice.
+    """A file of JSON lines, plain, `.gz` or `.zst`; `-` is standard input, which like any pipe is kept in a temporary file to be
+    read twice.
 
     Raises InputNotFoundError when there is no such file.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._spool: tempfile._TemporaryFileWrapper[bytes] | None = None
+        self.path = Path(path)
+        self.name = "<stdin>" if str(path) == "-" else str(path)
         if str(path) == "-":
-            self.name = "<stdin>"
-            self._spool = tempfile.NamedTemporaryFile(prefix="gptbatch-stdin-")  # noqa: SIM115  (lives as long as this object)
-            shutil.copyfileobj(sys.stdin.buffer, self._spool)
-            self._spool.flush()
-            self.path = Path(self._spool.name)
-        else:
-            self.path = Path(path)
-            self.name = str(path)
-            if not self.path.is_file():
-                what = "is a folder; name a file, or use --dataset" if self.path.is_dir() else "no such file"
-                raise InputNotFoundError(f"{self.name}: {what}")
+            if sys.stdin is None:
+                raise InputNotFoundError("<stdin>: is closed")
+            self._keep(sys.stdin.buffer)
+        elif self.path.is_dir():
+            raise InputNotFoundError(f"{self.name}: is a folder; name a file, or use --dataset")
+        elif not self.path.exists():
+            raise InputNotFoundError(f"{self.name}: no such file")
+        elif not self.path.is_file():
+            with self.path.open("rb") as pipe:
+                self._keep(pipe)
+
+    def _keep(self, stream: BinaryIO) -> None:
+        """Copy what can be read only once (standard input, a pipe) to a file that lives as long as this object."""
+        self._spool = tempfile.NamedTemporaryFile(prefix="gptbatch-input-")  # noqa: SIM115
+        shutil.copyfileobj(stream, self._spool)
+        self._spool.flush()
+        self.path = Path(self._spool.name)
 
     def rows(self) -> Iterator[RawRow]:
         """One RawRow for each line; blank lines at the end are none."""
@@ -85,6 +93,8 @@ class JsonlFile:
                     if number == 1:
                         if line.startswith((b"\xff\xfe", b"\xfe\xff")):
                             raise InputRowsError(f"{self._where(1)}: the file is UTF-16; convert it to UTF-8")
+                        if line.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+                            raise InputRowsError(f"{self._where(1)}: the file is compressed; its name must end in .gz or .zst")
                         line = line.removeprefix(_BOM)
                     if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
                         while line and not line.endswith(b"\n"):
@@ -98,6 +108,8 @@ class JsonlFile:
             raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
 
     def _open(self) -> BinaryIO:
+        if self.path.suffix in (".gz", ".zst") and self.path.stat().st_size == 0:
+            raise InputRowsError(f"{self.name}: is empty, which no compressed file is; it was cut off")
         if self.path.suffix == ".gz":
             return cast(BinaryIO, gzip.open(self.path, "rb"))
         if self.path.suffix == ".zst":

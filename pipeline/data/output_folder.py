@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,32 +44,43 @@ class OutputFolder:
             raise OutputConflictError(f"{self.path}: exists and is no folder; name another output")
         try:
             content = json.loads((self.path / MANIFEST).read_bytes())
-            if isinstance(content, dict) and content.get("format") == FORMAT:
+            if isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content.get("identity"), dict):
                 return content
         except FileNotFoundError:
             if all(entry.name == WORK for entry in self.path.iterdir()):
                 return None
-        except ValueError:
-            pass
+        except ValueError as error:
+            raise OutputConflictError(
+                f"{self.path / MANIFEST}: damaged, or not ours ({error}); name another output, or delete the folder if it is an old run"
+            ) from error
         raise OutputConflictError(f"{self.path}: holds something that gptbatch did not write; name another output")
 
-    def is_complete(self) -> bool:
-        return (self.path / SUCCESS).is_file()
+    def is_complete(self, manifest: dict[str, Any]) -> bool:
+        """Whether the run has ended and all of its parts are still there, by their footers."""
+        if not (self.path / SUCCESS).is_file():
+            return False
+        footers = [(part, read_footer(self.path / part["name"])) for part in manifest["parts"]]
+        return all(footer is not None and footer.get("content_digest") == part["content_digest"] for part, footer in footers)
 
     def check_identity(self, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
         """Raises OutputConflictError, naming what differs, unless the folder's run is the same job."""
-        differing = [key for key, value in identity.items() if manifest.get("identity", {}).get(key) != value]
+        differing = [key for key, value in identity.items() if manifest["identity"].get(key) != value]
         if differing:
             raise OutputConflictError(
                 f"{self.path}: holds a run of another job ({', '.join(differing)} differ); name another output, or use --overwrite"
             )
 
-    def prepare(self, config_yaml: str, identity: dict[str, Any]) -> None:
-        """Create what is missing, and say in a first manifest whose folder this is."""
+    def create(self) -> None:
+        """Create the folder if it is missing, and find out whether it can be written."""
         try:
             self.work.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.work):
+                pass
         except OSError as error:
-            raise OutputCreationError(f"{self.path}: cannot be created ({error.strerror or error})") from error
+            raise OutputCreationError(f"{self.path}: cannot be created or written ({error.strerror or error})") from error
+
+    def begin(self, config_yaml: str, identity: dict[str, Any]) -> None:
+        """Say in a first manifest whose folder this is."""
         (self.path / SUCCESS).unlink(missing_ok=True)
         self._write(self.work / "config.yaml", config_yaml)
         self.write_manifest({"identity": identity, "complete": False, "parts": []})

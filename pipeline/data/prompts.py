@@ -17,13 +17,14 @@ from typing import Any
 
 from pipeline.data.bundled import locate
 from pipeline.data.hub_dataset import HubDataset
-from pipeline.data.jsonl import JsonlFile, NumberText, check_utf8, json_type, shorten, to_json
+from pipeline.data.jsonl import MAX_NESTING, JsonlFile, NumberText, check_utf8, json_type, shorten, to_json
 from pipeline.data.rows import RawRow, RowSource
 from pipeline.errors import InputRowsError
-from pipeline.records import MAX_SEED, Prompt, SamplingParams
+from pipeline.records import MAX_SEED, MAX_TEMPERATURE, Prompt, SamplingParams
 
 MAX_NAMED_ROWS = 20
 INT32_MAX = 2**31 - 1
+_CHANGED = "the input has changed since it was checked"
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -34,6 +35,21 @@ class BadRow:
     where: str
     line: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoodRow:
+    """A row that is a prompt. own: its own seed, temperature, top_k and max_new_tokens, None where it takes the run's."""
+
+    where: str
+    line: int
+    prompt: Prompt
+    own: tuple[int | None, float | None, int | None, int | None]
+
+    def canonical(self) -> bytes:
+        """What the digest of an input is made of: what the row says, not what the run adds."""
+        values = [self.prompt.prompt_id, self.prompt.text, *self.own, self.prompt.metadata]
+        return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,20 +85,30 @@ class PromptReader:
     defaults: RowDefaults
     limit: int | None = None
 
-    def rows(self) -> Iterator[Prompt | BadRow]:
+    def rows(self) -> Iterator[GoodRow | BadRow]:
         """Every row in input order, good or bad. That ids are unique is `check`'s to say."""
         for index, raw in enumerate(islice(self.source.rows(), self.limit)):
             try:
-                yield self._prompt(index, raw)
+                yield self._parse(index, raw)
+            except RecursionError:
+                yield BadRow(where=raw.where, line=raw.line, reason=f"nested deeper than {MAX_NESTING} levels")
             except ValueError as error:
                 yield BadRow(where=raw.where, line=raw.line, reason=str(error))
 
-    def prompts(self) -> Iterator[Prompt]:
-        """The prompts of an input that `check` has passed. Raises InputRowsError if it is no longer so."""
+    def prompts(self, checked: InputSummary) -> Iterator[Prompt]:
+        """The prompts of an input that `check` has passed. Raises InputRowsError, at the end at the latest, if it has changed."""
+        digest = hashlib.sha256()
+        rows = 0
         for row in self.rows():
             if isinstance(row, BadRow):
-                raise InputRowsError(f"{row.where}: {row.reason} (the input changed while it was being read)")
-            yield row
+                raise InputRowsError(f"{row.where}: {row.reason}; {_CHANGED}")
+            if rows == checked.rows:
+                raise InputRowsError(f"{self.source.name}: has more than the {checked.rows} rows that were checked; {_CHANGED}")
+            rows += 1
+            digest.update(row.canonical())
+            yield row.prompt
+        if InputSummary(rows=rows, digest=digest.hexdigest()) != checked:
+            raise InputRowsError(f"{self.source.name}: differs from what was checked; {_CHANGED}")
 
     def check(self) -> InputSummary:
         """Read everything once, keeping at most 16 bytes a row.
@@ -101,8 +127,8 @@ class PromptReader:
                 if len(bad) < MAX_NAMED_ROWS:
                     bad.append(row)
             else:
-                id_hashes.append(_id_hash(row.prompt_id))
-                digest.update(_canonical(row))
+                id_hashes.append(_id_hash(row.prompt.prompt_id))
+                digest.update(row.canonical())
         repeated = self._repeated_ids(_hashes_met_twice(id_hashes))
         bad_count += len(repeated)
         bad = sorted([*bad, *repeated], key=lambda row: row.line)[:MAX_NAMED_ROWS]
@@ -118,29 +144,26 @@ class PromptReader:
             return []
         first_line: dict[str, int] = {}
         repeated = []
-        for index, raw in enumerate(islice(self.source.rows(), self.limit)):
-            try:
-                prompt_id = self._prompt(index, raw).prompt_id
-            except ValueError:
+        for row in self.rows():
+            if isinstance(row, BadRow) or _id_hash(row.prompt.prompt_id) not in suspects:
                 continue
-            if _id_hash(prompt_id) not in suspects:
-                continue
+            prompt_id = row.prompt.prompt_id
             if prompt_id in first_line:
                 unit = "line" if isinstance(self.source, JsonlFile) else "row"
                 reason = f"id {shorten(prompt_id)} was already used on {unit} {first_line[prompt_id]}; ids must be unique"
-                repeated.append(BadRow(where=raw.where, line=raw.line, reason=reason))
+                repeated.append(BadRow(where=row.where, line=row.line, reason=reason))
             else:
-                first_line[prompt_id] = raw.line
+                first_line[prompt_id] = row.line
         return repeated
 
-    def _prompt(self, index: int, raw: RawRow) -> Prompt:
+    def _parse(self, index: int, raw: RawRow) -> GoodRow:
         """Raises ValueError that names the field and, prompts aside, the value."""
         if raw.fields is None:
             raise ValueError(raw.error)
         fields = dict(raw.fields)
         defaults = self.defaults
         if defaults.prompt_field not in fields:
-            raise ValueError(f"there is no field {shorten(defaults.prompt_field)} (config key prompt_field names the one to use)")
+            raise ValueError(f"there is no field {shorten(defaults.prompt_field)} (--prompt-field names the one to use)")
         text = fields.pop(defaults.prompt_field)
         if not isinstance(text, str) or isinstance(text, NumberText):
             raise ValueError(f"{defaults.prompt_field} must be a string, not {json_type(text)}")
@@ -157,7 +180,8 @@ class PromptReader:
             max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
         )
         metadata = to_json(_plain(fields)) if fields else None
-        return Prompt(index=index, prompt_id=prompt_id, text=text, params=params, metadata=metadata)
+        prompt = Prompt(index=index, prompt_id=prompt_id, text=text, params=params, metadata=metadata)
+        return GoodRow(where=raw.where, line=raw.line, prompt=prompt, own=(seed, temperature, top_k, max_new_tokens))
 
 
 def open_source(
@@ -205,8 +229,8 @@ def _parse_temperature(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (NumberText, int, float)):
         raise ValueError(f"temperature must be a number, not {_seen(value)}")
     temperature = float(value)
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be 0 or more and finite, not {shorten(value)}")
+    if not 0 <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature must be 0 to {MAX_TEMPERATURE}, not {shorten(value)}")
     return temperature
 
 
@@ -251,9 +275,3 @@ def _hashes_met_twice(hashes: array[int]) -> set[int]:
 
     ordered = np.sort(np.frombuffer(hashes, dtype=np.uint64)) if hashes else np.empty(0, dtype=np.uint64)
     return {int(value) for value in ordered[1:][ordered[1:] == ordered[:-1]]}
-
-
-def _canonical(prompt: Prompt) -> bytes:
-    params = prompt.params
-    values = [prompt.prompt_id, prompt.text, params.seed, params.temperature, params.top_k, params.max_new_tokens, prompt.metadata]
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"

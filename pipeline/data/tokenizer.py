@@ -37,7 +37,11 @@ class PromptTokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text. An empty text is [end-of-text], or [] when the checkpoint has none."""
         empty = [] if self._end_of_text is None else [self._end_of_text]
-        return [encoding.ids or list(empty) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception; its text may quote the prompt
+            raise ModelError("the tokenizer cannot encode a prompt; a byte-level one, as GPT-2's, encodes any text") from error
+        return [encoding.ids or list(empty) for encoding in encodings]
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of new tokens, special ones included and spaces left as they are; bytes that are no UTF-8 are U+FFFD."""

@@ -80,10 +80,10 @@ def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
             raise refuse(key, what)
     content = {**content, **{name: content[alias] for alias, name in _ALIASES.items() if alias in content and name not in content}}
 
-    def integer(key: str, default: int) -> int:
+    def integer(key: str, default: int, high: int = 2**24) -> int:
         value = content.get(key, default)
-        if type(value) is not int or value < 1:
-            raise refuse(key, "a whole number of at least 1 is needed")
+        if type(value) is not int or not 1 <= value <= high:
+            raise refuse(key, f"a whole number from 1 to {high} is needed")
         return value
 
     def switch(key: str, default: bool) -> bool:
@@ -96,20 +96,20 @@ def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
     if n_embd % n_head:
         raise ModelError(f"{where}: n_embd {n_embd} is not a multiple of n_head {n_head}")
     activation = content.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise refuse("activation_function", f"known are {', '.join(sorted(_ACTIVATIONS))}")
     epsilon = content.get("layer_norm_epsilon", 1e-5)
     if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
         raise refuse("layer_norm_epsilon", "a number from 0 to 1 is needed")
     vocab_size = integer("vocab_size", 50257)
-    end_of_text = content.get("eos_token_id", 50256)
+    end_of_text = content.get("eos_token_id", 50256 if vocab_size > 50256 else None)
     if end_of_text is not None and (type(end_of_text) is not int or not 0 <= end_of_text < vocab_size):
         raise refuse("eos_token_id", f"null or one token id below vocab_size {vocab_size} is needed")
     return GPTConfig(
         vocab_size=vocab_size,
         n_positions=integer("n_positions", 1024),
         n_embd=n_embd,
-        n_layer=integer("n_layer", 12),
+        n_layer=integer("n_layer", 12, 4096),
         n_head=n_head,
         n_inner=4 * n_embd if content.get("n_inner") is None else integer("n_inner", 4 * n_embd),
         activation=_ACTIVATIONS[activation],

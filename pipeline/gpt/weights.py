@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,23 +103,26 @@ class SafetensorsFile:
         with self._open() as file:
             return {name: file.get_tensor(name) for name in names}
 
-    def _open(self) -> safe_open:
+    @contextmanager
+    def _open(self) -> Iterator[safe_open]:
         try:
-            return safe_open(self.path, framework="pt", device="cpu")
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                yield file
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{self.path}: not a whole safetensors file ({error}); fetch it again") from error
+            raise ModelError(f"{self.path}: not a whole safetensors file of types that torch has ({error}); fetch it again") from error
 
 
 class PickleFile:
-    """A pytorch_model.bin, read by torch's restricted unpickler and mapped, never run as code."""
+    """A pytorch_model.bin, read by torch's restricted unpickler, never run as code; mapped, unless of the oldest format."""
 
     def __init__(self, path: Path) -> None:
         try:
-            self._tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            content: Any = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        except (RuntimeError, OSError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise ModelError(f"{path}: not a readable file of weights ({error})") from error
-        if not isinstance(self._tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in self._tensors.values()):
-            raise ModelError(f"{path}: not a plain dictionary of tensors")
+        if not isinstance(content, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+            raise ModelError(f"{path}: not a plain dictionary of named tensors")
+        self._tensors: Mapping[str, Tensor] = content
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
