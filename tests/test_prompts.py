@@ -284,7 +284,7 @@ def test_any_bytes_are_rows_or_a_clear_error(tmp_path_factory: pytest.TempPathFa
     path.write_bytes(b"\n".join(lines))
     source = PromptReader(source=JsonlFile(path), defaults=DEFAULTS)
     if b"\n".join(lines).startswith((b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
-        with pytest.raises(InputRowsError, match="UTF-16|compressed"):
+        with pytest.raises(InputRowsError, match=r"UTF-16|compressed"):
             list(source.rows())
         return
     rows = list(source.rows())
