@@ -2,7 +2,7 @@
 
     1. find the checkpoint, read its config.json, open the tokenizer
     2. read all rows once and check them                              (65, 66: nothing has been loaded or written)
-    3. look at the output folder: complete already, or another job's? (78)
+    3. look at the output folder: complete already, or another job's? (78) Can it be written? (73)
     4. load the model
     5. rows -> token ids -> engine -> rows of a part -> files
     6. manifest, _SUCCESS

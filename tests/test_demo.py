@@ -76,7 +76,7 @@ def test_a_demo_model_can_be_trained_and_used(tmp_path: Path) -> None:
     result = CliRunner().invoke(train_demo, [str(text), str(tmp_path / "model"), *small, "--vocab-size", "300"])
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
-    assert 0 < summary["validation_nats_per_character"] < 2.5, "untrained it is above 3"
+    assert 0 < summary["validation_nats_per_character"] < 1.8, "after one step it is 2.25"
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "KING:"}\n')
     run = run_job(JobConfig(model=str(tmp_path / "model"), input=str(prompts), output=str(tmp_path / "out"), max_new_tokens=8))
