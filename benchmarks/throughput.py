@@ -1,6 +1,6 @@
 """New tokens a second beside `generate` of transformers: GPT-2 124M shape, random weights, uniform work.
 
-    python benchmarks/throughput.py [--dtype float32] [--repeats 3] [--rows 64] [--prompt-tokens 32] [--new-tokens 128]
+    python benchmarks/throughput.py [--dtype float32] [--attention auto] [--repeats 3] [--rows 64] [--prompt-tokens 32] [--new-tokens 128]
 
 Both run the same prompts in the same process, in turn, with temperature 0.8 and top-k 40, end-of-text ignored. The machine's
 own limit stands beside them: the rate of one large matrix product, and the tokens a second that it would allow if nothing
@@ -19,6 +19,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.generation.engine import Engine
+from pipeline.gpt.attention import choose_backend
 from pipeline.gpt.config import parse_config
 from pipeline.gpt.linear import Linear
 from pipeline.gpt.model import GPT
@@ -37,13 +38,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--attention", choices=["auto", "ragged", "padded"], default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     theirs = GPT2LMHeadModel(GPT2Config()).eval()
-    ours = GPT(parse_config(theirs.config.to_dict(), "config")).eval().requires_grad_(False)
+    attention = choose_backend(args.attention, torch.device(args.device))
+    ours = GPT(parse_config(theirs.config.to_dict(), "config"), attention=attention).eval().requires_grad_(False)
     copy_model(ours, theirs)
     ours = ours.to(device=args.device, dtype=dtype)
     ours.pack()
@@ -109,6 +112,7 @@ def main() -> None:
         "dtype": args.dtype,
         "device": args.device,
         "threads": args.threads,
+        "attention": attention,
         "work": f"{args.rows} x ({args.prompt_tokens} + {args.new_tokens})",
         "tokens_per_s": round(medians["gptbatch"], 1),
         "transformers_tokens_per_s": round(medians["transformers"], 1),

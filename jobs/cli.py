@@ -9,8 +9,11 @@ import sys
 import click
 
 from jobs.check_model import check_model
+from jobs.diff import diff
 from jobs.generate import generate
+from jobs.replay import replay
 from jobs.train_demo import train_demo
+from jobs.verify import verify
 from pipeline.errors import GptbatchError, StorageError
 
 STOPPED_BY_SIGNAL = 75
@@ -26,9 +29,9 @@ def cli(verbose: bool) -> None:
     """Reproducible batch text generation with GPT-2: prompts in, seeded completions out, as Parquet.
 
     \b
-    Exit codes: 0 done, error rows included; 2 a bad option; 65 bad input rows; 66 no such input; 70 a bug;
-    73 output cannot be created; 74 I/O error; 75 stopped by Ctrl-C; 78 bad config, model or machine, or an
-    output folder that holds something else.
+    Exit codes: 0 done, error rows included; 1 verify or diff found a difference; 2 a bad option; 65 bad input rows;
+    66 no such input or output; 70 a bug; 73 output cannot be created; 74 I/O error; 75 stopped by Ctrl-C; 78 bad
+    config, model or machine, or an output folder that holds something else.
     """
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
@@ -36,7 +39,10 @@ def cli(verbose: bool) -> None:
 
 
 cli.add_command(generate)
+cli.add_command(verify)
+cli.add_command(replay)
 cli.add_command(check_model)
+cli.add_command(diff)
 cli.add_command(train_demo)
 
 

@@ -47,6 +47,18 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of how a recorded run is loaded again."""
+    for option in (
+        click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. [default: what torch finds]"),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute. [default: as recorded]"),
+        click.option("--allow-other-weights", is_flag=True, help="Go on with weights that are not the run's, by digest."),
+        click.option("--model", metavar="M", help="Another copy of the weights: a folder, or a name on the hub. [default: as recorded]"),
+    ):
+        command = option(command)
+    return command
+
+
 def _click_type(annotation: Any) -> click.ParamType[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         (annotation,) = [arm for arm in get_args(annotation) if arm is not types.NoneType]

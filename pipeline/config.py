@@ -36,6 +36,9 @@ class EngineConfig(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of weights and cache; float16 needs cuda")
     batch_size: int = Field(64, ge=1, le=65536, description="most rows that run at a time")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null takes what torch finds")
+    attention: Literal["auto", "ragged", "padded"] = Field(
+        "auto", description="ragged is a C++ kernel, built on first use, for CPUs; auto takes it where it builds, else padded"
+    )
 
 
 class JobConfig(_Section):
@@ -66,6 +69,10 @@ class JobConfig(_Section):
     window_full: Literal["stop", "slide"] = Field(
         "stop", description="when prompt and completion fill the context: end the row, or go on with the latest n_positions tokens"
     )
+    numerics: Literal["auto", "exact", "off"] = Field(
+        "auto", description="check that a row's bits do not depend on the batch; where they do, auto warns, exact stops; off skips it"
+    )
+    record_logits_digest: bool = Field(False, description="fill logits_digest, a hash of the bits of all logits of a row")
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig(), description="how the work is done on this machine")
 
     @model_validator(mode="after")

@@ -83,6 +83,7 @@ class Job:
             "input_digest": summary.digest,
             "rows": summary.rows,
             "part_rows": self.config.part_rows,
+            "record_logits_digest": self.config.record_logits_digest,
         }
 
     def tokenized(self, summary: InputSummary, reject: Callable[[Completion], None]) -> Iterator[TokenizedPrompt]:

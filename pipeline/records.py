@@ -76,7 +76,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """How one prompt ended. An error has its reason and no tokens; `timing` is None when it never entered the engine."""
+    """How one prompt ended. An error has its reason and no tokens; `timing` is None when it never entered the engine.
+
+    min_margin: the smallest margin of its steps (see sampling.py), None without a step. logits_digest: hexadecimal SHA-256 of
+    the bits of every step's logits, None unless it was asked for.
+    """
 
     prompt: Prompt
     prompt_tokens: int
@@ -86,3 +90,5 @@ class Completion:
     stop_reason: StopReason | None
     error: str | None
     timing: Timing | None
+    min_margin: float | None = None
+    logits_digest: str | None = None

@@ -3,7 +3,7 @@
     1. find the checkpoint, read its config.json, open the tokenizer
     2. read all rows once and check them                              (65, 66: nothing has been loaded or written)
     3. look at the output folder: complete already, or another job's? (78) Can it be written? (73)
-    4. load the model
+    4. load the model, and check that its bits do not depend on the batch (network.py)
     5. rows -> token ids -> engine -> rows of a part -> files
     6. manifest, _SUCCESS
 
@@ -25,13 +25,11 @@ from pipeline.data.completions import to_row
 from pipeline.data.output_folder import OutputFolder
 from pipeline.data.parts import PartWriter
 from pipeline.data.prompts import InputSummary
-from pipeline.errors import DeviceError
 from pipeline.job import Job
-from pipeline.records import NOISE_VERSION, Completion
+from pipeline.network import Network, load_network, resolve_device
+from pipeline.records import Completion
 
 if TYPE_CHECKING:
-    import torch
-
     from pipeline.generation.engine import Engine
 
 logger = logging.getLogger("gptbatch")
@@ -81,17 +79,18 @@ def run_job(config: JobConfig, progress: Progress | None = None) -> RunSummary:
         output.check_identity(manifest, identity)
         if output.is_complete(manifest):
             return _nothing_to_do(config, manifest, time.monotonic() - began)
-    device = resolve_device(config)
+    device = resolve_device(config.engine)
     logger.info("%d rows checked; loading %s on %s as %s", summary.rows, config.model, device, config.engine.dtype)
     output.create()
     load_began = time.monotonic()
-    engine = _load_engine(job, device, batch_size=max(1, min(config.engine.batch_size, summary.rows)))
+    network = load_network(job.checkpoint, job.gpt_config, config.engine, device, numerics=config.numerics)
+    engine = _engine(config, job, network, summary)
     load_s = time.monotonic() - load_began
-    logger.info("loaded in %.1f s; up to %d rows at a time", load_s, engine.batch_size)
+    logger.info("loaded in %.1f s; up to %d rows at a time; numerics %s", load_s, engine.batch_size, network.numerics)
     if manifest is not None and config.overwrite:
         output.clear()
     output.begin(config.to_yaml(), identity)
-    facts = _run_facts(job, device, engine, identity)
+    facts = _run_facts(job, network, identity)
     writer = PartWriter(output.path, output.work, part_rows=config.part_rows, total_rows=summary.rows, facts=facts)
     generate_began = time.monotonic()
     counts = _generate(job, engine, writer, progress, summary)
@@ -110,28 +109,11 @@ def run_job(config: JobConfig, progress: Progress | None = None) -> RunSummary:
         generate_s=round(generate_s, 3),
         wall_s=round(time.monotonic() - began, 3),
         tokens_per_s=round(counts.completion_tokens / generate_s, 1) if generate_s > 0 else 0.0,
-        device=str(device),
+        device=str(network.model.device),
         dtype=config.engine.dtype,
         numerics=facts["numerics"],
         fingerprint=identity["fingerprint"],
     )
-
-
-def resolve_device(config: JobConfig) -> torch.device:
-    """The device that the config asks for. Raises DeviceError when this machine does not have it or its dtype."""
-    import torch
-
-    wanted = config.engine.device
-    has_cuda = torch.cuda.is_available()
-    if wanted == "cuda" and not has_cuda:
-        raise DeviceError("engine.device is cuda, but torch finds no CUDA device here; use cpu or auto", keys=("engine.device",))
-    device = torch.device("cuda" if has_cuda and wanted != "cpu" else "cpu")
-    if device.type == "cpu" and config.engine.dtype == "float16":
-        raise DeviceError(
-            "engine.dtype is float16, which CPUs compute slowly and coarsely; use float32 or bfloat16, or a CUDA device",
-            keys=("engine.dtype",),
-        )
-    return device
 
 
 @dataclass
@@ -142,21 +124,15 @@ class _Counts:
     completion_tokens: int = 0
 
 
-def _load_engine(job: Job, device: torch.device, *, batch_size: int) -> Engine:
-    import torch
-
+def _engine(config: JobConfig, job: Job, network: Network, summary: InputSummary) -> Engine:
     from pipeline.generation.engine import Engine
-    from pipeline.gpt.weights import load_gpt
 
-    config = job.config
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    model = load_gpt(job.gpt_config, list(job.checkpoint.weights), dtype=getattr(torch, config.engine.dtype), device=device)
     return Engine(
-        model=model,
-        batch_size=batch_size,
+        model=network.model,
+        batch_size=max(1, min(config.engine.batch_size, summary.rows)),
         end_of_text=None if config.ignore_eos else job.gpt_config.end_of_text,
         window_full=config.window_full,
+        record_logits=config.record_logits_digest,
     )
 
 
@@ -191,28 +167,21 @@ def _completion_text(job: Job, completion: Completion) -> str:
     return job.tokenizer.decode(token_ids[:-1] if completion.finish_reason == "stop" else token_ids)
 
 
-def _run_facts(job: Job, device: torch.device, engine: Engine, identity: dict[str, Any]) -> dict[str, Any]:
+def _run_facts(job: Job, network: Network, identity: dict[str, Any]) -> dict[str, Any]:
     """What the manifest and each part's footer say of the run."""
-    import torch
-
     config = job.config
     return {
         "fingerprint": identity["fingerprint"],
         "model": config.model,
+        "model_path": str(job.checkpoint.folder.resolve()),
         "model_digest": identity["model_digest"],
         "tokenizer_digest": identity["tokenizer_digest"],
         "input": config.input if config.input is not None else f"{config.dataset}[{config.split}]",
         "input_digest": identity["input_digest"],
         "dtype": config.engine.dtype,
-        "device": str(device),
-        "numerics": "unverified",
-        "profile": {
-            "attention": "padded",
-            "linears": engine.model.linear_kind,
-            "torch": torch.__version__,
-            "device_class": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "noise_version": NOISE_VERSION,
-        },
+        "device": str(network.model.device),
+        "numerics": network.numerics,
+        "profile": network.profile,
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("gptbatch", "torch", "tokenizers", "datasets", "pyarrow", "numpy")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -16,7 +17,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from jobs.train_demo import END_OF_TEXT, train_tokenizer
+from pipeline.gpt.attention import Backend
 from pipeline.gpt.config import parse_config
+from pipeline.gpt.kernels.build import KernelError, load_kernels
 from pipeline.gpt.model import GPT
 from pipeline.gpt.weights import copy_model
 from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
@@ -49,13 +52,25 @@ def random_model(seed: int = 0, **shape: Any) -> GPT2LMHeadModel:
     return model
 
 
-def our_model(theirs: GPT2LMHeadModel, *, pack: bool = True) -> GPT:
+def our_model(theirs: GPT2LMHeadModel, *, pack: bool = True, attention: Backend = "padded", dtype: torch.dtype = torch.float32) -> GPT:
     """The same weights in our network, ready to run."""
-    gpt = GPT(parse_config(theirs.config.to_dict(), "config")).eval().requires_grad_(False)
+    if attention == "ragged" and not has_kernels():
+        pytest.skip("no C++ compiler")
+    gpt = GPT(parse_config(theirs.config.to_dict(), "config"), attention=attention).eval().requires_grad_(False)
     copy_model(gpt, theirs)
+    gpt = gpt.to(dtype)
     if pack:
         gpt.pack()
     return gpt
+
+
+@functools.cache
+def has_kernels() -> bool:
+    try:
+        load_kernels()
+    except KernelError:
+        return False
+    return True
 
 
 def tokenized(

@@ -17,9 +17,9 @@ from tests.conftest import our_model, random_model, tokenized
 END_OF_TEXT = 0
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    return our_model(random_model())
+@pytest.fixture(scope="module", params=["ragged", "padded"])
+def model(request: pytest.FixtureRequest) -> GPT:
+    return our_model(random_model(), attention=request.param)
 
 
 def ragged_prompts(count: int, *, longest: int = 50, max_new_tokens: int = 24, greedy: bool = False) -> list[TokenizedPrompt]:

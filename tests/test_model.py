@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from pipeline.gpt.config import parse_config
-from pipeline.gpt.linear import round_rows
+from pipeline.gpt.linear import ROW_PLANS, RowPlan
 from pipeline.gpt.model import GPT, Block
 from pipeline.gpt.weights import copy_block, copy_model, copy_parameter
 from tests.conftest import our_model, random_model
@@ -122,84 +121,25 @@ def test_copy_block_copies_one_block() -> None:
     assert torch.equal(block.ln_2.get_parameter("bias"), source.get_parameter("ln_2.bias"))
 
 
-def test_cached_forward_agrees_with_the_plain_one() -> None:
-    """Prefills of mixed lengths, then random chunks of random sequences in random slots."""
-    ours = our_model(random_model())
-    rng = random.Random(0)
-    sequences = torch.randint(0, 300, (5, 64), generator=torch.Generator().manual_seed(3))
-    with torch.inference_mode():
-        expected = ours(sequences)
-        cache = ours.new_cache(8)
-        slots = rng.sample(range(8), 5)
-        done = [0] * 5
-        compared = 0
-        while min(done) < 64:
-            chosen = [s for s in rng.sample(range(5), rng.randint(1, 5)) if done[s] < 64]
-            if not chosen:
-                continue
-            counts = [min(rng.choice([1, 1, 2, 7, 20]), 64 - done[s]) for s in chosen]
-            logits = ours.extend(
-                cache,
-                slots=[slots[s] for s in chosen],
-                starts=[done[s] for s in chosen],
-                tokens=[sequences[s, done[s] : done[s] + n].tolist() for s, n in zip(chosen, counts, strict=True)],
-            )
-            for row, s, n in zip(logits, chosen, counts, strict=True):
-                done[s] += n
-                compared += 1
-                assert torch.allclose(row, expected[s, done[s] - 1], atol=2e-5)
-    assert compared > 40
-
-
-def test_what_a_cleared_slot_held_reaches_nobody() -> None:
-    """0 x NaN is NaN: a masked position must hold zeros, not what an earlier sequence left."""
-    ours = our_model(random_model())
-    with torch.inference_mode():
-        fresh, used = ours.new_cache(2), ours.new_cache(2)
-        ours.extend(used, slots=[0, 1], starts=[0, 0], tokens=[[5] * 40, [6] * 30])
-        for tensor in (*used.keys, *used.values):
-            tensor[0, :, :40] = float("nan")
-        used.clear(0, 40)
-        used.move(1, 0, 30)
-        used.clear(0, 30)
-        short, long = [7, 8, 9], [10] * 35
-        expected = ours.extend(fresh, slots=[0, 1], starts=[0, 0], tokens=[short, long])
-        assert torch.equal(ours.extend(used, slots=[0, 1], starts=[0, 0], tokens=[short, long]), expected)
-        for tensor in (*used.keys, *used.values):
-            assert torch.isfinite(tensor).all()
-
-
-def test_growing_the_cache_keeps_what_it_holds() -> None:
-    ours = our_model(random_model())
-    tokens = list(range(1, 61))
-    with torch.inference_mode():
-        whole = ours.extend(ours.new_cache(1), slots=[0], starts=[0], tokens=[tokens])
-        cache = ours.new_cache(1)
-        widths = []
-        for start in range(0, 60, 10):
-            logits = ours.extend(cache, slots=[0], starts=[start], tokens=[tokens[start : start + 10]])
-            widths.append(cache.width)
-    assert torch.allclose(logits, whole, atol=2e-5)
-    assert widths == sorted(widths)
-    assert widths[0] < widths[-1] == 64
-
-
 def test_row_counts_are_few_and_waste_little() -> None:
-    rounded = [round_rows(rows) for rows in range(1, 4097)]
+    rounded, more, constant = ([plan.rows(rows) for rows in range(1, 4097)] for plan in ROW_PLANS)
     assert all(rows <= up <= max(rows + 7, rows * 9 / 8) for rows, up in enumerate(rounded, start=1))
     assert len(set(rounded)) < 60
+    assert more[40:] == rounded[40:]
+    assert min(more) == 32
+    assert all(up % 64 == 0 and rows <= up < rows + 64 for rows, up in enumerate(constant, start=1))
 
 
-def test_rows_that_fill_up_a_batch_change_nothing() -> None:
-    """11 sequences run as 16 rows where the linears are packed, and as 11 where they are not."""
+@pytest.mark.parametrize("plan", ROW_PLANS, ids=lambda plan: plan.name)
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_that_fill_up_a_batch_change_no_number(plan: RowPlan, pack: bool) -> None:
     theirs = random_model()
-    tokens = [[1 + i] * (1 + i % 3) for i in range(11)]
+    idx = torch.randint(0, 300, (11, 9), generator=torch.Generator().manual_seed(3))
+    ours = our_model(theirs, pack=pack)
+    ours.use_rows(plan)
     with torch.inference_mode():
-        packed, plain = our_model(theirs), our_model(theirs, pack=False)
-        settings: dict[str, Any] = {"slots": list(range(11)), "starts": [0] * 11, "tokens": tokens}
-        logits = packed.extend(packed.new_cache(11), **settings)
-        assert logits.shape == (11, 300)
-        assert torch.allclose(logits, plain.extend(plain.new_cache(11), **settings), atol=2e-5)
+        assert (theirs(idx).logits - ours(idx)).abs().max() <= TOLERANCE
+        assert ours(idx[:1, :1]).shape == (1, 1, 300)
 
 
 @pytest.mark.cuda

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from scipy import stats
 from pipeline.data.prompts import derive_seed
 from pipeline.generation.noise import gumbel, philox4x32, random_bits
 from pipeline.generation.reference import choose_token
-from pipeline.generation.sampling import choose_tokens
+from pipeline.generation.sampling import Choice, choose_tokens
 from pipeline.records import MAX_SEED, SamplingParams
 
 DRAWS = 20_000
@@ -20,6 +21,10 @@ FALSE_ALARM = 1e-6  # of each chi-square test, were its seeds random; they are f
 
 def params(seed: int, *, temperature: float = 1.0, top_k: int = 0) -> SamplingParams:
     return SamplingParams(seed=seed, temperature=temperature, top_k=top_k, max_new_tokens=1)
+
+
+def tokens_of(logits: torch.Tensor, rows: Sequence[SamplingParams], steps: Sequence[int]) -> list[int | None]:
+    return [choice.token for choice in choose_tokens(logits, rows, steps)]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,7 @@ def test_draws_follow_softmax(top_k: int, temperature: float) -> None:
     logits = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.0, -0.3, -0.5, -1.0, -1.1, -1.2, 0.4, 0.1, -2.0])
     kept = min(top_k, len(logits)) or len(logits)
     rows = [params(derive_seed(0, str(i)), temperature=temperature, top_k=top_k) for i in range(DRAWS)]
-    tokens = choose_tokens(logits.expand(DRAWS, -1), rows, [0] * DRAWS)
+    tokens = tokens_of(logits.expand(DRAWS, -1), rows, [0] * DRAWS)
     order = logits.argsort(descending=True)[:kept]
     expected = torch.softmax(logits[order].double() / temperature, 0) * DRAWS
     counts = torch.bincount(torch.tensor(tokens), minlength=len(logits))
@@ -84,14 +89,14 @@ def test_draws_follow_softmax(top_k: int, temperature: float) -> None:
 
 def test_draws_of_one_seed_over_steps_follow_softmax_too() -> None:
     logits = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0])
-    tokens = choose_tokens(logits.expand(DRAWS, -1), [params(42)] * DRAWS, list(range(DRAWS)))
+    tokens = tokens_of(logits.expand(DRAWS, -1), [params(42)] * DRAWS, list(range(DRAWS)))
     counts = torch.bincount(torch.tensor(tokens), minlength=5).double()
     assert stats.chisquare(counts.numpy(), (torch.softmax(logits.double(), 0) * DRAWS).numpy()).pvalue > FALSE_ALARM
 
 
 def test_the_chi_square_test_has_teeth() -> None:
     logits = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0])
-    tokens = choose_tokens(logits.expand(DRAWS, -1), [params(s, temperature=1.1) for s in range(DRAWS)], [0] * DRAWS)
+    tokens = tokens_of(logits.expand(DRAWS, -1), [params(s, temperature=1.1) for s in range(DRAWS)], [0] * DRAWS)
     counts = torch.bincount(torch.tensor(tokens), minlength=5).double()
     assert stats.chisquare(counts.numpy(), (torch.softmax(logits.double(), 0) * DRAWS).numpy()).pvalue < FALSE_ALARM
 
@@ -128,12 +133,12 @@ def test_derived_seeds_never_meet() -> None:
 def test_greedy_takes_the_largest_and_the_smallest_id_of_ties() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 3.0, 3.0, 5.0], [-1.0, -2.0, -3.0, -1.5]])
     for top_k in (0, 1, 3):
-        assert choose_tokens(logits, [params(s, temperature=0, top_k=top_k) for s in range(3)], [0, 1, 2]) == [1, 0, 0]
+        assert tokens_of(logits, [params(s, temperature=0, top_k=top_k) for s in range(3)], [0, 1, 2]) == [1, 0, 0]
 
 
 def test_every_tie_at_the_kth_logit_is_kept() -> None:
     logits = torch.tensor([1.0, 2.0, 1.0, 0.999, 1.0]).expand(2000, -1)
-    tokens = choose_tokens(logits, [params(s, top_k=2) for s in range(2000)], [0] * 2000)
+    tokens = tokens_of(logits, [params(s, top_k=2) for s in range(2000)], [0] * 2000)
     assert set(tokens) == {0, 1, 2, 4}
 
 
@@ -143,8 +148,8 @@ def test_rows_keep_their_own_parameters() -> None:
     logits = torch.randn(40, 97, generator=generator) * 3
     rows = [params(s, temperature=(0, 0.5, 1, 3)[s % 4], top_k=(0, 1, 7, 97, 500)[s % 5]) for s in range(40)]
     steps = [s % 3 for s in range(40)]
-    together = choose_tokens(logits, rows, steps)
-    assert together == [choose_tokens(logits[i : i + 1], rows[i : i + 1], steps[i : i + 1])[0] for i in range(40)]
+    together = tokens_of(logits, rows, steps)
+    assert together == [tokens_of(logits[i : i + 1], rows[i : i + 1], steps[i : i + 1])[0] for i in range(40)]
     assert together == [
         choose_token(logits[i], temperature=p.temperature, sample=p.temperature > 0, top_k=p.top_k, seed=p.seed, step=steps[i])
         for i, p in enumerate(rows)
@@ -156,19 +161,70 @@ def test_rows_keep_their_own_parameters() -> None:
 def test_rows_that_are_not_numbers_have_no_token(top_k: int, temperature: float) -> None:
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[0.0, nan, 1.0], [0.0, inf, 1.0], [-inf, -inf, -inf], [-inf, 2.0, -inf], [0.0, 1.0, 2.0]])
-    tokens = choose_tokens(logits, [params(s, temperature=temperature, top_k=top_k) for s in range(5)], [0] * 5)
+    tokens = tokens_of(logits, [params(s, temperature=temperature, top_k=top_k) for s in range(5)], [0] * 5)
     assert tokens[:4] == [None, None, None, 1]
     assert tokens[4] is not None
 
 
 def test_a_vocabulary_of_one() -> None:
-    assert choose_tokens(torch.zeros(2, 1), [params(0), params(1, temperature=0)], [0, 5]) == [0, 0]
+    assert choose_tokens(torch.zeros(2, 1), [params(0), params(1, temperature=0)], [0, 5]) == [Choice(0, None)] * 2
 
 
 def test_bfloat16_logits_are_widened_before_the_noise_is_added() -> None:
     logits = torch.tensor([[1.0, 0.0, -1.0, 0.5]] * 500)
     rows = [params(s) for s in range(500)]
-    assert choose_tokens(logits.bfloat16(), rows, [0] * 500) == choose_tokens(logits, rows, [0] * 500)
+    assert tokens_of(logits.bfloat16(), rows, [0] * 500) == tokens_of(logits, rows, [0] * 500)
+
+
+def naive_margin(logits: torch.Tensor, p: SamplingParams, step: int) -> float | None:
+    """The definition at the top of sampling.py, for one row, every token looked at."""
+    if len(logits) == 1:
+        return None
+    ids = torch.arange(len(logits))
+    scores = logits.double() + p.temperature * gumbel(torch.tensor(p.seed), torch.tensor(step), ids)
+    kth = torch.sort(logits, descending=True).values[(min(p.top_k, len(logits)) or len(logits)) - 1]
+    kept = logits >= kth
+    winner = choose_token(logits, temperature=p.temperature, sample=True, top_k=p.top_k, seed=p.seed, step=step)
+    distances = [(scores[winner] - scores[j]).item() for j in ids if kept[j] and j != winner]
+    distances += [(logits[winner].double() - logits[j].double()).item() for j in ids if not kept[j]]
+    distances += [(kth.double() - logits[j].double()).item() for j in ids if not kept[j] and scores[j] > scores[winner]]
+    return min(distances)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 7, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_margins_are_as_defined(vocab_size: int, dtype: torch.dtype) -> None:
+    """bfloat16 makes ties at the k-th logit, wide temperatures make tokens that were not kept win often."""
+    logits = (torch.randn(300, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 3).to(dtype)
+    rows = [params(s, temperature=(0, 0.5, 1, 5)[s % 4], top_k=(0, 1, 2, 5, 100, 500)[s % 6]) for s in range(300)]
+    expected = [naive_margin(logits[i], p, i % 3) for i, p in enumerate(rows)]
+    choices = choose_tokens(logits, rows, [i % 3 for i in range(300)])
+    assert [choice.margin for choice in choices] == expected
+    assert len({choice.margin for choice in choices}) > (20 if dtype == torch.bfloat16 else 200)
+    # a bound may hide larger margins only
+    bounds = [0.4] * 300
+    bounded = [choice.margin for choice in choose_tokens(logits, rows, [i % 3 for i in range(300)], bounds)]
+    few = [(p.top_k not in (0, 500) and p.top_k < vocab_size) or p.temperature == 0 for p in rows]
+    assert [m for m, f in zip(bounded, few, strict=True) if f] == [min(m or 0, 0.4) for m, f in zip(expected, few, strict=True) if f]
+
+
+def test_no_change_of_less_than_half_the_margin_changes_the_token() -> None:
+    """All logits moved at random by just less than half the margin, up or down; by more than it, tokens do change.
+
+    Not for 1 < top_k < V: a token whose logit comes up to the k-th and whose score up to the winner's in one is left out of margins.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 50, generator=generator, dtype=torch.float64) * 2
+    rows = [params(s, temperature=(0, 0.7, 2)[s % 3], top_k=(0, 1)[s % 2]) for s in range(400)]
+    choices = choose_tokens(logits, rows, [0] * 400)
+    margins = torch.tensor([choice.margin or 0.0 for choice in choices])[:, None]
+    changed = 0
+    for _ in range(20):
+        signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
+        assert tokens_of(logits + 0.499 * margins * signs, rows, [0] * 400) == [choice.token for choice in choices]
+        wide = tokens_of(logits + 1.5 * margins * signs, rows, [0] * 400)
+        changed += sum(a != b.token for a, b in zip(wide, choices, strict=True))
+    assert changed > 400
 
 
 @pytest.mark.cuda
@@ -182,4 +238,4 @@ def test_cpu_and_cuda_agree_on_the_integers() -> None:
 def test_cpu_and_cuda_choose_the_same_tokens_from_the_same_logits() -> None:
     logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)) * 3
     rows = [params(s, temperature=(0, 0.8, 2)[s % 3], top_k=(0, 40)[s % 2]) for s in range(64)]
-    assert choose_tokens(logits.cuda(), rows, [3] * 64) == choose_tokens(logits, rows, [3] * 64)
+    assert tokens_of(logits.cuda(), rows, [3] * 64) == tokens_of(logits, rows, [3] * 64)

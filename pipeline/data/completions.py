@@ -60,6 +60,16 @@ COLUMNS = (
     _fixed("top_k", pa.int32(), "0 is off", unit="tokens"),
     _fixed("max_new_tokens", pa.int32(), "the most tokens that the row might generate", unit="tokens"),
     _fixed("metadata", pa.string(), "the row's other fields as JSON text; null when there are none", nullable=True),
+    _fixed(
+        "min_margin",
+        pa.float64(),
+        "how far the row is from other tokens under other rounding; null without a step",
+        nullable=True,
+        unit="logits",
+    ),
+    _fixed(
+        "logits_digest", pa.string(), "SHA-256 over the bits of every step's logits, with record_logits_digest; else null", nullable=True
+    ),
     _observed("queue_s", pa.float64(), "from reading the row to its first token entering a step"),
     _observed("prefill_s", pa.float64(), "from there to its first new token"),
     _observed("decode_s", pa.float64(), "from its first new token to its last"),
@@ -94,6 +104,8 @@ def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
         "top_k": params.top_k,
         "max_new_tokens": params.max_new_tokens,
         "metadata": prompt.metadata,
+        "min_margin": completion.min_margin,
+        "logits_digest": completion.logits_digest,
         "queue_s": timing and timing.queue_s,
         "prefill_s": timing and timing.prefill_s,
         "decode_s": timing and timing.decode_s,

@@ -11,14 +11,17 @@ Knows: token ids, slots, clocks. Does not know: text, files, or what happens to 
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from pipeline.generation.sampling import choose_tokens
+from pipeline.generation.sampling import Choice, choose_tokens
 from pipeline.gpt.model import GPT
 from pipeline.records import Completion, StopReason, Timing, TokenizedPrompt
 
@@ -40,6 +43,8 @@ class Sequence:
     cached: int = 0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+    min_margin: float = math.inf
+    logits_hash: hashlib._Hash | None = None
     stop_reason: StopReason | None = None
     error: str | None = None
 
@@ -69,7 +74,7 @@ class Engine:
     batch_size: most sequences at a time. end_of_text: the token id that ends a row, None if there is none (or none is to).
     window_full: what happens when a sequence fills the context. stop ends it; slide goes on as the tutorial does, each step
     on the n_positions most recent tokens, positions from 0, the whole window computed again.
-    prefill_tokens: most padded tokens of a prefill call with more than one sequence.
+    prefill_tokens: most tokens of a prefill call with more than one sequence. record_logits: hash the bits of every logit.
     """
 
     model: GPT
@@ -77,6 +82,7 @@ class Engine:
     end_of_text: int | None
     window_full: WindowFull = "stop"
     prefill_tokens: int = 4096
+    record_logits: bool = False
     stats: EngineStats = field(default_factory=EngineStats)
 
     def __post_init__(self) -> None:
@@ -100,10 +106,10 @@ class Engine:
     # -- one round -----------------------------------------------------------------------------------------------------
 
     def _admit(self, prompts: Iterator[TokenizedPrompt]) -> list[Completion]:
-        first = len(self._running)
-        while len(self._running) < self.batch_size and (prompt := next(prompts, None)) is not None:
+        admitted: list[Sequence] = []
+        while len(self._running) + len(admitted) < self.batch_size and (prompt := next(prompts, None)) is not None:
             assert 1 <= len(prompt.token_ids) <= self._n_positions
-            self._running.append(
+            admitted.append(
                 Sequence(
                     source=prompt,
                     tokens=list(prompt.token_ids),
@@ -111,9 +117,14 @@ class Engine:
                     started_at_s=time.time(),
                     steps_before=0,
                     rows_before=0,
+                    logits_hash=hashlib.sha256() if self.record_logits else None,
                 )
             )
-        self._reserve(self._running[first:])
+        # likes together, the long ones first: what is padded or done in rounds inside a call then loses least
+        admitted.sort(key=lambda sequence: -len(sequence.tokens))
+        first = len(self._running)
+        self._running += admitted
+        self._reserve(admitted)
         for slots in self._groups(list(range(first, len(self._running)))):
             now = time.monotonic()
             for slot in slots:
@@ -127,7 +138,7 @@ class Engine:
     def _reserve(self, admitted: list[Sequence]) -> None:
         """Room in the cache for what the admitted rows will likely need, at once: growing it step by step copies it."""
         wanted = [len(s.tokens) + min(s.source.prompt.params.max_new_tokens, RESERVE_TOKENS) for s in admitted]
-        self._cache.reserve(min(self._n_positions, max(wanted, default=0)))
+        self._cache.reserve([min(self._n_positions, length) for length in wanted])
 
     def _decode(self) -> list[Completion]:
         inside: list[int] = []  # slots whose next token has a position left
@@ -143,16 +154,16 @@ class Engine:
         return self._retire()
 
     def _groups(self, slots: list[int]) -> Iterator[list[int]]:
-        """Cut slots into groups of at most `prefill_tokens` padded tokens, at least one slot each."""
+        """Cut slots into groups of at most `prefill_tokens` tokens, at least one slot each."""
         group: list[int] = []
-        longest = 0
+        total = 0
         for slot in slots:
             length = min(len(self._running[slot].tokens), self._n_positions)
-            if group and (len(group) + 1) * max(longest, length) > self.prefill_tokens:
+            if group and total + length > self.prefill_tokens:
                 yield group
-                group, longest = [], 0
+                group, total = [], 0
             group.append(slot)
-            longest = max(longest, length)
+            total += length
         if group:
             yield group
 
@@ -160,24 +171,35 @@ class Engine:
     def _step(self, slots: list[int]) -> None:
         """One call of the network: each slot's tokens that are not cached yet go in, its next token comes out."""
         sequences = [self._running[slot] for slot in slots]
-        windows = [max(0, len(sequence.tokens) - self._n_positions) for sequence in sequences]  # where each window begins
-        logits = self.model.extend(
-            self._cache,
-            slots=slots,
-            starts=[sequence.cached for sequence in sequences],
-            tokens=[s.tokens[window + s.cached :] for s, window in zip(sequences, windows, strict=True)],
+        tokens: list[int] = []
+        token_slots: list[int] = []
+        positions: list[int] = []
+        last: list[int] = []
+        for slot, sequence in zip(slots, sequences, strict=True):
+            window = max(0, len(sequence.tokens) - self._n_positions)  # where the context begins
+            new = sequence.tokens[window + sequence.cached :]
+            tokens += new
+            token_slots += [slot] * len(new)
+            positions += range(sequence.cached, sequence.cached + len(new))
+            last.append(len(tokens) - 1)
+            sequence.cached += len(new)
+        logits = self.model.extend(self._cache, tokens=tokens, slots=token_slots, positions=positions, wanted=last)
+        if self.record_logits:
+            for sequence, row in zip(sequences, logits.cpu(), strict=True):
+                assert sequence.logits_hash is not None
+                sequence.logits_hash.update(logits_bytes(row))
+        choices = choose_tokens(
+            logits, [s.source.prompt.params for s in sequences], [s.new_tokens for s in sequences], [s.min_margin for s in sequences]
         )
-        tokens = choose_tokens(logits, [s.source.prompt.params for s in sequences], [s.new_tokens for s in sequences])
         now = time.monotonic()
         self.stats.steps += 1
         self.stats.rows += len(slots)
-        for sequence, window, token in zip(sequences, windows, tokens, strict=True):
-            sequence.cached = len(sequence.tokens) - window
-            self._accept(sequence, token, now)
+        for sequence, choice in zip(sequences, choices, strict=True):
+            self._accept(sequence, choice, now)
 
-    def _accept(self, sequence: Sequence, token: int | None, now: float) -> None:
+    def _accept(self, sequence: Sequence, choice: Choice, now: float) -> None:
         """Give a sequence its next token and decide whether it ends."""
-        params = sequence.source.prompt.params
+        params, token = sequence.source.prompt.params, choice.token
         sequence.last_token_s = now
         if sequence.new_tokens == 0:
             sequence.first_token_s = now
@@ -185,13 +207,18 @@ class Engine:
             sequence.error = f"the logits of new token {sequence.new_tokens} hold NaN or infinity"
             return
         sequence.tokens.append(token)
+        if choice.margin is not None:
+            sequence.min_margin = min(sequence.min_margin, choice.margin)
         self.stats.new_tokens += 1
-        if token == self.end_of_text:
-            sequence.stop_reason = "end_of_text"
-        elif sequence.new_tokens >= params.max_new_tokens:
-            sequence.stop_reason = "max_new_tokens"
-        elif self.window_full == "stop" and len(sequence.tokens) > self._n_positions:
-            sequence.stop_reason = "window"
+        sequence.stop_reason = stop_reason(
+            token,
+            new_tokens=sequence.new_tokens,
+            total_tokens=len(sequence.tokens),
+            max_new_tokens=params.max_new_tokens,
+            n_positions=self._n_positions,
+            end_of_text=self.end_of_text,
+            window_full=self.window_full,
+        )
 
     @torch.inference_mode()
     def _retire(self) -> list[Completion]:
@@ -200,10 +227,10 @@ class Engine:
             sequence = self._running[slot]
             if not sequence.ended:
                 continue
-            self._cache.clear(slot, sequence.cached)
+            self._cache.clear(slot)
             last = self._running.pop()
             if last is not sequence:
-                self._cache.move(len(self._running), slot, last.cached)
+                self._cache.move(len(self._running), slot)
                 self._running[slot] = last
             ended.append(self._completion(sequence))
         return ended
@@ -219,6 +246,8 @@ class Engine:
             finish_reason="error" if sequence.error else "stop" if sequence.stop_reason == "end_of_text" else "length",
             stop_reason=None if sequence.error else sequence.stop_reason,
             error=sequence.error,
+            min_margin=None if sequence.error or not math.isfinite(sequence.min_margin) else sequence.min_margin,
+            logits_digest=None if sequence.error or sequence.logits_hash is None else sequence.logits_hash.hexdigest(),
             timing=Timing(
                 queue_s=sequence.admitted_s - source.read_s,
                 prefill_s=sequence.first_token_s - sequence.admitted_s,
@@ -227,3 +256,26 @@ class Engine:
                 started_at_s=sequence.started_at_s,
             ),
         )
+
+
+def stop_reason(
+    token: int,
+    *,
+    new_tokens: int,
+    total_tokens: int,
+    max_new_tokens: int,
+    n_positions: int,
+    end_of_text: int | None,
+    window_full: WindowFull,
+) -> StopReason | None:
+    """Why a row ends with its latest token, None if it goes on. total_tokens counts the prompt's and the new ones, this one included."""
+    if token == end_of_text:
+        return "end_of_text"
+    if new_tokens >= max_new_tokens:
+        return "max_new_tokens"
+    return "window" if window_full == "stop" and total_tokens > n_positions else None
+
+
+def logits_bytes(logits: Tensor) -> bytes:
+    """The bits of logits in memory order; equal bytes are equal bits, -0 and NaN included."""
+    return logits.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()

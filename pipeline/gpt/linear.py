@@ -7,7 +7,8 @@ Does not know: where it stands in the network.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,50 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
-# (activation, algorithm) as torch.ops.mkldnn._linear_pointwise names them; the others are applied unfused
-_FUSED: dict[Activation, tuple[str, str]] = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none")}
+# (activation, algorithm) as torch.ops.mkldnn._linear_pointwise names them
+_FUSED: dict[Activation, tuple[str, str]] = {
+    "none": ("none", ""),
+    "gelu_tanh": ("gelu", "tanh"),
+    "gelu": ("gelu", "none"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "tanh": ("tanh", ""),
+}
+
+LinearKind = Literal["prepacked", "prepacked_float32", "plain"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """At how many rows the linears run: a row's bits may depend on that, in a way that differs from machine to machine.
+
+    least: the fewest rows. constant: as many rows at a time, whatever there is to do; None runs all at once.
+    """
+
+    name: str
+    least: int
+    constant: int | None = None
+
+    def rows(self, wanted: int) -> int:
+        """The number of rows to run for `wanted` (at least 1): at most 7 more, or an eighth more above 128; or as planned.
+
+        oneDNN builds a kernel for every number of rows that it meets and keeps it, about half a megabyte each: a run whose
+        batches are of every size would slow down for each new one, and hold a gigabyte in the end.
+        """
+        if self.constant is not None:
+            return -(-wanted // self.constant) * self.constant
+        step = 8
+        while wanted > 16 * step:
+            step *= 2
+        return max(self.least, -(-wanted // step) * step)
+
+
+# from the fastest to the surest; the start-up check takes the first under which a row's bits do not depend on other rows
+ROW_PLANS = (
+    RowPlan(name="rounded", least=8),
+    RowPlan(name="more", least=32),
+    RowPlan(name="constant", least=64, constant=64),
+)
 
 
 class Linear(nn.Module):
@@ -43,63 +86,81 @@ class Linear(nn.Module):
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.kind: LinearKind = "plain"
+        self.constant_rows: int | None = None
         self._packed: Any = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         assert residual is None or self.activation == "none"
+        rows = self.constant_rows
+        if rows is None:
+            return self._apply_to(x, residual)
+        extra = -x.shape[0] % rows
+        chunks = F.pad(x, (0, 0, 0, extra)).split(rows)
+        residuals = [None] * len(chunks) if residual is None else F.pad(residual, (0, 0, 0, extra)).split(rows)
+        return torch.cat([self._apply_to(*pair) for pair in zip(chunks, residuals, strict=True)])[: x.shape[0]]
+
+    def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if self._packed is not None:
             return self._packed_forward(x, residual)
-        y = ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
+        y = _activate(self.activation, F.linear(x, self.weight, self.bias))
         return y if residual is None else y + residual
 
     def _packed_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        rows = x.shape[0]
+        dtype, rows = x.dtype, x.shape[0]
         if rows == 1:  # one row takes another path inside oneDNN, with other bits: run it as two
             x = x.expand(2, -1).contiguous()
             residual = None if residual is None else residual.expand(2, -1).contiguous()
+        if self.kind == "prepacked_float32":
+            x, residual = x.float(), None if residual is None else residual.float()
         if residual is not None:
             y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
-            return y[:rows]
-        fused = _FUSED.get(self.activation)
-        name, algorithm = fused or ("none", "")
-        y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, name, [], algorithm)
-        return (y if fused else ACTIVATIONS[self.activation](y))[:rows]
+        else:
+            name, algorithm = _FUSED[self.activation]
+            y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, name, [], algorithm)
+        return y[:rows].to(dtype)
 
     def tie(self, embedding: nn.Embedding) -> None:
         """Share the weight of an embedding of the same shape (a head that is the transposed embedding)."""
         assert isinstance(embedding.weight, nn.Parameter)
         self.weight = embedding.weight
 
-    @property
-    def packed(self) -> bool:
-        return self._packed is not None
-
     def pack(self) -> None:
         """Lay the weight out for oneDNN and drop the plain one, unless someone else (a tied embedding) holds it.
 
-        Does nothing where `can_pack` is false.
+        bfloat16 on a CPU without instructions for it is widened to float32: sums are then the same or better, each result is
+        rounded to bfloat16 once, and it is several times as fast. Does nothing where oneDNN takes no such weight.
         """
-        if self._packed is None and can_pack(self.weight):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().contiguous())
-            self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
+        kind = packed_kind(self.weight)
+        if self._packed is not None or kind == "plain":
+            return
+        weight = self.weight.detach().contiguous()
+        if kind == "prepacked_float32":
+            weight = weight.float()
+            self.bias = None if self.bias is None else nn.Parameter(self.bias.detach().float(), requires_grad=False)
+        self.kind, self._packed = kind, torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
 
 
-def round_rows(rows: int) -> int:
-    """The number of rows to run for `rows`: at most 7 more, or an eighth more above 128.
-
-    oneDNN builds a kernel for every number of rows that it meets and keeps it, about half a megabyte each: a run whose
-    batches are of every size would slow down for each new one, and hold a gigabyte in the end.
-    """
-    step = 8
-    while rows > 16 * step:
-        step *= 2
-    return -(-rows // step) * step
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN takes this weight: on CPU, float32, or bfloat16 where the CPU has the instructions."""
+def packed_kind(weight: Tensor) -> LinearKind:
+    """What `Linear.pack` makes of this weight on this machine."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
+        return "plain"
     if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+        return "prepacked" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "prepacked_float32"
+    return "prepacked" if weight.dtype == torch.float32 else "plain"
+
+
+def _activate(activation: Activation, x: Tensor) -> Tensor:
+    """The activation of each number of x, by the same instructions wherever it stands in x."""
+    function = ACTIVATIONS[activation]
+    if x.device.type != "cpu" or activation in ("none", "relu") or x.requires_grad:
+        return function(x)
+    # A tensor is cut among the threads, and what does not fill a vector at the end of a piece is computed in another way, with
+    # other bits. In one piece that is a multiple of every vector's length there is no such end.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function(F.pad(x.flatten(), (0, -x.numel() % 64)))[: x.numel()].view_as(x)
+    finally:
+        torch.set_num_threads(threads)

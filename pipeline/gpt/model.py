@@ -10,14 +10,15 @@ Shapes: N tokens of a call, B sequences or slots, T tokens of a sequence, C n_em
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.gpt.attention import Attention, CachedAttention, WholeContextAttention
+from pipeline.gpt.attention import Attention, Backend, KVCache, new_cache
 from pipeline.gpt.config import GPTConfig
-from pipeline.gpt.kv_cache import KVCache
-from pipeline.gpt.linear import Linear, round_rows
+from pipeline.gpt.linear import ROW_PLANS, Linear, LinearKind, RowPlan
 
 
 class Block(nn.Module):
@@ -42,11 +43,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole network. The head is a layer of its own, which may share the token embedding's weight (tied)."""
+    """The whole network. The head is a layer of its own, which may share the token embedding's weight (tied).
 
-    def __init__(self, config: GPTConfig) -> None:
+    attention: the backend that its caches are made for. row_plan: at how many rows its linears run (see `use_rows`).
+    """
+
+    def __init__(self, config: GPTConfig, *, attention: Backend = "padded") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attention = config, attention
+        self.row_plan = ROW_PLANS[0]
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -56,63 +61,59 @@ class GPT(nn.Module):
             self.lm_head.tie(self.wte)
 
     def forward(self, idx: Tensor) -> Tensor:
-        """The plain network: idx (B, T) -> logits (B, T, V), every position over its whole context, no cache.
+        """The plain network: idx (B, T) -> logits (B, T, V), every position over its whole context, nothing cached before.
 
         Raises ValueError when T is 0 or above n_positions.
         """
         batch, length = idx.shape
         if not 1 <= length <= self.config.n_positions:
             raise ValueError(f"a sequence of {length} tokens does not fit: 1 to n_positions ({self.config.n_positions}) do")
-        attention = WholeContextAttention(
-            batch=batch, length=length, n_head=self.config.n_head, upcast=self.config.upcast_attention, device=idx.device
+        logits = self.extend(
+            self.new_cache(batch),
+            tokens=idx.flatten().tolist(),
+            slots=[slot for slot in range(batch) for _ in range(length)],
+            positions=[*range(length)] * batch,
         )
-        positions = torch.arange(length, device=idx.device).repeat(batch)
-        logits: Tensor = self.lm_head(self._hidden(idx.reshape(-1), positions, attention))
         return logits.view(batch, length, -1)
 
     def new_cache(self, n_slots: int) -> KVCache:
         """An empty cache for this network's sequences."""
-        return KVCache(
-            n_layer=self.config.n_layer,
-            n_slots=n_slots,
-            n_head=self.config.n_head,
-            head_size=self.config.head_size,
-            n_positions=self.config.n_positions,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return new_cache(self.attention, self.config, n_slots=n_slots, dtype=self.dtype, device=self.device)
 
-    def extend(self, cache: KVCache, *, slots: list[int], starts: list[int], tokens: list[list[int]]) -> Tensor:
-        """Run new tokens of some sequences through the network -> logits (S, V) that follow the last token of each.
+    def extend(
+        self,
+        cache: KVCache,
+        *,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        wanted: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Run N new tokens through the network -> logits (S, V) that follow the S tokens `wanted` (indices; None wants all N).
 
-        Sequence i stands in slots[i]; its tokens[i] (at least one) take the positions from starts[i] on, and everything
-        before them must be in the cache. Prefill and decode are this same call.
+        Token i goes to position positions[i] of slot slots[i]; the tokens of a slot stand in order, and all before them must
+        be in the cache. Prefill, a chunk of it and decode are this same call, and tokens of many slots can share it.
         """
-        attention = CachedAttention(
-            cache,
-            slots=slots,
-            starts=starts,
-            counts=[len(new) for new in tokens],
-            n_head=self.config.n_head,
-            upcast=self.config.upcast_attention,
-        )
-        flat = torch.tensor([token for new in tokens for token in new], device=self.device)
-        x = self._hidden(self._padded(flat), self._padded(attention.positions), attention, self._padded(attention.last_tokens))
-        logits: Tensor = self.lm_head(x)
-        return logits[: len(tokens)]
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        """(N,) -> (N or more,): where the linears are packed, as many rows as they have a kernel for; zeros fill up."""
-        return F.pad(rows, (0, round_rows(len(rows)) - len(rows))) if self.lm_head.packed else rows
-
-    def _hidden(self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor | None = None) -> Tensor:
-        """tokens, positions (N,) -> what the head reads (N, C), or only the rows `wanted`."""
-        x = self.wte(tokens) + self.wpe(positions)
+        attention = cache.step(slots, positions)
+        x = self.wte(self._padded(tokens)) + self.wpe(self._padded(positions))
         for block in self.blocks:
             x = block(x, attention)
-        x = x if wanted is None else x[wanted]
-        normed: Tensor = self.ln_f(x)
-        return normed
+        x = x[: len(tokens)] if wanted is None else x[torch.tensor(wanted, device=self.device)]
+        rows = len(x)
+        logits: Tensor = self.lm_head(self.ln_f(F.pad(x, (0, 0, 0, self.row_plan.rows(rows) - rows))))
+        return logits[:rows]
+
+    def _padded(self, values: Sequence[int]) -> Tensor:
+        """(N,) -> (N or more,): as many as the linears run at; zeros fill up."""
+        padding = self.row_plan.rows(len(values)) - len(values)
+        return torch.tensor([*values, *[0] * padding], device=self.device)
+
+    def use_rows(self, plan: RowPlan) -> None:
+        """Run the linears at the row counts of this plan."""
+        self.row_plan = plan
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.constant_rows = plan.constant
 
     def pack(self) -> None:
         """Lay the linears out for this CPU (see Linear.pack); the network can no longer be copied into or moved."""
@@ -125,9 +126,9 @@ class GPT(nn.Module):
         return sum(parameter.numel() for _, parameter in self.named_parameters(remove_duplicate=False))
 
     @property
-    def linear_kind(self) -> str:
-        """ "prepacked" when the linears are laid out for oneDNN, "plain" otherwise."""
-        return "prepacked" if self.lm_head.packed else "plain"
+    def linear_kind(self) -> LinearKind:
+        """How the linears are laid out (see Linear.pack)."""
+        return self.lm_head.kind
 
     @property
     def dtype(self) -> torch.dtype:

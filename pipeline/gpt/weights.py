@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
+from pipeline.gpt.attention import Backend
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import Linear
 from pipeline.gpt.model import GPT, Block
@@ -131,7 +132,9 @@ class PickleFile:
         return {name: self._tensors[name] for name in names}
 
 
-def load_gpt(config: GPTConfig, files: list[Path], *, dtype: torch.dtype, device: torch.device, pack: bool = True) -> GPT:
+def load_gpt(
+    config: GPTConfig, files: list[Path], *, dtype: torch.dtype, device: torch.device, attention: Backend = "padded", pack: bool = True
+) -> GPT:
     """Load a checkpoint straight from its safetensors (or pickle) files into a network in eval mode.
 
     Group by group (embeddings, each block, head): read, check, cast, move, pack; at no time is a second copy of the whole
@@ -140,7 +143,7 @@ def load_gpt(config: GPTConfig, files: list[Path], *, dtype: torch.dtype, device
     weights = _CheckpointWeights(files)
     tied = config.tied or not weights.has(HEAD_NAME)
     with torch.device("meta"):
-        gpt = GPT(config)
+        gpt = GPT(config, attention=attention)
     gpt.eval().requires_grad_(False)
     expected = {name: shape for group in _groups(gpt) for name, shape in group.shapes.items()}
     weights.check(expected, tied=tied)

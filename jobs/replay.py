@@ -1,0 +1,126 @@
+"""`gptbatch replay`: one row of a run again, alone, and why each of its tokens was chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobs.options import reopen_options
+
+if TYPE_CHECKING:
+    from pipeline.generation.trace import Candidate, StepTrace
+    from pipeline.reopen import ReopenedRun
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--prompt-id", required=True, help="The id of the row.")
+@click.option("--trace", is_flag=True, help="Show each step: token, probability, rank, tokens kept, margin, runners-up.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines: a line for each step of the trace, then one for the row.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="What if the row seed were this one?")
+@click.option("--temperature", type=click.FloatRange(0, 1e300), help="What if the temperature were this one? The noise stays.")
+@click.option("--top-k", type=click.IntRange(0, 2**31 - 1), help="What if top_k were this one? The noise stays.")
+@click.option("--max-new-tokens", type=click.IntRange(1, 2**31 - 1), help="What if the row might have this many tokens?")
+@reopen_options
+def replay(
+    output: Path,
+    prompt_id: str,
+    trace: bool,
+    as_json: bool,
+    seed: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    max_new_tokens: int | None,
+    model: str | None,
+    allow_other_weights: bool,
+    device: str | None,
+    threads: int | None,
+) -> None:
+    """Generate one row of the run in the folder OUTPUT again, alone, compare it with what is recorded, and print it.
+
+    Needs the folder and the weights, not the input. Exits with 0 whether the row is equal or not; verify judges.
+    """
+    from pipeline.data.recorded import RecordedRun
+    from pipeline.errors import InputNotFoundError
+    from pipeline.reopen import Overrides, ReopenedRun, row_params
+    from pipeline.replay import replay_row
+
+    run = RecordedRun(output)
+    row = run.find(prompt_id)
+    if row is None:
+        raise InputNotFoundError(f"{output}: no row has the id {prompt_id!r}; the run has {run.n_rows} rows")
+    overrides = Overrides(model=model, allow_other_weights=allow_other_weights, device=device, threads=threads)
+    reopened = ReopenedRun(run, overrides)
+    asked = {"seed": seed, "temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    replayed = replay_row(reopened, row, dataclasses.replace(row_params(row), **changes), trace=trace)
+    completion = replayed.completion
+    reasons = reopened.reasons_against_exactness()
+    summary = {
+        "prompt_id": prompt_id,
+        "equal": replayed.equal,
+        "first_difference": replayed.first_difference,
+        "changed": changes,
+        "because": reasons,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "error": completion.error,
+        "prompt": row["prompt"],
+        "completion": replayed.text,
+        "completion_token_ids": completion.token_ids,
+        "min_margin": completion.min_margin,
+        "recorded_completion": row["completion"],
+        "recorded_token_ids": row["completion_token_ids"],
+        "recorded_min_margin": row["min_margin"],
+    }
+    if as_json:
+        for step in replayed.trace:
+            click.echo(json.dumps(_step_in_json(reopened, step)))
+        click.echo(json.dumps(summary))
+        return
+    if trace:
+        click.echo("\n".join(_table(reopened, replayed.trace)) + "\n")
+    click.echo(f"{row['prompt']}{replayed.text if replayed.text is not None else f' [{completion.error}]'}\n")
+    click.echo(_verdict(replayed.first_difference, changes, reasons, len(completion.token_ids), completion.min_margin))
+
+
+def _verdict(first_difference: int | None, changes: dict[str, Any], reasons: list[str], count: int, margin: float | None) -> str:
+    asked = ", ".join(f"{name} {value}" for name, value in changes.items())
+    nearest = "" if margin is None else f", smallest margin {margin:.3g}"
+    if first_difference is None:
+        return f"equal to the recorded row{f' with {asked}' if asked else ''}: {count} tokens{nearest}"
+    why = f" with {asked}" if asked else f" ({', '.join(reasons)})" if reasons else ", though this machine should give the same bits"
+    return f"differs from the recorded row from token {first_difference} on{why}: {count} tokens{nearest}"
+
+
+def _step_in_json(reopened: ReopenedRun, step: StepTrace) -> dict[str, Any]:
+    def named(candidate: Candidate) -> dict[str, Any]:
+        return {"token": candidate.token, "text": reopened.tokenizer.decode([candidate.token]), "probability": candidate.probability}
+
+    return {
+        "step": step.step,
+        **named(step.candidate),
+        "rank": step.rank,
+        "kept": step.kept,
+        "margin": step.margin,
+        "runners_up": [named(candidate) for candidate in step.runners_up],
+    }
+
+
+def _table(reopened: ReopenedRun, steps: tuple[StepTrace, ...]) -> list[str]:
+    def text(candidate: Candidate) -> str:
+        return json.dumps(reopened.tokenizer.decode([candidate.token]), ensure_ascii=False)
+
+    lines = [f"{'step':>5} {'token':>6} {'text':<18} {'probability':>11} {'rank':>6} {'kept':>6} {'margin':>9}  runners-up"]
+    for step in steps:
+        runners_up = ", ".join(f"{text(candidate)} {candidate.probability:.3g}" for candidate in step.runners_up)
+        margin = "" if step.margin is None else f"{step.margin:.3g}"
+        lines.append(
+            f"{step.step:>5} {step.candidate.token:>6} {text(step.candidate):<18} {step.candidate.probability:>11.3g} "
+            f"{step.rank:>6} {step.kept:>6} {margin:>9}  {runners_up}"
+        )
+    return lines

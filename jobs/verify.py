@@ -1,0 +1,88 @@
+"""`gptbatch verify`: do the weights still give the recorded rows?"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from jobs.options import reopen_options
+
+if TYPE_CHECKING:
+    from pipeline.verify import Verdict
+
+MISMATCH = 1
+MOST_LINES = 20
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--rows", default=100, show_default=True, type=click.IntRange(1), help="Rows to check, evenly spaced over the run.")
+@click.option("--all", "all_rows", is_flag=True, help="Check every row.")
+@reopen_options
+def verify(
+    output: Path, rows: int, all_rows: bool, model: str | None, allow_other_weights: bool, device: str | None, threads: int | None
+) -> int:
+    """Check rows of the run in the folder OUTPUT against its weights, without generating them again.
+
+    One prefill a row gives the logits at every step; with the row's noise they must choose the recorded token, the final
+    end-of-text included. Where this machine computes the same bits as the one that ran, the answer is exact; elsewhere a
+    recorded token that is within rounding of winning is a near tie, and no mismatch. Rows whose window slid cost a prefill a
+    step. Its last line is a JSON object. Exits with 0 when all rows agree, with 1 when one does not.
+    """
+    from pipeline.data.recorded import RecordedRun
+    from pipeline.reopen import Overrides, ReopenedRun
+    from pipeline.verify import evenly_spaced, verify_rows
+
+    run = RecordedRun(output)
+    if not run.complete:
+        click.echo(f"gptbatch: {output} is not complete; only the {run.n_rows} rows that it holds can be checked", err=True)
+    overrides = Overrides(model=model, allow_other_weights=allow_other_weights, device=device, threads=threads)
+    reopened = ReopenedRun(run, overrides)
+    wanted = run.rows() if all_rows else run.reader().take(evenly_spaced(rows, run.n_rows))
+    reasons = reopened.reasons_against_exactness()
+    began = time.monotonic()
+    outcomes: Counter[str] = Counter()
+    first: Verdict | None = None
+    for verdict in verify_rows(reopened, wanted):
+        outcomes[verdict.outcome] += 1
+        if verdict.outcome == "mismatch":
+            first = first or verdict
+            if outcomes["mismatch"] <= MOST_LINES:
+                click.echo(_in_words(verdict))
+    mismatches = outcomes["mismatch"]
+    if mismatches > MOST_LINES:
+        click.echo(f"... and {mismatches - MOST_LINES} more")
+    checked = sum(outcomes.values()) - outcomes["skipped"]
+    click.echo(
+        f"{checked} rows checked, {mismatches} mismatches"
+        + (f", {outcomes['near_tie']} near ties" if reasons else "")
+        + (f", {outcomes['skipped']} error rows skipped" if outcomes["skipped"] else "")
+        + (f"; judged by margin: {', '.join(reasons)}" if reasons else "; judged exactly, bit for bit")
+    )
+    summary = {
+        "rows_checked": checked,
+        "mismatches": mismatches,
+        "near_ties": outcomes["near_tie"],
+        "error_rows_skipped": outcomes["skipped"],
+        "judged": "by margin" if reasons else "exactly",
+        "because": reasons,
+        "first_mismatch": first and {"prompt_id": first.prompt_id, "step": first.step, "margin": first.margin},
+        "verify_s": round(time.monotonic() - began, 3),
+    }
+    click.echo(json.dumps(summary))
+    return MISMATCH if mismatches else 0
+
+
+def _in_words(verdict: Verdict) -> str:
+    row = f"row {verdict.prompt_id!r} (index {verdict.prompt_index})"
+    if verdict.step is None:
+        return f"{row}: {verdict.problem}"
+    return (
+        f"{row}: step {verdict.step}: token {verdict.recorded_token} is recorded, {verdict.problem}; "
+        f"the recorded one is {verdict.margin:.3g} from winning"
+    )

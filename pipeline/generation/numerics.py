@@ -1,0 +1,194 @@
+"""The start-up check: on this machine, with these weights, are a row's bits the same whatever runs beside it?
+
+Fixed tokens go through the loaded network, and fixed numbers through its linears and its attention: alone and among others, at
+other places, in other chunks, at few and many rows, with one and with all threads. All must agree bit for bit. Where they do
+not, the linears are tried at other row counts (linear.py, ROW_PLANS) before it gives up.
+
+Knows: the network. Does not know: what a failure means for a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.generation.engine import logits_bytes
+from pipeline.gpt.linear import ROW_PLANS, Linear
+from pipeline.gpt.model import GPT, Block
+
+NEEDLE_TOKENS = 24
+FILLERS = (5, 17, 1, 9)  # tokens of the sequences beside the needle
+CHUNKS = (1, 2, 8)  # tokens of the first calls that take the needle in pieces; one more takes the rest
+ATTENTION_POSITIONS = 320  # products over more than 192 keys have been seen to change their order of summing
+LINEAR_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumericsReport:
+    """What the check found. failures: what differed, empty when the machine is exact. row_plan: the plan in use from now on.
+
+    probe_digest: SHA-256 over the bits of the needle's logits in every way that they were computed.
+    """
+
+    failures: tuple[str, ...]
+    row_plan: str
+    probe_digest: str
+
+    @property
+    def exact(self) -> bool:
+        return not self.failures
+
+
+@torch.inference_mode()
+def check_numerics(model: GPT) -> NumericsReport:
+    """Check the network on its device, and leave it with the fastest row plan that passes; with the fastest if none does."""
+    reports = []
+    for plan in ROW_PLANS:
+        model.use_rows(plan)
+        probe = _Probe()
+        _check_linears(model, probe)
+        _check_attention(model, probe)
+        _check_network(model, probe)
+        report = NumericsReport(failures=tuple(probe.failures), row_plan=plan.name, probe_digest=probe.digest.hexdigest())
+        if report.exact:
+            return report
+        reports.append(report)
+    model.use_rows(ROW_PLANS[0])
+    return reports[0]
+
+
+class _Probe:
+    """Collects what differed, and the digest."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.failures: list[str] = []
+
+    def expect(self, what: str, bits: Tensor, expected: Tensor) -> None:
+        if not torch.equal(bits, expected) and what not in self.failures:
+            self.failures.append(what)
+
+
+def _check_network(model: GPT, probe: _Probe) -> None:
+    vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
+    needle = _token_ids(0, min(NEEDLE_TOKENS, n_positions), vocab_size)
+    count = len(needle)
+
+    def alone() -> Tensor:
+        return model.extend(model.new_cache(1), tokens=needle, slots=[0] * count, positions=range(count))
+
+    def among_others() -> Tensor:
+        sequences = [_token_ids(i + 1, min(length, n_positions), vocab_size) for i, length in enumerate(FILLERS)]
+        sequences.insert(2, needle)
+        order = [3, 2, 4, 0, 1]  # of the slots in the call
+        first = len(sequences[3])
+        logits = model.extend(
+            model.new_cache(len(sequences)),
+            tokens=[token for slot in order for token in sequences[slot]],
+            slots=[slot for slot in order for _ in sequences[slot]],
+            positions=[position for slot in order for position in range(len(sequences[slot]))],
+        )
+        return logits[first : first + count]
+
+    def in_chunks() -> Tensor:
+        """The needle in slot 1, its last token in a call of 33 sequences."""
+        cache = model.new_cache(33)
+        pieces = []
+        start = 0
+        for size in (*CHUNKS, count):
+            end = min(start + size, count - 1)
+            if end > start:
+                pieces.append(model.extend(cache, tokens=needle[start:end], slots=[1] * (end - start), positions=range(start, end)))
+            start = end
+        last = model.extend(
+            cache,
+            tokens=[needle[-1] if slot == 1 else slot % vocab_size for slot in range(33)],
+            slots=range(33),
+            positions=[count - 1 if slot == 1 else 0 for slot in range(33)],
+            wanted=[1],
+        )
+        return torch.cat([*pieces, last])
+
+    expected = alone()
+    probe.digest.update(logits_bytes(expected))
+    ways = [("among others", among_others), ("in chunks", in_chunks)]
+    for what, way in ways:
+        bits = way()
+        probe.digest.update(logits_bytes(bits))
+        probe.expect(f"logits {what}", bits, expected)
+    if model.device.type == "cpu":
+        with _one_thread():
+            for what, way in (("alone", alone), ("among others", among_others)):
+                bits = way()
+                probe.digest.update(logits_bytes(bits))
+                probe.expect(f"logits {what} with one thread", bits, expected)
+
+
+def _check_linears(model: GPT, probe: _Probe) -> None:
+    """At row counts that only a long prefill meets; the head meets few rows and is the network's to check."""
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    for name, linear in block.named_children():
+        if not isinstance(linear, Linear):
+            continue
+        x = _numbers((LINEAR_ROWS, linear.in_features), model)
+        residual = _numbers((LINEAR_ROWS, linear.out_features), model) if linear.activation == "none" else None
+        expected = linear(x, residual)
+        for first, rows in ((0, model.row_plan.rows(1)), (200, model.row_plan.rows(17)), (37, model.row_plan.rows(300))):
+            part = slice(first, first + rows)
+            bits = linear(x[part].contiguous(), None if residual is None else residual[part].contiguous())
+            probe.expect(f"rows of {name}", bits, expected[part])
+
+
+def _check_attention(model: GPT, probe: _Probe) -> None:
+    """One layer over as long a context as may be, whole and in chunks, beside another sequence, with one thread."""
+    count = min(ATTENTION_POSITIONS, model.config.n_positions)
+    qkv = _numbers((count, 3 * model.config.n_embd), model)
+    scale = model.config.attention_scale(0)
+
+    def whole(beside: int) -> Tensor:
+        """With `beside` more positions of another sequence in front."""
+        cache = model.new_cache(2)
+        positions = [*range(beside), *range(count)]
+        attention = cache.step([1] * beside + [0] * count, positions)
+        return attention(0, torch.cat([qkv[:beside].flip(0), qkv]), scale)[beside:]
+
+    def in_chunks() -> Tensor:
+        cache = model.new_cache(1)
+        pieces = []
+        for start, end in ((0, count // 3), (count // 3, count - 1), (count - 1, count)):
+            if end > start:
+                pieces.append(cache.step([0] * (end - start), range(start, end))(0, qkv[start:end], scale))
+        return torch.cat(pieces)
+
+    expected = whole(0)
+    probe.expect("attention beside others", whole(min(13, count)), expected)
+    probe.expect("attention in chunks", in_chunks(), expected)
+    if model.device.type == "cpu":
+        with _one_thread():
+            probe.expect("attention with one thread", whole(0), expected)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _token_ids(sequence: int, count: int, vocab_size: int) -> list[int]:
+    """Token ids that stand fixed: part of what the probe digest means."""
+    return [(7919 * (sequence + 1) * (i + 1) + 104729 * i * i) % vocab_size for i in range(count)]
+
+
+def _numbers(shape: tuple[int, int], model: GPT) -> Tensor:
+    generator = torch.Generator().manual_seed(shape[1])
+    return torch.randn(shape, generator=generator).to(device=model.device, dtype=model.dtype)

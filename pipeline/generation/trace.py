@@ -1,0 +1,145 @@
+"""What happened at each step of a row whose tokens are known: its logits again, by one prefill, and the choice explained.
+
+A row's logits are the same bits in prefill and in decode, so that one pass over prompt and completion gives those of every step.
+Knows: token ids and the network. Does not know: records, text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.generation.noise import gumbel
+from pipeline.generation.sampling import choose_tokens
+from pipeline.gpt.model import GPT
+from pipeline.records import SamplingParams
+
+MOST_TOKENS = 4096
+MOST_LOGITS = 2**25  # of a call, 128 MiB in float32
+SLOTS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownRow:
+    """A row whose tokens are known. prompt: 1 to n_positions token ids; new: at least one, the row's completion."""
+
+    prompt: list[int]
+    new: list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A run of tokens of a row that one prefill takes, and the steps whose logits its last tokens give."""
+
+    row: int
+    tokens: list[int]
+    steps: range
+
+
+@torch.inference_mode()
+def step_logits(model: GPT, rows: Sequence[KnownRow]) -> Iterator[tuple[list[Passage], Tensor]]:
+    """The logits (S, V) of every step of every row, a call of the network at a time: those of the first passage, of the second, ...
+
+    A row that fits the context takes one passage. After that, where the window slides, each step takes one of its own.
+    """
+    cache = model.new_cache(min(SLOTS, max(1, sum(len(row.new) for row in rows))))
+    for batch in _batches(_passages(rows, model.config.n_positions), model.config.vocab_size):
+        tokens: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        for slot, passage in enumerate(batch):
+            tokens += passage.tokens
+            slots += [slot] * len(passage.tokens)
+            positions += range(len(passage.tokens))
+            wanted += range(len(tokens) - len(passage.steps), len(tokens))
+        yield batch, model.extend(cache, tokens=tokens, slots=slots, positions=positions, wanted=wanted)
+        for slot in range(len(batch)):
+            cache.clear(slot)
+
+
+def _passages(rows: Sequence[KnownRow], n_positions: int) -> Iterator[Passage]:
+    for index, row in enumerate(rows):
+        tokens = row.prompt + row.new[:-1]  # what the last step saw
+        inside = min(len(tokens), n_positions)
+        first = inside - len(row.prompt) + 1  # the first step beyond the context
+        yield Passage(index, tokens[:inside], range(first))
+        for step in range(first, len(row.new)):
+            end = len(row.prompt) + step
+            yield Passage(index, tokens[end - n_positions : end], range(step, step + 1))
+
+
+def _batches(passages: Iterator[Passage], vocab_size: int) -> Iterator[list[Passage]]:
+    batch: list[Passage] = []
+    tokens = steps = 0
+    for passage in passages:
+        tokens, steps = tokens + len(passage.tokens), steps + len(passage.steps)
+        if batch and (len(batch) == SLOTS or tokens > MOST_TOKENS or steps * vocab_size > MOST_LOGITS):
+            yield batch
+            batch, tokens, steps = [], len(passage.tokens), len(passage.steps)
+        batch.append(passage)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A token at a step. probability: of being drawn, 0 when it is not kept. score: logit + temperature * noise."""
+
+    token: int
+    probability: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """One step explained.
+
+    margin: as sampling.py defines it, None in a vocabulary of one. rank: 1 for the token of the largest logit. kept: tokens that
+    top-k kept. distance: how far the logits are from ones with which the token wins, 0 when it does. runners_up: the kept tokens
+    of the next best scores.
+    """
+
+    step: int
+    candidate: Candidate
+    margin: float | None
+    rank: int
+    kept: int
+    distance: float
+    runners_up: tuple[Candidate, ...]
+
+
+def explain_step(logits: Tensor, params: SamplingParams, step: int, token: int, *, runners_up: int = 3) -> StepTrace:
+    """Why `token` was chosen from the logits (V,) of a row at a step, or how far it is from that. The formulas of sampling.py."""
+    (choice,) = choose_tokens(logits[None], [params], [step])
+    logits = logits.double().cpu()
+    token_ids = torch.arange(len(logits))
+    scores = logits + params.temperature * gumbel(torch.tensor(params.seed), torch.tensor(step), token_ids)
+    kth = torch.sort(logits, descending=True).values[(min(params.top_k, len(logits)) or len(logits)) - 1]
+    kept = logits >= kth
+    kept_scores = torch.where(kept, scores, -math.inf)
+    if params.temperature == 0:
+        probabilities = (logits == logits.max()).double() * (token_ids == int(logits.argmax()))
+    else:
+        probabilities = torch.softmax(torch.where(kept, logits / params.temperature, -math.inf), 0)
+    # how far the token is from being kept and from the best score among the kept
+    missing = max(float(kth - logits[token]), float(kept_scores.max() - scores[token]), 0.0)
+    order = [int(j) for j in kept_scores.argsort(descending=True, stable=True)[: runners_up + 1]]
+
+    def candidate(j: int) -> Candidate:
+        return Candidate(token=j, probability=float(probabilities[j]), score=float(scores[j]))
+
+    return StepTrace(
+        step=step,
+        candidate=candidate(token),
+        margin=choice.margin,
+        rank=int((logits > logits[token]).sum()) + 1,
+        kept=int(kept.sum()),
+        distance=missing,
+        runners_up=tuple(candidate(j) for j in order if j != token and bool(kept[j]))[:runners_up],
+    )

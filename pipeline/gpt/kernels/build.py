@@ -1,0 +1,105 @@
+"""Builds the C++ kernels on first use, into the user's cache folder, and loads them.
+
+A library is kept under a key of all that it depends on (source, flags, compiler, torch, the CPU's vector instructions), so that a
+cache folder which machines share holds one for each kind. It is compiled in a temporary folder and moved into place whole,
+under a file lock: a build that was killed leaves nothing that could be loaded, and the next one sweeps its folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+
+SOURCE = Path(__file__).with_name("ragged.cpp")
+LOCK_TIMEOUT_S = 300.0  # another process that builds takes seconds; one that hangs must not stop us for ever
+BUILD_TIMEOUT_S = 300.0
+_TEMPORARY = "build-"
+
+# by torch.backends.cpu.get_cpu_capability(): without these at::vec falls back to plain loops
+_CAPABILITY_FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
+}
+# -ffp-contract=off and no -ffast-math: the order and rounding of every sum is as written. -fopenmp: at::parallel_for runs on
+# one thread without it, and says nothing.
+_FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
+
+
+class KernelError(Exception):
+    """The kernels cannot be had on this machine; the message says why and what would help."""
+
+
+@functools.cache
+def load_kernels() -> None:
+    """Make torch.ops.gptbatch available; builds it first where the cache has none. Raises KernelError."""
+    library = build_kernels(user_cache_path("gptbatch") / "kernels")
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise KernelError(f"{library}: cannot be loaded ({error}); delete it to have it built again") from error
+
+
+def build_kernels(folder: Path) -> Path:
+    """The library in `folder`, built there unless it is there already. Raises KernelError."""
+    name = os.environ.get("CXX") or "c++"
+    compiler = shutil.which(name)
+    if compiler is None:
+        raise KernelError(f"there is no C++ compiler {name} here; install g++ or clang++, or name one in CXX")
+    library = folder / f"ragged-{_key(compiler)}.so"
+    if library.is_file():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock", timeout=LOCK_TIMEOUT_S):
+            if not library.is_file():
+                _build(compiler, library)
+    except Timeout as error:
+        raise KernelError(f"{folder / 'lock'}: another process has held it for {LOCK_TIMEOUT_S:.0f} s") from error
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter where a file system has no locks
+        raise KernelError(f"{folder}: cannot be written ({error}); name another cache folder in XDG_CACHE_HOME") from error
+    return library
+
+
+def compile_flags() -> list[str]:
+    """The flags that decide what the machine code does."""
+    capability = _CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"))
+    return [*_FLAGS, *capability, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+
+
+def _key(compiler: str) -> str:
+    """16 hexadecimal digits of a hash of all that the library depends on."""
+    try:
+        compiler_version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelError(f"{compiler} --version fails ({error}); name a C++ compiler in CXX") from error
+    source = SOURCE.read_text(encoding="utf-8")
+    parts = [source, *compile_flags(), compiler_version, torch.__version__, platform.machine(), platform.system()]
+    return hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()[:16]
+
+
+def _build(compiler: str, library: Path) -> None:
+    """Compile under the lock. Folders of builds that were killed are ours to sweep: whoever built there held this lock."""
+    for left_over in library.parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=library.parent) as temporary:
+        target = Path(temporary) / library.name
+        headers, libraries = Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
+        arguments = [compiler, *compile_flags(), f"-I{headers}", str(SOURCE), "-o", str(target), f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+        try:
+            done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise KernelError(f"{compiler} has not ended after {BUILD_TIMEOUT_S:.0f} s") from error
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines() or ["no message"]
+            raise KernelError(f"{compiler} cannot build it (exit code {done.returncode}): {lines[0][:300]}")
+        target.replace(library)

@@ -1,0 +1,145 @@
+"""The padded backend: matmul and softmax of torch over the slots side by side, padded to one width.
+
+Each product takes one query of a sequence at a time, whatever the call holds: the tokens of a prefill are taken in rounds, the
+first of every sequence, then the second of every sequence, and so on. A query so meets the same shapes in prefill, in a chunk
+and in decode, and the same bits come out; only the number of sequences beside it and the width differ, on which these products
+do not depend (the start-up check looks). torch's fused attention is slower on a CPU for one query a sequence, and its bits
+depend on the batch.
+
+Knows: queries, keys and values of one layer, and which slot and position each token has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.gpt.config import GPTConfig
+
+
+class PaddedCache:
+    """Per layer keys and values (B, H, width, D): B slots, positions 0 to width - 1.
+
+    The width grows on demand, so that a run of short sequences never pays for n_positions. What no sequence has written is 0,
+    never left-overs: a masked position still enters attention as 0 x value, and 0 x NaN is NaN.
+    """
+
+    def __init__(self, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.n_head, self.n_positions, self.upcast, self.device = config.n_head, config.n_positions, config.upcast_attention, device
+        self.width = 0
+        empty = torch.zeros(n_slots, config.n_head, 0, config.head_size, dtype=dtype, device=device)
+        self.keys: list[Tensor] = [empty] * config.n_layer
+        self.values: list[Tensor] = [empty] * config.n_layer
+        self._lengths = [0] * n_slots
+
+    def reserve(self, lengths: Sequence[int]) -> None:
+        width = max(lengths, default=0)
+        if width <= self.width:
+            return
+        assert width <= self.n_positions
+        # at least twice as wide, so that the copies stay few
+        self.width = min(round_up(self.n_positions), max(round_up(width), 2 * self.width))
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                grown = old.new_empty(*old.shape[:2], self.width, old.shape[3])
+                grown[:, :, : old.shape[2]] = old
+                grown[:, :, old.shape[2] :] = 0
+                tensors[layer] = grown
+
+    def step(self, slots: Sequence[int], positions: Sequence[int]) -> PaddedAttention:
+        self.reserve([max(positions) + 1])
+        for slot, position in zip(slots, positions, strict=True):
+            self._lengths[slot] = max(self._lengths[slot], position + 1)
+        return PaddedAttention(self, slots, positions)
+
+    def move(self, source: int, target: int) -> None:
+        length = self._lengths[source]
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[target, :, :length] = tensor[source, :, :length]
+        self._lengths[target] = length
+        self.clear(source)
+
+    def clear(self, slot: int) -> None:
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[slot, :, : self._lengths[slot]] = 0
+        self._lengths[slot] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """At most one token of each slot: which ones of the call (None: all, in order), their slots, and what they may not see."""
+
+    tokens: Tensor | None  # (S,)
+    slots: slice | Tensor  # (S,)
+    width: int  # W
+    hidden: Tensor  # (S, 1, 1, W), true at the positions after the token's own
+
+
+class PaddedAttention:
+    """Attention of one call."""
+
+    def __init__(self, cache: PaddedCache, slots: Sequence[int], positions: Sequence[int]) -> None:
+        self.cache = cache
+        self.slots = torch.tensor(slots, device=cache.device)
+        self.positions = torch.tensor(positions, device=cache.device)
+        rounds: list[list[int]] = []
+        seen: dict[int, int] = {}
+        for token, slot in enumerate(slots):
+            turn = seen.get(slot, 0)
+            seen[slot] = turn + 1
+            if turn == len(rounds):
+                rounds.append([])
+            rounds[turn].append(token)
+        self.rounds = [self._round(tokens, slots, positions) for tokens in rounds]
+
+    def _round(self, tokens: list[int], slots: Sequence[int], positions: Sequence[int]) -> _Round:
+        device = self.cache.device
+        width = round_up(max(positions[token] for token in tokens) + 1)
+        own = [slots[token] for token in tokens]
+        index = torch.tensor(tokens, device=device)
+        contiguous = own == list(range(own[0], own[0] + len(own)))
+        return _Round(
+            tokens=None if len(tokens) == len(slots) else index,
+            slots=slice(own[0], own[0] + len(own)) if contiguous else torch.tensor(own, device=device),
+            width=width,
+            hidden=(torch.arange(width, device=device) > self.positions[index, None])[:, None, None],
+        )
+
+    def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
+        n_tokens, keys, values = len(self.slots), self.cache.keys[layer], self.cache.values[layer]
+        q, k, v = qkv[:n_tokens].view(n_tokens, 3, self.cache.n_head, -1).unbind(1)  # each (N, H, D)
+        keys[self.slots, :, self.positions] = k
+        values[self.slots, :, self.positions] = v
+        out = q.new_zeros(len(qkv), *q.shape[1:])
+        for now in self.rounds:
+            query = q if now.tokens is None else q[now.tokens]
+            mixed = _attend(query, keys[now.slots, :, : now.width], values[now.slots, :, : now.width], now.hidden, scale, self.cache.upcast)
+            if now.tokens is None:
+                out[:n_tokens] = mixed
+            else:
+                out[now.tokens] = mixed
+        return out.flatten(1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, upcast: bool) -> Tensor:
+    """q (S, H, D), k and v (S, H, W, D), hidden (S, 1, 1, W) -> (S, H, D).
+
+    `upcast` computes in float32 whatever the type of q (the config switch reorder_and_upcast_attn).
+    """
+    if upcast:
+        dtype = q.dtype
+        return _attend(q.float(), k.float(), v.float(), hidden, scale, False).to(dtype)
+    scores = (k @ (q * scale)[..., None]).transpose(-1, -2)  # keys first: the same products, read faster
+    weights = F.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
+    return (weights @ v)[:, :, 0]
+
+
+def round_up(width: int) -> int:
+    """The next multiple of 16: attention over padded widths then meets few shapes."""
+    return -(-width // 16) * 16

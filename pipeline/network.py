@@ -1,0 +1,112 @@
+"""The network of a checkpoint, loaded and ready on this machine: device, attention backend, weights, numerics.
+
+Knows: gpt, and the start-up check of generation. Does not know: prompts, files of a run.
+Imports torch where it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.config import EngineConfig
+from pipeline.data.checkpoint import Checkpoint
+from pipeline.errors import DeviceError
+from pipeline.gpt.config import GPTConfig
+from pipeline.records import NOISE_VERSION
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.gpt.model import GPT
+
+logger = logging.getLogger("gptbatch")
+
+Numerics = Literal["exact", "unverified", "off"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A loaded network. numerics: whether the start-up check found a row's bits independent of the batch, or was not asked.
+
+    profile: what the bits of a row depend on besides the job; equality is promised within a profile.
+    """
+
+    model: GPT
+    numerics: Numerics
+    profile: dict[str, Any]
+
+
+def load_network(
+    checkpoint: Checkpoint,
+    gpt_config: GPTConfig,
+    engine: EngineConfig,
+    device: torch.device,
+    *,
+    numerics: Literal["auto", "exact", "off"],
+) -> Network:
+    """Load the weights on the device and check them there.
+
+    Raises DeviceError when `numerics` is exact and the check fails, or when an attention backend is asked for that is not to
+    be had; ModelError for weights that cannot be used.
+    """
+    import torch
+
+    from pipeline.generation.numerics import check_numerics
+    from pipeline.gpt.attention import choose_backend
+    from pipeline.gpt.weights import load_gpt
+
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
+    backend = choose_backend(engine.attention, device)
+    dtype = getattr(torch, engine.dtype)
+    model = load_gpt(gpt_config, list(checkpoint.weights), dtype=dtype, device=device, attention=backend)
+    found: Numerics = "off"
+    probe_digest = None
+    if numerics != "off":
+        report = check_numerics(model)
+        found = "exact" if report.exact else "unverified"
+        probe_digest = report.probe_digest
+        if not report.exact:
+            message = f"on this machine the bits of a row depend on the batch ({', '.join(report.failures)} differ)"
+            if numerics == "exact":
+                raise DeviceError(f"numerics is exact, but {message}; numerics: auto goes on with a warning", keys=("numerics",))
+            logger.warning("%s: with another batch size a token may change at a near tie; the output says unverified", message)
+    profile = {
+        "attention": backend,
+        "linears": model.linear_kind,
+        "row_plan": model.row_plan.name,
+        "torch": torch.__version__,
+        "device_class": device_class(device),
+        "noise_version": NOISE_VERSION,
+        "probe_digest": probe_digest,
+    }
+    return Network(model=model, numerics=found, profile=profile)
+
+
+def device_class(device: torch.device) -> str:
+    """The kind of hardware: a GPU's name, or a CPU's architecture and the vector instructions that torch uses."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def resolve_device(engine: EngineConfig) -> torch.device:
+    """The device that the config asks for. Raises DeviceError when this machine does not have it or its dtype."""
+    import torch
+
+    wanted = engine.device
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise DeviceError("engine.device is cuda, but torch finds no CUDA device here; use cpu or auto", keys=("engine.device",))
+    device = torch.device("cuda" if has_cuda and wanted != "cpu" else "cpu")
+    if device.type == "cpu" and engine.dtype == "float16":
+        raise DeviceError(
+            "engine.dtype is float16, which CPUs compute slowly and coarsely; use float32 or bfloat16, or a CUDA device",
+            keys=("engine.dtype",),
+        )
+    return device

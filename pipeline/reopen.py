@@ -1,0 +1,130 @@
+"""A recorded run brought back to life: its settings, tokenizer and weights loaded again, its rows as the network takes them.
+
+Knows: what a run leaves in its folder. Does not know: what is to be done with its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.config import EngineConfig, JobConfig
+from pipeline.data.checkpoint import Checkpoint, find_checkpoint
+from pipeline.data.recorded import RecordedRun
+from pipeline.data.tokenizer import PromptTokenizer
+from pipeline.errors import ModelError, OutputConflictError
+from pipeline.gpt.config import GPTConfig, parse_config
+from pipeline.network import Network, load_network, resolve_device
+from pipeline.records import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """What is taken otherwise than recorded; None takes it as recorded. model: a folder or hub name of the same weights.
+
+    threads: None takes what torch finds, whatever the run took, since bits do not depend on it.
+    """
+
+    model: str | None = None
+    allow_other_weights: bool = False
+    device: str | None = None
+    threads: int | None = None
+
+
+class ReopenedRun:
+    """A run whose checkpoint has been found again. The network is loaded when it is first asked for.
+
+    Raises ModelError when the weights or the tokenizer are not those of the run, OutputConflictError when its settings cannot be
+    read.
+    """
+
+    def __init__(self, run: RecordedRun, overrides: Overrides) -> None:
+        self.run = run
+        try:
+            recorded = JobConfig.model_validate(run.config)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            key = ".".join(str(step) for step in problem["loc"])
+            raise OutputConflictError(
+                f"{run.path}: its settings cannot be read ({key}: {problem['msg']}); another version wrote it"
+            ) from error
+        self.config = recorded.model_copy(update={"engine": _engine(recorded.engine, run.facts, overrides)})
+        self.checkpoint = self._find_checkpoint(overrides)
+        self.gpt_config: GPTConfig = parse_config(self.checkpoint.config, str(self.checkpoint.config_path))
+        self.tokenizer = PromptTokenizer(
+            self.checkpoint.folder,
+            end_of_text=self.gpt_config.end_of_text,
+            parse_special=recorded.parse_special,
+            vocab_size=self.gpt_config.vocab_size,
+        )
+
+    @cached_property
+    def network(self) -> Network:
+        """The weights, loaded and checked on this machine."""
+        engine = self.config.engine
+        return load_network(self.checkpoint, self.gpt_config, engine, resolve_device(engine), numerics="auto")
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The token id that ends a row; None if none was to."""
+        return None if self.config.ignore_eos else self.gpt_config.end_of_text
+
+    def reasons_against_exactness(self) -> list[str]:
+        """Why bits here may differ from those recorded; empty when they must not."""
+        recorded: dict[str, Any] = self.run.facts.get("profile", {})
+        reasons = [f"{key} differs" for key, value in self.network.profile.items() if recorded.get(key) != value]
+        if self.run.facts.get("numerics") != "exact":
+            reasons.append(f"the run was {self.run.facts.get('numerics')}")
+        if self.network.numerics != "exact":
+            reasons.append(f"this machine is {self.network.numerics}")
+        if self.checkpoint.model_digest != self.run.manifest["identity"]["model_digest"]:
+            reasons.append("the weights differ")
+        return reasons
+
+    def prompt_token_ids(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """The token ids of the rows' prompts as the network saw them.
+
+        Raises OutputConflictError when there are not as many as recorded.
+        """
+        all_ids = self.tokenizer.encode([row["prompt"] for row in rows])
+        kept = [token_ids[row["prompt_tokens_dropped"] :] for row, token_ids in zip(rows, all_ids, strict=True)]
+        for row, token_ids in zip(rows, kept, strict=True):
+            if len(token_ids) != row["prompt_tokens"]:
+                raise OutputConflictError(
+                    f"{self.run.path}: row {row['prompt_id']!r}: its prompt is {len(token_ids)} tokens, but prompt_tokens is "
+                    f"{row['prompt_tokens']}; the row has been changed"
+                )
+        return kept
+
+    def _find_checkpoint(self, overrides: Overrides) -> Checkpoint:
+        recorded_path = self.run.facts.get("model_path", "")
+        name = overrides.model or (recorded_path if Path(recorded_path).is_dir() else self.config.model)
+        checkpoint = find_checkpoint(name, revision=self.config.revision, allow_pickle=self.config.allow_pickle)
+        identity = self.run.manifest["identity"]
+        if checkpoint.tokenizer_digest != identity["tokenizer_digest"]:
+            raise ModelError(f"{name}: its tokenizer is not the run's (by digest); name a copy of the run's checkpoint with --model")
+        if checkpoint.model_digest != identity["model_digest"] and not overrides.allow_other_weights:
+            raise ModelError(
+                f"{name}: its weights are not the run's (by digest); name a copy of the run's checkpoint with --model, or say "
+                "--allow-other-weights to compare with these"
+            )
+        return checkpoint
+
+
+def row_params(row: dict[str, Any]) -> SamplingParams:
+    """The parameters that a row was generated with."""
+    return SamplingParams(seed=row["seed"], temperature=row["temperature"], top_k=row["top_k"], max_new_tokens=row["max_new_tokens"])
+
+
+def _engine(recorded: EngineConfig, facts: dict[str, Any], overrides: Overrides) -> EngineConfig:
+    """As recorded, with the attention backend that was used, if it can be had here."""
+    backend = facts.get("profile", {}).get("attention")
+    changes: dict[str, Any] = {"attention": "padded" if backend == "padded" else "auto", "threads": overrides.threads}
+    if overrides.device is not None:
+        changes["device"] = overrides.device
+    return recorded.model_copy(update=changes)

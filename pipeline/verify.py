@@ -1,0 +1,194 @@
+"""verify: do the weights still give the recorded tokens? Each row by one prefill, nothing is generated.
+
+Where this machine computes the same bits as the one that ran, the answer is exact: any difference is a mismatch. Elsewhere it
+is judged by margin: a recorded token that is within the tolerance of winning is a near tie, which rounding explains.
+
+Knows: recorded rows and the network. Does not print.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.reopen import ReopenedRun, row_params
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.generation.sampling import Choice
+    from pipeline.generation.trace import KnownRow
+
+ROWS_AT_A_TIME = 256
+STEPS_AT_A_TIME = 512
+# of the largest logit of a step, by dtype: what different orders of summing have been seen to make, and some
+TOLERANCES = {"float32": 2.0**-13, "bfloat16": 2.0**-5, "float16": 2.0**-8}
+
+Outcome = Literal["equal", "near_tie", "mismatch", "skipped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the check of one row found. problem says what differs first, "" for nothing.
+
+    step: the first step that differs. margin: how far, in logits, the recorded token was from winning there. Both None where
+    no step differs.
+    """
+
+    prompt_id: str
+    prompt_index: int
+    outcome: Outcome
+    problem: str = ""
+    step: int | None = None
+    recorded_token: int | None = None
+    chosen_token: int | None = None
+    margin: float | None = None
+
+
+def evenly_spaced(count: int, n_rows: int) -> list[int]:
+    """At most `count` places of 0 to n_rows - 1, the first and the last among them."""
+    if count >= n_rows:
+        return list(range(n_rows))
+    return [round(i * (n_rows - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterator[Verdict]:
+    """A verdict for each row, in order. Error rows have nothing to check and are skipped."""
+    exact = not reopened.reasons_against_exactness()
+    iterator = iter(rows)
+    while batch := list(islice(iterator, ROWS_AT_A_TIME)):
+        yield from _verify_batch(reopened, batch, exact)
+
+
+def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool) -> list[Verdict]:
+    from pipeline.generation.engine import logits_bytes
+    from pipeline.generation.trace import KnownRow, explain_step, step_logits
+
+    verdicts: dict[int, Verdict] = {}
+    numbers: list[int] = []  # of the rows that can be checked
+    for number, row in enumerate(rows):
+        problem = _malformed(row, reopened.gpt_config.vocab_size)
+        if row["finish_reason"] == "error":
+            verdicts[number] = _verdict(row, "skipped")
+        elif problem:
+            verdicts[number] = _verdict(row, "mismatch", problem=problem)
+        else:
+            numbers.append(number)
+    prompts = reopened.prompt_token_ids([rows[number] for number in numbers])
+    known = [
+        KnownRow(prompt=prompt, new=rows[number]["completion_token_ids"], params=row_params(rows[number]))
+        for number, prompt in zip(numbers, prompts, strict=True)
+    ]
+    # a margin above the recorded smallest one need not be known; just above, so that it shows if none comes down to it
+    recorded_margins = [rows[number]["min_margin"] for number in numbers]
+    bounds = [math.inf if margin is None else math.nextafter(margin, math.inf) for margin in recorded_margins]
+    margins = [math.inf] * len(known)
+    hashes = [hashlib.sha256() if rows[number]["logits_digest"] else None for number in numbers]
+    for passages, logits in step_logits(reopened.network.model, known):
+        places = [(passage.row, step) for passage in passages for step in passage.steps]
+        for (index, step), choice, step_row in zip(places, _choices(logits, places, known, bounds), logits, strict=True):
+            if choice.margin is not None:
+                margins[index] = min(margins[index], choice.margin)
+            if (sha := hashes[index]) is not None:
+                sha.update(logits_bytes(step_row))
+            recorded = known[index].new[step]
+            if choice.token == recorded:
+                continue
+            distance = explain_step(step_row, known[index].params, step, recorded).distance
+            tolerance = 0.0 if exact else TOLERANCES[reopened.config.engine.dtype] * float(step_row.abs().max())
+            near = distance <= tolerance and choice.token is not None
+            earlier = verdicts.get(numbers[index])
+            if earlier is None or (earlier.outcome == "near_tie" and not near):
+                verdicts[numbers[index]] = _verdict(
+                    rows[numbers[index]],
+                    "near_tie" if near else "mismatch",
+                    problem=f"the weights choose {choice.token}",
+                    step=step,
+                    recorded_token=recorded,
+                    chosen_token=choice.token,
+                    margin=distance,
+                )
+    for index, number in enumerate(numbers):
+        if number not in verdicts:
+            digest = hashes[index]
+            problem = _other_problem(reopened, rows[number], known[index])
+            if not problem and exact:
+                problem = _other_bits(rows[number], margins[index], digest.hexdigest() if digest else None)
+            verdicts[number] = _verdict(rows[number], "mismatch" if problem else "equal", problem=problem)
+    return [verdicts[number] for number in range(len(rows))]
+
+
+def _choices(logits: Tensor, places: list[tuple[int, int]], known: list[KnownRow], bounds: list[float]) -> Iterator[Choice]:
+    """The choice at each (row, step) of places, from its logits; a few at a time, for the caches of a CPU."""
+    from pipeline.generation.sampling import choose_tokens
+
+    for first in range(0, len(places), STEPS_AT_A_TIME):
+        some = places[first : first + STEPS_AT_A_TIME]
+        params, steps = [known[index].params for index, _ in some], [step for _, step in some]
+        yield from choose_tokens(logits[first : first + len(some)], params, steps, [bounds[index] for index, _ in some])
+
+
+def _malformed(row: dict[str, Any], vocab_size: int) -> str:
+    tokens = row["completion_token_ids"]
+    if not tokens:
+        return "it has no tokens"
+    if len(tokens) != row["completion_tokens"]:
+        return f"it has {len(tokens)} tokens, but completion_tokens is {row['completion_tokens']}"
+    strange = [token for token in tokens if not 0 <= token < vocab_size]
+    return f"it holds token {strange[0]}, which the model (vocab_size {vocab_size}) does not have" if strange else ""
+
+
+def _other_problem(reopened: ReopenedRun, row: dict[str, Any], known: KnownRow) -> str:
+    """What is wrong with a row whose tokens are right: where it ends, or its text."""
+    from pipeline.generation.engine import stop_reason
+
+    reason = None
+    for count, token in enumerate(known.new, start=1):
+        reason = stop_reason(
+            token,
+            new_tokens=count,
+            total_tokens=len(known.prompt) + count,
+            max_new_tokens=known.params.max_new_tokens,
+            n_positions=reopened.gpt_config.n_positions,
+            end_of_text=reopened.end_of_text,
+            window_full=reopened.config.window_full,
+        )
+        if (reason is not None) != (count == len(known.new)):
+            return f"it should {'go on after' if reason is None else 'have ended with'} token {count - 1}"
+    if reason != row["stop_reason"] or (reason == "end_of_text") != (row["finish_reason"] == "stop"):
+        return f"it ended by {reason}, not by {row['stop_reason']} ({row['finish_reason']})"
+    text = reopened.tokenizer.decode(known.new[:-1] if row["finish_reason"] == "stop" else known.new)
+    return "" if text == row["completion"] else "its text is not that of its tokens"
+
+
+def _other_bits(row: dict[str, Any], margin: float, logits_digest: str | None) -> str:
+    """What is wrong with a row whose tokens are right, where the bits of its logits must be too."""
+    if row["min_margin"] is not None and margin != row["min_margin"]:
+        return f"its min_margin is {margin}, not {row['min_margin']}"
+    return "" if logits_digest == row["logits_digest"] else "the bits of its logits differ (logits_digest)"
+
+
+def _verdict(
+    row: dict[str, Any],
+    outcome: Outcome,
+    *,
+    problem: str = "",
+    step: int | None = None,
+    recorded_token: int | None = None,
+    chosen_token: int | None = None,
+    margin: float | None = None,
+) -> Verdict:
+    return Verdict(
+        prompt_id=row["prompt_id"],
+        prompt_index=row["prompt_index"],
+        outcome=outcome,
+        problem=problem,
+        step=step,
+        recorded_token=recorded_token,
+        chosen_token=chosen_token,
+        margin=margin,
+    )

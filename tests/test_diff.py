@@ -1,0 +1,466 @@
+"""Reading runs back and comparing them: what counts as equal, where rows part, and what the command says and returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import pipeline.data.recorded
+import pipeline.diff
+from jobs.cli import run_command
+from pipeline.data.completions import COLUMNS, to_row
+from pipeline.data.output_folder import OutputFolder
+from pipeline.data.parts import PartWriter
+from pipeline.data.recorded import RecordedRun
+from pipeline.diff import RowDifference, diff_runs, settings_that_differ, summarize
+from pipeline.errors import InputNotFoundError, StorageError
+from pipeline.records import Completion, Prompt, SamplingParams, Timing
+from tests.conftest import REPOSITORY
+
+IDENTITY = {"fingerprint": "f" * 64, "dtype": "float32", "seed": 0, "input_digest": "1" * 64}
+FACTS = {"device": "cpu", "dtype": "float32", "numerics": "unverified", "profile": {"attention": "padded", "torch": "2.13.0"}}
+TIMING = Timing(queue_s=0.1, prefill_s=0.2, decode_s=0.3, mean_batch_size=2.0, started_at_s=1.7e9)
+
+
+def completion(prompt_id: str, token_ids: Sequence[int] = (5, 6, 7, 8), **changes: Any) -> Completion:
+    """A row that ran to its limit; the index is set when it is written."""
+    params = SamplingParams(seed=1, temperature=1.0, top_k=0, max_new_tokens=len(token_ids))
+    made = Completion(
+        prompt=Prompt(index=0, prompt_id=prompt_id, text=f"secret {prompt_id}", params=params, metadata=None),
+        prompt_tokens=3,
+        prompt_tokens_dropped=0,
+        token_ids=list(token_ids),
+        finish_reason="length",
+        stop_reason="max_new_tokens",
+        error=None,
+        timing=TIMING,
+        min_margin=0.25,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def failed(prompt_id: str, error: str = "the prompt has 99 tokens, more than n_positions (64)") -> Completion:
+    return completion(prompt_id, (), finish_reason="error", stop_reason=None, error=error, timing=None, min_margin=None)
+
+
+def many(count: int) -> list[Completion]:
+    return [completion(f"id {i}", [i, i + 1, i + 2]) for i in range(count)]
+
+
+def write_run(
+    path: Path,
+    completions: Sequence[Completion],
+    *,
+    part_rows: int = 2,
+    identity: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
+    first_rows: int | None = None,
+) -> Path:
+    """A run as generate writes it. first_rows: stop after so many rows, as a run that was killed does."""
+    folder = OutputFolder(path)
+    folder.create()
+    identity = {**IDENTITY, "rows": len(completions), "part_rows": part_rows, **(identity or {})}
+    facts = {**FACTS, **(facts or {})}
+    folder.begin("seed: 0\nengine:\n  dtype: float32\n", identity)
+    writer = PartWriter(path, folder.work, part_rows=part_rows, total_rows=len(completions), facts=facts)
+    for index, one in enumerate(completions[:first_rows]):
+        placed = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, index=index))
+        writer.add(to_row(placed, None if one.error is not None else f"private {one.prompt.prompt_id}"))
+    if first_rows is None:
+        writer.close()
+        errors = sum(one.error is not None for one in completions)
+        folder.complete({"identity": identity, **facts, "rows": len(completions), "errors": errors}, writer.parts)
+    return path
+
+
+def differences(a: Path, b: Path) -> list[RowDifference]:
+    return list(diff_runs(RecordedRun(a), RecordedRun(b)))
+
+
+# -- reading a run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_read_back_in_order(tmp_path: Path) -> None:
+    run = RecordedRun(write_run(tmp_path / "out", [*many(6), failed("x")], part_rows=3))
+    assert [path.name for path in run.parts] == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    assert (run.n_rows, run.complete) == (7, True)
+    assert run.manifest["identity"]["fingerprint"] == "f" * 64
+    assert run.facts == FACTS
+    assert run.config == {"seed": 0, "engine": {"dtype": "float32"}}
+    rows = list(run.rows())
+    assert [row["prompt_index"] for row in rows] == list(range(7))
+    assert list(rows[0]) == [column.name for column in COLUMNS]
+    assert rows[4]["completion_token_ids"] == [4, 5, 6]
+    assert rows[4]["started_at"].tzinfo is not None
+    assert list(run.rows(["finish_reason", "prompt_id"]))[6] == {"finish_reason": "error", "prompt_id": "x"}
+    with pytest.raises(ValueError, match="the table has no 'promt'"):
+        list(run.rows(["promt"]))
+
+
+def test_part_numbers_and_not_their_spelling_give_the_order(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "out", many(6))
+    (out / "part-00001.parquet").rename(out / "part-100000.parquet")
+    (out / "part-00000.parquet").rename(out / "part-99999.parquet")
+    assert [row["prompt_id"] for row in RecordedRun(out).rows(["prompt_id"])] == ["id 4", "id 5", "id 0", "id 1", "id 2", "id 3"]
+
+
+def test_one_row_is_found_by_its_id(tmp_path: Path) -> None:
+    run = RecordedRun(write_run(tmp_path / "out", many(7), part_rows=3))
+    assert [run.find(f"id {i}") for i in range(7)] == list(run.rows())
+    assert run.find("id 7") is None
+    assert RecordedRun(write_run(tmp_path / "empty", [])).find("id 0") is None
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 100])
+def test_rows_are_read_at_any_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> None:
+    monkeypatch.setattr(pipeline.data.recorded, "BATCH_ROWS", batch_rows)
+    run = RecordedRun(write_run(tmp_path / "out", many(23), part_rows=5))
+    reader = run.reader(["prompt_id"])
+    for places in ([0], [1, 2], [4, 5, 22], [], [3], [3], [21], [20, 22], [0, 6, 12, 18], list(range(23)), [10]):
+        assert [row["prompt_id"] for row in reader.take(places)] == [f"id {i}" for i in places]
+
+
+def test_an_unfinished_run_is_read_as_far_as_it_is(tmp_path: Path) -> None:
+    run = RecordedRun(write_run(tmp_path / "out", many(7), first_rows=5))
+    assert (run.n_rows, run.complete, run.facts, run.manifest["complete"]) == (4, False, FACTS, False)
+    none_yet = RecordedRun(write_run(tmp_path / "none yet", many(7), first_rows=0))
+    assert (none_yet.n_rows, none_yet.complete, none_yet.facts, none_yet.parts, list(none_yet.rows())) == (0, False, {}, [], [])
+
+
+def test_a_run_that_lost_a_part_is_not_complete(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "out", many(6))
+    (out / "part-00001.parquet").unlink()
+    run = RecordedRun(out)
+    assert (run.n_rows, run.complete, run.facts) == (4, False, FACTS)
+
+
+def test_a_table_of_an_older_version_has_none_where_it_lacks_a_column(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "out", many(2))
+    part = out / "part-00000.parquet"
+    table = pq.read_table(part)
+    pq.write_table(table.drop_columns(["min_margin", "logits_digest"]), part)
+    assert list(RecordedRun(out).rows(["min_margin", "prompt_id"])) == [{"min_margin": None, "prompt_id": f"id {i}"} for i in range(2)]
+    assert differences(out, write_run(tmp_path / "new", many(2))) == []
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("mine")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "_manifest.json").write_text("{")
+    (tmp_path / "file").write_text("mine")
+    for name, message in {
+        "missing": "no such folder",
+        "file": "is no folder",
+        "empty": r"holds no run of gptbatch \(it is empty\)",
+        "notes": r"holds no run of gptbatch \(no _manifest\.json\)",
+        "damaged": r"_manifest\.json is damaged, or not ours",
+    }.items():
+        with pytest.raises(InputNotFoundError, match=message) as caught:
+            RecordedRun(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_damaged_part_is_an_error_and_a_strangers_file_is_not(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "out", many(4))
+    (out / "part-00099.parquet").write_bytes(b"mine")
+    assert RecordedRun(out).n_rows == 4
+    part = out / "part-00001.parquet"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-20])
+    with pytest.raises(StorageError, match=r"part-00001\.parquet: cannot be read"):
+        RecordedRun(out)
+    chunk = pq.read_metadata(out / "part-00000.parquet").row_group(0).column(0)
+    flipped = bytearray(whole)
+    flipped[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+    part.write_bytes(flipped)
+    with pytest.raises(StorageError, match=r"part-00001\.parquet: cannot be read"):
+        list(RecordedRun(out).rows())
+
+
+def test_a_config_that_is_gone_is_missed_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "out", many(2))
+    (out / ".gptbatch" / "config.yaml").unlink()
+    run = RecordedRun(out)
+    assert run.n_rows == 2
+    with pytest.raises(StorageError, match=r"config\.yaml: cannot be read"):
+        _ = run.config
+
+
+def test_reading_and_comparing_import_no_torch() -> None:
+    """The modules themselves: the package in front of them is a stub, as its __init__ is free to import more."""
+    program = (
+        "import sys, types; package = types.ModuleType('pipeline'); package.__path__ = [sys.argv[1]]; sys.modules['pipeline'] = package; "
+        "import pipeline.diff; assert not {'torch', 'transformers', 'datasets', 'click'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(REPOSITORY / "pipeline")], check=True, timeout=60)
+
+
+# -- what is equal ---------------------------------------------------------------------------------------------------
+
+
+def test_equal_runs(tmp_path: Path) -> None:
+    rows = [*many(5), failed("x")]
+    a, b = write_run(tmp_path / "a", rows), write_run(tmp_path / "b", rows)
+    assert differences(a, b) == differences(a, a) == []
+    assert settings_that_differ(RecordedRun(a), RecordedRun(b)) == []
+
+
+def test_clocks_margins_and_the_words_of_an_error_do_not_count(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", [completion("x"), failed("y")])
+    b = write_run(tmp_path / "b", [completion("x", min_margin=0.5, timing=None), failed("y", "other words")])
+    assert differences(a, b) == []
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 2048])
+def test_part_sizes_and_the_order_of_rows_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> None:
+    monkeypatch.setattr(pipeline.data.recorded, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(pipeline.diff, "BATCH_ROWS", batch_rows)
+    rows = many(31)
+    shuffled = [rows[i * 12 % 31] for i in range(31)]
+    assert shuffled != rows
+    a, b = write_run(tmp_path / "a", rows, part_rows=4), write_run(tmp_path / "b", shuffled, part_rows=7)
+    assert differences(a, b) == differences(b, a) == []
+    assert [setting.name for setting in settings_that_differ(RecordedRun(a), RecordedRun(b))] == ["part_rows"]
+
+
+def test_runs_without_rows_are_equal(tmp_path: Path) -> None:
+    a, b = RecordedRun(write_run(tmp_path / "a", [])), RecordedRun(write_run(tmp_path / "b", []))
+    assert summarize(a, b, diff_runs(a, b)).all_equal
+    assert (a.n_rows, len(a.parts)) == (0, 1)
+
+
+# -- what is not -----------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_token_is_found_at_its_place(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", [completion("x"), completion("y", [5, 6, 7, 8], min_margin=0.001), completion("z")])
+    b = write_run(tmp_path / "b", [completion("x"), completion("y", [5, 6, 9, 9], min_margin=0.002), completion("z")])
+    (found,) = differences(a, b)
+    assert (found.prompt_id, found.kind, found.token_index, found.token_a, found.token_b) == ("y", "tokens", 2, 7, 9)
+    assert (found.min_margin_a, found.min_margin_b) == (0.001, 0.002)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 2048])
+def test_changed_rows_are_found_in_another_order_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> None:
+    monkeypatch.setattr(pipeline.data.recorded, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(pipeline.diff, "BATCH_ROWS", batch_rows)
+    rows = [completion(f"id {i}", [i, i, 100 + i] if i % 3 else [i, i, i]) for i in range(31)]
+    shuffled = [completion(f"id {i}", [i, i, i]) for i in (j * 12 % 31 for j in range(31))]
+    a, b = write_run(tmp_path / "a", rows, part_rows=4), write_run(tmp_path / "b", shuffled, part_rows=7)
+    found = [(one.prompt_id, one.token_index, one.token_a, one.token_b) for one in differences(a, b)]
+    assert found == [(f"id {i}", 2, 100 + i, i) for i in range(31) if i % 3]
+
+
+def test_a_shorter_completion_parts_where_it_ends(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", [completion("x", [5, 6, 7, 8])])
+    b = write_run(tmp_path / "b", [completion("x", [5, 6])])
+    (found,) = differences(a, b)
+    assert (found.kind, found.token_index, found.token_a, found.token_b) == ("tokens", 2, 7, None)
+    (found,) = differences(b, a)
+    assert (found.kind, found.token_index, found.token_a, found.token_b) == ("tokens", 2, None, 7)
+
+
+@pytest.mark.parametrize("ending", [{"finish_reason": "stop", "stop_reason": "end_of_text"}, {"stop_reason": "window"}])
+def test_the_same_tokens_that_end_differently(tmp_path: Path, ending: dict[str, Any]) -> None:
+    a, b = write_run(tmp_path / "a", [completion("x")]), write_run(tmp_path / "b", [completion("x", **ending)])
+    (found,) = differences(a, b)
+    assert (found.kind, found.token_index) == ("ending", None)
+    assert (found.stop_reason_a, found.stop_reason_b) == ("max_new_tokens", ending["stop_reason"])
+
+
+def test_an_error_in_one_run_only(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", [completion("x")]), write_run(tmp_path / "b", [failed("x")])
+    (found,) = differences(a, b)
+    assert (found.kind, found.finish_reason_a, found.finish_reason_b) == ("error", "length", "error")
+    assert (found.token_index, found.token_a, found.token_b, found.min_margin_b) == (0, 5, None, None)
+
+
+def test_another_prompt_under_the_same_id(tmp_path: Path) -> None:
+    one = completion("x")
+    a = write_run(tmp_path / "a", [one])
+    b = write_run(tmp_path / "b", [dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, text="another"))])
+    (found,) = differences(a, b)
+    assert (found.kind, found.token_index) == ("prompt", None)
+
+
+def test_rows_that_only_one_run_has(tmp_path: Path) -> None:
+    rows = many(9)
+    a, b = write_run(tmp_path / "a", rows[:3] + rows[4:8]), write_run(tmp_path / "b", rows[:5] + rows[6:])
+    found = [(difference.prompt_id, difference.kind) for difference in differences(a, b)]
+    assert found == [("id 5", "only_in_a"), ("id 3", "only_in_b"), ("id 8", "only_in_b")]
+    run_a, run_b = RecordedRun(a), RecordedRun(b)
+    summary = summarize(run_a, run_b, diff_runs(run_a, run_b))
+    assert dataclasses.asdict(summary) == {"rows_a": 7, "rows_b": 8, "equal": 6, "different": 0, "missing_in_a": 2, "missing_in_b": 1}
+    assert not summary.all_equal
+
+
+def test_an_unfinished_run_is_compared_as_far_as_it_is(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", many(7)), write_run(tmp_path / "b", many(7), first_rows=5)
+    assert [(found.prompt_id, found.kind) for found in differences(a, b)] == [(f"id {i}", "only_in_a") for i in (4, 5, 6)]
+    assert [(found.prompt_id, found.kind) for found in differences(b, a)] == [(f"id {i}", "only_in_b") for i in (4, 5, 6)]
+    assert settings_that_differ(RecordedRun(a), RecordedRun(b)) == []
+    none_yet = write_run(tmp_path / "none yet", many(7), first_rows=0)
+    assert len(differences(a, none_yet)) == 7
+    assert settings_that_differ(RecordedRun(a), RecordedRun(none_yet)) == [], "a run without parts does not say its device"
+
+
+def test_an_id_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    fine, double = write_run(tmp_path / "fine", many(4)), write_run(tmp_path / "double", [*many(4), completion("id 1")])
+    for a, b in ((fine, double), (double, fine)):
+        with pytest.raises(StorageError, match="double: holds the id 'id 1' twice"):
+            differences(a, b)
+
+
+def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", many(2), identity={"temperature": 1.0})
+    b = write_run(
+        tmp_path / "b",
+        many(2),
+        identity={"dtype": "bfloat16", "seed": 3},
+        facts={"dtype": "bfloat16", "device": "cuda", "profile": {"attention": "padded", "torch": "2.9.1"}, "numerics": "other"},
+    )
+    found = {setting.name: (setting.a, setting.b) for setting in settings_that_differ(RecordedRun(a), RecordedRun(b))}
+    assert found == {
+        "device": ("cpu", "cuda"),
+        "dtype": ("float32", "bfloat16"),
+        "profile.torch": ("2.13.0", "2.9.1"),
+        "seed": (0, 3),
+        "temperature": (1.0, None),
+    }
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gptbatch_diff(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str], str]]:
+    """`gptbatch diff ARGUMENTS...`: exit code, the lines on standard output, and standard error."""
+
+    def run(*arguments: str | Path) -> tuple[int, list[str], str]:
+        code = run_command(["diff", *map(str, arguments)])
+        captured = capfd.readouterr()
+        assert "secret" not in captured.out + captured.err, "a prompt was printed"
+        assert "private" not in captured.out + captured.err, "a completion was printed"
+        return code, captured.out.splitlines(), captured.err
+
+    return run
+
+
+Diff = Callable[..., tuple[int, list[str], str]]
+
+
+def test_the_command_on_equal_runs(tmp_path: Path, gptbatch_diff: Diff) -> None:
+    a, b = write_run(tmp_path / "a", many(5)), write_run(tmp_path / "b", many(5))
+    code, lines, stderr = gptbatch_diff(a, b)
+    assert (code, len(lines), stderr) == (0, 1, "")
+    assert json.loads(lines[0]) == {
+        "rows_a": 5,
+        "rows_b": 5,
+        "equal": 5,
+        "different": 0,
+        "missing_in_a": 0,
+        "missing_in_b": 0,
+        "settings_that_differ": {},
+    }
+
+
+def test_settings_alone_do_not_make_runs_differ(tmp_path: Path, gptbatch_diff: Diff) -> None:
+    a, b = write_run(tmp_path / "a", many(5)), write_run(tmp_path / "b", many(5), facts={"device": "cuda"})
+    code, lines, _ = gptbatch_diff(a, b)
+    assert code == 0
+    assert lines[0] == 'setting device differs: "cpu" / "cuda"'
+    assert json.loads(lines[1])["settings_that_differ"] == {"device": ["cpu", "cuda"]}
+
+
+def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_diff: Diff) -> None:
+    other = completion("prompt")
+    a = write_run(
+        tmp_path / "a",
+        [
+            completion("same"),
+            completion("token", [1, 2, 123], min_margin=0.0012),
+            completion("shorter", [1, 2]),
+            completion("fails"),
+            completion("ends"),
+            other,
+            completion("line\nbreak"),
+        ],
+    )
+    b = write_run(
+        tmp_path / "b",
+        [
+            completion("same"),
+            completion("token", [1, 2, 456], min_margin=0.0013),
+            completion("shorter", [1, 2, 3], min_margin=None),
+            failed("fails"),
+            completion("ends", stop_reason="window"),
+            dataclasses.replace(other, prompt=dataclasses.replace(other.prompt, text="secret, another")),
+            completion("only b"),
+        ],
+    )
+    code, lines, _ = gptbatch_diff(a, b)
+    assert code == 1
+    assert lines[:-1] == [
+        "row 'token': token 2 differs: 123 / 456 (min_margin 0.0012 / 0.0013)",
+        "row 'shorter': token 2 differs: end / 3 (min_margin 0.25 / none)",
+        "row 'fails': a completion in A, an error in B",
+        "row 'ends': the same tokens end differently: max_new_tokens / window",
+        "row 'prompt': the prompts differ",
+        "row 'line\\nbreak': only in A",
+        "row 'only b': only in B",
+    ]
+    summary = json.loads(lines[-1])
+    assert (summary["equal"], summary["different"], summary["missing_in_a"], summary["missing_in_b"]) == (1, 5, 1, 1)
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_one_missing_row_is_enough_for_exit_code_1(tmp_path: Path, gptbatch_diff: Diff, side: str) -> None:
+    a = write_run(tmp_path / "a", many(5)[: 4 if side == "a" else 5])
+    b = write_run(tmp_path / "b", many(5)[: 4 if side == "b" else 5])
+    code, lines, _ = gptbatch_diff(a, b)
+    assert code == 1
+    assert json.loads(lines[-1])[f"missing_in_{side}"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown", "more"), [((), 20, 5), (("--limit", "3"), 3, 22), (("--limit", "25"), 25, 0), (("--limit", "0"), 25, 0)]
+)
+def test_limit(tmp_path: Path, gptbatch_diff: Diff, arguments: tuple[str, ...], shown: int, more: int) -> None:
+    a, b = write_run(tmp_path / "a", many(25)), write_run(tmp_path / "b", [completion(f"id {i}", [77]) for i in range(25)])
+    code, lines, _ = gptbatch_diff(a, b, *arguments)
+    assert code == 1
+    assert sum(line.startswith("row ") for line in lines) == shown
+    assert [line for line in lines if line.startswith("...")] == ([f"... and {more} more"] if more else [])
+    assert json.loads(lines[-1])["different"] == 25
+
+
+def test_the_command_says_that_a_run_is_not_complete(tmp_path: Path, gptbatch_diff: Diff) -> None:
+    a, b = write_run(tmp_path / "a", many(7)), write_run(tmp_path / "b", many(7), first_rows=5)
+    code, lines, stderr = gptbatch_diff(a, b)
+    assert code == 1
+    assert stderr == f"gptbatch: B ({b}) is not complete; compared are the 4 rows that it holds\n"
+    assert json.loads(lines[-1])["missing_in_b"] == 3
+
+
+def test_exit_codes_of_what_cannot_be_compared(tmp_path: Path, gptbatch_diff: Diff) -> None:
+    run = write_run(tmp_path / "run", many(4))
+    (tmp_path / "empty").mkdir()
+    for pair in ((run, tmp_path / "missing"), (tmp_path / "empty", run)):
+        code, lines, stderr = gptbatch_diff(*pair)
+        assert (code, lines) == (66, [])
+        assert stderr.startswith(f"gptbatch: {tmp_path}")
+    (run / "part-00001.parquet").write_bytes(b"")
+    code, lines, stderr = gptbatch_diff(run, run)
+    assert (code, lines) == (74, [])
+    assert "part-00001.parquet: cannot be read" in stderr
+    assert gptbatch_diff(run)[0] == gptbatch_diff(run, run, "--limit", "-1")[0] == 2
