@@ -35,6 +35,8 @@ _FUSED: dict[Activation, tuple[str, str]] = {
     "tanh": ("tanh", ""),
 }
 
+ALIGNED_FEATURES = 16
+
 LinearKind = Literal["prepacked", "prepacked_float32", "plain"]
 
 
@@ -103,7 +105,10 @@ class Linear(nn.Module):
     def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if self._packed is not None:
             return self._packed_forward(x, residual)
-        y = _activate(self.activation, F.linear(x, self.weight, self.bias))
+        y = F.linear(x, self.weight, self.bias)
+        if y.shape[1] != self.out_features:
+            y = y[:, : self.out_features].contiguous()
+        y = _activate(self.activation, y)
         return y if residual is None else y + residual
 
     def _packed_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -129,10 +134,17 @@ class Linear(nn.Module):
         """Lay the weight out for oneDNN and drop the plain one, unless someone else (a tied embedding) holds it.
 
         bfloat16 on a CPU without instructions for it is widened to float32: sums are then the same or better, each result is
-        rounded to bfloat16 once, and it is several times as fast. Does nothing where oneDNN takes no such weight.
+        rounded to bfloat16 once, and it is several times as fast. Where oneDNN takes no such weight, a CPU gets it with
+        out_features rounded up: products of odd widths have been seen to depend on how many threads share them.
         """
         kind = packed_kind(self.weight)
-        if self._packed is not None or kind == "plain":
+        if self._packed is not None:
+            return
+        if kind == "plain":
+            extra = -self.weight.shape[0] % ALIGNED_FEATURES
+            if extra and self.weight.device.type == "cpu":
+                self.weight = nn.Parameter(F.pad(self.weight.detach(), (0, 0, 0, extra)), requires_grad=False)
+                self.bias = None if self.bias is None else nn.Parameter(F.pad(self.bias.detach(), (0, extra)), requires_grad=False)
             return
         weight = self.weight.detach().contiguous()
         if kind == "prepacked_float32":

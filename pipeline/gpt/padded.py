@@ -22,7 +22,7 @@ from pipeline.gpt.config import GPTConfig
 
 
 class PaddedCache:
-    """Per layer keys and values (B, H, width, D): B slots, positions 0 to width - 1.
+    """Per layer keys and values (B, H, width, depth): B slots, positions 0 to width - 1; depth is D rounded up, the rest 0.
 
     The width grows on demand, so that a run of short sequences never pays for n_positions. What no sequence has written is 0,
     never left-overs: a masked position still enters attention as 0 x value, and 0 x NaN is NaN.
@@ -31,7 +31,9 @@ class PaddedCache:
     def __init__(self, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.n_head, self.n_positions, self.upcast, self.device = config.n_head, config.n_positions, config.upcast_attention, device
         self.width = 0
-        empty = torch.zeros(n_slots, config.n_head, 0, config.head_size, dtype=dtype, device=device)
+        # the order in which a product sums over an odd head size has been seen to depend on what runs beside it
+        depth = round_up(config.head_size)
+        empty = torch.zeros(n_slots, config.n_head, 0, depth, dtype=dtype, device=device)
         self.keys: list[Tensor] = [empty] * config.n_layer
         self.values: list[Tensor] = [empty] * config.n_layer
         self._lengths = [0] * n_slots
@@ -113,7 +115,9 @@ class PaddedAttention:
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         n_tokens, keys, values = len(self.slots), self.cache.keys[layer], self.cache.values[layer]
-        q, k, v = qkv[:n_tokens].view(n_tokens, 3, self.cache.n_head, -1).unbind(1)  # each (N, H, D)
+        heads = qkv[:n_tokens].view(n_tokens, 3, self.cache.n_head, -1)
+        head_size, depth = heads.shape[-1], keys.shape[-1]
+        q, k, v = F.pad(heads, (0, depth - head_size)).unbind(1)  # each (N, H, depth)
         keys[self.slots, :, self.positions] = k
         values[self.slots, :, self.positions] = v
         out = q.new_zeros(len(qkv), *q.shape[1:])
@@ -124,22 +128,25 @@ class PaddedAttention:
                 out[:n_tokens] = mixed
             else:
                 out[now.tokens] = mixed
-        return out.flatten(1)
+        return out[..., :head_size].flatten(1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, upcast: bool) -> Tensor:
-    """q (S, H, D), k and v (S, H, W, D), hidden (S, 1, 1, W) -> (S, H, D).
+    """q (S, H, depth), k and v (S, H, W, depth), hidden (S, 1, 1, W) -> (S, H, depth).
 
     `upcast` computes in float32 whatever the type of q (the config switch reorder_and_upcast_attn).
     """
     if upcast:
         dtype = q.dtype
         return _attend(q.float(), k.float(), v.float(), hidden, scale, False).to(dtype)
+    if q.shape[0] * q.shape[1] == 1:  # one matrix alone takes another path, with other bits: run it as two
+        q, k, v, hidden = (tensor.expand(2, *tensor.shape[1:]) for tensor in (q, k, v, hidden))
+        return _attend(q, k, v, hidden, scale, False)[:1]
     scores = (k @ (q * scale)[..., None]).transpose(-1, -2)  # keys first: the same products, read faster
     weights = F.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
     return (weights @ v)[:, :, 0]
 
 
-def round_up(width: int) -> int:
-    """The next multiple of 16: attention over padded widths then meets few shapes."""
-    return -(-width // 16) * 16
+def round_up(size: int) -> int:
+    """The next multiple of 16."""
+    return -(-size // 16) * 16

@@ -1,0 +1,481 @@
+"""The first promise: a row's tokens and the bits of its logits are the same whatever runs beside it.
+
+Small models prove little, since products of their sizes take few of the paths that a library has: the demo model is run here, and
+the shape of gpt2 in the tests marked slow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data.bundled import locate
+from pipeline.data.checkpoint import find_checkpoint
+from pipeline.data.tokenizer import PromptTokenizer
+from pipeline.generation import reference
+from pipeline.generation.engine import Engine, WindowFull, logits_bytes
+from pipeline.gpt.attention import Attention, Backend, KVCache
+from pipeline.gpt.config import parse_config
+from pipeline.gpt.linear import ROW_PLANS, RowPlan
+from pipeline.gpt.model import GPT
+from pipeline.gpt.ragged import PagedCache
+from pipeline.gpt.weights import load_gpt
+from pipeline.records import Completion, TokenizedPrompt
+from tests.conftest import has_kernels, our_model, random_model, tokenized
+
+BATCH_SIZES = (1, 2, 3, 5, 8, 17, 64)
+GPT2_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
+
+Outcome = tuple[list[int], str | None, float | None, str | None]
+
+
+def outcome(completion: Completion) -> Outcome:
+    """Tokens, ending, margin and the hash of the bits of all logits."""
+    assert completion.logits_digest is not None
+    return completion.token_ids, completion.stop_reason, completion.min_margin, completion.logits_digest
+
+
+def run(
+    model: GPT,
+    prompts: Sequence[TokenizedPrompt],
+    *,
+    batch_size: int,
+    end_of_text: int | None = 0,
+    window_full: WindowFull = "stop",
+    prefill_tokens: int = 4096,
+) -> dict[int, Outcome]:
+    engine = Engine(
+        model=model,
+        batch_size=batch_size,
+        end_of_text=end_of_text,
+        window_full=window_full,
+        prefill_tokens=prefill_tokens,
+        record_logits=True,
+    )
+    ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]
+    assert len(ended) == len(prompts)
+    return {completion.prompt.index: outcome(completion) for completion in ended}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["ragged", "padded"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "ragged" and not has_kernels():
+        pytest.skip("no C++ compiler")
+    chosen: Backend = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    chosen: torch.dtype = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def demo(backend: Backend, dtype: torch.dtype) -> GPT:
+    """The bundled model."""
+    checkpoint = find_checkpoint("bundled:demo/model")
+    config = parse_config(checkpoint.config, "config")
+    return load_gpt(config, list(checkpoint.weights), dtype=dtype, device=torch.device("cpu"), attention=backend)
+
+
+@pytest.fixture(scope="module")
+def gpt2(backend: Backend, dtype: torch.dtype) -> GPT:
+    """The shape of gpt2, every weight and bias random."""
+    return our_model(random_model(**GPT2_SHAPE), attention=backend, dtype=dtype)
+
+
+def demo_prompts(count: int, *, max_new_tokens: int = 12) -> list[TokenizedPrompt]:
+    """The first of the bundled prompts, with parameters of their own."""
+    checkpoint = find_checkpoint("bundled:demo/model")
+    tokenizer = PromptTokenizer(checkpoint.folder, end_of_text=0, parse_special=False, vocab_size=checkpoint.config["vocab_size"])
+    lines = Path(locate("bundled:demo/prompts.jsonl")).read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["prompt"] for line in lines[:count]]
+    rng = random.Random(7)
+    return [with_parameters(i, token_ids, rng, max_new_tokens) for i, token_ids in enumerate(tokenizer.encode(texts))]
+
+
+def random_prompts(count: int, vocab_size: int, *, longest: int, max_new_tokens: int, first_index: int = 0) -> list[TokenizedPrompt]:
+    rng = random.Random(count)
+    lengths = [rng.choice([1, 2, 9, 30, rng.randint(1, longest)]) for _ in range(count)]
+    return [
+        with_parameters(first_index + i, [rng.randrange(1, vocab_size) for _ in range(length)], rng, max_new_tokens)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def with_parameters(index: int, token_ids: list[int], rng: random.Random, max_new_tokens: int) -> TokenizedPrompt:
+    return tokenized(
+        index,
+        token_ids,
+        temperature=rng.choice([0.0, 0.7, 1.0, 1.4]),
+        top_k=rng.choice([0, 1, 5, 40]),
+        max_new_tokens=rng.randint(2, max_new_tokens),
+    )
+
+
+# -- the demo model ----------------------------------------------------------------------------------------------------
+
+
+def test_batch_sizes_and_orders(demo: GPT) -> None:
+    prompts = demo_prompts(66, max_new_tokens=8)
+    expected = run(demo, prompts, batch_size=1)
+    assert len({digest for *_, digest in expected.values()}) == 66, "rows that are alike show little"
+    for batch_size in BATCH_SIZES:
+        random.Random(batch_size).shuffle(prompts)
+        assert run(demo, prompts, batch_size=batch_size) == expected, batch_size
+
+
+@pytest.mark.parametrize("fillers", [1, 4, 60, 200])
+def test_a_needle_among_fillers(demo: GPT, fillers: int) -> None:
+    """Neighbours of other lengths, seeds, temperatures and top_k, which come and go and end early."""
+    needle = tokenized(10_000, [5, 77, 300, 41, 8, 900], seed=3, temperature=0.9, top_k=20, max_new_tokens=20)
+    alone = run(demo, [needle], batch_size=1)[10_000]
+    rng = random.Random(fillers)
+    others = random_prompts(fillers, 1024, longest=60, max_new_tokens=5)
+    for _ in range(2):
+        others.insert(rng.randrange(len(others) + 1), needle)
+        assert run(demo, others, batch_size=rng.choice([2, 16, 64]))[10_000] == alone
+        others.remove(needle)
+
+
+def test_threads(demo: GPT) -> None:
+    prompts = demo_prompts(30)
+    with threads(1):
+        expected = run(demo, prompts, batch_size=8)
+    for count in (2, 3, 4):
+        with threads(count):
+            assert run(demo, prompts, batch_size=8) == expected, count
+
+
+def test_cache_widths_and_prefill_groups(demo: GPT) -> None:
+    """A neighbour that fills the context makes the cache as wide as it gets; small groups make other prefill calls."""
+    prompts = demo_prompts(24)
+    expected = run(demo, prompts, batch_size=6)
+    long = tokenized(999, [9] * 250, max_new_tokens=6)
+    wide = run(demo, [long, *prompts], batch_size=6)
+    assert {index: row for index, row in wide.items() if index != 999} == expected
+    for prefill_tokens in (1, 40):
+        assert run(demo, prompts, batch_size=6, prefill_tokens=prefill_tokens) == expected
+
+
+def test_windows_that_slide(demo: GPT) -> None:
+    prompts = [tokenized(i, [3 + i] * (250 + 2 * i), max_new_tokens=8 + i) for i in range(4)]
+    expected = run(demo, prompts, batch_size=1, end_of_text=None, window_full="slide")
+    assert {len(tokens) for tokens, *_ in expected.values()} == {8, 9, 10, 11}
+    assert (
+        run(demo, [*prompts[::-1], *demo_prompts(10)[4:]], batch_size=5, end_of_text=None, window_full="slide").items() >= expected.items()
+    )
+
+
+def test_the_reference_gives_the_same_bits(demo: GPT) -> None:
+    """The whole context through the network for each token, against the engine's cache."""
+    prompts = demo_prompts(8, max_new_tokens=8)
+    for index, (token_ids, stop_reason, _, digest) in run(demo, prompts, batch_size=8).items():
+        prompt = prompts[index]
+        assert reference.generate(demo, prompt.token_ids, prompt.prompt.params, end_of_text=0) == (token_ids, stop_reason)
+        assert digest == reference_digest(demo, prompt.token_ids, token_ids)
+
+
+def reference_digest(model: GPT, prompt: list[int], new: list[int]) -> str:
+    digest = hashlib.sha256()
+    with torch.inference_mode():
+        for step in range(len(new)):
+            digest.update(logits_bytes(model(torch.tensor([prompt + new[:step]]))[0, -1]))
+    return digest.hexdigest()
+
+
+# -- other shapes --------------------------------------------------------------------------------------------------------
+
+ODD_SHAPES: dict[str, dict[str, Any]] = {
+    "odd-inner": {"n_inner": 37},
+    "head-size-5": {"n_embd": 20},
+    "head-size-33": {"n_embd": 66, "n_head": 2},
+    "one-head-of-100": {"n_embd": 100, "n_head": 1},
+    "gelu": {"activation_function": "gelu", "n_inner": 51},
+    "relu": {"activation_function": "relu"},
+    "silu": {"activation_function": "silu", "n_inner": 51},
+    "tanh": {"activation_function": "tanh", "n_inner": 51},
+    "upcast": {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
+}
+
+
+@pytest.mark.parametrize("onednn", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("name", ODD_SHAPES)
+def test_odd_shapes(name: str, onednn: bool, backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With oneDNN and as on a machine without it."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    model = our_model(random_model(**ODD_SHAPES[name]), attention=backend, dtype=dtype)
+    assert (model.linear_kind == "plain") == (not onednn)
+    prompts = random_prompts(20, 300, longest=40, max_new_tokens=6)
+    with threads(1):
+        expected = run(model, prompts, batch_size=1)
+    for batch_size, count in ((3, 2), (20, 3)):
+        with threads(count):
+            assert run(model, prompts, batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize("plan", ROW_PLANS, ids=lambda plan: plan.name)
+def test_every_row_plan_keeps_the_bits(plan: RowPlan, backend: Backend) -> None:
+    """Each under itself: under another plan they may be other bits."""
+    model = our_model(random_model(), attention=backend)
+    model.use_rows(plan)
+    prompts = random_prompts(20, 300, longest=40, max_new_tokens=6)
+    assert run(model, prompts, batch_size=20) == run(model, prompts, batch_size=1)
+
+
+# -- prefill, chunks and decode --------------------------------------------------------------------------------------------
+
+
+def check_chunks(model: GPT, sequences: list[list[int]], seed: int) -> None:
+    """Whole, token by token, and in random chunks of random sequences beside each other: the same bits at every position."""
+    rng = random.Random(seed)
+    with torch.inference_mode():
+        alone = [model.extend(model.new_cache(1), tokens=s, slots=[0] * len(s), positions=range(len(s))) for s in sequences]
+        cache = model.new_cache(1)
+        for position, token in enumerate(sequences[0]):
+            assert torch.equal(model.extend(cache, tokens=[token], slots=[0], positions=[position])[0], alone[0][position])
+        cache = model.new_cache(len(sequences) + 3)
+        slots = rng.sample(range(len(sequences) + 3), len(sequences))
+        done = [0] * len(sequences)
+        while any(d < len(s) for d, s in zip(done, sequences, strict=True)):
+            batch: list[tuple[int, int]] = []
+            for i in rng.sample(range(len(sequences)), len(sequences)):
+                end = min(len(sequences[i]), done[i] + rng.choice([0, 1, 1, 1, 4, 7, 19]))
+                batch += [(i, position) for position in range(done[i], end)]
+                done[i] = end
+            if batch:
+                logits = model.extend(
+                    cache,
+                    tokens=[sequences[i][position] for i, position in batch],
+                    slots=[slots[i] for i, _ in batch],
+                    positions=[position for _, position in batch],
+                )
+                assert all(torch.equal(row, alone[i][position]) for row, (i, position) in zip(logits, batch, strict=True))
+
+
+def test_prefill_decode_and_chunks(demo: GPT) -> None:
+    rng = random.Random(0)
+    check_chunks(demo, [[rng.randrange(1024) for _ in range(length)] for length in (60, 1, 17, 33, 100)], seed=1)
+
+
+def test_a_growing_cache_keeps_what_it_holds(backend: Backend) -> None:
+    model = our_model(random_model(), attention=backend)
+    tokens = list(range(1, 61))
+    with torch.inference_mode():
+        whole = model.extend(model.new_cache(1), tokens=tokens, slots=[0] * 60, positions=range(60))
+        cache = model.new_cache(3)
+        rows = [model.extend(cache, tokens=[t] * 3, slots=[0, 1, 2], positions=[p] * 3)[1] for p, t in enumerate(tokens)]
+    assert torch.equal(torch.stack(rows), whole)
+
+
+def test_what_a_cleared_slot_held_reaches_nobody(backend: Backend) -> None:
+    """0 x NaN is NaN: a position that nobody wrote must not enter a sum."""
+    healthy = our_model(random_model(), attention=backend)
+    with torch.inference_mode():
+
+        def both(cache: KVCache) -> Tensor:
+            tokens = [7, 8, 9, *[10] * 35]
+            return healthy.extend(cache, tokens=tokens, slots=[0] * 3 + [1] * 35, positions=[*range(3), *range(35)])
+
+        expected = both(healthy.new_cache(2))
+        used = healthy.new_cache(2)
+        attention = used.step([0] * 40 + [1] * 30, [*range(40), *range(30)])
+        for layer in range(2):
+            attention(layer, torch.full((70, 96), float("nan")), 1.0)
+        used.clear(0)
+        used.move(1, 0)
+        used.clear(0)
+        assert torch.equal(both(used), expected)
+
+
+def test_pages_are_given_back() -> None:
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+    model = our_model(random_model(), attention="ragged")
+    engine = Engine(model=model, batch_size=4, end_of_text=None)
+    for _ in engine.generate(iter(random_prompts(40, 300, longest=50, max_new_tokens=10))):
+        pass
+    cache = engine._cache
+    assert isinstance(cache, PagedCache)
+    assert len(set(cache._free)) == len(cache._free) == cache.keys[0].shape[1] <= 4 * 4 * 2
+
+
+# -- the shape of gpt2 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_gpt2_batch_sizes_orders_and_fillers(gpt2: GPT) -> None:
+    prompts = random_prompts(20, 50257, longest=60, max_new_tokens=3)
+    expected = run(gpt2, prompts, batch_size=1)
+    assert len({digest for *_, digest in expected.values()}) == 20
+    fillers = random_prompts(60, 50257, longest=12, max_new_tokens=2, first_index=1000)
+    for batch_size in BATCH_SIZES[1:]:
+        rows = [*prompts, *(fillers if batch_size == 64 else [])]
+        random.Random(batch_size).shuffle(rows)
+        assert run(gpt2, rows, batch_size=batch_size).items() >= expected.items(), batch_size
+
+
+@pytest.mark.slow
+def test_gpt2_threads(gpt2: GPT) -> None:
+    prompts = random_prompts(9, 50257, longest=60, max_new_tokens=3)
+    with threads(1):
+        expected = run(gpt2, prompts, batch_size=9)
+    for count in (2, 3, 4):
+        with threads(count):
+            assert run(gpt2, prompts, batch_size=5) == expected, count
+
+
+@pytest.mark.slow
+def test_gpt2_chunks_and_the_reference(gpt2: GPT) -> None:
+    """One sequence beyond 192 positions, where products of other shapes have been seen to change their order of summing."""
+    rng = random.Random(0)
+    check_chunks(gpt2, [[rng.randrange(50257) for _ in range(length)] for length in (12, 210, 40)], seed=2)
+    prompt = random_prompts(1, 50257, longest=30, max_new_tokens=3)[0]
+    token_ids, stop_reason, _, digest = run(gpt2, [prompt], batch_size=1)[0]
+    assert reference.generate(gpt2, prompt.token_ids, prompt.prompt.params, end_of_text=0) == (token_ids, stop_reason)
+    assert digest == reference_digest(gpt2, prompt.token_ids, token_ids)
+
+
+# -- teeth -----------------------------------------------------------------------------------------------------------------
+
+
+class FlashCache:
+    """What most programs do: torch's fused attention over keys padded to the longest sequence."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+
+    def reserve(self, lengths: Sequence[int]) -> None:
+        pass
+
+    def step(self, slots: Sequence[int], positions: Sequence[int]) -> Attention:
+        batch, length = max(slots) + 1, max(positions) + 1
+        place = torch.tensor([slot * length + position for slot, position in zip(slots, positions, strict=True)])
+
+        def attend(layer: int, qkv: Tensor, scale: float) -> Tensor:
+            padded = qkv.new_zeros(batch * length, qkv.shape[1]).index_copy_(0, place, qkv)
+            q, k, v = padded.view(batch, length, 3, self.model.config.n_head, -1).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            return out.transpose(1, 2).reshape(batch * length, -1)[place]
+
+        return attend
+
+    def move(self, source: int, target: int) -> None:
+        raise NotImplementedError
+
+    def clear(self, slot: int) -> None:
+        raise NotImplementedError
+
+
+def test_the_comparison_has_teeth() -> None:
+    """Plain linears at as many rows as there are, and flash attention: the same sequences alone and together differ in bits."""
+    model = our_model(random_model(n_layer=2, n_head=4, n_embd=256, vocab_size=1000, n_positions=128), pack=False)
+    model.use_rows(AsTheyCome(name="as they come", least=1))
+    rng = random.Random(0)
+    sequences = [[rng.randrange(1000) for _ in range(length)] for length in (1, 2, 3, 5, 6, 7, 9, 40, 41, 90)]
+    with torch.inference_mode():
+        together = model.extend(
+            FlashCache(model),
+            tokens=[token for s in sequences for token in s],
+            slots=[i for i, s in enumerate(sequences) for _ in s],
+            positions=[position for s in sequences for position in range(len(s))],
+        )
+        first, differing = 0, 0
+        for sequence in sequences:
+            count = len(sequence)
+            alone = model.extend(FlashCache(model), tokens=sequence, slots=[0] * count, positions=range(count))
+            assert torch.allclose(alone, together[first : first + count], atol=1e-4)
+            differing += not torch.equal(alone, together[first : first + count])
+            first += count
+    assert differing >= 3
+
+
+class AsTheyCome(RowPlan):
+    """No plan."""
+
+    def rows(self, wanted: int) -> int:
+        return wanted
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_two_threads_work_in_the_kernel() -> None:
+    """CPU time of the threads of this process while nothing but the kernel runs; without -fopenmp it would be one thread's."""
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one CPU")
+    model = our_model(random_model(n_layer=1, n_head=12, n_embd=768, n_positions=512), attention="ragged")
+    cache = model.new_cache(16)
+    slots = [slot for slot in range(16) for _ in range(512)]
+    qkv = torch.randn(len(slots), 3 * 768)
+    with threads(2):
+        attention = cache.step(slots, [*range(512)] * 16)
+        attention(0, qkv, 0.1)
+        before = cpu_times()
+        began = time.monotonic()
+        while time.monotonic() - began < 1.0:
+            attention(0, qkv, 0.1)
+    busy = sorted(after - before.get(thread, 0) for thread, after in cpu_times().items())
+    assert busy[-2] > 0.1 * busy[-1] > 0, [time / 1e9 for time in busy]
+    assert threading.active_count() >= 1
+
+
+def cpu_times() -> dict[str, int]:
+    """Nanoseconds on a CPU of each thread of this process."""
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_the_kernel_shares_the_threads_of_torch() -> None:
+    """A second OpenMP runtime would have threads of its own, which wait spinning beside those of torch."""
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+    libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line or "libomp" in line}
+    assert len(libraries) == 1
+
+
+@pytest.mark.cuda
+def test_rows_on_cuda_do_not_depend_on_the_batch() -> None:
+    from pipeline.generation.numerics import check_numerics
+
+    model = our_model(random_model(), pack=False).to("cuda")
+    if not check_numerics(model).exact:
+        pytest.skip("this GPU is not exact")
+    prompts = random_prompts(40, 300, longest=40, max_new_tokens=10)
+    assert run(model, prompts, batch_size=16) == run(model, prompts, batch_size=1)
+
+
+@pytest.mark.cuda
+def test_cpu_and_cuda_rows_that_differ_have_small_margins() -> None:
+    theirs = random_model(n_layer=4, n_embd=128, vocab_size=2000, n_positions=128)
+    prompts = random_prompts(200, 2000, longest=40, max_new_tokens=30)
+    on_cpu = run(our_model(theirs), prompts, batch_size=64)
+    on_cuda = run(our_model(theirs, pack=False).to("cuda"), prompts, batch_size=64)
+    differing = [index for index in on_cpu if on_cpu[index][0] != on_cuda[index][0]]
+    print(f"{len(differing)} of {len(prompts)} rows differ")
+    assert len(differing) < 0.1 * len(prompts)
+    assert all((on_cpu[index][2] or 0) < 1e-2 for index in differing)

@@ -1,0 +1,144 @@
+"""The build of the C++ kernel: once, whole or not at all, and everything works without it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from pipeline.errors import DeviceError
+from pipeline.gpt.attention import choose_backend
+from pipeline.gpt.kernels import build
+from pipeline.gpt.kernels.build import KernelError, build_kernels
+from tests.conftest import REPOSITORY, has_kernels, run_gptbatch
+
+BUILD = "import sys; from pathlib import Path; from pipeline.gpt.kernels.build import build_kernels; build_kernels(Path(sys.argv[1]))"
+
+
+def needs_compiler() -> None:
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+
+
+def build_in_child(folder: Path, compiler: str | None = None) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)} | ({} if compiler is None else {"CXX": compiler})
+    return subprocess.Popen([sys.executable, "-c", BUILD, str(folder)], env=environment, start_new_session=True)
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.slow
+def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Path) -> None:
+    """Killed while the compiler runs, which has written half a library; then two builds at once."""
+    needs_compiler()
+    folder = tmp_path / "kernels"
+    real = shutil.which(os.environ.get("CXX", "c++"))
+    started = tmp_path / "started"
+    slow = script(
+        tmp_path / "slow-c++",
+        f'if [ "$1" = --version ]; then exec {real} --version; fi\n'
+        f'while [ "$1" != -o ]; do shift; done; echo half > "$2"; touch {started}; exec sleep 600',
+    )
+    child = build_in_child(folder, slow)
+    try:
+        deadline = time.monotonic() + 60
+        while not started.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (left_over,) = folder.glob("build-*/ragged-*.so")
+        assert left_over.read_text() == "half\n"
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)  # the compiler too
+        child.wait()
+    assert not list(folder.glob("*.so"))
+    children = [build_in_child(folder), build_in_child(folder)]
+    assert [child.wait(timeout=240) for child in children] == [0, 0]
+    (library,) = folder.glob("*.so")
+    assert not list(folder.glob("build-*"))
+    load = "import sys, torch; torch.ops.load_library(sys.argv[1]); torch.ops.gptbatch.attend"
+    subprocess.run([sys.executable, "-c", load, str(library)], check=True, timeout=120)
+
+
+def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name holds all that it depends on, so that another compiler, flag or source builds another one."""
+    calls = tmp_path / "calls"
+    fake = script(
+        tmp_path / "c++",
+        f'if [ "$1" = --version ]; then echo fake 1; exit; fi\necho x >> {calls}\nwhile [ "$1" != -o ]; do shift; done; echo ok > "$2"',
+    )
+    monkeypatch.setenv("CXX", fake)
+    first = build_kernels(tmp_path / "kernels")
+    assert build_kernels(tmp_path / "kernels") == first
+    assert first.read_text() == "ok\n"
+    assert calls.read_text() == "x\n"
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-DANOTHER"))
+    assert build_kernels(tmp_path / "kernels") != first
+    assert calls.read_text() == "x\nx\n"
+    assert "-ffast-math" not in build.compile_flags()
+    assert {"-fopenmp", "-ffp-contract=off"} <= set(build.compile_flags())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("exit 3", "--version fails"),
+        (
+            '[ "$1" = --version ] && exit 0\necho "ragged.cpp:1: error: no such header" >&2; exit 1',
+            "exit code 1): ragged.cpp:1: error: no such",
+        ),
+    ],
+)
+def test_compilers_that_fail_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
+    monkeypatch.setenv("CXX", script(tmp_path / "bad-c++", text))
+    with pytest.raises(KernelError, match="bad-c\\+\\+") as caught:
+        build_kernels(tmp_path / "kernels")
+    assert message in str(caught.value)
+    assert not list(tmp_path.glob("kernels/*.so")) + list(tmp_path.glob("kernels/build-*"))
+
+
+def test_a_lock_that_never_opens_and_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", "exit 0"))
+    monkeypatch.setattr(build, "LOCK_TIMEOUT_S", 0.2)
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    with FileLock(folder / "lock"), pytest.raises(KernelError, match="another process has held it"):
+        build_kernels(folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(KernelError, match="XDG_CACHE_HOME"):
+        build_kernels(tmp_path / "file" / "kernels")
+
+
+def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
+    """One warning that says how to get it; asked for by name it is an error."""
+    environment = {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    ran = run_gptbatch("generate", "--config", "demo", "--limit", "20", "--output", tmp_path / "out", env=environment)
+    assert ran.code == 0, ran.stderr
+    assert ran.stderr.count("WARNING") == 1
+    assert "install g++ or clang++" in ran.stderr
+    assert ran.summary["numerics"] == "exact"
+    verified = run_gptbatch("verify", tmp_path / "out", "--all", env=environment)
+    assert verified.code == 0, verified.stderr
+    assert verified.summary["judged"] == "exactly"
+    refused = run_gptbatch(
+        "generate", "--config", "demo", "--limit", "2", "--attention", "ragged", "--output", tmp_path / "other", env=environment
+    )
+    assert refused.code == 78
+    assert "no-such-compiler" in refused.stderr
+
+
+def test_ragged_is_for_cpus() -> None:
+    with pytest.raises(DeviceError, match="CPU only"):
+        choose_backend("ragged", torch.device("cuda"))
+    assert choose_backend("auto", torch.device("cuda")) == choose_backend("padded", torch.device("cpu")) == "padded"

@@ -1,0 +1,130 @@
+"""The start-up check, and what a run makes of its answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline import JobConfig, run_job
+from pipeline.data.recorded import RecordedRun
+from pipeline.errors import DeviceError
+from pipeline.generation import numerics
+from pipeline.generation.numerics import NumericsReport, check_numerics
+from pipeline.gpt.attention import Backend
+from pipeline.gpt.linear import ROW_PLANS, Linear
+from pipeline.gpt.model import GPT, Block
+from tests.conftest import our_model, random_model
+
+
+class RowCounting(Linear):
+    """A linear whose results depend on how many rows it is run at: more than `harmless` of them do no harm."""
+
+    harmless = 10**9
+    step = 1
+
+    def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = super()._apply_to(x, residual)
+        rows = x.shape[0]
+        return y if rows >= self.harmless else y + 1e-3 * (rows % self.step)
+
+
+def with_row_counting(model: GPT, *, harmless: int, step: int) -> GPT:
+    block = model.blocks[1]
+    first = model.blocks[0]
+    assert isinstance(block, Block)
+    assert isinstance(first, Block)
+    for broken in (first.mlp_in, block.mlp_in):
+        broken.__class__ = RowCounting
+        assert isinstance(broken, RowCounting)
+        broken.harmless, broken.step = harmless, step
+    return model
+
+
+@pytest.mark.parametrize("attention", ["ragged", "padded"])
+def test_this_machine_passes(attention: Backend) -> None:
+    model = our_model(random_model(), attention=attention)
+    report = check_numerics(model)
+    assert report.exact
+    assert report.row_plan == "rounded"
+    assert report == check_numerics(model), "the digest is that of the weights and the machine"
+    assert check_numerics(our_model(random_model(seed=1), attention=attention)).probe_digest != report.probe_digest
+
+
+@pytest.mark.parametrize(("harmless", "step", "plan"), [(0, 7, "rounded"), (32, 7, "more"), (10**9, 64, "constant")])
+def test_row_plans_are_tried_in_turn(harmless: int, step: int, plan: str) -> None:
+    model = with_row_counting(our_model(random_model()), harmless=harmless, step=step)
+    report = check_numerics(model)
+    assert (report.exact, report.row_plan, model.row_plan.name) == (True, plan, plan)
+
+
+def test_what_cannot_be_mended_is_named() -> None:
+    class Clock(Linear):
+        """Never the same twice."""
+
+        calls = 0
+
+        def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
+            Clock.calls += 1
+            return super()._apply_to(x, residual) + 1e-3 * Clock.calls
+
+    model = our_model(random_model())
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    block.mlp_in.__class__ = Clock
+    report = check_numerics(model)
+    assert not report.exact
+    assert "rows of mlp_in" in report.failures
+    assert "logits among others" in report.failures
+    assert not any(failure.startswith("attention") for failure in report.failures)
+    assert model.row_plan == ROW_PLANS[0]
+
+
+def test_threads_are_left_as_they_were() -> None:
+    before = torch.get_num_threads()
+    check_numerics(our_model(random_model()))
+    assert torch.get_num_threads() == before
+
+
+@pytest.fixture
+def config(checkpoint: Path, tmp_path: Path) -> dict[str, str | int]:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "To be"}\n')
+    return {"model": str(checkpoint), "input": str(tmp_path / "prompts.jsonl"), "output": str(tmp_path / "out"), "max_new_tokens": 5}
+
+
+def test_the_answer_is_recorded(config: dict[str, str | int], tmp_path: Path) -> None:
+    assert run_job(JobConfig.model_validate(config)).numerics == "exact"
+    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    profile = manifest["profile"]
+    assert set(profile) == {"attention", "linears", "row_plan", "torch", "device_class", "noise_version", "probe_digest"}
+    assert len(profile["probe_digest"]) == 64
+    assert manifest["numerics"] == "exact"
+
+
+def test_off_skips_the_check(config: dict[str, str | int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(model: GPT) -> NumericsReport:
+        raise AssertionError
+
+    monkeypatch.setattr(numerics, "check_numerics", never)
+    assert run_job(JobConfig.model_validate({**config, "numerics": "off"})).numerics == "off"
+
+
+def test_a_machine_that_fails(config: dict[str, str | int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """auto goes on with one warning and says unverified, exact stops and leaves no rows."""
+
+    def failing(model: GPT) -> NumericsReport:
+        return NumericsReport(failures=("rows of mlp_in", "logits among others"), row_plan="rounded", probe_digest="0" * 64)
+
+    monkeypatch.setattr(numerics, "check_numerics", failing)
+    with pytest.raises(DeviceError, match=r"rows of mlp_in, logits among others differ") as caught:
+        run_job(JobConfig.model_validate({**config, "numerics": "exact"}))
+    assert caught.value.exit_code == 78
+    assert [path.name for path in Path(str(config["output"])).iterdir()] == [".gptbatch"]
+    with caplog.at_level(logging.WARNING, logger="gptbatch"):
+        assert run_job(JobConfig.model_validate(config)).numerics == "unverified"
+    assert len(caplog.records) == 1
+    assert RecordedRun(Path(str(config["output"]))).facts["numerics"] == "unverified"

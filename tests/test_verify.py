@@ -1,0 +1,326 @@
+"""verify and replay: recorded rows checked against the weights, and one row again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from jobs.cli import run_command
+from pipeline import JobConfig, run_job
+from pipeline.config import EngineConfig
+from pipeline.data.recorded import RecordedRun
+from pipeline.generation.trace import explain_step
+from pipeline.records import SamplingParams
+from pipeline.verify import evenly_spaced
+from tests.conftest import has_kernels, random_model, run_gptbatch, save_tokenizer
+
+ROWS = 30
+
+
+@pytest.fixture(scope="module", params=["ragged", "padded"])
+def finished(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 30 rows in parts of 8: own parameters, early end-of-text, an error row, full windows; and its checkpoint."""
+    if request.param == "ragged" and not has_kernels():
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(checkpoint, folder / "model")
+    texts = ["The king", "To be, or not", "Long live the queen", "", "is dead."]
+    rows: list[dict[str, Any]] = [
+        {"id": f"r{i}", "prompt": texts[i % 5] * (1 + i % 3), "temperature": (0, 0.8, 1.5)[i % 3], "top_k": (0, 7)[i % 2]}
+        for i in range(ROWS)
+    ]
+    rows[4]["prompt"] = "king " * 200  # more than n_positions tokens: an error row
+    rows[5] |= {"prompt": "k" * 55, "max_new_tokens": 30}  # fills the context
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_job(
+        JobConfig(
+            model=str(folder / "model"),
+            input=str(folder / "prompts.jsonl"),
+            output=str(folder / "out"),
+            part_rows=8,
+            max_new_tokens=20,
+            record_logits_digest=True,
+            engine=EngineConfig(attention=request.param),
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def output(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may damage."""
+    return Path(shutil.copytree(finished / "out", tmp_path / "out"))
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str]]]:
+    """Runs `gptbatch ARGUMENTS...` here; gives the exit code and the lines on standard output, or on standard error."""
+
+    def run(*arguments: str | Path, error: bool = False) -> tuple[int, list[str]]:
+        capfd.readouterr()
+        code = run_command([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return code, (captured.err if error else captured.out).splitlines()
+
+    return run
+
+
+Command = Callable[..., tuple[int, list[str]]]
+
+
+def change(output: Path, prompt_id: str, edit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Edit one row in its part, leaving all else as it was; gives the row as it was."""
+    for path in sorted(output.glob("part-*.parquet")):
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["prompt_id"] == prompt_id:
+                before = dict(row, completion_token_ids=list(row["completion_token_ids"]))
+                edit(row)
+                pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+                return before
+    raise AssertionError(prompt_id)
+
+
+def long_row(output: Path) -> str:
+    """The id of a row of at least 12 tokens."""
+    return next(str(row["prompt_id"]) for row in RecordedRun(output).rows() if row["completion_tokens"] >= 12)
+
+
+# -- verify ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_untouched_run(output: Path, command: Command) -> None:
+    code, lines = command("verify", output, "--all")
+    summary = json.loads(lines[-1])
+    assert code == 0
+    assert (summary["rows_checked"], summary["mismatches"], summary["error_rows_skipped"]) == (ROWS - 1, 0, 1)
+    assert summary["judged"] == "exactly"
+    reasons = {row["stop_reason"] for row in RecordedRun(output).rows(["stop_reason"])}
+    assert {"max_new_tokens", "window", None} <= reasons
+    code, lines = command("verify", output, "--rows", "5", "--threads", "1")
+    assert (code, json.loads(lines[-1])["rows_checked"]) == (0, 5)
+
+
+def test_a_changed_token_is_named(output: Path, command: Command) -> None:
+    changed = long_row(output)
+
+    def edit(row: dict[str, Any]) -> None:
+        row["completion_token_ids"][7] = (row["completion_token_ids"][7] + 1) % 300 or 1
+
+    before = change(output, changed, edit)
+    code, lines = command("verify", output, "--all")
+    assert code == 1
+    assert len(lines) == 3, "one row and no other"
+    assert lines[0].startswith(f"row {changed!r} (index {changed[1:]}): step 7: token")
+    assert f"the weights choose {before['completion_token_ids'][7]}" in lines[0]
+    first = json.loads(lines[-1])["first_mismatch"]
+    assert (first["prompt_id"], first["step"]) == (changed, 7)
+    assert first["margin"] > 0
+    code, lines = command("diff", output, output.parent / "out")
+    assert code == 0, "a run equals itself, whatever it holds"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda row: row.update(completion_token_ids=row["completion_token_ids"][:-2], completion_tokens=-2),
+            "but completion_tokens is -2",
+        ),
+        (lambda row: row.update(completion_token_ids=[], completion_tokens=0), "it has no tokens"),
+        (lambda row: row.update(completion_token_ids=[300] * 3, completion_tokens=3), "token 300, which the model (vocab_size 300)"),
+        (lambda row: row.update(stop_reason="window"), "it ended by max_new_tokens, not by window"),
+        (lambda row: row.update(finish_reason="stop"), "it ended by max_new_tokens, not by max_new_tokens (stop)"),
+        (lambda row: row.update(max_new_tokens=10), "it should have ended with token 9"),
+        (lambda row: row.update(max_new_tokens=99), "it should go on after token 19"),
+        (lambda row: row.update(completion="x"), "its text is not that of its tokens"),
+        (lambda row: row.update(min_margin=row["min_margin"] * (1 + 1e-15)), "its min_margin is"),
+        (lambda row: row.update(min_margin=row["min_margin"] / 2), "its min_margin is"),
+        (lambda row: row.update(logits_digest="0" * 64), "the bits of its logits differ"),
+    ],
+)
+def test_whatever_else_was_changed_is_named(output: Path, command: Command, edit: Callable[[dict[str, Any]], None], message: str) -> None:
+    changed = next(row["prompt_id"] for row in RecordedRun(output).rows() if row["stop_reason"] == "max_new_tokens")
+    change(output, changed, edit)
+    code, lines = command("verify", output, "--all")
+    assert code == 1
+    assert len(lines) == 3
+    assert message in lines[0]
+    assert changed in lines[0]
+
+
+def test_a_changed_prompt_or_seed_is_found(output: Path, command: Command) -> None:
+    changed = long_row(output)
+    change(output, changed, lambda row: row.update(seed=row["seed"] ^ 1, temperature=1.5))
+    assert command("verify", output, "--all")[0] == 1
+    change(output, changed, lambda row: row.update(prompt=row["prompt"] + " and more"))
+    code, lines = command("verify", output, "--all", error=True)
+    assert code == 78
+    assert "the row has been changed" in lines[-1]
+
+
+def test_windows_that_slide_are_verified(finished: Path, tmp_path: Path, command: Command) -> None:
+    config = RecordedRun(finished / "out").config | {
+        "output": str(tmp_path / "slid"),
+        "window_full": "slide",
+        "limit": 6,
+        "ignore_eos": True,
+    }
+    run_job(JobConfig.model_validate(config))
+    rows = {row["prompt_id"]: row for row in RecordedRun(tmp_path / "slid").rows()}
+    assert rows["r5"]["prompt_tokens"] + rows["r5"]["completion_tokens"] > 66
+    code, lines = command("verify", tmp_path / "slid", "--all")
+    assert (code, json.loads(lines[-1])["rows_checked"]) == (0, 5)
+    change(tmp_path / "slid", "r5", lambda row: row["completion_token_ids"].__setitem__(25, 7))
+    code, lines = command("verify", tmp_path / "slid", "--all")
+    assert (code, json.loads(lines[-1])["first_mismatch"]["step"]) == (1, 25)
+
+
+def test_other_weights_are_refused_unless_allowed(finished: Path, output: Path, tmp_path: Path, command: Command) -> None:
+    copy = Path(shutil.copytree(finished / "model", tmp_path / "copy"))
+    assert command("verify", output, "--model", copy)[0] == 0
+    random_model(seed=9).save_pretrained(tmp_path / "other")
+    save_tokenizer(tmp_path / "other")
+    code, lines = command("verify", output, "--model", tmp_path / "other", error=True)
+    assert code == 78
+    assert "--allow-other-weights" in lines[-1]
+    code, lines = command("verify", output, "--model", tmp_path / "other", "--allow-other-weights")
+    summary = json.loads(lines[-1])
+    assert code == 1
+    assert summary["mismatches"] > 20
+    assert summary["judged"] == "by margin"
+    assert "the weights differ" in summary["because"]
+
+
+def test_on_another_machine_near_ties_are_no_mismatches(output: Path, command: Command) -> None:
+    """The profile names another machine: a token that rounding could explain passes, one that it could not does not."""
+    manifest = json.loads((output / "_manifest.json").read_text())
+    manifest["profile"]["device_class"] = "another CPU"
+    (output / "_manifest.json").write_text(json.dumps(manifest))
+    code, lines = command("verify", output, "--all")
+    summary = json.loads(lines[-1])
+    assert (code, summary["judged"], summary["because"]) == (0, "by margin", ["device_class differs"])
+    change(output, long_row(output), lambda row: row["completion_token_ids"].__setitem__(3, 299))
+    code, lines = command("verify", output, "--all")
+    assert (code, json.loads(lines[-1])["mismatches"]) == (1, 1)
+
+
+def test_folders_that_hold_no_run(tmp_path: Path, command: Command) -> None:
+    for name in ("verify", "replay"):
+        extra = ["--prompt-id", "x"] if name == "replay" else []
+        assert command(name, tmp_path / "nowhere", *extra)[0] == 66
+        assert command(name, tmp_path, *extra)[0] == 66
+
+
+def test_rows_are_spread_evenly() -> None:
+    assert evenly_spaced(5, 3) == [0, 1, 2]
+    assert evenly_spaced(3, 101) == [0, 50, 100]
+    assert evenly_spaced(1, 10) == [0]
+    assert evenly_spaced(4, 0) == []
+
+
+# -- replay ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_replayed_from_the_folder_alone(finished: Path, output: Path, command: Command) -> None:
+    (finished / "prompts.jsonl").rename(finished / "gone")
+    try:
+        row = RecordedRun(output).find("r7")
+        assert row is not None
+        code, lines = command("replay", output, "--prompt-id", "r7", "--trace", "--json")
+        *steps, summary = map(json.loads, lines)
+        assert code == 0
+        assert summary["equal"]
+        assert summary["completion"] == row["completion"]
+        assert summary["completion_token_ids"] == row["completion_token_ids"] == [step["token"] for step in steps]
+        assert summary["min_margin"] == row["min_margin"] == min(step["margin"] for step in steps)
+        assert all(step["kept"] == (7 if row["top_k"] else 300) for step in steps)
+        assert all(step["rank"] <= step["kept"] and 0 < step["probability"] <= 1 for step in steps)
+        assert all(len(step["runners_up"]) == 3 for step in steps)
+        code, lines = command("replay", output, "--prompt-id", "r7", "--trace")
+        assert lines[0].split() == ["step", "token", "text", "probability", "rank", "kept", "margin", "runners-up"]
+        assert lines[-1].startswith("equal to the recorded row")
+    finally:
+        (finished / "gone").rename(finished / "prompts.jsonl")
+
+
+def test_what_if(output: Path, command: Command) -> None:
+    row = RecordedRun(output).find("r7")
+    assert row is not None
+    code, lines = command("replay", output, "--prompt-id", "r7", "--temperature", str(row["temperature"]), "--json")
+    assert json.loads(lines[-1])["equal"], "the same parameters give the same row"
+    code, lines = command("replay", output, "--prompt-id", "r7", "--temperature", "0", "--max-new-tokens", "4", "--json")
+    summary = json.loads(lines[-1])
+    assert code == 0
+    assert summary["changed"] == {"temperature": 0.0, "max_new_tokens": 4}
+    assert len(summary["completion_token_ids"]) <= 4
+    assert not summary["equal"]
+    code, lines = command("replay", output, "--prompt-id", "r7", "--seed", "5")
+    assert "differs from the recorded row from token" in lines[-1]
+    assert "with seed 5" in lines[-1]
+
+
+def test_rows_that_cannot_be_replayed(output: Path, command: Command) -> None:
+    code, lines = command("replay", output, "--prompt-id", "nobody", error=True)
+    assert code == 66
+    assert "no row has the id 'nobody'; the run has 30 rows" in lines[-1]
+    code, lines = command("replay", output, "--prompt-id", "r4", error=True)
+    assert code == 66
+    assert "never ran" in lines[-1]
+
+
+def test_a_changed_row_shows_in_its_replay(output: Path, command: Command) -> None:
+    changed = long_row(output)
+    change(output, changed, lambda row: row["completion_token_ids"].__setitem__(2, 7))
+    code, lines = command("replay", output, "--prompt-id", changed, "--json")
+    summary = json.loads(lines[-1])
+    assert (code, summary["equal"], summary["first_difference"]) == (0, False, 2)
+
+
+def test_a_step_explained() -> None:
+    """Greedy among four: the largest logit wins; another token is as far away as it must rise."""
+    params = SamplingParams(seed=0, temperature=0.0, top_k=2, max_new_tokens=1)
+    logits = torch.tensor([1.0, 3.0, 2.0, 0.5])
+    won = explain_step(logits, params, 0, 1)
+    assert (won.rank, won.kept, won.distance, won.margin, won.candidate.probability) == (1, 2, 0.0, 1.0, 1.0)
+    assert [candidate.token for candidate in won.runners_up] == [2]
+    lost = explain_step(logits, params, 0, 0)
+    assert (lost.rank, lost.distance, lost.candidate.probability) == (3, 2.0, 0.0)
+
+
+# -- the real command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_columns_of_a_run(finished: Path) -> None:
+    """min_margin and logits_digest stand in every row that took a step, and do not depend on the batch."""
+    rows = list(RecordedRun(finished / "out").rows())
+    assert [row["prompt_id"] for row in rows if row["min_margin"] is None] == ["r4"]
+    assert [row["prompt_id"] for row in rows if row["logits_digest"] is None] == ["r4"]
+    assert len({row["logits_digest"] for row in rows}) > 20
+
+
+def test_verify_replay_and_diff_as_commands(tmp_path: Path) -> None:
+    """From another folder than the run's, with other batches and threads; a null logits_digest unless it is asked for."""
+    settings = ["generate", "--config", "demo", "--limit", "40", "--max-new-tokens", "16"]
+    first = run_gptbatch(*settings, "--output", "a", "--batch-size", "3", "--part-rows", "7", "--threads", "2", cwd=tmp_path)
+    second = run_gptbatch(*settings, "--output", "b", "--batch-size", "64", "--threads", "1", cwd=tmp_path)
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    assert first.summary["numerics"] == second.summary["numerics"] == "exact"
+    assert pq.read_table(tmp_path / "b")["logits_digest"].null_count == 40
+    compared = run_gptbatch("diff", tmp_path / "a", tmp_path / "b")
+    assert compared.code == 0, compared.stdout
+    assert compared.summary["equal"] == 40
+    verified = run_gptbatch("verify", tmp_path / "a", "--all")
+    assert verified.code == 0, verified.stdout + verified.stderr
+    assert verified.summary["rows_checked"] == 40
+    replayed = run_gptbatch("replay", tmp_path / "a", "--prompt-id", "demo-005", "--json", env={"PYTHONUTF8": "1"})
+    assert replayed.summary["equal"], replayed.stdout
