@@ -34,6 +34,11 @@ NO_TORCH = (
     "pipeline/errors.py",
     "pipeline/gpt/config.py",
     "pipeline/run.py",
+    "pipeline/network.py",
+    "pipeline/reopen.py",
+    "pipeline/verify.py",
+    "pipeline/replay.py",
+    "pipeline/diff.py",
 )
 SOURCES = [path for folder in ("jobs", "pipeline", "configs") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
 

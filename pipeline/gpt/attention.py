@@ -22,6 +22,8 @@ from torch import Tensor
 from pipeline.errors import DeviceError
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import KernelError, load_kernels
+from pipeline.gpt.padded import PaddedCache
+from pipeline.gpt.ragged import PagedCache
 
 logger = logging.getLogger("gptbatch")
 
@@ -59,9 +61,6 @@ class KVCache(Protocol):
 
 def new_cache(backend: Backend, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, device: torch.device) -> KVCache:
     """An empty cache for sequences of the network `config`."""
-    from pipeline.gpt.padded import PaddedCache
-    from pipeline.gpt.ragged import PagedCache
-
     cache = PagedCache if backend == "ragged" else PaddedCache
     return cache(config, n_slots=n_slots, dtype=dtype, device=device)
 
