@@ -1,0 +1,106 @@
+"""What exactness costs: new tokens a second with `numerics: exact`, with `off`, and on the padded backend, in turn.
+
+    python benchmarks/exactness.py [--dtype float32] [--repeats 3] [--rows 64] [--prompt-tokens 32] [--new-tokens 128] [--threads N]
+
+The shape of gpt2 with random weights, temperature 0.8, top-k 40, end-of-text ignored, on CPU. The start-up check is timed by
+itself. The last line is a JSON object; quote medians and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pipeline.generation.engine import Engine
+from pipeline.generation.numerics import check_numerics
+from pipeline.gpt.attention import Backend, choose_backend
+from pipeline.gpt.config import parse_config
+from pipeline.gpt.model import GPT
+from pipeline.gpt.weights import copy_model
+from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config()).eval()
+
+    def network(attention: Backend) -> GPT:
+        gpt = GPT(parse_config(theirs.config.to_dict(), "config"), attention=attention).eval().requires_grad_(False)
+        copy_model(gpt, theirs)
+        gpt = gpt.to(getattr(torch, args.dtype))
+        gpt.pack()
+        return gpt
+
+    fastest = choose_backend("auto", torch.device("cpu"))
+    models = {"exact": network(fastest), "off": network(fastest), "padded": network("padded")}
+    check_s = {}
+    for name in ("exact", "padded"):
+        began = time.perf_counter()
+        report = check_numerics(models[name])
+        check_s[name] = round(time.perf_counter() - began, 2)
+        assert report.exact, report.failures
+
+    def tokens_per_s(model: GPT, repeat: int) -> float:
+        prompts = torch.randint(0, 50257, (args.rows, args.prompt_tokens), generator=torch.Generator().manual_seed(repeat)).tolist()
+        engine = Engine(model=model, batch_size=args.rows, end_of_text=None)
+        rows = [
+            TokenizedPrompt(
+                prompt=Prompt(
+                    index=i,
+                    prompt_id=str(i),
+                    text="",
+                    params=SamplingParams(seed=i, temperature=0.8, top_k=40, max_new_tokens=args.new_tokens),
+                    metadata=None,
+                ),
+                token_ids=token_ids,
+                tokens_dropped=0,
+                read_s=0.0,
+            )
+            for i, token_ids in enumerate(prompts)
+        ]
+        began = time.perf_counter()
+        for _ in engine.generate(iter(rows)):
+            pass
+        return engine.stats.new_tokens / (time.perf_counter() - began)
+
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(-1, args.repeats):
+        for name, model in models.items():
+            speed = tokens_per_s(model, repeat)
+            print(f"repeat {repeat}: {name:<7} {speed:7.0f} new tokens/s" + (" (not counted)" if repeat < 0 else ""), flush=True)
+            if repeat >= 0:
+                speeds[name].append(speed)
+
+    def ratio(a: str, b: str) -> float:
+        return round(statistics.median(x / y for x, y in zip(speeds[a], speeds[b], strict=True)), 3)
+
+    report_ = {
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "work": f"{args.rows} x ({args.prompt_tokens} + {args.new_tokens})",
+        "attention": fastest,
+        "linears": models["exact"].linear_kind,
+        "tokens_per_s": {name: round(statistics.median(values), 1) for name, values in speeds.items()},
+        "exact_over_off": ratio("exact", "off"),
+        "padded_over_exact": ratio("padded", "exact"),
+        "check_s": check_s,
+    }
+    print(json.dumps(report_))
+
+
+if __name__ == "__main__":
+    main()
