@@ -36,6 +36,8 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
     )
+    # it takes so long, and is so rare, that it must not look as if nothing happened
+    logging.getLogger("gptbatch.kernels").setLevel(logging.INFO)
 
 
 cli.add_command(generate)

@@ -52,7 +52,8 @@ def replay(
     run = RecordedRun(output)
     row = run.find(prompt_id)
     if row is None:
-        raise InputNotFoundError(f"{output}: no row has the id {prompt_id!r}; the run has {run.n_rows} rows")
+        size = f"the run has {run.n_rows} rows" if run.complete else f"the run is not complete; it has {run.n_rows} rows so far"
+        raise InputNotFoundError(f"{output}: no row has the id {prompt_id!r}; {size}")
     overrides = Overrides(model=model, allow_other_weights=allow_other_weights, device=device, threads=threads)
     reopened = ReopenedRun(run, overrides)
     asked = {"seed": seed, "temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
@@ -76,6 +77,8 @@ def replay(
         "recorded_completion": row["completion"],
         "recorded_token_ids": row["completion_token_ids"],
         "recorded_min_margin": row["min_margin"],
+        "logits_digest": completion.logits_digest,
+        "recorded_logits_digest": row["logits_digest"],
     }
     if as_json:
         for step in replayed.trace:
@@ -92,7 +95,8 @@ def _verdict(first_difference: int | None, changes: dict[str, Any], reasons: lis
     asked = ", ".join(f"{name} {value}" for name, value in changes.items())
     nearest = "" if margin is None else f", smallest margin {margin:.3g}"
     if first_difference is None:
-        return f"equal to the recorded row{f' with {asked}' if asked else ''}: {count} tokens{nearest}"
+        unsure = f"; bits may differ: {', '.join(reasons)}" if reasons else ""
+        return f"equal to the recorded row{f' with {asked}' if asked else ''}: {count} tokens{nearest}{unsure}"
     why = f" with {asked}" if asked else f" ({', '.join(reasons)})" if reasons else ", though this machine should give the same bits"
     return f"differs from the recorded row from token {first_difference} on{why}: {count} tokens{nearest}"
 

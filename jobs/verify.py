@@ -21,11 +21,11 @@ MOST_LINES = 20
 
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--rows", default=100, show_default=True, type=click.IntRange(1), help="Rows to check, evenly spaced over the run.")
+@click.option("--rows", type=click.IntRange(1), help="Rows to check, evenly spaced over the run. [default: 100]")
 @click.option("--all", "all_rows", is_flag=True, help="Check every row.")
 @reopen_options
 def verify(
-    output: Path, rows: int, all_rows: bool, model: str | None, allow_other_weights: bool, device: str | None, threads: int | None
+    output: Path, rows: int | None, all_rows: bool, model: str | None, allow_other_weights: bool, device: str | None, threads: int | None
 ) -> int:
     """Check rows of the run in the folder OUTPUT against its weights, without generating them again.
 
@@ -34,6 +34,9 @@ def verify(
     recorded token that is within rounding of winning is a near tie, and no mismatch. Rows whose window slid cost a prefill a
     step. Its last line is a JSON object. Exits with 0 when all rows agree, with 1 when one does not.
     """
+    if all_rows and rows is not None:
+        raise click.UsageError("--rows and --all cannot be given together")
+
     from pipeline.data.recorded import RecordedRun
     from pipeline.reopen import Overrides, ReopenedRun
     from pipeline.verify import evenly_spaced, verify_rows
@@ -43,7 +46,7 @@ def verify(
         click.echo(f"gptbatch: {output} is not complete; only the {run.n_rows} rows that it holds can be checked", err=True)
     overrides = Overrides(model=model, allow_other_weights=allow_other_weights, device=device, threads=threads)
     reopened = ReopenedRun(run, overrides)
-    wanted = run.rows() if all_rows else run.reader().take(evenly_spaced(rows, run.n_rows))
+    wanted = run.rows() if all_rows else run.reader().take(evenly_spaced(rows or 100, run.n_rows))
     reasons = reopened.reasons_against_exactness()
     began = time.monotonic()
     outcomes: Counter[str] = Counter()
@@ -59,12 +62,13 @@ def verify(
         click.echo(f"... and {mismatches - MOST_LINES} more")
     checked = sum(outcomes.values()) - outcomes["skipped"]
     click.echo(
-        f"{checked} rows checked, {mismatches} mismatches"
-        + (f", {outcomes['near_tie']} near ties" if reasons else "")
-        + (f", {outcomes['skipped']} error rows skipped" if outcomes["skipped"] else "")
+        f"{_count(checked, 'row')} checked, {_count(mismatches, 'mismatch', 'mismatches')}"
+        + (f", {_count(outcomes['near_tie'], 'near tie')}" if reasons else "")
+        + (f", {_count(outcomes['skipped'], 'error row')} skipped" if outcomes["skipped"] else "")
         + (f"; judged by margin: {', '.join(reasons)}" if reasons else "; judged exactly, bit for bit")
     )
     summary = {
+        "complete": run.complete,
         "rows_checked": checked,
         "mismatches": mismatches,
         "near_ties": outcomes["near_tie"],
@@ -76,6 +80,10 @@ def verify(
     }
     click.echo(json.dumps(summary))
     return MISMATCH if mismatches else 0
+
+
+def _count(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def _in_words(verdict: Verdict) -> str:

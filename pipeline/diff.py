@@ -15,9 +15,19 @@ from typing import Any, Literal
 from pipeline.data.recorded import BATCH_ROWS, RecordedRun
 from pipeline.errors import StorageError
 
-DifferenceKind = Literal["prompt", "error", "tokens", "ending", "only_in_a", "only_in_b"]
+DifferenceKind = Literal["prompt", "error", "tokens", "ending", "text", "bits", "only_in_a", "only_in_b"]
 
-_COLUMNS = ("prompt_id", "prompt", "completion_token_ids", "finish_reason", "stop_reason", "error", "min_margin")
+_COLUMNS = (
+    "prompt_id",
+    "prompt",
+    "completion",
+    "completion_token_ids",
+    "finish_reason",
+    "stop_reason",
+    "error",
+    "min_margin",
+    "logits_digest",
+)
 _FACTS = ("dtype", "device", "profile")
 _DIGEST_BYTES = 16
 
@@ -31,6 +41,8 @@ class RowDifference:
         error                  one has a completion, the other an error
         tokens                 the tokens differ
         ending                 the same tokens, but another finish_reason or stop_reason
+        text                   the same tokens as another text
+        bits                   the same in all this, but from other logits: another min_margin, or logits_digest where both have one
 
     token_index: the first place, from 0, where the tokens differ; None where they do not. token_a, token_b: the token there, None
     for a completion that had ended. min_margin_a, min_margin_b: how far each row was from other tokens under other rounding, in
@@ -61,11 +73,15 @@ class SettingDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffSummary:
-    """Rows of a diff. different: ids in both runs whose rows are not equal. missing_in_a: ids that only b has."""
+    """Rows of a diff. different: ids in both runs whose rows are not equal. missing_in_a: ids that only b has.
+
+    equal_from_other_logits: those of the equal rows that differ in `bits` alone.
+    """
 
     rows_a: int
     rows_b: int
     equal: int
+    equal_from_other_logits: int
     different: int
     missing_in_a: int
     missing_in_b: int
@@ -79,9 +95,8 @@ class DiffSummary:
 def diff_runs(a: RecordedRun, b: RecordedRun) -> Iterator[RowDifference]:
     """The rows that are not equal, joined by prompt_id: in the order of `a`, then those that only `b` has, in its order.
 
-    Equal means: the same prompt, tokens, finish_reason and stop_reason, and an error in both or neither. Margins, clocks and an
-    error's words do not count. In memory are an id and a digest for each row of `b`, and a batch of rows of each run. It is one
-    pass over each, and for rows that are not equal another over `b`, or, where they also stand in another order, several.
+    Clocks and an error's words do not count. In memory are an id and a digest for each row of `b`, and a batch of rows of each run.
+    It is one pass over each, and for rows that are not equal another over `b`, or, where they also stand in another order, several.
     Raises StorageError when a part cannot be read, or where a run holds an id twice.
     """
     places: dict[str, int] = {}
@@ -107,7 +122,8 @@ def diff_runs(a: RecordedRun, b: RecordedRun) -> Iterator[RowDifference]:
         partners = {row["prompt_id"]: row for row in reader.take(sorted(unequal.values()))}
         for row in block:
             if row["prompt_id"] in partners:
-                yield _compare(row, partners[row["prompt_id"]])
+                if (difference := _compare(row, partners[row["prompt_id"]])) is not None:
+                    yield difference
             elif row["prompt_id"] not in places:
                 yield RowDifference(prompt_id=row["prompt_id"], kind="only_in_a")
     for prompt_id, place in places.items():
@@ -118,11 +134,12 @@ def diff_runs(a: RecordedRun, b: RecordedRun) -> Iterator[RowDifference]:
 def summarize(a: RecordedRun, b: RecordedRun, differences: Iterable[RowDifference]) -> DiffSummary:
     """Count the differences that `diff_runs(a, b)` gives, all of them."""
     kinds = Counter(difference.kind for difference in differences)
-    different = kinds.total() - kinds["only_in_a"] - kinds["only_in_b"]
+    different = kinds.total() - kinds["only_in_a"] - kinds["only_in_b"] - kinds["bits"]
     return DiffSummary(
         rows_a=a.n_rows,
         rows_b=b.n_rows,
         equal=a.n_rows - kinds["only_in_a"] - different,
+        equal_from_other_logits=kinds["bits"],
         different=different,
         missing_in_a=kinds["only_in_b"],
         missing_in_b=kinds["only_in_a"],
@@ -151,13 +168,13 @@ def _machine(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(row: dict[str, Any]) -> bytes:
-    """16 bytes, the same for rows that are equal and, but for an accident of 2^-128, for no others."""
-    compared = (row["prompt"], row["error"] is None, row["completion_token_ids"], row["finish_reason"], row["stop_reason"])
+    """16 bytes, the same for rows that are the same and, but for an accident of 2^-128, for no others."""
+    compared = [row[name] is None if name == "error" else row[name] for name in _COLUMNS]
     return hashlib.blake2b(repr(compared).encode(), digest_size=_DIGEST_BYTES).digest()
 
 
-def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference:
-    """How two rows of one id differ that have other digests."""
+def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
+    """How two rows of one id differ; None when they do not, but that one has a logits_digest and the other has none."""
     tokens_a, tokens_b = a["completion_token_ids"], b["completion_token_ids"]
     kind: DifferenceKind
     if a["prompt"] != b["prompt"]:
@@ -166,8 +183,14 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference:
         kind = "error"
     elif tokens_a != tokens_b:
         kind = "tokens"
-    else:
+    elif (a["finish_reason"], a["stop_reason"]) != (b["finish_reason"], b["stop_reason"]):
         kind = "ending"
+    elif a["completion"] != b["completion"]:
+        kind = "text"
+    elif any(a[name] != b[name] and None not in (a[name], b[name]) for name in ("min_margin", "logits_digest")):
+        kind = "bits"
+    else:
+        return None
     index = _first_difference(tokens_a, tokens_b)
     return RowDifference(
         prompt_id=a["prompt_id"],

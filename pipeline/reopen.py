@@ -77,11 +77,18 @@ class ReopenedRun:
     def reasons_against_exactness(self) -> list[str]:
         """Why bits here may differ from those recorded; empty when they must not."""
         recorded: dict[str, Any] = self.run.facts.get("profile", {})
-        reasons = [f"{key} differs" for key, value in self.network.profile.items() if recorded.get(key) != value]
-        if self.run.facts.get("numerics") != "exact":
-            reasons.append(f"the run was {self.run.facts.get('numerics')}")
+        reasons = [
+            f"{key} differs"
+            for key, value in self.network.profile.items()
+            if recorded.get(key) != value and not (key == "probe_digest" and recorded.get(key) is None)
+        ]
+        numerics = self.run.facts.get("numerics")
+        if numerics == "off":
+            reasons.append("the run skipped the start-up check (numerics: off)")
+        elif numerics != "exact":
+            reasons.append("the machine of the run did not pass the start-up check")
         if self.network.numerics != "exact":
-            reasons.append(f"this machine is {self.network.numerics}")
+            reasons.append("this machine does not pass the start-up check")
         if self.checkpoint.model_digest != self.run.manifest["identity"]["model_digest"]:
             reasons.append("the weights differ")
         return reasons
@@ -104,7 +111,12 @@ class ReopenedRun:
     def _find_checkpoint(self, overrides: Overrides) -> Checkpoint:
         recorded_path = self.run.facts.get("model_path", "")
         name = overrides.model or (recorded_path if Path(recorded_path).is_dir() else self.config.model)
-        checkpoint = find_checkpoint(name, revision=self.config.revision, allow_pickle=self.config.allow_pickle)
+        try:
+            checkpoint = find_checkpoint(name, revision=self.config.revision, allow_pickle=self.config.allow_pickle)
+        except ModelError as error:
+            if overrides.model is None:
+                raise ModelError(f"the run's checkpoint is not where it was; name a copy of it with --model ({error})") from error
+            raise
         identity = self.run.manifest["identity"]
         if checkpoint.tokenizer_digest != identity["tokenizer_digest"]:
             raise ModelError(f"{name}: its tokenizer is not the run's (by digest); name a copy of the run's checkpoint with --model")

@@ -25,6 +25,7 @@ from pipeline.data.completions import to_row
 from pipeline.data.output_folder import OutputFolder
 from pipeline.data.parts import PartWriter
 from pipeline.data.prompts import InputSummary
+from pipeline.errors import OutputConflictError
 from pipeline.job import Job
 from pipeline.network import Network, load_network, resolve_device
 from pipeline.records import Completion
@@ -78,6 +79,7 @@ def run_job(config: JobConfig, progress: Progress | None = None) -> RunSummary:
     if manifest is not None and not config.overwrite:
         output.check_identity(manifest, identity)
         if output.is_complete(manifest):
+            _check_machine(config, manifest)
             return _nothing_to_do(config, manifest, time.monotonic() - began)
     device = resolve_device(config.engine)
     logger.info("%d rows checked; loading %s on %s as %s", summary.rows, config.model, device, config.engine.dtype)
@@ -194,6 +196,21 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def _check_machine(config: JobConfig, manifest: dict[str, Any]) -> None:
+    """Raises OutputConflictError when a complete run was made in another way than is asked for now."""
+    recorded = manifest["profile"]["attention"]
+    if config.engine.attention not in ("auto", recorded):
+        raise OutputConflictError(
+            f"{config.output}: holds a complete run with engine.attention {recorded}, not {config.engine.attention}; "
+            "name another output, or use --overwrite"
+        )
+    if config.numerics == "exact" and manifest["numerics"] != "exact":
+        raise OutputConflictError(
+            f"{config.output}: holds a complete run whose numerics are {manifest['numerics']}, not exact; "
+            "name another output, or use --overwrite"
+        )
 
 
 def _nothing_to_do(config: JobConfig, manifest: dict[str, Any], wall_s: float) -> RunSummary:

@@ -215,10 +215,21 @@ def test_equal_runs(tmp_path: Path) -> None:
     assert settings_that_differ(RecordedRun(a), RecordedRun(b)) == []
 
 
-def test_clocks_margins_and_the_words_of_an_error_do_not_count(tmp_path: Path) -> None:
+def test_clocks_and_the_words_of_an_error_do_not_count(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", [completion("x"), failed("y")])
-    b = write_run(tmp_path / "b", [completion("x", min_margin=0.5, timing=None), failed("y", "other words")])
+    b = write_run(tmp_path / "b", [completion("x", timing=None, logits_digest="0" * 64), failed("y", "other words")])
     assert differences(a, b) == []
+
+
+def test_equal_rows_from_other_logits_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_run(tmp_path / "a", [completion("x", logits_digest="0" * 64), completion("y"), completion("z")])
+    b = write_run(tmp_path / "b", [completion("x", logits_digest="1" * 64), completion("y", min_margin=0.5), completion("z")])
+    assert [(found.prompt_id, found.kind) for found in differences(a, b)] == [("x", "bits"), ("y", "bits")]
+    assert run_command(["diff", str(a), str(b)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 rows have equal tokens from logits of other bits" in lines
+    summary = json.loads(lines[-1])
+    assert (summary["equal"], summary["equal_from_other_logits"], summary["different"]) == (3, 2, 0)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 2048])
@@ -300,7 +311,15 @@ def test_rows_that_only_one_run_has(tmp_path: Path) -> None:
     assert found == [("id 5", "only_in_a"), ("id 3", "only_in_b"), ("id 8", "only_in_b")]
     run_a, run_b = RecordedRun(a), RecordedRun(b)
     summary = summarize(run_a, run_b, diff_runs(run_a, run_b))
-    assert dataclasses.asdict(summary) == {"rows_a": 7, "rows_b": 8, "equal": 6, "different": 0, "missing_in_a": 2, "missing_in_b": 1}
+    assert dataclasses.asdict(summary) == {
+        "rows_a": 7,
+        "rows_b": 8,
+        "equal": 6,
+        "equal_from_other_logits": 0,
+        "different": 0,
+        "missing_in_a": 2,
+        "missing_in_b": 1,
+    }
     assert not summary.all_equal
 
 
@@ -367,6 +386,7 @@ def test_the_command_on_equal_runs(tmp_path: Path, gptbatch_diff: Diff) -> None:
         "rows_a": 5,
         "rows_b": 5,
         "equal": 5,
+        "equal_from_other_logits": 0,
         "different": 0,
         "missing_in_a": 0,
         "missing_in_b": 0,

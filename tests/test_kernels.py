@@ -57,7 +57,7 @@ def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Pat
         while not started.exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        (left_over,) = folder.glob("build-*/ragged-*.so")
+        (left_over,) = folder.glob("build-*/ragged.so")
         assert left_over.read_text() == "half\n"
     finally:
         os.killpg(child.pid, signal.SIGKILL)  # the compiler too
@@ -142,3 +142,20 @@ def test_ragged_is_for_cpus() -> None:
     with pytest.raises(DeviceError, match="CPU only"):
         choose_backend("ragged", torch.device("cuda"))
     assert choose_backend("auto", torch.device("cuda")) == choose_backend("padded", torch.device("cpu")) == "padded"
+
+
+@pytest.mark.slow
+def test_the_first_run_says_what_it_builds_and_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+    needs_compiler()
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    arguments = ("generate", "--config", "demo", "--limit", "2", "--max-new-tokens", "2", "--attention", "ragged", "--output")
+    first = run_gptbatch(*arguments, tmp_path / "a", env=environment)
+    assert first.code == 0, first.stderr
+    assert "building the attention kernel" in first.stderr
+    (library,) = (tmp_path / "cache" / "gptbatch" / "kernels").glob("ragged-*.so")
+    assert "building" not in run_gptbatch(*arguments, tmp_path / "b", env=environment).stderr
+    library.write_bytes(library.read_bytes()[:5000])
+    again = run_gptbatch(*arguments, tmp_path / "c", env=environment)
+    assert again.code == 0, again.stderr
+    assert "damaged; building it again" in again.stderr
+    assert run_gptbatch("diff", tmp_path / "a", tmp_path / "c").code == 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline import JobConfig, run_job
 from pipeline.data.recorded import RecordedRun
-from pipeline.errors import DeviceError
+from pipeline.errors import DeviceError, OutputConflictError
 from pipeline.generation import numerics
 from pipeline.generation.numerics import NumericsReport, check_numerics
 from pipeline.gpt.attention import Backend
@@ -128,3 +128,13 @@ def test_a_machine_that_fails(config: dict[str, str | int], monkeypatch: pytest.
         assert run_job(JobConfig.model_validate(config)).numerics == "unverified"
     assert len(caplog.records) == 1
     assert RecordedRun(Path(str(config["output"]))).facts["numerics"] == "unverified"
+
+
+def test_a_complete_run_is_not_taken_for_an_exact_one(config: dict[str, str | int]) -> None:
+    run_job(JobConfig.model_validate({**config, "numerics": "off", "engine": {"attention": "padded"}}))
+    assert run_job(JobConfig.model_validate(config)).skipped == 2
+    with pytest.raises(OutputConflictError, match="whose numerics are off, not exact"):
+        run_job(JobConfig.model_validate({**config, "numerics": "exact"}))
+    with pytest.raises(OutputConflictError, match="attention padded, not ragged"):
+        run_job(JobConfig.model_validate({**config, "engine": {"attention": "ragged"}}))
+    assert run_job(JobConfig.model_validate({**config, "engine": {"attention": "padded"}})).skipped == 2

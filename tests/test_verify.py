@@ -106,6 +106,7 @@ def test_an_untouched_run(output: Path, command: Command) -> None:
     assert summary["judged"] == "exactly"
     reasons = {row["stop_reason"] for row in RecordedRun(output).rows(["stop_reason"])}
     assert {"max_new_tokens", "window", None} <= reasons
+    assert command("verify", output, "--all", "--rows", "5")[0] == 2
     code, lines = command("verify", output, "--rows", "5", "--threads", "1")
     assert (code, json.loads(lines[-1])["rows_checked"]) == (0, 5)
 
@@ -187,7 +188,14 @@ def test_windows_that_slide_are_verified(finished: Path, tmp_path: Path, command
 
 def test_other_weights_are_refused_unless_allowed(finished: Path, output: Path, tmp_path: Path, command: Command) -> None:
     copy = Path(shutil.copytree(finished / "model", tmp_path / "copy"))
-    assert command("verify", output, "--model", copy)[0] == 0
+    (finished / "model").rename(finished / "moved")
+    try:
+        code, lines = command("verify", output, error=True)
+        assert code == 78
+        assert "name a copy of it with --model" in lines[-1]
+        assert command("verify", output, "--model", copy)[0] == 0
+    finally:
+        (finished / "moved").rename(finished / "model")
     random_model(seed=9).save_pretrained(tmp_path / "other")
     save_tokenizer(tmp_path / "other")
     code, lines = command("verify", output, "--model", tmp_path / "other", error=True)
@@ -212,6 +220,14 @@ def test_on_another_machine_near_ties_are_no_mismatches(output: Path, command: C
     change(output, long_row(output), lambda row: row["completion_token_ids"].__setitem__(3, 299))
     code, lines = command("verify", output, "--all")
     assert (code, json.loads(lines[-1])["mismatches"]) == (1, 1)
+
+
+def test_a_run_that_was_not_checked_is_judged_by_margin(finished: Path, tmp_path: Path, command: Command) -> None:
+    config = RecordedRun(finished / "out").config | {"output": str(tmp_path / "off"), "numerics": "off"}
+    run_job(JobConfig.model_validate(config))
+    code, lines = command("verify", tmp_path / "off", "--all")
+    assert (code, json.loads(lines[-1])["because"]) == (0, ["the run skipped the start-up check (numerics: off)"])
+    assert command("diff", finished / "out", tmp_path / "off")[0] == 0
 
 
 def test_folders_that_hold_no_run(tmp_path: Path, command: Command) -> None:

@@ -59,13 +59,17 @@ class PagedCache:
 
     def _add_page(self, slot: int) -> None:
         if not self._free:
-            self._grow(max(8, self._n_pages))
+            self._grow(8)
         page = self._free.pop()
         self.table[slot, len(self._pages[slot])] = page
         self._pages[slot].append(page)
 
     def _grow(self, count: int) -> None:
-        """More pages, all 0: the rest of a page's depth must be 0, and what is touched now faults in no later step."""
+        """At least so many more pages, all 0: the rest of a page's depth must be 0, and what is touched now faults in no later step.
+
+        Growing copies what there is, so that it pays to grow by a part of it.
+        """
+        count = max(count, self._n_pages // 4)
         for layer in range(len(self.keys)):
             for tensors in (self.keys, self.values):
                 old = tensors[layer]

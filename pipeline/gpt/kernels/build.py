@@ -1,14 +1,16 @@
 """Builds the C++ kernels on first use, into the user's cache folder, and loads them.
 
 A library is kept under a key of all that it depends on (source, flags, compiler, torch, the CPU's vector instructions), so that a
-cache folder which machines share holds one for each kind. It is compiled in a temporary folder and moved into place whole,
-under a file lock: a build that was killed leaves nothing that could be loaded, and the next one sweeps its folder.
+cache folder which machines share holds one for each kind, and under a hash of its content. It is compiled in a temporary folder
+and moved into place whole, under a file lock: a build that was killed leaves nothing that could be loaded, and the next one
+sweeps its folder.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -19,6 +21,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
+
+logger = logging.getLogger("gptbatch.kernels")
 
 SOURCE = Path(__file__).with_name("ragged.cpp")
 LOCK_TIMEOUT_S = 300.0  # another process that builds takes seconds; one that hangs must not stop us for ever
@@ -46,7 +50,7 @@ def load_kernels() -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise KernelError(f"{library}: cannot be loaded ({error}); delete it to have it built again") from error
+        raise KernelError(f"{library}: cannot be loaded ({error})") from error
 
 
 def build_kernels(folder: Path) -> Path:
@@ -55,19 +59,29 @@ def build_kernels(folder: Path) -> Path:
     compiler = shutil.which(name)
     if compiler is None:
         raise KernelError(f"there is no C++ compiler {name} here; install g++ or clang++, or name one in CXX")
-    library = folder / f"ragged-{_key(compiler)}.so"
-    if library.is_file():
+    key = _key(compiler)
+    if (library := _find(folder, key)) is not None:
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock", timeout=LOCK_TIMEOUT_S):
-            if not library.is_file():
-                _build(compiler, library)
+            return _find(folder, key) or _build(compiler, folder, key)
     except Timeout as error:
         raise KernelError(f"{folder / 'lock'}: another process has held it for {LOCK_TIMEOUT_S:.0f} s") from error
     except (OSError, NotImplementedError) as error:  # filelock raises the latter where a file system has no locks
         raise KernelError(f"{folder}: cannot be written ({error}); name another cache folder in XDG_CACHE_HOME") from error
-    return library
+
+
+def _find(folder: Path, key: str) -> Path | None:
+    """The library of this key whose content is what its name says: a damaged one would end the process when it is loaded."""
+    for library in folder.glob(f"ragged-{key}-*.so"):
+        if library.name == _name(key, library):
+            return library
+    return None
+
+
+def _name(key: str, library: Path) -> str:
+    return f"ragged-{key}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
 def compile_flags() -> list[str]:
@@ -87,13 +101,20 @@ def _key(compiler: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()[:16]
 
 
-def _build(compiler: str, library: Path) -> None:
-    """Compile under the lock. Folders of builds that were killed are ours to sweep: whoever built there held this lock."""
-    for left_over in library.parent.glob(f"{_TEMPORARY}*"):
+def _build(compiler: str, folder: Path, key: str) -> Path:
+    """Compile under the lock.
+
+    Folders of builds that were killed are ours to sweep, since whoever built there held this lock; so are damaged libraries.
+    """
+    for left_over in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(left_over, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=library.parent) as temporary:
-        target = Path(temporary) / library.name
+    for damaged in folder.glob(f"ragged-{key}-*.so"):
+        logger.warning("%s: damaged; building it again", damaged)
+        damaged.unlink()
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as temporary:
+        target = Path(temporary) / "ragged.so"
         headers, libraries = Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
+        logger.info("building the attention kernel, once for this machine and this torch; about 20 s")
         arguments = [compiler, *compile_flags(), f"-I{headers}", str(SOURCE), "-o", str(target), f"-L{libraries}", "-ltorch_cpu", "-lc10"]
         try:
             done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S)
@@ -102,4 +123,4 @@ def _build(compiler: str, library: Path) -> None:
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines() or ["no message"]
             raise KernelError(f"{compiler} cannot build it (exit code {done.returncode}): {lines[0][:300]}")
-        target.replace(library)
+        return target.replace(folder / _name(key, target))
