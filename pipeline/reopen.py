@@ -93,24 +93,25 @@ class ReopenedRun:
             reasons.append("the weights differ")
         return reasons
 
-    def prompt_token_ids(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """The token ids of the rows' prompts as the network saw them.
-
-        Raises OutputConflictError when there are not as many as recorded.
-        """
+    def prompt_token_ids(self, rows: Sequence[dict[str, Any]]) -> list[tuple[list[int], str]]:
+        """The token ids of each row's prompt as the network saw them, and why they cannot be those, "" when they can."""
         all_ids = self.tokenizer.encode([row["prompt"] for row in rows])
         kept = [token_ids[row["prompt_tokens_dropped"] :] for row, token_ids in zip(rows, all_ids, strict=True)]
-        for row, token_ids in zip(rows, kept, strict=True):
-            if len(token_ids) != row["prompt_tokens"]:
-                raise OutputConflictError(
-                    f"{self.run.path}: row {row['prompt_id']!r}: its prompt is {len(token_ids)} tokens, but prompt_tokens is "
-                    f"{row['prompt_tokens']}; the row has been changed"
-                )
-        return kept
+        return [(token_ids, self._prompt_problem(row, token_ids)) for row, token_ids in zip(rows, kept, strict=True)]
+
+    def _prompt_problem(self, row: dict[str, Any], token_ids: list[int]) -> str:
+        n_positions, vocab_size = self.gpt_config.n_positions, self.gpt_config.vocab_size
+        if len(token_ids) != row["prompt_tokens"]:
+            return f"its prompt is {len(token_ids)} tokens, but prompt_tokens is {row['prompt_tokens']}"
+        if not 1 <= len(token_ids) <= n_positions:
+            return f"its prompt is {len(token_ids)} tokens; 1 to n_positions ({n_positions}) fit the context"
+        if max(token_ids) >= vocab_size:
+            return f"its prompt holds token {max(token_ids)}, which the model (vocab_size {vocab_size}) does not have"
+        return ""
 
     def _find_checkpoint(self, overrides: Overrides) -> Checkpoint:
         recorded_path = self.run.facts.get("model_path", "")
-        name = overrides.model or (recorded_path if Path(recorded_path).is_dir() else self.config.model)
+        name = overrides.model or (recorded_path if recorded_path and Path(recorded_path).is_dir() else self.config.model)
         try:
             checkpoint = find_checkpoint(name, revision=self.config.revision, allow_pickle=self.config.allow_pickle)
         except ModelError as error:

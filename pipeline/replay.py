@@ -39,11 +39,12 @@ def replay_row(reopened: ReopenedRun, row: dict[str, Any], params: SamplingParam
     """Generate the row with these parameters. Raises InputNotFoundError for a row whose prompt never reached the network."""
     from pipeline.generation.engine import Engine
 
-    if row["finish_reason"] == "error" and row["prompt_tokens"] > reopened.gpt_config.n_positions:
-        raise InputNotFoundError(f"{reopened.run.path}: row {row['prompt_id']!r} never ran ({row['error']}); there is nothing to replay")
-    (prompt_ids,) = reopened.prompt_token_ids([row])
-    if not prompt_ids:
-        raise InputNotFoundError(f"{reopened.run.path}: row {row['prompt_id']!r} never ran ({row['error']}); there is nothing to replay")
+    ((prompt_ids, problem),) = reopened.prompt_token_ids([row])
+    if problem:
+        raise InputNotFoundError(
+            f"{reopened.run.path}: row {row['prompt_id']!r} cannot be replayed: {problem}"
+            + (f"; it is an error row ({row['error']})" if row["error"] else "")
+        )
     prompt = Prompt(index=row["prompt_index"], prompt_id=row["prompt_id"], text=row["prompt"], params=params, metadata=row["metadata"])
     source = TokenizedPrompt(prompt=prompt, token_ids=prompt_ids, tokens_dropped=row["prompt_tokens_dropped"], read_s=time.monotonic())
     engine = Engine(

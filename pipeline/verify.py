@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ROWS_AT_A_TIME = 64
 STEPS_AT_A_TIME = 512
+MOST_LOGITS = 2**25  # of a call, 128 MiB in float32
+MOST_LOGITS_OF_ALL = 2**27  # of the calls that run beside each other
 # of the largest logit of a step, by dtype: what different orders of summing have been seen to make, and some
 TOLERANCES = {"float32": 2.0**-13, "bfloat16": 2.0**-5, "float16": 2.0**-8}
 
@@ -67,49 +69,46 @@ def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterat
     import torch
 
     exact = not reopened.reasons_against_exactness()
-    device = reopened.network.model.device.type
-    workers = torch.get_num_threads() if device == "cpu" else 1
-
-    def one_thread() -> None:
-        if device == "cpu":
-            torch.set_num_threads(1)
-
+    on_cpu = reopened.network.model.device.type == "cpu"
+    threads = torch.get_num_threads()
+    workers = threads if on_cpu else 1
     iterator = iter(rows)
     running: deque[Future[list[Verdict]]] = deque()
-    with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
-        while True:
-            while len(running) < 2 * workers and (batch := list(islice(iterator, ROWS_AT_A_TIME))):
-                running.append(pool.submit(_verify_batch, reopened, batch, exact))
-            if not running:
-                return
-            yield from running.popleft().result()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,) if on_cpu else (threads,)) as pool:
+            while True:
+                while len(running) < 2 * workers and (batch := list(islice(iterator, ROWS_AT_A_TIME))):
+                    running.append(pool.submit(_verify_batch, reopened, batch, exact, min(MOST_LOGITS, MOST_LOGITS_OF_ALL // workers)))
+                if not running:
+                    return
+                yield from running.popleft().result()
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets is what later threads start with
 
 
-def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool) -> list[Verdict]:
+def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool, most_logits: int) -> list[Verdict]:
     from pipeline.generation.engine import logits_bytes
     from pipeline.generation.trace import KnownRow, explain_step, step_logits
 
     verdicts: dict[int, Verdict] = {}
+    known: list[KnownRow] = []
     numbers: list[int] = []  # of the rows that can be checked
-    for number, row in enumerate(rows):
-        problem = _malformed(row, reopened.gpt_config.vocab_size)
-        if row["finish_reason"] == "error":
-            verdicts[number] = _verdict(row, "skipped")
-        elif problem:
+    for number, (row, (prompt, prompt_problem)) in enumerate(zip(rows, reopened.prompt_token_ids(rows), strict=True)):
+        if problem := _malformed(row, reopened.gpt_config.vocab_size):
             verdicts[number] = _verdict(row, "mismatch", problem=problem)
+        elif row["finish_reason"] == "error":
+            verdicts[number] = _verdict(row, "skipped")
+        elif prompt_problem:
+            verdicts[number] = _verdict(row, "mismatch", problem=prompt_problem)
         else:
+            known.append(KnownRow(prompt=prompt, new=row["completion_token_ids"], params=row_params(row)))
             numbers.append(number)
-    prompts = reopened.prompt_token_ids([rows[number] for number in numbers])
-    known = [
-        KnownRow(prompt=prompt, new=rows[number]["completion_token_ids"], params=row_params(rows[number]))
-        for number, prompt in zip(numbers, prompts, strict=True)
-    ]
     # a margin above the recorded smallest one need not be known; just above, so that it shows if none comes down to it
     recorded_margins = [rows[number]["min_margin"] for number in numbers]
     bounds = [math.inf if margin is None else math.nextafter(margin, math.inf) for margin in recorded_margins]
     margins = [math.inf] * len(known)
-    hashes = [hashlib.sha256() if rows[number]["logits_digest"] else None for number in numbers]
-    for passages, logits in step_logits(reopened.network.model, known):
+    hashes = [hashlib.sha256() if reopened.config.record_logits_digest else None for _ in known]
+    for passages, logits in step_logits(reopened.network.model, known, most_logits=most_logits):
         places = [(passage.row, step) for passage in passages for step in passage.steps]
         for (index, step), choice, step_row in zip(places, _choices(logits, places, known, bounds), logits, strict=True):
             if choice.margin is not None:
@@ -120,8 +119,8 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
             if choice.token == recorded:
                 continue
             distance = explain_step(step_row, known[index].params, step, recorded).distance
-            tolerance = 0.0 if exact else TOLERANCES[reopened.config.engine.dtype] * float(step_row.abs().max())
-            near = distance <= tolerance and choice.token is not None
+            tolerance = TOLERANCES[reopened.config.engine.dtype] * float(step_row.abs().max())
+            near = not exact and choice.token is not None and distance <= tolerance
             earlier = verdicts.get(numbers[index])
             if earlier is None or (earlier.outcome == "near_tie" and not near):
                 verdicts[numbers[index]] = _verdict(
@@ -134,12 +133,16 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
                     margin=distance,
                 )
     for index, number in enumerate(numbers):
-        if number not in verdicts:
-            digest = hashes[index]
-            problem = _other_problem(reopened, rows[number], known[index])
-            if not problem and exact:
-                problem = _other_bits(rows[number], margins[index], digest.hexdigest() if digest else None)
-            verdicts[number] = _verdict(rows[number], "mismatch" if problem else "equal", problem=problem)
+        if number in verdicts and verdicts[number].outcome == "mismatch":
+            continue
+        digest = hashes[index]
+        problem = _other_problem(reopened, rows[number], known[index])
+        if not problem and exact:
+            problem = _other_bits(rows[number], margins[index], digest.hexdigest() if digest else None)
+        if problem:
+            verdicts[number] = _verdict(rows[number], "mismatch", problem=problem)
+        else:
+            verdicts.setdefault(number, _verdict(rows[number], "equal"))
     return [verdicts[number] for number in range(len(rows))]
 
 
@@ -155,6 +158,10 @@ def _choices(logits: Tensor, places: list[tuple[int, int]], known: list[KnownRow
 
 def _malformed(row: dict[str, Any], vocab_size: int) -> str:
     tokens = row["completion_token_ids"]
+    if row["finish_reason"] == "error":
+        if tokens or row["completion"] is not None or row["error"] is None:
+            return "it is an error row, but has tokens or a completion, or no reason"
+        return ""
     if not tokens:
         return "it has no tokens"
     if len(tokens) != row["completion_tokens"]:
@@ -188,8 +195,8 @@ def _other_problem(reopened: ReopenedRun, row: dict[str, Any], known: KnownRow) 
 
 def _other_bits(row: dict[str, Any], margin: float, logits_digest: str | None) -> str:
     """What is wrong with a row whose tokens are right, where the bits of its logits must be too."""
-    if row["min_margin"] is not None and margin != row["min_margin"]:
-        return f"its min_margin is {margin}, not {row['min_margin']}"
+    if margin != (math.inf if row["min_margin"] is None else row["min_margin"]):
+        return f"its min_margin is not {row['min_margin']}"
     return "" if logits_digest == row["logits_digest"] else "the bits of its logits differ (logits_digest)"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from pipeline.generation.numerics import NumericsReport, check_numerics
 from pipeline.gpt.attention import Backend
 from pipeline.gpt.linear import ROW_PLANS, Linear
 from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.padded import PaddedAttention, PaddedCache
 from tests.conftest import our_model, random_model
 
 
@@ -82,6 +85,46 @@ def test_what_cannot_be_mended_is_named() -> None:
     assert "logits among others" in report.failures
     assert not any(failure.startswith("attention") for failure in report.failures)
     assert model.row_plan == ROW_PLANS[0]
+
+
+class FaultyCache(PaddedCache):
+    """Attention whose results change where the cache is wider than a sequence needs."""
+
+    def step(self, slots: Sequence[int], positions: Sequence[int]) -> PaddedAttention:
+        attention = super().step(slots, positions)
+        if len(set(slots)) > 1 and max(positions) > 60:
+            for i, now in enumerate(attention.rounds):
+                attention.rounds[i] = dataclasses.replace(now, hidden=now.hidden.clone().index_fill_(-1, torch.tensor([0]), True))
+        return attention
+
+
+def test_a_fault_that_needs_a_wide_cache_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.gpt.attention.PaddedCache", FaultyCache)
+    report = check_numerics(our_model(random_model()))
+    assert "attention beside a long one" in report.failures
+
+
+@pytest.mark.parametrize("part", ["mlp_in", "lm_head"])
+def test_a_fault_at_many_rows_or_with_other_threads_is_found(part: str) -> None:
+    class ManyRows(Linear):
+        def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
+            return super()._apply_to(x, residual) + (1e-3 if x.shape[0] > 100 else 0.0)
+
+    class Threads(Linear):
+        def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
+            return super()._apply_to(x, residual) + (1e-3 if x.shape[0] > 100 and torch.get_num_threads() == 1 else 0.0)
+
+    for kind in (ManyRows, Threads):
+        model = our_model(random_model())
+        broken = model.lm_head if part == "lm_head" else model.blocks[0].get_submodule(part)
+        broken.__class__ = kind
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            report = check_numerics(model)
+        finally:
+            torch.set_num_threads(before)
+        assert (report.exact, report.row_plan) == (True, "constant"), "64 rows at a time mend it, once it is found"
 
 
 def test_threads_are_left_as_they_were() -> None:

@@ -17,6 +17,7 @@ from jobs.cli import run_command
 from pipeline import JobConfig, run_job
 from pipeline.config import EngineConfig
 from pipeline.data.recorded import RecordedRun
+from pipeline.data.tokenizer import PromptTokenizer
 from pipeline.generation.trace import explain_step
 from pipeline.records import SamplingParams
 from pipeline.verify import evenly_spaced
@@ -144,9 +145,13 @@ def test_a_changed_token_is_named(output: Path, command: Command) -> None:
         (lambda row: row.update(max_new_tokens=10), "it should have ended with token 9"),
         (lambda row: row.update(max_new_tokens=99), "it should go on after token 19"),
         (lambda row: row.update(completion="x"), "its text is not that of its tokens"),
-        (lambda row: row.update(min_margin=row["min_margin"] * (1 + 1e-15)), "its min_margin is"),
-        (lambda row: row.update(min_margin=row["min_margin"] / 2), "its min_margin is"),
+        (lambda row: row.update(min_margin=row["min_margin"] * (1 + 1e-15)), "its min_margin is not"),
+        (lambda row: row.update(min_margin=row["min_margin"] / 2), "its min_margin is not"),
         (lambda row: row.update(logits_digest="0" * 64), "the bits of its logits differ"),
+        (lambda row: row.update(logits_digest=None), "the bits of its logits differ"),
+        (lambda row: row.update(min_margin=None), "its min_margin is not None"),
+        (lambda row: row.update(finish_reason="error"), "it is an error row, but has tokens"),
+        (lambda row: row.update(prompt=row["prompt"] + " and more"), "but prompt_tokens is"),
     ],
 )
 def test_whatever_else_was_changed_is_named(output: Path, command: Command, edit: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -159,14 +164,58 @@ def test_whatever_else_was_changed_is_named(output: Path, command: Command, edit
     assert changed in lines[0]
 
 
-def test_a_changed_prompt_or_seed_is_found(output: Path, command: Command) -> None:
-    changed = long_row(output)
-    change(output, changed, lambda row: row.update(seed=row["seed"] ^ 1, temperature=1.5))
+def test_a_changed_seed_is_found(output: Path, command: Command) -> None:
+    change(output, long_row(output), lambda row: row.update(seed=row["seed"] ^ 1, temperature=1.5))
     assert command("verify", output, "--all")[0] == 1
-    change(output, changed, lambda row: row.update(prompt=row["prompt"] + " and more"))
-    code, lines = command("verify", output, "--all", error=True)
-    assert code == 78
-    assert "the row has been changed" in lines[-1]
+
+
+@pytest.fixture
+def twins(tmp_path: Path) -> Path:
+    """A greedy run of a model in which each even token has the embedding, and so the logit, of the odd one after it."""
+    theirs = random_model()
+    with torch.no_grad():
+        theirs.transformer.wte.weight[1::2] = theirs.transformer.wte.weight[0::2]
+    theirs.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"id": "x", "prompt": "The king"}\n')
+    run_job(
+        JobConfig(
+            model=str(tmp_path / "model"),
+            input=str(tmp_path / "prompts.jsonl"),
+            output=str(tmp_path / "out"),
+            temperature=0.0,
+            max_new_tokens=6,
+            ignore_eos=True,
+        )
+    )
+    return tmp_path / "out"
+
+
+def on_another_machine(output: Path) -> None:
+    manifest = json.loads((output / "_manifest.json").read_text())
+    manifest["profile"]["device_class"] = "another CPU"
+    (output / "_manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_tie_is_a_mismatch_where_bits_are_the_same_and_a_near_tie_elsewhere(twins: Path, command: Command) -> None:
+    """The last token becomes its twin, with as large a logit and a larger id; only the rule for ties tells them apart."""
+    model = PromptTokenizer(twins.parent / "model", end_of_text=0, parse_special=False, vocab_size=300)
+
+    def to_twin(row: dict[str, Any]) -> None:
+        assert row["completion_token_ids"][-1] % 2 == 0
+        row["completion_token_ids"][-1] += 1
+        row["completion"] = model.decode(row["completion_token_ids"])
+
+    change(twins, "x", to_twin)
+    code, lines = command("verify", twins, "--all")
+    assert (code, json.loads(lines[-1])["first_mismatch"]) == (1, {"prompt_id": "x", "step": 5, "margin": 0.0})
+    on_another_machine(twins)
+    code, lines = command("verify", twins, "--all")
+    assert (code, json.loads(lines[-1])["near_ties"]) == (0, 1)
+    change(twins, "x", lambda row: row.update(completion="forged"))
+    code, lines = command("verify", twins, "--all")
+    assert code == 1, "a near tie hides nothing else"
+    assert "its text is not that of its tokens" in lines[0]
 
 
 def test_windows_that_slide_are_verified(finished: Path, tmp_path: Path, command: Command) -> None:
@@ -209,11 +258,9 @@ def test_other_weights_are_refused_unless_allowed(finished: Path, output: Path, 
     assert "the weights differ" in summary["because"]
 
 
-def test_on_another_machine_near_ties_are_no_mismatches(output: Path, command: Command) -> None:
-    """The profile names another machine: a token that rounding could explain passes, one that it could not does not."""
-    manifest = json.loads((output / "_manifest.json").read_text())
-    manifest["profile"]["device_class"] = "another CPU"
-    (output / "_manifest.json").write_text(json.dumps(manifest))
+def test_on_another_machine_rows_are_judged_by_margin(output: Path, command: Command) -> None:
+    """The profile names another machine: a token that rounding could not explain is a mismatch still."""
+    on_another_machine(output)
     code, lines = command("verify", output, "--all")
     summary = json.loads(lines[-1])
     assert (code, summary["judged"], summary["because"]) == (0, "by margin", ["device_class differs"])
@@ -291,7 +338,8 @@ def test_rows_that_cannot_be_replayed(output: Path, command: Command) -> None:
     assert "no row has the id 'nobody'; the run has 30 rows" in lines[-1]
     code, lines = command("replay", output, "--prompt-id", "r4", error=True)
     assert code == 66
-    assert "never ran" in lines[-1]
+    assert "row 'r4' cannot be replayed: its prompt is" in lines[-1]
+    assert "it is an error row" in lines[-1]
 
 
 def test_a_changed_row_shows_in_its_replay(output: Path, command: Command) -> None:

@@ -25,6 +25,7 @@ from pipeline.generation.sampling import Choice, choose_tokens
 from pipeline.gpt.model import GPT
 from pipeline.records import Completion, StopReason, Timing, TokenizedPrompt
 
+PREFILL_TOKENS = 1024  # of a call with more than one sequence: linears are as fast as with more, and the start-up check tries as many
 RESERVE_TOKENS = 256  # new tokens of a row that the cache has room for from the start; more is made when it is needed
 
 WindowFull = Literal["stop", "slide"]
@@ -81,7 +82,7 @@ class Engine:
     batch_size: int
     end_of_text: int | None
     window_full: WindowFull = "stop"
-    prefill_tokens: int = 4096
+    prefill_tokens: int = PREFILL_TOKENS
     record_logits: bool = False
     stats: EngineStats = field(default_factory=EngineStats)
 

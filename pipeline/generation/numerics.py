@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.generation.engine import logits_bytes
+from pipeline.generation.engine import PREFILL_TOKENS, logits_bytes
 from pipeline.gpt.linear import ROW_PLANS, Linear
-from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.model import GPT, HEAD_ROWS, Block
 
 NEEDLE_TOKENS = 24
 FILLERS = (5, 17, 1, 9)  # tokens of the sequences beside the needle
 CHUNKS = (1, 2, 8)  # tokens of the first calls that take the needle in pieces; one more takes the rest
 ATTENTION_POSITIONS = 320  # products over more than 192 keys have been seen to change their order of summing
-LINEAR_ROWS = 512
+WIDE_POSITIONS = 1024  # of a neighbour that makes the cache wide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,19 +130,24 @@ def _check_network(model: GPT, probe: _Probe) -> None:
 
 
 def _check_linears(model: GPT, probe: _Probe) -> None:
-    """At row counts that only a long prefill meets; the head meets few rows and is the network's to check."""
+    """At as many rows as a call of a run has, against few of them at other places, and with one thread."""
     block = model.blocks[0]
     assert isinstance(block, Block)
-    for name, linear in block.named_children():
+    for name, linear in (*block.named_children(), ("lm_head", model.lm_head)):
         if not isinstance(linear, Linear):
             continue
-        x = _numbers((LINEAR_ROWS, linear.in_features), model)
-        residual = _numbers((LINEAR_ROWS, linear.out_features), model) if linear.activation == "none" else None
+        count = HEAD_ROWS if linear is model.lm_head else PREFILL_TOKENS
+        x = _numbers((count, linear.in_features), model)
+        adds = linear.activation == "none" and linear.bias is not None
+        residual = _numbers((count, linear.out_features), model) if adds else None
         expected = linear(x, residual)
-        for first, rows in ((0, model.row_plan.rows(1)), (200, model.row_plan.rows(17)), (37, model.row_plan.rows(300))):
-            part = slice(first, first + rows)
+        for first, wanted in ((0, 1), (50, 17), (37, count // 3)):
+            part = slice(first, first + model.row_plan.rows(wanted))
             bits = linear(x[part].contiguous(), None if residual is None else residual[part].contiguous())
             probe.expect(f"rows of {name}", bits, expected[part])
+        if model.device.type == "cpu":
+            with _one_thread():
+                probe.expect(f"{name} with one thread", linear(x, residual), expected)
 
 
 def _check_attention(model: GPT, probe: _Probe) -> None:
@@ -166,7 +171,18 @@ def _check_attention(model: GPT, probe: _Probe) -> None:
                 pieces.append(cache.step([0] * (end - start), range(start, end))(0, qkv[start:end], scale))
         return torch.cat(pieces)
 
+    def beside_a_long_one() -> Tensor:
+        """The tenth position of a sequence in one call with the last of one that fills the cache."""
+        cache = model.new_cache(2)
+        wide = min(WIDE_POSITIONS, model.config.n_positions)
+        cache.step([1] * (wide - 1), range(wide - 1))(0, qkv[torch.arange(wide - 1) % count], scale)
+        cache.step([0] * early, range(early))(0, qkv[:early], scale)
+        return cache.step([0, 1], [early, wide - 1])(0, qkv[[early, 0]], scale)[:1]
+
     expected = whole(0)
+    early = 9
+    if count > early:
+        probe.expect("attention beside a long one", beside_a_long_one(), expected[early : early + 1])
     probe.expect("attention beside others", whole(min(13, count)), expected)
     probe.expect("attention in chunks", in_chunks(), expected)
     if model.device.type == "cpu":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.generation.engine import PREFILL_TOKENS
 from pipeline.generation.noise import gumbel
 from pipeline.generation.sampling import choose_tokens
 from pipeline.gpt.model import GPT
@@ -42,13 +43,15 @@ class Passage:
 
 
 @torch.inference_mode()
-def step_logits(model: GPT, rows: Sequence[KnownRow]) -> Iterator[tuple[list[Passage], Tensor]]:
+def step_logits(model: GPT, rows: Sequence[KnownRow], *, most_logits: int = 2**25) -> Iterator[tuple[list[Passage], Tensor]]:
     """The logits (S, V) of every step of every row, a call of the network at a time: those of the first passage, of the second, ...
+
+    A call gives at most `most_logits` numbers, or one passage.
 
     A row that fits the context takes one passage. After that, where the window slides, each step takes one of its own.
     """
     cache = model.new_cache(min(SLOTS, max(1, sum(len(row.new) for row in rows))))
-    for batch in _batches(_passages(rows, model.config.n_positions), model.config.vocab_size):
+    for batch in _batches(_passages(rows, model.config.n_positions), most_logits // model.config.vocab_size):
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -74,12 +77,12 @@ def _passages(rows: Sequence[KnownRow], n_positions: int) -> Iterator[Passage]:
             yield Passage(index, tokens[end - n_positions : end], range(step, step + 1))
 
 
-def _batches(passages: Iterator[Passage], vocab_size: int) -> Iterator[list[Passage]]:
+def _batches(passages: Iterator[Passage], most_steps: int) -> Iterator[list[Passage]]:
     batch: list[Passage] = []
     tokens = steps = 0
     for passage in passages:
         tokens, steps = tokens + len(passage.tokens), steps + len(passage.steps)
-        if batch and (len(batch) == SLOTS or tokens > MOST_TOKENS or steps * vocab_size > MOST_LOGITS):
+        if batch and (len(batch) == SLOTS or tokens > PREFILL_TOKENS or steps > most_steps):
             yield batch
             batch, tokens, steps = [], len(passage.tokens), len(passage.steps)
         batch.append(passage)

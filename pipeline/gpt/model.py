@@ -20,6 +20,8 @@ from pipeline.gpt.attention import Attention, Backend, KVCache, new_cache
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import ROW_PLANS, Linear, LinearKind, RowPlan
 
+HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and the start-up check tries as many
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x))."""
@@ -99,6 +101,11 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, attention)
         x = x[: len(tokens)] if wanted is None else x[torch.tensor(wanted, device=self.device)]
+        pieces = [self._head(piece) for piece in x.split(HEAD_ROWS)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _head(self, x: Tensor) -> Tensor:
+        """x (S, C) -> logits (S, V)."""
         rows = len(x)
         logits: Tensor = self.lm_head(self.ln_f(F.pad(x, (0, 0, 0, self.row_plan.rows(rows) - rows))))
         return logits[:rows]
