@@ -29,7 +29,9 @@ class PaddedCache:
     """
 
     def __init__(self, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.n_head, self.n_positions, self.upcast, self.device = config.n_head, config.n_positions, config.upcast_attention, device
+        self.n_head, self.n_positions, self.device = config.n_head, config.n_positions, device
+        # in bfloat16 a CPU has other products again, which would have to be as independent of what runs beside them
+        self.upcast = config.upcast_attention or device.type == "cpu"
         self.width = 0
         # the order in which a product sums over an odd head size has been seen to depend on what runs beside it
         depth = round_up(config.head_size)
@@ -134,9 +136,9 @@ class PaddedAttention:
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, upcast: bool) -> Tensor:
     """q (S, H, depth), k and v (S, H, W, depth), hidden (S, 1, 1, W) -> (S, H, depth).
 
-    `upcast` computes in float32 whatever the type of q (the config switch reorder_and_upcast_attn).
+    `upcast` computes in float32 whatever the type of q.
     """
-    if upcast:
+    if upcast and q.dtype != torch.float32:
         dtype = q.dtype
         return _attend(q.float(), k.float(), v.float(), hidden, scale, False).to(dtype)
     if q.shape[0] * q.shape[1] == 1:  # one matrix alone takes another path, with other bits: run it as two
