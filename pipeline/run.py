@@ -142,10 +142,11 @@ def _generate(job: Job, engine: Engine, writer: PartWriter, progress: Progress |
     counts = _Counts()
 
     def write(completion: Completion) -> None:
-        text = None if completion.finish_reason == "error" else _completion_text(job, completion)
+        failed = completion.finish_reason == "error"
+        text = None if failed else job.tokenizer.completion_text(completion.token_ids, completion.finish_reason)
         writer.add(to_row(completion, text))
         counts.rows += 1
-        counts.errors += completion.finish_reason == "error"
+        counts.errors += failed
         counts.prompt_tokens += completion.prompt_tokens
         counts.completion_tokens += len(completion.token_ids)
 
@@ -162,11 +163,6 @@ def _generate(job: Job, engine: Engine, writer: PartWriter, progress: Progress |
             progress.end()
     writer.close()
     return counts
-
-
-def _completion_text(job: Job, completion: Completion) -> str:
-    token_ids = completion.token_ids
-    return job.tokenizer.decode(token_ids[:-1] if completion.finish_reason == "stop" else token_ids)
 
 
 def _run_facts(job: Job, network: Network, identity: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_A_TIME = 64
 STEPS_AT_A_TIME = 512
-MOST_LOGITS = 2**25  # of a call, 128 MiB in float32
-MOST_LOGITS_OF_ALL = 2**27  # of the calls that run beside each other
+MOST_LOGITS_OF_ALL = 2**27  # of the calls that run beside each other: 512 MiB in float32
 # of the largest logit of a step, by dtype: what different orders of summing have been seen to make, and some
 TOLERANCES = {"float32": 2.0**-13, "bfloat16": 2.0**-5, "float16": 2.0**-8}
 
@@ -68,6 +67,8 @@ def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterat
     """
     import torch
 
+    from pipeline.generation.trace import MOST_LOGITS
+
     exact = not reopened.reasons_against_exactness()
     on_cpu = reopened.network.model.device.type == "cpu"
     threads = torch.get_num_threads()
@@ -95,11 +96,11 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
     numbers: list[int] = []  # of the rows that can be checked
     for number, (row, (prompt, prompt_problem)) in enumerate(zip(rows, reopened.prompt_token_ids(rows), strict=True)):
         if problem := _malformed(row, reopened.gpt_config.vocab_size):
-            verdicts[number] = _verdict(row, "mismatch", problem=problem)
+            verdicts[number] = _verdict(row, "mismatch", problem)
         elif row["finish_reason"] == "error":
             verdicts[number] = _verdict(row, "skipped")
         elif prompt_problem:
-            verdicts[number] = _verdict(row, "mismatch", problem=prompt_problem)
+            verdicts[number] = _verdict(row, "mismatch", prompt_problem)
         else:
             known.append(KnownRow(prompt=prompt, new=row["completion_token_ids"], params=row_params(row)))
             numbers.append(number)
@@ -123,10 +124,8 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
             near = not exact and choice.token is not None and distance <= tolerance
             earlier = verdicts.get(numbers[index])
             if earlier is None or (earlier.outcome == "near_tie" and not near):
-                verdicts[numbers[index]] = _verdict(
-                    rows[numbers[index]],
-                    "near_tie" if near else "mismatch",
-                    problem=f"the weights choose {choice.token}",
+                verdicts[numbers[index]] = replace(
+                    _verdict(rows[numbers[index]], "near_tie" if near else "mismatch", f"the weights choose {choice.token}"),
                     step=step,
                     recorded_token=recorded,
                     chosen_token=choice.token,
@@ -140,7 +139,7 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
         if not problem and exact:
             problem = _other_bits(rows[number], margins[index], digest.hexdigest() if digest else None)
         if problem:
-            verdicts[number] = _verdict(rows[number], "mismatch", problem=problem)
+            verdicts[number] = _verdict(rows[number], "mismatch", problem)
         else:
             verdicts.setdefault(number, _verdict(rows[number], "equal"))
     return [verdicts[number] for number in range(len(rows))]
@@ -189,7 +188,7 @@ def _other_problem(reopened: ReopenedRun, row: dict[str, Any], known: KnownRow) 
             return f"it should {'go on after' if reason is None else 'have ended with'} token {count - 1}"
     if reason != row["stop_reason"] or (reason == "end_of_text") != (row["finish_reason"] == "stop"):
         return f"it ended by {reason}, not by {row['stop_reason']} ({row['finish_reason']})"
-    text = reopened.tokenizer.decode(known.new[:-1] if row["finish_reason"] == "stop" else known.new)
+    text = reopened.tokenizer.completion_text(known.new, row["finish_reason"])
     return "" if text == row["completion"] else "its text is not that of its tokens"
 
 
@@ -200,23 +199,5 @@ def _other_bits(row: dict[str, Any], margin: float, logits_digest: str | None) -
     return "" if logits_digest == row["logits_digest"] else "the bits of its logits differ (logits_digest)"
 
 
-def _verdict(
-    row: dict[str, Any],
-    outcome: Outcome,
-    *,
-    problem: str = "",
-    step: int | None = None,
-    recorded_token: int | None = None,
-    chosen_token: int | None = None,
-    margin: float | None = None,
-) -> Verdict:
-    return Verdict(
-        prompt_id=row["prompt_id"],
-        prompt_index=row["prompt_index"],
-        outcome=outcome,
-        problem=problem,
-        step=step,
-        recorded_token=recorded_token,
-        chosen_token=chosen_token,
-        margin=margin,
-    )
+def _verdict(row: dict[str, Any], outcome: Outcome, problem: str = "") -> Verdict:
+    return Verdict(prompt_id=row["prompt_id"], prompt_index=row["prompt_index"], outcome=outcome, problem=problem)

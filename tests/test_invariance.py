@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import random
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -452,7 +451,6 @@ def test_two_threads_work_in_the_kernel() -> None:
             attention(0, qkv, 0.1)
     busy = sorted(after - before.get(thread, 0) for thread, after in cpu_times().items())
     assert busy[-2] > 0.1 * busy[-1] > 0, [time / 1e9 for time in busy]
-    assert threading.active_count() >= 1
 
 
 def cpu_times() -> dict[str, int]:

@@ -127,8 +127,6 @@ def test_a_changed_token_is_named(output: Path, command: Command) -> None:
     first = json.loads(lines[-1])["first_mismatch"]
     assert (first["prompt_id"], first["step"]) == (changed, 7)
     assert first["margin"] > 0
-    code, lines = command("diff", output, output.parent / "out")
-    assert code == 0, "a run equals itself, whatever it holds"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline.errors import ModelError
+from pipeline.records import FinishReason
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -46,6 +47,10 @@ class PromptTokenizer:
     def decode(self, token_ids: list[int]) -> str:
         """The text of new tokens, special ones included and spaces left as they are; bytes that are no UTF-8 are U+FFFD."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def completion_text(self, token_ids: list[int], finish_reason: FinishReason) -> str:
+        """The completion that new tokens stand for: a closing end-of-text is no part of it."""
+        return self.decode(token_ids[:-1] if finish_reason == "stop" else token_ids)
 
 
 def _load(folder: Path) -> Tokenizer:

@@ -19,7 +19,6 @@ from pipeline.generation.sampling import choose_tokens
 from pipeline.gpt.model import GPT
 from pipeline.records import SamplingParams
 
-MOST_TOKENS = 4096
 MOST_LOGITS = 2**25  # of a call, 128 MiB in float32
 SLOTS = 64
 
@@ -43,12 +42,11 @@ class Passage:
 
 
 @torch.inference_mode()
-def step_logits(model: GPT, rows: Sequence[KnownRow], *, most_logits: int = 2**25) -> Iterator[tuple[list[Passage], Tensor]]:
+def step_logits(model: GPT, rows: Sequence[KnownRow], *, most_logits: int = MOST_LOGITS) -> Iterator[tuple[list[Passage], Tensor]]:
     """The logits (S, V) of every step of every row, a call of the network at a time: those of the first passage, of the second, ...
 
-    A call gives at most `most_logits` numbers, or one passage.
-
-    A row that fits the context takes one passage. After that, where the window slides, each step takes one of its own.
+    A call gives at most `most_logits` numbers, or one passage. A row that fits the context takes one passage; after that, where
+    the window slides, each step takes one of its own.
     """
     cache = model.new_cache(min(SLOTS, max(1, sum(len(row.new) for row in rows))))
     for batch in _batches(_passages(rows, model.config.n_positions), most_logits // model.config.vocab_size):

@@ -6,7 +6,8 @@ Does not know: where it stands in the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +45,8 @@ LinearKind = Literal["prepacked", "prepacked_float32", "plain"]
 class RowPlan:
     """At how many rows the linears run: a row's bits may depend on that, in a way that differs from machine to machine.
 
-    least: the fewest rows. constant: as many rows at a time, whatever there is to do; None runs all at once.
+    least: the fewest rows; one alone takes another path inside oneDNN, and a few do in other libraries. constant: as many rows
+    at a time, whatever there is to do; None runs all at once.
     """
 
     name: str
@@ -97,10 +99,10 @@ class Linear(nn.Module):
         rows = self.constant_rows
         if rows is None:
             return self._apply_to(x, residual)
-        extra = -x.shape[0] % rows
-        chunks = F.pad(x, (0, 0, 0, extra)).split(rows)
-        residuals = [None] * len(chunks) if residual is None else F.pad(residual, (0, 0, 0, extra)).split(rows)
-        return torch.cat([self._apply_to(*pair) for pair in zip(chunks, residuals, strict=True)])[: x.shape[0]]
+        assert x.shape[0] % rows == 0, "the row plan fills up"
+        chunks = x.split(rows)
+        residuals = [None] * len(chunks) if residual is None else residual.split(rows)
+        return torch.cat([self._apply_to(*pair) for pair in zip(chunks, residuals, strict=True)])
 
     def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if self._packed is not None:
@@ -112,10 +114,7 @@ class Linear(nn.Module):
         return y if residual is None else y + residual
 
     def _packed_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        dtype, rows = x.dtype, x.shape[0]
-        if rows == 1:  # one row takes another path inside oneDNN, with other bits: run it as two
-            x = x.expand(2, -1).contiguous()
-            residual = None if residual is None else residual.expand(2, -1).contiguous()
+        dtype = x.dtype
         if self.kind == "prepacked_float32":
             x, residual = x.float(), None if residual is None else residual.float()
         if residual is not None:
@@ -123,7 +122,7 @@ class Linear(nn.Module):
         else:
             name, algorithm = _FUSED[self.activation]
             y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, name, [], algorithm)
-        return y[:rows].to(dtype)
+        return y.to(dtype)
 
     def tie(self, embedding: nn.Embedding) -> None:
         """Share the weight of an embedding of the same shape (a head that is the transposed embedding)."""
@@ -170,9 +169,16 @@ def _activate(activation: Activation, x: Tensor) -> Tensor:
         return function(x)
     # A tensor is cut among the threads, and what does not fill a vector at the end of a piece is computed in another way, with
     # other bits. In one piece that is a multiple of every vector's length there is no such end.
+    with one_thread():
+        return function(F.pad(x.flatten(), (0, -x.numel() % 64)))[: x.numel()].view_as(x)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one CPU thread inside the block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return function(F.pad(x.flatten(), (0, -x.numel() % 64)))[: x.numel()].view_as(x)
+        yield
     finally:
         torch.set_num_threads(threads)
