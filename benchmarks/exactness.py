@@ -14,15 +14,12 @@ import statistics
 import time
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from workload import as_rows, our_network, random_gpt2, random_prompts
 
 from pipeline.generation.engine import Engine
 from pipeline.generation.numerics import check_numerics
 from pipeline.gpt.attention import Backend, choose_backend
-from pipeline.gpt.config import parse_config
 from pipeline.gpt.model import GPT
-from pipeline.gpt.weights import copy_model
-from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
 
 
 def main() -> None:
@@ -35,15 +32,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config()).eval()
+    theirs = random_gpt2()
 
     def network(attention: Backend) -> GPT:
-        gpt = GPT(parse_config(theirs.config.to_dict(), "config"), attention=attention).eval().requires_grad_(False)
-        copy_model(gpt, theirs)
-        gpt = gpt.to(getattr(torch, args.dtype))
-        gpt.pack()
-        return gpt
+        return our_network(theirs, attention=attention, dtype=getattr(torch, args.dtype))
 
     fastest = choose_backend("auto", torch.device("cpu"))
     models = {"exact": network(fastest), "off": network(fastest), "padded": network("padded")}
@@ -55,23 +47,8 @@ def main() -> None:
         assert report.exact, report.failures
 
     def tokens_per_s(model: GPT, repeat: int) -> float:
-        prompts = torch.randint(0, 50257, (args.rows, args.prompt_tokens), generator=torch.Generator().manual_seed(repeat)).tolist()
+        rows = as_rows(random_prompts(args.rows, args.prompt_tokens, repeat=repeat), new_tokens=args.new_tokens)
         engine = Engine(model=model, batch_size=args.rows, end_of_text=None)
-        rows = [
-            TokenizedPrompt(
-                prompt=Prompt(
-                    index=i,
-                    prompt_id=str(i),
-                    text="",
-                    params=SamplingParams(seed=i, temperature=0.8, top_k=40, max_new_tokens=args.new_tokens),
-                    metadata=None,
-                ),
-                token_ids=token_ids,
-                tokens_dropped=0,
-                read_s=0.0,
-            )
-            for i, token_ids in enumerate(prompts)
-        ]
         began = time.perf_counter()
         for _ in engine.generate(iter(rows)):
             pass
@@ -88,7 +65,7 @@ def main() -> None:
     def ratio(a: str, b: str) -> float:
         return round(statistics.median(x / y for x, y in zip(speeds[a], speeds[b], strict=True)), 3)
 
-    report_ = {
+    summary = {
         "dtype": args.dtype,
         "threads": args.threads,
         "work": f"{args.rows} x ({args.prompt_tokens} + {args.new_tokens})",
@@ -99,7 +76,7 @@ def main() -> None:
         "padded_over_exact": ratio("padded", "exact"),
         "check_s": check_s,
     }
-    print(json.dumps(report_))
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

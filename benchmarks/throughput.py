@@ -16,17 +16,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from workload import TEMPERATURE, TOP_K, as_rows, our_network, random_gpt2, random_prompts
 
 from pipeline.generation.engine import Engine
 from pipeline.gpt.attention import choose_backend
-from pipeline.gpt.config import parse_config
 from pipeline.gpt.linear import Linear
-from pipeline.gpt.model import GPT
-from pipeline.gpt.weights import copy_model
-from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
-
-TEMPERATURE, TOP_K = 0.8, 40
 
 
 def main() -> None:
@@ -42,38 +36,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    theirs = GPT2LMHeadModel(GPT2Config()).eval()
+    theirs = random_gpt2()
     attention = choose_backend(args.attention, torch.device(args.device))
-    ours = GPT(parse_config(theirs.config.to_dict(), "config"), attention=attention).eval().requires_grad_(False)
-    copy_model(ours, theirs)
-    ours = ours.to(device=args.device, dtype=dtype)
-    ours.pack()
+    ours = our_network(theirs, attention=attention, dtype=dtype, device=args.device)
     theirs = theirs.to(device=args.device, dtype=dtype)
-
-    def prompts(repeat: int) -> torch.Tensor:
-        return torch.randint(0, 50257, (args.rows, args.prompt_tokens), generator=torch.Generator().manual_seed(repeat))
 
     def run_ours(repeat: int) -> None:
         engine = Engine(model=ours, batch_size=args.batch_size, end_of_text=None)
-        params = [SamplingParams(seed=i, temperature=TEMPERATURE, top_k=TOP_K, max_new_tokens=args.new_tokens) for i in range(args.rows)]
-        rows = [
-            TokenizedPrompt(
-                prompt=Prompt(index=i, prompt_id=str(i), text="", params=params[i], metadata=None),
-                token_ids=token_ids,
-                tokens_dropped=0,
-                read_s=0.0,
-            )
-            for i, token_ids in enumerate(prompts(repeat).tolist())
-        ]
+        rows = as_rows(random_prompts(args.rows, args.prompt_tokens, repeat=repeat), new_tokens=args.new_tokens)
         ended = sum(len(completions) for completions in engine.generate(iter(rows)))
         assert ended == args.rows
         assert engine.stats.new_tokens == args.rows * args.new_tokens
 
     @torch.inference_mode()
     def run_theirs(repeat: int) -> None:
-        for batch in prompts(repeat).split(args.batch_size):
+        for batch in random_prompts(args.rows, args.prompt_tokens, repeat=repeat).split(args.batch_size):
             idx = batch.to(args.device)
             theirs.generate(  # type: ignore[misc]
                 idx,
