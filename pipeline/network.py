@@ -77,7 +77,7 @@ def load_network(
     profile = {
         "attention": backend,
         "linears": model.linear_kind,
-        "row_plan": model.row_plan.name,
+        "row_plan": model.row_plan_name,
         "torch": torch.__version__,
         "device_class": device_class(device),
         "noise_version": NOISE_VERSION,

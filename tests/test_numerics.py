@@ -18,7 +18,7 @@ from pipeline.errors import DeviceError, OutputConflictError
 from pipeline.generation import numerics
 from pipeline.generation.numerics import NumericsReport, check_numerics
 from pipeline.gpt.attention import Backend
-from pipeline.gpt.linear import ROW_PLANS, Linear
+from pipeline.gpt.linear import ROW_PLANS, Linear, use_threads
 from pipeline.gpt.model import GPT, Block
 from pipeline.gpt.padded import PaddedAttention, PaddedCache
 from tests.conftest import our_model, random_model
@@ -53,7 +53,7 @@ def test_this_machine_passes(attention: Backend) -> None:
     model = our_model(random_model(), attention=attention)
     report = check_numerics(model)
     assert report.exact, report.failures
-    assert report.row_plan == model.row_plan.name
+    assert report.row_plan == model.row_plan_name
     assert report == check_numerics(model), "the digest is that of the weights and the machine"
     assert check_numerics(our_model(random_model(seed=1), attention=attention)).probe_digest != report.probe_digest
 
@@ -63,6 +63,26 @@ def test_row_plans_are_tried_in_turn(harmless: int, step: int, plan: str) -> Non
     model = with_row_counting(our_model(random_model()), harmless=harmless, step=step)
     report = check_numerics(model)
     assert (report.exact, report.row_plan, model.row_plan.name) == (True, plan, plan)
+
+
+def test_a_linear_that_needs_fewer_rows_gets_them_alone() -> None:
+    """What depends on the threads at 64 rows runs at 32 in every block; the others stay at 64."""
+
+    class ThreadCounting(Linear):
+        def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
+            harmed = x.shape[0] > 32 and torch.get_num_threads() == 2
+            return super()._apply_to(x, residual) + (1e-3 if harmed else 0.0)
+
+    model = our_model(random_model())
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.mlp_out.__class__ = ThreadCounting
+    for threads in (1, 2):
+        with use_threads(threads):
+            report = check_numerics(model)
+            assert (report.exact, report.row_plan) == (True, "constant, mlp_out 32"), "whatever threads the run has"
+    assert {block.get_submodule("mlp_out").constant_rows for block in model.blocks} == {32}
+    assert model.lm_head.constant_rows == 64
 
 
 def test_what_cannot_be_mended_is_named() -> None:

@@ -2,7 +2,7 @@
 
 Fixed tokens go through the loaded network, and fixed numbers through its linears and its attention: alone and among others, at
 other places, in other chunks, at few and many rows, with one and with all threads. All must agree bit for bit. Where they do
-not, the linears are tried at other row counts (linear.py, ROW_PLANS) before it gives up.
+not, the linears are tried at other row counts (linear.py, ROW_PLANS), the last of them each at its own, before it gives up.
 
 Knows: the network. Does not know: what a failure means for a run.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.generation.engine import PREFILL_TOKENS, logits_bytes
-from pipeline.gpt.linear import ROW_PLANS, Linear, one_thread
+from pipeline.gpt.linear import ROW_PLANS, Linear, use_threads
 from pipeline.gpt.model import GPT, HEAD_ROWS, Block
 
 NEEDLE_TOKENS = 24
@@ -24,7 +24,10 @@ FILLERS = (5, 17, 1, 9)  # tokens of the sequences beside the needle
 CHUNKS = (1, 2, 8)  # tokens of the first calls that take the needle in pieces; one more takes the rest
 ATTENTION_POSITIONS = 1024  # products over more than 192 keys have been seen to change their order of summing
 CHUNK = 21
-ONE_THREAD_ROWS = 256  # one thread takes its time, and the check has two seconds
+FEW_ROWS = 64  # below, every number of rows that a linear may run at is tried: libraries choose their path by it, and
+MANY_ROWS = (80, 96, 128, 160, 192, 256, 320, 512, 768)  # above, some
+THREADS = (1, 2, 3, 4)  # whatever the run has: what the check finds must not depend on that
+THREADS_ROWS = (1, 24, 200)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,19 +49,23 @@ class NumericsReport:
 @torch.inference_mode()
 def check_numerics(model: GPT) -> NumericsReport:
     """Check the network on its device, and leave it with the fastest row plan that passes; with the fastest if none does."""
-    reports = []
+    attention = _Probe()
+    _check_attention(model, attention)
     for plan in ROW_PLANS:
         model.use_rows(plan)
         probe = _Probe()
         _check_linears(model, probe)
-        _check_attention(model, probe)
+        if not probe.failures:
+            _check_network(model, probe)
+        if not probe.failures:
+            break
+    else:
+        model.use_rows(ROW_PLANS[0])
+        probe = _Probe()
+        _check_linears(model, probe)
         _check_network(model, probe)
-        report = NumericsReport(failures=tuple(probe.failures), row_plan=plan.name, probe_digest=probe.digest.hexdigest())
-        if report.exact:
-            return report
-        reports.append(report)
-    model.use_rows(ROW_PLANS[0])
-    return reports[0]
+    failures = (*probe.failures, *attention.failures)
+    return NumericsReport(failures=failures, row_plan=model.row_plan_name, probe_digest=probe.digest.hexdigest())
 
 
 class _Probe:
@@ -121,7 +128,7 @@ def _check_network(model: GPT, probe: _Probe) -> None:
         probe.digest.update(logits_bytes(bits))
         probe.expect(f"logits {what}", bits, expected)
     if model.device.type == "cpu":
-        with one_thread():
+        with use_threads(1):
             for what, way in (("alone", alone), ("among others", among_others)):
                 bits = way()
                 probe.digest.update(logits_bytes(bits))
@@ -129,26 +136,44 @@ def _check_network(model: GPT, probe: _Probe) -> None:
 
 
 def _check_linears(model: GPT, probe: _Probe) -> None:
-    """At as many rows as a call of a run has, against few of them at other places, and with one thread."""
+    """Each at the row counts of the plan; where these are constant, at the largest that passes, which it is left with."""
     block = model.blocks[0]
     assert isinstance(block, Block)
     for name, linear in (*block.named_children(), ("lm_head", model.lm_head)):
         if not isinstance(linear, Linear):
             continue
         count = HEAD_ROWS if linear is model.lm_head else PREFILL_TOKENS
-        x = _numbers((count, linear.in_features), model)
-        adds = linear.activation == "none" and linear.bias is not None
-        residual = _numbers((count, linear.out_features), model) if adds else None
-        expected = linear(x, residual)
-        for first, wanted in ((0, 1), (50, 17), (37, count // 3)):
-            part = slice(first, first + model.row_plan.rows(wanted))
-            bits = linear(x[part].contiguous(), None if residual is None else residual[part].contiguous())
-            probe.expect(f"rows of {name}", bits, expected[part])
-        if model.device.type == "cpu":
-            part = slice(0, model.row_plan.rows(min(count, ONE_THREAD_ROWS)))
-            with one_thread():
-                bits = linear(x[part], None if residual is None else residual[part])
-            probe.expect(f"{name} with one thread", bits, expected[part])
+        failures = _failures_of(linear, name, count, model)
+        for rows in model.row_plan.constant[1:]:
+            if not failures:
+                break
+            model.use_constant_rows(name, rows)
+            failures = _failures_of(linear, name, count, model)
+        probe.failures += failures
+
+
+def _failures_of(linear: Linear, name: str, count: int, model: GPT) -> list[str]:
+    """What differs at as many rows as a call of a run has, against few of them at other places, and with other threads."""
+    x = _numbers((count, linear.in_features), model)
+    adds = linear.activation == "none" and linear.bias is not None
+    residual = _numbers((count, linear.out_features), model) if adds else None
+
+    def run(part: slice) -> Tensor:
+        return linear(x[part].contiguous(), None if residual is None else residual[part].contiguous())
+
+    expected = linear(x, residual)
+    plan = model.row_plan
+    counts = {plan.rows(wanted) for wanted in (*range(1, FEW_ROWS + 1), *MANY_ROWS) if wanted <= count}
+    parts = [slice(first, first + rows) for first, rows in ((50, plan.rows(17)), (37, plan.rows(count // 3)), *((0, n) for n in counts))]
+    failures = [] if all(torch.equal(run(part), expected[part]) for part in parts) else [f"rows of {name}"]
+    if model.device.type == "cpu":
+        parts = [slice(0, plan.rows(min(wanted, count))) for wanted in THREADS_ROWS]
+        for threads in THREADS:
+            with use_threads(threads):
+                if not all(torch.equal(run(part), expected[part]) for part in parts):
+                    failures.append(f"{name} with other threads")
+                    break
+    return failures
 
 
 def _check_attention(model: GPT, probe: _Probe) -> None:
@@ -172,7 +197,7 @@ def _check_attention(model: GPT, probe: _Probe) -> None:
     for what, slots, positions in calls:
         probe.expect(f"attention {what}", attend(slots, positions), expected[positions])
         if model.device.type == "cpu":
-            with one_thread():
+            with use_threads(1):
                 probe.expect(f"attention {what} with one thread", attend(slots, positions), expected[positions])
 
 

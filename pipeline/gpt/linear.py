@@ -46,12 +46,12 @@ class RowPlan:
     """At how many rows the linears run: a row's bits may depend on that, in a way that differs from machine to machine.
 
     least: the fewest rows; one alone takes another path inside oneDNN, and a few do in other libraries. constant: as many rows
-    at a time, whatever there is to do; None runs all at once.
+    at a time, whatever there is to do, or one of the smaller numbers, each linear its own; () runs all at once.
     """
 
     name: str
     least: int
-    constant: int | None = None
+    constant: tuple[int, ...] = ()
 
     def rows(self, wanted: int) -> int:
         """The number of rows to run for `wanted` (at least 1): at most 7 more, or an eighth more above 128; or as planned.
@@ -59,19 +59,21 @@ class RowPlan:
         oneDNN builds a kernel for every number of rows that it meets and keeps it, about half a megabyte each: a run whose
         batches are of every size would slow down for each new one, and hold a gigabyte in the end.
         """
-        if self.constant is not None:
-            return -(-wanted // self.constant) * self.constant
+        if self.constant:
+            return -(-wanted // self.constant[0]) * self.constant[0]
         step = 8
         while wanted > 16 * step:
             step *= 2
         return max(self.least, -(-wanted // step) * step)
 
 
-# from the fastest to the surest; the start-up check takes the first under which a row's bits do not depend on other rows
+# From the fastest to the surest; the start-up check takes the first under which a row's bits do not depend on other rows. On a CPU
+# with matrix instructions (AMX) oneDNN cuts a sum in other places for other row counts, and at 64 rows of many inputs for other
+# numbers of threads.
 ROW_PLANS = (
     RowPlan(name="rounded", least=8),
     RowPlan(name="more", least=32),
-    RowPlan(name="constant", least=64, constant=64),
+    RowPlan(name="constant", least=64, constant=(64, 32, 16)),
 )
 
 
@@ -97,7 +99,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         assert residual is None or self.activation == "none"
         rows = self.constant_rows
-        if rows is None:
+        if rows is None or x.shape[0] == rows:
             return self._apply_to(x, residual)
         assert x.shape[0] % rows == 0, "the row plan fills up"
         chunks = x.split(rows)
@@ -169,16 +171,16 @@ def _activate(activation: Activation, x: Tensor) -> Tensor:
         return function(x)
     # A tensor is cut among the threads, and what does not fill a vector at the end of a piece is computed in another way, with
     # other bits. In one piece that is a multiple of every vector's length there is no such end.
-    with one_thread():
+    with use_threads(1):
         return function(F.pad(x.flatten(), (0, -x.numel() % 64)))[: x.numel()].view_as(x)
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute with one CPU thread inside the block."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def use_threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

@@ -116,11 +116,29 @@ class GPT(nn.Module):
         return torch.tensor([*values, *[0] * padding], device=self.device)
 
     def use_rows(self, plan: RowPlan) -> None:
-        """Run the linears at the row counts of this plan."""
+        """Run the linears at the row counts of this plan; where they are constant, all at the largest (see `use_constant_rows`)."""
         self.row_plan = plan
         for module in self.modules():
             if isinstance(module, Linear):
-                module.constant_rows = plan.constant
+                module.constant_rows = plan.constant[0] if plan.constant else None
+
+    def use_constant_rows(self, name: str, rows: int) -> None:
+        """Run the linears of this name ("mlp_out", in every block) at so many rows at a time, one of the plan's constants."""
+        assert rows in self.row_plan.constant
+        for path, module in self.named_modules():
+            if isinstance(module, Linear) and path.rpartition(".")[2] == name:
+                module.constant_rows = rows
+
+    @property
+    def row_plan_name(self) -> str:
+        """The row plan in words, the linears named that do not run at its first constant: "constant, mlp_out 32"."""
+        first, *_ = self.row_plan.constant or (None,)
+        others = {
+            f"{path.rpartition('.')[2]} {module.constant_rows}": None
+            for path, module in self.named_modules()
+            if isinstance(module, Linear) and module.constant_rows != first
+        }
+        return ", ".join([self.row_plan.name, *others])
 
     def pack(self) -> None:
         """Lay the linears out for this CPU (see Linear.pack); the network can no longer be copied into or moved."""

@@ -33,8 +33,9 @@ class PaddedCache:
         # in bfloat16 a CPU has other products again, which would have to be as independent of what runs beside them
         self.upcast = config.upcast_attention or device.type == "cpu"
         self.width = 0
-        # the order in which a product sums over an odd head size has been seen to depend on what runs beside it
-        depth = round_up(config.head_size)
+        # the order in which a product sums over an odd head size has been seen to depend on what runs beside it, and products of
+        # fewer than 400 multiplications (16 keys of 16 numbers) take a path of their own inside torch
+        depth = max(32, round_up(config.head_size))
         empty = torch.zeros(n_slots, config.n_head, 0, depth, dtype=dtype, device=device)
         self.keys: list[Tensor] = [empty] * config.n_layer
         self.values: list[Tensor] = [empty] * config.n_layer
