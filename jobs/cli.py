@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 
 import click
 
@@ -12,11 +13,12 @@ from jobs.check_model import check_model
 from jobs.diff import diff
 from jobs.generate import generate
 from jobs.replay import replay
+from jobs.status import status
 from jobs.train_demo import train_demo
 from jobs.verify import verify
-from pipeline.errors import GptbatchError, StorageError
+from pipeline.errors import GptbatchError, StoppedError, StorageError
+from pipeline.redact import redact
 
-STOPPED_BY_SIGNAL = 75
 BUG = 70
 
 logger = logging.getLogger("gptbatch")
@@ -30,17 +32,19 @@ def cli(verbose: bool) -> None:
 
     \b
     Exit codes: 0 done, error rows included; 1 verify or diff found a difference; 2 a bad option; 65 bad input rows;
-    66 no such input or output; 70 a bug; 73 output cannot be created; 74 I/O error; 75 stopped by Ctrl-C; 78 bad
-    config, model or machine, or an output folder that holds something else.
+    66 no such input or output; 69 another run holds the output; 70 a bug; 73 output cannot be created; 74 I/O error;
+    75 stopped by a signal, or out of memory: run it again; 78 bad config, model or machine, or an output folder that
+    holds something else.
     """
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutSecrets("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.WARNING)
     # it takes so long, and is so rare, that it must not look as if nothing happened
     logging.getLogger("gptbatch.kernels").setLevel(logging.INFO)
 
 
 cli.add_command(generate)
+cli.add_command(status)
 cli.add_command(verify)
 cli.add_command(replay)
 cli.add_command(check_model)
@@ -62,17 +66,29 @@ def run_command(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("gptbatch: stopped; run the same command again", err=True)
-        return STOPPED_BY_SIGNAL
+        _say("stopped; run the same command again")
+        return StoppedError.exit_code
     except GptbatchError as error:
-        click.echo(f"gptbatch: {error}", err=True)
+        _say(str(error))
         return error.exit_code
     except SystemExit:  # how click ends when whoever read our standard output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
         return StorageError.exit_code
     except OSError as error:
-        click.echo(f"gptbatch: {error.filename or 'I/O'}: {error.strerror or error}", err=True)
+        _say(f"{error.filename or 'I/O'}: {error.strerror or error}")
         return StorageError.exit_code
     except Exception:
         logger.exception("this is a bug in gptbatch; please report it with the lines below")
         return BUG
+
+
+class _WithoutSecrets(logging.Formatter):
+    """Of whole messages, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):  # nobody may be left to read it
+        click.echo(f"gptbatch: {redact(message)}", err=True)

@@ -21,6 +21,8 @@ _METAVARS = {
     "--top-k": "K",
     "--batch-size": "B",
     "--part-rows": "R",
+    "--max-row-errors": "N|P%",
+    "--skip-row": "ID",
 }
 
 
@@ -33,7 +35,8 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for every config key. Ranges are checked with the config, where all sources meet."""
     for key, field in reversed(config_fields().items()):
         name, kind = option_name(key), _click_type(field.annotation)
-        default = "" if field.is_required() or field.default is None else f" [default: {_yaml(field.default)}]"
+        many = get_origin(field.annotation) is list
+        default = "" if field.is_required() or field.default in (None, []) else f" [default: {_yaml(field.default)}]"
         declaration = f"{name}/--no-{name[2:]}" if kind is click.BOOL else name
         description = (field.description or "").replace("null", "unset")
         command = click.option(
@@ -41,8 +44,9 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
             key.replace(".", "__"),
             type=None if kind is click.BOOL else kind,
             default=None,
+            multiple=many,
             metavar=_METAVARS.get(name),
-            help=f"{description[:1].upper()}{description[1:]}.{default}",
+            help=f"{description[:1].upper()}{description[1:]}.{default}{' Can be given many times.' if many else ''}",
         )(command)
     return command
 
@@ -62,6 +66,8 @@ def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _click_type(annotation: Any) -> click.ParamType[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         (annotation,) = [arm for arm in get_args(annotation) if arm is not types.NoneType]
+    if get_origin(annotation) is list:
+        (annotation,) = get_args(annotation)
     if get_origin(annotation) is Literal:
         return click.Choice(get_args(annotation))
     if hasattr(annotation, "__metadata__"):

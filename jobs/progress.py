@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
 import click
 from tqdm import tqdm
@@ -14,24 +15,25 @@ LINE_EVERY_S = 5.0
 class Bar:
     """A tqdm bar over rows, with tokens/s beside it."""
 
-    def begin(self, total_rows: int) -> None:
-        self._bar = tqdm(total=total_rows, unit="row", file=sys.stderr, dynamic_ncols=True)
+    def begin(self, total_rows: int, done_rows: int) -> None:
+        self._bar = tqdm(total=total_rows, initial=done_rows, unit="row", file=sys.stderr, dynamic_ncols=True)
+        self._done = done_rows
         self._began = time.monotonic()
 
     def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
         speed = completion_tokens / max(time.monotonic() - self._began, 1e-9)
         self._bar.set_postfix_str(f"{speed:.0f} tokens/s" + (f", {errors} errors" if errors else ""), refresh=False)
-        self._bar.update(rows - self._bar.n)
+        self._bar.update(self._done + rows - self._bar.n)
 
     def end(self) -> None:
         self._bar.close()
 
 
 class Lines:
-    """`120 of 2000 rows, 0 errors, 950 tokens/s, about 40 s left`."""
+    """`120 of 2000 rows, 0 errors, 950 tokens/s, about 40 s left`. Whoever reads them may go away."""
 
-    def begin(self, total_rows: int) -> None:
-        self._total = total_rows
+    def begin(self, total_rows: int, done_rows: int) -> None:
+        self._total, self._done = total_rows, done_rows
         self._began = self._printed = time.monotonic()
 
     def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
@@ -40,8 +42,10 @@ class Lines:
             return
         self._printed = now
         elapsed = now - self._began
-        left = f", about {elapsed / rows * (self._total - rows):.0f} s left" if rows else ""
-        click.echo(f"{rows} of {self._total} rows, {errors} errors, {completion_tokens / elapsed:.0f} tokens/s{left}", err=True)
+        done = self._done + rows
+        left = f", about {elapsed / rows * (self._total - done):.0f} s left" if rows else ""
+        with suppress(OSError):
+            click.echo(f"{done} of {self._total} rows, {errors} errors, {completion_tokens / elapsed:.0f} tokens/s{left}", err=True)
 
     def end(self) -> None:
         pass

@@ -9,20 +9,25 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pipeline.data.bundled import PREFIX, locate
 from pipeline.errors import ConfigError
 from pipeline.records import MAX_SEED, MAX_TEMPERATURE
+from pipeline.redact import redact
 
 ENVIRONMENT_PREFIX = "GPTBATCH_"
 
 Name = Annotated[str, Field(min_length=1)]
+# "5" or "2.5%"; a YAML file may say 5 without quotes
+CountOrShare = Annotated[
+    str, BeforeValidator(lambda value: str(value) if type(value) is int else value), Field(pattern=r"^(\d+|\d{1,2}(\.\d+)?%|100%)$")
+]
 
 
 class _Section(BaseModel):
@@ -39,6 +44,7 @@ class EngineConfig(_Section):
     attention: Literal["auto", "ragged", "padded"] = Field(
         "auto", description="ragged is a C++ kernel, built on first use, for CPUs; auto takes it where it builds, else padded"
     )
+    memory_gib: float | None = Field(None, gt=0, le=2**20, description="GiB for the KV cache; null takes half of what is free")
 
 
 class JobConfig(_Section):
@@ -55,8 +61,16 @@ class JobConfig(_Section):
     prompt_field: Name = Field("prompt", description="field that holds the prompt")
     limit: int | None = Field(None, ge=0, le=2**63 - 1, description="rows to take from the front of the input; null takes all")
     output: Name = Field(description="folder to write; created if missing")
-    part_rows: int = Field(512, ge=1, le=2**31 - 1, description="rows a Parquet file")
-    overwrite: bool = Field(False, description="replace an earlier run in the output folder")
+    part_rows: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="rows a Parquet file, which is what a kill can lose; null takes the output's, or 512"
+    )
+    overwrite: bool = Field(False, description="replace an earlier run in the output folder; an unfinished one of this job is continued")
+    on_bad_row: Literal["fail", "record"] = Field(
+        "fail", description="a row that cannot be read or is invalid: stop before the model loads, or record it as an error row"
+    )
+    max_row_errors: CountOrShare | None = Field(None, description="stop when more rows than N, or than P%, are errors; null never stops")
+    skip_row: list[Name] = Field([], description="ids of rows to record as errors instead of running them")
+    allow_other_profile: bool = Field(False, description="continue an output on a machine whose bits may differ from the recorded ones")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="run seed; rows without a seed derive theirs from it and their id")
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="divides the logits before softmax; 0 is greedy")
     top_k: int = Field(0, ge=0, le=2**31 - 1, description="keep the k likeliest tokens and ties with the last; 0 keeps all")
@@ -82,8 +96,8 @@ class JobConfig(_Section):
         return self
 
     def to_yaml(self) -> str:
-        """The resolved config as YAML."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        """The resolved config as YAML, without secrets."""
+        return redact(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
 
 
 def load_config(file: str | None, *, environment: Mapping[str, str] = os.environ, options: Mapping[str, Any]) -> JobConfig:
@@ -183,7 +197,8 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    names = {environment_name(key): key for key in config_fields()}
+    fields = config_fields()
+    names = {environment_name(key): key for key in fields}
     values: dict[str, Any] = {}
     for name, text in environment.items():
         if not name.startswith(ENVIRONMENT_PREFIX):
@@ -191,9 +206,10 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if name not in names:
             raise ConfigError(f"environment variable {name}: no such setting{_nearest(name, list(names))}")
         key = names[name]
-        adapter: TypeAdapter[Any] = TypeAdapter(config_fields()[key].annotation or str)
+        adapter: TypeAdapter[Any] = TypeAdapter(fields[key].annotation or str)
         try:
-            values[key] = adapter.validate_strings(text)
+            # a list is given as JSON
+            values[key] = adapter.validate_json(text) if get_origin(fields[key].annotation) is list else adapter.validate_strings(text)
         except ValidationError as error:
             raise ConfigError(f"environment variable {name}: {error.errors()[0]['msg']}, not {text!r}") from error
     return values

@@ -7,8 +7,11 @@
     |   +-- OutputConflictError   78  the output folder holds something else
     +-- InputRowsError            65  rows that cannot be read or hold invalid values
     +-- InputNotFoundError        66  no such file, dataset or split
+    +-- OutputBusyError           69  another run holds the output
     +-- OutputCreationError       73  the output folder cannot be created
     +-- StorageError              74  reading or writing failed
+    +-- StoppedError              75  stopped on the way, run it again to go on
+        +-- OutOfMemoryError      75  not even one row fits
 
 A message says what, where, the value seen and what to do. It never holds a prompt or a completion.
 """
@@ -61,6 +64,12 @@ class InputNotFoundError(GptbatchError):
     exit_code = 66
 
 
+class OutputBusyError(GptbatchError):
+    """Another run holds the output folder."""
+
+    exit_code = 69
+
+
 class OutputCreationError(GptbatchError):
     """The output folder cannot be created."""
 
@@ -71,3 +80,13 @@ class StorageError(GptbatchError):
     """Reading or writing failed: a full disk, a damaged file, a device that went away."""
 
     exit_code = 74
+
+
+class StoppedError(GptbatchError):
+    """Stopped on the way, by a signal say. What is committed stays; the same run again goes on from there."""
+
+    exit_code = 75
+
+
+class OutOfMemoryError(StoppedError):
+    """Not even one row at a time fits into memory; the message names it."""

@@ -9,17 +9,18 @@ import hashlib
 import json
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.data.checkpoint import Checkpoint, find_checkpoint
-from pipeline.data.prompts import InputSummary, PromptReader, RowDefaults, open_source
+from pipeline.data.prompts import BadRow, InputSummary, PromptReader, RowDefaults, open_source
+from pipeline.data.rows import RowSource
 from pipeline.data.tokenizer import PromptTokenizer
 from pipeline.gpt.config import GPTConfig, parse_config
-from pipeline.records import NOISE_VERSION, Completion, Prompt, TokenizedPrompt
+from pipeline.records import NOISE_VERSION, Completion, Prompt, RowError, TokenizedPrompt
 
 TOKENIZE_ROWS = 256
 # config keys that change tokens, besides the checkpoint and the input
@@ -36,12 +37,24 @@ _TOKEN_KEYS = (
 )
 
 
-class Job:
-    """A config whose checkpoint, tokenizer and input have been found. Nothing heavy is loaded and nothing written."""
+def job_identity(config: JobConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that makes two runs the same job, its input aside; `fingerprint` hashes the part of it that changes tokens of a given row."""
+    tokens = {
+        "model_digest": checkpoint.model_digest,
+        "tokenizer_digest": checkpoint.tokenizer_digest,
+        "dtype": config.engine.dtype,
+        "noise_version": NOISE_VERSION,
+    } | {key: getattr(config, key) for key in _TOKEN_KEYS}
+    fingerprint = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
+    return {"fingerprint": fingerprint, **tokens, "record_logits_digest": config.record_logits_digest}
 
-    def __init__(self, config: JobConfig) -> None:
+
+class Job:
+    """A config whose checkpoint and input have been found, and its tokenizer. Nothing heavy is loaded and nothing written."""
+
+    def __init__(self, config: JobConfig, checkpoint: Checkpoint | None = None, source: RowSource | None = None) -> None:
         self.config = config
-        self.checkpoint: Checkpoint = find_checkpoint(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
+        self.checkpoint = checkpoint or find_checkpoint(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
         self.gpt_config: GPTConfig = parse_config(self.checkpoint.config, str(self.checkpoint.config_path))
         self.tokenizer = PromptTokenizer(
             self.checkpoint.folder,
@@ -49,16 +62,10 @@ class Job:
             parse_special=config.parse_special,
             vocab_size=self.gpt_config.vocab_size,
         )
-        source = open_source(
-            path=config.input,
-            dataset=config.dataset,
-            dataset_config=config.dataset_config,
-            split=config.split,
-            dataset_revision=config.dataset_revision,
-        )
         self.reader = PromptReader(
-            source=source,
+            source=source or find_source(config),
             limit=config.limit,
+            record_bad=config.on_bad_row == "record",
             defaults=RowDefaults(
                 prompt_field=config.prompt_field,
                 seed=config.seed,
@@ -68,55 +75,82 @@ class Job:
             ),
         )
 
-    def identity(self, summary: InputSummary) -> dict[str, Any]:
-        """All that makes two runs the same job; `fingerprint` hashes the part of it that changes tokens of a given row."""
-        tokens = {
-            "model_digest": self.checkpoint.model_digest,
-            "tokenizer_digest": self.checkpoint.tokenizer_digest,
-            "dtype": self.config.engine.dtype,
-            "noise_version": NOISE_VERSION,
-        } | {key: getattr(self.config, key) for key in _TOKEN_KEYS}
-        fingerprint = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
-        return {
-            "fingerprint": fingerprint,
-            **tokens,
-            "input_digest": summary.digest,
-            "rows": summary.rows,
-            "part_rows": self.config.part_rows,
-            "record_logits_digest": self.config.record_logits_digest,
-        }
+    def tokenized(
+        self,
+        summary: InputSummary,
+        *,
+        reject: Callable[[Completion], object],
+        parts: Collection[int] | None = None,
+        may_start: Callable[[int], bool] = lambda number: True,
+    ) -> Iterator[TokenizedPrompt | None]:
+        """The prompts of these parts (by number; None takes all) as the engine takes them; None stands for "not now".
 
-    def tokenized(self, summary: InputSummary, reject: Callable[[Completion], None]) -> Iterator[TokenizedPrompt]:
-        """All prompts as the engine takes them; those that it cannot take are given to `reject` as error rows."""
-        prompts = self.reader.prompts(summary)
-        while batch := list(islice(prompts, TOKENIZE_ROWS)):
+        Rows that the engine cannot take are given to `reject` as error rows. may_start: asked before the first row of each part, and
+        again while it says no.
+        """
+        rows = self.reader.prompts(summary, parts)
+        current = -1
+        while batch := list(islice(rows, TOKENIZE_ROWS)):
             read_s = time.monotonic()
-            for prompt, token_ids in zip(batch, self.tokenizer.encode([prompt.text for prompt in batch]), strict=True):
-                kept, error = self._fit(prompt, token_ids)
+            texts = [row.text if isinstance(row, Prompt) else "" for row in batch]
+            for row, token_ids in zip(batch, self.tokenizer.encode(texts), strict=True):
+                number = row.index // summary.part_rows
+                while number != current:
+                    if may_start(number):
+                        current = number
+                    else:
+                        yield None
+                if isinstance(row, BadRow):
+                    params = self.reader.defaults.params(row.prompt_id)
+                    prompt = Prompt(index=row.index, prompt_id=row.prompt_id, text="", params=params, metadata=None)
+                    reject(_error_row(prompt, 0, RowError(kind="bad_row", reason=row.reason)))
+                    continue
+                kept, error = self._fit(row, token_ids)
                 if error is None:
-                    yield TokenizedPrompt(prompt=prompt, token_ids=kept, tokens_dropped=len(token_ids) - len(kept), read_s=read_s)
+                    yield TokenizedPrompt(prompt=row, token_ids=kept, tokens_dropped=len(token_ids) - len(kept), read_s=read_s)
                 else:
-                    reject(_error_row(prompt, len(token_ids), error))
+                    reject(_error_row(row, len(token_ids), error))
 
-    def _fit(self, prompt: Prompt, token_ids: list[int]) -> tuple[list[int], str | None]:
+    def _fit(self, prompt: Prompt, token_ids: list[int]) -> tuple[list[int], RowError | None]:
         """The tokens of a prompt that go into the context, or why none do."""
-        n_positions = self.gpt_config.n_positions
+        n_positions, vocab_size = self.gpt_config.n_positions, self.gpt_config.vocab_size
+        if prompt.prompt_id in self.config.skip_row:
+            return [], RowError(kind="skipped", reason="skipped by skip_row")
         if not token_ids:
-            return [], "the prompt is empty, and the checkpoint has no end-of-text token to start from"
-        if max(token_ids) >= self.gpt_config.vocab_size:
-            return [], f"the prompt holds token {max(token_ids)}, which the model (vocab_size {self.gpt_config.vocab_size}) does not have"
+            return [], RowError(
+                kind="empty_prompt", reason="the prompt is empty, and the checkpoint has no end-of-text token to start from"
+            )
+        if max(token_ids) >= vocab_size:
+            reason = f"the prompt holds token {max(token_ids)}, which the model (vocab_size {vocab_size}) does not have"
+            return [], RowError(kind="unknown_token", reason=reason)
         if len(token_ids) <= n_positions:
             return token_ids, None
         if self.config.context_overflow == "error":
-            return [], f"the prompt has {len(token_ids)} tokens, more than n_positions ({n_positions})"
+            reason = f"the prompt has {len(token_ids)} tokens, more than n_positions ({n_positions})"
+            return [], RowError(kind="too_long", reason=reason)
         return token_ids[-max(1, n_positions - prompt.params.max_new_tokens + 1) :], None
+
+
+def find_source(config: JobConfig) -> RowSource:
+    """The source that a config names. Raises InputNotFoundError for a file that is not there."""
+    return open_source(
+        path=config.input,
+        dataset=config.dataset,
+        dataset_config=config.dataset_config,
+        split=config.split,
+        dataset_revision=config.dataset_revision,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputReport:
-    """What a dry run says of an input. Prompt lengths are in tokens; too_long counts prompts above n_positions."""
+    """What a dry run says of an input. Prompt lengths are in tokens; too_long counts prompts above n_positions.
+
+    bad_rows: rows that on_bad_row records as errors.
+    """
 
     rows: int
+    bad_rows: int
     prompt_tokens: int
     prompt_tokens_min: int
     prompt_tokens_median: int
@@ -130,14 +164,16 @@ class InputReport:
 def inspect_job(config: JobConfig) -> InputReport:
     """A dry run: check every row and count its tokens. Loads no model and writes nothing."""
     job = Job(config)
-    summary = job.reader.check()
+    summary = job.reader.check(must_hold=config.skip_row)
     lengths = array("q")
-    for prompt in job.tokenized(summary, lambda completion: lengths.append(completion.prompt_tokens)):
-        lengths.append(len(prompt.token_ids) + prompt.tokens_dropped)
+    for prompt in job.tokenized(summary, reject=lambda completion: lengths.append(completion.prompt_tokens)):
+        if prompt is not None:
+            lengths.append(len(prompt.token_ids) + prompt.tokens_dropped)
     ordered = sorted(lengths)
     n_positions = job.gpt_config.n_positions
     return InputReport(
         rows=summary.rows,
+        bad_rows=summary.bad_rows,
         prompt_tokens=sum(ordered),
         prompt_tokens_min=ordered[0] if ordered else 0,
         prompt_tokens_median=ordered[len(ordered) // 2] if ordered else 0,
@@ -149,7 +185,7 @@ def inspect_job(config: JobConfig) -> InputReport:
     )
 
 
-def _error_row(prompt: Prompt, prompt_tokens: int, error: str) -> Completion:
+def _error_row(prompt: Prompt, prompt_tokens: int, error: RowError) -> Completion:
     return Completion(
         prompt=prompt,
         prompt_tokens=prompt_tokens,

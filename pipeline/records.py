@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "error"]
+# bad_row: could not be read, or holds invalid values. too_long: more tokens than the context. empty_prompt: nothing to start from.
+# unknown_token: the model lacks a token of the prompt. not_finite: the logits hold NaN or infinity. skipped: the user named it.
+ErrorKind = Literal["bad_row", "too_long", "empty_prompt", "unknown_token", "not_finite", "skipped"]
 StopReason = Literal["end_of_text", "max_new_tokens", "window"]
 
 MAX_SEED = 2**63 - 1
@@ -38,6 +41,14 @@ class Prompt:
     text: str
     params: SamplingParams
     metadata: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowError:
+    """Why a row has no completion. `reason` is what the table says; it never quotes the prompt."""
+
+    kind: ErrorKind
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +99,7 @@ class Completion:
     token_ids: list[int]
     finish_reason: FinishReason
     stop_reason: StopReason | None
-    error: str | None
+    error: RowError | None
     timing: Timing | None
     min_margin: float | None = None
     logits_digest: str | None = None

@@ -87,6 +87,8 @@ class ReopenedRun:
             reasons.append("the run skipped the start-up check (numerics: off)")
         elif numerics != "exact":
             reasons.append("the machine of the run did not pass the start-up check")
+        if len(self.run.profiles) > 1:
+            reasons.append("its parts were made in more than one way")
         if self.network.numerics != "exact":
             reasons.append("this machine does not pass the start-up check")
         if self.checkpoint.model_digest != self.run.manifest["identity"]["model_digest"]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.bundled import locate
+from pipeline.data.digests import DigestMemory
 from pipeline.errors import ModelError
 
 CONFIG_FILE = "config.json"
@@ -28,11 +29,12 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one checkpoint. `name` is what the user called it; `weights` are in a fixed order."""
+    """The files of one checkpoint. `name` is what the user called it; `weights` are in a fixed order; `memory` knows digests of files."""
 
     name: str
     folder: Path
     weights: tuple[Path, ...]
+    memory: DigestMemory = field(default_factory=DigestMemory, compare=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -46,15 +48,23 @@ class Checkpoint:
     @cached_property
     def model_digest(self) -> str:
         """SHA-256 over config.json and the files of weights."""
-        return _digest([self.config_path, *self.weights])
+        return self._digest([self.config_path, *self.weights])
 
     @cached_property
     def tokenizer_digest(self) -> str:
         """SHA-256 over the files that the tokenizer is read from."""
-        return _digest([path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()])
+        return self._digest([path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()])
+
+    def _digest(self, paths: list[Path]) -> str:
+        digest = hashlib.sha256()
+        for path in paths:
+            digest.update(f"{path.name}\0{self.memory.sha256(path)}\0".encode())
+        return digest.hexdigest()
 
 
-def find_checkpoint(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+def find_checkpoint(
+    name: str, *, revision: str | None = None, allow_pickle: bool = False, memory: DigestMemory | None = None
+) -> Checkpoint:
     """Raises ModelError when there is no such checkpoint, or it has no weights that may be loaded."""
     path = locate(name)
     if path.is_dir():
@@ -67,7 +77,7 @@ def find_checkpoint(name: str, *, revision: str | None = None, allow_pickle: boo
         raise ModelError(f"{name}: no such folder")
     if not (folder / CONFIG_FILE).is_file():
         raise ModelError(f"{name}: the folder has no {CONFIG_FILE}; a checkpoint in the Hugging Face format is needed")
-    return Checkpoint(name=name, folder=folder, weights=_find_weights(name, folder, allow_pickle))
+    return Checkpoint(name=name, folder=folder, weights=_find_weights(name, folder, allow_pickle), memory=memory or DigestMemory())
 
 
 def _find_weights(name: str, folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
@@ -121,11 +131,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path}: a JSON object is needed")
     return content
-
-
-def _digest(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
-    return digest.hexdigest()

@@ -6,12 +6,12 @@ Knows: columns. Does not know: files and parts.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.records import Completion
 
@@ -95,7 +95,7 @@ def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
         "completion_token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
-        "error": completion.error,
+        "error": completion.error and completion.error.reason,
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": count,
         "prompt_tokens_dropped": completion.prompt_tokens_dropped,
@@ -123,11 +123,41 @@ def to_table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def content_digest(table: pa.Table) -> str:
-    """SHA-256 over the deterministic columns in canonical form: equal for equal work, whoever did it and when.
+    """SHA-256 over the deterministic columns in canonical form: equal for equal work, whoever did it, when, and however it is stored.
 
-    The form is a line of UTF-8 for each row: a JSON array of the values in the order of the schema, no spaces.
+    For each of these columns in the order of the schema, one SHA-256 each over a byte a row (1 for null), over the length of each row
+    as int64 (of text and lists; 0 for null), and over the values one after the other (text as UTF-8, numbers as they lie in
+    memory, little-endian; a null number is 0). The digest is the SHA-256 of all of these.
     """
-    digest = hashlib.sha256()
-    for row in table.select(DETERMINISTIC_COLUMNS).to_pylist():
-        digest.update(json.dumps(list(row.values()), ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n")
-    return digest.hexdigest()
+    whole = hashlib.sha256(str(table.num_rows).encode())
+    for name in DETERMINISTIC_COLUMNS:
+        nulls, lengths, values = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+        for chunk in table.column(name).chunks:
+            nulls.update(_bytes(chunk.is_null().cast(pa.uint8())))
+            if pa.types.is_string(chunk.type):
+                chunk = chunk.fill_null("")
+                lengths.update(_bytes(pc.binary_length(chunk).cast(pa.int64())))
+                values.update(_text_bytes(chunk))
+            elif pa.types.is_list(chunk.type):
+                lengths.update(_bytes(pc.list_value_length(chunk).cast(pa.int64()).fill_null(0)))
+                values.update(_bytes(chunk.flatten()))
+            else:
+                values.update(_bytes(chunk.fill_null(0)))
+        for part in (nulls, lengths, values):
+            whole.update(part.digest())
+    return whole.hexdigest()
+
+
+def _bytes(numbers: pa.Array) -> bytes:
+    array = numbers.to_numpy(zero_copy_only=False)
+    return bytes(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+
+
+def _text_bytes(texts: pa.Array) -> bytes:
+    """The bytes of all texts, one after the other."""
+    if not len(texts):
+        return b""
+    _, offsets, data = texts.buffers()
+    ends = memoryview(offsets).cast("i")
+    first, last = ends[texts.offset], ends[texts.offset + len(texts)]
+    return b"" if data is None else memoryview(data)[first:last].tobytes()

@@ -7,7 +7,9 @@ Knows: the `datasets` library. Does not know: what the fields mean.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,31 @@ from pipeline.errors import InputNotFoundError, InputRowsError
 _FILE_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_MOST_FILES = 10_000
+
+
 class HubDataset:
-    """One split. Raises InputNotFoundError when the dataset or the split is not there."""
+    """One split, loaded when its rows are first asked for; raises InputNotFoundError then when it or its dataset is not there."""
 
     def __init__(self, *, dataset: str, config: str | None, split: str, revision: str | None) -> None:
         self.name = f"{dataset}[{split}]"
-        self._rows = self._load(dataset, config, split, revision)
+        self._where = (dataset, config, split, revision)
+
+    @cached_property
+    def _rows(self) -> Iterable[dict[str, Any]]:
+        return self._load(*self._where)
+
+    def files(self) -> list[Path] | None:
+        """All files of a local dataset; none for a commit of the hub, which never changes."""
+        dataset, _, _, revision = self._where
+        path = locate(dataset)
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            files = sorted(found for found in path.rglob("*") if found.is_file())
+            return files if len(files) <= _MOST_FILES else None
+        return [] if revision is not None and _COMMIT.fullmatch(revision) else None
 
     def rows(self) -> Iterator[RawRow]:
         import pyarrow
@@ -34,7 +55,7 @@ class HubDataset:
         number = 0
         try:
             for fields in self._rows:
-                yield RawRow(where=f"{self.name} row {number}", line=number, fields=fields)
+                yield RawRow(where=f"{self.name} row {number}", line=number, fields=partial(dict, fields))
                 number += 1
         except (DatasetsError, pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
             raise InputRowsError(f"{self.name} row {number}: the datasets library cannot read on ({_cause(error)})") from error

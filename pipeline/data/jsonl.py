@@ -15,9 +15,10 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import IO, Any, BinaryIO, NoReturn, cast
 
 from pipeline.data.rows import RawRow
 from pipeline.errors import InputNotFoundError, InputRowsError
@@ -41,6 +42,7 @@ class JsonlFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.name = "<stdin>" if str(path) == "-" else str(path)
+        self._spool: IO[bytes] | None = None
         if str(path) == "-":
             if sys.stdin is None:
                 raise InputNotFoundError("<stdin>: is closed")
@@ -62,26 +64,25 @@ class JsonlFile:
 
     def rows(self) -> Iterator[RawRow]:
         """One RawRow for each line; blank lines at the end are none."""
-        blank_lines: list[int] = []
+        blanks = 0  # blank lines in a row, which are rows only where another line follows
         for number, line in self._lines():
             if line is not None and not line.strip(b" \t\r\n"):
-                blank_lines.append(number)
+                blanks += 1
                 continue
-            for blank in blank_lines:
-                yield RawRow(where=self._where(blank), line=blank, error="the line is empty; only the last lines may be")
-            blank_lines.clear()
-            yield self._parse(number, line)
+            for blank in range(number - blanks, number):
+                yield self._row(blank, _blank)
+            blanks = 0
+            yield self._row(number, _too_long if line is None else partial(parse_object, line))
+
+    def files(self) -> list[Path] | None:
+        """None for what was read from a pipe."""
+        return None if self._spool is not None else [self.path]
 
     def _where(self, number: int) -> str:
         return f"{self.name}:{number}"
 
-    def _parse(self, number: int, line: bytes | None) -> RawRow:
-        try:
-            if line is None:
-                raise ValueError(f"the line is longer than {MAX_LINE_BYTES} bytes")
-            return RawRow(where=self._where(number), line=number, fields=parse_object(line))
-        except ValueError as error:
-            return RawRow(where=self._where(number), line=number, error=str(error))
+    def _row(self, number: int, fields: Callable[[], dict[str, Any]]) -> RawRow:
+        return RawRow(where=self._where(number), line=number, fields=fields)
 
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
         """(line number from 1, its bytes); None for a line over the cap, which is skipped without being kept."""
@@ -137,6 +138,14 @@ class _ZstFile(io.RawIOBase):
             raise InputRowsError(f"{self._name}: the zst file is damaged or cut off ({error})") from error
         buffer[: len(chunk)] = chunk
         return len(chunk)
+
+
+def _blank() -> NoReturn:
+    raise ValueError("the line is empty; only the last lines may be")
+
+
+def _too_long() -> NoReturn:
+    raise ValueError(f"the line is longer than {MAX_LINE_BYTES} bytes")
 
 
 # -- one line --------------------------------------------------------------------------------------------------------

@@ -10,16 +10,17 @@ import json
 import math
 import re
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from pipeline.data.bundled import locate
 from pipeline.data.hub_dataset import HubDataset
 from pipeline.data.jsonl import MAX_NESTING, JsonlFile, NumberText, check_utf8, json_type, shorten, to_json
+from pipeline.data.parts import DEFAULT_PART_ROWS
 from pipeline.data.rows import RawRow, RowSource
-from pipeline.errors import InputRowsError
+from pipeline.errors import ConfigError, InputRowsError
 from pipeline.records import MAX_SEED, MAX_TEMPERATURE, Prompt, SamplingParams
 
 MAX_NAMED_ROWS = 20
@@ -32,19 +33,33 @@ _INTEGER = re.compile(r"-?[0-9]+")
 class BadRow:
     """A row that is no prompt, and why."""
 
+    index: int
     where: str
     line: int
     reason: str
+
+    @property
+    def prompt_id(self) -> str:
+        """What an error row is called whose own id, if any, is not to be had."""
+        return f"line:{self.line}"
+
+    def canonical(self) -> bytes:
+        return json.dumps([self.prompt_id, self.reason], ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoodRow:
     """A row that is a prompt. own: its own seed, temperature, top_k and max_new_tokens, None where it takes the run's."""
 
+    index: int
     where: str
     line: int
     prompt: Prompt
     own: tuple[int | None, float | None, int | None, int | None]
+
+    @property
+    def prompt_id(self) -> str:
+        return self.prompt.prompt_id
 
     def canonical(self) -> bytes:
         """What the digest of an input is made of: what the row says, not what the run adds."""
@@ -62,13 +77,32 @@ class RowDefaults:
     top_k: int
     max_new_tokens: int
 
+    def params(self, prompt_id: str) -> SamplingParams:
+        """Of a row that says nothing itself."""
+        return SamplingParams(
+            seed=derive_seed(self.seed, prompt_id),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSummary:
-    """What a check of all rows found: how many there are, and the SHA-256 of all that a run takes from them."""
+    """What a check of all rows found.
+
+    digest: SHA-256 of all that a run takes from the rows. part_digests: the same of each part of `part_rows` rows. digest_at: the
+    same of the first so many rows, for the counts that were asked for and for all. bad_rows: how many are to be recorded as errors.
+    clashes: by index, those of them whose id another row has, and the line of that one.
+    """
 
     rows: int
     digest: str
+    part_rows: int
+    part_digests: list[str]
+    digest_at: dict[int, str]
+    bad_rows: int
+    clashes: dict[int, int]
 
 
 def derive_seed(run_seed: int, prompt_id: str) -> int:
@@ -79,88 +113,157 @@ def derive_seed(run_seed: int, prompt_id: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptReader:
-    """The prompts of a source. limit: read only that many rows, None reads all."""
+    """The prompts of a source. limit: read only that many rows, None reads all.
+
+    record_bad: bad rows are rows of the table, each an error with its reason; else they are refused.
+    """
 
     source: RowSource
     defaults: RowDefaults
     limit: int | None = None
+    record_bad: bool = False
 
     def rows(self) -> Iterator[GoodRow | BadRow]:
         """Every row in input order, good or bad. That ids are unique is `check`'s to say."""
         for index, raw in enumerate(islice(self.source.rows(), self.limit)):
-            try:
-                yield self._parse(index, raw)
-            except RecursionError:
-                yield BadRow(where=raw.where, line=raw.line, reason=f"nested deeper than {MAX_NESTING} levels")
-            except ValueError as error:
-                yield BadRow(where=raw.where, line=raw.line, reason=str(error))
+            yield self._read(index, raw)
 
-    def prompts(self, checked: InputSummary) -> Iterator[Prompt]:
-        """The prompts of an input that `check` has passed. Raises InputRowsError, at the end at the latest, if it has changed."""
-        digest = hashlib.sha256()
-        rows = 0
-        for row in self.rows():
-            if isinstance(row, BadRow):
-                raise InputRowsError(f"{row.where}: {row.reason}; {_CHANGED}")
-            if rows == checked.rows:
-                raise InputRowsError(f"{self.source.name}: has more than the {checked.rows} rows that were checked; {_CHANGED}")
-            rows += 1
-            digest.update(row.canonical())
-            yield row.prompt
-        if InputSummary(rows=rows, digest=digest.hexdigest()) != checked:
-            raise InputRowsError(f"{self.source.name}: differs from what was checked; {_CHANGED}")
+    def check(self, *, part_rows: int = DEFAULT_PART_ROWS, counts: Iterable[int] = (), must_hold: Iterable[str] = ()) -> InputSummary:
+        """Read everything once, keeping at most 16 bytes a row, and 100 for each row whose id another one has.
 
-    def check(self) -> InputSummary:
-        """Read everything once, keeping at most 16 bytes a row.
-
+        counts: for InputSummary.digest_at. must_hold: ids that some row must have.
         Raises InputRowsError that names the first 20 bad rows; a repeated id names both its lines.
         """
         bad: list[BadRow] = []
-        bad_count = 0
-        rows = 0
+        bad_count = rows = 0
         id_hashes = array("Q")
-        digest = hashlib.sha256()
+        digest, part_digest = hashlib.sha256(), hashlib.sha256()
+        part_digests: list[str] = []
+        counts, missing, digest_at = set(counts), set(must_hold), {0: digest.hexdigest()}
         for row in self.rows():
             rows += 1
             if isinstance(row, BadRow):
                 bad_count += 1
                 if len(bad) < MAX_NAMED_ROWS:
                     bad.append(row)
-            else:
-                id_hashes.append(_id_hash(row.prompt.prompt_id))
-                digest.update(row.canonical())
-        repeated = self._repeated_ids(_hashes_met_twice(id_hashes))
-        bad_count += len(repeated)
-        bad = sorted([*bad, *repeated], key=lambda row: row.line)[:MAX_NAMED_ROWS]
-        if bad:
-            lines = "\n".join(f"{row.where}: {row.reason}" for row in bad)
-            more = f"\n... and {bad_count - len(bad)} more" if bad_count > len(bad) else ""
-            raise InputRowsError(f"{bad_count} bad of {rows} rows; nothing was generated\n{lines}{more}")
-        return InputSummary(rows=rows, digest=digest.hexdigest())
+            if missing:
+                missing.discard(row.prompt_id)
+            if isinstance(row, GoodRow) or self.record_bad:
+                id_hashes.append(_id_hash(row.prompt_id))
+            canonical = row.canonical()
+            digest.update(canonical)
+            part_digest.update(canonical)
+            if rows % part_rows == 0:
+                part_digests.append(part_digest.hexdigest())
+                part_digest = hashlib.sha256()
+            if rows in counts:
+                digest_at[rows] = digest.hexdigest()
+        if rows % part_rows or rows == 0:
+            part_digests.append(part_digest.hexdigest())
+        digest_at[rows] = digest.hexdigest()
+        clashes = self._clashes(_hashes_met_twice(id_hashes))
+        bad_count += len(clashes)
+        if bad_count and not self.record_bad:
+            raise self._refusal(bad, clashes, bad_count, rows)
+        if missing:
+            raise ConfigError(f"{self.source.name}: no row has the id {shorten(min(missing))} that skip_row names", keys=("skip_row",))
+        return InputSummary(
+            rows=rows,
+            digest=digest.hexdigest(),
+            part_rows=part_rows,
+            part_digests=part_digests,
+            digest_at=digest_at,
+            bad_rows=bad_count,
+            clashes=clashes,
+        )
 
-    def _repeated_ids(self, suspects: set[int]) -> list[BadRow]:
-        """Read again to tell repeated ids from equal hashes, and on which lines they are."""
-        if not suspects:
-            return []
-        first_line: dict[str, int] = {}
-        repeated = []
-        for row in self.rows():
-            if isinstance(row, BadRow) or _id_hash(row.prompt.prompt_id) not in suspects:
+    def prompts(self, checked: InputSummary, parts: Collection[int] | None = None) -> Iterator[Prompt | BadRow]:
+        """The rows of an input that `check` has passed, of these parts (by number; None takes all), in order.
+
+        Raises InputRowsError, at the end of the part at the latest, if the input has changed.
+        """
+        part_digest = hashlib.sha256()
+        index = -1
+        for index, raw in enumerate(islice(self.source.rows(), self.limit)):
+            if index == checked.rows:
+                raise InputRowsError(f"{self.source.name}: has more than the {checked.rows} rows that were checked; {_CHANGED}")
+            number = index // checked.part_rows
+            if parts is not None and number not in parts:
                 continue
-            prompt_id = row.prompt.prompt_id
-            if prompt_id in first_line:
-                unit = "line" if isinstance(self.source, JsonlFile) else "row"
-                reason = f"id {shorten(prompt_id)} was already used on {unit} {first_line[prompt_id]}; ids must be unique"
-                repeated.append(BadRow(where=row.where, line=row.line, reason=reason))
+            row = self._read(index, raw)
+            if isinstance(row, BadRow) and not self.record_bad:
+                raise InputRowsError(f"{row.where}: {row.reason}; {_CHANGED}")
+            part_digest.update(row.canonical())
+            if (index + 1) % checked.part_rows == 0 or index + 1 == checked.rows:
+                if part_digest.hexdigest() != checked.part_digests[number]:
+                    first = number * checked.part_rows
+                    raise InputRowsError(f"{self.source.name}: differs from what was checked, in rows {first} to {index}; {_CHANGED}")
+                part_digest = hashlib.sha256()
+            if index in checked.clashes:
+                row = _clash(row, checked.clashes[index], self._unit)
+            yield row if isinstance(row, BadRow) else row.prompt
+        if index + 1 != checked.rows:
+            raise InputRowsError(f"{self.source.name}: has {index + 1} rows, not the {checked.rows} that were checked; {_CHANGED}")
+
+    def _read(self, index: int, raw: RawRow) -> GoodRow | BadRow:
+        try:
+            return self._parse(index, raw)
+        except RecursionError:
+            return BadRow(index=index, where=raw.where, line=raw.line, reason=f"nested deeper than {MAX_NESTING} levels")
+        except ValueError as error:
+            return BadRow(index=index, where=raw.where, line=raw.line, reason=str(error))
+
+    @property
+    def _unit(self) -> str:
+        return "line" if isinstance(self.source, JsonlFile) else "row"
+
+    def _clashes(self, suspects: set[int]) -> dict[int, int]:
+        """Index of each good row that cannot have its id, since an earlier row or an error row has it -> the line of that row.
+
+        suspects: hashes that more than one id has. Reads the rows again to tell repeated ids from equal hashes, and once more whenever
+        rows became error rows by this: these are called `line:N` from now on, which may be the id of a good row.
+        """
+        if not suspects:
+            return {}
+        clashes: dict[int, int] = {}
+        first: dict[str, GoodRow] = {}
+        names: dict[str, int] = {}  # of error rows, and their lines
+        new: list[int] = []  # lines of rows that have just become error rows
+        for row in self.rows():
+            if _id_hash(row.prompt_id) not in suspects:
+                continue
+            if isinstance(row, BadRow):
+                names[row.prompt_id] = row.line
+            elif row.prompt_id in first:
+                clashes[row.index] = first[row.prompt_id].line
+                new.append(row.line)
             else:
-                first_line[prompt_id] = row.line
-        return repeated
+                first[row.prompt_id] = row
+        if not self.record_bad:
+            return clashes
+        for prompt_id in first.keys() & names.keys():
+            clashes[first[prompt_id].index] = names[prompt_id]
+            new.append(first[prompt_id].line)
+        while new:
+            names, new = {f"line:{line}": line for line in new}, []
+            for row in self.rows():
+                if isinstance(row, GoodRow) and row.index not in clashes and row.prompt_id in names:
+                    clashes[row.index] = names[row.prompt_id]
+                    new.append(row.line)
+        return clashes
+
+    def _refusal(self, bad: list[BadRow], clashes: dict[int, int], count: int, rows: int) -> InputRowsError:
+        if clashes:
+            met = (row for row in self.rows() if row.index in clashes)
+            bad = [*bad, *(_clash(row, clashes[row.index], self._unit) for row in islice(met, MAX_NAMED_ROWS))]
+        named = sorted(bad, key=lambda row: row.index)[:MAX_NAMED_ROWS]
+        lines = "\n".join(f"{row.where}: {row.reason}" for row in named)
+        more = f"\n... and {count - len(named)} more" if count > len(named) else ""
+        return InputRowsError(f"{count} bad of {rows} rows; nothing was generated\n{lines}{more}")
 
     def _parse(self, index: int, raw: RawRow) -> GoodRow:
         """Raises ValueError that names the field and, prompts aside, the value."""
-        if raw.fields is None:
-            raise ValueError(raw.error)
-        fields = dict(raw.fields)
+        fields = raw.fields()
         defaults = self.defaults
         if defaults.prompt_field not in fields:
             raise ValueError(f"there is no field {shorten(defaults.prompt_field)} (--prompt-field names the one to use)")
@@ -173,15 +276,16 @@ class PromptReader:
         temperature = _parse_temperature(fields.pop("temperature", None))
         top_k = _parse_integer(fields.pop("top_k", None), "top_k", 0, INT32_MAX)
         max_new_tokens = _parse_integer(fields.pop("max_new_tokens", None), "max_new_tokens", 1, INT32_MAX)
-        params = SamplingParams(
-            seed=derive_seed(defaults.seed, prompt_id) if seed is None else seed,
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_k=defaults.top_k if top_k is None else top_k,
-            max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        )
+        own: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
+        params = replace(defaults.params(prompt_id), **{name: value for name, value in own.items() if value is not None})
         metadata = to_json(_plain(fields)) if fields else None
         prompt = Prompt(index=index, prompt_id=prompt_id, text=text, params=params, metadata=metadata)
-        return GoodRow(where=raw.where, line=raw.line, prompt=prompt, own=(seed, temperature, top_k, max_new_tokens))
+        return GoodRow(index=index, where=raw.where, line=raw.line, prompt=prompt, own=(seed, temperature, top_k, max_new_tokens))
+
+
+def _clash(row: GoodRow | BadRow, line: int, unit: str) -> BadRow:
+    reason = f"id {shorten(row.prompt_id)} was already used on {unit} {line}; ids must be unique"
+    return BadRow(index=row.index, where=row.where, line=row.line, reason=reason)
 
 
 def open_source(

@@ -17,36 +17,39 @@ import pyarrow.parquet as pq
 import yaml
 
 from pipeline.data.completions import SCHEMA
-from pipeline.data.output_folder import MANIFEST, OutputFolder
-from pipeline.data.parts import PART_NAME, read_footer
+from pipeline.data.output_folder import MANIFEST, FolderState, OutputFolder, facts_of
+from pipeline.data.parts import read_footer
 from pipeline.errors import InputNotFoundError, OutputConflictError, StorageError
 
 BATCH_ROWS = 2048
-# what a manifest and a footer say of themselves or of their rows; all else in them are facts of the run
-_NOT_FACTS = ("format", "identity", "complete", "parts", "rows", "errors", "first_row", "content_digest")
 
 
 class RecordedRun:
     """The run in an output folder. What it holds is looked up once: parts that appear later are not seen.
 
-    manifest: what the folder says of the run, its identity among it. facts: what each part's footer says of the run; {} where
-    there is no part yet. parts: the files of the table, in order. n_rows: rows in them. complete: whether the run has ended and
-    all of its parts are there.
+    manifest: what the folder says of the run, its identity among it. facts: what the run says of itself, model and profile among it.
+    profiles: how the parts were made, each way once: a run that went on elsewhere has more than one. parts: the files of the table, in
+    order. n_rows: rows in them. complete: whether the run has ended and all of its parts are there.
 
     Raises InputNotFoundError when there is no folder or no run of ours in it, StorageError when it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        folder = OutputFolder(path)
         try:
-            self.manifest = _manifest(folder)
-            self.complete = self.manifest.get("complete") is True and folder.is_complete(self.manifest)
-            self.parts, footer = _parts(folder, {part["name"] for part in self.manifest["parts"]})
+            state = _state(path)
+            self.manifest = state.manifest
+            self.parts, footers = _parts(state)
         except OSError as error:
             raise StorageError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
-        source = self.manifest if self.manifest.get("complete") is True else footer
-        self.facts = {key: value for key, value in source.items() if key not in _NOT_FACTS}
+        promised = {part["name"]: part["content_digest"] for part in self.manifest.get("parts", [])}
+        there = {part.name: footer.get("content_digest") for part, footer in zip(self.parts, footers, strict=True)}
+        self.complete = state.marked_complete and all(there.get(name) == digest for name, digest in promised.items())
+        self.facts = facts_of(self.manifest)
+        self.profiles: list[dict[str, Any]] = []
+        for footer in footers:
+            if (profile := {**footer.get("profile", {}), "numerics": footer.get("numerics")}) not in self.profiles:
+                self.profiles.append(profile)
         counts = [_count(part) for part in self.parts]
         self.n_rows = sum(counts)
         self._first_places = list(accumulate(counts[:-1], initial=0))
@@ -136,40 +139,34 @@ class RowReader:
         return self._batch
 
 
-def _manifest(folder: OutputFolder) -> dict[str, Any]:
-    path = folder.path
+def _state(path: Path) -> FolderState:
     if not path.exists():
         raise InputNotFoundError(f"{path}: no such folder; name the output folder of a run")
     if not path.is_dir():
         raise InputNotFoundError(f"{path}: is no folder; name the output folder of a run")
     try:
-        manifest = folder.manifest()
+        state = OutputFolder(path).state()
     except OutputConflictError as error:
         what = f"{MANIFEST} is damaged, or not ours" if (path / MANIFEST).is_file() else f"no {MANIFEST}"
         raise InputNotFoundError(f"{path}: holds no run of gptbatch ({what}); name the output folder of a run") from error
-    if manifest is None:
+    if state is None:
         raise InputNotFoundError(f"{path}: holds no run of gptbatch (it is empty); name the output folder of a run")
-    return manifest
+    return state
 
 
-def _parts(folder: OutputFolder, promised: set[str]) -> tuple[list[Path], dict[str, Any]]:
-    """The parts in order, and the first one's footer, {} without a part.
-
-    promised: names that the manifest gives; where one of these has no footer it is damaged, any other file is a stranger's.
-    """
-    numbered = [(int(match[1]), path) for path in folder.path.iterdir() if (match := PART_NAME.fullmatch(path.name))]
+def _parts(state: FolderState) -> tuple[list[Path], list[dict[str, Any]]]:
+    """The parts in order, and their footers. A file without one is damaged where the manifest promises a part, else a stranger's."""
+    promised = {part["name"] for part in state.manifest.get("parts", [])}
     parts: list[Path] = []
-    first_footer: dict[str, Any] = {}
-    for _, path in sorted(numbered):
+    footers: list[dict[str, Any]] = []
+    for path in state.parts.values():
         footer = read_footer(path)
-        if footer is None:
-            if path.name in promised:
-                raise StorageError(f"{path}: cannot be read (no footer of gptbatch); the part is damaged")
-            continue
-        if not parts:
-            first_footer = footer
-        parts.append(path)
-    return parts, first_footer
+        if footer is not None:
+            parts.append(path)
+            footers.append(footer)
+        elif path.name in promised:
+            raise StorageError(f"{path}: cannot be read (no footer of gptbatch); the part is damaged")
+    return parts, footers
 
 
 def _count(path: Path) -> int:

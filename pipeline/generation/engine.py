@@ -1,10 +1,11 @@
 """The loop: prompts in, completions out, many sequences at a time through one KV cache.
 
 A step is one call of the network. Each round of the loop
-  1. admits waiting prompts to free slots and prefills them, in groups that fit a token budget;
+  1. admits waiting prompts to free slots, as far as the cache has room, and prefills them in groups that fit a token budget;
   2. runs one decode step: every running sequence gives its last token and gets its next one;
   3. retires the sequences that ended; the last slots move into the gaps, so that running slots are always 0 to B-1.
-A row never sees another: its tokens follow from its prompt, its parameters and the weights.
+A row never sees another: its tokens follow from its prompt, its parameters and the weights. So when memory runs out, the rows
+that were running start again with half of the slots, and nothing shows it but the clock.
 
 Knows: token ids, slots, clocks. Does not know: text, files, or what happens to a completion.
 """
@@ -12,8 +13,10 @@ Knows: token ids, slots, clocks. Does not know: text, files, or what happens to 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,9 +24,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.errors import OutOfMemoryError
 from pipeline.generation.sampling import Choice, choose_tokens
 from pipeline.gpt.model import GPT
-from pipeline.records import Completion, StopReason, Timing, TokenizedPrompt
+from pipeline.records import Completion, RowError, StopReason, Timing, TokenizedPrompt
+
+logger = logging.getLogger("gptbatch")
 
 PREFILL_TOKENS = 1024  # of a call with more than one sequence: linears are as fast as with more, and the start-up check tries as many
 RESERVE_TOKENS = 256  # new tokens of a row that the cache has room for from the start; more is made when it is needed
@@ -47,7 +53,7 @@ class Sequence:
     min_margin: float = math.inf
     logits_hash: hashlib._Hash | None = None
     stop_reason: StopReason | None = None
-    error: str | None = None
+    error: RowError | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -60,19 +66,21 @@ class Sequence:
 
 @dataclass(slots=True)
 class EngineStats:
-    """What an engine has done so far. `rows` sums the rows of all steps."""
+    """What an engine has done so far. `rows` sums the rows of all steps. halvings: how often memory ran out and slots were halved."""
 
     steps: int = 0
     rows: int = 0
     prefilled_tokens: int = 0
     new_tokens: int = 0
+    halvings: int = 0
 
 
 @dataclass(kw_only=True)
 class Engine:
     """Generates completions for a stream of prompts.
 
-    batch_size: most sequences at a time. end_of_text: the token id that ends a row, None if there is none (or none is to).
+    batch_size: most sequences at a time; fewer run where the cache has no room for more. memory_bytes: for the cache; None is as
+    much as batch_size full contexts take. end_of_text: the token id that ends a row, None if there is none (or none is to).
     window_full: what happens when a sequence fills the context. stop ends it; slide goes on as the tutorial does, each step
     on the n_positions most recent tokens, positions from 0, the whole window computed again.
     prefill_tokens: most tokens of a prefill call with more than one sequence. record_logits: hash the bits of every logit.
@@ -81,38 +89,81 @@ class Engine:
     model: GPT
     batch_size: int
     end_of_text: int | None
+    memory_bytes: int | None = None
     window_full: WindowFull = "stop"
     prefill_tokens: int = PREFILL_TOKENS
     record_logits: bool = False
     stats: EngineStats = field(default_factory=EngineStats)
 
     def __post_init__(self) -> None:
-        self._cache = self.model.new_cache(self.batch_size)
-        self._running: list[Sequence] = []  # sequence i stands in slot i
         self._n_positions = self.model.config.n_positions
+        self._running: list[Sequence] = []  # sequence i stands in slot i
+        self._waiting: deque[TokenizedPrompt] = deque()  # taken from the caller and not yet running
+        self._exhausted = False
+        self._make_cache()
 
-    def generate(self, prompts: Iterator[TokenizedPrompt]) -> Iterator[list[Completion]]:
-        """Yields after every round what ended in it (often nothing), in no particular order.
+    def generate(self, prompts: Iterator[TokenizedPrompt | None]) -> Iterator[list[Completion]]:
+        """Yields after every step what ended in it (often nothing), in no particular order.
 
-        Prompts are taken from the iterator as slots fall free; each must have 1 to n_positions tokens.
+        Prompts are taken from the iterator as slots fall free; each must have 1 to n_positions tokens. None stands for "none now": the
+        caller wants to see to what has ended first. Where memory runs out, half of the slots go on, from the start of their rows;
+        raises OutOfMemoryError that names the row when not even one fits.
         """
         while True:
-            ended = self._admit(prompts)
-            if not self._running and not ended:
-                return
-            if self._running:
-                ended += self._decode()
+            self._take(prompts)
+            if not self._running and not self._waiting:
+                if self._exhausted:
+                    return
+                yield []
+                continue
+            ended: list[Completion] = []
+            try:
+                for slots in self._groups(self._admit()):
+                    self._prefill(slots)
+                    yield []
+                ended += self._retire()
+                inside = [slot for slot, sequence in enumerate(self._running) if len(sequence.tokens) <= self._n_positions]
+                if inside:
+                    self._step(inside)
+                    ended += self._retire()
+                    yield ended
+                    ended = []
+                for slots in self._groups([slot for slot, s in enumerate(self._running) if len(s.tokens) > self._n_positions]):
+                    self._slide(slots)
+                    yield []
+                ended += self._retire()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(error)
             yield ended
 
     # -- one round -----------------------------------------------------------------------------------------------------
 
-    def _admit(self, prompts: Iterator[TokenizedPrompt]) -> list[Completion]:
-        admitted: list[Sequence] = []
-        while len(self._running) + len(admitted) < self.batch_size and (prompt := next(prompts, None)) is not None:
+    def _take(self, prompts: Iterator[TokenizedPrompt | None]) -> None:
+        """Prompts for the free slots. Outside of what is tried again when memory runs out: an iterator that has raised has ended."""
+        while not self._exhausted and len(self._running) + len(self._waiting) < self.batch_size:
+            try:
+                prompt = next(prompts)
+            except StopIteration:
+                self._exhausted = True
+                return
+            if prompt is None:
+                return
             assert 1 <= len(prompt.token_ids) <= self._n_positions
+            self._waiting.append(prompt)
+
+    def _admit(self) -> list[int]:
+        """Move prompts that wait to slots, as far as the cache has room, and give these slots."""
+        lengths = [self._length(sequence.source) for sequence in self._running]
+        admitted: list[Sequence] = []
+        while self._waiting and len(self._running) + len(admitted) < self.batch_size:
+            lengths.append(self._length(self._waiting[0]))
+            if len(lengths) > 1 and not self._cache.fits(lengths):
+                break
             admitted.append(
                 Sequence(
-                    source=prompt,
+                    source=(prompt := self._waiting.popleft()),
                     tokens=list(prompt.token_ids),
                     admitted_s=0.0,
                     started_at_s=time.time(),
@@ -125,34 +176,60 @@ class Engine:
         admitted.sort(key=lambda sequence: -len(sequence.tokens))
         first = len(self._running)
         self._running += admitted
-        self._reserve(admitted)
-        for slots in self._groups(list(range(first, len(self._running)))):
-            now = time.monotonic()
-            for slot in slots:
-                sequence = self._running[slot]
-                sequence.admitted_s, sequence.steps_before, sequence.rows_before = now, self.stats.steps, self.stats.rows
-                self.stats.prefilled_tokens += len(sequence.tokens)
-            self._step(slots)
-        return self._retire()
+        with torch.inference_mode():
+            self._cache.reserve([min(self._length(s.source), len(s.tokens) + RESERVE_TOKENS) for s in admitted])
+        return list(range(first, len(self._running)))
 
-    @torch.inference_mode()
-    def _reserve(self, admitted: list[Sequence]) -> None:
-        """Room in the cache for what the admitted rows will likely need, at once: growing it step by step copies it."""
-        wanted = [len(s.tokens) + min(s.source.prompt.params.max_new_tokens, RESERVE_TOKENS) for s in admitted]
-        self._cache.reserve([min(self._n_positions, length) for length in wanted])
+    def _length(self, prompt: TokenizedPrompt) -> int:
+        """The most positions that a row comes to."""
+        return min(self._n_positions, len(prompt.token_ids) + prompt.prompt.params.max_new_tokens)
 
-    def _decode(self) -> list[Completion]:
-        inside: list[int] = []  # slots whose next token has a position left
-        full: list[int] = []  # slots whose window slides
-        for slot, sequence in enumerate(self._running):
-            (inside if len(sequence.tokens) <= self._n_positions else full).append(slot)
-        if inside:
-            self._step(inside)
-        for slots in self._groups(full):
-            for slot in slots:
-                self._running[slot].cached = 0
-            self._step(slots)
-        return self._retire()
+    def _prefill(self, slots: list[int]) -> None:
+        now = time.monotonic()
+        for slot in slots:
+            sequence = self._running[slot]
+            sequence.admitted_s, sequence.steps_before, sequence.rows_before = now, self.stats.steps, self.stats.rows
+            self.stats.prefilled_tokens += len(sequence.tokens)
+        self._step(slots)
+
+    def _slide(self, slots: list[int]) -> None:
+        for slot in slots:
+            self._running[slot].cached = 0
+        self._step(slots)
+
+    def _make_cache(self) -> None:
+        """The cache, as large as memory_bytes says and there is memory for; sets batch_size to what it can hold."""
+        while True:
+            capacity = None if self.memory_bytes is None else self.memory_bytes // self.model.cache_bytes_a_token
+            try:
+                with torch.inference_mode():
+                    self._cache = self.model.new_cache(self.batch_size, capacity=capacity)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.batch_size == 1:
+                    raise OutOfMemoryError(f"out of memory: there is no room for the cache of one row ({_first_line(error)})") from error
+                self.batch_size //= 2
+                self.stats.halvings += 1
+            else:
+                self.batch_size = min(self.batch_size, self._cache.n_slots)
+                return
+
+    def _halve(self, error: Exception) -> None:
+        """Go on with half of the slots after memory ran out; rows that were running start again, and come to the same bits."""
+        if len(self._running) <= 1 or self.batch_size == 1:
+            name = f"row {self._running[0].source.prompt.prompt_id!r}" if self._running else "the next row"
+            raise OutOfMemoryError(
+                f"out of memory, even with {name} alone ({_first_line(error)}); give the process more, or leave the row out with --skip-row"
+            ) from error
+        self.stats.new_tokens -= sum(sequence.new_tokens for sequence in self._running)
+        self._waiting.extendleft(sequence.source for sequence in reversed(self._running))
+        self.batch_size = len(self._running) // 2
+        self.stats.halvings += 1
+        self._running.clear()
+        del self._cache  # before there is a new one
+        self._make_cache()
+        logger.warning("out of memory: going on with at most %d rows at a time", self.batch_size)
 
     def _groups(self, slots: list[int]) -> Iterator[list[int]]:
         """Cut slots into groups of at most `prefill_tokens` tokens, at least one slot each."""
@@ -205,7 +282,8 @@ class Engine:
         if sequence.new_tokens == 0:
             sequence.first_token_s = now
         if token is None:
-            sequence.error = f"the logits of new token {sequence.new_tokens} hold NaN or infinity"
+            reason = f"the logits of new token {sequence.new_tokens} hold NaN or infinity"
+            sequence.error = RowError(kind="not_finite", reason=reason)
             return
         sequence.tokens.append(token)
         if choice.margin is not None:
@@ -280,3 +358,14 @@ def stop_reason(
 def logits_bytes(logits: Tensor) -> bytes:
     """The bits of logits in memory order; equal bytes are equal bits, -0 and NaN included."""
     return logits.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch or Python says that an allocation failed. torch has an error of its own for that on CUDA only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "std::bad_alloc"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

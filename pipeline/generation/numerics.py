@@ -86,7 +86,7 @@ def _check_network(model: GPT, probe: _Probe) -> None:
     count = len(needle)
 
     def alone() -> Tensor:
-        return model.extend(model.new_cache(1), tokens=needle, slots=[0] * count, positions=range(count))
+        return model.extend(model.new_cache(1, capacity=count), tokens=needle, slots=[0] * count, positions=range(count))
 
     def among_others() -> Tensor:
         sequences = [_token_ids(i + 1, min(length, n_positions), vocab_size) for i, length in enumerate(FILLERS)]
@@ -94,7 +94,7 @@ def _check_network(model: GPT, probe: _Probe) -> None:
         order = [3, 2, 4, 0, 1]  # of the slots in the call
         first = len(sequences[3])
         return model.extend(
-            model.new_cache(len(sequences)),
+            model.new_cache(len(sequences), capacity=sum(map(len, sequences)) + 16 * len(sequences)),
             tokens=[token for slot in order for token in sequences[slot]],
             slots=[slot for slot in order for _ in sequences[slot]],
             positions=[position for slot in order for position in range(len(sequences[slot]))],
@@ -103,7 +103,7 @@ def _check_network(model: GPT, probe: _Probe) -> None:
 
     def in_chunks() -> Tensor:
         """The needle in slot 1, its last token in a call of 33 sequences."""
-        cache = model.new_cache(33)
+        cache = model.new_cache(33, capacity=16 * 33 + count)
         pieces = []
         start = 0
         for size in (*CHUNKS, count):
@@ -159,7 +159,8 @@ def _failures_of(linear: Linear, name: str, count: int, model: GPT) -> list[str]
     residual = _numbers((count, linear.out_features), model) if adds else None
 
     def run(part: slice) -> Tensor:
-        return linear(x[part].contiguous(), None if residual is None else residual[part].contiguous())
+        y: Tensor = linear(x[part].contiguous(), None if residual is None else residual[part].contiguous())
+        return y
 
     expected = linear(x, residual)
     plan = model.row_plan

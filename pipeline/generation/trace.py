@@ -48,18 +48,19 @@ def step_logits(model: GPT, rows: Sequence[KnownRow], *, most_logits: int = MOST
     A call gives at most `most_logits` numbers, or one passage. A row that fits the context takes one passage; after that, where
     the window slides, each step takes one of its own.
     """
-    cache = model.new_cache(min(SLOTS, max(1, sum(len(row.new) for row in rows))))
+    slots = min(SLOTS, max(1, sum(len(row.new) for row in rows)))
+    cache = model.new_cache(slots, capacity=max(PREFILL_TOKENS, model.config.n_positions) + 16 * slots)
     for batch in _batches(_passages(rows, model.config.n_positions), most_logits // model.config.vocab_size):
         tokens: list[int] = []
-        slots: list[int] = []
+        token_slots: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
         for slot, passage in enumerate(batch):
             tokens += passage.tokens
-            slots += [slot] * len(passage.tokens)
+            token_slots += [slot] * len(passage.tokens)
             positions += range(len(passage.tokens))
             wanted += range(len(tokens) - len(passage.steps), len(tokens))
-        yield batch, model.extend(cache, tokens=tokens, slots=slots, positions=positions, wanted=wanted)
+        yield batch, model.extend(cache, tokens=tokens, slots=token_slots, positions=positions, wanted=wanted)
         for slot in range(len(batch)):
             cache.clear(slot)
 

@@ -40,10 +40,18 @@ class Attention(Protocol):
 
 
 class KVCache(Protocol):
-    """The keys and values of the sequences that are running. A slot is a sequence's place; it knows not whose."""
+    """The keys and values of the sequences that are running. A slot is a sequence's place; it knows not whose.
+
+    n_slots: how many sequences it can hold; fewer than were asked for where its capacity allows no more.
+    """
+
+    n_slots: int
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether it can hold sequences that grow to so many positions, at most n_slots of them, beside each other."""
 
     def reserve(self, lengths: Sequence[int]) -> None:
-        """Make room at once for sequences that are about to come, of so many positions each; more is made when it is needed."""
+        """Make room at once for sequences that are about to come, of so many positions each, if room is made as it is needed."""
 
     def step(self, slots: Sequence[int], positions: Sequence[int]) -> Attention:
         """The attention of one call over N tokens: the slot of each and its position there.
@@ -59,10 +67,16 @@ class KVCache(Protocol):
         """Forget a slot's sequence."""
 
 
-def new_cache(backend: Backend, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-    """An empty cache for sequences of the network `config`."""
+def new_cache(
+    backend: Backend, config: GPTConfig, *, n_slots: int, capacity: int | None, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """An empty cache for sequences of the network `config`.
+
+    capacity: positions that all sequences together may take, each rounded up to a multiple of 16; None is enough for n_slots full
+    contexts. One full context always fits.
+    """
     cache = PagedCache if backend == "ragged" else PaddedCache
-    return cache(config, n_slots=n_slots, dtype=dtype, device=device)
+    return cache(config, n_slots=n_slots, capacity=capacity, dtype=dtype, device=device)
 
 
 def choose_backend(wanted: Literal["auto", "ragged", "padded"], device: torch.device) -> Backend:

@@ -71,16 +71,21 @@ class GPT(nn.Module):
         if not 1 <= length <= self.config.n_positions:
             raise ValueError(f"a sequence of {length} tokens does not fit: 1 to n_positions ({self.config.n_positions}) do")
         logits = self.extend(
-            self.new_cache(batch),
+            self.new_cache(batch, capacity=batch * (length + 16)),
             tokens=idx.flatten().tolist(),
             slots=[slot for slot in range(batch) for _ in range(length)],
             positions=[*range(length)] * batch,
         )
         return logits.view(batch, length, -1)
 
-    def new_cache(self, n_slots: int) -> KVCache:
-        """An empty cache for this network's sequences."""
-        return new_cache(self.attention, self.config, n_slots=n_slots, dtype=self.dtype, device=self.device)
+    def new_cache(self, n_slots: int, *, capacity: int | None = None) -> KVCache:
+        """An empty cache for this network's sequences. capacity: see attention.new_cache."""
+        return new_cache(self.attention, self.config, n_slots=n_slots, capacity=capacity, dtype=self.dtype, device=self.device)
+
+    @property
+    def cache_bytes_a_token(self) -> int:
+        """Memory that a position of one sequence takes in the cache; backends round the head size up to at most a multiple of 32."""
+        return 2 * self.config.n_layer * self.config.n_head * -(-self.config.head_size // 32) * 32 * self.dtype.itemsize
 
     def extend(
         self,

@@ -28,7 +28,8 @@ class PaddedCache:
     never left-overs: a masked position still enters attention as 0 x value, and 0 x NaN is NaN.
     """
 
-    def __init__(self, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: GPTConfig, *, n_slots: int, capacity: int | None, dtype: torch.dtype, device: torch.device) -> None:
+        self.n_slots = n_slots = n_slots if capacity is None else min(n_slots, max(1, capacity // round_up(config.n_positions)))
         self.n_head, self.n_positions, self.device = config.n_head, config.n_positions, device
         # in bfloat16 a CPU has other products again, which would have to be as independent of what runs beside them
         self.upcast = config.upcast_attention or device.type == "cpu"
@@ -40,6 +41,9 @@ class PaddedCache:
         self.keys: list[Tensor] = [empty] * config.n_layer
         self.values: list[Tensor] = [empty] * config.n_layer
         self._lengths = [0] * n_slots
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        return True  # every slot can hold a full context
 
     def reserve(self, lengths: Sequence[int]) -> None:
         width = max(lengths, default=0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,27 +21,31 @@ DEPTH_MULTIPLE = 32  # numbers of a head that are stored, rounded up to a multip
 class PagedCache:
     """Per layer keys (H, P, depth, 16) and values (H, P, 16, depth): P pages of 16 positions.
 
-    A slot's pages stand in its row of the table; a page belongs to one slot or is free. More pages are made on demand.
+    A slot's pages stand in its row of the table; a page belongs to one slot or is free. All pages are there from the start, but the
+    system gives memory for a page only when it is first written; pages that have been used are used again before others are.
     """
 
-    def __init__(self, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: GPTConfig, *, n_slots: int, capacity: int | None, dtype: torch.dtype, device: torch.device) -> None:
         assert device.type == "cpu"
         assert dtype in (torch.float32, torch.bfloat16)
         load_kernels()
-        self.n_head, self.dtype = config.n_head, dtype
-        self.depth = -(-config.head_size // DEPTH_MULTIPLE) * DEPTH_MULTIPLE
-        empty = torch.empty(self.n_head, 0, self.depth, PAGE, dtype=dtype)
-        self.keys: list[Tensor] = [empty] * config.n_layer
-        self.values: list[Tensor] = [empty.view(self.n_head, 0, PAGE, self.depth)] * config.n_layer
-        self.table = torch.zeros(n_slots, -(-config.n_positions // PAGE), dtype=torch.int32)
+        self.n_slots, self.n_head = n_slots, config.n_head
+        depth = -(-config.head_size // DEPTH_MULTIPLE) * DEPTH_MULTIPLE
+        full = pages(config.n_positions)  # of one full context
+        self.n_pages = n_slots * full if capacity is None else min(n_slots * full, max(full, capacity // PAGE))
+        # 0 everywhere, as the rest of a page's depth must be
+        self.keys = [_lazy_zeros((self.n_head, self.n_pages, depth, PAGE), dtype) for _ in range(config.n_layer)]
+        self.values = [_lazy_zeros((self.n_head, self.n_pages, PAGE, depth), dtype) for _ in range(config.n_layer)]
+        self.table = torch.zeros(n_slots, full, dtype=torch.int32)
         self._pages: list[list[int]] = [[] for _ in range(n_slots)]  # of each slot, in order
-        self._free: list[int] = []
-        self._n_pages = 0
+        self._free: list[int] = []  # used before
+        self._n_used = 0  # pages from here on have never been used
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        return sum(map(pages, lengths)) <= self.n_pages
 
     def reserve(self, lengths: Sequence[int]) -> None:
-        wanted = sum(-(-length // PAGE) for length in lengths)
-        if wanted > len(self._free):
-            self._grow(wanted - len(self._free))
+        pass
 
     def step(self, slots: Sequence[int], positions: Sequence[int]) -> RaggedAttention:
         for slot, position in zip(slots, positions, strict=True):
@@ -58,26 +63,25 @@ class PagedCache:
         self._pages[slot] = []
 
     def _add_page(self, slot: int) -> None:
-        if not self._free:
-            self._grow(8)
-        page = self._free.pop()
+        if self._free:
+            page = self._free.pop()
+        else:
+            assert self._n_used < self.n_pages, "the caller admits no more than fits"
+            page = self._n_used
+            self._n_used += 1
         self.table[slot, len(self._pages[slot])] = page
         self._pages[slot].append(page)
 
-    def _grow(self, count: int) -> None:
-        """At least so many more pages, all 0: the rest of a page's depth must be 0, and what is touched now faults in no later step.
 
-        Growing copies what there is, so that it pays to grow by a part of it.
-        """
-        count = max(count, self._n_pages // 4)
-        for layer in range(len(self.keys)):
-            for tensors in (self.keys, self.values):
-                old = tensors[layer]
-                grown = old.new_zeros(old.shape[0], self._n_pages + count, *old.shape[2:])
-                grown[:, : self._n_pages] = old
-                tensors[layer] = grown
-        self._free = [*reversed(range(self._n_pages, self._n_pages + count)), *self._free]
-        self._n_pages += count
+def pages(length: int) -> int:
+    """How many pages hold so many positions."""
+    return -(-length // PAGE)
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only as they are written; torch would write them all. Raises MemoryError when there is no room for them."""
+    width = np.float32 if dtype == torch.float32 else np.uint16
+    return torch.from_numpy(np.zeros(shape, width)).view(dtype)
 
 
 class RaggedAttention:

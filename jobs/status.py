@@ -1,0 +1,47 @@
+"""`gptbatch status`: what an output holds and what is missing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from pipeline.status import OutputStatus, output_status
+
+MOST_NAMED = 10
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead.")
+def status(output: Path, as_json: bool) -> None:
+    """Say what the output folder OUTPUT holds: rows and parts that are there, missing or damaged, errors by kind, and, of a run
+    that is going on, its speed and the time left. Reads footers only; `gptbatch verify` looks at the rows.
+    """
+    found = output_status(output)
+    click.echo(json.dumps(asdict(found)) if as_json else "\n".join(_lines(found)))
+
+
+def _lines(found: OutputStatus) -> list[str]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found.errors.items())
+    lines = [
+        f"{found.output}: {found.state}",
+        f"rows     {found.rows_done} of {found.rows_total}" + (f", {found.rows_missing} missing" if found.rows_missing else ""),
+        f"parts    {found.parts_done} of {found.parts_total}"
+        + (f", missing {_some(found.parts_missing)}" if found.parts_missing else "")
+        + (f", damaged {_some(found.parts_damaged)}: the next run does them again" if found.parts_damaged else ""),
+        f"errors   {sum(found.errors.values())}"
+        + (f" ({', '.join(f'{n} {kind}' for kind, n in found.errors.items())})" if found.errors else ""),
+        f"tokens   {found.prompt_tokens} of prompts, {found.completion_tokens} of completions",
+    ]
+    if found.tokens_per_s is not None:
+        left = "" if found.seconds_left is None else f", about {found.seconds_left:.0f} s left"
+        lines.append(f"speed    {found.tokens_per_s:.0f} tokens/s{left} (at {found.updated_at})")
+    return lines
+
+
+def _some(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:MOST_NAMED]))
+    return shown if len(numbers) <= MOST_NAMED else f"{shown} and {len(numbers) - MOST_NAMED} more"

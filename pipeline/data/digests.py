@@ -1,0 +1,99 @@
+"""SHA-256 of files, remembered: a file whose size, times and inode are as they were is not read again.
+
+    digests.json    {"files": {path: {"stat": [...], "sha256": "..."}}, "inputs": ..., "parts": {name: stat}}
+
+Knows: files and their stat. Does not know: what they are for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Stat = list[int]  # size, mtime in ns, ctime in ns, inode
+
+
+def stat_of(path: Path) -> Stat:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+class DigestMemory:
+    """What is known of files, from an earlier run and from this one. A damaged memory is an empty one."""
+
+    def __init__(self, content: Any = None) -> None:
+        content = content if isinstance(content, dict) else {}
+        files, parts = content.get("files"), content.get("parts")
+        self._files: dict[str, Any] = files if isinstance(files, dict) else {}
+        self._parts: dict[str, Any] = parts if isinstance(parts, dict) else {}
+        self._input: Any = content.get("input")
+
+    @classmethod
+    def load(cls, path: Path) -> DigestMemory:
+        try:
+            return cls(json.loads(path.read_bytes()))
+        except (OSError, ValueError, RecursionError):
+            return cls()
+
+    def to_json(self) -> str:
+        return json.dumps({"files": self._files, "input": self._input, "parts": self._parts}, indent=1, ensure_ascii=False) + "\n"
+
+    def sha256(self, path: Path) -> str:
+        """Hexadecimal. Raises OSError when the file cannot be read."""
+        key = str(path.resolve())
+        before = stat_of(path)
+        known = self._files.get(key)
+        if isinstance(known, dict) and known.get("stat") == before and isinstance(known.get("sha256"), str):
+            return str(known["sha256"])
+        began_ns = time.time_ns()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._files.pop(key, None)
+        if _settled([before], began_ns) and stat_of(path) == before:
+            self._files[key] = {"stat": before, "sha256": digest}
+        return digest
+
+    def same_input(self, settings: dict[str, Any], files: list[Path] | None) -> dict[str, Any] | None:
+        """What was remembered of the input that these settings name, if its files are as they were; else None.
+
+        files: None when it cannot be known whether they are.
+        """
+        known = self._input
+        if files is None or not isinstance(known, dict) or known.get("settings") != settings or known.get("files") != _stats(files):
+            return None
+        found = known.get("found")
+        return found if isinstance(found, dict) else None
+
+    def remember_input(self, settings: dict[str, Any], files: list[Path] | None, began_ns: int, found: dict[str, Any]) -> None:
+        """found: what a reading that began then (nanoseconds since 1970) found in the input."""
+        self._input = None
+        stats = None if files is None else _stats(files)
+        if stats is not None and _settled(stats.values(), began_ns):
+            self._input = {"settings": settings, "files": stats, "found": found}
+
+    def same_part(self, path: Path) -> bool:
+        """Whether the file is as it was when `remember_parts` was called."""
+        try:
+            return self._parts.get(path.name) == stat_of(path)
+        except OSError:
+            return False
+
+    def remember_parts(self, paths: Iterable[Path]) -> None:
+        self._parts = {path.name: stat_of(path) for path in paths}
+
+
+def _stats(files: list[Path]) -> dict[str, Stat] | None:
+    try:
+        return {str(path.resolve()): stat_of(path) for path in files}
+    except OSError:
+        return None
+
+
+def _settled(stats: Iterable[Stat], began_ns: int) -> bool:
+    """Whether a later change would show in the times: clocks of file systems tick every few milliseconds, some every second or two."""
+    margins = ((mtime, 2_000_000_000 if mtime % 1_000_000_000 == 0 else 50_000_000) for _, mtime, _, _ in stats)
+    return all(mtime + margin < began_ns for mtime, margin in margins)

@@ -1,0 +1,58 @@
+"""`errors.jsonl`: the error rows of an output as lines that a run can read again.
+
+A line has the row's id, prompt, parameters and other fields, and `error`, the reason. Rows that could not be read have an empty
+prompt, since nobody knows theirs.
+
+Knows: parts and JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.data.jsonl import parse_object, to_json
+from pipeline.data.output_folder import OutputFolder
+from pipeline.data.parts import Part
+
+ERRORS = "errors.jsonl"
+_COLUMNS = ["prompt_id", "prompt", "seed", "temperature", "top_k", "max_new_tokens", "metadata", "error"]
+
+
+def write_error_rows(folder: OutputFolder, parts: Iterable[Part], prompt_field: str) -> None:
+    """Write the error rows of these parts; removes the file when there are none. Raises StorageError."""
+    with_errors = sorted((part for part in parts if part.errors), key=lambda part: part.first_row)
+    path = folder.work / ERRORS
+    if not with_errors:
+        folder.writer.remove(path)
+        return
+
+    def content(file: BinaryIO) -> None:
+        for part in with_errors:
+            for line in _lines(folder, part, prompt_field):
+                file.write(line.encode("utf-8") + b"\n")
+
+    folder.writer.write(path, content)
+
+
+def _lines(folder: OutputFolder, part: Part, prompt_field: str) -> Iterator[str]:
+    table = pq.read_table(folder.path / part.name, columns=_COLUMNS)
+    for row in table.filter(pc.is_valid(table["error"])).to_pylist():
+        own = {
+            "id": row["prompt_id"],
+            prompt_field: row["prompt"],
+            "seed": row["seed"],
+            "temperature": row["temperature"],
+            "top_k": row["top_k"],
+            "max_new_tokens": row["max_new_tokens"],
+            "error": row["error"],
+        }
+        fields = {key: json.dumps(value, ensure_ascii=False) for key, value in own.items()}
+        if row["metadata"] is not None:
+            others = parse_object(row["metadata"].encode("utf-8"))  # numbers as they are written
+            fields |= {key: to_json(value) for key, value in others.items() if key not in own}
+        yield "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in fields.items()) + "}"
