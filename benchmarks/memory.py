@@ -28,7 +28,7 @@ def resident_bytes() -> int:
 class Watch:
     """A Progress that notes the resident memory at every tenth of the rows."""
 
-    def begin(self, total_rows: int) -> None:
+    def begin(self, total_rows: int, done_rows: int) -> None:
         self.every = max(1, total_rows // 10)
         self.points: list[tuple[int, int]] = []
 

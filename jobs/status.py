@@ -32,8 +32,7 @@ def _lines(found: OutputStatus) -> list[str]:
         f"parts    {found.parts_done} of {found.parts_total}"
         + (f", missing {_some(found.parts_missing)}" if found.parts_missing else "")
         + (f", damaged {_some(found.parts_damaged)}: the next run does them again" if found.parts_damaged else ""),
-        f"errors   {sum(found.errors.values())}"
-        + (f" ({', '.join(f'{n} {kind}' for kind, n in found.errors.items())})" if found.errors else ""),
+        f"errors   {sum(found.errors.values())}" + (f" ({kinds})" if kinds else ""),
         f"tokens   {found.prompt_tokens} of prompts, {found.completion_tokens} of completions",
     ]
     if found.tokens_per_s is not None:

@@ -101,7 +101,7 @@ def trusted_parts(
         if file.state != "sound" or part is None or file.footer is None:
             continue
         wanted = (number * summary.part_rows, rows_of_part(number, summary.part_rows, summary.rows), summary.part_digests[number])
-        if (part.first_row, part.rows, part.input_digest) == wanted:
+        if (part.first_row, part.rows, part.input_rows_digest) == wanted:
             parts[number], footer = part, file.footer
     return Trusted(parts=parts, footer=footer)
 

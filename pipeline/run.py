@@ -122,6 +122,7 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
         run = _Run(config, folder, Job(config, checkpoint, source), identity, memory, began, stop or _NobodyStops())
         run.check_input(state)
         if lock is None:
+            resolve_device(config.engine)  # before a folder is made for nothing
             folder.create()
             lock = stack.enter_context(OutputLock(folder.work))
         return run.go(lock, progress)
@@ -196,7 +197,6 @@ class _Run:
     def go(self, lock: OutputLock, progress: Progress | None) -> RunSummary:
         """All that needs the lock."""
         config, folder = self.config, self.folder
-        device = resolve_device(config.engine)
         state = folder.state()
         replaced = state is not None and _is_replaced(config, state, self.job_identity)
         trusted = Trusted(parts={}, footer={})
@@ -204,6 +204,7 @@ class _Run:
             trusted = self._trusted(state)
             if len(trusted.parts) == count_parts(self.part_rows, self.summary.rows):
                 return self._finish(state, trusted, lock)
+        device = resolve_device(config.engine)
         if lock.works:
             sweep(folder.work)
         watch = ProgressFile(folder.work, folder.writer, total=self.summary.rows, done=trusted.rows, failed=trusted.errors)
@@ -234,7 +235,7 @@ class _Run:
         if part_rows_of(config, state) != self.part_rows:
             raise OutputBusyError(f"{config.output}: another run began there while this one looked at the input; run it again")
         check_same_input(config, state, self.summary)
-        found = self.folder.inspect_parts(state, self.memory if state.marked_complete else None)
+        found = self.folder.inspect_parts(state, self.memory)
         trusted = trusted_parts(config, state, found, self.job_identity, self.summary)
         logger.info("%d of %d parts are there", len(trusted.parts), count_parts(self.part_rows, self.summary.rows))
         return trusted
@@ -248,7 +249,7 @@ class _Run:
             if lock.works:
                 sweep(self.folder.work)
             if state.marked_complete and state.identity == self.identity:
-                self.memory.remember_parts(self.folder.path / part.name for part in trusted.parts.values())
+                self.memory.settle_parts(self.folder.path / part.name for part in trusted.parts.values())
                 self.folder.remember(self.memory)
             else:
                 self.folder.complete(manifest, trusted.parts.values(), self.memory)
@@ -269,10 +270,12 @@ class _Run:
         facts = {"format": FORMAT, "identity": self.identity, **self._facts(network)}
         parts = dict(trusted.parts)
         folder.begin(config.to_yaml(), facts, parts.values())
+        self.memory.forget_other_parts(part.name for part in parts.values())
         folder.remember(self.memory)
         writer = PartWriter(
             folder.path,
             folder.writer,
+            self.memory,
             part_rows=self.part_rows,
             total_rows=summary.rows,
             facts=facts,
@@ -287,6 +290,7 @@ class _Run:
             with suppress(StorageError):
                 if attempts is not None:
                     attempts.end()
+                folder.remember(self.memory)
                 write_error_rows(folder, parts.values(), config.prompt_field)
         write_error_rows(folder, parts.values(), config.prompt_field)
         generate_s = time.monotonic() - began
@@ -434,6 +438,7 @@ class _Loop:
             self._note()
         if time.monotonic() - self.manifest_written >= MANIFEST_EVERY_S:
             self.run_.folder.write_manifest(self.writer.facts, self.parts.values(), complete=False)
+            self.run_.folder.remember(self.run_.memory)
             self.manifest_written = time.monotonic()
 
     def _engine(self, batch_size: int) -> Engine:

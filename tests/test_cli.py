@@ -288,7 +288,7 @@ def test_ctrl_c_says_to_run_again(checkpoint: Path, write_rows: WriteRows, tmp_p
     child.send_signal(signal.SIGINT)
     _, stderr = child.communicate(timeout=60)
     assert child.returncode == 75
-    assert "stopped; run the same command again" in stderr
+    assert "stopped by SIGINT; 0 parts are written; run the same command again to go on" in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
@@ -299,7 +299,7 @@ def test_progress_is_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPa
     clock = iter([0.0, 1.0, 10.0, 11.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     lines = progress.Lines()
-    lines.begin(100)
+    lines.begin(100, 0)
     for rows in (1, 20, 30):
         lines.update(rows=rows, errors=2, completion_tokens=rows * 50)
     lines.end()

@@ -34,7 +34,7 @@ def read(dataset: Path | str, split: str = "train", limit: int | None = None) ->
     source = HubDataset(dataset=str(dataset), config=None, split=split, revision=None)
     reader = PromptReader(source=source, defaults=DEFAULTS, limit=limit)
     checked = reader.check()
-    prompts = list(reader.prompts(checked))
+    prompts = [row for row in reader.prompts(checked) if isinstance(row, Prompt)]
     assert checked.rows == len(prompts)
     return prompts
 

@@ -16,13 +16,14 @@ import pytest
 import pipeline.data.recorded
 import pipeline.diff
 from jobs.cli import run_command
-from pipeline.data.completions import COLUMNS, to_row
-from pipeline.data.output_folder import OutputFolder
-from pipeline.data.parts import PartWriter
+from pipeline.data.completions import COLUMNS
+from pipeline.data.digests import DigestMemory
+from pipeline.data.output_folder import FORMAT, OutputFolder
+from pipeline.data.parts import PartWriter, count_parts
 from pipeline.data.recorded import RecordedRun
 from pipeline.diff import RowDifference, diff_runs, settings_that_differ, summarize
 from pipeline.errors import InputNotFoundError, StorageError
-from pipeline.records import Completion, Prompt, SamplingParams, Timing
+from pipeline.records import Completion, Prompt, RowError, SamplingParams, Timing
 from tests.conftest import REPOSITORY
 
 IDENTITY = {"fingerprint": "f" * 64, "dtype": "float32", "seed": 0, "input_digest": "1" * 64}
@@ -47,7 +48,8 @@ def completion(prompt_id: str, token_ids: Sequence[int] = (5, 6, 7, 8), **change
     return dataclasses.replace(made, **changes)
 
 
-def failed(prompt_id: str, error: str = "the prompt has 99 tokens, more than n_positions (64)") -> Completion:
+def failed(prompt_id: str, reason: str = "the prompt has 99 tokens, more than n_positions (64)") -> Completion:
+    error = RowError(kind="too_long", reason=reason)
     return completion(prompt_id, (), finish_reason="error", stop_reason=None, error=error, timing=None, min_margin=None)
 
 
@@ -68,16 +70,25 @@ def write_run(
     folder = OutputFolder(path)
     folder.create()
     identity = {**IDENTITY, "rows": len(completions), "part_rows": part_rows, **(identity or {})}
-    facts = {**FACTS, **(facts or {})}
-    folder.begin("seed: 0\nengine:\n  dtype: float32\n", identity)
-    writer = PartWriter(path, folder.work, part_rows=part_rows, total_rows=len(completions), facts=facts)
+    facts = {"format": FORMAT, "identity": identity, **FACTS, **(facts or {})}
+    folder.begin("seed: 0\nengine:\n  dtype: float32\n", facts, [])
+    writer = PartWriter(
+        path,
+        folder.writer,
+        DigestMemory(),
+        part_rows=part_rows,
+        total_rows=len(completions),
+        facts=facts,
+        input_digests=["0" * 64] * count_parts(part_rows, len(completions)),
+    )
+    parts = []
     for index, one in enumerate(completions[:first_rows]):
         placed = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, index=index))
-        writer.add(to_row(placed, None if one.error is not None else f"private {one.prompt.prompt_id}"))
+        parts.append(writer.add(placed, None if one.error is not None else f"private {one.prompt.prompt_id}"))
+    if not completions:
+        parts.append(writer.add_empty())
     if first_rows is None:
-        writer.close()
-        errors = sum(one.error is not None for one in completions)
-        folder.complete({"identity": identity, **facts, "rows": len(completions), "errors": errors}, writer.parts)
+        folder.complete(facts, [part for part in parts if part is not None], DigestMemory())
     return path
 
 
@@ -132,7 +143,7 @@ def test_an_unfinished_run_is_read_as_far_as_it_is(tmp_path: Path) -> None:
     run = RecordedRun(write_run(tmp_path / "out", many(7), first_rows=5))
     assert (run.n_rows, run.complete, run.facts, run.manifest["complete"]) == (4, False, FACTS, False)
     none_yet = RecordedRun(write_run(tmp_path / "none yet", many(7), first_rows=0))
-    assert (none_yet.n_rows, none_yet.complete, none_yet.facts, none_yet.parts, list(none_yet.rows())) == (0, False, {}, [], [])
+    assert (none_yet.n_rows, none_yet.complete, none_yet.facts, none_yet.parts, list(none_yet.rows())) == (0, False, FACTS, [], [])
 
 
 def test_a_run_that_lost_a_part_is_not_complete(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from pipeline.generation import reference
 from pipeline.generation.engine import Engine, WindowFull
 from pipeline.gpt.model import GPT
-from pipeline.records import Completion, TokenizedPrompt
+from pipeline.records import Completion, RowError, TokenizedPrompt
 from tests.conftest import our_model, random_model, tokenized
 
 END_OF_TEXT = 0
@@ -149,7 +149,7 @@ def test_a_row_with_nan_logits_is_an_error_and_harms_nobody() -> None:
     assert outcome(completions[:30]) == expected
     for completion in completions[30:]:
         assert completion.finish_reason == "error"
-        assert completion.error == "the logits of new token 0 hold NaN or infinity"
+        assert completion.error == RowError(kind="not_finite", reason="the logits of new token 0 hold NaN or infinity")
         assert completion.token_ids == []
 
 

@@ -33,7 +33,7 @@ def reader(path: Path, *, limit: int | None = None, prompt_field: str = "prompt"
 def read(path: Path, **settings: Any) -> list[Prompt]:
     source = reader(path, **settings)
     checked = source.check()
-    prompts = list(source.prompts(checked))
+    prompts = [row for row in source.prompts(checked) if isinstance(row, Prompt)]
     assert checked.rows == len(prompts)
     return prompts
 
@@ -228,7 +228,8 @@ def test_a_pipe_is_read_once_and_kept(tmp_path: Path) -> None:
     thread.start()
     source = PromptReader(source=JsonlFile(pipe), defaults=DEFAULTS)
     thread.join()
-    assert [prompt.text for prompt in source.prompts(source.check())] == ["a", "b"]
+    assert source.source.files() is None
+    assert [row.text for row in source.prompts(source.check()) if isinstance(row, Prompt)] == ["a", "b"]
     assert PromptReader(source=JsonlFile("/dev/null"), defaults=DEFAULTS).check().rows == 0
 
 

@@ -1,6 +1,6 @@
 """SHA-256 of files, remembered: a file whose size, times and inode are as they were is not read again.
 
-    digests.json    {"files": {path: {"stat": [...], "sha256": "..."}}, "inputs": ..., "parts": {name: stat}}
+    digests.json    {"files": {path: {"stat": [...], "sha256": "..."}}, "input": {...}, "parts": {name: {"stat", "sha256"}}}
 
 Knows: files and their stat. Does not know: what they are for.
 """
@@ -50,8 +50,7 @@ class DigestMemory:
         if isinstance(known, dict) and known.get("stat") == before and isinstance(known.get("sha256"), str):
             return str(known["sha256"])
         began_ns = time.time_ns()
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
         self._files.pop(key, None)
         if _settled([before], began_ns) and stat_of(path) == before:
             self._files[key] = {"stat": before, "sha256": digest}
@@ -76,14 +75,42 @@ class DigestMemory:
             self._input = {"settings": settings, "files": stats, "found": found}
 
     def same_part(self, path: Path) -> bool:
-        """Whether the file is as it was when `remember_parts` was called."""
+        """Whether the file looks as it did when `settle_parts` saw it."""
         try:
-            return self._parts.get(path.name) == stat_of(path)
-        except OSError:
+            return bool(self._parts[path.name]["stat"] == stat_of(path))
+        except (OSError, KeyError, TypeError):
             return False
 
-    def remember_parts(self, paths: Iterable[Path]) -> None:
-        self._parts = {path.name: stat_of(path) for path in paths}
+    def other_part(self, path: Path) -> bool:
+        """Whether the file is known and not, to the bit, the one that was written. Reads all of it."""
+        try:
+            return bool(self._parts[path.name]["sha256"] != file_sha256(path))
+        except (OSError, KeyError, TypeError):
+            return False
+
+    def remember_part(self, name: str, sha256: str) -> None:
+        """A part that has just been written."""
+        self._parts[name] = {"stat": None, "sha256": sha256}
+
+    def forget_other_parts(self, names: Iterable[str]) -> None:
+        """Forget all parts but these: others are about to be written."""
+        self._parts = {name: self._parts[name] for name in names if name in self._parts}
+
+    def settle_parts(self, paths: Iterable[Path]) -> None:
+        """Parts that are as they should be. One that was written a moment ago is looked at again the next time."""
+        now_ns = time.time_ns()
+        for path in paths:
+            stat, known = stat_of(path), self._parts.get(path.name)
+            if isinstance(known, dict):
+                known["stat"] = stat if _settled([stat], now_ns) else None
+            else:
+                self._parts[path.name] = {"stat": stat if _settled([stat], now_ns) else None, "sha256": file_sha256(path)}
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stats(files: list[Path]) -> dict[str, Stat] | None:
@@ -95,5 +122,5 @@ def _stats(files: list[Path]) -> dict[str, Stat] | None:
 
 def _settled(stats: Iterable[Stat], began_ns: int) -> bool:
     """Whether a later change would show in the times: clocks of file systems tick every few milliseconds, some every second or two."""
-    margins = ((mtime, 2_000_000_000 if mtime % 1_000_000_000 == 0 else 50_000_000) for _, mtime, _, _ in stats)
-    return all(mtime + margin < began_ns for mtime, margin in margins)
+    margins = ((ctime, 2_000_000_000 if ctime % 1_000_000_000 == 0 else 50_000_000) for _, _, ctime, _ in stats)
+    return all(ctime + margin < began_ns for ctime, margin in margins)

@@ -15,7 +15,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,14 @@ class OutputFolder:
             raise OutputConflictError(f"{self.path}: holds something that gptbatch did not write; name another output")
         return FolderState(manifest=manifest, parts=parts, marked_complete=complete)
 
-    def inspect_parts(self, state: FolderState, memory: DigestMemory | None = None) -> dict[int, FoundPart]:
-        """Look at every part. memory: parts that are as they were when they were remembered are believed without reading them."""
-        return {number: inspect_part(path, content=memory is None or not memory.same_part(path)) for number, path in state.parts.items()}
+    def inspect_parts(self, state: FolderState, memory: DigestMemory) -> dict[int, FoundPart]:
+        """Look at every part, and read those whose size or times are not as remembered."""
+        found = {}
+        for number, path in state.parts.items():
+            found[number] = inspect_part(path, content=not memory.same_part(path))
+            if found[number].state == "sound" and not memory.same_part(path) and memory.other_part(path):
+                found[number] = replace(found[number], state="damaged")
+        return found
 
     def create(self) -> None:
         """Create the folder if it is missing, and find out whether it can be written."""
@@ -115,7 +120,7 @@ class OutputFolder:
         parts = list(parts)
         self.write_manifest(manifest, parts, complete=True)
         self.writer.write_text(self.path / SUCCESS, "")
-        memory.remember_parts(self.path / part.name for part in parts)
+        memory.settle_parts(self.path / part.name for part in parts)
         self.remember(memory)
 
     def remember(self, memory: DigestMemory) -> None:

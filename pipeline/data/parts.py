@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.completions import content_digest, to_row, to_table
+from pipeline.data.digests import DigestMemory, file_sha256
 from pipeline.data.durable import Writer
 from pipeline.errors import StorageError
 from pipeline.records import Completion
@@ -32,7 +33,7 @@ DEFAULT_PART_ROWS = 512  # about a minute of gpt2 on a CPU: what a kill can cost
 class Part:
     """A part that has been written: which rows it holds and how they ended. Its footer says so, and so does the manifest.
 
-    error_kinds: how many error rows of each kind. input_digest: SHA-256 of what the input says in these rows. prompt_tokens and
+    error_kinds: how many error rows of each kind. input_rows_digest: SHA-256 of what the input says in these rows. prompt_tokens and
     completion_tokens: sums over the rows.
     """
 
@@ -42,7 +43,7 @@ class Part:
     error_kinds: dict[str, int]
     prompt_tokens: int
     completion_tokens: int
-    input_digest: str
+    input_rows_digest: str
     content_digest: str
 
     @property
@@ -78,12 +79,22 @@ def part_number(name: str) -> int:
 class PartWriter:
     """Collects rows in any order and commits each part when its last row arrives.
 
-    total_rows: how many rows the input has. facts: what each footer says of the run. input_digests: of each part, by number.
+    memory: learns the digest of each part's file. total_rows: how many rows the input has. facts: what each footer says of the run.
+    input_digests: of each part, by number.
     """
 
     def __init__(
-        self, output: Path, writer: Writer, *, part_rows: int, total_rows: int, facts: dict[str, Any], input_digests: list[str]
+        self,
+        output: Path,
+        writer: Writer,
+        memory: DigestMemory,
+        *,
+        part_rows: int,
+        total_rows: int,
+        facts: dict[str, Any],
+        input_digests: list[str],
     ) -> None:
+        self._memory = memory
         self._output, self._writer, self.facts, self._input_digests = output, writer, facts, input_digests
         self._part_rows, self._total_rows = part_rows, total_rows
         self._waiting: dict[int, dict[int, dict[str, Any]]] = {}
@@ -126,7 +137,7 @@ class PartWriter:
             error_kinds=dict(sorted(self._error_kinds.pop(number, Counter()).items())),
             prompt_tokens=sum(row["prompt_tokens"] for row in rows),
             completion_tokens=sum(row["completion_tokens"] for row in rows),
-            input_digest=self._input_digests[number],
+            input_rows_digest=self._input_digests[number],
             content_digest=content_digest(table),
         )
         footer = {**self.facts, **{key: value for key, value in asdict(part).items() if key != "name"}}
@@ -141,8 +152,11 @@ class PartWriter:
             found = inspect_part(path, name=part.name)
             if found.state != "sound" or found.part != part:
                 raise StorageError(f"{self._output / part.name}: what was written reads back otherwise; is the disk failing?")
+            written.append(file_sha256(path))
 
+        written: list[str] = []
         self._writer.write(self._output / part.name, content, check=check)
+        self._memory.remember_part(part.name, written[0])
         return part
 
 

@@ -201,6 +201,8 @@ class Engine:
         """The cache, as large as memory_bytes says and there is memory for; sets batch_size to what it can hold."""
         while True:
             capacity = None if self.memory_bytes is None else self.memory_bytes // self.model.cache_bytes_a_token
+            if (most := self.model.most_slots(capacity)) is not None:
+                self.batch_size = min(self.batch_size, most)
             try:
                 with torch.inference_mode():
                     self._cache = self.model.new_cache(self.batch_size, capacity=capacity)
@@ -212,7 +214,6 @@ class Engine:
                 self.batch_size //= 2
                 self.stats.halvings += 1
             else:
-                self.batch_size = min(self.batch_size, self._cache.n_slots)
                 return
 
     def _halve(self, error: Exception) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.errors import DeviceError
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import KernelError, load_kernels
-from pipeline.gpt.padded import PaddedCache
+from pipeline.gpt.padded import PaddedCache, round_up
 from pipeline.gpt.ragged import PagedCache
 
 logger = logging.getLogger("gptbatch")
@@ -40,15 +40,10 @@ class Attention(Protocol):
 
 
 class KVCache(Protocol):
-    """The keys and values of the sequences that are running. A slot is a sequence's place; it knows not whose.
-
-    n_slots: how many sequences it can hold; fewer than were asked for where its capacity allows no more.
-    """
-
-    n_slots: int
+    """The keys and values of the sequences that are running. A slot is a sequence's place; it knows not whose."""
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        """Whether it can hold sequences that grow to so many positions, at most n_slots of them, beside each other."""
+        """Whether it can hold sequences that grow to so many positions, at most one a slot, beside each other."""
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room at once for sequences that are about to come, of so many positions each, if room is made as it is needed."""
@@ -73,10 +68,18 @@ def new_cache(
     """An empty cache for sequences of the network `config`.
 
     capacity: positions that all sequences together may take, each rounded up to a multiple of 16; None is enough for n_slots full
-    contexts. One full context always fits.
+    contexts. One full context always fits. padded makes room for what comes, up to that: its slots are to be limited (`most_slots`).
     """
-    cache = PagedCache if backend == "ragged" else PaddedCache
-    return cache(config, n_slots=n_slots, capacity=capacity, dtype=dtype, device=device)
+    if backend == "padded":
+        return PaddedCache(config, n_slots=n_slots, dtype=dtype, device=device)
+    return PagedCache(config, n_slots=n_slots, capacity=capacity, dtype=dtype, device=device)
+
+
+def most_slots(backend: Backend, config: GPTConfig, *, capacity: int | None) -> int | None:
+    """How many slots a cache of that capacity may have so that it cannot outgrow it; None for any number."""
+    if backend == "ragged" or capacity is None:
+        return None
+    return max(1, capacity // round_up(config.n_positions))
 
 
 def choose_backend(wanted: Literal["auto", "ragged", "padded"], device: torch.device) -> Backend:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.gpt.attention import Attention, Backend, KVCache, new_cache
+from pipeline.gpt.attention import Attention, Backend, KVCache, most_slots, new_cache
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import ROW_PLANS, Linear, LinearKind, RowPlan
 
@@ -81,6 +81,10 @@ class GPT(nn.Module):
     def new_cache(self, n_slots: int, *, capacity: int | None = None) -> KVCache:
         """An empty cache for this network's sequences. capacity: see attention.new_cache."""
         return new_cache(self.attention, self.config, n_slots=n_slots, capacity=capacity, dtype=self.dtype, device=self.device)
+
+    def most_slots(self, capacity: int | None) -> int | None:
+        """See attention.most_slots."""
+        return most_slots(self.attention, self.config, capacity=capacity)
 
     @property
     def cache_bytes_a_token(self) -> int:

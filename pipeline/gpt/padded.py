@@ -28,8 +28,7 @@ class PaddedCache:
     never left-overs: a masked position still enters attention as 0 x value, and 0 x NaN is NaN.
     """
 
-    def __init__(self, config: GPTConfig, *, n_slots: int, capacity: int | None, dtype: torch.dtype, device: torch.device) -> None:
-        self.n_slots = n_slots = n_slots if capacity is None else min(n_slots, max(1, capacity // round_up(config.n_positions)))
+    def __init__(self, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.n_head, self.n_positions, self.device = config.n_head, config.n_positions, device
         # in bfloat16 a CPU has other products again, which would have to be as independent of what runs beside them
         self.upcast = config.upcast_attention or device.type == "cpu"

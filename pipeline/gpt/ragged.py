@@ -29,7 +29,7 @@ class PagedCache:
         assert device.type == "cpu"
         assert dtype in (torch.float32, torch.bfloat16)
         load_kernels()
-        self.n_slots, self.n_head = n_slots, config.n_head
+        self.n_head = config.n_head
         depth = -(-config.head_size // DEPTH_MULTIPLE) * DEPTH_MULTIPLE
         full = pages(config.n_positions)  # of one full context
         self.n_pages = n_slots * full if capacity is None else min(n_slots * full, max(full, capacity // PAGE))
