@@ -282,6 +282,9 @@ class _Run:
             input_digests=summary.part_digests,
         )
         attempts = Attempts(folder.work, folder.writer) if lock.works else None
+        if attempts is not None:
+            for number in parts:
+                attempts.written(number)
         loop = _Loop(self, network, writer, attempts, parts, trusted.errors, progress, watch)
         began = time.monotonic()
         try:
@@ -295,7 +298,8 @@ class _Run:
         write_error_rows(folder, parts.values(), config.prompt_field)
         generate_s = time.monotonic() - began
         logger.info("%d rows written in %.1f s", loop.rows, generate_s)
-        folder.complete(facts, parts.values(), self.memory)
+        halvings = {"memory_halvings": loop.halvings} if loop.halvings else {}
+        folder.complete({**facts, **halvings}, parts.values(), self.memory)
         return RunSummary(
             output=config.output,
             rows=loop.rows,
@@ -352,7 +356,7 @@ class _Loop:
     ) -> None:
         self.run_, self.network, self.writer, self.attempts, self.parts = run, network, writer, attempts, parts
         self.errors_before, self.progress, self.watch = errors_before, progress, watch
-        self.rows = self.errors = self.prompt_tokens = self.completion_tokens = 0
+        self.rows = self.errors = self.prompt_tokens = self.completion_tokens = self.halvings = 0
         self.started: set[int] = set()  # parts of which a row has been taken and that are not written
         self.manifest_written = time.monotonic()
 
@@ -388,7 +392,7 @@ class _Loop:
         prompts = self.run_.job.tokenized(self.run_.summary, reject=self._take, parts=numbers, may_start=self._may_start)
         if self.alone and self.attempts is not None:
             prompts = self._named(prompts, self.attempts)
-        tokens_before = self.completion_tokens
+        tokens_before, halvings_before = self.completion_tokens, self.halvings
         for ended in engine.generate(prompts):
             for completion in ended:
                 self._take(completion)
@@ -396,6 +400,7 @@ class _Loop:
             if self.progress is not None:
                 self.progress.update(rows=self.rows, errors=self.errors, completion_tokens=tokens)
             self.watch.update(rows=self.rows, errors=self.errors, completion_tokens=tokens)
+            self.halvings = halvings_before + engine.stats.halvings
             if (who := self.run_.stop.requested()) is not None:
                 raise StoppedError(f"stopped by {who}; {len(self.parts)} parts are written; run the same command again to go on")
 

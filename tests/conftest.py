@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from pipeline.gpt.kernels.build import KernelError, load_kernels
 from pipeline.gpt.model import GPT
 from pipeline.gpt.weights import copy_model
 from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
+from tests.launcher import Launcher
+from tests.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SENTENCES = ["The king is dead.", "Long live the king, and the queen.", "To be, or not to be: that is the question."]
 
 
@@ -95,6 +96,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model().save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Starts the command in child processes, quickly."""
+    with Launcher() as started:
+        yield started
 
 
 @pytest.fixture

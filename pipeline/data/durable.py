@@ -10,6 +10,7 @@ Knows: files. Does not know: what is in them.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -82,12 +83,12 @@ def _write_all(file: BinaryIO, content: bytes) -> None:
 
 
 def _fsync(path: Path) -> None:
-    """Of a file or a folder. Some file systems have no fsync of folders, and say so with EINVAL."""
+    """Of a file or a folder. Some file systems have no fsync of folders, and say so."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)):
             raise
     finally:
         os.close(descriptor)

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.attempts import ATTEMPTS
 from pipeline.data.digests import DigestMemory
 from pipeline.data.durable import Writer
 from pipeline.data.parts import PART_NAME, FoundPart, Part, inspect_part, part_number, read_footer
@@ -120,6 +121,7 @@ class OutputFolder:
         parts = list(parts)
         self.write_manifest(manifest, parts, complete=True)
         self.writer.write_text(self.path / SUCCESS, "")
+        self.writer.remove(self.work / ATTEMPTS)
         memory.settle_parts(self.path / part.name for part in parts)
         self.remember(memory)
 

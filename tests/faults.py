@@ -1,0 +1,166 @@
+"""Faults at each step of a commit: the process is killed after the step, or the step fails with an error of the file system.
+
+write      the temporary file of the second part has its content
+close      it is closed
+fsync      it is on the disk
+replace    it has its final name
+folder     the folders are on the disk
+manifest   the last manifest is written
+success    `_SUCCESS` is written
+
+And what else may befall a run: locks that do not work, steps that take long, memory that runs out, a row that kills.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.data import durable
+from pipeline.data.output_folder import MANIFEST, SUCCESS, OutputFolder
+
+STEPS = ("write", "close", "fsync", "replace", "folder", "manifest", "success")
+TARGETS = {"manifest": MANIFEST, "success": SUCCESS}
+
+
+class FailingClose:
+    """A file whose close fails, as it does where what was buffered no longer fits."""
+
+    def __init__(self, file: BinaryIO, fail: Callable[[], None]) -> None:
+        self._file, self._fail = file, fail
+
+    def __enter__(self) -> BinaryIO:
+        return self._file.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._file.__exit__(*exception)
+        self._fail()
+
+
+def install(step: str, kind: str) -> None:
+    """In this process, for good. kind: "kill", or the name of an errno; or as `OTHERS` say."""
+    if step in OTHERS:
+        OTHERS[step](kind)
+        return
+    part = "part-00001.parquet"
+    target = TARGETS.get(step, part)
+    now: list[Path] = []  # what is being written
+
+    def strike() -> None:
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+
+    def around(function: Callable[..., Any], at: Callable[..., bool]) -> Callable[..., Any]:
+        """A kill comes after the call, an error instead of it."""
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            hit = bool(now) and now[-1].name == target and at(*arguments)
+            if hit and kind != "kill":
+                strike()
+            result = function(*arguments, **settings)
+            if hit:
+                strike()
+            return result
+
+        return call
+
+    original_write, original_complete = durable.Writer.write, OutputFolder.complete
+    completing: list[bool] = []
+
+    def write(self: durable.Writer, path: Path, content: Callable[[BinaryIO], None], **settings: Any) -> None:
+        if step == "manifest" and not completing:
+            original_write(self, path, content, **settings)
+            return
+        now.append(path)
+        try:
+            original_write(self, path, around(content, lambda *_: step == "write"), **settings)
+            if step in ("manifest", "success") and kind == "kill" and path.name == target:
+                strike()
+        finally:
+            now.pop()
+
+    def complete(self: OutputFolder, *arguments: Any) -> None:
+        completing.append(True)
+        original_complete(self, *arguments)
+
+    durable.Writer.write = write  # type: ignore[method-assign]
+    OutputFolder.complete = complete  # type: ignore[method-assign]
+    if step == "close":
+        original_open = Path.open
+
+        def open_(self: Path, *arguments: Any, **settings: Any) -> Any:
+            file = original_open(self, *arguments, **settings)
+            return FailingClose(file, strike) if now and now[-1].name == target and self.name.endswith(".tmp") else file
+
+        Path.open = open_  # type: ignore[assignment]
+    if step == "fsync":
+        durable._fsync = around(durable._fsync, lambda path: not path.is_dir())
+    if step == "folder":
+        durable._fsync = around(durable._fsync, lambda path: path.is_dir() and (kind != "kill" or path.name == ".gptbatch"))
+    if step == "replace" or (step in TARGETS and kind != "kill"):
+        os.replace = around(os.replace, lambda *_: True)
+
+
+# -- other faults ------------------------------------------------------------------------------------------------------
+
+
+def no_locks(kind: str) -> None:
+    """Every lock fails with this errno."""
+    from pipeline.data import lock
+
+    class NoLock:
+        def __init__(self, path: Path) -> None:
+            pass
+
+        def acquire(self, **settings: Any) -> None:
+            raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+
+    lock.FileLock = NoLock  # type: ignore[assignment, misc]
+
+
+def before_each_step(act: Callable[[Any, list[int]], None]) -> None:
+    """act(engine, slots)."""
+    from pipeline.generation.engine import Engine
+
+    original = Engine._step
+
+    def step(self: Engine, slots: list[int]) -> None:
+        act(self, slots)
+        original(self, slots)
+
+    Engine._step = step  # type: ignore[method-assign]
+
+
+def slow_step(seconds: str) -> None:
+    before_each_step(lambda engine, slots: time.sleep(float(seconds)))
+
+
+def memory(times: str) -> None:
+    """The words of torch's allocator, so many times; or "always"."""
+    left = [float("inf") if times == "always" else int(times)]
+
+    def fail(engine: Any, slots: list[int]) -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ...")
+
+    before_each_step(fail)
+
+
+def poison(prompt_id: str) -> None:
+    """The process dies when this row runs."""
+
+    def die(engine: Any, slots: list[int]) -> None:
+        if any(engine._running[slot].source.prompt.prompt_id == prompt_id for slot in slots):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before_each_step(die)
+
+
+OTHERS = {"no locks": no_locks, "slow step": slow_step, "memory": memory, "poison": poison}

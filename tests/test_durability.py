@@ -1,0 +1,458 @@
+"""The second promise: nothing is lost. The real command in child processes, killed, starved and disturbed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.completions import DETERMINISTIC_COLUMNS
+from pipeline.data.durable import TEMPORARY_NAME
+from pipeline.data.parts import inspect_part
+from tests.faults import STEPS
+from tests.launcher import Child, Launcher
+
+WriteRows = Callable[..., Path]
+ROWS: list[dict[str, Any]] = [{"id": f"r{i}", "prompt": "The king is dead. " * (i % 4), "note": i} for i in range(40)]
+ROWS[7]["prompt"] = "king " * 200  # more than n_positions tokens: an error row
+
+
+class Setting:
+    """A job, and what an undisturbed run of it writes."""
+
+    def __init__(self, launcher: Launcher, checkpoint: Path, folder: Path, rows: list[dict[str, Any]]) -> None:
+        self.launcher, self.folder = launcher, folder
+        self.input = folder / "prompts.jsonl"
+        self.write(rows)
+        self.arguments = ["generate", "--model", str(checkpoint), "--input", str(self.input), "--max-new-tokens", "12", "--part-rows", "6"]
+        self.arguments += ["--batch-size", "4", "--threads", "1"]
+        code, child = self.run(folder / "undisturbed")
+        assert code == 0, child.stderr
+        self.expected = table(folder / "undisturbed")
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        self.input.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def start(self, output: Path, *more: str, **settings: Any) -> Child:
+        return self.launcher.start(*self.arguments, "--output", output, *more, **settings)
+
+    def run(self, output: Path, *more: str, **settings: Any) -> tuple[int, Child]:
+        child = self.start(output, *more, **settings)
+        return child.wait(), child
+
+    def check_complete(self, output: Path) -> None:
+        """All that an undisturbed run leaves, and nothing else."""
+        found = table(output)
+        ids = found["prompt_id"].to_pylist()
+        assert len(set(ids)) == len(ids)
+        assert found.equals(self.expected)
+        assert (output / "_SUCCESS").exists()
+        assert json.loads((output / "_manifest.json").read_text())["complete"] is True
+        assert sorted(path.name for path in output.iterdir() if path.name[0] not in "_.") == [
+            f"part-{k:05d}.parquet" for k in range(-(-len(ids) // 6))
+        ]
+        assert not [path for path in output.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
+        assert not (output / ".gptbatch" / "attempts.json").exists()
+
+
+def table(output: Path) -> pa.Table:
+    """The deterministic columns of all parts."""
+    parts = [pq.read_table(path, columns=DETERMINISTIC_COLUMNS) for path in sorted(output.glob("part-*.parquet"))]
+    return pa.concat_tables(parts).combine_chunks()
+
+
+def check_parts(output: Path) -> None:
+    """Whatever is visible is whole."""
+    for path in output.glob("part-*.parquet"):
+        assert inspect_part(path).state == "sound"
+
+
+@pytest.fixture(scope="module")
+def setting(launcher: Launcher, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(launcher, checkpoint, tmp_path_factory.mktemp("setting"), ROWS)
+
+
+@pytest.fixture
+def long(launcher: Launcher, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """A run that takes long enough to be disturbed, from a file that no buffer holds whole."""
+    rows = [{"id": f"r{i}", "prompt": f"{i} The king", "note": "x" * 200} for i in range(300)]
+    return Setting(launcher, checkpoint, tmp_path_factory.mktemp("long"), rows)
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+def wait_for_parts(output: Path, count: int) -> None:
+    wait_for(lambda: len(list(output.glob("part-*.parquet"))) >= count, f"{count} parts")
+
+
+# -- faults at each step of a commit ---------------------------------------------------------------------------------------
+
+CAN_FAIL = {
+    "write": ("ENOSPC", "EIO"),
+    "close": ("ENOSPC", "EIO"),
+    "fsync": ("ENOSPC", "EIO"),
+    "replace": ("ENOSPC", "EIO"),
+    "folder": ("EIO",),
+    "manifest": ("ENOSPC", "EIO"),
+    "success": ("ENOSPC", "EIO"),
+}
+
+
+@pytest.mark.parametrize(("step", "kind"), [(step, kind) for step in STEPS for kind in ("kill", *CAN_FAIL[step])])
+def test_a_fault_at_a_step_of_a_commit(setting: Setting, tmp_path: Path, step: str, kind: str) -> None:
+    output = tmp_path / "out"
+    code, child = setting.run(output, fault=(step, kind))
+    assert code == (-signal.SIGKILL if kind == "kill" else 74), child.stderr
+    if kind != "kill":
+        assert f"cannot be written ({os.strerror({'ENOSPC': 28, 'EIO': 5}[kind])})" in child.stderr
+        assert "Traceback" not in child.stderr
+        assert not [path for path in output.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
+    check_parts(output)
+    assert (output / "part-00000.parquet").exists()
+    assert (output / "part-00001.parquet").exists() == (step in ("manifest", "success", "folder") or (step, kind) == ("replace", "kill"))
+    assert (output / "_SUCCESS").exists() == ((step, kind) == ("success", "kill"))
+    before = {path: path.stat().st_mtime_ns for path in output.glob("part-*.parquet")}
+    code, child = setting.run(output)
+    assert code == 0, child.stderr
+    setting.check_complete(output)
+    assert child.summary["rows"] + child.summary["skipped"] == 40
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was written is not written again"
+
+
+# -- kills -----------------------------------------------------------------------------------------------------------------
+
+
+def test_kills_at_random_moments(setting: Setting, tmp_path: Path) -> None:
+    """Rounds of runs that are killed, resumed and killed again, until one is left alone; `make soak` does more of them."""
+    from tests.soak import soak
+
+    kills = soak(setting, tmp_path, rounds=20, seed=1)
+    assert kills >= 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals(long: Setting, tmp_path: Path, number: int) -> None:
+    output = tmp_path / "out"
+    child = long.start(output)
+    wait_for_parts(output, 3)
+    began = time.monotonic()
+    child.send_signal(number)
+    assert child.wait() == 75
+    assert time.monotonic() - began < 10
+    name = signal.Signals(number).name
+    assert f"stopped by {name}; " in child.stderr
+    assert "run the same command again to go on" in child.stderr
+    assert "Traceback" not in child.stderr
+    assert not (output / "_SUCCESS").exists()
+    check_parts(output)
+    assert json.loads((output / ".gptbatch" / "progress.json").read_text())["state"] == "stopped"
+    assert not (output / ".gptbatch" / "attempts.json").exists(), "a stop is no death"
+    done = sum(pq.read_metadata(path).num_rows for path in output.glob("part-*.parquet"))
+    assert 18 <= done < 300
+    code, child = long.run(output)
+    assert code == 0, child.stderr
+    assert (child.summary["skipped"], child.summary["rows"]) == (done, 300 - done)
+    long.check_complete(output)
+
+
+def test_a_signal_while_loading_ends_at_once(long: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    child = long.start(output)
+    wait_for(lambda: (output / ".gptbatch" / "progress.json").exists(), "the lock")
+    began = time.monotonic()
+    child.send_signal(signal.SIGTERM)
+    assert child.wait() == 75
+    assert time.monotonic() - began < 3
+    assert "Traceback" not in child.stderr
+    assert not list(output.glob("part-*"))
+
+
+def test_a_second_signal_ends_at_once(long: Setting, tmp_path: Path) -> None:
+    """With steps that take long, so that the first one has not yet been seen to."""
+    output = tmp_path / "out"
+    child = long.start(output, fault=("slow step", "5"))
+    progress = output / ".gptbatch" / "progress.json"
+    wait_for(lambda: progress.exists() and json.loads(progress.read_text())["state"] == "running", "rows")
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    began = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    assert child.wait() == 128 + signal.SIGINT
+    assert time.monotonic() - began < 1
+
+
+# -- two runs, changed inputs, full disks ----------------------------------------------------------------------------------
+
+
+def test_two_runs_at_once(long: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    first = long.start(output)
+    wait_for_parts(output, 2)
+    began = time.monotonic()
+    code, second = long.run(output)
+    assert time.monotonic() - began < 5
+    assert code == 69
+    assert f"another run is writing it (process {first.pid} on host {os.uname().nodename}, since " in second.stderr
+    assert first.wait() == 0, first.stderr
+    long.check_complete(output)
+
+
+def test_the_lock_of_a_dead_process_is_no_obstacle(long: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    child = long.start(output)
+    wait_for_parts(output, 2)
+    (output / ".gptbatch" / "part-00001.parquet.0123456789ab.tmp").write_bytes(b"left behind")
+    (output / ".gptbatch" / "notes.tmp").write_bytes(b"not ours")
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert (output / ".gptbatch" / "holder.json").exists()
+    code, child = long.run(output)
+    assert code == 0, child.stderr
+    (output / ".gptbatch" / "notes.tmp").unlink()
+    long.check_complete(output)
+
+
+def test_where_locks_do_not_work(long: Setting, tmp_path: Path) -> None:
+    """Two runs write one folder: both warn, sweep nothing, and the table is right."""
+    output = tmp_path / "out"
+    children = [long.start(output, fault=("no locks", "ENOLCK")) for _ in range(2)]
+    for child in children:
+        code = child.wait()
+        assert code == 0, child.stderr
+        assert "cannot be locked" in child.stderr
+    long.check_complete(output)
+
+
+def test_an_input_that_changes_half_way(long: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    rows = [json.loads(line) for line in long.input.read_text().splitlines()]
+    child = long.start(output)
+    wait_for_parts(output, 2)
+    long.write([*rows[:290], {"id": "other", "prompt": "another"}, *rows[291:]])  # rows are read 256 at a time
+    assert child.wait() == 65
+    assert f"{long.input}: differs from what was checked, in rows 288 to 293; the input has changed since it was checked" in child.stderr
+    check_parts(output)
+    assert not (output / "_SUCCESS").exists()
+    before = {path: path.read_bytes() for path in output.glob("part-*.parquet")}
+    code, child = long.run(output)
+    assert code == 78
+    assert "holds a run of another input (input_digest differs" in child.stderr
+    assert {path: path.read_bytes() for path in output.glob("part-*.parquet")} == before
+    long.write(rows)
+    code, child = long.run(output)
+    assert code == 0, child.stderr
+    long.check_complete(output)
+
+
+def test_a_file_that_may_not_grow(long: Setting, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk: a part of many rows does not fit, the small files do."""
+    output = tmp_path / "out"
+    code, child = long.run(output, "--part-rows", "200", file_size_limit=25_000)
+    assert code == 74
+    assert "part-00000.parquet: cannot be written (File too large)" in child.stderr
+    assert not list(output.glob("part-*"))
+    assert not [path for path in output.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
+    code, child = long.run(output, "--part-rows", "200")
+    assert code == 0, child.stderr
+    assert table(output).equals(long.expected)
+
+
+# -- resuming --------------------------------------------------------------------------------------------------------------
+
+
+def test_batch_size_and_threads_may_change(setting: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    child = setting.start(output, fault=("replace", "kill"))
+    assert child.wait() == -signal.SIGKILL
+    code, child = setting.run(output, "--batch-size", "17", "--threads", "2")
+    assert code == 0, child.stderr
+    setting.check_complete(output)
+
+
+def test_part_rows_are_fixed_by_the_output(setting: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert setting.start(output, fault=("replace", "kill")).wait() == -signal.SIGKILL
+    code, child = setting.run(output, "--part-rows", "7")
+    assert (code, "holds a run of another job (part_rows differ)" in child.stderr) == (78, True)
+    without = [argument for argument in setting.arguments if argument not in ("--part-rows", "6")]
+    code, child = setting.launcher.run(*without, "--output", output)
+    assert code == 0, child.stderr
+    setting.check_complete(output)
+
+
+def test_a_lost_manifest_is_made_again(setting: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert setting.start(output, fault=("manifest", "kill")).wait() == -signal.SIGKILL
+    expected = json.loads((output / "_manifest.json").read_text())
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:100])):
+        damage(output / "_manifest.json")
+        (output / "_SUCCESS").unlink(missing_ok=True)
+        code, child = setting.run(output)
+        assert (code, child.summary["skipped"]) == (0, 40), child.stderr
+        setting.check_complete(output)
+        assert json.loads((output / "_manifest.json").read_text()) == expected
+
+
+def test_a_larger_limit_goes_on(setting: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert setting.run(output, "--limit", "20")[0] == 0
+    kept = {path: path.stat().st_mtime_ns for path in sorted(output.glob("part-*"))[:3]}
+    code, child = setting.run(output, "--limit", "15")
+    assert (code, "holds a run of 20 rows, but the input has 15" in child.stderr) == (78, True)
+    code, child = setting.run(output, "--limit", "29")
+    assert (code, child.summary["skipped"], child.summary["rows"]) == (0, 18, 11), child.stderr
+    code, child = setting.run(output)
+    assert (code, child.summary["skipped"], child.summary["rows"]) == (0, 24, 16), child.stderr
+    setting.check_complete(output)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_an_input_that_has_grown_is_refused(setting: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert setting.run(output)[0] == 0
+    try:
+        setting.write([*ROWS, {"id": "late", "prompt": "one more"}])
+        code, child = setting.run(output)
+    finally:
+        setting.write(ROWS)
+    assert (code, "holds a run of 40 rows, but the input has 41 now" in child.stderr) == (78, True)
+    assert setting.run(output)[0] == 0
+
+
+def test_another_profile_is_refused(setting: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert setting.start(output, "--attention", "padded", fault=("manifest", "kill")).wait() == -signal.SIGKILL
+    (output / "part-00003.parquet").unlink()
+    code, child = setting.run(output, "--numerics", "off")
+    assert code == 78
+    assert "holds rows of another profile (probe_digest was " in child.stderr
+    assert "numerics was exact, is off" in child.stderr
+    code, child = setting.run(output, "--attention", "ragged")
+    assert (code, "holds a run with engine.attention padded, not ragged" in child.stderr) == (78, True)
+    code, child = setting.run(output)
+    assert code == 0, child.stderr
+    assert json.loads((output / "_manifest.json").read_text())["profile"]["attention"] == "padded", "auto takes what the output names"
+    code, child = setting.run(tmp_path / "mixed", "--attention", "padded", fault=("manifest", "kill"))
+    (tmp_path / "mixed" / "part-00003.parquet").unlink()
+    code, child = setting.run(tmp_path / "mixed", "--numerics", "off", "--allow-other-profile")
+    assert code == 0, child.stderr
+    code, child = setting.launcher.run("verify", tmp_path / "mixed")
+    assert "its parts were made in more than one way" in child.stdout
+
+
+def test_overwrite_continues_what_it_began(setting: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert setting.run(output, "--seed", "5")[0] == 0
+    assert setting.start(output, "--overwrite", fault=("replace", "kill")).wait() == -signal.SIGKILL
+    code, child = setting.run(output, "--overwrite")
+    assert (code, child.summary["skipped"]) == (0, 12), child.stderr
+    setting.check_complete(output)
+    code, child = setting.run(output, "--overwrite")
+    assert (code, child.summary["skipped"], child.summary["rows"]) == (0, 0, 40), child.stderr
+    setting.check_complete(output)
+
+
+def test_a_complete_output_imports_nothing_heavy(setting: Setting, tmp_path: Path) -> None:
+    """In a fresh interpreter: within 2 s, without torch, transformers and datasets, for a dataset too."""
+    import subprocess
+    import sys
+
+    output = tmp_path / "out"
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.csv").write_text("prompt\nThe king\nThe queen\n")
+    os.utime(data / "train.csv", (1.5e9, 1.5e9))
+    time.sleep(0.1)
+    arguments = [*setting.arguments[:3], "--dataset", str(data), "--output", str(output), "--max-new-tokens", "2"]
+    code, child = setting.launcher.run(*arguments, env={"HF_HOME": str(tmp_path / "hf")})
+    assert code == 0, child.stderr
+    time.sleep(0.1)
+    assert setting.launcher.run(*arguments, env={"HF_HOME": str(tmp_path / "hf")})[0] == 0  # looks at what was written a moment ago
+    program = (
+        "import sys, time; began = time.monotonic(); from jobs.cli import run_command; code = run_command(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules); assert not heavy, heavy; "
+        "assert time.monotonic() - began < 2; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["skipped"] == 2
+    (data / "train.csv").write_text("prompt\nThe king\nThe Queen\n")
+    code, child = setting.launcher.run(*arguments, env={"HF_HOME": str(tmp_path / "hf")})
+    assert (code, "another input" in child.stderr) == (78, True)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["ragged", "padded"])
+def test_memory_that_runs_out(setting: Setting, tmp_path: Path, attention: str) -> None:
+    """Half of the slots go on, as often as it takes: the same rows."""
+    output = tmp_path / "out"
+    code, child = setting.run(output, "--attention", attention, "--batch-size", "16", fault=("memory", "3"))
+    assert code == 0, child.stderr
+    assert "out of memory: going on with at most 8 rows at a time" in child.stderr
+    assert "out of memory: going on with at most 2 rows at a time" in child.stderr
+    assert json.loads((output / "_manifest.json").read_text())["memory_halvings"] == 3
+    assert table(output).column("completion_token_ids").equals(setting.expected.column("completion_token_ids"))
+
+
+def test_a_row_that_does_not_fit_alone_is_named(setting: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    code, child = setting.run(output, fault=("memory", "always"))
+    assert code == 75
+    assert "out of memory, even with row 'r" in child.stderr
+    assert "--skip-row" in child.stderr
+    assert "Traceback" not in child.stderr
+    code, child = setting.run(output)
+    assert code == 0
+    setting.check_complete(output)
+
+
+def test_after_two_deaths_parts_run_one_row_at_a_time(setting: Setting, tmp_path: Path) -> None:
+    """A row that kills the process (what the system does to one that takes too much memory) is named in the end, and can be left out."""
+    output = tmp_path / "out"
+    poison = ("poison", "r20")
+    for _ in range(2):
+        code, child = setting.run(output, fault=poison)
+        assert code == -signal.SIGKILL
+        assert "one row at a time" not in child.stderr
+    code, child = setting.run(output, fault=poison)
+    assert code == -signal.SIGKILL
+    assert "runs have died twice while parts " in child.stderr
+    code, child = setting.run(output, fault=poison)
+    assert code == -signal.SIGKILL
+    assert "the last one while row 'r20' ran alone; --skip-row leaves it out" in child.stderr
+    code, child = setting.run(output, "--skip-row", "r20", fault=poison)
+    assert (code, child.summary["errors"]) == (0, 1), child.stderr
+    found, expected = table(output).to_pylist(), setting.expected.to_pylist()
+    assert found[20]["error"] == "skipped by skip_row"
+    assert found[:20] + found[21:] == expected[:20] + expected[21:]
+
+
+def test_a_row_to_skip_must_be_there(setting: Setting, tmp_path: Path) -> None:
+    code, child = setting.run(tmp_path / "out", "--skip-row", "r20", "--skip-row", "nobody")
+    assert (code, "no row has the id 'nobody' that skip_row names" in child.stderr) == (78, True)
+
+
+def test_a_small_memory_budget_is_kept(setting: Setting, tmp_path: Path) -> None:
+    """Room for one context of 64 positions: 2 layers x 2 x 4 heads x 32 numbers x 4 bytes each."""
+    for attention in ("ragged", "padded"):
+        output = tmp_path / attention
+        code, child = setting.run(output, "--attention", attention, "--memory-gib", str(64 * 2048 / 2**30))
+        assert code == 0, child.stderr
+        assert table(output).column("completion_token_ids").equals(setting.expected.column("completion_token_ids"))
+        batch = pa.concat_tables(pq.read_table(path) for path in sorted(output.glob("part-*")))["mean_batch_size"].to_pylist()
+        assert max(size for size in batch if size is not None) < (4 if attention == "ragged" else 1.001)
