@@ -11,7 +11,7 @@ import re
 HIDDEN = "***"
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SECRETS = (
-    re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"),  # user:password of a URL
+    re.compile(r"(:/{1,2})[^/\s@'\"]+(?=@)"),  # user:password of a URL, also of one that was taken for a path
     re.compile(r"\bhf_[A-Za-z0-9]{8,}"),
     re.compile(r"(?<=[?&])((?:[\w-]*token|[\w-]*key|[\w-]*secret|password|sig(?:nature)?)=)[^&\s'\"]+", re.IGNORECASE),
     re.compile(r"(?i)(?<=bearer )[\w.~+/-]{8,}"),

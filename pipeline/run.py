@@ -39,7 +39,16 @@ from pipeline.machine import free_memory_bytes
 from pipeline.network import Network, load_network, resolve_device
 from pipeline.records import Completion
 from pipeline.redact import redact
-from pipeline.resume import Trusted, check_same_input, check_same_job, check_same_profile, is_same_job, part_rows_of, trusted_parts
+from pipeline.resume import (
+    Trusted,
+    check_replaceable,
+    check_same_input,
+    check_same_job,
+    check_same_profile,
+    is_same_job,
+    part_rows_of,
+    trusted_parts,
+)
 
 if TYPE_CHECKING:
     from pipeline.generation.engine import Engine
@@ -200,7 +209,9 @@ class _Run:
         state = folder.state()
         replaced = state is not None and _is_replaced(config, state, self.job_identity)
         trusted = Trusted(parts={}, footer={})
-        if state is not None and not replaced:
+        if state is not None and replaced:
+            check_replaceable(config, state, folder.inspect_parts(state, self.memory))
+        elif state is not None:
             trusted = self._trusted(state)
             if len(trusted.parts) == count_parts(self.part_rows, self.summary.rows):
                 return self._finish(state, trusted, lock)

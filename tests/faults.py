@@ -89,8 +89,8 @@ def install(step: str, kind: str) -> None:
         completing.append(True)
         original_complete(self, *arguments)
 
-    durable.Writer.write = write  # type: ignore[method-assign]
-    OutputFolder.complete = complete  # type: ignore[method-assign]
+    setattr(durable.Writer, "write", write)  # noqa: B010
+    setattr(OutputFolder, "complete", complete)  # noqa: B010
     if step == "close":
         original_open = Path.open
 
@@ -98,7 +98,7 @@ def install(step: str, kind: str) -> None:
             file = original_open(self, *arguments, **settings)
             return FailingClose(file, strike) if now and now[-1].name == target and self.name.endswith(".tmp") else file
 
-        Path.open = open_  # type: ignore[assignment]
+        Path.open = open_  # type: ignore[method-assign]
     if step == "fsync":
         durable._fsync = around(durable._fsync, lambda path: not path.is_dir())
     if step == "folder":
@@ -121,7 +121,7 @@ def no_locks(kind: str) -> None:
         def acquire(self, **settings: Any) -> None:
             raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
 
-    lock.FileLock = NoLock  # type: ignore[assignment, misc]
+    vars(lock)["FileLock"] = NoLock
 
 
 def before_each_step(act: Callable[[Any, list[int]], None]) -> None:

@@ -19,7 +19,8 @@ import torch
 from click.testing import CliRunner
 
 from jobs.cli import cli, run_command
-from tests.conftest import REPOSITORY, run_gptbatch
+from tests.conftest import run_gptbatch
+from tests.paths import REPOSITORY
 
 WriteRows = Callable[..., Path]
 

@@ -24,7 +24,7 @@ from pipeline.data.recorded import RecordedRun
 from pipeline.diff import RowDifference, diff_runs, settings_that_differ, summarize
 from pipeline.errors import InputNotFoundError, StorageError
 from pipeline.records import Completion, Prompt, RowError, SamplingParams, Timing
-from tests.conftest import REPOSITORY
+from tests.paths import REPOSITORY
 
 IDENTITY = {"fingerprint": "f" * 64, "dtype": "float32", "seed": 0, "input_digest": "1" * 64}
 FACTS = {"device": "cpu", "dtype": "float32", "numerics": "unverified", "profile": {"attention": "padded", "torch": "2.13.0"}}

@@ -16,7 +16,7 @@ from jobs.options import option_name
 from pipeline import errors
 from pipeline.config import config_fields
 from pipeline.data.completions import COLUMNS
-from tests.conftest import REPOSITORY
+from tests.paths import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 

@@ -297,8 +297,12 @@ def test_a_lost_manifest_is_made_again(setting: Setting, tmp_path: Path) -> None
     output = tmp_path / "out"
     assert setting.start(output, fault=("manifest", "kill")).wait() == -signal.SIGKILL
     expected = json.loads((output / "_manifest.json").read_text())
-    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:100])):
-        damage(output / "_manifest.json")
+    manifest = output / "_manifest.json"
+    for damage in ("missing", "cut off"):
+        if damage == "missing":
+            manifest.unlink()
+        else:
+            manifest.write_bytes(manifest.read_bytes()[:100])
         (output / "_SUCCESS").unlink(missing_ok=True)
         code, child = setting.run(output)
         assert (code, child.summary["skipped"]) == (0, 40), child.stderr

@@ -17,7 +17,8 @@ from pipeline.errors import DeviceError
 from pipeline.gpt.attention import choose_backend
 from pipeline.gpt.kernels import build
 from pipeline.gpt.kernels.build import KernelError, build_kernels
-from tests.conftest import REPOSITORY, has_kernels, run_gptbatch
+from tests.conftest import has_kernels, run_gptbatch
+from tests.paths import REPOSITORY
 
 BUILD = "import sys; from pathlib import Path; from pipeline.gpt.kernels.build import build_kernels; build_kernels(Path(sys.argv[1]))"
 

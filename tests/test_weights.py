@@ -23,7 +23,8 @@ from pipeline.errors import ModelError
 from pipeline.gpt.config import parse_config
 from pipeline.gpt.model import GPT
 from pipeline.gpt.weights import load_gpt
-from tests.conftest import REPOSITORY, random_model
+from tests.conftest import random_model
+from tests.paths import REPOSITORY
 
 IDX = torch.arange(1, 41).view(2, 20)
 

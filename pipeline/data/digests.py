@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.redact import redact
+
 Stat = list[int]  # size, mtime in ns, ctime in ns, inode
 
 
@@ -44,7 +46,7 @@ class DigestMemory:
 
     def sha256(self, path: Path) -> str:
         """Hexadecimal. Raises OSError when the file cannot be read."""
-        key = str(path.resolve())
+        key = _key(path)
         before = stat_of(path)
         known = self._files.get(key)
         if isinstance(known, dict) and known.get("stat") == before and isinstance(known.get("sha256"), str):
@@ -62,7 +64,7 @@ class DigestMemory:
         files: None when it cannot be known whether they are.
         """
         known = self._input
-        if files is None or not isinstance(known, dict) or known.get("settings") != settings or known.get("files") != _stats(files):
+        if files is None or not isinstance(known, dict) or known.get("settings") != _hash(settings) or known.get("files") != _stats(files):
             return None
         found = known.get("found")
         return found if isinstance(found, dict) else None
@@ -72,7 +74,7 @@ class DigestMemory:
         self._input = None
         stats = None if files is None else _stats(files)
         if stats is not None and _settled(stats.values(), began_ns):
-            self._input = {"settings": settings, "files": stats, "found": found}
+            self._input = {"settings": _hash(settings), "files": stats, "found": found}
 
     def same_part(self, path: Path) -> bool:
         """Whether the file looks as it did when `settle_parts` saw it."""
@@ -113,9 +115,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _hash(settings: dict[str, Any]) -> str:
+    """Settings may hold secrets."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _key(path: Path) -> str:
+    return redact(str(path.resolve()))
+
+
 def _stats(files: list[Path]) -> dict[str, Stat] | None:
     try:
-        return {str(path.resolve()): stat_of(path) for path in files}
+        return {_key(path): stat_of(path) for path in files}
     except OSError:
         return None
 

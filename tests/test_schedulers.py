@@ -1,0 +1,184 @@
+"""The files for schedulers, run as the schedulers would."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from jobs.cli import cli
+from pipeline.errors import GptbatchError, OutputBusyError, StoppedError, StorageError
+from tests.paths import REPOSITORY
+
+CONFIGS = REPOSITORY / "configs"
+STAND_IN = """#!/bin/bash
+# ends with the code in $CODE; a signal ends it with 75
+echo "$@" > arguments
+trap 'echo USR1 > got; exit 75' USR1
+trap 'echo TERM > got; exit 75' TERM
+touch started
+for _ in $(seq 100); do [ -n "$CODE" ] && exit "$CODE"; sleep 0.05; done
+exit 70
+"""
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts slurm.sbatch under bash with a stand-in for scontrol, and one for gptbatch unless there is one in tmp_path/bin."""
+    (tmp_path / "bin").mkdir()
+    write_program(tmp_path / "bin" / "scontrol", '#!/bin/bash\necho "$@" >> requeued\n')
+    write_program(tmp_path / "bin" / "gptbatch", STAND_IN)
+
+    def start(*arguments: str, code: str = "") -> subprocess.Popen[str]:
+        environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "1"}
+        command = ["bash", str(CONFIGS / "slurm.sbatch"), *arguments]
+        return subprocess.Popen(command, cwd=tmp_path, env={**environment, "CODE": code}, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("code", ["0", "65", "69", "75", "78"])
+def test_slurm_requeues_on_75_only(slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, code: str) -> None:
+    process = slurm("--config", "demo", code=code)
+    process.communicate(timeout=30)
+    assert process.returncode == int(code)
+    assert (tmp_path / "arguments").read_text() == "generate --threads 1 --config demo\n"
+    assert (tmp_path / "requeued").exists() == (code == "75")
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_slurm_hands_signals_on(slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str) -> None:
+    process = slurm()
+    wait_for(tmp_path / "started")
+    process.send_signal(signal.Signals[f"SIG{name}"])
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert (tmp_path / "got").read_text() == f"{name}\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
+def test_slurm_with_the_real_program(
+    slurm: Callable[..., subprocess.Popen[str]], checkpoint: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_rows([{"prompt": f"{i} The king"} for i in range(2000)])
+    write_program(tmp_path / "bin" / "gptbatch", f'#!/bin/bash\nPYTHONPATH={REPOSITORY} exec {sys.executable} -m jobs "$@"\n')
+    arguments = ["--model", str(checkpoint), "--input", str(path), "--output", "out", "--max-new-tokens", "12", "--part-rows", "50"]
+    process = slurm(*arguments)
+    wait_for(tmp_path / "out" / "part-00001.parquet")
+    process.send_signal(signal.SIGUSR1)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    process = slurm(*arguments)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows"] == 2000
+
+
+def test_every_code_has_its_place_in_the_kubernetes_job() -> None:
+    job = yaml.safe_load((CONFIGS / "kubernetes-job.yml").read_text())
+    assert (job["kind"], job["spec"]["template"]["spec"]["restartPolicy"]) == ("Job", "Never")
+    assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 10
+    rules = {rule["action"]: rule["onExitCodes"]["values"] for rule in job["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in rule}
+    assert rules["Count"] == [OutputBusyError.exit_code, StoppedError.exit_code]
+    every = {error.exit_code for error in all_errors(GptbatchError)} | {2}
+    assert set(rules["FailJob"]) == every - set(rules["Count"]) - {StorageError.exit_code}
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    check_command([*container["command"], *container["args"]])
+
+
+def all_errors(base: type[GptbatchError]) -> set[type[GptbatchError]]:
+    return {base}.union(*(all_errors(error) for error in base.__subclasses__()))
+
+
+def check_command(words: list[str]) -> None:
+    """The command line is one that click takes."""
+    assert words[0] == "gptbatch"
+    command = cli.commands[words[1]]
+    command.make_context("gptbatch", words[2:])
+
+
+def test_the_crontab_line_is_a_command() -> None:
+    lines = [line for line in (CONFIGS / "crontab").read_text().splitlines() if line and not line.startswith("#")]
+    (line,) = [line for line in lines if not line.startswith("PATH=")]
+    *times, command = line.split(maxsplit=5)
+    assert len(times) == 5
+    assert all(field == "*" or field.isdigit() for field in times)
+    check_command(command.split("&& ")[1].split(" >>")[0].split())
+    assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0
+
+
+@pytest.fixture
+def airflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The DAG's file, read with stand-ins for the few names of Airflow that it uses."""
+
+    class Failed(Exception):  # noqa: N818
+        pass
+
+    class Dag:
+        def __init__(self, **settings: Any) -> None:
+            pass
+
+        def __enter__(self) -> Dag:
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            pass
+
+    tasks: list[dict[str, Any]] = []
+    names: dict[str, dict[str, Any]] = {
+        "airflow": {"DAG": Dag},
+        "airflow.exceptions": {"AirflowFailException": Failed},
+        "airflow.providers": {},
+        "airflow.providers.standard": {},
+        "airflow.providers.standard.operators": {},
+        "airflow.providers.standard.operators.python": {"PythonOperator": lambda **settings: tasks.append(settings)},
+    }
+    for name, content in names.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return {**runpy.run_path(str(CONFIGS / "airflow_dag.py")), "tasks": tasks, "Failed": Failed}
+
+
+def test_the_airflow_task(airflow: dict[str, Any]) -> None:
+    (task,) = airflow["tasks"]
+    assert task["retries"] > 0
+    generate = task["python_callable"]
+    generate(["true"])
+    for code in (69, 74, 75):
+        with pytest.raises(RuntimeError, match=f"exited with {code}; the next try goes on"):
+            generate(["sh", "-c", f"exit {code}"])
+    for code in (2, 65, 78):
+        with pytest.raises(airflow["Failed"], match=f"exited with {code}; trying again changes nothing"):
+            generate(["sh", "-c", f"exit {code}"])
+    check_command(airflow["COMMAND"])
+
+
+def test_status_of_what_is_no_run(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["status", str(tmp_path)], standalone_mode=False)
+    assert "holds no run of gptbatch" in str(result.exception)
