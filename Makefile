@@ -1,12 +1,13 @@
 # make generate            write the demo's completions to out/demo
 # make generate CONFIG=my.yaml ARGS="--limit 100"
 # make test                run the tests        make check   lint, types and tests
+# make soak                500 runs that are killed at random moments
 PYTHON ?= python3
 CONFIG ?= demo
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install generate test lint types check clean
+.PHONY: install generate test lint types check soak clean
 
 install: .venv/installed
 
@@ -29,6 +30,9 @@ types: install
 	$(BIN)/mypy
 
 check: lint types test
+
+soak: install
+	$(BIN)/python -m tests.soak
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
