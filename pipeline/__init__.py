@@ -3,6 +3,18 @@
 from pipeline.config import EngineConfig, JobConfig, load_config
 from pipeline.errors import GptbatchError
 from pipeline.job import InputReport, inspect_job
-from pipeline.run import Progress, RunSummary, run_job
+from pipeline.loop import Progress, Stop
+from pipeline.run import RunSummary, run_job
 
-__all__ = ["EngineConfig", "GptbatchError", "InputReport", "JobConfig", "Progress", "RunSummary", "inspect_job", "load_config", "run_job"]
+__all__ = [
+    "EngineConfig",
+    "GptbatchError",
+    "InputReport",
+    "JobConfig",
+    "Progress",
+    "RunSummary",
+    "Stop",
+    "inspect_job",
+    "load_config",
+    "run_job",
+]

@@ -15,12 +15,11 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import JobConfig
 from pipeline.data.attempts import Attempts
@@ -33,11 +32,10 @@ from pipeline.data.output_folder import FORMAT, FolderState, OutputFolder, facts
 from pipeline.data.parts import Part, PartWriter, count_parts
 from pipeline.data.progress_file import ProgressFile
 from pipeline.data.rows import RowSource
-from pipeline.errors import InputRowsError, OutputBusyError, StoppedError, StorageError
+from pipeline.errors import OutputBusyError, StoppedError, StorageError
 from pipeline.job import Job, find_source, job_identity
-from pipeline.machine import free_memory_bytes
+from pipeline.loop import ErrorLimit, PartLoop, Progress, Stop
 from pipeline.network import Network, load_network, resolve_device
-from pipeline.records import Completion
 from pipeline.redact import redact
 from pipeline.resume import (
     Trusted,
@@ -51,35 +49,9 @@ from pipeline.resume import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.generation.engine import Engine
+    pass
 
 logger = logging.getLogger("gptbatch")
-
-MOST_OPEN_PARTS = 8  # besides those that the slots can reach into: rows that are done wait in memory until their part is whole
-MEMORY_SHARE = 0.5  # of what is free, for the cache
-MANIFEST_EVERY_S = 5.0
-
-
-class Progress(Protocol):
-    """Who watches a run. Called often: must be quick."""
-
-    def begin(self, total_rows: int, done_rows: int) -> None:
-        """total_rows: of the output. done_rows: those of them that earlier runs have done."""
-
-    def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
-        """All counts are since `begin`."""
-
-    def end(self) -> None: ...
-
-
-class Stop(Protocol):
-    """Who may ask a run to stop."""
-
-    def deferred(self) -> AbstractContextManager[None]:
-        """Inside, a wish to stop is kept until it is asked for; outside, it may end the run wherever it is."""
-
-    def requested(self) -> str | None:
-        """Who wants the run to stop ("SIGTERM"); None for nobody. Asked at every step."""
 
 
 class _NobodyStops:
@@ -192,16 +164,8 @@ class _Run:
             "limit": config.limit,
             "part_rows": self.part_rows,
         }
-        self.most_errors = most_errors(config.max_row_errors, self.summary.rows)
-        self.check_errors(self.summary.bad_rows)
-
-    def check_errors(self, errors: int) -> None:
-        """Raises InputRowsError when there are more error rows than max_row_errors allows."""
-        if errors > self.most_errors:
-            raise InputRowsError(
-                f"{errors} of {self.summary.rows} rows are errors, more than max_row_errors ({self.config.max_row_errors}) allows; "
-                "what is written stays, and the same command with a larger one goes on"
-            )
+        self.limit = ErrorLimit(config.max_row_errors, self.summary.rows)
+        self.limit.check(self.summary.bad_rows)
 
     def go(self, lock: OutputLock, progress: Progress | None) -> RunSummary:
         """All that needs the lock."""
@@ -296,17 +260,30 @@ class _Run:
         if attempts is not None:
             for number in parts:
                 attempts.written(number)
-        loop = _Loop(self, network, writer, attempts, parts, trusted.errors, progress, watch)
+        loop = PartLoop(
+            config=config,
+            job=self.job,
+            summary=summary,
+            network=network,
+            folder=folder,
+            memory=self.memory,
+            writer=writer,
+            parts=parts,
+            limit=self.limit,
+            errors_before=trusted.errors,
+            attempts=attempts,
+            watch=watch,
+            progress=progress,
+            stop=self.stop,
+        )
         began = time.monotonic()
         try:
             loop.run([number for number in range(count_parts(self.part_rows, summary.rows)) if number not in parts])
-        finally:
+        except BaseException:
             with suppress(StorageError):
-                if attempts is not None:
-                    attempts.end()
-                folder.remember(self.memory)
-                write_error_rows(folder, parts.values(), config.prompt_field)
-        write_error_rows(folder, parts.values(), config.prompt_field)
+                self._leave(parts, attempts)
+            raise
+        self._leave(parts, attempts)
         generate_s = time.monotonic() - began
         logger.info("%d rows written in %.1f s", loop.rows, generate_s)
         halvings = {"memory_halvings": loop.halvings} if loop.halvings else {}
@@ -329,6 +306,13 @@ class _Run:
             fingerprint=self.identity["fingerprint"],
         )
 
+    def _leave(self, parts: dict[int, Part], attempts: Attempts | None) -> None:
+        """What a run leaves however it ends, as long as it ends by itself."""
+        if attempts is not None:
+            attempts.end()
+        self.folder.remember(self.memory)
+        write_error_rows(self.folder, parts.values(), self.config.prompt_field)
+
     def _facts(self, network: Network) -> dict[str, Any]:
         """What the manifest and each part's footer say of the run."""
         config = self.config
@@ -349,146 +333,6 @@ class _Run:
                 **{name: _version(name) for name in ("gptbatch", "torch", "tokenizers", "datasets", "pyarrow", "numpy")},
             },
         }
-
-
-class _Loop:
-    """Runs parts through the engine and commits them as they become whole. Counts are of rows that this run has finished."""
-
-    def __init__(
-        self,
-        run: _Run,
-        network: Network,
-        writer: PartWriter,
-        attempts: Attempts | None,
-        parts: dict[int, Part],
-        errors_before: int,
-        progress: Progress | None,
-        watch: ProgressFile,
-    ) -> None:
-        self.run_, self.network, self.writer, self.attempts, self.parts = run, network, writer, attempts, parts
-        self.errors_before, self.progress, self.watch = errors_before, progress, watch
-        self.rows = self.errors = self.prompt_tokens = self.completion_tokens = self.halvings = 0
-        self.started: set[int] = set()  # parts of which a row has been taken and that are not written
-        self.manifest_written = time.monotonic()
-
-    def run(self, numbers: list[int]) -> None:
-        run, summary = self.run_, self.run_.summary
-        if summary.rows == 0:
-            self._written(self.writer.add_empty())
-            return
-        suspects = self.attempts.suspects & set(numbers) if self.attempts else set()
-        if self.progress is not None:
-            self.progress.begin(summary.rows, sum(part.rows for part in self.parts.values()))
-        self.watch.begin()
-        try:
-            if suspects:
-                logger.warning(
-                    "runs have died twice while parts %s were in flight%s: they run one row at a time",
-                    ", ".join(map(str, sorted(suspects))),
-                    f" (the last one while row {self.attempts.last_row!r} ran alone; --skip-row leaves it out)"
-                    if self.attempts and self.attempts.last_row is not None
-                    else "",
-                )
-                self._run_parts(suspects, batch_size=1)
-            if others := set(numbers) - suspects:
-                self._run_parts(others, batch_size=run.config.engine.batch_size)
-        finally:
-            if self.progress is not None:
-                self.progress.end()
-
-    def _run_parts(self, numbers: set[int], *, batch_size: int) -> None:
-        engine = self._engine(batch_size)
-        self.most_started = MOST_OPEN_PARTS + -(-engine.batch_size // self.run_.part_rows)
-        self.alone = batch_size == 1
-        prompts = self.run_.job.tokenized(self.run_.summary, reject=self._take, parts=numbers, may_start=self._may_start)
-        if self.alone and self.attempts is not None:
-            prompts = self._named(prompts, self.attempts)
-        tokens_before, halvings_before = self.completion_tokens, self.halvings
-        for ended in engine.generate(prompts):
-            for completion in ended:
-                self._take(completion)
-            tokens = tokens_before + engine.stats.new_tokens
-            if self.progress is not None:
-                self.progress.update(rows=self.rows, errors=self.errors, completion_tokens=tokens)
-            self.watch.update(rows=self.rows, errors=self.errors, completion_tokens=tokens)
-            self.halvings = halvings_before + engine.stats.halvings
-            if (who := self.run_.stop.requested()) is not None:
-                raise StoppedError(f"stopped by {who}; {len(self.parts)} parts are written; run the same command again to go on")
-
-    def _named(self, prompts: Iterator[Any], attempts: Attempts) -> Iterator[Any]:
-        """Notes the row that runs alone before it does."""
-        for prompt in prompts:
-            if prompt is not None:
-                attempts.note(sorted(self.started), prompt.prompt.prompt_id)
-            yield prompt
-
-    def _may_start(self, number: int) -> bool:
-        if number not in self.started:
-            if len(self.started) >= self.most_started:
-                return False
-            self.started.add(number)
-            self._note()
-        return True
-
-    def _note(self) -> None:
-        if self.attempts is not None:
-            self.attempts.note(sorted(self.started))
-
-    def _take(self, completion: Completion) -> None:
-        failed = completion.finish_reason == "error"
-        self.rows += 1
-        self.errors += failed
-        self.prompt_tokens += completion.prompt_tokens
-        self.completion_tokens += len(completion.token_ids)
-        text = None if failed else self.run_.job.tokenizer.completion_text(completion.token_ids, completion.finish_reason)
-        if (part := self.writer.add(completion, text)) is not None:
-            self._written(part)
-        if failed:
-            self.run_.check_errors(self.errors_before + self.errors)
-
-    def _written(self, part: Part) -> None:
-        self.parts[part.number] = part
-        self.started.discard(part.number)
-        if self.attempts is not None:
-            self.attempts.written(part.number)
-            self._note()
-        if time.monotonic() - self.manifest_written >= MANIFEST_EVERY_S:
-            self.run_.folder.write_manifest(self.writer.facts, self.parts.values(), complete=False)
-            self.run_.folder.remember(self.run_.memory)
-            self.manifest_written = time.monotonic()
-
-    def _engine(self, batch_size: int) -> Engine:
-        from pipeline.generation.engine import Engine
-
-        config, rows = self.run_.config, self.run_.summary.rows
-        return Engine(
-            model=self.network.model,
-            batch_size=max(1, min(batch_size, rows)),
-            end_of_text=None if config.ignore_eos else self.run_.job.gpt_config.end_of_text,
-            memory_bytes=cache_memory_bytes(config.engine.memory_gib, self.network),
-            window_full=config.window_full,
-            record_logits=config.record_logits_digest,
-        )
-
-
-def most_errors(setting: str | None, rows: int) -> int:
-    """How many error rows max_row_errors ("5", "2.5%", None for any number) allows."""
-    if setting is None:
-        return rows
-    return int(float(setting[:-1]) / 100 * rows) if setting.endswith("%") else int(setting)
-
-
-def cache_memory_bytes(memory_gib: float | None, network: Network) -> int | None:
-    """Memory for the cache: as set, or a share of what is free. None where nobody knows what is."""
-    if memory_gib is not None:
-        return int(memory_gib * 2**30)
-    if network.model.device.type == "cuda":
-        import torch
-
-        free: int | None = torch.cuda.mem_get_info(network.model.device)[0]
-    else:
-        free = free_memory_bytes()
-    return None if free is None else int(free * MEMORY_SHARE)
 
 
 def _version(distribution: str) -> str | None:

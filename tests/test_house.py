@@ -36,6 +36,7 @@ NO_TORCH = (
     "pipeline/errors.py",
     "pipeline/gpt/config.py",
     "pipeline/run.py",
+    "pipeline/loop.py",
     "pipeline/resume.py",
     "pipeline/status.py",
     "pipeline/job.py",

@@ -1,0 +1,163 @@
+"""What it costs that nothing is lost: the time of each stage beside the network, as a share of a run and for each row; and memory.
+
+    python benchmarks/overhead.py [--shape gpt2] [--rows 2048]             gpt2's shape, 32 + 128 tokens a row
+    python benchmarks/overhead.py --shape tiny --rows 1000000              1 + 4 tokens a row: the stages are all there is
+
+Times are of the calls named, in one process with everything else; what is inside another stage counts once, in the inner one. Resident
+memory is noted at every tenth of the rows. The last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pipeline import JobConfig, run_job
+from pipeline.data.attempts import Attempts
+from pipeline.data.bundled import locate
+from pipeline.data.output_folder import OutputFolder
+from pipeline.data.parts import PartWriter
+from pipeline.data.progress_file import ProgressFile
+from pipeline.data.prompts import PromptReader
+from pipeline.data.tokenizer import PromptTokenizer
+from pipeline.generation.engine import Engine
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"config": GPT2Config(), "prompt": " the" * 32, "new_tokens": 128, "part_rows": None},
+    "tiny": {
+        "config": GPT2Config(n_layer=1, n_head=1, n_embd=16, n_positions=64, vocab_size=1024, bos_token_id=0, eos_token_id=0),
+        "prompt": " the",
+        "new_tokens": 4,
+        "part_rows": None,
+    },
+}
+# stages of durability, and others that run beside the network
+DURABILITY = {
+    "check input": (PromptReader, "check"),
+    "commit part": (PartWriter, "_commit"),
+    "manifest and marks": (OutputFolder, "write_manifest"),
+    "begin": (OutputFolder, "begin"),
+    "complete": (OutputFolder, "complete"),
+    "digests": (OutputFolder, "remember"),
+    "attempts": (Attempts, "note"),
+    "progress file": (ProgressFile, "write"),
+}
+OTHERS = {"tokenize": (PromptTokenizer, "encode"), "decode text": (PromptTokenizer, "completion_text"), "add row": (PartWriter, "add")}
+
+
+class Clock:
+    """Seconds in each stage, inner ones taken out of outer ones."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._stack: list[float] = []
+
+    def watch(self, owner: type, name: str, stage: str) -> None:
+        original = getattr(owner, name)
+
+        def timed(*arguments: Any, **settings: Any) -> Any:
+            return self.time(stage, lambda: original(*arguments, **settings))
+
+        setattr(owner, name, timed)
+
+    def watch_steps(self, owner: type, name: str, stage: str) -> None:
+        """Of a generator: the time inside it."""
+        original = getattr(owner, name)
+
+        def timed(*arguments: Any, **settings: Any) -> Iterator[Any]:
+            iterator = original(*arguments, **settings)
+            end = object()
+            while (item := self.time(stage, lambda: next(iterator, end))) is not end:
+                yield item
+
+        setattr(owner, name, timed)
+
+    def time(self, stage: str, call: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        self._stack.append(0.0)
+        try:
+            return call()
+        finally:
+            spent = time.perf_counter() - began
+            self.seconds[stage] += spent - self._stack.pop()
+            if self._stack:
+                self._stack[-1] += spent
+
+
+class Watch:
+    """A Progress that notes resident memory at every tenth of the rows."""
+
+    def begin(self, total_rows: int, done_rows: int) -> None:
+        self.every, self.points = max(1, total_rows // 10), list[tuple[int, int]]()
+
+    def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
+        if rows // self.every > len(self.points):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.points.append((rows, pages * resource.getpagesize()))
+            print(f"{rows:>9} rows  {self.points[-1][1] / 2**20:8.1f} MiB", flush=True)
+
+    def end(self) -> None:
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    clock, watch = Clock(), Watch()
+    for stage, (owner, name) in {**DURABILITY, **OTHERS}.items():
+        clock.watch(owner, name, stage)
+    clock.watch_steps(PromptReader, "prompts", "read rows again")
+    clock.watch_steps(Engine, "generate", "network and sampling")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        torch.manual_seed(0)
+        GPT2LMHeadModel(shape["config"]).save_pretrained(work / "model")
+        shutil.copy(Path(locate("bundled:demo/model")) / "tokenizer.json", work / "model")
+        with (work / "prompts.jsonl").open("w") as file:
+            for index in range(args.rows):
+                file.write(json.dumps({"id": f"row-{index}", "prompt": shape["prompt"]}) + "\n")
+        config = JobConfig(
+            model=str(work / "model"),
+            input=str(work / "prompts.jsonl"),
+            output=str(work / "out"),
+            max_new_tokens=shape["new_tokens"],
+            temperature=0.8,
+            top_k=40,
+            ignore_eos=True,
+        )
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": args.threads})})
+        summary = run_job(config, watch)
+    durability_s = sum(clock.seconds[stage] for stage in DURABILITY)
+    for stage, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
+        print(f"{stage:<22} {seconds:8.2f} s  {1e6 * seconds / args.rows:9.1f} us a row  {100 * seconds / summary.wall_s:6.2f} %")
+    report = {
+        "shape": args.shape,
+        "rows": summary.rows,
+        "wall_s": summary.wall_s,
+        "tokens_per_s": summary.tokens_per_s,
+        "durability_s": round(durability_s, 2),
+        "durability_share": round(durability_s / summary.wall_s, 5),
+        "us_a_row": {stage: round(1e6 * seconds / args.rows, 1) for stage, seconds in clock.seconds.items()},
+        "first_mib": round(watch.points[0][1] / 2**20, 1),
+        "last_mib": round(watch.points[-1][1] / 2**20, 1),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
