@@ -33,14 +33,10 @@ from pipeline.data.prompts import PromptReader
 from pipeline.data.tokenizer import PromptTokenizer
 from pipeline.generation.engine import Engine
 
+TINY = GPT2Config(n_layer=1, n_head=1, n_embd=16, n_positions=64, vocab_size=1024, bos_token_id=0, eos_token_id=0)
 SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": {"config": GPT2Config(), "prompt": " the" * 32, "new_tokens": 128, "part_rows": None},
-    "tiny": {
-        "config": GPT2Config(n_layer=1, n_head=1, n_embd=16, n_positions=64, vocab_size=1024, bos_token_id=0, eos_token_id=0),
-        "prompt": " the",
-        "new_tokens": 4,
-        "part_rows": None,
-    },
+    "gpt2": {"config": GPT2Config(), "prompt": " the" * 32, "new_tokens": 128},
+    "tiny": {"config": TINY, "prompt": " the", "new_tokens": 4},
 }
 # stages of durability, and others that run beside the network
 DURABILITY = {
