@@ -194,7 +194,7 @@ class _Run:
                 if state is not None and replaced:
                     folder.clear(state)
                 summary = self._generate(network, trusted, lock, progress, watch, load_s)
-        except StoppedError:
+        except (StoppedError, KeyboardInterrupt):
             watch.write("stopped")
             raise
         except BaseException:

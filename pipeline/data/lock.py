@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -64,7 +65,8 @@ class OutputLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._lock is not None:
-            (self._work / HOLDER).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self._work / HOLDER).unlink(missing_ok=True)
             self._lock.release()
             self._lock, self.works = None, False
 
