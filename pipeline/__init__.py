@@ -4,7 +4,8 @@ from pipeline.config import EngineConfig, JobConfig, load_config
 from pipeline.errors import GptbatchError
 from pipeline.job import InputReport, inspect_job
 from pipeline.loop import Progress, Stop
-from pipeline.run import RunSummary, run_job
+from pipeline.run import run_job
+from pipeline.summary import RunSummary
 
 __all__ = [
     "EngineConfig",

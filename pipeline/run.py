@@ -16,7 +16,6 @@ import logging
 import platform
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +46,7 @@ from pipeline.resume import (
     part_rows_of,
     trusted_parts,
 )
+from pipeline.summary import RunSummary, nothing_done
 
 if TYPE_CHECKING:
     pass
@@ -60,27 +60,6 @@ class _NobodyStops:
 
     def requested(self) -> None:
         return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSummary:
-    """What a run did. `skipped` rows were there already; all other counts, times and rates are this run's."""
-
-    output: str
-    rows: int
-    ok: int
-    errors: int
-    skipped: int
-    prompt_tokens: int
-    completion_tokens: int
-    load_s: float
-    generate_s: float
-    wall_s: float
-    tokens_per_s: float
-    device: str
-    dtype: str
-    numerics: str
-    fingerprint: str
 
 
 def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | None = None) -> RunSummary:
@@ -98,7 +77,7 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
         lock = None
         if state is not None and not _is_replaced(config, state, identity):
             if _is_done(config, source, state, memory):
-                return _nothing_to_do(config, state.manifest, time.monotonic() - began)
+                return nothing_done(config, state.manifest, time.monotonic() - began)
             lock = stack.enter_context(OutputLock(folder.work)) if folder.work.is_dir() else None
         run = _Run(config, folder, Job(config, checkpoint, source), identity, memory, began, stop or _NobodyStops())
         run.check_input(state)
@@ -229,7 +208,7 @@ class _Run:
             else:
                 self.folder.complete(manifest, trusted.parts.values(), self.memory)
         done = {**manifest, "rows": trusted.rows}
-        return _nothing_to_do(self.config, done, time.monotonic() - self.began)
+        return nothing_done(self.config, done, time.monotonic() - self.began)
 
     def _engine_config(self, trusted: Trusted) -> Any:
         """auto takes the attention backend that the rows which are there were made with."""
@@ -340,23 +319,3 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def _nothing_to_do(config: JobConfig, manifest: dict[str, Any], wall_s: float) -> RunSummary:
-    return RunSummary(
-        output=config.output,
-        rows=0,
-        ok=0,
-        errors=0,
-        skipped=manifest["rows"],
-        prompt_tokens=0,
-        completion_tokens=0,
-        load_s=0.0,
-        generate_s=0.0,
-        wall_s=round(wall_s, 3),
-        tokens_per_s=0.0,
-        device=manifest["device"],
-        dtype=manifest["dtype"],
-        numerics=manifest["numerics"],
-        fingerprint=manifest["fingerprint"],
-    )

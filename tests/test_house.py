@@ -37,6 +37,7 @@ NO_TORCH = (
     "pipeline/gpt/config.py",
     "pipeline/run.py",
     "pipeline/loop.py",
+    "pipeline/summary.py",
     "pipeline/resume.py",
     "pipeline/status.py",
     "pipeline/job.py",

@@ -22,7 +22,7 @@ from pipeline import JobConfig, run_job
 from pipeline.data.completions import COLUMNS, DETERMINISTIC_COLUMNS, SCHEMA, content_digest
 from pipeline.data.parts import read_footer
 from pipeline.errors import InputRowsError, OutputConflictError, OutputCreationError
-from pipeline.run import RunSummary
+from pipeline.summary import RunSummary
 from tests.conftest import random_model
 
 WriteRows = Callable[..., Path]
