@@ -175,7 +175,7 @@ def test_a_signal_while_loading_ends_at_once(long: Setting, tmp_path: Path) -> N
     began = time.monotonic()
     child.send_signal(signal.SIGTERM)
     assert child.wait() == 75
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert "Traceback" not in child.stderr
     assert not list(output.glob("part-*"))
 
@@ -183,7 +183,7 @@ def test_a_signal_while_loading_ends_at_once(long: Setting, tmp_path: Path) -> N
 def test_a_second_signal_ends_at_once(long: Setting, tmp_path: Path) -> None:
     """With steps that take long, so that the first one has not yet been seen to."""
     output = tmp_path / "out"
-    child = long.start(output, fault=("slow step", "5"))
+    child = long.start(output, fault=("slow step", "30"))
     progress = output / ".gptbatch" / "progress.json"
     wait_for(lambda: progress.exists() and json.loads(progress.read_text())["state"] == "running", "rows")
     child.send_signal(signal.SIGTERM)
@@ -191,7 +191,7 @@ def test_a_second_signal_ends_at_once(long: Setting, tmp_path: Path) -> None:
     began = time.monotonic()
     child.send_signal(signal.SIGINT)
     assert child.wait() == 128 + signal.SIGINT
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 8, "it was not the first one, which is given 9 s"
 
 
 # -- two runs, changed inputs, full disks ----------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_two_runs_at_once(long: Setting, tmp_path: Path) -> None:
     wait_for_parts(output, 2)
     began = time.monotonic()
     code, second = long.run(output)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     assert code == 69
     assert f"another run is writing it (process {first.pid} on host {os.uname().nodename}, since " in second.stderr
     assert first.wait() == 0, first.stderr
