@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 from array import array
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -16,17 +14,17 @@ from itertools import islice
 from typing import Any
 
 from pipeline.data.bundled import locate
+from pipeline.data.fields import parse_id, parse_integer, parse_temperature, plain
 from pipeline.data.hub_dataset import HubDataset
 from pipeline.data.jsonl import MAX_NESTING, JsonlFile, NumberText, check_utf8, json_type, shorten, to_json
 from pipeline.data.parts import DEFAULT_PART_ROWS
 from pipeline.data.rows import RawRow, RowSource
 from pipeline.errors import ConfigError, InputRowsError
-from pipeline.records import MAX_SEED, MAX_TEMPERATURE, Prompt, SamplingParams
+from pipeline.records import MAX_SEED, Prompt, SamplingParams
 
 MAX_NAMED_ROWS = 20
 INT32_MAX = 2**31 - 1
 _CHANGED = "the input has changed since it was checked"
-_INTEGER = re.compile(r"-?[0-9]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,14 +269,14 @@ class PromptReader:
         if not isinstance(text, str) or isinstance(text, NumberText):
             raise ValueError(f"{defaults.prompt_field} must be a string, not {json_type(text)}")
         check_utf8(text)
-        prompt_id = _parse_id(fields.pop("id", None), index)
-        seed = _parse_integer(fields.pop("seed", None), "seed", 0, MAX_SEED)
-        temperature = _parse_temperature(fields.pop("temperature", None))
-        top_k = _parse_integer(fields.pop("top_k", None), "top_k", 0, INT32_MAX)
-        max_new_tokens = _parse_integer(fields.pop("max_new_tokens", None), "max_new_tokens", 1, INT32_MAX)
+        prompt_id = parse_id(fields.pop("id", None), index)
+        seed = parse_integer(fields.pop("seed", None), "seed", 0, MAX_SEED)
+        temperature = parse_temperature(fields.pop("temperature", None))
+        top_k = parse_integer(fields.pop("top_k", None), "top_k", 0, INT32_MAX)
+        max_new_tokens = parse_integer(fields.pop("max_new_tokens", None), "max_new_tokens", 1, INT32_MAX)
         own: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
         params = replace(defaults.params(prompt_id), **{name: value for name, value in own.items() if value is not None})
-        metadata = to_json(_plain(fields)) if fields else None
+        metadata = to_json(plain(fields)) if fields else None
         prompt = Prompt(index=index, prompt_id=prompt_id, text=text, params=params, metadata=metadata)
         return GoodRow(index=index, where=raw.where, line=raw.line, prompt=prompt, own=(seed, temperature, top_k, max_new_tokens))
 
@@ -296,75 +294,6 @@ def open_source(
         return HubDataset(dataset=dataset, config=dataset_config, split=split, revision=dataset_revision)
     assert path is not None
     return JsonlFile(path if path == "-" else locate(path))
-
-
-# -- fields ----------------------------------------------------------------------------------------------------------
-
-
-def _parse_id(value: Any, index: int) -> str:
-    if value is None:
-        return str(index)
-    if isinstance(value, str) and not isinstance(value, NumberText):
-        if not value:
-            raise ValueError("id must not be empty; leave it out to use the row index")
-        check_utf8(value)
-        return value
-    if isinstance(value, (NumberText, int, float)) and not isinstance(value, bool):
-        integer = _whole(value)
-        if integer is not None:
-            return str(integer)
-    raise ValueError(f"id must be a string or a whole number, not {_seen(value)}")
-
-
-def _parse_integer(value: Any, name: str, low: int, high: int) -> int | None:
-    if value is None:
-        return None
-    integer = _whole(value) if isinstance(value, (NumberText, int, float)) and not isinstance(value, bool) else None
-    if integer is None:
-        raise ValueError(f"{name} must be a whole number, not {_seen(value)}")
-    if not low <= integer <= high:
-        raise ValueError(f"{name} must be {low} to {high}, not {shorten(integer)}")
-    return integer
-
-
-def _parse_temperature(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (NumberText, int, float)):
-        raise ValueError(f"temperature must be a number, not {_seen(value)}")
-    temperature = float(value)
-    if not 0 <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(f"temperature must be 0 to {MAX_TEMPERATURE}, not {shorten(value)}")
-    return temperature
-
-
-def _whole(value: NumberText | int | float) -> int | None:
-    """5 is whole and "5.0" in a JSONL line is not; a float of a dataset may be, since CSV with gaps has no integers."""
-    if isinstance(value, NumberText):
-        return int(value) if _INTEGER.fullmatch(value) and len(value) <= 100 else None
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    return value
-
-
-def _seen(value: Any) -> str:
-    """A value as a message may show it: numbers and short strings whole, all else by its type."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return json_type(value)
-    return f"the string {shorten(value)}" if type(value) is str else shorten(value)
-
-
-def _plain(value: Any) -> Any:
-    """Values of a dataset that JSON has no form for: NaN, a gap, is null; dates and the like are their text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    return str(value)
 
 
 # -- whole inputs ----------------------------------------------------------------------------------------------------
