@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 from pipeline.errors import StoppedError
@@ -29,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """A context manager that turns signals into wishes (pipeline.run.Stop); only the main thread of a process has any."""
+    """A context manager that turns signals into wishes (pipeline.loop.Stop); only the main thread of a process has any."""
 
     def __init__(self) -> None:
         self._requested: str | None = None
@@ -80,7 +80,9 @@ class Signals:
             patience = (RUNNING_PATIENCE_S if self._deferred else LOADING_PATIENCE_S) if seen else None
             ready, _, _ = select.select([self._read], [], [], patience)
             if not ready:
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"gptbatch: stopped; run the same command again\n")
+                with suppress(OSError):  # nobody may be left to read it
+                    if sys.__stderr__ is not None:
+                        os.write(sys.__stderr__.fileno(), b"gptbatch: stopped; run the same command again\n")
                 os._exit(StoppedError.exit_code)
             for number in os.read(self._read, 64):
                 if number == 0:

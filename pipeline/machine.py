@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup")
-_PROC_MEMINFO = Path("/proc/meminfo")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
+_MEMINFO = Path("/proc/meminfo")
 
 
 def free_memory_bytes() -> int | None:
@@ -19,12 +20,9 @@ def free_memory_bytes() -> int | None:
 
 
 def _system_free() -> int | None:
-    try:
-        for line in _PROC_MEMINFO.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
+    for line in _read(_MEMINFO).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -32,16 +30,42 @@ def _system_free() -> int | None:
 
 
 def _cgroup_free() -> int | None:
-    """Of the control group's limit, what is not in use; the cache of files can be had back. Version 2, then version 1."""
-    for folder, limit, usage, inactive in (
-        (_CGROUP, "memory.max", "memory.current", "inactive_file"),
-        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    """What the limits of this process's control group, and of those around it, leave. Version 2, then version 1."""
+    folders = []
+    for line in _read(_OWN_CGROUP).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folders += _up(_CGROUPS, path)
+        elif "memory" in controllers.split(","):
+            folders += _up(_CGROUPS / "memory", path)
+    amounts = [amount for folder in folders if (amount := _left_in(folder)) is not None]
+    return min(amounts, default=None)
+
+
+def _up(root: Path, path: str) -> list[Path]:
+    """The folder of a control group and those around it, up to the root; inside a container the root is what there is to see."""
+    folder = root / path.strip("/")
+    return [folder, *(parent for parent in folder.parents if parent == root or root in parent.parents)]
+
+
+def _left_in(folder: Path) -> int | None:
+    """The limit less what is in use; what caches files can be had back. None without a limit."""
+    for limit, usage, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            most = int((folder / limit).read_text())
-            used = int((folder / usage).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
+            most, used = int(_read(folder / limit)), int(_read(folder / usage))
+            stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+            return max(0, most - used + int(stat.get(cache, 0)))
+        except ValueError:  # "max", or no such file
             continue
-        return max(0, most - used + int(stat.get(inactive, 0)))
     return None
+
+
+def _read(path: Path) -> str:
+    """The text of a file of the kernel's; "" when it is not there."""
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:
+        return ""

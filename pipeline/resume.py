@@ -87,7 +87,7 @@ def trusted_parts(
 
     Raises OutputConflictError for files under parts' names that no run of this job can have written, or that it has no rows for.
     """
-    check_no_strangers(config, found, count_parts(summary.part_rows, summary.rows))
+    check_no_strangers(found, count_parts(summary.part_rows, summary.rows))
     parts: dict[int, Part] = {}
     footer: dict[str, Any] = {}
     for number, file in found.items():
@@ -102,7 +102,7 @@ def trusted_parts(
     return Trusted(parts=parts, footer=footer)
 
 
-def check_no_strangers(config: JobConfig, found: dict[int, FoundPart], n_parts: int) -> None:
+def check_no_strangers(found: dict[int, FoundPart], n_parts: int) -> None:
     """Raises OutputConflictError for files under parts' names that a run of so many parts cannot have written."""
     for number, file in found.items():
         if file.state == "foreign":
@@ -111,11 +111,11 @@ def check_no_strangers(config: JobConfig, found: dict[int, FoundPart], n_parts: 
             raise OutputConflictError(f"{file.path}: this run has {n_parts} parts, and no such one; move it away, or name another output")
 
 
-def check_replaceable(config: JobConfig, state: FolderState, found: dict[int, FoundPart]) -> None:
+def check_replaceable(state: FolderState, found: dict[int, FoundPart]) -> None:
     """Raises OutputConflictError for files under parts' names that are not those of the run which is to be replaced."""
     rows, part_rows = state.identity.get("rows"), state.identity.get("part_rows")
     known = count_parts(part_rows, rows) if isinstance(rows, int) and isinstance(part_rows, int) else 0
-    check_no_strangers(config, {number: file for number, file in found.items() if file.footer is None}, known)
+    check_no_strangers({number: file for number, file in found.items() if file.footer is None}, known)
 
 
 def check_same_profile(config: JobConfig, trusted: Trusted, profile: dict[str, Any], numerics: str) -> None:

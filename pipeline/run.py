@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import JobConfig
+from pipeline.config import EngineConfig, JobConfig
 from pipeline.data.attempts import Attempts
 from pipeline.data.checkpoint import find_checkpoint
 from pipeline.data.digests import DigestMemory
@@ -66,6 +66,7 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
     """Run a job to the end and say what was done. Raises GptbatchError (see errors.py for the kinds)."""
     began = time.monotonic()
     folder = OutputFolder(Path(config.output))
+    folder.refuse_links()
     state = folder.state()
     memory = DigestMemory() if state is None else folder.memory()
     checkpoint = find_checkpoint(config.model, revision=config.revision, allow_pickle=config.allow_pickle, memory=memory)
@@ -153,7 +154,7 @@ class _Run:
         replaced = state is not None and _is_replaced(config, state, self.job_identity)
         trusted = Trusted(parts={}, footer={})
         if state is not None and replaced:
-            check_replaceable(config, state, folder.inspect_parts(state, self.memory))
+            check_replaceable(state, folder.inspect_parts(state, self.memory))
         elif state is not None:
             trusted = self._trusted(state)
             if len(trusted.parts) == count_parts(self.part_rows, self.summary.rows):
@@ -161,7 +162,7 @@ class _Run:
         device = resolve_device(config.engine)
         if lock.works:
             sweep(folder.work)
-        watch = ProgressFile(folder.work, folder.writer, total=self.summary.rows, done=trusted.rows, failed=trusted.errors)
+        watch = self._watch(trusted)
         watch.write("loading")
         try:
             logger.info("%d rows checked; loading %s on %s as %s", self.summary.rows, config.model, device, config.engine.dtype)
@@ -181,6 +182,10 @@ class _Run:
             raise
         watch.write("complete")
         return summary
+
+    def _watch(self, trusted: Trusted) -> ProgressFile:
+        folder = self.folder
+        return ProgressFile(folder.work, folder.writer, total=self.summary.rows, done=trusted.rows, failed=trusted.errors)
 
     def _trusted(self, state: FolderState) -> Trusted:
         """Looks at the folder under the lock: what was seen before it was had may have changed."""
@@ -206,11 +211,13 @@ class _Run:
                 self.memory.settle_parts(self.folder.path / part.name for part in trusted.parts.values())
                 self.folder.remember(self.memory)
             else:
+                self._leave(trusted.parts, attempts=None)
                 self.folder.complete(manifest, trusted.parts.values(), self.memory)
+                self._watch(trusted).write("complete")
         done = {**manifest, "rows": trusted.rows}
         return nothing_done(self.config, done, time.monotonic() - self.began)
 
-    def _engine_config(self, trusted: Trusted) -> Any:
+    def _engine_config(self, trusted: Trusted) -> EngineConfig:
         """auto takes the attention backend that the rows which are there were made with."""
         recorded = trusted.footer.get("profile", {}).get("attention")
         if recorded is None or self.config.engine.attention != "auto" or self.config.allow_other_profile:

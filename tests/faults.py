@@ -163,4 +163,15 @@ def poison(prompt_id: str) -> None:
     before_each_step(die)
 
 
-OTHERS = {"no locks": no_locks, "slow step": slow_step, "memory": memory, "poison": poison}
+def cleared(kind: str) -> None:
+    """The process dies when the run that it replaces is deleted, and its own has not begun."""
+    original = OutputFolder.clear
+
+    def clear(self: OutputFolder, state: Any) -> None:
+        original(self, state)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    OutputFolder.clear = clear  # type: ignore[method-assign]
+
+
+OTHERS = {"cleared": cleared, "no locks": no_locks, "slow step": slow_step, "memory": memory, "poison": poison}

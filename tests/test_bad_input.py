@@ -282,6 +282,15 @@ def test_symbolic_links_are_not_written_through(generate: Generate, tmp_path: Pa
     assert before == (sorted(found.name for found in elsewhere.iterdir()) if elsewhere.is_dir() else elsewhere.read_bytes())
 
 
+def test_an_output_is_read_through_a_link(launcher: Launcher, generate: Generate, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_bytes(GOOD)
+    assert generate(tmp_path, "--input", "prompts.jsonl")[0] == 0
+    (tmp_path / "latest").symlink_to(tmp_path / "out")
+    for command in (["status"], ["verify"], ["replay", "--prompt-id", "0"]):
+        code, child = launcher.run(*command, tmp_path / "latest")
+        assert code == 0, child.stderr
+
+
 def test_files_under_names_of_parts(generate: Generate, tmp_path: Path) -> None:
     """Nothing is replaced or deleted that is not ours."""
     (tmp_path / "prompts.jsonl").write_bytes(GOOD * 3)

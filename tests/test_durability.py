@@ -298,7 +298,10 @@ def test_a_lost_manifest_is_made_again(setting: Setting, tmp_path: Path) -> None
     assert setting.start(output, fault=("manifest", "kill")).wait() == -signal.SIGKILL
     expected = json.loads((output / "_manifest.json").read_text())
     manifest = output / "_manifest.json"
+    errors = output / ".gptbatch" / "errors.jsonl"
+    assert errors.exists()
     for damage in ("missing", "cut off"):
+        errors.unlink()
         if damage == "missing":
             manifest.unlink()
         else:
@@ -308,6 +311,8 @@ def test_a_lost_manifest_is_made_again(setting: Setting, tmp_path: Path) -> None
         assert (code, child.summary["skipped"]) == (0, 40), child.stderr
         setting.check_complete(output)
         assert json.loads((output / "_manifest.json").read_text()) == expected
+        assert [json.loads(line)["id"] for line in errors.read_text().splitlines()] == ["r7"]
+        assert json.loads((output / ".gptbatch" / "progress.json").read_text())["state"] == "complete"
 
 
 def test_a_larger_limit_goes_on(setting: Setting, tmp_path: Path) -> None:
@@ -355,6 +360,20 @@ def test_another_profile_is_refused(setting: Setting, tmp_path: Path) -> None:
     assert code == 0, child.stderr
     code, child = setting.launcher.run("verify", tmp_path / "mixed")
     assert "its parts were made in more than one way" in child.stdout
+
+
+def test_overwrite_is_killed_before_it_has_begun(setting: Setting, tmp_path: Path) -> None:
+    """The folder is ours all the time, whatever else lies in it."""
+    output = tmp_path / "out"
+    assert setting.run(output, "--seed", "5")[0] == 0
+    (output / "notes.txt").write_text("mine")
+    assert setting.start(output, "--overwrite", fault=("cleared", "kill")).wait() == -signal.SIGKILL
+    assert not list(output.glob("part-*"))
+    assert not (output / "_SUCCESS").exists()
+    code, child = setting.run(output, "--overwrite")
+    assert code == 0, child.stderr
+    (output / "notes.txt").unlink()
+    setting.check_complete(output)
 
 
 def test_overwrite_continues_what_it_began(setting: Setting, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ logger = logging.getLogger("gptbatch")
 
 LOCK = "lock"
 HOLDER = "holder.json"
+PATIENCE_S = 0.5  # whoever asks for the status of an output holds its lock for a moment
 
 
 class OutputLock:
@@ -42,7 +43,7 @@ class OutputLock:
     def __enter__(self) -> OutputLock:
         lock = FileLock(self._work / LOCK)
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=PATIENCE_S, poll_interval=PATIENCE_S / 10)
             if isinstance(lock, _SoftFileLock):  # what the library falls back to; a dead process on another host would hold it for ever
                 lock.release()
                 raise NotImplementedError("the file system has no locks")

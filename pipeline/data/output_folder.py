@@ -54,12 +54,15 @@ class FolderState:
 
 
 class OutputFolder:
-    """One output folder. Raises OutputConflictError when it is, or holds in its place, a symbolic link."""
+    """One output folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.work = path / WORK
-        for entry in (path, self.work, path / MANIFEST, path / SUCCESS):
+
+    def refuse_links(self) -> None:
+        """Raises OutputConflictError when what is to be written is, or has in its place, a symbolic link. Reading through one is fine."""
+        for entry in (self.path, self.work, self.path / MANIFEST, self.path / SUCCESS):
             if entry.is_symlink():
                 raise OutputConflictError(f"{entry}: is a symbolic link; name the real folder, so that nothing else is written over")
 
@@ -148,12 +151,15 @@ class OutputFolder:
         self.writer.write_text(self.path / MANIFEST, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def clear(self, state: FolderState) -> None:
-        """Delete the run in this folder: its success mark, its parts, its manifest. Other files stay."""
+        """Delete the run in this folder: its success mark, its parts, what it noted of its deaths.
+
+        Other files stay, and so does its manifest, until that of the run which replaces it: the folder is ours all the time.
+        """
         self.writer.remove(self.path / SUCCESS)
+        self.writer.remove(self.work / ATTEMPTS)
         for path in state.parts.values():
             if read_footer(path) is not None:
                 self.writer.remove(path)
-        self.writer.remove(self.path / MANIFEST)
 
     def _read_manifest(self) -> dict[str, Any] | None:
         """None when there is none. Raises OutputConflictError for one that is not ours."""
