@@ -141,7 +141,7 @@ class PartLoop:
 
     def _run_parts(self, numbers: set[int], *, batch_size: int) -> None:
         engine = self._engine(batch_size)
-        self._most_started = MOST_OPEN_PARTS + -(-engine.batch_size // self.summary.part_rows)
+        self._most_started = MOST_OPEN_PARTS + -(-engine.most_rows // self.summary.part_rows)
         prompts = self.job.tokenized(self.summary, reject=self._take, parts=numbers, may_start=self._may_start)
         if batch_size == 1 and self.attempts is not None:
             prompts = self._named(prompts, self.attempts)

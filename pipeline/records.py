@@ -67,7 +67,7 @@ class Timing:
 
     queue_s: from reading the row to its first token entering a step. prefill_s: from there to its first new token known
     on the host. decode_s: from there to its last. mean_batch_size: mean rows a step while the row was resident.
-    started_at_s: wall clock (seconds since 1970) at admission.
+    started_at_s: wall clock (seconds since 1970) at admission. cached_tokens: of the prompt, what another row had computed.
     """
 
     queue_s: float
@@ -75,6 +75,7 @@ class Timing:
     decode_s: float
     mean_batch_size: float
     started_at_s: float
+    cached_tokens: int = 0
 
     @property
     def total_s(self) -> float:

@@ -109,9 +109,12 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
     bounds = [math.inf if margin is None else math.nextafter(margin, math.inf) for margin in recorded_margins]
     margins = [math.inf] * len(known)
     hashes = [hashlib.sha256() if reopened.config.record_logits_digest else None for _ in known]
-    for passages, logits in step_logits(reopened.network.model, known, most_logits=most_logits):
+    model = reopened.network.model
+    for passages, logits in step_logits(model, known, most_logits=most_logits):
         places = [(passage.row, step) for passage in passages for step in passage.steps]
-        for (index, step), choice, step_row in zip(places, _choices(logits, places, known, bounds), logits, strict=True):
+        for (index, step), choice, step_row in zip(
+            places, _choices(logits, places, known, bounds, native=model.native), logits, strict=True
+        ):
             if choice.margin is not None:
                 margins[index] = min(margins[index], choice.margin)
             if (sha := hashes[index]) is not None:
@@ -145,14 +148,16 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
     return [verdicts[number] for number in range(len(rows))]
 
 
-def _choices(logits: Tensor, places: list[tuple[int, int]], known: list[KnownRow], bounds: list[float]) -> Iterator[Choice]:
+def _choices(
+    logits: Tensor, places: list[tuple[int, int]], known: list[KnownRow], bounds: list[float], *, native: bool
+) -> Iterator[Choice]:
     """The choice at each (row, step) of places, from its logits; a few at a time, for the caches of a CPU."""
     from pipeline.generation.sampling import choose_tokens
 
     for first in range(0, len(places), STEPS_AT_A_TIME):
         some = places[first : first + STEPS_AT_A_TIME]
         params, steps = [known[index].params for index, _ in some], [step for _, step in some]
-        yield from choose_tokens(logits[first : first + len(some)], params, steps, [bounds[index] for index, _ in some])
+        yield from choose_tokens(logits[first : first + len(some)], params, steps, [bounds[index] for index, _ in some], native=native)
 
 
 def _malformed(row: dict[str, Any], vocab_size: int) -> str:

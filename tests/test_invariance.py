@@ -55,14 +55,14 @@ def run(
     batch_size: int,
     end_of_text: int | None = 0,
     window_full: WindowFull = "stop",
-    prefill_tokens: int = 4096,
+    step_tokens: int = 4096,
 ) -> dict[int, Outcome]:
     engine = Engine(
         model=model,
         batch_size=batch_size,
         end_of_text=end_of_text,
         window_full=window_full,
-        prefill_tokens=prefill_tokens,
+        step_tokens=step_tokens,
         record_logits=True,
     )
     ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]
@@ -185,8 +185,8 @@ def test_cache_widths_and_prefill_groups(demo: GPT) -> None:
     long = tokenized(999, [9] * 250, max_new_tokens=6)
     wide = run(demo, [long, *prompts], batch_size=6)
     assert {index: row for index, row in wide.items() if index != 999} == expected
-    for prefill_tokens in (1, 40):
-        assert run(demo, prompts, batch_size=6, prefill_tokens=prefill_tokens) == expected
+    for step_tokens in (1, 40):
+        assert run(demo, prompts, batch_size=6, step_tokens=step_tokens) == expected
 
 
 def test_windows_that_slide(demo: GPT) -> None:

@@ -78,6 +78,7 @@ COLUMNS = (
     _observed("tokens_per_s", pa.float64(), "(completion_tokens - 1) / decode_s; null below 2 tokens", unit="tokens/s"),
     _observed("mean_batch_size", pa.float64(), "mean rows a step while the row was running", unit="rows"),
     _observed("started_at", pa.timestamp("us", tz="UTC"), "wall clock when the row was admitted to the batch", unit="UTC"),
+    _observed("cached_tokens", pa.int32(), "tokens of the prompt that another row with the same beginning had computed", unit="tokens"),
 )
 SCHEMA = pa.schema([column.field for column in COLUMNS])
 DETERMINISTIC_COLUMNS = [column.name for column in COLUMNS if column.kind == "deterministic"]
@@ -114,6 +115,7 @@ def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
         "tokens_per_s": (count - 1) / timing.decode_s if timing and count > 1 and timing.decode_s > 0 else None,
         "mean_batch_size": timing and timing.mean_batch_size,
         "started_at": timing and datetime.fromtimestamp(timing.started_at_s, UTC),
+        "cached_tokens": timing and timing.cached_tokens,
     }
 
 

@@ -1,13 +1,14 @@
 """The loop: prompts in, completions out, many sequences at a time through one KV cache.
 
 A step is one call of the network. Each round of the loop
-  1. admits waiting prompts to free slots, as far as the cache has room, and prefills them in groups that fit a token budget;
-  2. runs one decode step: every running sequence gives its last token and gets its next one;
-  3. retires the sequences that ended; the last slots move into the gaps, so that running slots are always 0 to B-1.
+  1. takes prompts from the caller, so that there are enough to choose from;
+  2. asks the scheduler which tokens to compute, and computes them: every running sequence gives its last token and gets its next
+     one, and prompts are prefilled in chunks beside them;
+  3. retires the sequences that ended.
 A row never sees another: its tokens follow from its prompt, its parameters and the weights. So when memory runs out, the rows
 that were running start again with half of the slots, and nothing shows it but the clock.
 
-Knows: token ids, slots, clocks. Does not know: text, files, or what happens to a completion.
+Knows: token ids, clocks. Does not know: text, files, or what happens to a completion.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import hashlib
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,42 +26,16 @@ from torch import Tensor
 
 from pipeline.errors import OutOfMemoryError
 from pipeline.generation.sampling import Choice, choose_tokens
+from pipeline.generation.scheduler import Chunk, Scheduler, Sequence
 from pipeline.gpt.model import GPT
 from pipeline.records import Completion, RowError, StopReason, Timing, TokenizedPrompt
 
 logger = logging.getLogger("gptbatch")
 
-PREFILL_TOKENS = 1024  # of a call with more than one sequence: linears are as fast as with more, and the start-up check tries as many
-RESERVE_TOKENS = 256  # new tokens of a row that the cache has room for from the start; more is made when it is needed
+STEP_TOKENS = 512
+LOOKAHEAD = 3  # times the slots: rows that wait
 
 WindowFull = Literal["stop", "slide"]
-
-
-@dataclass(slots=True)
-class Sequence:
-    """One running row. `tokens` is the prompt and what has been generated; `cached` of them (from the front) are cached."""
-
-    source: TokenizedPrompt
-    tokens: list[int]
-    admitted_s: float
-    started_at_s: float
-    steps_before: int
-    rows_before: int
-    cached: int = 0
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-    min_margin: float = math.inf
-    logits_hash: hashlib._Hash | None = None
-    stop_reason: StopReason | None = None
-    error: RowError | None = None
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self.tokens) - len(self.source.token_ids)
-
-    @property
-    def ended(self) -> bool:
-        return self.stop_reason is not None or self.error is not None
 
 
 @dataclass(slots=True)
@@ -71,6 +45,7 @@ class EngineStats:
     steps: int = 0
     rows: int = 0
     prefilled_tokens: int = 0
+    cached_tokens: int = 0
     new_tokens: int = 0
     halvings: int = 0
 
@@ -83,7 +58,8 @@ class Engine:
     much as batch_size full contexts take. end_of_text: the token id that ends a row, None if there is none (or none is to).
     window_full: what happens when a sequence fills the context. stop ends it; slide goes on as the tutorial does, each step
     on the n_positions most recent tokens, positions from 0, the whole window computed again.
-    prefill_tokens: most tokens of a prefill call with more than one sequence. record_logits: hash the bits of every logit.
+    step_tokens: most tokens of a step. lookahead: rows that wait for a slot, to choose from; None is LOOKAHEAD times the slots, and
+    none for a single one. share_prefixes: compute what prompts begin with in common once. record_logits: hash the bits of every logit.
     """
 
     model: GPT
@@ -91,58 +67,54 @@ class Engine:
     end_of_text: int | None
     memory_bytes: int | None = None
     window_full: WindowFull = "stop"
-    prefill_tokens: int = PREFILL_TOKENS
+    step_tokens: int = STEP_TOKENS
+    lookahead: int | None = None
+    share_prefixes: bool = True
     record_logits: bool = False
     stats: EngineStats = field(default_factory=EngineStats)
 
     def __post_init__(self) -> None:
+        if self.lookahead is None:
+            self.lookahead = LOOKAHEAD * self.batch_size if self.batch_size > 1 else 0
         self._n_positions = self.model.config.n_positions
-        self._running: list[Sequence] = []  # sequence i stands in slot i
-        self._waiting: deque[TokenizedPrompt] = deque()  # taken from the caller and not yet running
         self._exhausted = False
         self._make_cache()
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that it holds at a time, running or waiting."""
+        assert self.lookahead is not None
+        return self.batch_size + self.lookahead
 
     def generate(self, prompts: Iterator[TokenizedPrompt | None]) -> Iterator[list[Completion]]:
         """Yields after every step what ended in it (often nothing), in no particular order.
 
-        Prompts are taken from the iterator as slots fall free; each must have 1 to n_positions tokens. None stands for "none now": the
-        caller wants to see to what has ended first. Where memory runs out, half of the slots go on, from the start of their rows;
-        raises OutOfMemoryError that names the row when not even one fits.
+        Prompts are taken from the iterator as there is room for them; each must have 1 to n_positions tokens. None stands for "none
+        now": the caller wants to see to what has ended first. Where memory runs out, half of the slots go on, from the start of their
+        rows; raises OutOfMemoryError that names the row when not even one fits.
         """
+        self._exhausted = False
         while True:
             self._take(prompts)
-            if not self._running and not self._waiting:
+            if not self._scheduler.running and not self._scheduler.waiting:
                 if self._exhausted:
                     return
                 yield []
                 continue
-            ended: list[Completion] = []
             try:
-                for slots in self._groups(self._admit()):
-                    self._prefill(slots)
-                    yield []
-                ended += self._retire()
-                inside = [slot for slot, sequence in enumerate(self._running) if len(sequence.tokens) <= self._n_positions]
-                if inside:
-                    self._step(inside)
-                    ended += self._retire()
-                    yield ended
-                    ended = []
-                for slots in self._groups([slot for slot, s in enumerate(self._running) if len(s.tokens) > self._n_positions]):
-                    self._slide(slots)
-                    yield []
-                ended += self._retire()
+                self._step(self._scheduler.plan())
+                ended = [self._completion(sequence) for sequence in self._scheduler.retire()]
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._halve(error)
+                ended = []
             yield ended
 
-    # -- one round -----------------------------------------------------------------------------------------------------
-
     def _take(self, prompts: Iterator[TokenizedPrompt | None]) -> None:
-        """Prompts for the free slots. Outside of what is tried again when memory runs out: an iterator that has raised has ended."""
-        while not self._exhausted and len(self._running) + len(self._waiting) < self.batch_size:
+        """Prompts for the window. Outside of what is tried again when memory runs out: an iterator that has raised has ended."""
+        scheduler = self._scheduler
+        while not self._exhausted and len(scheduler.running) + len(scheduler.waiting) < self.most_rows:
             try:
                 prompt = next(prompts)
             except StopIteration:
@@ -151,51 +123,7 @@ class Engine:
             if prompt is None:
                 return
             assert 1 <= len(prompt.token_ids) <= self._n_positions
-            self._waiting.append(prompt)
-
-    def _admit(self) -> list[int]:
-        """Move prompts that wait to slots, as far as the cache has room, and give these slots."""
-        lengths = [self._length(sequence.source) for sequence in self._running]
-        admitted: list[Sequence] = []
-        while self._waiting and len(self._running) + len(admitted) < self.batch_size:
-            lengths.append(self._length(self._waiting[0]))
-            if len(lengths) > 1 and not self._cache.fits(lengths):
-                break
-            admitted.append(
-                Sequence(
-                    source=(prompt := self._waiting.popleft()),
-                    tokens=list(prompt.token_ids),
-                    admitted_s=0.0,
-                    started_at_s=time.time(),
-                    steps_before=0,
-                    rows_before=0,
-                    logits_hash=hashlib.sha256() if self.record_logits else None,
-                )
-            )
-        # likes together, the long ones first: what is padded or done in rounds inside a call then loses least
-        admitted.sort(key=lambda sequence: -len(sequence.tokens))
-        first = len(self._running)
-        self._running += admitted
-        with torch.inference_mode():
-            self._cache.reserve([min(self._length(s.source), len(s.tokens) + RESERVE_TOKENS) for s in admitted])
-        return list(range(first, len(self._running)))
-
-    def _length(self, prompt: TokenizedPrompt) -> int:
-        """The most positions that a row comes to."""
-        return min(self._n_positions, len(prompt.token_ids) + prompt.prompt.params.max_new_tokens)
-
-    def _prefill(self, slots: list[int]) -> None:
-        now = time.monotonic()
-        for slot in slots:
-            sequence = self._running[slot]
-            sequence.admitted_s, sequence.steps_before, sequence.rows_before = now, self.stats.steps, self.stats.rows
-            self.stats.prefilled_tokens += len(sequence.tokens)
-        self._step(slots)
-
-    def _slide(self, slots: list[int]) -> None:
-        for slot in slots:
-            self._running[slot].cached = 0
-        self._step(slots)
+            scheduler.add(prompt)
 
     def _make_cache(self) -> None:
         """The cache, as large as memory_bytes says and there is memory for; sets batch_size to what it can hold."""
@@ -205,7 +133,7 @@ class Engine:
                 self.batch_size = min(self.batch_size, most)
             try:
                 with torch.inference_mode():
-                    self._cache = self.model.new_cache(self.batch_size, capacity=capacity)
+                    cache = self.model.new_cache(self.batch_size, capacity=capacity)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -214,67 +142,80 @@ class Engine:
                 self.batch_size //= 2
                 self.stats.halvings += 1
             else:
-                return
+                break
+        self._cache = cache
+        self._scheduler = Scheduler(
+            cache=cache,
+            n_slots=self.batch_size,
+            n_positions=self._n_positions,
+            step_tokens=self.step_tokens,
+            spread=self.model.attention == "padded",
+            share=self.share_prefixes,
+            slide=self.window_full == "slide",
+        )
 
     def _halve(self, error: Exception) -> None:
         """Go on with half of the slots after memory ran out; rows that were running start again, and come to the same bits."""
-        if len(self._running) <= 1 or self.batch_size == 1:
-            name = f"row {self._running[0].source.prompt.prompt_id!r}" if self._running else "the next row"
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        if len(running) <= 1 or self.batch_size == 1:
+            name = f"row {running[0].source.prompt.prompt_id!r}" if running else "the next row"
             raise OutOfMemoryError(
                 f"out of memory, even with {name} alone ({_first_line(error)}); give the process more, or leave the row out with --skip-row"
             ) from error
-        self.stats.new_tokens -= sum(sequence.new_tokens for sequence in self._running)
-        self._waiting.extendleft(sequence.source for sequence in reversed(self._running))
-        self.batch_size = len(self._running) // 2
+        self.stats.new_tokens -= sum(sequence.new_tokens for sequence in running)
+        self.batch_size = len(running) // 2
         self.stats.halvings += 1
-        self._running.clear()
-        del self._cache  # before there is a new one
+        sources = [sequence.source for sequence in (*sorted(running, key=lambda sequence: sequence.order), *waiting)]
+        del self._scheduler, self._cache  # before there is a new one
         self._make_cache()
+        for source in sources:
+            self._scheduler.add(source)
         logger.warning("out of memory: going on with at most %d rows at a time", self.batch_size)
 
-    def _groups(self, slots: list[int]) -> Iterator[list[int]]:
-        """Cut slots into groups of at most `prefill_tokens` tokens, at least one slot each."""
-        group: list[int] = []
-        total = 0
-        for slot in slots:
-            length = min(len(self._running[slot].tokens), self._n_positions)
-            if group and total + length > self.prefill_tokens:
-                yield group
-                group, total = [], 0
-            group.append(slot)
-            total += length
-        if group:
-            yield group
-
     @torch.inference_mode()
-    def _step(self, slots: list[int]) -> None:
-        """One call of the network: each slot's tokens that are not cached yet go in, its next token comes out."""
-        sequences = [self._running[slot] for slot in slots]
+    def _step(self, chunks: list[Chunk]) -> None:
+        """One call of the network: the chunks' tokens go in; of those that end, the next token comes out."""
+        now = time.monotonic()
         tokens: list[int] = []
-        token_slots: list[int] = []
+        slots: list[int] = []
         positions: list[int] = []
         last: list[int] = []
-        for slot, sequence in zip(slots, sequences, strict=True):
-            window = max(0, len(sequence.tokens) - self._n_positions)  # where the context begins
-            new = sequence.tokens[window + sequence.cached :]
-            tokens += new
-            token_slots += [slot] * len(new)
-            positions += range(sequence.cached, sequence.cached + len(new))
-            last.append(len(tokens) - 1)
-            sequence.cached += len(new)
-        logits = self.model.extend(self._cache, tokens=tokens, slots=token_slots, positions=positions, wanted=last)
+        for chunk in chunks:
+            count = len(chunk.tokens)
+            tokens += chunk.tokens
+            slots += [chunk.slot] * count
+            positions += range(chunk.first, chunk.first + count)
+            if chunk.ends:
+                last.append(len(tokens) - 1)
+            if chunk.sequence.admitted_s is None:
+                self._begin(chunk.sequence, now)
+            if chunk.sequence.new_tokens == 0:
+                self.stats.prefilled_tokens += count
+        logits = self.model.extend(self._cache, tokens=tokens, slots=slots, positions=positions, wanted=last)
+        sequences = [chunk.sequence for chunk in chunks if chunk.ends]
         if self.record_logits:
             for sequence, row in zip(sequences, logits.cpu(), strict=True):
                 assert sequence.logits_hash is not None
                 sequence.logits_hash.update(logits_bytes(row))
         choices = choose_tokens(
-            logits, [s.source.prompt.params for s in sequences], [s.new_tokens for s in sequences], [s.min_margin for s in sequences]
+            logits,
+            [s.source.prompt.params for s in sequences],
+            [s.new_tokens for s in sequences],
+            [s.min_margin for s in sequences],
+            native=self.model.native,
         )
         now = time.monotonic()
         self.stats.steps += 1
-        self.stats.rows += len(slots)
+        self.stats.rows += len(chunks)
         for sequence, choice in zip(sequences, choices, strict=True):
             self._accept(sequence, choice, now)
+
+    def _begin(self, sequence: Sequence, now: float) -> None:
+        """A sequence's first token enters a step."""
+        sequence.admitted_s, sequence.started_at_s = now, time.time()
+        sequence.steps_before, sequence.rows_before = self.stats.steps, self.stats.rows
+        sequence.logits_hash = hashlib.sha256() if self.record_logits else None
+        self.stats.cached_tokens += sequence.cached_tokens
 
     def _accept(self, sequence: Sequence, choice: Choice, now: float) -> None:
         """Give a sequence its next token and decide whether it ends."""
@@ -287,6 +228,8 @@ class Engine:
             sequence.error = RowError(kind="not_finite", reason=reason)
             return
         sequence.tokens.append(token)
+        if len(sequence.tokens) > self._n_positions:
+            sequence.cached = 0  # the window slides, and every position in it changes
         if choice.margin is not None:
             sequence.min_margin = min(sequence.min_margin, choice.margin)
         self.stats.new_tokens += 1
@@ -300,23 +243,9 @@ class Engine:
             window_full=self.window_full,
         )
 
-    @torch.inference_mode()
-    def _retire(self) -> list[Completion]:
-        ended = []
-        for slot in reversed(range(len(self._running))):
-            sequence = self._running[slot]
-            if not sequence.ended:
-                continue
-            self._cache.clear(slot)
-            last = self._running.pop()
-            if last is not sequence:
-                self._cache.move(len(self._running), slot)
-                self._running[slot] = last
-            ended.append(self._completion(sequence))
-        return ended
-
     def _completion(self, sequence: Sequence) -> Completion:
         source = sequence.source
+        assert sequence.admitted_s is not None
         steps = self.stats.steps - sequence.steps_before
         return Completion(
             prompt=source.prompt,
@@ -334,6 +263,7 @@ class Engine:
                 decode_s=sequence.last_token_s - sequence.first_token_s,
                 mean_batch_size=(self.stats.rows - sequence.rows_before) / steps,
                 started_at_s=sequence.started_at_s,
+                cached_tokens=sequence.cached_tokens,
             ),
         )
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.generation.engine import PREFILL_TOKENS, logits_bytes
-from pipeline.gpt.linear import ROW_PLANS, Linear, use_threads
+from pipeline.generation.engine import STEP_TOKENS, logits_bytes
+from pipeline.gpt.linear import Linear, use_threads
 from pipeline.gpt.model import GPT, HEAD_ROWS, Block
 
 NEEDLE_TOKENS = 24
@@ -24,6 +24,7 @@ FILLERS = (5, 17, 1, 9)  # tokens of the sequences beside the needle
 CHUNKS = (1, 2, 8)  # tokens of the first calls that take the needle in pieces; one more takes the rest
 ATTENTION_POSITIONS = 1024  # products over more than 192 keys have been seen to change their order of summing
 CHUNK = 21
+MOST_ROWS = 2 * STEP_TOKENS
 FEW_ROWS = 64  # below, every number of rows that a linear may run at is tried: libraries choose their path by it, and
 MANY_ROWS = (80, 96, 128, 160, 192, 256, 320, 512, 768)  # above, some
 THREADS = (1, 2, 3, 4)  # whatever the run has: what the check finds must not depend on that
@@ -51,7 +52,7 @@ def check_numerics(model: GPT) -> NumericsReport:
     """Check the network on its device, and leave it with the fastest row plan that passes; with the fastest if none does."""
     attention = _Probe()
     _check_attention(model, attention)
-    for plan in ROW_PLANS:
+    for plan in model.row_plans:
         model.use_rows(plan)
         probe = _Probe()
         _check_linears(model, probe)
@@ -60,7 +61,7 @@ def check_numerics(model: GPT) -> NumericsReport:
         if not probe.failures:
             break
     else:
-        model.use_rows(ROW_PLANS[0])
+        model.use_rows(model.row_plans[0])
         probe = _Probe()
         _check_linears(model, probe)
         _check_network(model, probe)
@@ -142,7 +143,7 @@ def _check_linears(model: GPT, probe: _Probe) -> None:
     for name, linear in (*block.named_children(), ("lm_head", model.lm_head)):
         if not isinstance(linear, Linear):
             continue
-        count = HEAD_ROWS if linear is model.lm_head else PREFILL_TOKENS
+        count = HEAD_ROWS if linear is model.lm_head else MOST_ROWS
         failures = _failures_of(linear, name, count, model)
         for rows in model.row_plan.constant[1:]:
             if not failures:

@@ -39,15 +39,22 @@ class Choice:
 
 
 def choose_tokens(
-    logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int], bounds: Sequence[float] | None = None
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    steps: Sequence[int],
+    bounds: Sequence[float] | None = None,
+    *,
+    native: bool = False,
 ) -> list[Choice]:
     """The next token of each row.
 
     logits (B, V) of any floating type; params and steps (the index of the new token in its row), one each a row. A margin
     above its row's bound may come out as the bound, which saves looking for it: give the row's smallest margin so far.
+    native: by our kernel (choose.cpp), on a CPU. Its logarithms may differ from torch's in their last bit, and so may margins.
     """
     device, vocab_size = logits.device, logits.shape[1]
-    finite = torch.isfinite(logits.amax(dim=1))
+    if not params:
+        return []
     rows = _Rows(
         seeds=torch.tensor([p.seed for p in params], device=device),
         steps=torch.tensor(list(steps), device=device),
@@ -56,26 +63,37 @@ def choose_tokens(
     )
     # greedy draws no noise that matters: only ties at the largest logit can win
     kept_counts = [1 if p.temperature == 0 else min(p.top_k, vocab_size) or vocab_size for p in params]
-    winners = torch.zeros(len(params), dtype=torch.long, device=device)
-    margins = torch.zeros(len(params), dtype=torch.float64, device=device)
+    if native:
+        winners, margins = torch.ops.gptbatch.choose(
+            logits, rows.seeds, rows.steps, rows.temperatures, torch.tensor(kept_counts), rows.bounds
+        )
+    else:
+        winners, margins = _choose(logits, kept_counts, rows)
+    return [
+        Choice(token, margin if vocab_size > 1 else None) if token >= 0 else Choice(None, None)
+        for token, margin in zip(winners.tolist(), margins.tolist(), strict=True)
+    ]
 
+
+def _choose(logits: Tensor, kept_counts: list[int], rows: _Rows) -> tuple[Tensor, Tensor]:
+    """Winners, -1 where the logits are not finite, and margins (B,): what the kernel does, in terms of torch, for every device."""
+    batch, vocab_size = logits.shape
+    finite = torch.isfinite(logits.amax(dim=1))
+    winners = torch.zeros_like(rows.seeds)
+    margins = torch.zeros_like(rows.temperatures)
     few = [row for row, count in enumerate(kept_counts) if count < vocab_size]
     if few:
-        counts = torch.tensor([kept_counts[row] for row in few], device=device)
-        if len(few) == len(params):
+        counts = torch.tensor([kept_counts[row] for row in few], device=logits.device)
+        if len(few) == batch:
             winners, margins = _choose_among_few(logits, counts, rows)
         else:
-            index = torch.tensor(few, device=device)
+            index = torch.tensor(few, device=logits.device)
             winners[index], margins[index] = _choose_among_few(logits[index], counts, rows[index])
     whole = [row for row, count in enumerate(kept_counts) if count == vocab_size]
     for chunk in _chunks(whole, max(1, MOST_SCORES // vocab_size)):
-        index = torch.tensor(chunk, device=device)
+        index = torch.tensor(chunk, device=logits.device)
         winners[index], margins[index] = _choose_among_all(logits[index], rows[index])
-    chosen, distances = torch.where(finite, winners, -1).tolist(), margins.tolist()
-    return [
-        Choice(token, distance if vocab_size > 1 else None) if token >= 0 else Choice(None, None)
-        for token, distance in zip(chosen, distances, strict=True)
-    ]
+    return torch.where(finite, winners, -1), margins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.generation.engine import PREFILL_TOKENS
 from pipeline.generation.noise import gumbel
 from pipeline.generation.sampling import choose_tokens
 from pipeline.gpt.model import GPT
 from pipeline.records import SamplingParams
 
 MOST_LOGITS = 2**25  # of a call, 128 MiB in float32
+MOST_TOKENS = 1024  # of a call with more than one passage
 SLOTS = 64
 
 
@@ -49,7 +49,7 @@ def step_logits(model: GPT, rows: Sequence[KnownRow], *, most_logits: int = MOST
     the window slides, each step takes one of its own.
     """
     slots = min(SLOTS, max(1, sum(len(row.new) for row in rows)))
-    cache = model.new_cache(slots, capacity=max(PREFILL_TOKENS, model.config.n_positions) + 16 * slots)
+    cache = model.new_cache(slots, capacity=max(MOST_TOKENS, model.config.n_positions) + 16 * slots)
     for batch in _batches(_passages(rows, model.config.n_positions), most_logits // model.config.vocab_size):
         tokens: list[int] = []
         token_slots: list[int] = []
@@ -81,7 +81,7 @@ def _batches(passages: Iterator[Passage], most_steps: int) -> Iterator[list[Pass
     tokens = steps = 0
     for passage in passages:
         tokens, steps = tokens + len(passage.tokens), steps + len(passage.steps)
-        if batch and (len(batch) == SLOTS or tokens > PREFILL_TOKENS or steps > most_steps):
+        if batch and (len(batch) == SLOTS or tokens > MOST_TOKENS or steps > most_steps):
             yield batch
             batch, tokens, steps = [], len(passage.tokens), len(passage.steps)
         batch.append(passage)

@@ -42,11 +42,18 @@ class Attention(Protocol):
 class KVCache(Protocol):
     """The keys and values of the sequences that are running. A slot is a sequence's place; it knows not whose."""
 
-    def fits(self, lengths: Sequence[int]) -> bool:
-        """Whether it can hold sequences that grow to so many positions, at most one a slot, beside each other."""
+    def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
+        """Give an empty slot to a sequence that begins with token_ids and grows to at most `length` positions.
 
-    def reserve(self, lengths: Sequence[int]) -> None:
-        """Make room at once for sequences that are about to come, of so many positions each, if room is made as it is needed."""
+        Returns how many of the tokens are there already, or will be when the slot is `ready`; None when there is no room now. share:
+        whether prefixes may be shared with other sequences. A slot may be used without it as if nothing were there.
+        """
+
+    def ready(self, slot: int) -> bool:
+        """Whether what `admit` said is there, or in the call that comes next."""
+
+    def computed(self, slot: int, first: int, last: int) -> None:
+        """The slot's tokens from position first to before last are in the call that comes next."""
 
     def step(self, slots: Sequence[int], positions: Sequence[int]) -> Attention:
         """The attention of one call over N tokens: the slot of each and its position there.

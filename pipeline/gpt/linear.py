@@ -1,6 +1,6 @@
 """The linear layer of the network, in the form that is fast on the device at hand.
 
-Knows: weights (out, in) as plain parameters, and the same weights prepacked for oneDNN on CPU.
+Knows: weights (out, in) as plain parameters, and the same weights laid out for our kernel, or for oneDNN, on CPU.
 Does not know: where it stands in the network.
 """
 
@@ -38,14 +38,15 @@ _FUSED: dict[Activation, tuple[str, str]] = {
 
 ALIGNED_FEATURES = 16
 
-LinearKind = Literal["prepacked", "prepacked_float32", "plain"]
+LinearKind = Literal["native", "native_float32", "prepacked", "prepacked_float32", "plain"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowPlan:
     """At how many rows the linears run: a row's bits may depend on that, in a way that differs from machine to machine.
 
-    least: the fewest rows; one alone takes another path inside oneDNN, and a few do in other libraries. constant: as many rows
+    least: the fewest rows, 1 for just as many as there are; one alone takes another path inside oneDNN, and a few do in other
+    libraries. constant: as many rows
     at a time, whatever there is to do, or one of the smaller numbers, each linear its own; () runs all at once.
     """
 
@@ -61,11 +62,15 @@ class RowPlan:
         """
         if self.constant:
             return -(-wanted // self.constant[0]) * self.constant[0]
+        if self.least == 1:
+            return wanted
         step = 8
         while wanted > 16 * step:
             step *= 2
         return max(self.least, -(-wanted // step) * step)
 
+
+AS_THEY_COME = RowPlan(name="as they come", least=1)  # for our own kernel, which sums each row by itself
 
 # From the fastest to the surest; the start-up check takes the first under which a row's bits do not depend on other rows. On a CPU
 # with matrix instructions (AMX) oneDNN cuts a sum in other places for other row counts, and at 64 rows of many inputs for other
@@ -80,8 +85,8 @@ ROW_PLANS = (
 class Linear(nn.Module):
     """y = activation(x W^T + b), or x W^T + b + residual.
 
-    x (N, in) -> y (N, out). `pack` trades the plain weight for one laid out by oneDNN, which on a CPU is several times as
-    fast as the plain one and takes the activation or the addition in the same pass.
+    x (N, in) -> y (N, out). `pack` trades the plain weight for one laid out for our kernel, or by oneDNN, which on a CPU are
+    several times as fast as the plain one and take the activation or the addition in the same pass.
     """
 
     weight: nn.Parameter
@@ -117,10 +122,13 @@ class Linear(nn.Module):
 
     def _packed_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         dtype = x.dtype
-        if self.kind == "prepacked_float32":
+        if self.kind in ("prepacked_float32", "native_float32"):
             x, residual = x.float(), None if residual is None else residual.float()
-        if residual is not None:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
+        y: Tensor
+        if self.kind in ("native", "native_float32"):
+            y = torch.ops.gptbatch.linear(x, self._packed, self.out_features, self.bias, residual, self.activation)
+        elif residual is not None:
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
         else:
             name, algorithm = _FUSED[self.activation]
             y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, name, [], algorithm)
@@ -131,16 +139,17 @@ class Linear(nn.Module):
         assert isinstance(embedding.weight, nn.Parameter)
         self.weight = embedding.weight
 
-    def pack(self) -> None:
-        """Lay the weight out for oneDNN and drop the plain one, unless someone else (a tied embedding) holds it.
+    def pack(self, *, native: bool) -> None:
+        """Lay the weight out for a CPU and drop the plain one, unless someone else (a tied embedding) holds it. native: our kernels
+        are there.
 
         bfloat16 on a CPU without instructions for it is widened to float32: sums are then the same or better, each result is
-        rounded to bfloat16 once, and it is several times as fast. Where oneDNN takes no such weight, a CPU gets it with
+        rounded to bfloat16 once, and it is several times as fast. Where there is no layout for such a weight, a CPU gets it with
         out_features rounded up: products of odd widths have been seen to depend on how many threads share them.
         """
-        kind = packed_kind(self.weight)
         if self._packed is not None:
             return
+        kind = packed_kind(self.weight, native=native)
         if kind == "plain":
             extra = -self.weight.shape[0] % ALIGNED_FEATURES
             if extra and self.weight.device.type == "cpu":
@@ -148,20 +157,27 @@ class Linear(nn.Module):
                 self.bias = None if self.bias is None else nn.Parameter(F.pad(self.bias.detach(), (0, extra)), requires_grad=False)
             return
         weight = self.weight.detach().contiguous()
-        if kind == "prepacked_float32":
+        if kind in ("prepacked_float32", "native_float32"):
             weight = weight.float()
-            self.bias = None if self.bias is None else nn.Parameter(self.bias.detach().float(), requires_grad=False)
-        self.kind, self._packed = kind, torch.ops.mkldnn._reorder_linear_weight(weight)
+        if kind != "prepacked" and self.bias is not None:
+            self.bias = nn.Parameter(self.bias.detach().float(), requires_grad=False)
+        self.kind = kind
+        pack = torch.ops.gptbatch.pack if kind in ("native", "native_float32") else torch.ops.mkldnn._reorder_linear_weight
+        self._packed = pack(weight)
         self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
 
 
-def packed_kind(weight: Tensor) -> LinearKind:
-    """What `Linear.pack` makes of this weight on this machine."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def packed_kind(weight: Tensor, *, native: bool) -> LinearKind:
+    """What `Linear.pack` makes of this weight on this machine. oneDNN alone has products for matrix instructions (AMX)."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return "plain"
-    if weight.dtype == torch.bfloat16:
-        return "prepacked" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "prepacked_float32"
-    return "prepacked" if weight.dtype == torch.float32 else "plain"
+    onednn = torch.backends.mkldnn.is_available()
+    if weight.dtype == torch.float32:
+        return "native" if native else "prepacked" if onednn else "plain"
+    if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        computes = native and torch.ops.gptbatch.has_bfloat16() and not torch.cpu._is_amx_tile_supported()
+        return "native" if computes else "prepacked"
+    return "native_float32" if native else "prepacked_float32" if onednn else "plain"
 
 
 def _activate(activation: Activation, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pipeline.gpt.attention import Attention, Backend, KVCache, most_slots, new_cache
 from pipeline.gpt.config import GPTConfig
-from pipeline.gpt.linear import ROW_PLANS, Linear, LinearKind, RowPlan
+from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, RowPlan
 
 HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and the start-up check tries as many
 
@@ -109,13 +109,15 @@ class GPT(nn.Module):
         x = self.wte(self._padded(tokens)) + self.wpe(self._padded(positions))
         for block in self.blocks:
             x = block(x, attention)
-        x = x[: len(tokens)] if wanted is None else x[torch.tensor(wanted, device=self.device)]
+        x = x[: len(tokens)] if wanted is None else x[torch.tensor(wanted, dtype=torch.long, device=self.device)]
         pieces = [self._head(piece) for piece in x.split(HEAD_ROWS)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _head(self, x: Tensor) -> Tensor:
         """x (S, C) -> logits (S, V)."""
         rows = len(x)
+        if rows == 0:
+            return x.new_empty(0, self.config.vocab_size)
         logits: Tensor = self.lm_head(self.ln_f(F.pad(x, (0, 0, 0, self.row_plan.rows(rows) - rows))))
         return logits[:rows]
 
@@ -153,11 +155,23 @@ class GPT(nn.Module):
         """Lay the linears out for this CPU (see Linear.pack); the network can no longer be copied into or moved."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack()
+                module.pack(native=self.native)
+        self.use_rows(self.row_plans[0])
 
     def parameter_count(self) -> int:
         """Parameters with the head counted as its own, as transformers counts an untied model. Before `pack` only."""
         return sum(parameter.numel() for _, parameter in self.named_parameters(remove_duplicate=False))
+
+    @property
+    def native(self) -> bool:
+        """Whether our C++ kernels do what they can do: where attention is ragged. Elsewhere all is torch's."""
+        return self.attention == "ragged"
+
+    @property
+    def row_plans(self) -> tuple[RowPlan, ...]:
+        """At which row counts its linears may run, from the fastest to the surest."""
+        ours = self.linear_kind in ("native", "native_float32")
+        return (AS_THEY_COME, *ROW_PLANS) if ours else ROW_PLANS
 
     @property
     def linear_kind(self) -> LinearKind:

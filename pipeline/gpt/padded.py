@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from pipeline.gpt.config import GPTConfig
 
 
+RESERVE_TOKENS = 256  # new tokens of a sequence that there is room for from the start; more is made when it is needed
+
+
 class PaddedCache:
     """Per layer keys and values (B, H, width, depth): B slots, positions 0 to width - 1; depth is D rounded up, the rest 0.
 
@@ -41,11 +44,18 @@ class PaddedCache:
         self.values: list[Tensor] = [empty] * config.n_layer
         self._lengths = [0] * n_slots
 
-    def fits(self, lengths: Sequence[int]) -> bool:
-        return True  # every slot can hold a full context
+    def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
+        """There is always room, every slot can hold a full context, and nothing is shared."""
+        self._widen(min(length, len(token_ids) + RESERVE_TOKENS))
+        return 0
 
-    def reserve(self, lengths: Sequence[int]) -> None:
-        width = max(lengths, default=0)
+    def ready(self, slot: int) -> bool:
+        return True
+
+    def computed(self, slot: int, first: int, last: int) -> None:
+        pass
+
+    def _widen(self, width: int) -> None:
         if width <= self.width:
             return
         assert width <= self.n_positions
@@ -59,7 +69,7 @@ class PaddedCache:
                 tensors[layer] = grown
 
     def step(self, slots: Sequence[int], positions: Sequence[int]) -> PaddedAttention:
-        self.reserve([max(positions) + 1])
+        self._widen(max(positions) + 1)
         for slot, position in zip(slots, positions, strict=True):
             self._lengths[slot] = max(self._lengths[slot], position + 1)
         return PaddedAttention(self, slots, positions)

@@ -156,7 +156,8 @@ def load_gpt(
         if pack:
             for module in group.module.modules():
                 if isinstance(module, Linear):
-                    module.pack()
+                    module.pack(native=gpt.native)
+    gpt.use_rows(gpt.row_plans[0])
     return gpt
 
 

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ from platformdirs import user_cache_path
 
 logger = logging.getLogger("gptbatch.kernels")
 
-SOURCE = Path(__file__).with_name("ragged.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = ("attention.cpp", "choose.cpp", "linear.cpp")
+HEADERS = ("common.h",)
 LOCK_TIMEOUT_S = 300.0  # another process that builds takes seconds; one that hangs must not stop us for ever
 BUILD_TIMEOUT_S = 300.0
 _TEMPORARY = "build-"
@@ -37,7 +40,7 @@ _CAPABILITY_FLAGS = {
 }
 # -ffp-contract=off and no -ffast-math: the order and rounding of every sum is as written. -fopenmp: at::parallel_for runs on
 # one thread without it, and says nothing.
-_FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
 
 
 class KernelError(Exception):
@@ -74,26 +77,27 @@ def build_kernels(folder: Path) -> Path:
 
 def _find(folder: Path, key: str) -> Path | None:
     """The library of this key whose content is what its name says: a damaged one would end the process when it is loaded."""
-    for library in folder.glob(f"ragged-{key}-*.so"):
+    for library in folder.glob(f"kernels-{key}-*.so"):
         if library.name == _name(key, library):
             return library
     return None
 
 
 def _name(key: str, library: Path) -> str:
-    return f"ragged-{key}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+    return f"kernels-{key}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
 def compile_flags() -> list[str]:
     """The flags that decide what the machine code does."""
     capability = _CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"))
-    return [*_FLAGS, *capability, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    bfloat16 = ("-mavx512bf16",) if capability is _CAPABILITY_FLAGS["AVX512"] and torch.cpu._is_avx512_bf16_supported() else ()
+    return [*_FLAGS, *capability, *bfloat16, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 
 
 def _key() -> str:
     """16 hexadecimal digits of a hash of all that the results of the library depend on; which compiler made it is not among that."""
-    source = SOURCE.read_text(encoding="utf-8")
-    parts = [source, *compile_flags(), torch.__version__, platform.machine(), platform.system()]
+    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
+    parts = [*sources, *compile_flags(), torch.__version__, platform.machine(), platform.system()]
     return hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()[:16]
 
 
@@ -104,19 +108,32 @@ def _build(compiler: list[str], folder: Path, key: str) -> Path:
     """
     for left_over in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(left_over, ignore_errors=True)
-    for damaged in folder.glob(f"ragged-{key}-*.so"):
+    for damaged in folder.glob(f"kernels-{key}-*.so"):
         logger.warning("%s: damaged; building it again", damaged)
         damaged.unlink()
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as temporary:
-        target = Path(temporary) / "ragged.so"
-        headers, libraries = Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
-        logger.info("building the attention kernel, once for this machine and this torch; about 20 s")
-        arguments = [*compiler, *compile_flags(), f"-I{headers}", str(SOURCE), "-o", str(target), f"-L{libraries}", "-ltorch_cpu", "-lc10"]
-        try:
-            done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
-            raise KernelError(f"{compiler[0]} has not ended after {BUILD_TIMEOUT_S:.0f} s") from error
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines() or ["no message"]
-            raise KernelError(f"{compiler[0]} cannot build it (exit code {done.returncode}): {lines[0][:300]}")
+        target = Path(temporary) / "kernels.so"
+        logger.info("building the kernels, once for this machine and this torch; about 30 s")
+        with ThreadPoolExecutor(len(SOURCES)) as pool:
+            objects = list(pool.map(lambda name: _compile(compiler, FOLDER / name, Path(temporary)), SOURCES))
+        libraries = Path(torch.__file__).parent / "lib"
+        _run([*compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(target), f"-L{libraries}", "-ltorch_cpu", "-lc10"])
         return target.replace(folder / _name(key, target))
+
+
+def _compile(compiler: list[str], source: Path, folder: Path) -> Path:
+    target = folder / source.with_suffix(".o").name
+    headers = Path(torch.__file__).parent / "include"
+    _run([*compiler, *compile_flags(), f"-I{headers}", "-c", str(source), "-o", str(target)])
+    return target
+
+
+def _run(arguments: list[str]) -> None:
+    """Run the compiler. Raises KernelError with its first error."""
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(f"{arguments[0]} has not ended after {BUILD_TIMEOUT_S:.0f} s") from error
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines() or ["no message"]
+        raise KernelError(f"{arguments[0]} cannot build it (exit code {done.returncode}): {lines[0][:300]}")

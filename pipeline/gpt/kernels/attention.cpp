@@ -3,7 +3,8 @@
 //     gptbatch::attend(qkv, keys, values, pages, slots, positions, scale) -> out
 //
 //     qkv        (R, 3 H D)         float32 or bfloat16; rows from N on belong to nobody and come back as 0
-//     keys       (H, P, depth, 16)  the keys of 16 positions a page, one number of each side by side
+//     keys       (H, P, depth, 16)  the keys of 16 positions a page, one number of each side by side; in bfloat16, where the CPU
+//                                   has a dot product of pairs (AVX512_BF16), two numbers of each: (H, P, depth / 2, 16, 2)
 //     values     (H, P, 16, depth)  the values of the same positions
 //     pages      (slots, most)      int32: which page holds positions 16 i to 16 i + 15 of a slot
 //     slots      (N,)               int64: the slot of each token
@@ -14,55 +15,70 @@
 // Arithmetic is in float32 for both types.
 //
 // What a query gets depends on its own row, its position and the cache of its slot, and on nothing else:
-//   a score is a sum over d = 0, 1, 2, ... by fused multiply-add;
+//   a score is the sum over d = 0, 2, 4, ... and that over d = 1, 3, 5, ... by fused multiply-add, added to each other; with a
+//   dot product of pairs, over every other pair of d;
 //   the weights are exp(score - largest score), their total a sum lane by lane, key by key, then over the lanes;
 //   an output is a sum over keys 0, 1, 2, ... by fused multiply-add, then one product with 1 / total.
 // Queries of one sequence are taken up to four at a time and pages several at a time, which shares loads and changes no sum.
 // The compiler must not contract or reorder: -ffp-contract=off, never -ffast-math.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
-#include <tuple>
 #include <vector>
 
-// Sums stay in registers only where the compiler unrolls the short loops around them, which it does not do by itself.
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "common.h"
 
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
+using namespace gptbatch;
 constexpr int64_t PAGE = 16;
-constexpr int64_t LANES = Vec::size();
 constexpr int64_t PER_ROW = PAGE / LANES;  // vectors of one row of a page of keys
 constexpr int QUERIES = 4;
+constexpr int64_t CACHE_LINE = 64;
 static_assert(PAGE % LANES == 0 && 32 % (2 * LANES) == 0);
 
 // How many pages to score at once: enough sums side by side to hide the latency of one.
 constexpr int pages_at_once(int queries) {
-  return std::max<int>(1, std::min<int>(4, 8 / (queries * PER_ROW)));
+  return std::max<int>(1, std::min<int>(4, 4 / (queries * PER_ROW)));
 }
 
-// 2 * LANES numbers as float32.
+#ifdef __AVX512BF16__
 template <class T>
-inline std::tuple<Vec, Vec> load_pair(const T* from) {
-  if constexpr (std::is_same_v<T, float>) {
-    return {Vec::loadu(from), Vec::loadu(from + LANES)};
-  } else {
-    return at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
+constexpr bool PAIRS = std::is_same_v<T, at::BFloat16>;
+#else
+template <class T>
+constexpr bool PAIRS = false;
+#endif
+
+// 2 * LANES values as float32, in an order that is quick to load; `store_values` stores sums of such in the right one.
+template <class T>
+inline std::tuple<Vec, Vec> load_values(const T* from) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const __m512i both = _mm512_loadu_si512(from);
+    const __m512i even = _mm512_slli_epi32(both, 16), odd = _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
+    return {_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)};
   }
+#endif
+  return load_pair(from);
+}
+
+template <class T>
+inline void store_values(const Vec& first, const Vec& second, float* to) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    _mm512_storeu_ps(to, _mm512_permutex2var_ps(first, low, second));
+    _mm512_storeu_ps(to + LANES, _mm512_permutex2var_ps(first, high, second));
+    return;
+  }
+#endif
+  first.store(to);
+  second.store(to + LANES);
 }
 
 template <class T>
@@ -76,33 +92,55 @@ struct Sizes {
   const T* page_of_values(int64_t i) const { return values + pages[i] * depth * PAGE; }
 };
 
-// scores[q][16 i + lane] = scale * (query q . key of that position), for the pages first to first + P - 1.
+// scores[q][16 i + lane] = scale * (query q . key of that position), for the pages first to first + P - 1. Asks for their values.
 template <class T, int Q, int P>
 inline void score_pages(const Sizes<T>& s, const float* queries, int64_t first, float* scores, int64_t stride) {
+  constexpr int64_t STEP = PAIRS<T> ? 4 : 2;
   const T* from[P];
+  const char* ahead[P];
   UNROLL
-  for (int p = 0; p < P; p++) from[p] = s.page_of_keys(first + p);
-  Vec sums[Q][P][PER_ROW];
+  for (int p = 0; p < P; p++) {
+    from[p] = s.page_of_keys(first + p);
+    ahead[p] = reinterpret_cast<const char*>(s.page_of_values(first + p));
+  }
+  Vec sums[Q][P][PER_ROW][2];  // of even and of odd steps: one alone would wait for itself
   UNROLL
   for (int q = 0; q < Q; q++)
     UNROLL
     for (int p = 0; p < P; p++)
       UNROLL
-      for (int64_t g = 0; g < PER_ROW; g++) sums[q][p][g] = Vec(0.0f);
-  for (int64_t d = 0; d < s.depth; d += 2) {
+      for (int64_t g = 0; g < PER_ROW; g++) sums[q][p][g][0] = sums[q][p][g][1] = Vec(0.0f);
+  for (int64_t d = 0; d < s.depth; d += STEP) {
     UNROLL
     for (int p = 0; p < P; p++) {
+      UNROLL
+      for (int64_t i = 0; i < STEP * PAGE * static_cast<int64_t>(sizeof(T)); i += CACHE_LINE)
+        __builtin_prefetch(ahead[p] + d * PAGE * static_cast<int64_t>(sizeof(T)) + i);
+#ifdef __AVX512BF16__
+      if constexpr (PAIRS<T>) {
+        UNROLL
+        for (int j = 0; j < 2; j++) {
+          const __m512i key = _mm512_loadu_si512(from[p] + (d + 2 * j) * PAGE);
+          UNROLL
+          for (int q = 0; q < Q; q++) {
+            const __m512i pair = _mm512_set1_epi32(reinterpret_cast<const int*>(queries)[(q * s.depth + d) / 2 + j]);
+            sums[q][p][0][j] = _mm512_dpbf16_ps(sums[q][p][0][j], (__m512bh)pair, (__m512bh)key);
+          }
+        }
+        continue;
+      }
+#endif
       Vec key[2 * PER_ROW];
       UNROLL
       for (int64_t j = 0; j < PER_ROW; j++) std::tie(key[2 * j], key[2 * j + 1]) = load_pair(from[p] + d * PAGE + 2 * j * LANES);
       UNROLL
-      for (int q = 0; q < Q; q++) {
-        const Vec even(queries[q * s.depth + d]), odd(queries[q * s.depth + d + 1]);
+      for (int q = 0; q < Q; q++)
         UNROLL
-        for (int64_t g = 0; g < PER_ROW; g++) sums[q][p][g] = at::vec::fmadd(even, key[g], sums[q][p][g]);
-        UNROLL
-        for (int64_t g = 0; g < PER_ROW; g++) sums[q][p][g] = at::vec::fmadd(odd, key[PER_ROW + g], sums[q][p][g]);
-      }
+        for (int j = 0; j < 2; j++) {
+          const Vec number(queries[q * s.depth + d + j]);
+          UNROLL
+          for (int64_t g = 0; g < PER_ROW; g++) sums[q][p][g][j] = at::vec::fmadd(number, key[j * PER_ROW + g], sums[q][p][g][j]);
+        }
     }
   }
   const Vec scale(s.scale);
@@ -112,7 +150,7 @@ inline void score_pages(const Sizes<T>& s, const float* queries, int64_t first, 
     for (int p = 0; p < P; p++)
       UNROLL
       for (int64_t g = 0; g < PER_ROW; g++)
-        (sums[q][p][g] * scale).store(scores + q * stride + (first + p) * PAGE + g * LANES);
+        ((sums[q][p][g][0] + sums[q][p][g][1]) * scale).store(scores + q * stride + (first + p) * PAGE + g * LANES);
 }
 
 template <class T, int Q>
@@ -120,6 +158,8 @@ inline void score(const Sizes<T>& s, const float* queries, int64_t n_pages, floa
   constexpr int P = pages_at_once(Q);
   int64_t page = 0;
   for (; page + P <= n_pages; page += P) score_pages<T, Q, P>(s, queries, page, scores, stride);
+  if constexpr (P > 2)
+    for (; page + 2 <= n_pages; page += 2) score_pages<T, Q, 2>(s, queries, page, scores, stride);
   for (; page < n_pages; page++) score_pages<T, Q, 1>(s, queries, page, scores, stride);
 }
 
@@ -150,7 +190,7 @@ inline void mix_columns(const Sizes<T>& s, const float* weights, int64_t stride,
   Vec value[2 * C];
   const auto load = [&](const T* row) {
     UNROLL
-    for (int c = 0; c < C; c++) std::tie(value[2 * c], value[2 * c + 1]) = load_pair(row + 2 * c * LANES);
+    for (int c = 0; c < C; c++) std::tie(value[2 * c], value[2 * c + 1]) = load_values(row + 2 * c * LANES);
   };
   for (int64_t k = 0; k < first_count;) {
     const T* row = s.page_of_values(k / PAGE) + d0;
@@ -176,7 +216,7 @@ inline void mix_columns(const Sizes<T>& s, const float* weights, int64_t stride,
   UNROLL
   for (int q = 0; q < Q; q++)
     UNROLL
-    for (int c = 0; c < 2 * C; c++) sums[q][c].store(out + q * s.depth + d0 + c * LANES);
+    for (int c = 0; c < C; c++) store_values<T>(sums[q][2 * c], sums[q][2 * c + 1], out + q * s.depth + d0 + 2 * c * LANES);
 }
 
 template <class T, int Q>
@@ -196,26 +236,31 @@ void attend_queries(const Sizes<T>& s, const T* q, int64_t q_stride, int64_t fir
   const int64_t last_count = first_count + Q - 1, n_pages = (last_count + PAGE - 1) / PAGE, stride = n_pages * PAGE;
   scratch.resize(Q * (2 * s.depth + stride));
   float *queries = scratch.data(), *mixed = queries + Q * s.depth, *scores = mixed + Q * s.depth;
+  using Query = std::conditional_t<PAIRS<T>, T, float>;
   for (int i = 0; i < Q; i++) {
-    for (int64_t d = 0; d < s.head_size; d++) queries[i * s.depth + d] = static_cast<float>(q[i * q_stride + d]);
-    std::fill(queries + i * s.depth + s.head_size, queries + (i + 1) * s.depth, 0.0f);
+    Query* query = reinterpret_cast<Query*>(queries) + i * s.depth;
+    for (int64_t d = 0; d < s.head_size; d++) query[d] = static_cast<Query>(q[i * q_stride + d]);
+    std::fill(query + s.head_size, query + s.depth, Query(0.0f));
   }
   score<T, Q>(s, queries, n_pages, scores, stride);
   float inverse[Q];
   for (int i = 0; i < Q; i++) inverse[i] = weigh(scores + i * stride, first_count + i);
   mix<T, Q>(s, scores, stride, first_count, mixed);
-  for (int i = 0; i < Q; i++)
-    for (int64_t d = 0; d < s.head_size; d++) out[i * out_stride + d] = static_cast<T>(mixed[i * s.depth + d] * inverse[i]);
-}
-
-// Calls work(i) for i from 0 to count - 1, on all threads, each taking the next few when it is done with its last.
-template <class F>
-void for_each(int64_t count, int64_t few, const F& work) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), (count + few - 1) / few), 1, [&](int64_t, int64_t) {
-    for (int64_t first; (first = next.fetch_add(few)) < count;)
-      for (int64_t i = first; i < std::min(first + few, count); i++) work(i);
-  });
+  for (int i = 0; i < Q; i++) {
+    const Vec factor(inverse[i]);
+    for (int64_t d = 0; d < s.head_size; d += 2 * LANES) {
+      const float* from = mixed + i * s.depth + d;
+      const Vec low = Vec::loadu(from) * factor, high = Vec::loadu(from + LANES) * factor;
+      const int64_t count = std::min(2 * LANES, s.head_size - d);
+      T* to = out + i * out_stride + d;
+      if constexpr (std::is_same_v<T, float>) {
+        low.store(to, std::min(LANES, count));
+        if (count > LANES) high.store(to + LANES, count - LANES);
+      } else {
+        at::vec::convert_from_float<T>(low, high).store(to, count);
+      }
+    }
+  }
 }
 
 template <class T>
@@ -232,8 +277,8 @@ void run(const at::Tensor& qkv, at::Tensor& keys, at::Tensor& values, const at::
     const int64_t page = table[slot[t] * most + position[t] / PAGE], place = position[t] % PAGE;
     for (int64_t h = 0; h < heads; h++) {
       const T *key = x + t * 3 * width + width + h * head_size, *value = key + width;
-      T* to = k + h * head_stride + page * depth * PAGE + place;
-      for (int64_t d = 0; d < head_size; d++) to[d * PAGE] = key[d];
+      T* to = k + h * head_stride + page * depth * PAGE;
+      for (int64_t d = 0; d < head_size; d++) to[PAIRS<T> ? d / 2 * 2 * PAGE + place * 2 + d % 2 : d * PAGE + place] = key[d];
       std::memcpy(v + h * head_stride + (page * PAGE + place) * depth, value, head_size * sizeof(T));
     }
   });

@@ -1,0 +1,283 @@
+// The linear layer: y = activation(x W^T + b) or x W^T + b + residual, each number's sum in one fixed order.
+//
+//     gptbatch::pack(weight) -> packed
+//     gptbatch::linear(x, packed, out_features, bias, residual, activation) -> y
+//
+//     weight    (out, in)              float32 or bfloat16
+//     packed    (panels, in, COLUMNS)  the columns of W^T in panels of COLUMNS, zeros after the last; in bfloat16 two rows of W^T
+//                                      stand interleaved (in is rounded up to an even number)
+//     x         (N, in)                y and residual (N, out), bias (out,) float32
+//
+// A number of y is a sum over the inputs 0, 1, 2, ... by fused multiply-add in float32 (in bfloat16 by the CPU's dot product of
+// pairs), then bias, activation or residual, and is rounded once: it depends on its row of x alone, whatever the number of rows
+// and threads. bfloat16 needs AVX512_BF16: `has_bfloat16` says whether it is there.
+//
+// A panel comes from memory once for each ROWS_AT_ONCE rows. While a thread works on one, it asks for the next one of its own; the
+// hardware does not look so far ahead, and at 64 rows waiting for weights would take a sixth of the time.
+
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+
+#include "common.h"
+
+namespace {
+
+using namespace gptbatch;
+
+constexpr int VECTORS = 3;                     // of a panel's row, and
+constexpr int ROWS = LANES == 16 ? 8 : 4;      // rows of x: as many sums as there are registers for
+constexpr int64_t COLUMNS = VECTORS * LANES;
+constexpr int64_t ROWS_AT_ONCE = 256;          // of x, at most: they stay near while the panels pass by
+constexpr int64_t SMALL = 1 << 18;             // multiplications that are not worth waking the other threads for
+constexpr int64_t CACHE_LINE = 64;
+
+#ifdef __AVX512BF16__
+constexpr bool HAS_BFLOAT16 = true;
+#else
+constexpr bool HAS_BFLOAT16 = false;
+#endif
+
+// One step of a sum: DEPTH inputs at a time.
+template <class T>
+struct Step;
+
+template <>
+struct Step<float> {
+  static constexpr int64_t DEPTH = 1;
+  static Vec load(const float* weights) { return Vec::loadu(weights); }
+  static Vec broadcast(const float* x) { return Vec(*x); }
+  static Vec add(const Vec& x, const Vec& weights, const Vec& sum) { return at::vec::fmadd(x, weights, sum); }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Step<at::BFloat16> {
+  static constexpr int64_t DEPTH = 2;
+  static __m512i load(const at::BFloat16* weights) { return _mm512_loadu_si512(weights); }
+  static __m512i broadcast(const at::BFloat16* x) {
+    int pair;
+    __builtin_memcpy(&pair, x, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+  }
+  static Vec add(__m512i x, __m512i weights, const Vec& sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)weights); }
+};
+#endif
+
+enum class Activation { none, gelu_tanh, gelu, relu, silu, tanh };
+
+Activation parse(const std::string& name) {
+  if (name == "none") return Activation::none;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  TORCH_CHECK(name == "tanh", "linear: no activation ", name);
+  return Activation::tanh;
+}
+
+inline Vec logistic_product(const Vec& x, const Vec& of) { return x / (Vec(1.0f) + of.neg().exp()); }  // x * logistic(of)
+
+inline Vec activate(Activation activation, const Vec& x) {
+  switch (activation) {
+    case Activation::none:
+      return x;
+    case Activation::gelu_tanh:  // 0.5 x (1 + tanh(z)) = x logistic(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
+      return logistic_product(x, Vec(1.5957691216057308f) * (x + Vec(0.044715f) * x * x * x));
+    case Activation::gelu:
+      return Vec(0.5f) * x * (Vec(1.0f) + (x * Vec(0.7071067811865476f)).erf());
+    case Activation::relu:
+      return at::vec::maximum(x, Vec(0.0f));
+    case Activation::silu:
+      return logistic_product(x, x);
+    default:
+      return x.tanh();
+  }
+}
+
+// What becomes of the sums: COLUMNS of them of each row, the first `columns` of which are real.
+template <class T>
+struct Ending {
+  const float* bias;  // of the panel's first column; null for none
+  const T* residual;  // of the tile's first number, as y; null for none
+  T* y;
+  int64_t stride, columns;
+  Activation activation;
+
+  inline void finish(int64_t row, Vec (&sums)[VECTORS]) const {
+    Vec loaded[VECTORS];
+    if (residual != nullptr) read(residual + row * stride, loaded);
+    UNROLL
+    for (int v = 0; v < VECTORS; v++) {
+      if (bias != nullptr) sums[v] = sums[v] + Vec::loadu(bias + v * LANES, count(v, LANES));
+      sums[v] = activate(activation, sums[v]);
+      if (residual != nullptr) sums[v] = sums[v] + loaded[v];
+    }
+    write(y + row * stride, sums);
+  }
+
+ private:
+  int64_t count(int v, int64_t most) const { return std::max<int64_t>(0, std::min<int64_t>(most, columns - v * LANES)); }
+
+  void read(const T* from, Vec (&to)[VECTORS]) const {
+    UNROLL
+    for (int v = 0; v < VECTORS; v++) {
+      if constexpr (std::is_same_v<T, float>) {
+        to[v] = Vec::loadu(from + v * LANES, count(v, LANES));
+      } else if (v % 2 == 0) {
+        const auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from + v * LANES, count(v, 2 * LANES)));
+        to[v] = low;
+        if (v + 1 < VECTORS) to[v + 1] = high;
+      }
+    }
+  }
+
+  void write(T* to, const Vec (&from)[VECTORS]) const {
+    UNROLL
+    for (int v = 0; v < VECTORS; v++) {
+      if constexpr (std::is_same_v<T, float>) {
+        from[v].store(to + v * LANES, count(v, LANES));
+      } else if (v % 2 == 0) {
+        const Vec high = v + 1 < VECTORS ? from[v + 1] : Vec(0.0f);
+        const int64_t left = v + 1 < VECTORS ? count(v, 2 * LANES) : count(v, LANES);
+        at::vec::convert_from_float<T>(from[v], high).store(to + v * LANES, left);
+      }
+    }
+  }
+};
+
+// M rows of x times one panel; asks for a line of `ahead` at each step.
+template <class T, int M>
+inline void multiply(const T* x, int64_t in, const T* panel, const char* ahead, const Ending<T>& ending) {
+  using S = Step<T>;
+  Vec sums[M][VECTORS];
+  UNROLL
+  for (int r = 0; r < M; r++)
+    UNROLL
+    for (int v = 0; v < VECTORS; v++) sums[r][v] = Vec(0.0f);
+  for (int64_t k = 0; k < in; k += S::DEPTH, panel += COLUMNS * S::DEPTH, ahead += CACHE_LINE) {
+    __builtin_prefetch(ahead, 0, 2);
+    decltype(S::load(panel)) weights[VECTORS];
+    UNROLL
+    for (int v = 0; v < VECTORS; v++) weights[v] = S::load(panel + v * LANES * S::DEPTH);
+    UNROLL
+    for (int r = 0; r < M; r++) {
+      const auto input = S::broadcast(x + r * in + k);
+      UNROLL
+      for (int v = 0; v < VECTORS; v++) sums[r][v] = S::add(input, weights[v], sums[r][v]);
+    }
+  }
+  UNROLL
+  for (int r = 0; r < M; r++) ending.finish(r, sums[r]);
+}
+
+template <class T>
+void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const T* residual, Activation activation, at::Tensor& y) {
+  const int64_t rows = x.size(0), in = x.size(1), panels = packed.size(0), out = y.size(1), panel_size = in * COLUMNS;
+  const T *inputs = x.const_data_ptr<T>(), *weights = packed.const_data_ptr<T>();
+  T* outputs = y.data_ptr<T>();
+  // chunks of about equal size: a small one would wait for its weights
+  const int64_t chunks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, items = chunks * panels;
+  const int64_t chunk_rows = ((rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
+  const int64_t threads = rows * in * out < SMALL ? 1 : at::get_num_threads();
+  const auto work = [&](int64_t item) {
+    const int64_t chunk = item / panels, panel = item % panels, column = panel * COLUMNS;
+    const int64_t first = std::min(rows, chunk * chunk_rows), last = std::min(rows, first + chunk_rows);
+    // the panel that this thread is likely to take next, a slice of it for each tile
+    const char* next = reinterpret_cast<const char*>(weights + std::min(panel + threads, panels - 1) * panel_size);
+    const int64_t lines = panel_size * static_cast<int64_t>(sizeof(T)) / CACHE_LINE, tiles = (last - first + ROWS - 1) / ROWS;
+    const int64_t slice = std::min((lines + tiles - 1) / tiles, in / Step<T>::DEPTH) * CACHE_LINE;
+    for (int64_t row = first, tile = 0; row < last; tile++) {
+      const int64_t at = row * out + column;
+      const Ending<T> ending{bias == nullptr ? nullptr : bias + column, residual == nullptr ? nullptr : residual + at, outputs + at, out,
+                             std::min(COLUMNS, out - column), activation};
+      const T *from = inputs + row * in, *panel_weights = weights + panel * panel_size;
+      const char* ahead = next + tile * slice;
+      const int64_t left = last - row;
+      if (left >= ROWS) {
+        multiply<T, ROWS>(from, in, panel_weights, ahead, ending);
+        row += ROWS;
+      } else if (left >= 4) {
+        multiply<T, 4>(from, in, panel_weights, ahead, ending);
+        row += 4;
+      } else if (left >= 2) {
+        multiply<T, 2>(from, in, panel_weights, ahead, ending);
+        row += 2;
+      } else {
+        multiply<T, 1>(from, in, panel_weights, ahead, ending);
+        row += 1;
+      }
+    }
+  };
+  if (threads == 1) {
+    for (int64_t item = 0; item < items; item++) work(item);
+  } else {
+    for_each(items, 1, work);
+  }
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, const std::optional<at::Tensor>& bias,
+                  const std::optional<at::Tensor>& residual, std::string activation) {
+  TORCH_CHECK(x.dim() == 2 && packed.dim() == 3 && packed.size(2) == COLUMNS && packed.size(0) == (out_features + COLUMNS - 1) / COLUMNS,
+              "linear: the shapes do not fit each other");
+  TORCH_CHECK(x.scalar_type() == packed.scalar_type() && (x.scalar_type() == at::kFloat || HAS_BFLOAT16), "linear: the types do not fit");
+  const at::Tensor inputs = x.size(1) == packed.size(1) ? x.contiguous() : at::constant_pad_nd(x, {0, packed.size(1) - x.size(1)});
+  TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->numel() == out_features), "linear: bias");
+  at::Tensor y = at::empty({x.size(0), out_features}, x.options());
+  const at::Tensor added = residual ? residual->contiguous() : at::Tensor();
+  TORCH_CHECK(!residual || (added.sizes() == y.sizes() && added.scalar_type() == y.scalar_type()), "linear: residual");
+  const float* b = bias ? bias->const_data_ptr<float>() : nullptr;
+  if (x.scalar_type() == at::kFloat) {
+    run<float>(inputs, packed, b, residual ? added.const_data_ptr<float>() : nullptr, parse(activation), y);
+  } else {
+#ifdef __AVX512BF16__
+    run<at::BFloat16>(inputs, packed, b, residual ? added.const_data_ptr<at::BFloat16>() : nullptr, parse(activation), y);
+#endif
+  }
+  return y;
+}
+
+template <class T>
+void fill(const at::Tensor& weight, int64_t depth, at::Tensor& packed) {
+  const int64_t out = weight.size(0), in = weight.size(1), padded = packed.size(1);
+  const T* from = weight.const_data_ptr<T>();
+  T* to = packed.data_ptr<T>();
+  for_each(packed.size(0), 1, [&](int64_t panel) {
+    for (int64_t c = 0; c < std::min(COLUMNS, out - panel * COLUMNS); c++)
+      for (int64_t k = 0; k < in; k++)
+        to[panel * padded * COLUMNS + k / depth * depth * COLUMNS + c * depth + k % depth] = from[(panel * COLUMNS + c) * in + k];
+  });
+}
+
+at::Tensor pack(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "pack: a contiguous matrix is needed");
+  const bool wide = weight.scalar_type() == at::kFloat;
+  TORCH_CHECK(wide || (HAS_BFLOAT16 && weight.scalar_type() == at::kBFloat16), "pack: float32, or bfloat16 where the CPU computes in it");
+  const int64_t depth = wide ? 1 : 2, in = (weight.size(1) + depth - 1) / depth * depth;
+  at::Tensor packed = at::zeros({(weight.size(0) + COLUMNS - 1) / COLUMNS, in, COLUMNS}, weight.options());
+  if (wide) {
+    fill<float>(weight, depth, packed);
+  } else {
+    fill<at::BFloat16>(weight, depth, packed);
+  }
+  return packed;
+}
+
+bool has_bfloat16() { return HAS_BFLOAT16; }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
+  library.def("pack(Tensor weight) -> Tensor");
+  library.def("linear(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor? residual, str activation) -> Tensor");
+  library.def("has_bfloat16() -> bool", has_bfloat16);
+}
+
+TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
+  library.impl("pack", pack);
+  library.impl("linear", linear);
+}
