@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import click
 
+from jobs.bench import bench
 from jobs.check_model import check_model
 from jobs.diff import diff
 from jobs.generate import generate
@@ -47,6 +48,7 @@ cli.add_command(generate)
 cli.add_command(status)
 cli.add_command(verify)
 cli.add_command(replay)
+cli.add_command(bench)
 cli.add_command(check_model)
 cli.add_command(diff)
 cli.add_command(train_demo)

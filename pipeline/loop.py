@@ -24,7 +24,6 @@ from pipeline.data.progress_file import ProgressFile
 from pipeline.data.prompts import InputSummary
 from pipeline.errors import InputRowsError, StoppedError
 from pipeline.job import Job
-from pipeline.machine import free_memory_bytes
 from pipeline.network import Network
 from pipeline.records import Completion
 
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gptbatch")
 
 MOST_OPEN_PARTS = 8  # besides those that the slots can reach into: rows that are done wait in memory until their part is whole
-MEMORY_SHARE = 0.5  # of what is free, for the cache
 MANIFEST_EVERY_S = 5.0
 
 
@@ -207,20 +205,7 @@ class PartLoop:
             model=self.network.model,
             batch_size=max(1, min(batch_size, rows)),
             end_of_text=None if config.ignore_eos else self.job.gpt_config.end_of_text,
-            memory_bytes=cache_memory_bytes(config.engine.memory_gib, self.network),
+            memory_bytes=self.network.cache_memory_bytes(config.engine.memory_gib),
             window_full=config.window_full,
             record_logits=config.record_logits_digest,
         )
-
-
-def cache_memory_bytes(memory_gib: float | None, network: Network) -> int | None:
-    """Memory for the cache: as set, or a share of what is free. None where nobody knows what is."""
-    if memory_gib is not None:
-        return int(memory_gib * 2**30)
-    if network.model.device.type == "cuda":
-        import torch
-
-        free: int | None = torch.cuda.mem_get_info(network.model.device)[0]
-    else:
-        free = free_memory_bytes()
-    return None if free is None else int(free * MEMORY_SHARE)

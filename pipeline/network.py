@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,14 +16,18 @@ from pipeline.config import EngineConfig
 from pipeline.data.checkpoint import Checkpoint
 from pipeline.errors import DeviceError
 from pipeline.gpt.config import GPTConfig
+from pipeline.machine import free_memory_bytes
 from pipeline.records import NOISE_VERSION
 
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.gpt.attention import Backend
     from pipeline.gpt.model import GPT
 
 logger = logging.getLogger("gptbatch")
+
+MEMORY_SHARE = 0.5  # of what is free, for the cache
 
 Numerics = Literal["exact", "unverified", "off"]
 
@@ -38,6 +43,18 @@ class Network:
     numerics: Numerics
     profile: dict[str, Any]
 
+    def cache_memory_bytes(self, memory_gib: float | None) -> int | None:
+        """Memory for the cache: as set, or a share of what is free. None where nobody knows what is."""
+        if memory_gib is not None:
+            return int(memory_gib * 2**30)
+        if self.model.device.type == "cuda":
+            import torch
+
+            free: int | None = torch.cuda.mem_get_info(self.model.device)[0]
+        else:
+            free = free_memory_bytes()
+        return None if free is None else int(free * MEMORY_SHARE)
+
 
 def load_network(
     checkpoint: Checkpoint,
@@ -52,17 +69,34 @@ def load_network(
     Raises DeviceError when `numerics` is exact and the check fails, or when an attention backend is asked for that is not to
     be had; ModelError for weights that cannot be used.
     """
+    from pipeline.gpt.weights import load_gpt
+
+    files = list(checkpoint.weights)
+    return prepare_network(
+        engine,
+        device,
+        lambda attention, dtype: load_gpt(gpt_config, files, dtype=dtype, device=device, attention=attention),
+        numerics=numerics,
+    )
+
+
+def prepare_network(
+    engine: EngineConfig,
+    device: torch.device,
+    load: Callable[[Backend, torch.dtype], GPT],
+    *,
+    numerics: Literal["auto", "exact", "off"],
+) -> Network:
+    """The network that `load` makes for an attention backend and a dtype, checked. Raises DeviceError as load_network does."""
     import torch
 
     from pipeline.generation.numerics import check_numerics
     from pipeline.gpt.attention import choose_backend
-    from pipeline.gpt.weights import load_gpt
 
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
     backend = choose_backend(engine.attention, device)
-    dtype = getattr(torch, engine.dtype)
-    model = load_gpt(gpt_config, list(checkpoint.weights), dtype=dtype, device=device, attention=backend)
+    model = load(backend, getattr(torch, engine.dtype))
     found: Numerics = "off"
     probe_digest = None
     if numerics != "off":

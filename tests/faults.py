@@ -124,15 +124,15 @@ def no_locks(kind: str) -> None:
     vars(lock)["FileLock"] = NoLock
 
 
-def before_each_step(act: Callable[[Any, list[int]], None]) -> None:
-    """act(engine, slots)."""
+def before_each_step(act: Callable[[Any, list[Any]], None]) -> None:
+    """act(engine, chunks)."""
     from pipeline.generation.engine import Engine
 
     original = Engine._step
 
-    def step(self: Engine, slots: list[int]) -> None:
-        act(self, slots)
-        original(self, slots)
+    def step(self: Engine, chunks: list[Any]) -> None:
+        act(self, chunks)
+        original(self, chunks)
 
     Engine._step = step  # type: ignore[method-assign]
 
@@ -145,7 +145,7 @@ def memory(times: str) -> None:
     """The words of torch's allocator, so many times; or "always"."""
     left = [float("inf") if times == "always" else int(times)]
 
-    def fail(engine: Any, slots: list[int]) -> None:
+    def fail(engine: Any, chunks: list[Any]) -> None:
         if left[0] > 0:
             left[0] -= 1
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ...")
@@ -156,8 +156,8 @@ def memory(times: str) -> None:
 def poison(prompt_id: str) -> None:
     """The process dies when this row runs."""
 
-    def die(engine: Any, slots: list[int]) -> None:
-        if any(engine._running[slot].source.prompt.prompt_id == prompt_id for slot in slots):
+    def die(engine: Any, chunks: list[Any]) -> None:
+        if any(chunk.sequence.source.prompt.prompt_id == prompt_id for chunk in chunks):
             os.kill(os.getpid(), signal.SIGKILL)
 
     before_each_step(die)

@@ -40,13 +40,22 @@ WindowFull = Literal["stop", "slide"]
 
 @dataclass(slots=True)
 class EngineStats:
-    """What an engine has done so far. `rows` sums the rows of all steps. halvings: how often memory ran out and slots were halved."""
+    """What an engine has done so far.
+
+    rows sums the rows of all steps. prefilled_tokens and decoded_tokens were computed, cached_tokens had been by another row;
+    padding_tokens belong to nobody. prefill_s and decode_s share the time of each step by its tokens. halvings: how often memory
+    ran out and slots were halved.
+    """
 
     steps: int = 0
     rows: int = 0
     prefilled_tokens: int = 0
+    decoded_tokens: int = 0
     cached_tokens: int = 0
+    padding_tokens: int = 0
     new_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
     halvings: int = 0
 
 
@@ -175,7 +184,8 @@ class Engine:
     @torch.inference_mode()
     def _step(self, chunks: list[Chunk]) -> None:
         """One call of the network: the chunks' tokens go in; of those that end, the next token comes out."""
-        now = time.monotonic()
+        now = began = time.monotonic()
+        prefilled = 0
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -190,7 +200,7 @@ class Engine:
             if chunk.sequence.admitted_s is None:
                 self._begin(chunk.sequence, now)
             if chunk.sequence.new_tokens == 0:
-                self.stats.prefilled_tokens += count
+                prefilled += count
         logits = self.model.extend(self._cache, tokens=tokens, slots=slots, positions=positions, wanted=last)
         sequences = [chunk.sequence for chunk in chunks if chunk.ends]
         if self.record_logits:
@@ -207,6 +217,11 @@ class Engine:
         now = time.monotonic()
         self.stats.steps += 1
         self.stats.rows += len(chunks)
+        self.stats.prefilled_tokens += prefilled
+        self.stats.decoded_tokens += len(tokens) - prefilled
+        self.stats.padding_tokens += self.model.row_plan.rows(len(tokens)) - len(tokens)
+        self.stats.prefill_s += (now - began) * prefilled / len(tokens)
+        self.stats.decode_s += (now - began) * (1 - prefilled / len(tokens))
         for sequence, choice in zip(sequences, choices, strict=True):
             self._accept(sequence, choice, now)
 

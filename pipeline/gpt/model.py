@@ -15,11 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from pipeline.gpt.attention import Attention, Backend, KVCache, most_slots, new_cache
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, RowPlan
 
+HEAD = "gptbatch::head"  # its name in a profile
 HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and the start-up check tries as many
 
 
@@ -118,7 +120,8 @@ class GPT(nn.Module):
         rows = len(x)
         if rows == 0:
             return x.new_empty(0, self.config.vocab_size)
-        logits: Tensor = self.lm_head(self.ln_f(F.pad(x, (0, 0, 0, self.row_plan.rows(rows) - rows))))
+        with record_function(HEAD):
+            logits: Tensor = self.lm_head(self.ln_f(F.pad(x, (0, 0, 0, self.row_plan.rows(rows) - rows))))
         return logits[:rows]
 
     def _padded(self, values: Sequence[int]) -> Tensor:

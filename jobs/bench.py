@@ -1,0 +1,152 @@
+"""`gptbatch bench`: how fast this machine generates, where the time goes, and how near that is to what it can do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from pipeline.gpt.model import GPT
+
+SHAPE_NAMES = ["distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+WORKLOAD_NAMES = ["uniform", "ragged", "shared_prefix"]
+
+
+@click.group(invoke_without_command=True)
+@click.option("--model", help="Folder of a checkpoint, or a hub name. Default: random weights of --shape.")
+@click.option("--shape", type=click.Choice(SHAPE_NAMES), default="gpt2", show_default=True, help="Size of the random network.")
+@click.option("--workload", type=click.Choice(WORKLOAD_NAMES), default="uniform", show_default=True, help="What to generate.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--attention", type=click.Choice(["auto", "ragged", "padded"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: what torch finds.")
+@click.option("--batch-size", type=click.IntRange(1), help="Most rows at a time. Default: that of `generate`.")
+@click.option("--step-tokens", type=click.IntRange(1), help="Most tokens of a step. Default: that of `generate`.")
+@click.option("--top-k", type=click.IntRange(0), default=40, show_default=True, help="0 keeps the whole vocabulary.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--no-sharing", is_flag=True, help="Compute prefixes that rows share once for each row.")
+@click.pass_context
+def bench(context: click.Context, /, **options: Any) -> None:
+    """Measure new tokens per second on a workload: uniform (64 prompts of 32 tokens, 128 new ones each), ragged (256 of 4 to 640, 8 to
+    256 new ones) or shared_prefix (128 that begin with the same 384 tokens, 48 new ones each).
+
+    Prints rates (medians over the repeats), where the time goes, and what the machine itself could do, measured in the same run. The
+    last line is a JSON object.
+    """
+    context.obj = options
+    if context.invoked_subcommand is None:
+        _bench(options)
+
+
+def _bench(options: dict[str, Any]) -> None:
+    from pipeline.bench.measure import measure
+    from pipeline.bench.workloads import make_workload
+    from pipeline.config import EngineConfig
+    from pipeline.generation.engine import STEP_TOKENS, Engine
+
+    network = _network(options)
+    model = network.model
+    workload = make_workload(options["workload"], vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
+    engine = Engine(
+        model=model,
+        batch_size=options["batch_size"] or EngineConfig().batch_size,
+        end_of_text=None,
+        memory_bytes=network.cache_memory_bytes(None),
+        step_tokens=options["step_tokens"] or STEP_TOKENS,
+        share_prefixes=not options["no_sharing"],
+    )
+    found = measure(engine, workload, repeats=options["repeats"], top_k=options["top_k"], said=click.echo)
+    limits = found.limits
+    click.echo(f"new tokens      {found.tokens_per_s:8.0f} a second (median)")
+    click.echo(f"prompt tokens   {found.prompt_tokens_per_s:8.0f} a second, {found.prefix_share:.1%} of them reused from other rows")
+    click.echo(f"tokens a step   {found.tokens_per_step:8.0f}, and {found.padding_share:.1%} padding")
+    click.echo(f"ceiling         {found.ceiling_tokens_per_s:8.0f} new tokens a second, of which {found.ceiling_share:.0%} are reached")
+    click.echo(f"                ({limits.gemm_gflops:.0f} GFLOP/s of matrix products, {limits.read_gb_per_s:.0f} GB/s of memory)")
+    click.echo("seconds of one repeat, under a profiler:")
+    for part, seconds in found.seconds_by_part.items():
+        click.echo(f"  {part:<12} {seconds:8.2f}")
+    summary = {**_described(options, model), "numerics": network.numerics, **_rounded(asdict(found))}
+    click.echo(json.dumps(summary))
+
+
+@bench.command()
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=Path(), help="Folder for scaling.png and scaling.json.")
+@click.option("--points", type=click.IntRange(4), default=40, show_default=True, help="Steps at which the naive loop is measured.")
+@click.pass_obj
+def scaling(options: dict[str, Any], output: Path, points: int) -> None:
+    """Seconds for one more token as the context grows, from one token to beyond n_positions: the naive loop, the cached engine and
+    `window_full: slide`, with the best linear and quadratic fits, as a picture and JSON. Options of the network stand before `scaling`.
+    """
+    from pipeline.bench.chart import check_matplotlib, draw_scaling
+    from pipeline.bench.scaling import measure_scaling
+
+    check_matplotlib()
+    output.mkdir(parents=True, exist_ok=True)
+    model = _network(options).model
+    curves = measure_scaling(model, points=points)
+    described = _described(options, model)
+    title = f"{described['model']}, {described['dtype']}, {described['threads']} threads of {described['machine']}"
+    draw_scaling(curves, output / "scaling.png", n_positions=model.config.n_positions, title=title)
+    (output / "scaling.json").write_text(json.dumps({**described, "curves": [asdict(curve) for curve in curves]}) + "\n", encoding="utf-8")
+    ends = {}
+    for curve in curves:
+        first, last = (_at(curve.steps, curve.seconds, model.config.n_positions * share // 10) for share in (1, 9))
+        ends[curve.name] = round(last / first, 2)
+        click.echo(f"{curve.name:<7} {first * 1e3:8.2f} ms at a tenth of the context, {last * 1e3:8.2f} ms at nine tenths")
+    click.echo(json.dumps({**described, "growth_from_a_tenth_to_nine_tenths": ends, "picture": str(output / "scaling.png")}))
+
+
+def _at(steps: list[int], seconds: list[float], step: int) -> float:
+    """The median of the steps nearest to this one."""
+    import statistics
+
+    nearest = sorted(range(len(steps)), key=lambda i: abs(steps[i] - step))[:5]
+    return statistics.median(seconds[i] for i in nearest)
+
+
+def _network(options: dict[str, Any]) -> Any:
+    """The network that the options name, or one of that shape, checked as `generate` does."""
+    from pipeline.bench.networks import random_network, shape_config
+    from pipeline.config import EngineConfig
+    from pipeline.data.checkpoint import find_checkpoint
+    from pipeline.gpt.config import parse_config
+    from pipeline.network import load_network, prepare_network, resolve_device
+
+    engine = EngineConfig(device=options["device"], dtype=options["dtype"], attention=options["attention"], threads=options["threads"])
+    device = resolve_device(engine)
+    if options["model"] is None:
+        return prepare_network(
+            engine,
+            device,
+            lambda backend, dtype: random_network(shape_config(options["shape"]), attention=backend, dtype=dtype, device=device),
+            numerics="auto",
+        )
+    checkpoint = find_checkpoint(options["model"], revision=None, allow_pickle=False)
+    config = parse_config(checkpoint.config, str(checkpoint.config_path))
+    return load_network(checkpoint, config, engine, device, numerics="auto")
+
+
+def _described(options: dict[str, Any], model: GPT) -> dict[str, Any]:
+    from pipeline.bench.machine import describe_machine
+
+    return {
+        "model": options["model"] or f"{options['shape']} with random weights",
+        "workload": options["workload"],
+        "dtype": options["dtype"],
+        "attention": model.attention,
+        "linears": model.linear_kind,
+        "top_k": options["top_k"],
+        **describe_machine(model.device),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,67 @@
+"""The pictures of the benchmarks, by matplotlib, which is asked for where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.bench.scaling import Curve
+from pipeline.errors import ConfigError
+
+COLOURS = {"naive": "tab:red", "cached": "tab:blue", "slide": "tab:green"}
+
+
+def check_matplotlib() -> None:
+    """Raises ConfigError where it is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("pictures need matplotlib; install gptbatch[bench]") from error
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(figsize=(width, height), layout="constrained")
+
+
+def draw_scaling(curves: Sequence[Curve], path: Path, *, n_positions: int, title: str) -> None:
+    """Seconds a token against the step, on a logarithmic scale, with the best linear and quadratic fits."""
+    figure, axes = _figure(8, 5)
+    for curve in curves:
+        colour = COLOURS[curve.name]
+        axes.plot(curve.steps, curve.seconds, ".", markersize=3, color=colour, label=curve.name)
+        if curve.name == "slide":
+            continue
+        x = np.linspace(1, n_positions, 200)
+        for fit, style in (("linear", "--"), ("quadratic", "-")):
+            axes.plot(x, np.polyval(getattr(curve, fit), x), style, linewidth=1, color=colour, alpha=0.7, label=f"{curve.name}, {fit} fit")
+    axes.axvline(n_positions, color="grey", linewidth=0.8)
+    axes.annotate("n_positions", (n_positions, axes.get_ylim()[1]), ha="right", va="top", rotation=90, fontsize=8)
+    axes.set(xlabel="step (tokens before this one)", ylabel="seconds for the token", title=title, yscale="log")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_comparison(results: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Bars of new tokens a second: a group for each workload and dtype, a bar for each program."""
+    programs = list(dict.fromkeys(result["program"] for result in results))
+    groups = list(dict.fromkeys((result["workload"], result["dtype"]) for result in results))
+    figure, axes = _figure(10, 5)
+    width = 0.8 / len(programs)
+    for number, program in enumerate(programs):
+        found = {(r["workload"], r["dtype"]): r["tokens_per_s"] for r in results if r["program"] == program}
+        places = [i for i, group in enumerate(groups) if group in found]
+        heights = [found[groups[i]] for i in places]
+        bars = axes.bar([i + (number - (len(programs) - 1) / 2) * width for i in places], heights, width, label=program)
+        axes.bar_label(bars, fmt="%.0f", fontsize=7)
+    axes.set_xticks(range(len(groups)), [f"{workload}\n{dtype}" for workload, dtype in groups])
+    axes.set(ylabel="new tokens per second", title=title)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

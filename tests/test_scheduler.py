@@ -1,0 +1,185 @@
+"""The scheduler and the pages: whatever comes, every row once, no slot and no page lost, never more than there is, nothing read
+before it is written. Without a network, by hypothesis; then the whole engine on random work against the reference."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.generation import reference
+from pipeline.generation.engine import Engine
+from pipeline.generation.scheduler import LEAST_PREFILL_TOKENS, MOST_PASSES, Scheduler
+from pipeline.gpt.model import GPT
+from pipeline.gpt.pages import IDLE_SHARE, PAGE, PagePool, n_pages_of
+from pipeline.gpt.ragged import PagedCache
+from pipeline.records import TokenizedPrompt
+from tests.conftest import has_kernels, our_model, random_model, tokenized
+
+N_POSITIONS = 96
+
+
+@st.composite
+def work(draw: st.DrawFn) -> list[TokenizedPrompt]:
+    """Prompts many of which begin alike, or are equal."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    headers = [[rng.randrange(3) for _ in range(N_POSITIONS)] for _ in range(2)]
+    prompts = []
+    for index in range(draw(st.integers(1, 40))):
+        shared, own = rng.randrange(70), rng.randrange(20)
+        token_ids = rng.choice(headers)[:shared] + [rng.randrange(3) for _ in range(own)]
+        prompts.append(tokenized(index, token_ids or [0], max_new_tokens=rng.randint(1, 60)))
+    return prompts
+
+
+class Model:
+    """Stands in for the network: remembers what each page holds, and that nothing is read that was not written."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.content: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, place) -> the tokens up to there
+
+    def step(self, slot: int, first: int, tokens: list[int], context: list[int]) -> None:
+        for position in range(first, first + len(tokens)):
+            page, _ = self.pool.page_of(slot, position)
+            self.content[page, position % PAGE] = tuple(context[: position + 1])
+
+    def check(self, slot: int, last: int, context: list[int]) -> None:
+        for position in range(last):
+            page, new = self.pool.page_of(slot, position)
+            assert not new
+            assert self.content[page, position % PAGE] == tuple(context[: position + 1])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prompts=work(),
+    n_slots=st.integers(1, 9),
+    n_pages=st.integers(n_pages_of(N_POSITIONS), 60),
+    step_tokens=st.integers(1, 200),
+    window=st.integers(0, 20),
+    share=st.booleans(),
+    spread=st.booleans(),
+)
+def test_every_row_once_and_no_page_is_lost(
+    prompts: list[TokenizedPrompt], n_slots: int, n_pages: int, step_tokens: int, window: int, share: bool, spread: bool
+) -> None:
+    pool = PagePool(n_slots, n_pages)
+    model = Model(pool)
+    scheduler = Scheduler(cache=pool, n_slots=n_slots, n_positions=N_POSITIONS, step_tokens=step_tokens, spread=spread, share=share)
+    incoming, ended = iter(prompts), []
+    reused = 0
+    while True:
+        while len(scheduler.running) + len(scheduler.waiting) < n_slots + window and (source := next(incoming, None)):
+            scheduler.add(source)
+        if not scheduler.running and not scheduler.waiting:
+            break
+        chunks = scheduler.plan()
+        assert chunks, "something moves in every step"
+        assert len({chunk.slot for chunk in chunks}) == len(chunks) <= n_slots
+        assert sum(len(chunk.tokens) for chunk in chunks) <= max(step_tokens, n_slots + LEAST_PREFILL_TOKENS) + (n_slots if spread else 0)
+        for chunk in chunks:  # all is written before anything is read, as in attention
+            model.step(chunk.slot, chunk.first, chunk.tokens, chunk.sequence.tokens)
+        for chunk in chunks:
+            sequence = chunk.sequence
+            model.check(chunk.slot, chunk.first + len(chunk.tokens), sequence.tokens)
+            if chunk.ends:
+                sequence.tokens.append(sum(sequence.tokens) % 3)
+                if sequence.new_tokens == sequence.source.prompt.params.max_new_tokens or len(sequence.tokens) > N_POSITIONS:
+                    sequence.stop_reason = "max_new_tokens"
+        assert pool.in_use + pool.idle <= n_pages
+        for sequence in scheduler.retire():
+            ended.append(sequence.source.prompt.index)
+            reused += sequence.cached_tokens
+        assert pool.idle <= n_pages // IDLE_SHARE
+    assert sorted(ended) == list(range(len(prompts)))
+    assert pool.in_use == 0
+    free = [pool.page_of(0, position)[0] for position in range(0, n_pages * PAGE, PAGE)]
+    assert sorted(free) == list(range(n_pages)), "every page can be had again"
+    if not share:
+        assert reused == 0
+
+
+def test_the_longest_goes_first_but_nobody_waits_for_ever() -> None:
+    pool = PagePool(1, 6)
+    scheduler = Scheduler(cache=pool, n_slots=1, n_positions=N_POSITIONS, step_tokens=100)
+    scheduler.add(tokenized(0, [0], max_new_tokens=1))
+    for index in range(1, 4):
+        scheduler.add(tokenized(index, [0], max_new_tokens=10 * index))
+    order = []
+    for index in range(4, 20):
+        (chunk,) = scheduler.plan()
+        order.append(chunk.sequence.source.prompt.index)
+        chunk.sequence.stop_reason = "max_new_tokens"
+        scheduler.retire()
+        scheduler.add(tokenized(index, [0], max_new_tokens=50))
+    assert order[:4] == [3, 4, 5, 6], "of equals the first"
+    assert order.index(0) == MOST_PASSES, "passed over so often, and no more"
+
+
+def test_rows_that_arrive_together_share_what_is_not_computed_yet() -> None:
+    header = list(range(40))
+    pool = PagePool(3, 30)
+    scheduler = Scheduler(cache=pool, n_slots=3, n_positions=N_POSITIONS, step_tokens=1000)
+    for index in range(3):
+        scheduler.add(tokenized(index, [*header, 100 + index], max_new_tokens=5))
+    chunks = scheduler.plan()
+    assert [(chunk.first, len(chunk.tokens)) for chunk in chunks] == [(0, 41), (32, 9), (32, 9)], "in the same step, whole pages"
+    small = Scheduler(cache=PagePool(3, 30), n_slots=3, n_positions=N_POSITIONS, step_tokens=32)
+    for index in range(3):
+        small.add(tokenized(index, [*header, *range(100 + index, 120)], max_new_tokens=5))
+    assert [(chunk.slot, len(chunk.tokens)) for chunk in small.plan()] == [(0, 32)]
+    assert [(chunk.slot, chunk.first) for chunk in small.plan()] == [(0, 32), (1, 32)], "the others come once the prefix is there"
+
+
+def test_idle_prefixes_are_kept_and_those_that_nobody_shared_go_first() -> None:
+    pool = PagePool(2, 8 * IDLE_SHARE)
+    shared, alone = [1] * 33, [2] * 97
+    for token_ids in (shared, shared, alone):
+        assert pool.admit(0, token_ids, len(token_ids), share=True) is not None
+        pool.computed(0, 0, len(token_ids))
+        pool.clear(0)
+    assert pool.idle == 8
+    pool.admit(1, [3] * 97, 97, share=True)
+    pool.computed(1, 0, 97)
+    pool.clear(1)
+    assert pool.idle == 8
+    assert pool.admit(0, shared, 33, share=True) == 32, "still there"
+    assert pool.admit(1, alone, 97, share=True) == 0, "gone"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
+    """Random prompts with shared beginnings, budgets, windows, slots and memory; pages end up where they were."""
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+    rng = random.Random(seed)
+    model: GPT = our_model(random_model(n_positions=N_POSITIONS), attention="ragged", dtype=rng.choice([torch.float32, torch.bfloat16]))
+    vocab_size = model.config.vocab_size
+    header = [rng.randrange(vocab_size) for _ in range(80)]
+    prompts = []
+    for index in range(25):
+        token_ids = header[: rng.randrange(80)] + [rng.randrange(vocab_size) for _ in range(rng.randint(1, 12))]
+        prompts.append(tokenized(index, token_ids, max_new_tokens=rng.randint(1, 30), top_k=rng.choice([0, 1, 5])))
+    expected = [reference.generate(model, p.token_ids, p.prompt.params, end_of_text=7, window_full="slide") for p in prompts]
+    engine = Engine(
+        model=model,
+        batch_size=rng.randint(1, 12),
+        end_of_text=7,
+        window_full="slide",
+        step_tokens=rng.randint(1, 150),
+        lookahead=rng.randrange(20),
+        memory_bytes=rng.randint(8, 60) * PAGE * model.cache_bytes_a_token,
+    )
+    for _ in range(2):  # the second time with what the first has left in the cache
+        ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]
+        assert len(ended) == len(prompts)
+        for completion in ended:
+            assert (completion.token_ids, completion.stop_reason) == expected[completion.prompt.index]
+    assert engine.stats.cached_tokens > 0 or engine.batch_size == 1
+    cache = engine._cache
+    assert isinstance(cache, PagedCache)
+    assert cache.pool.in_use == 0
