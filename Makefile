@@ -2,12 +2,15 @@
 # make generate CONFIG=my.yaml ARGS="--limit 100"
 # make test                run the tests        make check   lint, types and tests
 # make soak                500 runs that are killed at random moments
+# make bench               new tokens a second, ours and generate of transformers in turn
+# make bench-peers PEERS=~/peers    the same with the peers that have an environment there (benchmarks/compare.py)
 PYTHON ?= python3
 CONFIG ?= demo
 ARGS ?=
+PEERS ?= peers
 BIN := .venv/bin
 
-.PHONY: install generate test lint types check soak clean
+.PHONY: install generate test lint types check soak bench bench-peers clean
 
 install: .venv/installed
 
@@ -33,6 +36,12 @@ check: lint types test
 
 soak: install
 	$(BIN)/python -m tests.soak
+
+bench: install
+	$(BIN)/python benchmarks/compare.py --workloads uniform --repeats 3 $(ARGS)
+
+bench-peers: install
+	$(BIN)/python benchmarks/compare.py --programs gptbatch --peers $(PEERS) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

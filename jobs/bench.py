@@ -45,7 +45,6 @@ def bench(context: click.Context, /, **options: Any) -> None:
 def _bench(options: dict[str, Any]) -> None:
     from pipeline.bench.measure import measure
     from pipeline.bench.workloads import make_workload
-    from pipeline.config import EngineConfig
     from pipeline.generation.engine import STEP_TOKENS, Engine
 
     network = _network(options)
@@ -53,7 +52,7 @@ def _bench(options: dict[str, Any]) -> None:
     workload = make_workload(options["workload"], vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
     engine = Engine(
         model=model,
-        batch_size=options["batch_size"] or EngineConfig().batch_size,
+        batch_size=network.batch_size(options["batch_size"]),
         end_of_text=None,
         memory_bytes=network.cache_memory_bytes(None),
         step_tokens=options["step_tokens"] or STEP_TOKENS,

@@ -19,7 +19,9 @@ from pipeline.run import run_job
 
 
 @click.command()
-@click.option("--config", "config_file", metavar="FILE", help="YAML file, or the name of a bundled config: demo, gpt2-cpu, gpt2-cuda.")
+@click.option(
+    "--config", "config_file", metavar="FILE", help="YAML file, or the name of a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda."
+)
 @config_options
 @click.option("--greedy", is_flag=True, help="The same as --temperature 0.")
 @click.option("--dry-run", is_flag=True, help="Check every row, print counts and token lengths; load no model, write nothing.")

@@ -39,10 +39,12 @@ class EngineConfig(_Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where there is a GPU")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of weights and cache; float16 needs cuda")
-    batch_size: int = Field(64, ge=1, le=65536, description="most rows that run at a time")
+    batch_size: int | None = Field(
+        None, ge=1, le=65536, description="most rows that run at a time; null takes 32 a CPU thread, from 64 to 512, as far as memory goes"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null takes what torch finds")
     attention: Literal["auto", "ragged", "padded"] = Field(
-        "auto", description="ragged is a C++ kernel, built on first use, for CPUs; auto takes it where it builds, else padded"
+        "auto", description="ragged is for CPUs, with C++ kernels that are built on first use; auto takes it where they build, else padded"
     )
     memory_gib: float | None = Field(None, gt=0, le=2**20, description="GiB for the KV cache; null takes half of what is free")
 
@@ -103,7 +105,7 @@ class JobConfig(_Section):
 def load_config(file: str | None, *, environment: Mapping[str, str] = os.environ, options: Mapping[str, Any]) -> JobConfig:
     """Options > environment > file > defaults.
 
-    file: a path, or the name of a bundled config (demo, gpt2-cpu, gpt2-cuda). options: flat, "engine.dtype" for nested keys.
+    file: a path, or the name of a bundled config (demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda). options: flat, "engine.dtype" for nested keys.
     Raises ConfigError that names the source and the key; its `keys` are those at fault that options set, or that nobody did.
     """
     layers: list[tuple[str, dict[str, Any]]] = []

@@ -132,7 +132,7 @@ class PartLoop:
                 )
                 self._run_parts(suspects, batch_size=1)
             if others := set(numbers) - suspects:
-                self._run_parts(others, batch_size=self.config.engine.batch_size)
+                self._run_parts(others, batch_size=self.network.batch_size(self.config.engine.batch_size))
         finally:
             if self.progress is not None:
                 self.progress.end()

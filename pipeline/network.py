@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gptbatch")
 
+ROWS_A_THREAD, LEAST_ROWS, MOST_ROWS = 32, 64, 512
 MEMORY_SHARE = 0.5  # of what is free, for the cache
 
 Numerics = Literal["exact", "unverified", "off"]
@@ -42,6 +43,14 @@ class Network:
     model: GPT
     numerics: Numerics
     profile: dict[str, Any]
+
+    def batch_size(self, wanted: int | None) -> int:
+        """Rows that run at a time: as set, or enough for each thread to read weights for many rows at once."""
+        if wanted is not None:
+            return wanted
+        import torch
+
+        return max(LEAST_ROWS, min(MOST_ROWS, ROWS_A_THREAD * torch.get_num_threads()))
 
     def cache_memory_bytes(self, memory_gib: float | None) -> int | None:
         """Memory for the cache: as set, or a share of what is free. None where nobody knows what is."""

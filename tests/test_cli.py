@@ -140,7 +140,11 @@ def test_a_complete_output_is_recognised_without_torch(checkpoint: Path, write_r
         (["--greedy", "--temperature", "1"], 2, "--greedy and --temperature cannot be given together"),
         (["--colour"], 2, "No such option '--colour'"),
         (["--dataset", "data"], 2, "give either input or dataset, not both"),
-        (["--config", "nowhere.yaml"], 78, "nowhere.yaml: no such config file, nor a bundled config (demo, gpt2-cpu, gpt2-cuda)"),
+        (
+            ["--config", "nowhere.yaml"],
+            78,
+            "nowhere.yaml: no such config file, nor a bundled config (demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda)",
+        ),
         (["--model", "no/such/model"], 78, "no/such/model: no such folder"),
         (["--model", "bundled:nothing"], 78, "bundled:nothing: no such folder"),
         (["--input", "nowhere.jsonl"], 66, "nowhere.jsonl: no such file"),

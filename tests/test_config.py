@@ -73,7 +73,7 @@ def test_the_resolved_config_can_be_run_again(tmp_path: Path) -> None:
     assert load_config(str(path), environment={}, options={}) == config
 
 
-@pytest.mark.parametrize("name", ["demo", "gpt2-cpu", "gpt2-cuda"])
+@pytest.mark.parametrize("name", ["demo", "gpt2-cpu", "gpt2-cpu-fast", "gpt2-cuda"])
 def test_bundled_configs_hold(name: str) -> None:
     config = load_config(name, environment={}, options={"input": "i", "output": "o"})
     for line in find_config(name).read_text().splitlines():

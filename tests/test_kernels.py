@@ -1,8 +1,10 @@
-"""The build of the C++ kernel: once, whole or not at all, and everything works without it."""
+"""The C++ kernels: built once, whole or not at all; they compute what torch computes; and everything works without them."""
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,11 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from torch.nn import functional as F
 
 from pipeline.errors import DeviceError
+from pipeline.generation.sampling import choose_tokens
 from pipeline.gpt.attention import choose_backend
+from pipeline.gpt.config import Activation
 from pipeline.gpt.kernels import build
 from pipeline.gpt.kernels.build import KernelError, build_kernels
+from pipeline.gpt.linear import ACTIVATIONS, use_threads
+from pipeline.records import SamplingParams
 from tests.conftest import has_kernels, run_gptbatch
 from tests.paths import REPOSITORY
 
@@ -163,3 +170,82 @@ def test_the_first_run_says_what_it_builds_and_a_damaged_library_is_built_again(
     assert again.code == 0, again.stderr
     assert "damaged; building it again" in again.stderr
     assert run_gptbatch("diff", tmp_path / "a", tmp_path / "c").code == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (5, 47), (33, 48), (64, 49), (768, 100), (301, 500)])
+def test_linears_are_those_of_torch_and_rows_do_not_know_each_other(in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    needs_compiler()
+    if dtype == torch.bfloat16 and not torch.ops.gptbatch.has_bfloat16():
+        pytest.skip("this CPU does not compute in bfloat16")
+    generator = torch.Generator().manual_seed(in_features)
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype) / in_features**0.5
+    bias = torch.randn(out_features, generator=generator)
+    x, residual = (torch.randn(300, size, generator=generator).to(dtype) for size in (in_features, out_features))
+    packed = torch.ops.gptbatch.pack(weight)
+    whole = torch.ops.gptbatch.linear(x, packed, out_features, bias, residual, "none")
+    expected = F.linear(x.double(), weight.double(), bias.double()) + residual.double()
+    assert (whole.double() - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 0.04)
+    for threads in (1, 2, 3, 4):
+        with use_threads(threads):
+            for first, rows in [(0, 300), *((rows % 7, rows) for rows in (1, 2, 3, 5, 8, 13, 33, 64, 129, 257))]:
+                part = slice(first, first + rows)
+                y = torch.ops.gptbatch.linear(x[part], packed, out_features, bias, residual[part], "none")
+                assert torch.equal(y, whole[part])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_those_of_torch(activation: Activation) -> None:
+    needs_compiler()
+    x = torch.cat([torch.linspace(-12, 12, 499), torch.tensor([-1e4, -90.0, -0.0, 0.0, 90.0, 1e4])])[:, None]
+    y = torch.ops.gptbatch.linear(x, torch.ops.gptbatch.pack(torch.eye(1)), 1, None, None, activation)
+    expected = ACTIVATIONS[activation](x.double())
+    assert ((y.double() - expected).abs() <= 1e-6 * expected.abs().clamp(min=1)).all()
+
+
+def test_linears_say_what_does_not_fit() -> None:
+    needs_compiler()
+    packed = torch.ops.gptbatch.pack(torch.zeros(5, 3))
+    with pytest.raises(RuntimeError, match="shapes"):
+        torch.ops.gptbatch.linear(torch.zeros(2, 3), packed, 500, None, None, "none")
+    with pytest.raises(RuntimeError, match="types"):
+        torch.ops.gptbatch.linear(torch.zeros(2, 3, dtype=torch.float64), packed, 5, None, None, "none")
+    with pytest.raises(RuntimeError, match="no activation selu"):
+        torch.ops.gptbatch.linear(torch.zeros(2, 3), packed, 5, None, None, "selu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [1, 2, 5, 31, 32, 33, 65, 700, 5003])
+def test_the_kernel_chooses_the_tokens_that_torch_chooses(vocab_size: int, dtype: torch.dtype) -> None:
+    """Ties, infinities, NaN, any parameters; margins agree but for the last bits of their logarithms."""
+    needs_compiler()
+    rng = random.Random(vocab_size)
+    generator = torch.Generator().manual_seed(vocab_size)
+    differing = 0
+    for spread in (0.02, 1.0, 20.0):
+        logits = (torch.randn(60, vocab_size, generator=generator) * spread).to(dtype)
+        logits[0] = logits[0].round()
+        logits[1] = 0
+        if vocab_size > 2:
+            logits[2, 1], logits[3, 0], logits[4, -1], logits[5, 1] = -math.inf, math.nan, math.nan, math.inf
+            logits[6, :-1] = -math.inf
+        logits[7] = -math.inf
+        rows = [
+            SamplingParams(
+                seed=rng.getrandbits(63),
+                temperature=rng.choice([0, 1e-300, 0.3, 1, 2.5, 1e300]),
+                top_k=rng.choice([0, 1, 2, 40, 1000, max(1, vocab_size - 1), 10**6]),
+                max_new_tokens=1,
+            )
+            for _ in range(60)
+        ]
+        steps = [rng.randrange(1000) for _ in range(60)]
+        bounds = [rng.choice([math.inf, 0.01, 1.0]) for _ in range(60)]
+        theirs, ours = (choose_tokens(logits, rows, steps, bounds, native=native) for native in (False, True))
+        assert [choice.token for choice in ours] == [choice.token for choice in theirs]
+        for row, a, b in zip(rows, ours, theirs, strict=True):
+            assert a.margin == b.margin or a.margin == pytest.approx(b.margin, rel=1e-9, abs=1e-9 * max(1, row.temperature))
+        with use_threads(3):
+            assert choose_tokens(logits, rows, steps, bounds, native=True) == ours
+        differing += len({choice.token for choice in ours})
+    assert vocab_size == 1 or differing > 3

@@ -99,6 +99,7 @@ def test_timings_of_rows(checkpoint: Path, write_rows: WriteRows, tmp_path: Path
         assert min(row["queue_s"], row["prefill_s"]) > 0
         assert 1 <= row["mean_batch_size"] <= 6
         assert row["started_at"].tzinfo is not None
+        assert 0 <= row["cached_tokens"] < max(1, row["prompt_tokens"])
         if row["completion_tokens"] > 1:
             assert row["tokens_per_s"] == pytest.approx((row["completion_tokens"] - 1) / row["decode_s"])
         else:

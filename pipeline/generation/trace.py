@@ -56,9 +56,14 @@ def step_logits(model: GPT, rows: Sequence[KnownRow], *, most_logits: int = MOST
         positions: list[int] = []
         wanted: list[int] = []
         for slot, passage in enumerate(batch):
-            tokens += passage.tokens
-            token_slots += [slot] * len(passage.tokens)
-            positions += range(len(passage.tokens))
+            length = len(passage.tokens)
+            # what passages have in common before the first wanted step is computed once
+            there = cache.admit(slot, passage.tokens[: length - len(passage.steps) + 1], length, share=True)
+            assert there is not None, "the cache has room for every call"
+            cache.computed(slot, there, length)
+            tokens += passage.tokens[there:]
+            token_slots += [slot] * (length - there)
+            positions += range(there, length)
             wanted += range(len(tokens) - len(passage.steps), len(tokens))
         yield batch, model.extend(cache, tokens=tokens, slots=token_slots, positions=positions, wanted=wanted)
         for slot in range(len(batch)):
