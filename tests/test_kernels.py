@@ -48,7 +48,7 @@ def script(path: Path, text: str) -> str:
 
 @pytest.mark.slow
 def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Path) -> None:
-    """Killed while the compiler runs, which has written half a library; then two builds at once."""
+    """Killed while the compiler runs, which has written half of its files; then two builds at once."""
     needs_compiler()
     folder = tmp_path / "kernels"
     started = tmp_path / "started"
@@ -62,8 +62,7 @@ def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Pat
         while not started.exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        (left_over,) = folder.glob("build-*/ragged.so")
-        assert left_over.read_text() == "half\n"
+        assert "half\n" in [left_over.read_text() for left_over in folder.glob("build-*/*.o")]
     finally:
         os.killpg(child.pid, signal.SIGKILL)  # the compiler too
         child.wait()

@@ -42,6 +42,7 @@ def draw_scaling(curves: Sequence[Curve], path: Path, *, n_positions: int, title
         x = np.linspace(1, n_positions, 200)
         for fit, style in (("linear", "--"), ("quadratic", "-")):
             axes.plot(x, np.polyval(getattr(curve, fit), x), style, linewidth=1, color=colour, alpha=0.7, label=f"{curve.name}, {fit} fit")
+    axes.set_ylim(bottom=min(min(curve.seconds) for curve in curves) / 2)  # a linear fit may come down to nothing
     axes.axvline(n_positions, color="grey", linewidth=0.8)
     axes.annotate("n_positions", (n_positions, axes.get_ylim()[1]), ha="right", va="top", rotation=90, fontsize=8)
     axes.set(xlabel="step (tokens before this one)", ylabel="seconds for the token", title=title, yscale="log")
