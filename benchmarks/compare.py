@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.chart import draw_comparison
+from pipeline.bench.chart import check_matplotlib, draw_comparison
 from pipeline.bench.machine import describe_machine
 from pipeline.bench.workloads import WORKLOADS, make_workload
 from pipeline.data.bundled import locate
@@ -56,6 +56,8 @@ def main() -> None:
     args = parser.parse_args()
     found = [name for name in PEERS if not args.only and args.peers and (args.peers / name / "bin" / "python").exists()]
     programs = list(dict.fromkeys([*args.programs, *found]))
+    if args.chart:
+        check_matplotlib()
     args.folder.mkdir(parents=True, exist_ok=True)
     models = {name: make_model(name, args) for name in programs}
 
@@ -82,9 +84,9 @@ def main() -> None:
     import torch
 
     machine = describe_machine(torch.device("cpu")) | {"threads": args.threads}
+    print(json.dumps({"machine": machine, "repeats": args.repeats, "results": results}), flush=True)
     if args.chart:
         draw_comparison(results, args.chart, title=f"GPT-2 124M, random weights, {args.threads} threads of {machine['machine']}")
-    print(json.dumps({"machine": machine, "repeats": args.repeats, "results": results}))
 
 
 def say(results: list[dict[str, Any]], seconds: dict[str, tuple[str, list[float]]]) -> None:

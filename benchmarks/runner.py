@@ -3,8 +3,9 @@
     python runner.py PROGRAM MODEL WORKLOAD.jsonl --dtype float32 --threads 2
 
 Says "@ready" and the versions, then, for each number of a repeat that it reads from standard input, "@seconds" and how long a call with
-all rows took. Every program samples with temperature 0.8 and top-k 40, one seed a row where it can, and ignores end-of-text; loading
-and one small warm-up are not timed. Token ids are moved by the repeat, so that none finds a prefix of an earlier one in a cache.
+all rows took. Every program samples with temperature 0.8 and top-k 40, one seed a row where it can, ignores end-of-text, and runs at most
+64 rows at a time; loading and one small warm-up are not timed. Token ids are moved by the repeat, so that none finds a prefix of an
+earlier one in a cache.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ def gptbatch(args: argparse.Namespace) -> tuple[Generate, str]:
     config = parse_config(checkpoint.config, args.model)
     settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)
     network = load_network(checkpoint, config, settings, torch.device("cpu"), numerics="exact")
-    engine = Engine(
-        model=network.model, batch_size=network.batch_size(None), end_of_text=None, memory_bytes=network.cache_memory_bytes(MEMORY_GIB)
-    )
+    engine = Engine(model=network.model, batch_size=ROWS_AT_A_TIME, end_of_text=None, memory_bytes=network.cache_memory_bytes(MEMORY_GIB))
 
     def generate(rows: Rows) -> None:
         prompts = (

@@ -68,7 +68,16 @@ def _bench(options: dict[str, Any]) -> None:
     click.echo("seconds of one repeat, under a profiler:")
     for part, seconds in found.seconds_by_part.items():
         click.echo(f"  {part:<12} {seconds:8.2f}")
-    summary = {**_described(options, model), "numerics": network.numerics, **_rounded(asdict(found))}
+    summary = {
+        **_described(options, model),
+        "numerics": network.numerics,
+        "workload": options["workload"],
+        "top_k": options["top_k"],
+        "batch_size": engine.batch_size,
+        "step_tokens": engine.step_tokens,
+        "share_prefixes": engine.share_prefixes,
+        **_rounded(asdict(found)),
+    }
     click.echo(json.dumps(summary))
 
 
@@ -78,7 +87,9 @@ def _bench(options: dict[str, Any]) -> None:
 @click.pass_obj
 def scaling(options: dict[str, Any], output: Path, points: int) -> None:
     """Seconds for one more token as the context grows, from one token to beyond n_positions: the naive loop, the cached engine and
-    `window_full: slide`, with the best linear and quadratic fits, as a picture and JSON. Options of the network stand before `scaling`.
+    `window_full: slide`, with the best linear and quadratic fits, as a picture and JSON. One row, temperature 0.8, top-k 40.
+
+    Options of the network stand before `scaling`; those of the work have no effect on it.
     """
     from pipeline.bench.chart import check_matplotlib, draw_scaling
     from pipeline.bench.scaling import measure_scaling
@@ -134,11 +145,9 @@ def _described(options: dict[str, Any], model: GPT) -> dict[str, Any]:
 
     return {
         "model": options["model"] or f"{options['shape']} with random weights",
-        "workload": options["workload"],
         "dtype": options["dtype"],
         "attention": model.attention,
         "linears": model.linear_kind,
-        "top_k": options["top_k"],
         **describe_machine(model.device),
     }
 

@@ -10,7 +10,9 @@ import torch
 
 from pipeline.generation import reference
 from pipeline.generation.engine import Engine, WindowFull
+from pipeline.gpt import padded
 from pipeline.gpt.model import GPT
+from pipeline.gpt.padded import PaddedCache
 from pipeline.records import Completion, RowError, TokenizedPrompt
 from tests.conftest import our_model, random_model, tokenized
 
@@ -192,3 +194,35 @@ def test_engine_on_cuda_gives_the_tokens_of_the_reference_on_cuda(window_full: W
     prompts = ragged_prompts(20, longest=64, max_new_tokens=80)
     expected = expect(on_cuda, prompts, window_full=window_full)
     assert outcome(run(on_cuda, prompts, batch_size=8, window_full=window_full)) == expected
+
+
+@pytest.mark.parametrize("window_full", ["stop", "slide"])
+def test_a_padded_cache_may_grow_while_rows_run(window_full: WindowFull, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is first made for a few new tokens; rows then retire, and move, in what it grew to."""
+    monkeypatch.setattr(padded, "RESERVE_TOKENS", 2)
+    model = our_model(random_model(), attention="padded")
+    prompts = ragged_prompts(20, longest=20, max_new_tokens=60)
+    assert outcome(run(model, prompts, batch_size=8, window_full=window_full)) == expect(model, prompts, window_full=window_full)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_memory_that_runs_out_while_rows_are_admitted_halves_the_slots(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even before any row runs: what fails is room for all slots."""
+    left = failures
+    original = PaddedCache.admit
+
+    def admit(self: PaddedCache, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
+        nonlocal left
+        if left:
+            left -= 1
+            raise MemoryError("not enough memory")
+        return original(self, slot, token_ids, length, share=share)
+
+    model = our_model(random_model(), attention="padded")
+    prompts = ragged_prompts(20)
+    expected = outcome(run(model, prompts, batch_size=8))
+    monkeypatch.setattr(PaddedCache, "admit", admit)
+    engine = Engine(model=model, batch_size=8, end_of_text=END_OF_TEXT)
+    ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]
+    assert outcome(sorted(ended, key=lambda completion: completion.prompt.index)) == expected
+    assert (engine.batch_size, engine.stats.halvings) == (8 >> failures, failures)

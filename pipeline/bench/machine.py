@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,19 @@ import torch
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Versions, threads, and the processor by its name."""
     return {
-        "gptbatch": version("gptbatch"),
+        "gptbatch": _version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "machine": f"{os.cpu_count()} cores of {_processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": torch.get_num_threads(),
     }
+
+
+def _version() -> str:
+    try:
+        return version("gptbatch")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "not installed"
 
 
 def _processor() -> str:

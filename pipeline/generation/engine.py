@@ -110,15 +110,23 @@ class Engine:
                     return
                 yield []
                 continue
+            failure = None
+            ended: list[Completion] = []
             try:
-                self._step(self._scheduler.plan())
-                ended = [self._completion(sequence) for sequence in self._scheduler.retire()]
+                ended = self._round()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve(error)
-                ended = []
+                failure = _first_line(error)
+            if failure is not None:  # the error is gone, and with it what its frames held of the old cache
+                self._halve(failure)
             yield ended
+
+    @torch.inference_mode()
+    def _round(self) -> list[Completion]:
+        """One step, and what ended in it."""
+        self._step(self._scheduler.plan())
+        return [self._completion(sequence) for sequence in self._scheduler.retire()]
 
     def _take(self, prompts: Iterator[TokenizedPrompt | None]) -> None:
         """Prompts for the window. Outside of what is tried again when memory runs out: an iterator that has raised has ended."""
@@ -163,16 +171,17 @@ class Engine:
             slide=self.window_full == "slide",
         )
 
-    def _halve(self, error: Exception) -> None:
+    def _halve(self, failure: str) -> None:
         """Go on with half of the slots after memory ran out; rows that were running start again, and come to the same bits."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
-        if len(running) <= 1 or self.batch_size == 1:
+        if self.batch_size == 1:
             name = f"row {running[0].source.prompt.prompt_id!r}" if running else "the next row"
             raise OutOfMemoryError(
-                f"out of memory, even with {name} alone ({_first_line(error)}); give the process more, or leave the row out with --skip-row"
-            ) from error
+                f"out of memory, even with {name} alone ({failure}); give the process more, or leave the row out with --skip-row"
+            )
         self.stats.new_tokens -= sum(sequence.new_tokens for sequence in running)
-        self.batch_size = len(running) // 2
+        self.stats.cached_tokens -= sum(sequence.cached_tokens for sequence in running if sequence.admitted_s is not None)
+        self.batch_size = max(1, min(self.batch_size, len(running) or self.batch_size) // 2)
         self.stats.halvings += 1
         sources = [sequence.source for sequence in (*sorted(running, key=lambda sequence: sequence.order), *waiting)]
         del self._scheduler, self._cache  # before there is a new one
@@ -181,7 +190,6 @@ class Engine:
             self._scheduler.add(source)
         logger.warning("out of memory: going on with at most %d rows at a time", self.batch_size)
 
-    @torch.inference_mode()
     def _step(self, chunks: list[Chunk]) -> None:
         """One call of the network: the chunks' tokens go in; of those that end, the next token comes out."""
         now = began = time.monotonic()

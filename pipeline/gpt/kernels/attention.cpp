@@ -123,7 +123,9 @@ inline void score_pages(const Sizes<T>& s, const float* queries, int64_t first, 
           const __m512i key = _mm512_loadu_si512(from[p] + (d + 2 * j) * PAGE);
           UNROLL
           for (int q = 0; q < Q; q++) {
-            const __m512i pair = _mm512_set1_epi32(reinterpret_cast<const int*>(queries)[(q * s.depth + d) / 2 + j]);
+            int two;
+            __builtin_memcpy(&two, reinterpret_cast<const T*>(queries) + q * s.depth + d + 2 * j, sizeof(two));
+            const __m512i pair = _mm512_set1_epi32(two);
             sums[q][p][0][j] = _mm512_dpbf16_ps(sums[q][p][0][j], (__m512bh)pair, (__m512bh)key);
           }
         }

@@ -241,14 +241,17 @@ void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, const std::optional<at::Tensor>& bias,
                   const std::optional<at::Tensor>& residual, std::string activation) {
-  TORCH_CHECK(x.dim() == 2 && packed.dim() == 3 && packed.size(2) == COLUMNS && packed.size(0) == (out_features + COLUMNS - 1) / COLUMNS,
+  const int64_t missing = x.dim() == 2 && packed.dim() == 3 ? packed.size(1) - x.size(1) : -1;  // an odd number of inputs in bfloat16
+  TORCH_CHECK((missing == 0 || (missing == 1 && x.scalar_type() == at::kBFloat16)) && packed.size(2) == COLUMNS &&
+                  packed.size(0) == (out_features + COLUMNS - 1) / COLUMNS,
               "linear: the shapes do not fit each other");
   TORCH_CHECK(x.scalar_type() == packed.scalar_type() && (x.scalar_type() == at::kFloat || HAS_BFLOAT16), "linear: the types do not fit");
-  const at::Tensor inputs = x.size(1) == packed.size(1) ? x.contiguous() : at::constant_pad_nd(x, {0, packed.size(1) - x.size(1)});
+  const at::Tensor inputs = missing == 0 ? x.contiguous() : at::constant_pad_nd(x, {0, missing});
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->numel() == out_features), "linear: bias");
   at::Tensor y = at::empty({x.size(0), out_features}, x.options());
   const at::Tensor added = residual ? residual->contiguous() : at::Tensor();
   TORCH_CHECK(!residual || (added.sizes() == y.sizes() && added.scalar_type() == y.scalar_type()), "linear: residual");
+  if (x.size(0) == 0) return y;
   const float* b = bias ? bias->const_data_ptr<float>() : nullptr;
   if (x.scalar_type() == at::kFloat) {
     run<float>(inputs, packed, b, residual ? added.const_data_ptr<float>() : nullptr, parse(activation), y);
