@@ -42,8 +42,8 @@ class Cache(Protocol):
 class Sequence:
     """One row on its way. tokens: the prompt and what has been generated; `cached` of them (from the front) are in the cache.
 
-    cached_tokens: of the prompt, what another row had computed. passed_over: rows that were admitted while this one waited. order: the
-    how manieth row it was to be admitted. The clocks and counters are the engine's.
+    cached_tokens: of the prompt, what another row had computed. passed_over: rows that came later and were admitted while this
+    one waited. order: 1 for the first row that was admitted, and so on. The clocks and counters are the engine's.
     """
 
     source: TokenizedPrompt
