@@ -13,29 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from pipeline.gpt.pages import Slots
 from pipeline.records import RowError, StopReason, TokenizedPrompt
 
 LEAST_PREFILL_TOKENS = 32  # of a step, however many sequences decode: new ones must come in
 CHUNK_MULTIPLE = 16  # of a prefill that does not end in this step: what attention computes together
 MOST_PASSES = 4  # times the slots: rows that may be admitted before one that waits
-
-
-class Cache(Protocol):
-    """How the cache deals its room out; see attention.KVCache."""
-
-    def admit(self, slot: int, token_ids: SequenceOf[int], length: int, *, share: bool) -> int | None: ...
-
-    def ready(self, slot: int) -> bool: ...
-
-    def computed(self, slot: int, first: int, last: int) -> None: ...
-
-    def move(self, source: int, target: int) -> None: ...
-
-    def clear(self, slot: int) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +77,7 @@ class Scheduler:
     share: whether rows share prefixes. slide: whether a row may go on beyond n_positions.
     """
 
-    cache: Cache
+    cache: Slots
     n_slots: int
     n_positions: int
     step_tokens: int

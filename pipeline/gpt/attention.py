@@ -23,6 +23,7 @@ from pipeline.errors import DeviceError
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import KernelError, load_kernels
 from pipeline.gpt.padded import PaddedCache, round_up
+from pipeline.gpt.pages import Slots
 from pipeline.gpt.ragged import PagedCache
 
 logger = logging.getLogger("gptbatch")
@@ -39,21 +40,8 @@ class Attention(Protocol):
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor: ...
 
 
-class KVCache(Protocol):
-    """The keys and values of the sequences that are running. A slot is a sequence's place; it knows not whose."""
-
-    def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
-        """Give an empty slot to a sequence that begins with token_ids and grows to at most `length` positions.
-
-        Returns how many of the tokens are there already, or will be when the slot is `ready`; None when there is no room now. share:
-        whether prefixes may be shared with other sequences. A slot may be used without it as if nothing were there.
-        """
-
-    def ready(self, slot: int) -> bool:
-        """Whether what `admit` said is there, or in the call that comes next."""
-
-    def computed(self, slot: int, first: int, last: int) -> None:
-        """The slot's tokens from position first to before last are in the call that comes next."""
+class KVCache(Slots, Protocol):
+    """The keys and values of the sequences that are running. A slot that nobody was admitted to may be used all the same."""
 
     def step(self, slots: Sequence[int], positions: Sequence[int]) -> Attention:
         """The attention of one call over N tokens: the slot of each and its position there.
@@ -61,12 +49,6 @@ class KVCache(Protocol):
         The tokens of a slot stand in order, without a gap after those that the cache holds; their keys and values are
         written to it, over what was at these positions.
         """
-
-    def move(self, source: int, target: int) -> None:
-        """What is in one slot takes the place of another's, which must have been cleared."""
-
-    def clear(self, slot: int) -> None:
-        """Forget a slot's sequence."""
 
 
 def new_cache(

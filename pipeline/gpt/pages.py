@@ -15,9 +15,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 PAGE = 16  # positions
 IDLE_SHARE = 8  # at most one page in so many is kept without a user
+
+
+class Slots(Protocol):
+    """How a cache deals its room out. A slot is a sequence's place in it; it knows not whose."""
+
+    def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
+        """Give an empty slot to a sequence that begins with token_ids and grows to at most `length` positions.
+
+        Returns how many of the tokens are there already, or will be when the slot is `ready` (never the last one, whose logits are
+        wanted); None when there is no room now. share: whether it may take what others have computed and others its own; its tokens
+        are then not to change.
+        """
+
+    def ready(self, slot: int) -> bool:
+        """Whether what `admit` said is there, or in the call that comes next."""
+
+    def computed(self, slot: int, first: int, last: int) -> None:
+        """The slot's tokens from position first to before last are in the call that comes next."""
+
+    def move(self, source: int, target: int) -> None:
+        """What is in one slot takes the place of another's, which must have been cleared."""
+
+    def clear(self, slot: int) -> None:
+        """Forget a slot's sequence."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +70,7 @@ class _Slot:
 
 
 class PagePool:
-    """n_pages pages for n_slots slots. One slot alone always gets what it needs."""
+    """Slots that hold pages, n_pages in all. One slot alone always gets what it needs."""
 
     def __init__(self, n_slots: int, n_pages: int) -> None:
         self.n_pages = n_pages
@@ -59,12 +84,6 @@ class PagePool:
         self._promised = 0  # pages that slots have not taken yet, but may come to
 
     def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
-        """Give an empty slot to a sequence that begins with token_ids and grows to at most `length` positions.
-
-        Returns how many of the tokens need not be computed, since another sequence's pages hold them (never the last one, whose logits
-        are wanted); None when there is no room now. share: whether it may take others' pages and others its own; its tokens
-        are then not to change.
-        """
         state = self._slots[slot]
         assert not state.pages
         keys = [tuple(token_ids[first : first + PAGE]) for first in range(0, (len(token_ids) - 1) // PAGE * PAGE, PAGE)] if share else []
@@ -98,14 +117,12 @@ class PagePool:
         return len(path) * PAGE
 
     def ready(self, slot: int) -> bool:
-        """Whether all that the slot has taken of others is in this call, or was in an earlier one."""
         state = self._slots[slot]
         while state.waiting < state.taken and state.nodes[state.waiting].ready:
             state.waiting += 1
         return state.waiting == state.taken
 
     def computed(self, slot: int, first: int, last: int) -> None:
-        """The slot's tokens from position first to before last are in the call that comes next."""
         for node in self._slots[slot].nodes[first // PAGE : last // PAGE]:
             node.ready = True
 
@@ -134,7 +151,6 @@ class PagePool:
         self._slots[target], self._slots[source] = self._slots[source], _Slot()
 
     def clear(self, slot: int) -> None:
-        """Take a slot's pages back."""
         state, self._slots[slot] = self._slots[slot], _Slot()
         self._promised -= state.most - len(state.pages)
         own = state.pages[len(state.nodes) :]

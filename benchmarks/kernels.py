@@ -1,0 +1,96 @@
+"""The kernels beside what torch offers, in turn: linears at the shapes of gpt2, and the choice of 64 tokens of 50,257.
+
+    python benchmarks/kernels.py [--threads N] [--repeats 9]
+
+The linears of a step stand against the same weights prepacked for oneDNN, the choice against its own formula in terms of torch. Medians;
+the last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from pipeline.generation.sampling import choose_tokens
+from pipeline.gpt.kernels.build import load_kernels
+from pipeline.records import SamplingParams
+
+LINEARS = {
+    "attn_qkv": (768, 2304, 12),
+    "attn_out": (768, 768, 12),
+    "mlp_in": (768, 3072, 12),
+    "mlp_out": (3072, 768, 12),
+    "lm_head": (768, 50257, 1),
+}
+
+
+def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of each call; one after the other in every repeat, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if repeat > 0:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def linears(dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
+    """GFLOP/s of all linears of a step together."""
+    seconds = {"ours": 0.0, "oneDNN": 0.0}
+    operations = 0
+    for in_features, out_features, layers in LINEARS.values():
+        x = torch.randn(rows, in_features).to(dtype)
+        weights = [torch.randn(out_features, in_features).to(dtype) for _ in range(layers)]
+        ours = [torch.ops.gptbatch.pack(weight) for weight in weights]
+        theirs = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
+        calls: dict[str, Callable[[], object]] = {
+            "ours": lambda x=x, ours=ours, out=out_features: [torch.ops.gptbatch.linear(x, w, out, None, None, "none") for w in ours],
+            "oneDNN": lambda x=x, theirs=theirs: [torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for w in theirs],
+        }
+        for name, median in medians(calls, repeats).items():
+            seconds[name] += median
+        operations += 2 * rows * in_features * out_features * layers
+    return {name: round(operations / s / 1e9, 1) for name, s in seconds.items()}
+
+
+def choice(dtype: torch.dtype, top_k: int, repeats: int) -> dict[str, float]:
+    """Milliseconds for 64 rows."""
+    logits = (torch.randn(64, 50257) / 2).to(dtype)
+    params = [SamplingParams(seed=row, temperature=0.8, top_k=top_k, max_new_tokens=1) for row in range(64)]
+    calls: dict[str, Callable[[], object]] = {
+        "ours": lambda: choose_tokens(logits, params, [0] * 64, [1e-3] * 64, native=True),
+        "torch": lambda: choose_tokens(logits, params, [0] * 64, [1e-3] * 64),
+    }
+    return {name: round(s * 1e3, 2) for name, s in medians(calls, repeats).items()}
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    load_kernels()
+    report: dict[str, dict[str, float]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        if dtype == torch.float32 or torch.ops.gptbatch.has_bfloat16():
+            for rows in (32, 64, 128):
+                report[f"linears of {rows} rows, {name}, GFLOP/s"] = linears(dtype, rows, args.repeats)
+        for top_k in (40, 1000, 0):
+            report[f"choice, top_k {top_k}, {name}, ms"] = choice(dtype, top_k, args.repeats)
+    for what, found in report.items():
+        print(f"{what:<40}", *(f"{name} {value:8.2f}" for name, value in found.items()))
+    print(json.dumps({"threads": args.threads, **report}))
+
+
+if __name__ == "__main__":
+    main()
