@@ -14,8 +14,10 @@ import statistics
 import time
 
 import torch
-from workload import as_rows, our_network, random_gpt2, random_prompts
 
+from pipeline.bench.networks import random_network
+from pipeline.bench.shapes import shape_config
+from pipeline.bench.workloads import uniform_workload
 from pipeline.generation.engine import Engine
 from pipeline.generation.numerics import check_numerics
 from pipeline.gpt.attention import Backend, choose_backend
@@ -32,10 +34,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    theirs = random_gpt2()
+    config = shape_config("gpt2")
+    work = uniform_workload(args.rows, args.prompt_tokens, args.new_tokens, vocab_size=config.vocab_size)
 
     def network(attention: Backend) -> GPT:
-        return our_network(theirs, attention=attention, dtype=getattr(torch, args.dtype))
+        return random_network(config, attention=attention, dtype=getattr(torch, args.dtype), device=torch.device("cpu"))
 
     fastest = choose_backend("auto", torch.device("cpu"))
     models = {"exact": network(fastest), "off": network(fastest), "padded": network("padded")}
@@ -47,10 +50,9 @@ def main() -> None:
         assert report.exact, report.failures
 
     def tokens_per_s(model: GPT, repeat: int) -> float:
-        rows = as_rows(random_prompts(args.rows, args.prompt_tokens, repeat=repeat), new_tokens=args.new_tokens)
         engine = Engine(model=model, batch_size=args.rows, end_of_text=None)
         began = time.perf_counter()
-        for _ in engine.generate(iter(rows)):
+        for _ in engine.generate(work.prompts(repeat, vocab_size=config.vocab_size)):
             pass
         return engine.stats.new_tokens / (time.perf_counter() - began)
 

@@ -33,12 +33,12 @@ def gptbatch(args: argparse.Namespace) -> tuple[Generate, str]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import torch
 
+    from pipeline.bench.workloads import Row, Workload
     from pipeline.config import EngineConfig
     from pipeline.data.checkpoint import find_checkpoint
     from pipeline.generation.engine import Engine
     from pipeline.gpt.config import parse_config
     from pipeline.network import load_network
-    from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
 
     checkpoint = find_checkpoint(args.model, revision=None, allow_pickle=False)
     config = parse_config(checkpoint.config, args.model)
@@ -47,23 +47,10 @@ def gptbatch(args: argparse.Namespace) -> tuple[Generate, str]:
     engine = Engine(model=network.model, batch_size=ROWS_AT_A_TIME, end_of_text=None, memory_bytes=network.cache_memory_bytes(MEMORY_GIB))
 
     def generate(rows: Rows) -> None:
-        prompts = (
-            TokenizedPrompt(
-                prompt=Prompt(
-                    index=index,
-                    prompt_id=str(index),
-                    text="",
-                    params=SamplingParams(seed=index, temperature=TEMPERATURE, top_k=TOP_K, max_new_tokens=row["max_new_tokens"]),
-                    metadata=None,
-                ),
-                token_ids=row["prompt_token_ids"],
-                tokens_dropped=0,
-                read_s=0.0,
-            )
-            for index, row in enumerate(rows)
-        )
+        work = Workload("rows", tuple(Row(tuple(row["prompt_token_ids"]), row["max_new_tokens"]) for row in rows))
+        prompts = work.prompts(0, vocab_size=config.vocab_size)
         ended = [completion for completions in engine.generate(prompts) for completion in completions]
-        assert sum(len(completion.token_ids) for completion in ended) == sum(row["max_new_tokens"] for row in rows)
+        assert sum(len(completion.token_ids) for completion in ended) == work.new_tokens
 
     return generate, f"gptbatch {version('gptbatch')}, torch {torch.__version__}"
 

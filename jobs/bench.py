@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.bench.shapes import SHAPES, shape_config
+from pipeline.bench.workloads import WORKLOADS, make_workload
+
 if TYPE_CHECKING:
     from pipeline.gpt.model import GPT
-
-SHAPE_NAMES = ["distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-WORKLOAD_NAMES = ["uniform", "ragged", "shared_prefix"]
 
 
 @click.group(invoke_without_command=True)
 @click.option("--model", help="Folder of a checkpoint, or a hub name. Default: random weights of --shape.")
-@click.option("--shape", type=click.Choice(SHAPE_NAMES), default="gpt2", show_default=True, help="Size of the random network.")
-@click.option("--workload", type=click.Choice(WORKLOAD_NAMES), default="uniform", show_default=True, help="What to generate.")
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="gpt2", show_default=True, help="Size of the random network.")
+@click.option("--workload", type=click.Choice(WORKLOADS), default="uniform", show_default=True, help="What to generate.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--attention", type=click.Choice(["auto", "ragged", "padded"]), default="auto", show_default=True)
@@ -44,7 +45,6 @@ def bench(context: click.Context, /, **options: Any) -> None:
 
 def _bench(options: dict[str, Any]) -> None:
     from pipeline.bench.measure import measure
-    from pipeline.bench.workloads import make_workload
     from pipeline.generation.engine import STEP_TOKENS, Engine
 
     network = _network(options)
@@ -112,15 +112,13 @@ def scaling(options: dict[str, Any], output: Path, points: int) -> None:
 
 def _at(steps: list[int], seconds: list[float], step: int) -> float:
     """The median of the steps nearest to this one."""
-    import statistics
-
     nearest = sorted(range(len(steps)), key=lambda i: abs(steps[i] - step))[:5]
     return statistics.median(seconds[i] for i in nearest)
 
 
 def _network(options: dict[str, Any]) -> Any:
     """The network that the options name, or one of that shape, checked as `generate` does."""
-    from pipeline.bench.networks import random_network, shape_config
+    from pipeline.bench.networks import random_network
     from pipeline.config import EngineConfig
     from pipeline.data.checkpoint import find_checkpoint
     from pipeline.gpt.config import parse_config

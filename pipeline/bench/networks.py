@@ -1,4 +1,4 @@
-"""Networks of the published shapes with random weights: how fast they run does not depend on what they say."""
+"""Networks with random weights: how fast they run does not depend on what they say."""
 
 from __future__ import annotations
 
@@ -6,23 +6,9 @@ import torch
 from torch import nn
 
 from pipeline.gpt.attention import Backend
-from pipeline.gpt.config import GPTConfig, parse_config
+from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import Linear
 from pipeline.gpt.model import GPT
-
-SHAPES = {  # n_layer, n_head, n_embd
-    "distilgpt2": (6, 12, 768),
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-
-
-def shape_config(shape: str) -> GPTConfig:
-    n_layer, n_head, n_embd = SHAPES[shape]
-    sizes = {"vocab_size": 50257, "n_positions": 1024, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-    return parse_config({"model_type": "gpt2", **sizes}, shape)
 
 
 def random_network(config: GPTConfig, *, attention: Backend, dtype: torch.dtype, device: torch.device) -> GPT:

@@ -96,9 +96,20 @@ WORKLOADS = tuple(_LENGTHS)
 def make_workload(name: str, *, vocab_size: int, n_positions: int, seed: int = 0) -> Workload:
     """One of WORKLOADS for a network of that vocabulary and context, to which long rows are cut."""
     rng = random.Random(f"{name}-{seed}")
-    prefix = [rng.randrange(vocab_size) for _ in range(384)] if name == "shared_prefix" else []
+    return _make(name, rng, _LENGTHS[name](rng), 384 if name == "shared_prefix" else 0, vocab_size=vocab_size, n_positions=n_positions)
+
+
+def uniform_workload(rows: int, prompt_tokens: int, new_tokens: int, *, vocab_size: int) -> Workload:
+    """As `uniform`, of other sizes."""
+    lengths = [(prompt_tokens, new_tokens)] * rows
+    return _make("uniform", random.Random(0), lengths, 0, vocab_size=vocab_size, n_positions=prompt_tokens + new_tokens)
+
+
+def _make(name: str, rng: random.Random, lengths: list[tuple[int, int]], shared: int, *, vocab_size: int, n_positions: int) -> Workload:
+    """Rows of these numbers of prompt and new tokens, of which the first `shared` tokens are the same."""
+    prefix = [rng.randrange(vocab_size) for _ in range(shared)]
     rows = []
-    for prompt_tokens, new_tokens in _LENGTHS[name](rng):
+    for prompt_tokens, new_tokens in lengths:
         token_ids = prefix + [rng.randrange(vocab_size) for _ in range(prompt_tokens - len(prefix))]
         kept = token_ids[: max(1, n_positions - new_tokens)]
         rows.append(Row(tuple(kept), min(new_tokens, n_positions - 1)))
