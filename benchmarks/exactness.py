@@ -58,8 +58,9 @@ def main() -> None:
 
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(-1, args.repeats):
-        for name, model in models.items():
-            speed = tokens_per_s(model, repeat)
+        names = list(models) if repeat % 2 else list(reversed(models))  # who comes first, and after whom, must not matter
+        for name in names:
+            speed = tokens_per_s(models[name], repeat)
             print(f"repeat {repeat}: {name:<7} {speed:7.0f} new tokens/s" + (" (not counted)" if repeat < 0 else ""), flush=True)
             if repeat >= 0:
                 speeds[name].append(speed)
