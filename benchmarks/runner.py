@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 TEMPERATURE, TOP_K = 0.8, 40
 ROWS_AT_A_TIME = 64
@@ -29,7 +29,7 @@ Rows = list[dict[str, Any]]
 Generate = Callable[[Rows], None]
 
 
-def gptbatch(args: argparse.Namespace) -> tuple[Generate, str]:
+def gptbatch(args: argparse.Namespace, cache_dtype: Literal["auto", "int8"] = "auto") -> tuple[Generate, str]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import torch
 
@@ -42,7 +42,7 @@ def gptbatch(args: argparse.Namespace) -> tuple[Generate, str]:
 
     checkpoint = find_checkpoint(args.model, revision=None, allow_pickle=False)
     config = parse_config(checkpoint.config, args.model)
-    settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)
+    settings = EngineConfig(device="cpu", dtype=args.dtype, cache_dtype=cache_dtype, threads=args.threads)
     network = load_network(checkpoint, config, settings, torch.device("cpu"), numerics="exact")
     engine = Engine(model=network.model, batch_size=ROWS_AT_A_TIME, end_of_text=None, memory_bytes=network.cache_memory_bytes(MEMORY_GIB))
 
@@ -53,6 +53,10 @@ def gptbatch(args: argparse.Namespace) -> tuple[Generate, str]:
         assert sum(len(completion.token_ids) for completion in ended) == work.new_tokens
 
     return generate, f"gptbatch {version('gptbatch')}, torch {torch.__version__}"
+
+
+def gptbatch_int8_cache(args: argparse.Namespace) -> tuple[Generate, str]:
+    return gptbatch(args, cache_dtype="int8")
 
 
 def transformers(args: argparse.Namespace) -> tuple[Generate, str]:
@@ -161,6 +165,7 @@ def vllm(args: argparse.Namespace) -> tuple[Generate, str]:
 
 PROGRAMS = {
     "gptbatch": gptbatch,
+    "gptbatch-int8-cache": gptbatch_int8_cache,
     "transformers": transformers,
     "openvino": openvino,
     "openvino-full-cache": openvino_full_cache,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="gpt2", show_default=True, help="Size of the random network.")
 @click.option("--workload", type=click.Choice(WORKLOADS), default="uniform", show_default=True, help="What to generate.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--cache-dtype", type=click.Choice(["auto", "int8"]), default="auto", show_default=True, help="Type of the keys and values kept."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--attention", type=click.Choice(["auto", "ragged", "padded"]), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: what torch finds.")
@@ -124,7 +127,7 @@ def _network(options: dict[str, Any]) -> Any:
     from pipeline.gpt.config import parse_config
     from pipeline.network import load_network, prepare_network, resolve_device
 
-    engine = EngineConfig(device=options["device"], dtype=options["dtype"], attention=options["attention"], threads=options["threads"])
+    engine = EngineConfig(**{key: options[key] for key in ("device", "dtype", "cache_dtype", "attention", "threads")})
     device = resolve_device(engine)
     if options["model"] is None:
         return prepare_network(
@@ -144,6 +147,7 @@ def _described(options: dict[str, Any], model: GPT) -> dict[str, Any]:
     return {
         "model": options["model"] or f"{options['shape']} with random weights",
         "dtype": options["dtype"],
+        "cache_dtype": options["cache_dtype"],
         "attention": model.attention,
         "linears": model.linear_kind,
         **describe_machine(model.device),

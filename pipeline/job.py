@@ -43,6 +43,7 @@ def job_identity(config: JobConfig, checkpoint: Checkpoint) -> dict[str, Any]:
         "model_digest": checkpoint.model_digest,
         "tokenizer_digest": checkpoint.tokenizer_digest,
         "dtype": config.engine.dtype,
+        "cache_dtype": config.engine.cache_dtype,
         "noise_version": NOISE_VERSION,
     } | {key: getattr(config, key) for key in _TOKEN_KEYS}
     fingerprint = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()

@@ -106,6 +106,7 @@ def prepare_network(
         torch.set_num_threads(engine.threads)
     backend = choose_backend(engine.attention, device)
     model = load(backend, getattr(torch, engine.dtype))
+    model.cache_dtype = engine.cache_dtype
     found: Numerics = "off"
     probe_digest = None
     if numerics != "off":

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.config import EngineConfig
 from pipeline.reopen import ReopenedRun, row_params
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ STEPS_AT_A_TIME = 512
 MOST_LOGITS_OF_ALL = 2**27  # of the calls that run beside each other: 512 MiB in float32
 # of the largest logit of a step, by dtype: what different orders of summing have been seen to make, and some
 TOLERANCES = {"float32": 2.0**-13, "bfloat16": 2.0**-5, "float16": 2.0**-8}
+INT8_TOLERANCE = 2.0**-7  # or more: a number that is rounded up here and down there is a step of 1 in 127 apart
 
 Outcome = Literal["equal", "near_tie", "mismatch", "skipped"]
 
@@ -123,7 +125,7 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
             if choice.token == recorded:
                 continue
             distance = explain_step(step_row, known[index].params, step, recorded).distance
-            tolerance = TOLERANCES[reopened.config.engine.dtype] * float(step_row.abs().max())
+            tolerance = _tolerance(reopened.config.engine) * float(step_row.abs().max())
             near = not exact and choice.token is not None and distance <= tolerance
             earlier = verdicts.get(numbers[index])
             if earlier is None or (earlier.outcome == "near_tie" and not near):
@@ -146,6 +148,10 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
         else:
             verdicts.setdefault(number, _verdict(rows[number], "equal"))
     return [verdicts[number] for number in range(len(rows))]
+
+
+def _tolerance(engine: EngineConfig) -> float:
+    return max(TOLERANCES[engine.dtype], INT8_TOLERANCE if engine.cache_dtype == "int8" else 0.0)
 
 
 def _choices(

@@ -339,6 +339,54 @@ def test_pages_are_given_back() -> None:
     assert pool.idle <= 4 * 4 // IDLE_SHARE
 
 
+# -- an int8 cache ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_embd": 100, "n_head": 1}, {"n_embd": 30, "n_head": 10}], ids=["8", "100", "3"])
+def test_an_int8_cache_is_as_exact(shape: dict[str, int], backend: Backend, dtype: torch.dtype) -> None:
+    """Other logits than with a full cache, and not far from them; but the same whatever the batch, in chunks and alone."""
+    model = our_model(random_model(**shape), attention=backend, dtype=dtype)
+    prompts = random_prompts(20, 300, longest=40, max_new_tokens=6)
+    full = run(model, prompts, batch_size=5)
+    sequence = prompts[0].token_ids
+    with torch.inference_mode():
+        wanted = model(torch.tensor([sequence]))[0].float()
+        model.cache_dtype = "int8"
+        found = model(torch.tensor([sequence]))[0].float()
+    assert 0 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    assert check_numerics(model).exact
+    expected = run(model, prompts, batch_size=1)
+    assert {digest for *_, digest in expected.values()}.isdisjoint({digest for *_, digest in full.values()})
+    for batch_size, step_tokens in ((3, 7), (20, 64)):
+        assert run(model, prompts, batch_size=batch_size, step_tokens=step_tokens) == expected
+    check_chunks(model, [prompt.token_ids for prompt in prompts[:6]], seed=3)
+
+
+def test_both_backends_keep_the_same_int8() -> None:
+    """Numbers of any size, all 0, and NaN, which reaches those that see it and nobody else."""
+    caches = []
+    for attention in ("ragged", "padded"):
+        model = our_model(random_model(n_embd=80, n_head=2), attention=attention)
+        model.cache_dtype = "int8"
+        caches.append(model.new_cache(2))
+    qkv = torch.randn(50, 3 * 80, generator=torch.Generator().manual_seed(0))
+    qkv[5, 80:] = 0
+    qkv[6, 80:] *= 1e-3
+    qkv[7, 160:] *= 1e3
+    qkv[8, 160:] = 1e-40
+    wanted, found = ([cache.step([1] * 50, range(50))(0, qkv, 0.3), cache.step([0] * 5, range(5))(0, qkv[:5], 0.3)] for cache in caches)
+    for ours, theirs in zip(wanted, found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    qkv[9, 80] = float("nan")
+    for cache in caches:
+        for number in (float("nan"), float("inf")):
+            qkv[20, 165] = number
+            out = cache.step([1] * 50, range(50))(0, qkv, 0.3)
+            heads = out.view(50, 2, 40).isnan().any(-1)
+            assert heads[:, 0].tolist() == [position >= 9 for position in range(50)]
+            assert heads[:, 1].tolist() == [False] * 50
+
+
 # -- the shape of gpt2 -----------------------------------------------------------------------------------------------------
 
 

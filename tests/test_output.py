@@ -320,6 +320,7 @@ def test_an_incomplete_output_is_continued(checkpoint: Path, write_rows: WriteRo
         ({"window_full": "slide"}, "fingerprint, window_full"),
         ({"part_rows": 5}, "part_rows"),
         ({"engine": {"dtype": "bfloat16"}}, "fingerprint, dtype"),
+        ({"engine": {"cache_dtype": "int8"}}, "fingerprint, cache_dtype"),
     ],
 )
 def test_another_job_is_refused_and_nothing_is_touched(

@@ -158,6 +158,7 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
         pytest.skip("no C++ compiler")
     rng = random.Random(seed)
     model: GPT = our_model(random_model(n_positions=N_POSITIONS), attention="ragged", dtype=rng.choice([torch.float32, torch.bfloat16]))
+    model.cache_dtype = rng.choice(["auto", "int8"])
     vocab_size = model.config.vocab_size
     header = [rng.randrange(vocab_size) for _ in range(80)]
     prompts = []

@@ -19,6 +19,7 @@ from pipeline.config import EngineConfig
 from pipeline.data.recorded import RecordedRun
 from pipeline.data.tokenizer import PromptTokenizer
 from pipeline.generation.trace import explain_step
+from pipeline.gpt.kernels.build import KernelError
 from pipeline.records import SamplingParams
 from pipeline.verify import evenly_spaced
 from tests.conftest import has_kernels, random_model, run_gptbatch, save_tokenizer
@@ -265,6 +266,35 @@ def test_on_another_machine_rows_are_judged_by_margin(output: Path, command: Com
     change(output, long_row(output), lambda row: row["completion_token_ids"].__setitem__(3, 299))
     code, lines = command("verify", output, "--all")
     assert (code, json.loads(lines[-1])["mismatches"]) == (1, 1)
+
+
+def test_a_run_with_an_int8_cache(checkpoint: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly where it was made; by margin where attention is another, which keeps the same int8."""
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "To be, or not to be"[: 3 + i]}) + "\n" for i in range(16)))
+    config = JobConfig(
+        model=str(checkpoint),
+        input=str(prompts),
+        output=str(tmp_path / "out"),
+        max_new_tokens=30,
+        engine=EngineConfig(attention="ragged", cache_dtype="int8"),
+    )
+    run_job(config)
+    code, lines = command("verify", tmp_path / "out", "--all")
+    assert (code, json.loads(lines[-1])["judged"], json.loads(lines[-1])["rows_checked"]) == (0, "exactly", 16)
+    run_job(config.model_copy(update={"output": str(tmp_path / "full"), "engine": EngineConfig(attention="ragged")}))
+    assert 'setting cache_dtype differs: "int8" / "auto"' in command("diff", tmp_path / "out", tmp_path / "full")[1]
+
+    def no_kernels() -> None:
+        raise KernelError("none here")
+
+    monkeypatch.setattr("pipeline.gpt.attention.load_kernels", no_kernels)
+    code, lines = command("verify", tmp_path / "out", "--all")
+    summary = json.loads(lines[-1])
+    assert (code, summary["judged"], summary["mismatches"]) == (0, "by margin", 0)
+    assert "attention differs" in summary["because"]
 
 
 def test_a_run_that_was_not_checked_is_judged_by_margin(finished: Path, tmp_path: Path, command: Command) -> None:

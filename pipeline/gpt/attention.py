@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DeviceError
+from pipeline.gpt.cache_dtype import CacheDtype
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import KernelError, load_kernels
 from pipeline.gpt.padded import PaddedCache, round_up
@@ -52,7 +53,14 @@ class KVCache(Slots, Protocol):
 
 
 def new_cache(
-    backend: Backend, config: GPTConfig, *, n_slots: int, capacity: int | None, dtype: torch.dtype, device: torch.device
+    backend: Backend,
+    config: GPTConfig,
+    *,
+    n_slots: int,
+    capacity: int | None,
+    dtype: torch.dtype,
+    cache_dtype: CacheDtype,
+    device: torch.device,
 ) -> KVCache:
     """An empty cache for sequences of the network `config`.
 
@@ -60,8 +68,8 @@ def new_cache(
     contexts. One full context always fits. padded makes room for what comes, up to that: its slots are to be limited (`most_slots`).
     """
     if backend == "padded":
-        return PaddedCache(config, n_slots=n_slots, dtype=dtype, device=device)
-    return PagedCache(config, n_slots=n_slots, capacity=capacity, dtype=dtype, device=device)
+        return PaddedCache(config, n_slots=n_slots, dtype=dtype, cache_dtype=cache_dtype, device=device)
+    return PagedCache(config, n_slots=n_slots, capacity=capacity, dtype=dtype, cache_dtype=cache_dtype, device=device)
 
 
 def most_slots(backend: Backend, config: GPTConfig, *, capacity: int | None) -> int | None:

@@ -122,7 +122,7 @@ class Linear(nn.Module):
 
     def _packed_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         dtype = x.dtype
-        if self.kind in ("prepacked_float32", "native_float32"):
+        if widened := self.kind in ("prepacked_float32", "native_float32"):
             x, residual = x.float(), None if residual is None else residual.float()
         y: Tensor
         if self.kind in ("native", "native_float32"):
@@ -132,7 +132,7 @@ class Linear(nn.Module):
         else:
             name, algorithm = _FUSED[self.activation]
             y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, name, [], algorithm)
-        return y.to(dtype)
+        return y.to(dtype) if widened else y
 
     def tie(self, embedding: nn.Embedding) -> None:
         """Share the weight of an embedding of the same shape (a head that is the transposed embedding)."""

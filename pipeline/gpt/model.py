@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from pipeline.gpt.attention import Attention, Backend, KVCache, most_slots, new_cache
+from pipeline.gpt.cache_dtype import CacheDtype, bytes_a_token
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, RowPlan
 
@@ -49,12 +50,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole network. The head is a layer of its own, which may share the token embedding's weight (tied).
 
-    attention: the backend that its caches are made for. row_plan: at how many rows its linears run (see `use_rows`).
+    attention: the backend that its caches are made for. cache_dtype: what these keep. row_plan: at how many rows its linears run
+    (see `use_rows`).
     """
 
     def __init__(self, config: GPTConfig, *, attention: Backend = "padded") -> None:
         super().__init__()
         self.config, self.attention = config, attention
+        self.cache_dtype: CacheDtype = "auto"
         self.row_plan = ROW_PLANS[0]
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -82,7 +85,15 @@ class GPT(nn.Module):
 
     def new_cache(self, n_slots: int, *, capacity: int | None = None) -> KVCache:
         """An empty cache for this network's sequences. capacity: see attention.new_cache."""
-        return new_cache(self.attention, self.config, n_slots=n_slots, capacity=capacity, dtype=self.dtype, device=self.device)
+        return new_cache(
+            self.attention,
+            self.config,
+            n_slots=n_slots,
+            capacity=capacity,
+            dtype=self.dtype,
+            cache_dtype=self.cache_dtype,
+            device=self.device,
+        )
 
     def most_slots(self, capacity: int | None) -> int | None:
         """See attention.most_slots."""
@@ -90,8 +101,8 @@ class GPT(nn.Module):
 
     @property
     def cache_bytes_a_token(self) -> int:
-        """Memory that a position of one sequence takes in the cache; backends round the head size up to at most a multiple of 32."""
-        return 2 * self.config.n_layer * self.config.n_head * -(-self.config.head_size // 32) * 32 * self.dtype.itemsize
+        """Memory that a position of one sequence takes in the cache."""
+        return bytes_a_token(self.config, self.dtype, self.cache_dtype if self.attention == "ragged" else "auto")
 
     def extend(
         self,

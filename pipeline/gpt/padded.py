@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.gpt.cache_dtype import CacheDtype, through_int8
 from pipeline.gpt.config import GPTConfig
 
 RESERVE_TOKENS = 256  # new tokens of a sequence that there is room for from the start; more is made when it is needed
@@ -28,9 +29,11 @@ class PaddedCache:
 
     The width grows on demand, so that a run of short sequences never pays for n_positions. What no sequence has written is 0,
     never left-overs: a masked position still enters attention as 0 x value, and 0 x NaN is NaN.
+    With int8 numbers are rounded as in the ragged cache, so that a run can be verified here, and stored in the network's dtype.
     """
 
-    def __init__(self, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, cache_dtype: CacheDtype, device: torch.device) -> None:
+        self.cache_dtype = cache_dtype
         self.n_head, self.n_positions, self.device = config.n_head, config.n_positions, device
         # in bfloat16 a CPU has other products again, which would have to be as independent of what runs beside them
         self.upcast = config.upcast_attention or device.type == "cpu"
@@ -133,6 +136,8 @@ class PaddedAttention:
         heads = qkv[:n_tokens].view(n_tokens, 3, self.cache.n_head, -1)
         head_size, depth = heads.shape[-1], keys.shape[-1]
         q, k, v = F.pad(heads, (0, depth - head_size)).unbind(1)  # each (N, H, depth)
+        if self.cache.cache_dtype == "int8":
+            k, v = through_int8(k), through_int8(v)
         keys[self.slots, :, self.positions] = k
         values[self.slots, :, self.positions] = v
         out = q.new_zeros(len(qkv), *q.shape[1:])

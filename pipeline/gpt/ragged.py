@@ -5,38 +5,42 @@ Knows: where the keys and values are. Does not know: which pages are shared, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.gpt.cache_dtype import SCALE_BYTES, CacheDtype, stored_depth
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import load_kernels
 from pipeline.gpt.pages import PAGE, PagePool, n_pages_of
 
-DEPTH_MULTIPLE = 32  # numbers of a head that are stored, rounded up to a multiple of this: the layout that attention.cpp reads
+CACHE_LINE = 64
 
 
 class PagedCache:
-    """Per layer keys (H, P, depth, 16) and values (H, P, 16, depth): P pages of 16 positions, which PagePool deals out.
+    """Per layer (H, P, page): P pages of the keys and values of 16 positions, laid out as attention.cpp says; PagePool deals them out.
 
     All pages are there from the start, but the system gives memory for a page only when it is first written; pages that have been
     used are used again before others are.
     """
 
-    def __init__(self, config: GPTConfig, *, n_slots: int, capacity: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: GPTConfig, *, n_slots: int, capacity: int | None, dtype: torch.dtype, cache_dtype: CacheDtype, device: torch.device
+    ) -> None:
         assert device.type == "cpu"
         assert dtype in (torch.float32, torch.bfloat16)
         load_kernels()
-        self.n_head = config.n_head
-        depth = -(-config.head_size // DEPTH_MULTIPLE) * DEPTH_MULTIPLE
+        page = 2 * PAGE * stored_depth(config)
+        if cache_dtype == "int8":
+            dtype, page = torch.int8, page + 2 * PAGE * SCALE_BYTES
         full = n_pages_of(config.n_positions)  # of one full context
         n_pages = n_slots * full if capacity is None else min(n_slots * full, max(full, capacity // PAGE))
         self.pool = PagePool(n_slots, n_pages)
         # 0 everywhere, as the rest of a page's depth must be
-        self.keys = [_lazy_zeros((self.n_head, n_pages, depth, PAGE), dtype) for _ in range(config.n_layer)]
-        self.values = [_lazy_zeros((self.n_head, n_pages, PAGE, depth), dtype) for _ in range(config.n_layer)]
+        self.layers = [_lazy_zeros((config.n_head, n_pages, page), dtype) for _ in range(config.n_layer)]
         self.table = torch.zeros(n_slots, full, dtype=torch.int32)
         self._table = self.table.numpy()  # the same memory, quicker to write
 
@@ -69,9 +73,14 @@ class PagedCache:
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory only as they are written; torch would write them all. Raises MemoryError when there is no room for them."""
-    width = np.float32 if dtype == torch.float32 else np.uint16
-    return torch.from_numpy(np.zeros(shape, width)).view(dtype)
+    """Zeros that take memory only as they are written; torch would write them all. Raises MemoryError when there is no room for them.
+
+    They begin where a cache line does, so that no vector of the kernel lies in two.
+    """
+    n_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(n_bytes + CACHE_LINE, np.uint8)
+    first = -memory.ctypes.data % CACHE_LINE
+    return torch.from_numpy(memory[first : first + n_bytes]).view(dtype).view(shape)
 
 
 class RaggedAttention:
@@ -81,6 +90,5 @@ class RaggedAttention:
         self.cache, self.slots, self.positions = cache, slots, positions
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        cache = self.cache
-        out: Tensor = torch.ops.gptbatch.attend(qkv, cache.keys[layer], cache.values[layer], cache.table, self.slots, self.positions, scale)
+        out: Tensor = torch.ops.gptbatch.attend(qkv, self.cache.layers[layer], self.cache.table, self.slots, self.positions, scale)
         return out

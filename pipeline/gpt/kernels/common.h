@@ -12,24 +12,56 @@
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
-
-// Sums stay in registers only where the compiler unrolls the short loops around them, which it does not do by itself.
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
+#include <utility>
 
 namespace gptbatch {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t LANES = Vec::size();
+constexpr int64_t CACHE_LINE = 64;
+
+// A vector as a type of the compiler's own, where it has one: arrays of a class do not always stay in registers.
+#if defined(CPU_CAPABILITY_AVX512)
+using Register = __m512;
+#elif defined(CPU_CAPABILITY_AVX2)
+using Register = __m256;
+#else
+using Register = Vec;
+#endif
+
+// a * b + c, rounded once.
+inline Register multiply_add(Register a, Register b, Register c) {
+  return at::vec::fmadd(Vec(a), Vec(b), Vec(c));
+}
+
+// Calls work(0), work(1), ... work(N - 1), written out: an array stays in registers only where no loop over it is left when the compiler
+// decides. For functions that are FLAT, in which nothing is called.
+template <int N, class F>
+inline void unroll(const F& work) {
+  [&]<int... I>(std::integer_sequence<int, I...>) { (work(std::integral_constant<int, I>()), ...); }(std::make_integer_sequence<int, N>());
+}
+#define FLAT __attribute__((flatten))
+
+// LANES int8 as float32.
+inline Vec load_int8(const int8_t* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  float numbers[LANES];
+  for (int64_t i = 0; i < LANES; i++) numbers[i] = from[i];
+  return Vec::loadu(numbers);
+#endif
+}
 
 // 2 * LANES numbers as float32.
 template <class T>
 inline std::tuple<Vec, Vec> load_pair(const T* from) {
   if constexpr (std::is_same_v<T, float>) {
     return {Vec::loadu(from), Vec::loadu(from + LANES)};
+  } else if constexpr (std::is_same_v<T, int8_t>) {
+    return {load_int8(from), load_int8(from + LANES)};
   } else {
     return at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
   }

@@ -34,7 +34,12 @@ constexpr int ROWS = LANES == 16 ? 8 : 4;      // rows of x: as many sums as the
 constexpr int64_t COLUMNS = VECTORS * LANES;
 constexpr int64_t ROWS_AT_ONCE = 256;          // of x, at most: they stay near while the panels pass by
 constexpr int64_t SMALL = 1 << 18;             // multiplications that are not worth waking the other threads for
-constexpr int64_t CACHE_LINE = 64;
+// As `unroll` of common.h, where a loop may call functions: without it sums leave their registers.
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 #ifdef __AVX512BF16__
 constexpr bool HAS_BFLOAT16 = true;
