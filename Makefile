@@ -41,7 +41,7 @@ bench: install
 	$(BIN)/python benchmarks/compare.py --workloads uniform --repeats 3 $(ARGS)
 
 bench-peers: install
-	$(BIN)/python benchmarks/compare.py --programs gptbatch --peers $(PEERS) $(ARGS)
+	$(BIN)/python benchmarks/compare.py --programs gptbatch gptbatch-int8-cache --peers $(PEERS) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,8 +12,8 @@ gptbatch-int8-cache. The program openvino-full-cache, which takes part when it i
 the run, as gptbatch and the others do.
 
 All programs of a workload are started first and stand still, stopped by the system, while another one has its turn. A repeat is one
-turn of each. The weights are random, of GPT-2's shape, and are made once in --folder, in the form that each program reads. The last
-line is a JSON object; quote medians and ratios.
+turn of each. The weights are random, of the shape of GPT-2 or another one (--shape), and are made once in --folder, in the form that
+each program reads. The last line is a JSON object; quote medians and ratios.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import Any
 
 from pipeline.bench.chart import check_matplotlib, draw_comparison
 from pipeline.bench.machine import describe_machine
+from pipeline.bench.shapes import SHAPES
 from pipeline.bench.workloads import WORKLOADS, make_workload
 from pipeline.data.bundled import locate
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="PROGRAM:WORKLOAD", help="pairs that take too long")
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("out/bench"), help="for the models and the workloads")
@@ -85,10 +87,10 @@ def main() -> None:
             say(results[-len(seconds) :], seconds)
     import torch
 
-    machine = describe_machine(torch.device("cpu")) | {"threads": args.threads}
+    machine = describe_machine(torch.device("cpu")) | {"threads": args.threads, "shape": args.shape}
     print(json.dumps({"machine": machine, "repeats": args.repeats, "results": results}), flush=True)
     if args.chart:
-        draw_comparison(results, args.chart, title=f"GPT-2 124M, random weights, {args.threads} threads of {machine['machine']}")
+        draw_comparison(results, args.chart, title=f"{args.shape}, random weights, {args.threads} threads of {machine['machine']}")
 
 
 def say(results: list[dict[str, Any]], seconds: dict[str, tuple[str, list[float]]]) -> None:
@@ -171,18 +173,19 @@ class Runner:
 
 def make_model(program: str, args: argparse.Namespace) -> Path:
     """The folder of the model that a program reads; made where it is not there."""
-    folder: Path = args.folder / "gpt2"
+    folder: Path = args.folder / args.shape
     if not (folder / "model.safetensors").exists():
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
         torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+        n_layer, n_head, n_embd = SHAPES[args.shape]
+        GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json"):  # never used, but looked for
             shutil.copy(Path(locate("bundled:demo/model")) / name, folder / name)
     if not program.startswith("openvino"):
         return folder
-    exported: Path = args.folder / "gpt2-openvino"
+    exported: Path = args.folder / f"{args.shape}-openvino"
     if not (exported / "openvino_model.xml").exists():
         command = [args.peers / "openvino" / "bin" / "optimum-cli", "export", "openvino", "--model", folder]
         command += ["--task", "text-generation-with-past", "--weight-format", "fp32", exported]

@@ -46,11 +46,6 @@ constexpr int64_t PER_ROW = PAGE / LANES;  // vectors of one row of a page of ke
 constexpr int QUERIES = 4;
 static_assert(PAGE % LANES == 0 && 32 % (2 * LANES) == 0);
 
-// How many pages to score at once: enough sums side by side to hide the latency of one.
-constexpr int pages_at_once(int queries) {
-  return std::max<int>(1, std::min<int>(4, 4 / (queries * PER_ROW)));
-}
-
 // T: the type of queries and outputs. C: that of the cache, which is T or int8_t.
 #ifdef __AVX512BF16__
 template <class C>
@@ -62,6 +57,12 @@ constexpr bool PAIRS = false;
 
 template <class C>
 constexpr bool SCALED = std::is_same_v<C, int8_t>;
+
+// How many pages to score at once: enough sums side by side to hide the latency of one. Small pages come in faster two by two.
+template <class C>
+constexpr int pages_at_once(int queries) {
+  return std::max<int>(1, std::min<int>(SCALED<C> ? 2 : 4, 4 / (queries * PER_ROW)));
+}
 
 template <class C>
 constexpr int64_t SCALES = SCALED<C> ? PAGE * static_cast<int64_t>(sizeof(float)) : 0;  // of a page, in numbers of type C
@@ -195,7 +196,7 @@ FLAT inline void score_pages(const Head<C>& head, const float* queries, float sc
 
 template <class C, int Q>
 inline void score(const Head<C>& head, const float* queries, float scale, int64_t n_pages, float* scores, int64_t stride) {
-  constexpr int P = pages_at_once(Q);
+  constexpr int P = pages_at_once<C>(Q);
   int64_t page = 0;
   for (; page + P <= n_pages; page += P) score_pages<C, Q, P>(head, queries, scale, page, n_pages, scores, stride);
   if constexpr (P > 2)

@@ -1,0 +1,93 @@
+"""What a step of many rows costs as their context grows: seconds for the next token of 64 rows after 100 and after 1,000.
+
+    python benchmarks/context.py [--rows 64] [--contexts 100 1000] [--dtypes float32 bfloat16] [--threads N] [--repeats 15]
+
+The shape of gpt2 with random weights and random tokens, no prefix shared, temperature 0.8, top-k 40. A row is one context of one dtype
+and cache dtype; medians; the last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+
+import torch
+
+from pipeline.bench.networks import random_network
+from pipeline.bench.shapes import shape_config
+from pipeline.config import EngineConfig
+from pipeline.generation.engine import STEP_TOKENS
+from pipeline.generation.sampling import choose_tokens
+from pipeline.gpt.attention import KVCache
+from pipeline.gpt.model import GPT
+from pipeline.network import prepare_network
+from pipeline.records import SamplingParams
+
+CPU = torch.device("cpu")
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    results = []
+    for dtype in args.dtypes:
+        settings = EngineConfig(device="cpu", dtype=dtype, threads=args.threads)
+        network = prepare_network(
+            settings,
+            CPU,
+            lambda attention, dtype: random_network(shape_config("gpt2"), attention=attention, dtype=dtype, device=CPU),
+            numerics="off",
+        )
+        for cache_dtype in ("auto", "int8"):
+            network.model.cache_dtype = cache_dtype
+            times = step_seconds(network.model, args.rows, sorted(args.contexts), args.repeats)
+            for context, seconds in times.items():
+                growth = round(seconds / times[min(times)], 2)
+                print(
+                    f"{dtype:<9} cache {cache_dtype:<5} after {context:5d} tokens: {seconds * 1e3:7.1f} ms, {growth:.2f} times", flush=True
+                )
+                results.append({"dtype": dtype, "cache_dtype": cache_dtype, "context": context, "seconds": seconds, "growth": growth})
+    print(json.dumps({"rows": args.rows, "threads": torch.get_num_threads(), "steps": results}))
+
+
+def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> dict[int, float]:
+    """By context: the median time of a step that gives each row its next token."""
+    cache = model.new_cache(n_rows)
+    rng = random.Random(0)
+    params = [SamplingParams(seed=row, temperature=0.8, top_k=40, max_new_tokens=1) for row in range(n_rows)]
+    slots = list(range(n_rows))
+    filled = 0
+    times = {}
+    for context in contexts:
+        for slot in slots:
+            prefill(model, cache, slot, filled, context, rng)
+        filled = context
+        seconds = []
+        for _ in range(repeats):  # the same position again: it is written anew
+            tokens = [rng.randrange(model.config.vocab_size) for _ in slots]
+            began = time.perf_counter()
+            logits = model.extend(cache, tokens=tokens, slots=slots, positions=[context] * n_rows)
+            choose_tokens(logits, params, [context] * n_rows, native=model.native)
+            seconds.append(time.perf_counter() - began)
+        times[context] = statistics.median(seconds)
+    return times
+
+
+def prefill(model: GPT, cache: KVCache, slot: int, first: int, last: int, rng: random.Random) -> None:
+    for begin in range(first, last, STEP_TOKENS):
+        positions = range(begin, min(last, begin + STEP_TOKENS))
+        tokens = [rng.randrange(model.config.vocab_size) for _ in positions]
+        model.extend(cache, tokens=tokens, slots=[slot] * len(positions), positions=positions, wanted=[])
+
+
+if __name__ == "__main__":
+    main()
