@@ -1,6 +1,6 @@
 """New tokens a second of gptbatch beside what a user would pick instead: the same work on the same machine, in turn.
 
-    python benchmarks/compare.py [--programs gptbatch transformers] [--peers DIR] [--repeats 5] [--chart peers.png] ...
+    python benchmarks/compare.py [--programs gptbatch ...] [--shape gpt2] [--peers DIR] [--repeats 5] [--chart peers.png] ...
 
 gptbatch and `generate` of transformers run in this environment; the peers each in one of their own, DIR/NAME, which must be there:
 

@@ -182,7 +182,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--share", action="store_true", help="let the program share prefixes, where that is a choice")
     args = parser.parse_args()
-    sys.path.remove(str(Path(__file__).parent))  # what stands beside this file is not to be taken for a program's own modules
+    here = Path(__file__).resolve().parent  # what stands there is not to be taken for a program's own modules
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
     rows = [json.loads(line) for line in args.workload.read_text(encoding="utf-8").splitlines()]
     generate, versions = PROGRAMS[args.program](args)
 

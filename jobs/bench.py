@@ -102,7 +102,8 @@ def scaling(options: dict[str, Any], output: Path, points: int) -> None:
     model = _network(options).model
     curves = measure_scaling(model, points=points)
     described = _described(options, model)
-    title = f"{described['model']}, {described['dtype']}, {described['threads']} threads of {described['machine']}"
+    cache = "" if described["cache_dtype"] == "auto" else f", {described['cache_dtype']} cache"
+    title = f"{described['model']}, {described['dtype']}{cache}, {described['threads']} threads of {described['machine']}"
     draw_scaling(curves, output / "scaling.png", n_positions=model.config.n_positions, title=title)
     (output / "scaling.json").write_text(json.dumps({**described, "curves": [asdict(curve) for curve in curves]}) + "\n", encoding="utf-8")
     ends = {}

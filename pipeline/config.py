@@ -40,7 +40,7 @@ class EngineConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where there is a GPU")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of weights and activations; float16 needs cuda")
     cache_dtype: Literal["auto", "int8"] = Field(
-        "auto", description="type of keys and values that are kept: auto is dtype; int8 is faster on a CPU, and coarser"
+        "auto", description="type of keys and values that are kept: auto is dtype; int8 is faster with ragged attention, and coarser"
     )
     batch_size: int | None = Field(
         None, ge=1, le=65536, description="most rows that run at a time; null takes 32 a CPU thread, from 64 to 512, as far as memory goes"

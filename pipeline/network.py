@@ -107,6 +107,8 @@ def prepare_network(
     backend = choose_backend(engine.attention, device)
     model = load(backend, getattr(torch, engine.dtype))
     model.cache_dtype = engine.cache_dtype
+    if engine.cache_dtype == "int8" and backend == "padded":
+        logger.warning("engine.cache_dtype is int8, to which padded attention rounds without storing it so: it is no faster, and coarser")
     found: Numerics = "off"
     probe_digest = None
     if numerics != "off":

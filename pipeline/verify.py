@@ -31,7 +31,7 @@ STEPS_AT_A_TIME = 512
 MOST_LOGITS_OF_ALL = 2**27  # of the calls that run beside each other: 512 MiB in float32
 # of the largest logit of a step, by dtype: what different orders of summing have been seen to make, and some
 TOLERANCES = {"float32": 2.0**-13, "bfloat16": 2.0**-5, "float16": 2.0**-8}
-INT8_TOLERANCE = 2.0**-7  # or more: a number that is rounded up here and down there is a step of 1 in 127 apart
+INT8_TOLERANCE = 2.0**-7  # at least, where the cache is int8: a number near the middle of two steps may be rounded up here and down there
 
 Outcome = Literal["equal", "near_tie", "mismatch", "skipped"]
 

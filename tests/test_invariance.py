@@ -28,6 +28,7 @@ from pipeline.generation import reference
 from pipeline.generation.engine import Engine, WindowFull, logits_bytes
 from pipeline.generation.numerics import check_numerics
 from pipeline.gpt.attention import Attention, Backend, KVCache
+from pipeline.gpt.cache_dtype import CacheDtype
 from pipeline.gpt.config import parse_config
 from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, RowPlan
 from pipeline.gpt.model import GPT
@@ -305,9 +306,11 @@ def test_a_growing_cache_keeps_what_it_holds(backend: Backend) -> None:
     assert torch.equal(torch.stack(rows), whole)
 
 
-def test_what_a_cleared_slot_held_reaches_nobody(backend: Backend) -> None:
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_what_a_cleared_slot_held_reaches_nobody(backend: Backend, cache_dtype: CacheDtype) -> None:
     """0 x NaN is NaN: a position that nobody wrote must not enter a sum."""
     healthy = our_model(random_model(), attention=backend)
+    healthy.cache_dtype = cache_dtype
     with torch.inference_mode():
 
         def both(cache: KVCache) -> Tensor:

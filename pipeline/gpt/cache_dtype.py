@@ -28,7 +28,7 @@ def stored_depth(config: GPTConfig) -> int:
 
 
 def bytes_a_token(config: GPTConfig, dtype: torch.dtype, cache_dtype: CacheDtype) -> int:
-    """Memory that the keys and values of a token take in all layers."""
+    """Memory that the keys and values of a token take in all layers, or somewhat more: padded rounds the head size up by less."""
     depth = stored_depth(config)
     return 2 * config.n_layer * config.n_head * (depth + SCALE_BYTES if cache_dtype == "int8" else depth * dtype.itemsize)
 
@@ -36,5 +36,5 @@ def bytes_a_token(config: GPTConfig, dtype: torch.dtype, cache_dtype: CacheDtype
 def through_int8(x: Tensor) -> Tensor:
     """x (..., D) as an int8 cache gives it back. NaN and infinity make all of a head NaN."""
     largest = x.float().abs().amax(-1, keepdim=True)
-    factor = torch.where(largest < LEAST, 0.0, STEPS / largest)
+    factor = torch.where(largest < LEAST, 0.0, torch.full_like(largest, STEPS) / largest)  # STEPS / largest would round twice
     return ((x.float() * factor).round() * (largest / STEPS)).to(x.dtype)

@@ -220,7 +220,7 @@ inline float weigh(float* scores, int64_t count) {
   return 1.0f / at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, total);
 }
 
-// The weights of `count` keys times the scales of their values.
+// The weights of `count` keys times the scales of their values. Weights behind them, which nobody reads, may become NaN.
 inline void scale_weights(const Head<int8_t>& head, int64_t count, float* weights) {
   for (int64_t k = 0; k < count; k += LANES) (Vec::loadu(weights + k) * Vec::loadu(head.value_scales(k / PAGE) + k % PAGE)).store(weights + k);
 }

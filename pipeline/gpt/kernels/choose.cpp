@@ -11,7 +11,7 @@
 //     margins       (B,)    float64
 //
 // Nothing is sorted. The largest logit of each block of 32 tokens is found in one pass; blocks that cannot matter are not looked at
-// again. Where all tokens are kept, noise is drawn for all, but its logarithms only where the random bits are large enough to
+// again, unless there are so few that a second pass finds a better floor. Where all tokens are kept, noise is drawn for all, but its logarithms only where the random bits are large enough to
 // change the result: g grows with n, so that a score above s needs n above 2^52 exp(-exp(-(s - logit) / temperature)).
 
 #include <ATen/ops/empty.h>
@@ -51,12 +51,12 @@ struct Entry {
   int64_t token;
 };
 
-// n of noise version 1 for the tokens 2 first to 2 (first + COUNT) - 1.
+// n of noise version 1 for COUNT pairs of tokens, 2 i and 2 i + 1 of each pair i.
 template <int64_t COUNT>
-inline void random_bits(const Row& row, int64_t first, uint64_t* n) {
+inline void random_bits(const Row& row, const int64_t* pairs, uint64_t* n) {
   uint64_t c0[COUNT], c1[COUNT], c2[COUNT], c3[COUNT];
   for (int64_t i = 0; i < COUNT; i++) {
-    c0[i] = static_cast<uint64_t>(first + i);
+    c0[i] = static_cast<uint64_t>(pairs[i]);
     c1[i] = row.step;
     c2[i] = c3[i] = 0;
   }
@@ -101,10 +101,14 @@ class Scratch {
   void score(const Row& row, size_t first = 0) {
     bits.resize(listed.size());
     noise.resize(listed.size());
-    for (size_t i = first; i < listed.size(); i++) {
-      uint64_t pair[2];
-      random_bits<1>(row, listed[i].token / 2, pair);
-      bits[i] = pair[listed[i].token % 2];
+    constexpr size_t SOME = 8;
+    for (size_t begin = first; begin < listed.size(); begin += SOME) {
+      const size_t count = std::min(SOME, listed.size() - begin);
+      int64_t pairs[SOME] = {};
+      uint64_t n[2 * SOME];
+      for (size_t i = 0; i < count; i++) pairs[i] = listed[begin + i].token / 2;
+      random_bits<SOME>(row, pairs, n);
+      for (size_t i = 0; i < count; i++) bits[begin + i] = n[2 * i + listed[begin + i].token % 2];
     }
     gumbel(bits.data() + first, static_cast<int64_t>(listed.size() - first), noise.data() + first);
     for (size_t i = first; i < listed.size(); i++) noise[i] = static_cast<double>(listed[i].logit) + row.temperature * noise[i];
@@ -142,25 +146,46 @@ void list(const T* logits, int64_t vocab_size, double floor, double ceiling, Scr
   for (size_t b = 0; b < scratch.maxima.size(); b++) {
     if (!(scratch.maxima[b] >= floor)) continue;
     const int64_t first = static_cast<int64_t>(b) * BLOCK;
+    Entry found[BLOCK];
+    int64_t count = 0;
     for (int64_t token = first; token < std::min(vocab_size, first + BLOCK); token++) {
       const float x = static_cast<float>(logits[token]);
-      if (x >= floor && x < ceiling) scratch.listed.push_back({x, token});
+      found[count] = {x, token};
+      count += x >= floor && x < ceiling;  // a branch would be guessed wrong too often
     }
+    scratch.listed.insert(scratch.listed.end(), found, found + count);
   }
+}
+
+// A floor, at or below the k-th largest logit and not far below: the k-th largest of the maxima of some groups of tokens.
+template <class T>
+float find_floor(const T* logits, int64_t vocab_size, int64_t kept, Scratch& scratch) {
+  auto& groups = scratch.work;
+  if (4 * kept <= static_cast<int64_t>(scratch.maxima.size())) {
+    groups = scratch.maxima;
+  } else {  // these blocks are too few: tokens that are equal modulo the number of groups
+    const int64_t count = (4 * kept + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+    if (2 * count > vocab_size) return -std::numeric_limits<float>::infinity();
+    groups.assign(count, -std::numeric_limits<float>::infinity());
+    int64_t first = 0;
+    for (; first + count <= vocab_size; first += count) {
+      for (int64_t i = 0; i < count; i += 2 * LANES) {
+        const auto [x, y] = load_pair(logits + first + i);
+        at::vec::maximum(x, Vec::loadu(&groups[i])).store(&groups[i]);
+        at::vec::maximum(y, Vec::loadu(&groups[i + LANES])).store(&groups[i + LANES]);
+      }
+    }
+    for (int64_t i = 0; first + i < vocab_size; i++) groups[i] = std::max(groups[i], static_cast<float>(logits[first + i]));
+  }
+  std::nth_element(groups.begin(), groups.begin() + (kept - 1), groups.end(), std::greater<float>());
+  return groups[kept - 1];
 }
 
 template <class T>
 Choice choose_among_few(const T* logits, int64_t vocab_size, const Row& row, Scratch& scratch) {
   auto& [maxima, work, listed, bits, scores] = scratch;
-  // the k-th largest maximum of blocks is a floor below the k-th largest logit, and not far below
-  float floor = -std::numeric_limits<float>::infinity();
-  if (row.kept <= static_cast<int64_t>(maxima.size())) {
-    work = maxima;
-    std::nth_element(work.begin(), work.begin() + (row.kept - 1), work.end(), std::greater<float>());
-    floor = work[row.kept - 1];
-  }
   listed.clear();
-  list(logits, vocab_size, floor, INFINITE, scratch);
+  list(logits, vocab_size, find_floor(logits, vocab_size, row.kept, scratch), INFINITE, scratch);
   work.clear();
   for (const Entry& entry : listed) work.push_back(entry.logit);
   std::nth_element(work.begin(), work.begin() + (row.kept - 1), work.end(), std::greater<float>());
@@ -218,7 +243,9 @@ Choice choose_among_all(const T* logits, int64_t vocab_size, const Row& row, Scr
       least = static_cast<uint64_t>(std::max(0.0, std::exp(-std::exp(-needed)) * TWO_52 - 4.0));
     }
     const int64_t first = static_cast<int64_t>(b) * BLOCK, size = std::min(GROUP, vocab_size - first);
-    random_bits<GROUP / 2>(row, first / 2, n);
+    int64_t pairs[GROUP / 2];
+    for (int64_t i = 0; i < GROUP / 2; i++) pairs[i] = first / 2 + i;
+    random_bits<GROUP / 2>(row, pairs, n);
     int64_t count = 0;
     for (int64_t i = 0; i < size; i++) {
       tokens[count] = first + i;

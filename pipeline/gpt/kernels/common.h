@@ -29,7 +29,7 @@ using Register = __m256;
 using Register = Vec;
 #endif
 
-// a * b + c, rounded once.
+// a * b + c, rounded once where the CPU can.
 inline Register multiply_add(Register a, Register b, Register c) {
   return at::vec::fmadd(Vec(a), Vec(b), Vec(c));
 }

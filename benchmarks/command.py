@@ -1,0 +1,113 @@
+"""What the whole command costs over the engine alone: reading, checking, tokenizing, writing Parquet, and the start of Python.
+
+    python benchmarks/command.py [--rows 512] [--dtype float32] [--threads N] [--repeats 3]
+
+gpt2's shape with random weights, some 33 tokens a prompt and 128 new ones, temperature 0.8, top-k 40. In turn: `gptbatch generate` in a
+process of its own, from its start to its end, less the `load_s` that it reports; and the engine in this process, on the same tokens.
+The last line is a JSON object; quote medians and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pipeline.config import EngineConfig
+from pipeline.data.bundled import locate
+from pipeline.data.checkpoint import find_checkpoint
+from pipeline.data.tokenizer import PromptTokenizer
+from pipeline.generation.engine import Engine
+from pipeline.gpt.config import parse_config
+from pipeline.network import load_network
+from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
+
+PROMPT, NEW_TOKENS = " the" * 32, 128
+SAMPLING = ("--temperature", "0.8", "--top-k", "40", "--max-new-tokens", str(NEW_TOKENS), "--ignore-eos")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    command_s: list[float] = []
+    engine_s: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(work / "model")
+        shutil.copy(Path(locate("bundled:demo/model")) / "tokenizer.json", work / "model")
+        rows = (json.dumps({"id": f"row-{i}", "prompt": f"{i}{PROMPT}"}) + "\n" for i in range(args.rows))
+        (work / "prompts.jsonl").write_text("".join(rows), encoding="utf-8")
+        alone = engine_alone(work / "model", args)
+        for repeat in range(args.repeats):
+            command_s.append(whole_command(work, f"out-{repeat}", args))
+            engine_s.append(alone())
+            print(f"repeat {repeat}: the command {command_s[-1]:.2f} s, the engine alone {engine_s[-1]:.2f} s", flush=True)
+    ratio = statistics.median(command / engine for command, engine in zip(command_s, engine_s, strict=True))
+    report = {"rows": args.rows, "dtype": args.dtype, "threads": args.threads, "command_s": command_s, "engine_s": engine_s}
+    print(json.dumps({**report, "ratio": round(ratio, 3)}))
+
+
+def whole_command(work: Path, output: str, args: argparse.Namespace) -> float:
+    """Seconds from its start to its end, without the loading of the model."""
+    command = [sys.executable, "-m", "jobs", "generate", "--model", work / "model", "--input", work / "prompts.jsonl", "--output", output]
+    command += ["--dtype", args.dtype, "--threads", str(args.threads), *SAMPLING]
+    began = time.perf_counter()
+    done = subprocess.run([str(part) for part in command], cwd=work, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    seconds = time.perf_counter() - began
+    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert summary["completion_tokens"] == args.rows * NEW_TOKENS
+    return seconds - float(summary["load_s"])
+
+
+def engine_alone(model: Path, args: argparse.Namespace) -> Callable[[], float]:
+    """A function that runs the same rows through the engine and gives the seconds."""
+    checkpoint = find_checkpoint(str(model))
+    config = parse_config(checkpoint.config, str(model))
+    settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)
+    network = load_network(checkpoint, config, settings, torch.device("cpu"), numerics="auto")
+    texts = [f"{i}{PROMPT}" for i in range(args.rows)]
+    tokenizer = PromptTokenizer(checkpoint.folder, end_of_text=config.end_of_text, parse_special=False, vocab_size=config.vocab_size)
+    token_ids = tokenizer.encode(texts)
+
+    def prompts() -> list[TokenizedPrompt]:
+        params = [SamplingParams(seed=i, temperature=0.8, top_k=40, max_new_tokens=NEW_TOKENS) for i in range(args.rows)]
+        rows = [Prompt(index=i, prompt_id=str(i), text="", params=params[i], metadata=None) for i in range(args.rows)]
+        return [
+            TokenizedPrompt(prompt=row, token_ids=ids, tokens_dropped=0, read_s=time.monotonic())
+            for row, ids in zip(rows, token_ids, strict=True)
+        ]
+
+    def run() -> float:
+        engine = Engine(
+            model=network.model,
+            batch_size=network.batch_size(None),
+            end_of_text=None,
+            memory_bytes=network.cache_memory_bytes(None),
+        )
+        rows = prompts()
+        began = time.perf_counter()
+        for _ in engine.generate(iter(rows)):
+            pass
+        return time.perf_counter() - began
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
