@@ -199,6 +199,15 @@ inline void multiply(const T* x, int64_t in, const T* panel, const char* ahead, 
   }
 }
 
+// 1 to ROWS rows of x times one panel.
+template <class T, int M = ROWS>
+inline void multiply_rows(int64_t rows, const T* x, int64_t in, const T* panel, const char* ahead, const Ending<T>& ending) {
+  if constexpr (M > 1) {
+    if (rows < M) return multiply_rows<T, M - 1>(rows, x, in, panel, ahead, ending);
+  }
+  multiply<T, M>(x, in, panel, ahead, ending);
+}
+
 template <class T>
 void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const T* residual, Activation activation, at::Tensor& y) {
   const int64_t rows = x.size(0), in = x.size(1), panels = packed.size(0), out = y.size(1), panel_size = in * COLUMNS;
@@ -215,26 +224,13 @@ void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const
     const char* next = reinterpret_cast<const char*>(weights + std::min(panel + threads, panels - 1) * panel_size);
     const int64_t lines = panel_size * static_cast<int64_t>(sizeof(T)) / CACHE_LINE, tiles = (last - first + ROWS - 1) / ROWS;
     const int64_t slice = std::min((lines + tiles - 1) / tiles, in / Step<T>::DEPTH) * CACHE_LINE;
-    for (int64_t row = first, tile = 0; row < last; tile++) {
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      // of about equal size, too: a few rows alone take longer than as many more of a large one
+      const int64_t row = first + (last - first) * tile / tiles, end = first + (last - first) * (tile + 1) / tiles;
       const int64_t at = row * out + column;
       const Ending<T> ending{bias == nullptr ? nullptr : bias + column, residual == nullptr ? nullptr : residual + at, outputs + at, out,
                              std::min(COLUMNS, out - column), activation};
-      const T *from = inputs + row * in, *panel_weights = weights + panel * panel_size;
-      const char* ahead = next + tile * slice;
-      const int64_t left = last - row;
-      if (left >= ROWS) {
-        multiply<T, ROWS>(from, in, panel_weights, ahead, ending);
-        row += ROWS;
-      } else if (left >= 4) {
-        multiply<T, 4>(from, in, panel_weights, ahead, ending);
-        row += 4;
-      } else if (left >= 2) {
-        multiply<T, 2>(from, in, panel_weights, ahead, ending);
-        row += 2;
-      } else {
-        multiply<T, 1>(from, in, panel_weights, ahead, ending);
-        row += 1;
-      }
+      multiply_rows<T>(end - row, inputs + row * in, in, weights + panel * panel_size, next + tile * slice, ending);
     }
   };
   if (threads == 1) {
