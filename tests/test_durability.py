@@ -80,6 +80,9 @@ def setting(launcher: Launcher, checkpoint: Path, tmp_path_factory: pytest.TempP
     return Setting(launcher, checkpoint, tmp_path_factory.mktemp("setting"), ROWS)
 
 
+SLOW = ("slow step", "0.01")  # for a run that is to be caught half-way, on machines of any speed
+
+
 @pytest.fixture
 def long(launcher: Launcher, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """A run that takes long enough to be disturbed, from a file that no buffer holds whole."""
@@ -146,7 +149,7 @@ def test_kills_at_random_moments(setting: Setting, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals(long: Setting, tmp_path: Path, number: int) -> None:
     output = tmp_path / "out"
-    child = long.start(output)
+    child = long.start(output, fault=SLOW)
     wait_for_parts(output, 3)
     began = time.monotonic()
     child.send_signal(number)
@@ -199,7 +202,7 @@ def test_a_second_signal_ends_at_once(long: Setting, tmp_path: Path) -> None:
 
 def test_two_runs_at_once(long: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    first = long.start(output)
+    first = long.start(output, fault=SLOW)
     wait_for_parts(output, 2)
     began = time.monotonic()
     code, second = long.run(output)
@@ -212,7 +215,7 @@ def test_two_runs_at_once(long: Setting, tmp_path: Path) -> None:
 
 def test_the_lock_of_a_dead_process_is_no_obstacle(long: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    child = long.start(output)
+    child = long.start(output, fault=SLOW)
     wait_for_parts(output, 2)
     (output / ".gptbatch" / "part-00001.parquet.0123456789ab.tmp").write_bytes(b"left behind")
     (output / ".gptbatch" / "notes.tmp").write_bytes(b"not ours")
@@ -239,7 +242,7 @@ def test_where_locks_do_not_work(long: Setting, tmp_path: Path) -> None:
 def test_an_input_that_changes_half_way(long: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     rows = [json.loads(line) for line in long.input.read_text().splitlines()]
-    child = long.start(output)
+    child = long.start(output, fault=SLOW)
     wait_for_parts(output, 2)
     long.write([*rows[:290], {"id": "other", "prompt": "another"}, *rows[291:]])  # rows are read 256 at a time
     assert child.wait() == 65
