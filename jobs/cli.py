@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -21,6 +22,7 @@ from pipeline.errors import GptbatchError, StoppedError, StorageError
 from pipeline.redact import redact
 
 BUG = 70
+GARBAGE_THRESHOLD = 100_000  # new objects before the collector looks; Python's own is 700
 
 logger = logging.getLogger("gptbatch")
 
@@ -56,7 +58,12 @@ cli.add_command(train_demo)
 
 def main() -> None:
     """The console script: run the command and exit with a documented code."""
-    sys.exit(run_command(sys.argv[1:]))
+    # torch and what comes with it are many objects that stay: to look through them for garbage again and again while they are
+    # loaded, and a last time at the end, takes half a second
+    gc.set_threshold(GARBAGE_THRESHOLD)
+    code = run_command(sys.argv[1:])
+    gc.disable()
+    sys.exit(code)
 
 
 def run_command(arguments: list[str]) -> int:
