@@ -22,7 +22,7 @@ from pipeline.errors import GptbatchError, StoppedError, StorageError
 from pipeline.redact import redact
 
 BUG = 70
-GARBAGE_THRESHOLD = 100_000  # new objects before the collector looks; Python's own is 700
+GARBAGE_THRESHOLD = 100_000  # new objects before the collector looks; Python's own is 700 to 2,000
 
 logger = logging.getLogger("gptbatch")
 
@@ -59,7 +59,7 @@ cli.add_command(train_demo)
 def main() -> None:
     """The console script: run the command and exit with a documented code."""
     # torch and what comes with it are many objects that stay: to look through them for garbage again and again while they are
-    # loaded, and a last time at the end, takes half a second
+    # loaded, and a last time at the end, is a good part of a short run
     gc.set_threshold(GARBAGE_THRESHOLD)
     code = run_command(sys.argv[1:])
     gc.disable()
