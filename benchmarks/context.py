@@ -61,7 +61,7 @@ def main() -> None:
 
 def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> dict[int, float]:
     """By context: the median time of a step that gives each row its next token."""
-    cache = model.new_cache(n_rows, capacity=n_rows * (max(contexts) + 17))
+    cache = model.new_cache(n_rows, capacity=model.capacity_of([max(contexts) + 1] * n_rows))
     rng = random.Random(0)
     params = [SamplingParams(seed=row, temperature=0.8, top_k=40, max_new_tokens=1) for row in range(n_rows)]
     slots = list(range(n_rows))

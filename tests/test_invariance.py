@@ -377,9 +377,13 @@ def test_both_backends_keep_the_same_int8() -> None:
     qkv[6, 80:] *= 1e-3
     qkv[7, 160:] *= 1e3
     qkv[8, 160:] = 1e-40
-    wanted, found = ([cache.step([1] * 50, range(50))(0, qkv, 0.3), cache.step([0] * 5, range(5))(0, qkv[:5], 0.3)] for cache in caches)
-    for ours, theirs in zip(wanted, found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    ours, theirs = (
+        torch.cat([cache.step([1] * 50, range(50))(0, qkv, 0.3), cache.step([0] * 5, range(5))(0, qkv[:5], 0.3)]) for cache in caches
+    )
+    largest = qkv[:, 160:].view(50, 2, 40).abs().amax(-1).cummax(0).values  # of the values that a query sees; ours rounds weights, too
+    apart = (ours - theirs).view(55, 2, 40).abs().amax(-1)
+    assert (apart <= 1e-4 * torch.cat([largest, largest[:5]])).all()
+    assert (ours - theirs).abs().max() > 0
     qkv[9, 80] = float("nan")
     for cache in caches:
         for number in (float("nan"), float("inf")):

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from pipeline.generation import reference
 from pipeline.generation.engine import Engine
 from pipeline.generation.scheduler import LEAST_PREFILL_TOKENS, MOST_PASSES, Scheduler
+from pipeline.gpt.cache_dtype import page_size_of
 from pipeline.gpt.model import GPT
-from pipeline.gpt.pages import IDLE_SHARE, PAGE, PagePool, n_pages_of
+from pipeline.gpt.pages import IDLE_SHARE, PagePool, n_pages_of
 from pipeline.gpt.ragged import PagedCache
 from pipeline.records import TokenizedPrompt
 from tests.conftest import has_kernels, our_model, random_model, tokenized
 
 N_POSITIONS = 96
+PAGE = 16
 
 
 @st.composite
@@ -45,29 +47,31 @@ class Model:
     def step(self, slot: int, first: int, tokens: list[int], context: list[int]) -> None:
         for position in range(first, first + len(tokens)):
             page, _ = self.pool.page_of(slot, position)
-            self.content[page, position % PAGE] = tuple(context[: position + 1])
+            self.content[page, position % self.pool.page_size] = tuple(context[: position + 1])
 
     def check(self, slot: int, last: int, context: list[int]) -> None:
         for position in range(last):
             page, new = self.pool.page_of(slot, position)
             assert not new
-            assert self.content[page, position % PAGE] == tuple(context[: position + 1])
+            assert self.content[page, position % self.pool.page_size] == tuple(context[: position + 1])
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     prompts=work(),
     n_slots=st.integers(1, 9),
-    n_pages=st.integers(n_pages_of(N_POSITIONS), 60),
+    page_size=st.sampled_from([1, 16, 64]),
+    more_pages=st.integers(0, 60),
     step_tokens=st.integers(1, 200),
     window=st.integers(0, 20),
     share=st.booleans(),
     spread=st.booleans(),
 )
 def test_every_row_once_and_no_page_is_lost(
-    prompts: list[TokenizedPrompt], n_slots: int, n_pages: int, step_tokens: int, window: int, share: bool, spread: bool
+    prompts: list[TokenizedPrompt], n_slots: int, page_size: int, more_pages: int, step_tokens: int, window: int, share: bool, spread: bool
 ) -> None:
-    pool = PagePool(n_slots, n_pages)
+    n_pages = n_pages_of(N_POSITIONS, page_size) + more_pages
+    pool = PagePool(n_slots, n_pages, page_size)
     model = Model(pool)
     scheduler = Scheduler(cache=pool, n_slots=n_slots, n_positions=N_POSITIONS, step_tokens=step_tokens, spread=spread, share=share)
     incoming, ended = iter(prompts), []
@@ -97,14 +101,14 @@ def test_every_row_once_and_no_page_is_lost(
         assert pool.idle <= n_pages // IDLE_SHARE
     assert sorted(ended) == list(range(len(prompts)))
     assert pool.in_use == 0
-    free = [pool.page_of(0, position)[0] for position in range(0, n_pages * PAGE, PAGE)]
+    free = [pool.page_of(0, position)[0] for position in range(0, n_pages * page_size, page_size)]
     assert sorted(free) == list(range(n_pages)), "every page can be had again"
     if not share:
         assert reused == 0
 
 
 def test_the_longest_goes_first_but_nobody_waits_for_ever() -> None:
-    pool = PagePool(1, 6)
+    pool = PagePool(1, 6, PAGE)
     scheduler = Scheduler(cache=pool, n_slots=1, n_positions=N_POSITIONS, step_tokens=100)
     scheduler.add(tokenized(0, [0], max_new_tokens=1))
     for index in range(1, 4):
@@ -122,13 +126,13 @@ def test_the_longest_goes_first_but_nobody_waits_for_ever() -> None:
 
 def test_rows_that_arrive_together_share_what_is_not_computed_yet() -> None:
     header = list(range(40))
-    pool = PagePool(3, 30)
+    pool = PagePool(3, 30, PAGE)
     scheduler = Scheduler(cache=pool, n_slots=3, n_positions=N_POSITIONS, step_tokens=1000)
     for index in range(3):
         scheduler.add(tokenized(index, [*header, 100 + index], max_new_tokens=5))
     chunks = scheduler.plan()
     assert [(chunk.first, len(chunk.tokens)) for chunk in chunks] == [(0, 41), (32, 9), (32, 9)], "in the same step, whole pages"
-    small = Scheduler(cache=PagePool(3, 30), n_slots=3, n_positions=N_POSITIONS, step_tokens=32)
+    small = Scheduler(cache=PagePool(3, 30, PAGE), n_slots=3, n_positions=N_POSITIONS, step_tokens=32)
     for index in range(3):
         small.add(tokenized(index, [*header, *range(100 + index, 120)], max_new_tokens=5))
     assert [(chunk.slot, len(chunk.tokens)) for chunk in small.plan()] == [(0, 32)]
@@ -136,7 +140,7 @@ def test_rows_that_arrive_together_share_what_is_not_computed_yet() -> None:
 
 
 def test_idle_prefixes_are_kept_and_those_that_nobody_shared_go_first() -> None:
-    pool = PagePool(2, 8 * IDLE_SHARE)
+    pool = PagePool(2, 8 * IDLE_SHARE, PAGE)
     shared, alone = [1] * 33, [2] * 97
     for token_ids in (shared, shared, alone):
         assert pool.admit(0, token_ids, len(token_ids), share=True) is not None
@@ -163,7 +167,7 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
     header = [rng.randrange(vocab_size) for _ in range(80)]
     prompts = []
     for index in range(25):
-        token_ids = header[: rng.randrange(80)] + [rng.randrange(vocab_size) for _ in range(rng.randint(1, 12))]
+        token_ids = header[: rng.choice([rng.randrange(80), 70])] + [rng.randrange(vocab_size) for _ in range(rng.randint(1, 12))]
         prompts.append(tokenized(index, token_ids, max_new_tokens=rng.randint(1, 30), top_k=rng.choice([0, 1, 5])))
     expected = [reference.generate(model, p.token_ids, p.prompt.params, end_of_text=7, window_full="slide") for p in prompts]
     engine = Engine(
@@ -173,7 +177,7 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
         window_full="slide",
         step_tokens=rng.randint(1, 150),
         lookahead=rng.randrange(20),
-        memory_bytes=rng.randint(8, 60) * PAGE * model.cache_bytes_a_token,
+        memory_bytes=rng.randint(8, 60) * page_size_of(model.cache_dtype) * model.cache_bytes_a_token,
     )
     for _ in range(2):  # the second time with what the first has left in the cache
         ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]

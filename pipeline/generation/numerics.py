@@ -87,7 +87,9 @@ def _check_network(model: GPT, probe: _Probe) -> None:
     count = len(needle)
 
     def alone() -> Tensor:
-        return model.extend(model.new_cache(1, capacity=count), tokens=needle, slots=[0] * count, positions=range(count))
+        return model.extend(
+            model.new_cache(1, capacity=model.capacity_of([count])), tokens=needle, slots=[0] * count, positions=range(count)
+        )
 
     def among_others() -> Tensor:
         sequences = [_token_ids(i + 1, min(length, n_positions), vocab_size) for i, length in enumerate(FILLERS)]
@@ -95,7 +97,7 @@ def _check_network(model: GPT, probe: _Probe) -> None:
         order = [3, 2, 4, 0, 1]  # of the slots in the call
         first = len(sequences[3])
         return model.extend(
-            model.new_cache(len(sequences), capacity=sum(map(len, sequences)) + 16 * len(sequences)),
+            model.new_cache(len(sequences), capacity=model.capacity_of(map(len, sequences))),
             tokens=[token for slot in order for token in sequences[slot]],
             slots=[slot for slot in order for _ in sequences[slot]],
             positions=[position for slot in order for position in range(len(sequences[slot]))],
@@ -104,7 +106,7 @@ def _check_network(model: GPT, probe: _Probe) -> None:
 
     def in_chunks() -> Tensor:
         """The needle in slot 1, its last token in a call of 33 sequences."""
-        cache = model.new_cache(33, capacity=16 * 33 + count)
+        cache = model.new_cache(33, capacity=model.capacity_of([count] * 33))
         pieces = []
         start = 0
         for size in (*CHUNKS, count):

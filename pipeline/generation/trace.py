@@ -49,7 +49,8 @@ def step_logits(model: GPT, rows: Sequence[KnownRow], *, most_logits: int = MOST
     the window slides, each step takes one of its own.
     """
     slots = min(SLOTS, max(1, sum(len(row.new) for row in rows)))
-    cache = model.new_cache(slots, capacity=max(MOST_TOKENS, model.config.n_positions) + 16 * slots)
+    most = max(MOST_TOKENS, model.config.n_positions)
+    cache = model.new_cache(slots, capacity=model.capacity_of([most, *[1] * slots]))  # however these are shared out
     for batch in _batches(_passages(rows, model.config.n_positions), most_logits // model.config.vocab_size):
         tokens: list[int] = []
         token_slots: list[int] = []

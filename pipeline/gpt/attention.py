@@ -3,7 +3,7 @@
 The formula is that of Vaswani et al. 2017, section 3.2.1, with a causal mask: softmax(q k^T * scale) v over the keys at
 positions 0 to the query's own. There are two backends, each with a KV cache laid out as it likes:
 
-    ragged   a C++ kernel over pages of 16 positions; reads just what each sequence holds. CPU only.
+    ragged   a C++ kernel over pages of 16 positions, or 64; reads just what each sequence holds. CPU only.
     padded   matmul and softmax of torch over all slots padded to one width. Everywhere.
 
 In both, what a token gets depends on its position and its sequence alone, not on what else runs, nor on whether it comes by
@@ -64,7 +64,7 @@ def new_cache(
 ) -> KVCache:
     """An empty cache for sequences of the network `config`.
 
-    capacity: positions that all sequences together may take, each rounded up to a multiple of 16; None is enough for n_slots full
+    capacity: positions that all sequences together may take, each rounded up to whole pages; None is enough for n_slots full
     contexts. One full context always fits. padded makes room for what comes, up to that: its slots are to be limited (`most_slots`).
     """
     if backend == "padded":

@@ -10,7 +10,7 @@ Shapes: N tokens of a call, B sequences or slots, T tokens of a sequence, C n_em
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from pipeline.gpt.attention import Attention, Backend, KVCache, most_slots, new_cache
-from pipeline.gpt.cache_dtype import CacheDtype, bytes_a_token
+from pipeline.gpt.cache_dtype import CacheDtype, bytes_a_token, page_size_of
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, RowPlan
 
@@ -76,7 +76,7 @@ class GPT(nn.Module):
         if not 1 <= length <= self.config.n_positions:
             raise ValueError(f"a sequence of {length} tokens does not fit: 1 to n_positions ({self.config.n_positions}) do")
         logits = self.extend(
-            self.new_cache(batch, capacity=batch * (length + 16)),
+            self.new_cache(batch, capacity=self.capacity_of([length] * batch)),
             tokens=idx.flatten().tolist(),
             slots=[slot for slot in range(batch) for _ in range(length)],
             positions=[*range(length)] * batch,
@@ -94,6 +94,11 @@ class GPT(nn.Module):
             cache_dtype=self.cache_dtype,
             device=self.device,
         )
+
+    def capacity_of(self, lengths: Iterable[int]) -> int:
+        """The capacity of a cache that has room for sequences of so many positions."""
+        size = page_size_of(self.cache_dtype)
+        return sum(-(-length // size) * size for length in lengths)
 
     def most_slots(self, capacity: int | None) -> int | None:
         """See attention.most_slots."""

@@ -1,7 +1,7 @@
 """Which pages of a cache hold what: each slot's own, and those of prefixes that sequences share.
 
-A page holds PAGE positions. The full pages of a prompt stand in a tree: a node is one page of tokens after those of its parent, so that a
-path from the root is a prefix. A sequence that begins like another takes the pages of their common path instead of computing them
+A page holds page_size positions. The full pages of a prompt stand in a tree: a node is one page of tokens after those of its parent, so
+that a path from the root is a prefix. A sequence that begins like another takes the pages of their common path instead of computing them
 again: keys and values depend on the tokens before alone. That holds for a prefix which is still being computed, too: whoever
 came first computes it, and the others are ready once all of it is in a call (see `ready`).
 
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-PAGE = 16  # positions
 IDLE_SHARE = 8  # at most one page in so many is kept without a user
 
 
@@ -70,10 +69,10 @@ class _Slot:
 
 
 class PagePool:
-    """Slots that hold pages, n_pages in all. One slot alone always gets what it needs."""
+    """Slots that hold pages of page_size positions, n_pages in all. One slot alone always gets what it needs."""
 
-    def __init__(self, n_slots: int, n_pages: int) -> None:
-        self.n_pages = n_pages
+    def __init__(self, n_slots: int, n_pages: int, page_size: int) -> None:
+        self.n_pages, self.page_size = n_pages, page_size
         self._slots = [_Slot() for _ in range(n_slots)]
         self._root = Node(page=-1, key=(), parent=None, ready=True)
         self._free: list[int] = []  # used before
@@ -86,7 +85,8 @@ class PagePool:
     def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
         state = self._slots[slot]
         assert not state.pages
-        keys = [tuple(token_ids[first : first + PAGE]) for first in range(0, (len(token_ids) - 1) // PAGE * PAGE, PAGE)] if share else []
+        size = self.page_size
+        keys = [tuple(token_ids[first : first + size]) for first in range(0, (len(token_ids) - 1) // size * size, size)] if share else []
         path = []
         node = self._root
         for key in keys:
@@ -95,7 +95,7 @@ class PagePool:
                 break
             path.append(child)
             node = child
-        most = n_pages_of(length)
+        most = n_pages_of(length, size)
         idle = sum(node.users == 0 for node in path)
         if self._in_use + self._promised + idle + most - len(path) > self.n_pages:
             return None
@@ -114,7 +114,7 @@ class PagePool:
             node.children[key] = child
             self._hold(state, child)
             node = child
-        return len(path) * PAGE
+        return len(path) * size
 
     def ready(self, slot: int) -> bool:
         state = self._slots[slot]
@@ -123,7 +123,7 @@ class PagePool:
         return state.waiting == state.taken
 
     def computed(self, slot: int, first: int, last: int) -> None:
-        for node in self._slots[slot].nodes[first // PAGE : last // PAGE]:
+        for node in self._slots[slot].nodes[first // self.page_size : last // self.page_size]:
             node.ready = True
 
     def page_of(self, slot: int, position: int) -> tuple[int, bool]:
@@ -132,7 +132,7 @@ class PagePool:
         A slot that nobody admitted takes what it needs, as long as there is any.
         """
         state = self._slots[slot]
-        number = position // PAGE
+        number = position // self.page_size
         if number < len(state.pages):
             return state.pages[number], False
         assert number == len(state.pages), "positions come in order"
@@ -205,6 +205,6 @@ class PagePool:
         self._free.append(node.page)
 
 
-def n_pages_of(length: int) -> int:
+def n_pages_of(length: int, page_size: int) -> int:
     """How many pages hold so many positions."""
-    return -(-length // PAGE)
+    return -(-length // page_size)

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.gpt.cache_dtype import SCALE_BYTES, CacheDtype, stored_depth
+from pipeline.gpt.cache_dtype import CacheDtype, bytes_a_head, page_size_of
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import load_kernels
-from pipeline.gpt.pages import PAGE, PagePool, n_pages_of
+from pipeline.gpt.pages import PagePool, n_pages_of
 
 CACHE_LINE = 64
 
 
 class PagedCache:
-    """Per layer (H, P, page): P pages of the keys and values of 16 positions, laid out as attention.cpp says; PagePool deals them out.
+    """Per layer (H, P, page): P pages of keys and values, laid out as full_pages.h and int8_pages.h say; PagePool deals them out.
 
     All pages are there from the start, but the system gives memory for a page only when it is first written; pages that have been
     used are used again before others are.
@@ -33,14 +33,14 @@ class PagedCache:
         assert device.type == "cpu"
         assert dtype in (torch.float32, torch.bfloat16)
         load_kernels()
-        page = 2 * PAGE * stored_depth(config)
-        if cache_dtype == "int8":
-            dtype, page = torch.int8, page + 2 * PAGE * SCALE_BYTES
-        full = n_pages_of(config.n_positions)  # of one full context
-        n_pages = n_slots * full if capacity is None else min(n_slots * full, max(full, capacity // PAGE))
-        self.pool = PagePool(n_slots, n_pages)
+        size = page_size_of(cache_dtype)
+        full = n_pages_of(config.n_positions, size)  # of one full context
+        n_pages = n_slots * full if capacity is None else min(n_slots * full, max(full, capacity // size))
+        self.pool = PagePool(n_slots, n_pages, size)
         # 0 everywhere, as the rest of a page's depth must be
-        self.layers = [_lazy_zeros((config.n_head, n_pages, page), dtype) for _ in range(config.n_layer)]
+        stored = torch.uint8 if cache_dtype == "int8" else dtype
+        page = 2 * size * bytes_a_head(config, dtype, cache_dtype) // stored.itemsize
+        self.layers = [_lazy_zeros((config.n_head, n_pages, page), stored) for _ in range(config.n_layer)]
         self.table = torch.zeros(n_slots, full, dtype=torch.int32)
         self._table = self.table.numpy()  # the same memory, quicker to write
 
@@ -61,7 +61,7 @@ class PagedCache:
         for slot, position in zip(slots, positions, strict=True):
             page, new = self.pool.page_of(slot, position)
             if new:
-                self._table[slot, position // PAGE] = page
+                self._table[slot, position // self.pool.page_size] = page
         return RaggedAttention(self, torch.tensor(slots), torch.tensor(positions))
 
     def move(self, source: int, target: int) -> None:

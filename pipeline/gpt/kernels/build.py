@@ -28,7 +28,7 @@ logger = logging.getLogger("gptbatch.kernels")
 
 FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "choose.cpp", "linear.cpp")
-HEADERS = ("common.h",)
+HEADERS = ("common.h", "attention.h", "full_pages.h", "int8_pages.h")
 LOCK_TIMEOUT_S = 300.0  # another process that builds takes seconds; one that hangs must not stop us for ever
 BUILD_TIMEOUT_S = 300.0
 _TEMPORARY = "build-"
@@ -90,8 +90,11 @@ def _name(key: str, library: Path) -> str:
 def compile_flags() -> list[str]:
     """The flags that decide what the machine code does."""
     capability = _CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"))
-    bfloat16 = ("-mavx512bf16",) if capability is _CAPABILITY_FLAGS["AVX512"] and torch.cpu._is_avx512_bf16_supported() else ()
-    return [*_FLAGS, *capability, *bfloat16, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    more = []
+    if capability is _CAPABILITY_FLAGS["AVX512"]:
+        more += ["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []
+        more += ["-mavx512vnni"] if torch.cpu._is_vnni_supported() else []
+    return [*_FLAGS, *capability, *more, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 
 
 def _key() -> str:

@@ -42,28 +42,24 @@ inline void unroll(const F& work) {
 }
 #define FLAT __attribute__((flatten))
 
-// LANES int8 as float32.
-inline Vec load_int8(const int8_t* from) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-  float numbers[LANES];
-  for (int64_t i = 0; i < LANES; i++) numbers[i] = from[i];
-  return Vec::loadu(numbers);
-#endif
-}
-
 // 2 * LANES numbers as float32.
 template <class T>
 inline std::tuple<Vec, Vec> load_pair(const T* from) {
   if constexpr (std::is_same_v<T, float>) {
     return {Vec::loadu(from), Vec::loadu(from + LANES)};
-  } else if constexpr (std::is_same_v<T, int8_t>) {
-    return {load_int8(from), load_int8(from + LANES)};
   } else {
     return at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
+  }
+}
+
+// The same of the first `count`, and 0 for the others.
+template <class T>
+inline std::tuple<Vec, Vec> load_pair(const T* from, int64_t count) {
+  if (count >= 2 * LANES) return load_pair(from);
+  if constexpr (std::is_same_v<T, float>) {
+    return {Vec::loadu(from, std::min(LANES, count)), count > LANES ? Vec::loadu(from + LANES, count - LANES) : Vec(0.0f)};
+  } else {
+    return at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from, count));
   }
 }
 
