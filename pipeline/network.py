@@ -123,6 +123,7 @@ def prepare_network(
     profile = {
         "attention": backend,
         "linears": model.linear_kind,
+        "products": model.products if backend == "padded" else None,
         "row_plan": model.row_plan_name,
         "torch": torch.__version__,
         "device_class": device_class(device),

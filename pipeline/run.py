@@ -286,7 +286,7 @@ class _Run:
             generate_s=round(generate_s, 3),
             wall_s=round(time.monotonic() - self.began, 3),
             tokens_per_s=round(loop.completion_tokens / generate_s, 1) if generate_s > 0 else 0.0,
-            device=str(network.model.device),
+            device=network.model.device.type,
             dtype=config.engine.dtype,
             numerics=network.numerics,
             fingerprint=self.identity["fingerprint"],
@@ -311,7 +311,7 @@ class _Run:
             "input": redact(config.input if config.input is not None else f"{config.dataset}[{config.split}]"),
             "input_digest": self.identity["input_digest"],
             "dtype": config.engine.dtype,
-            "device": str(network.model.device),
+            "device": network.model.device.type,
             "numerics": network.numerics,
             "profile": network.profile,
             "versions": {

@@ -17,6 +17,7 @@ from pipeline.data.recorded import RecordedRun
 from pipeline.errors import DeviceError, OutputConflictError
 from pipeline.generation import numerics
 from pipeline.generation.numerics import NumericsReport, check_numerics
+from pipeline.gpt import padded
 from pipeline.gpt.attention import Backend
 from pipeline.gpt.linear import ROW_PLANS, Linear, use_threads
 from pipeline.gpt.model import GPT, Block
@@ -125,6 +126,27 @@ def test_a_fault_that_needs_a_wide_cache_is_found(monkeypatch: pytest.MonkeyPatc
     assert not {"attention alone", "attention in chunks"} & set(report.failures)
 
 
+def test_products_that_depend_on_the_batch_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products that see how many sequences there are, as those of some GPUs do; sums of neighbours do not."""
+    attend = padded._attend
+
+    def shifting(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        return attend(q, k, v, hidden) + 1e-3 * (len(q) % 5)
+
+    model = our_model(random_model())
+    idx = torch.arange(40).view(2, 20)
+    with torch.inference_mode():
+        expected = model(idx)
+    monkeypatch.setattr(padded, "_attend", shifting)
+    report = check_numerics(model)
+    assert (report.exact, report.row_plan, model.products) == (True, "rounded", "pairwise")
+    with torch.inference_mode():
+        torch.testing.assert_close(model(idx), expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    check_numerics(model)
+    assert model.products == "matmul", "as long as they do"
+
+
 @pytest.mark.parametrize("part", ["mlp_in", "lm_head"])
 def test_a_fault_at_many_rows_or_with_other_threads_is_found(part: str) -> None:
     class ManyRows(Linear):
@@ -164,7 +186,7 @@ def test_the_answer_is_recorded(config: dict[str, str | int], tmp_path: Path) ->
     assert run_job(JobConfig.model_validate(config)).numerics == "exact"
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     profile = manifest["profile"]
-    assert set(profile) == {"attention", "linears", "row_plan", "torch", "device_class", "noise_version", "probe_digest"}
+    assert set(profile) == {"attention", "products", "linears", "row_plan", "torch", "device_class", "noise_version", "probe_digest"}
     assert len(profile["probe_digest"]) == 64
     assert manifest["numerics"] == "exact"
 

@@ -2,7 +2,8 @@
 
 Fixed tokens go through the loaded network, and fixed numbers through its linears and its attention: alone and among others, at
 other places, in other chunks, at few and many rows, with one and with all threads. All must agree bit for bit. Where they do
-not, the linears are tried at other row counts (linear.py, ROW_PLANS), the last of them each at its own, before it gives up.
+not, padded attention is tried without matrix products (padded.py), and the linears at other row counts (linear.py, ROW_PLANS), the last
+of them each at its own, before it gives up.
 
 Knows: the network. Does not know: what a failure means for a run.
 """
@@ -49,9 +50,15 @@ class NumericsReport:
 
 @torch.inference_mode()
 def check_numerics(model: GPT) -> NumericsReport:
-    """Check the network on its device, and leave it with the fastest row plan that passes; with the fastest if none does."""
-    attention = _Probe()
-    _check_attention(model, attention)
+    """Check the network on its device, and leave it with the fastest products and row plan that pass; with the fastest if none does."""
+    model.products = "matmul"
+    attention = _attention_probe(model)
+    if attention.failures and model.attention == "padded":
+        model.products = "pairwise"
+        if (again := _attention_probe(model)).failures:
+            model.products = "matmul"
+        else:
+            attention = again
     for plan in model.row_plans:
         model.use_rows(plan)
         probe = _Probe()
@@ -180,11 +187,12 @@ def _failures_of(linear: Linear, name: str, count: int, model: GPT) -> list[str]
     return failures
 
 
-def _check_attention(model: GPT, probe: _Probe) -> None:
+def _attention_probe(model: GPT) -> _Probe:
     """One layer over as long a context as may be, in one call, against some of its positions in other calls.
 
     Both slots hold the same tokens, so that a position has one right answer. A call may take positions again.
     """
+    probe = _Probe()
     count = min(ATTENTION_POSITIONS, model.config.n_positions)
     qkv = _numbers((count, 3 * model.config.n_embd), model)
     cache = model.new_cache(2)
@@ -203,6 +211,7 @@ def _check_attention(model: GPT, probe: _Probe) -> None:
         if model.device.type == "cpu":
             with use_threads(1):
                 probe.expect(f"attention {what} with one thread", attend(slots, positions), expected[positions])
+    return probe
 
 
 def _token_ids(sequence: int, count: int, vocab_size: int) -> list[int]:

@@ -23,7 +23,7 @@ from pipeline.errors import DeviceError
 from pipeline.gpt.cache_dtype import CacheDtype
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import KernelError, load_kernels
-from pipeline.gpt.padded import PaddedCache, round_up
+from pipeline.gpt.padded import PaddedCache, Products, round_up
 from pipeline.gpt.pages import Slots
 from pipeline.gpt.ragged import PagedCache
 
@@ -60,15 +60,17 @@ def new_cache(
     capacity: int | None,
     dtype: torch.dtype,
     cache_dtype: CacheDtype,
+    products: Products,
     device: torch.device,
 ) -> KVCache:
     """An empty cache for sequences of the network `config`.
 
     capacity: positions that all sequences together may take, each rounded up to whole pages; None is enough for n_slots full
     contexts. One full context always fits. padded makes room for what comes, up to that: its slots are to be limited (`most_slots`).
+    products: of padded, see PaddedCache.
     """
     if backend == "padded":
-        return PaddedCache(config, n_slots=n_slots, dtype=dtype, cache_dtype=cache_dtype, device=device)
+        return PaddedCache(config, n_slots=n_slots, dtype=dtype, cache_dtype=cache_dtype, products=products, device=device)
     return PagedCache(config, n_slots=n_slots, capacity=capacity, dtype=dtype, cache_dtype=cache_dtype, device=device)
 
 

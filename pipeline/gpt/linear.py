@@ -168,15 +168,14 @@ class Linear(nn.Module):
 
 
 def packed_kind(weight: Tensor, *, native: bool) -> LinearKind:
-    """What `Linear.pack` makes of this weight on this machine. oneDNN alone has products for matrix instructions (AMX)."""
+    """What `Linear.pack` makes of this weight on this machine."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return "plain"
     onednn = torch.backends.mkldnn.is_available()
     if weight.dtype == torch.float32:
         return "native" if native else "prepacked" if onednn else "plain"
     if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        computes = native and torch.ops.gptbatch.has_bfloat16() and not torch.cpu._is_amx_tile_supported()
-        return "native" if computes else "prepacked"
+        return "native" if native and torch.ops.gptbatch.has_bfloat16() else "prepacked"
     return "native_float32" if native else "prepacked_float32" if onednn else "plain"
 
 

@@ -21,6 +21,7 @@ from pipeline.gpt.attention import Attention, Backend, KVCache, most_slots, new_
 from pipeline.gpt.cache_dtype import CacheDtype, bytes_a_token, page_size_of
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, RowPlan
+from pipeline.gpt.padded import Products
 
 HEAD = "gptbatch::head"  # its name in a profile
 HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and the start-up check tries as many
@@ -50,14 +51,15 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole network. The head is a layer of its own, which may share the token embedding's weight (tied).
 
-    attention: the backend that its caches are made for. cache_dtype: what these keep. row_plan: at how many rows its linears run
-    (see `use_rows`).
+    attention: the backend that its caches are made for. cache_dtype: what these keep. products: how padded attention computes. row_plan:
+    at how many rows its linears run (see `use_rows`).
     """
 
     def __init__(self, config: GPTConfig, *, attention: Backend = "padded") -> None:
         super().__init__()
         self.config, self.attention = config, attention
         self.cache_dtype: CacheDtype = "auto"
+        self.products: Products = "matmul"
         self.row_plan = ROW_PLANS[0]
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -92,6 +94,7 @@ class GPT(nn.Module):
             capacity=capacity,
             dtype=self.dtype,
             cache_dtype=self.cache_dtype,
+            products=self.products,
             device=self.device,
         )
 

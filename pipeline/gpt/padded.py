@@ -3,8 +3,9 @@
 Each product takes one query of a sequence at a time, whatever the call holds: the tokens of a prefill are taken in rounds, the
 first of every sequence, then the second of every sequence, and so on. A query so meets the same shapes in prefill, in a chunk
 and in decode, and the same bits come out; only the number of sequences beside it and the width differ, on which these products
-do not depend (the start-up check looks). torch's fused attention is slower on a CPU for one query a sequence, and its bits
-depend on the batch.
+do not depend (the start-up check looks). Where they do, as in float32 on some GPUs, sums of neighbours two by two take their
+place: number by number, so that nothing can depend on the shape. torch's fused attention is slower on a CPU for one query a sequence, and
+its bits depend on the batch.
 
 Knows: queries, keys and values of one layer, and which slot and position each token has.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 
 from pipeline.gpt.cache_dtype import CacheDtype, through_int8
 from pipeline.gpt.config import GPTConfig
+
+Products = Literal["matmul", "pairwise"]
 
 RESERVE_TOKENS = 256  # new tokens of a sequence that there is room for from the start; more is made when it is needed
 
@@ -30,10 +34,13 @@ class PaddedCache:
     The width grows on demand, so that a run of short sequences never pays for n_positions. What no sequence has written is 0,
     never left-overs: a masked position still enters attention as 0 x value, and 0 x NaN is NaN.
     With int8 numbers are rounded as in the ragged cache, so that a run can be verified here, and stored in the network's dtype.
+    products: how attention is computed.
     """
 
-    def __init__(self, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, cache_dtype: CacheDtype, device: torch.device) -> None:
-        self.cache_dtype = cache_dtype
+    def __init__(
+        self, config: GPTConfig, *, n_slots: int, dtype: torch.dtype, cache_dtype: CacheDtype, products: Products, device: torch.device
+    ) -> None:
+        self.cache_dtype, self.products = cache_dtype, products
         self.n_head, self.n_positions, self.device = config.n_head, config.n_positions, device
         # in bfloat16 a CPU has other products again, which would have to be as independent of what runs beside them
         self.upcast = config.upcast_attention or device.type == "cpu"
@@ -135,36 +142,54 @@ class PaddedAttention:
         n_tokens, keys, values = len(self.slots), self.cache.keys[layer], self.cache.values[layer]
         heads = qkv[:n_tokens].view(n_tokens, 3, self.cache.n_head, -1)
         head_size, depth = heads.shape[-1], keys.shape[-1]
-        q, k, v = F.pad(heads, (0, depth - head_size)).unbind(1)  # each (N, H, depth)
+        if depth > head_size:
+            heads = F.pad(heads, (0, depth - head_size))
+        q, k, v = heads.unbind(1)  # each (N, H, depth)
         if self.cache.cache_dtype == "int8":
             k, v = through_int8(k), through_int8(v)
         keys[self.slots, :, self.positions] = k
         values[self.slots, :, self.positions] = v
-        out = q.new_zeros(len(qkv), *q.shape[1:])
-        for now in self.rounds:
-            query = q if now.tokens is None else q[now.tokens]
-            mixed = _attend(query, keys[now.slots, :, : now.width], values[now.slots, :, : now.width], now.hidden, scale, self.cache.upcast)
-            if now.tokens is None:
-                out[:n_tokens] = mixed
-            else:
-                out[now.tokens] = mixed
+        mixed = [self._attend(now, q if now.tokens is None else q[now.tokens], keys, values, scale) for now in self.rounds]
+        if len(mixed) == 1 and n_tokens == len(qkv):
+            (out,) = mixed
+        else:
+            out = q.new_zeros(len(qkv), *q.shape[1:])
+            for now, some in zip(self.rounds, mixed, strict=True):
+                out[slice(n_tokens) if now.tokens is None else now.tokens] = some
         return out[..., :head_size].flatten(1)
 
+    def _attend(self, now: _Round, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        pairwise = self.cache.products == "pairwise"
+        dtype = torch.float32 if self.cache.upcast or pairwise else q.dtype
+        k, v = (numbers[now.slots, :, : now.width].to(dtype) for numbers in (keys, values))
+        attend = _attend_pairwise if pairwise else _attend
+        return attend(q.to(dtype) * scale, k, v, now.hidden).to(q.dtype)
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, upcast: bool) -> Tensor:
-    """q (S, H, depth), k and v (S, H, W, depth), hidden (S, 1, 1, W) -> (S, H, depth).
 
-    `upcast` computes in float32 whatever the type of q.
-    """
-    if upcast and q.dtype != torch.float32:
-        dtype = q.dtype
-        return _attend(q.float(), k.float(), v.float(), hidden, scale, False).to(dtype)
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """q (S, H, depth), k and v (S, H, W, depth), hidden (S, 1, 1, W) -> (S, H, depth)."""
     if q.shape[0] * q.shape[1] == 1:  # one matrix alone takes another path, with other bits: run it as two
-        q, k, v, hidden = (tensor.expand(2, *tensor.shape[1:]) for tensor in (q, k, v, hidden))
-        return _attend(q, k, v, hidden, scale, False)[:1]
-    scores = (k @ (q * scale)[..., None]).transpose(-1, -2)  # keys first: the same products, read faster
+        return _attend(*(tensor.expand(2, *tensor.shape[1:]) for tensor in (q, k, v, hidden)))[:1]
+    scores = (k @ q[..., None]).transpose(-1, -2)  # keys first: the same products, read faster
     weights = F.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
     return (weights @ v)[:, :, 0]
+
+
+def _attend_pairwise(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """As `_attend`, number by number: the keys that a wider call adds have the weight 0, which changes no sum."""
+    scores = _sum(k * q[:, :, None], 3).masked_fill_(hidden[:, :, 0], float("-inf"))  # (S, H, W)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return _sum(weights[..., None] * v, 2) / _sum(weights, 2)[..., None]
+
+
+def _sum(x: Tensor, dim: int) -> Tensor:
+    """The sum over a dimension: of neighbours two by two, then of these sums, and so on."""
+    while (size := x.shape[dim]) > 1:
+        if size % 2:
+            x = torch.cat([x, torch.zeros_like(x.narrow(dim, 0, 1))], dim)
+        first, second = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
+        x = first + second
+    return x.squeeze(dim)
 
 
 def round_up(size: int) -> int:

@@ -94,6 +94,7 @@ def compile_flags() -> list[str]:
     if capability is _CAPABILITY_FLAGS["AVX512"]:
         more += ["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []
         more += ["-mavx512vnni"] if torch.cpu._is_vnni_supported() else []
+        more += ["-mamx-tile", "-mamx-bf16"] if torch.cpu._is_amx_tile_supported() else []
     return [*_FLAGS, *capability, *more, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 
 

@@ -295,7 +295,8 @@ class Int8Pages {
       sum = sum + whole;
       fours.put(v * LANES, whole);
     }
-    const float before = std::exp(running.largest[i] - now), after = std::exp(largest - now);
+    const float other = std::exp(-std::abs(largest - running.largest[i]));  // one of the two is 1, as long as there is no NaN
+    const float before = largest > running.largest[i] ? other : 1.0f, after = largest > running.largest[i] ? 1.0f : other;
     running.largest[i] = now;
     running.total[i] = running.total[i] * before + sum_of(total) * after;
     weights.sums[i] = static_cast<int32_t>(sum_of(sum));

@@ -5,12 +5,12 @@
 //
 //     weight    (out, in)              float32 or bfloat16
 //     packed    (panels, in, COLUMNS)  the columns of W^T in panels of COLUMNS, zeros after the last; in bfloat16 two rows of W^T
-//                                      stand interleaved (in is rounded up to an even number)
+//                                      stand interleaved (in is rounded up to a multiple of 2, with AMX of 32)
 //     x         (N, in)                y and residual (N, out), bias (out,) float32
 //
 // A number of y is a sum over the inputs 0, 1, 2, ... by fused multiply-add in float32 (in bfloat16 by the CPU's dot product of
-// pairs), then bias, activation or residual, and is rounded once: it depends on its row of x alone, whatever the number of rows
-// and threads. bfloat16 needs AVX512_BF16: `has_bfloat16` says whether it is there.
+// pairs, or by its product of matrices, AMX, 32 inputs a time), then bias, activation or residual, and is rounded once: it depends on
+// its row of x alone, whatever the number of rows and threads. bfloat16 needs AVX512_BF16: `has_bfloat16` says whether it is there.
 //
 // A panel comes from memory once for each ROWS_AT_ONCE rows. While a thread works on one, it asks for the next one of its own; the
 // hardware does not look so far ahead, and at 64 rows waiting for weights would take a sixth of the time.
@@ -19,6 +19,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <optional>
 #include <string>
@@ -45,6 +49,11 @@ constexpr int64_t SMALL = 1 << 18;             // multiplications that are not w
 constexpr bool HAS_BFLOAT16 = true;
 #else
 constexpr bool HAS_BFLOAT16 = false;
+#endif
+#ifdef __AMX_BF16__
+constexpr int64_t BFLOAT16_INPUTS = 32;  // that a sum in bfloat16 takes at a time
+#else
+constexpr int64_t BFLOAT16_INPUTS = 2;
 #endif
 
 // One step of a sum: DEPTH inputs at a time.
@@ -208,6 +217,77 @@ inline void multiply_rows(int64_t rows, const T* x, int64_t in, const T* panel, 
   multiply<T, M>(x, in, panel, ahead, ending);
 }
 
+#ifdef __AMX_BF16__
+constexpr int64_t AMX_ROWS = 16, AMX_BYTES = 64;  // the most that a register holds
+
+// Whether the system lets this process use AMX; it wants to be asked.
+bool may_use_amx() {
+  constexpr int ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+  return granted;
+}
+
+// Up to 2 * AMX_ROWS rows of x times one panel: two registers of x of one height, with a row in common where the number is odd, by
+// the three of the panel. Asks for `lines` lines of `ahead` at each step.
+void multiply_amx(int64_t rows, const at::BFloat16* x, int64_t in, const at::BFloat16* panel, const char* ahead, int64_t lines,
+                  const Ending<at::BFloat16>& ending) {
+  static_assert(VECTORS == 3 && LANES * 4 == AMX_BYTES);
+  const int64_t height = (rows + 1) / 2, second = rows - height;
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } shapes;
+  for (int i = 0; i < 8; i++) {  // 0 to 5 sum, 6 is of x, 7 of the panel
+    shapes.bytes[i] = AMX_BYTES;
+    shapes.rows[i] = static_cast<uint8_t>(i == 7 ? AMX_ROWS : height);
+  }
+  _tile_loadconfig(&shapes);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  const int64_t stride = in * 2, panel_stride = COLUMNS * 4;
+  for (int64_t k = 0; k < in; k += BFLOAT16_INPUTS, panel += COLUMNS * BFLOAT16_INPUTS) {
+    for (int64_t i = 0; i < lines; i++, ahead += CACHE_LINE) __builtin_prefetch(ahead, 0, 2);
+    const at::BFloat16 *low = x + k, *high = x + second * in + k;
+    _tile_loadd(7, panel, panel_stride);
+    _tile_loadd(6, low, stride);
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_loadd(6, high, stride);
+    _tile_dpbf16ps(3, 6, 7);
+    _tile_loadd(7, panel + 2 * LANES, panel_stride);
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_loadd(6, low, stride);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_loadd(7, panel + 4 * LANES, panel_stride);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_loadd(6, high, stride);
+    _tile_dpbf16ps(5, 6, 7);
+  }
+  alignas(64) float sums[2][AMX_ROWS][COLUMNS];
+  _tile_stored(0, sums[0][0], panel_stride);
+  _tile_stored(1, sums[0][0] + LANES, panel_stride);
+  _tile_stored(2, sums[0][0] + 2 * LANES, panel_stride);
+  _tile_stored(3, sums[1][0], panel_stride);
+  _tile_stored(4, sums[1][0] + LANES, panel_stride);
+  _tile_stored(5, sums[1][0] + 2 * LANES, panel_stride);
+  _tile_release();
+  for (int64_t row = 0; row < rows; row++) {
+    const float* of_row = row < height ? sums[0][row] : sums[1][row - second];
+    Vec numbers[VECTORS];
+    for (int v = 0; v < VECTORS; v++) numbers[v] = Vec::loadu(of_row + v * LANES);
+    if (ending.columns == COLUMNS) {
+      ending.template finish<true>(row, numbers);
+    } else {
+      ending.template finish<false>(row, numbers);
+    }
+  }
+}
+#endif
+
 template <class T>
 void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const T* residual, Activation activation, at::Tensor& y) {
   const int64_t rows = x.size(0), in = x.size(1), panels = packed.size(0), out = y.size(1), panel_size = in * COLUMNS;
@@ -215,22 +295,38 @@ void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const
   T* outputs = y.data_ptr<T>();
   // chunks of about equal size: a small one would wait for its weights
   const int64_t chunks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, items = chunks * panels;
-  const int64_t chunk_rows = ((rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
+#ifdef __AMX_BF16__
+  const bool amx = std::is_same_v<T, at::BFloat16> && may_use_amx();
+  const int64_t tile_rows = amx ? 2 * AMX_ROWS : ROWS, depth = amx ? BFLOAT16_INPUTS : Step<T>::DEPTH;
+#else
+  const int64_t tile_rows = ROWS, depth = Step<T>::DEPTH;
+#endif
+  const int64_t chunk_rows = ((rows + chunks - 1) / chunks + tile_rows - 1) / tile_rows * tile_rows;
   const int64_t threads = rows * in * out < SMALL ? 1 : at::get_num_threads();
   const auto work = [&](int64_t item) {
     const int64_t chunk = item / panels, panel = item % panels, column = panel * COLUMNS;
     const int64_t first = std::min(rows, chunk * chunk_rows), last = std::min(rows, first + chunk_rows);
     // the panel that this thread is likely to take next, a slice of it for each tile
     const char* next = reinterpret_cast<const char*>(weights + std::min(panel + threads, panels - 1) * panel_size);
-    const int64_t lines = panel_size * static_cast<int64_t>(sizeof(T)) / CACHE_LINE, tiles = (last - first + ROWS - 1) / ROWS;
-    const int64_t slice = std::min((lines + tiles - 1) / tiles, in / Step<T>::DEPTH) * CACHE_LINE;
+    const int64_t lines = panel_size * static_cast<int64_t>(sizeof(T)) / CACHE_LINE, tiles = (last - first + tile_rows - 1) / tile_rows;
+    const int64_t steps = in / depth, share = (lines + tiles - 1) / tiles, a_step = depth > 2 ? (share + steps - 1) / steps : 1;
+    const int64_t slice = std::min(share, steps * a_step) * CACHE_LINE;
     for (int64_t tile = 0; tile < tiles; tile++) {
       // of about equal size, too: a few rows alone take longer than as many more of a large one
       const int64_t row = first + (last - first) * tile / tiles, end = first + (last - first) * (tile + 1) / tiles;
       const int64_t at = row * out + column;
       const Ending<T> ending{bias == nullptr ? nullptr : bias + column, residual == nullptr ? nullptr : residual + at, outputs + at, out,
                              std::min(COLUMNS, out - column), activation};
-      multiply_rows<T>(end - row, inputs + row * in, in, weights + panel * panel_size, next + tile * slice, ending);
+      const T *x_of_tile = inputs + row * in, *panel_of_item = weights + panel * panel_size;
+#ifdef __AMX_BF16__
+      if constexpr (std::is_same_v<T, at::BFloat16>) {
+        if (amx) {
+          multiply_amx(end - row, x_of_tile, in, panel_of_item, next + tile * slice, a_step, ending);
+          continue;
+        }
+      }
+#endif
+      multiply_rows<T>(end - row, x_of_tile, in, panel_of_item, next + tile * slice, ending);
     }
   };
   if (threads == 1) {
@@ -242,8 +338,8 @@ void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, const std::optional<at::Tensor>& bias,
                   const std::optional<at::Tensor>& residual, std::string activation) {
-  const int64_t missing = x.dim() == 2 && packed.dim() == 3 ? packed.size(1) - x.size(1) : -1;  // an odd number of inputs in bfloat16
-  TORCH_CHECK((missing == 0 || (missing == 1 && x.scalar_type() == at::kBFloat16)) && packed.size(2) == COLUMNS &&
+  const int64_t missing = x.dim() == 2 && packed.dim() == 3 ? packed.size(1) - x.size(1) : -1;  // inputs that were rounded up, in bfloat16
+  TORCH_CHECK((missing == 0 || (missing > 0 && missing < BFLOAT16_INPUTS && x.scalar_type() == at::kBFloat16)) && packed.size(2) == COLUMNS &&
                   packed.size(0) == (out_features + COLUMNS - 1) / COLUMNS,
               "linear: the shapes do not fit each other");
   TORCH_CHECK(x.scalar_type() == packed.scalar_type() && (x.scalar_type() == at::kFloat || HAS_BFLOAT16), "linear: the types do not fit");
@@ -280,12 +376,12 @@ at::Tensor pack(const at::Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "pack: a contiguous matrix is needed");
   const bool wide = weight.scalar_type() == at::kFloat;
   TORCH_CHECK(wide || (HAS_BFLOAT16 && weight.scalar_type() == at::kBFloat16), "pack: float32, or bfloat16 where the CPU computes in it");
-  const int64_t depth = wide ? 1 : 2, in = (weight.size(1) + depth - 1) / depth * depth;
+  const int64_t multiple = wide ? 1 : BFLOAT16_INPUTS, in = (weight.size(1) + multiple - 1) / multiple * multiple;
   at::Tensor packed = at::zeros({(weight.size(0) + COLUMNS - 1) / COLUMNS, in, COLUMNS}, weight.options());
   if (wide) {
-    fill<float>(weight, depth, packed);
+    fill<float>(weight, 1, packed);
   } else {
-    fill<at::BFloat16>(weight, depth, packed);
+    fill<at::BFloat16>(weight, 2, packed);
   }
   return packed;
 }
