@@ -51,29 +51,26 @@ class NumericsReport:
 @torch.inference_mode()
 def check_numerics(model: GPT) -> NumericsReport:
     """Check the network on its device, and leave it with the fastest products and row plan that pass; with the fastest if none does."""
-    model.products = "matmul"
-    attention = _attention_probe(model)
-    if attention.failures and model.attention == "padded":
-        model.products = "pairwise"
-        if (again := _attention_probe(model)).failures:
-            model.products = "matmul"
-        else:
-            attention = again
-    for plan in model.row_plans:
-        model.use_rows(plan)
-        probe = _Probe()
-        _check_linears(model, probe)
-        if not probe.failures:
-            _check_network(model, probe)
-        if not probe.failures:
-            break
-    else:
-        model.use_rows(model.row_plans[0])
-        probe = _Probe()
-        _check_linears(model, probe)
-        _check_network(model, probe)
-    failures = (*probe.failures, *attention.failures)
-    return NumericsReport(failures=failures, row_plan=model.row_plan_name, probe_digest=probe.digest.hexdigest())
+    for products in model.products_to_try:
+        model.products = products
+        attention = _Probe()
+        _check_attention(model, attention)
+        if attention.failures:
+            continue
+        for plan in model.row_plans:
+            model.use_rows(plan)
+            probe = _Probe()
+            _check_linears(model, probe)
+            if not probe.failures:
+                _check_network(model, probe)
+            if not probe.failures:
+                return _report(model, probe)
+    model.products = model.products_to_try[0]
+    model.use_rows(model.row_plans[0])
+    probe = _Probe()
+    for check in (_check_linears, _check_network, _check_attention):
+        check(model, probe)
+    return _report(model, probe)
 
 
 class _Probe:
@@ -86,6 +83,10 @@ class _Probe:
     def expect(self, what: str, bits: Tensor, expected: Tensor) -> None:
         if not torch.equal(bits, expected) and what not in self.failures:
             self.failures.append(what)
+
+
+def _report(model: GPT, probe: _Probe) -> NumericsReport:
+    return NumericsReport(failures=tuple(probe.failures), row_plan=model.row_plan_name, probe_digest=probe.digest.hexdigest())
 
 
 def _check_network(model: GPT, probe: _Probe) -> None:
@@ -187,12 +188,11 @@ def _failures_of(linear: Linear, name: str, count: int, model: GPT) -> list[str]
     return failures
 
 
-def _attention_probe(model: GPT) -> _Probe:
+def _check_attention(model: GPT, probe: _Probe) -> None:
     """One layer over as long a context as may be, in one call, against some of its positions in other calls.
 
     Both slots hold the same tokens, so that a position has one right answer. A call may take positions again.
     """
-    probe = _Probe()
     count = min(ATTENTION_POSITIONS, model.config.n_positions)
     qkv = _numbers((count, 3 * model.config.n_embd), model)
     cache = model.new_cache(2)
@@ -211,7 +211,6 @@ def _attention_probe(model: GPT) -> _Probe:
         if model.device.type == "cpu":
             with use_threads(1):
                 probe.expect(f"attention {what} with one thread", attend(slots, positions), expected[positions])
-    return probe
 
 
 def _token_ids(sequence: int, count: int, vocab_size: int) -> list[int]:

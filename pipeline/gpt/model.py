@@ -190,6 +190,11 @@ class GPT(nn.Module):
         return self.attention == "ragged"
 
     @property
+    def products_to_try(self) -> tuple[Products, ...]:
+        """How its attention may compute, from the fastest to the surest."""
+        return ("matmul", "pairwise") if self.attention == "padded" else ("matmul",)
+
+    @property
     def row_plans(self) -> tuple[RowPlan, ...]:
         """At which row counts its linears may run, from the fastest to the surest."""
         ours = self.linear_kind in ("native", "native_float32")
