@@ -53,11 +53,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="PROGRAM:WORKLOAD", help="pairs that take too long")
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: gptbatch and transformers alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("out/bench"), help="for the models and the workloads")
     parser.add_argument("--chart", type=Path, help="PNG of the results")
     args = parser.parse_args()
+    if args.device == "cuda" and (args.peers or set(args.programs) & set(ENVIRONMENTS)):
+        parser.error("--device cuda is for gptbatch and transformers alone")
     found = [name for name in PEERS if not args.only and args.peers and (args.peers / name / "bin" / "python").exists()]
     programs = list(dict.fromkeys([*args.programs, *found]))
     if args.chart:
@@ -87,7 +90,7 @@ def main() -> None:
             say(results[-len(seconds) :], seconds)
     import torch
 
-    machine = describe_machine(torch.device("cpu")) | {"threads": args.threads, "shape": args.shape}
+    machine = describe_machine(torch.device(args.device)) | {"threads": args.threads, "shape": args.shape}
     print(json.dumps({"machine": machine, "repeats": args.repeats, "results": results}), flush=True)
     if args.chart:
         draw_comparison(results, args.chart, title=f"{args.shape}, random weights, {args.threads} threads of {machine['machine']}")
@@ -127,7 +130,8 @@ class Runner:
 
     def __init__(self, program: str, model: Path, workload: Path, dtype: str, args: argparse.Namespace) -> None:
         python = args.peers / ENVIRONMENTS[program] / "bin" / "python" if program in ENVIRONMENTS else sys.executable
-        command = [python, HERE / "runner.py", program, model, workload, "--dtype", dtype, "--threads", str(args.threads)]
+        command = [python, HERE / "runner.py", program, model, workload, "--dtype", dtype]
+        command += ["--device", args.device, "--threads", str(args.threads)]
         if workload.stem == "shared_prefix":
             command.append("--share")
         self.process = subprocess.Popen(

@@ -42,8 +42,8 @@ def gptbatch(args: argparse.Namespace, cache_dtype: Literal["auto", "int8"] = "a
 
     checkpoint = find_checkpoint(args.model, revision=None, allow_pickle=False)
     config = parse_config(checkpoint.config, args.model)
-    settings = EngineConfig(device="cpu", dtype=args.dtype, cache_dtype=cache_dtype, threads=args.threads)
-    network = load_network(checkpoint, config, settings, torch.device("cpu"), numerics="exact")
+    settings = EngineConfig(device=args.device, dtype=args.dtype, cache_dtype=cache_dtype, threads=args.threads)
+    network = load_network(checkpoint, config, settings, torch.device(args.device), numerics="exact")
     engine = Engine(model=network.model, batch_size=ROWS_AT_A_TIME, end_of_text=None, memory_bytes=network.cache_memory_bytes(MEMORY_GIB))
 
     def generate(rows: Rows) -> None:
@@ -64,7 +64,7 @@ def transformers(args: argparse.Namespace) -> tuple[Generate, str]:
     from transformers import GPT2LMHeadModel
 
     torch.set_num_threads(args.threads)
-    model = GPT2LMHeadModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    model = GPT2LMHeadModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval().to(args.device)
 
     @torch.inference_mode()
     def generate(rows: Rows) -> None:
@@ -78,9 +78,9 @@ def transformers(args: argparse.Namespace) -> tuple[Generate, str]:
                 count = len(row["prompt_token_ids"])
                 idx[i, -count:], mask[i, -count:] = torch.tensor(row["prompt_token_ids"]), 1
             new = max(row["max_new_tokens"] for row in batch)
-            model.generate(  # type: ignore[misc]
-                idx,
-                attention_mask=mask,
+            tokens = model.generate(  # type: ignore[misc]
+                idx.to(args.device),
+                attention_mask=mask.to(args.device),
                 min_new_tokens=new,
                 max_new_tokens=new,
                 do_sample=True,
@@ -88,6 +88,7 @@ def transformers(args: argparse.Namespace) -> tuple[Generate, str]:
                 top_k=TOP_K,
                 pad_token_id=0,
             )
+            tokens.cpu()  # a GPU may still be at work
 
     return generate, f"transformers {version('transformers')}, torch {torch.__version__}"
 
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("workload", type=Path)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of gptbatch and transformers")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--share", action="store_true", help="let the program share prefixes, where that is a choice")
     args = parser.parse_args()
