@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
+from pipeline.bench.networks import write_random_checkpoint
 from pipeline.config import EngineConfig
-from pipeline.data.bundled import locate
 from pipeline.data.checkpoint import find_checkpoint
 from pipeline.data.tokenizer import PromptTokenizer
 from pipeline.generation.engine import Engine
@@ -48,9 +46,7 @@ def main() -> None:
     engine_s: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config()).save_pretrained(work / "model")
-        shutil.copy(Path(locate("bundled:demo/model")) / "tokenizer.json", work / "model")
+        write_random_checkpoint(work / "model")
         rows = (json.dumps({"id": f"row-{i}", "prompt": f"{i}{PROMPT}"}) + "\n" for i in range(args.rows))
         (work / "prompts.jsonl").write_text("".join(rows), encoding="utf-8")
         alone = engine_alone(work / "model", args)

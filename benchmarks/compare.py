@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -36,7 +35,6 @@ from pipeline.bench.chart import check_matplotlib, draw_comparison
 from pipeline.bench.machine import describe_machine
 from pipeline.bench.shapes import SHAPES
 from pipeline.bench.workloads import WORKLOADS, make_workload
-from pipeline.data.bundled import locate
 
 HERE = Path(__file__).parent
 OURS = ["gptbatch", "gptbatch-int8-cache", "transformers"]  # in this environment
@@ -179,14 +177,10 @@ def make_model(program: str, args: argparse.Namespace) -> Path:
     """The folder of the model that a program reads; made where it is not there."""
     folder: Path = args.folder / args.shape
     if not (folder / "model.safetensors").exists():
-        import torch
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from pipeline.bench.networks import write_random_checkpoint
 
-        torch.manual_seed(0)
         n_layer, n_head, n_embd = SHAPES[args.shape]
-        GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json"):  # never used, but looked for
-            shutil.copy(Path(locate("bundled:demo/model")) / name, folder / name)
+        write_random_checkpoint(folder, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     if not program.startswith("openvino"):
         return folder
     exported: Path = args.folder / f"{args.shape}-openvino"

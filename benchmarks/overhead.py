@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -21,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline import JobConfig, run_job
+from pipeline.bench.networks import write_random_checkpoint
 from pipeline.data.attempts import Attempts
-from pipeline.data.bundled import locate
 from pipeline.data.output_folder import OutputFolder
 from pipeline.data.parts import PartWriter
 from pipeline.data.progress_file import ProgressFile
@@ -33,9 +31,9 @@ from pipeline.data.prompts import PromptReader
 from pipeline.data.tokenizer import PromptTokenizer
 from pipeline.generation.engine import Engine
 
-TINY = GPT2Config(n_layer=1, n_head=1, n_embd=16, n_positions=64, vocab_size=1024, bos_token_id=0, eos_token_id=0)
+TINY = {"n_layer": 1, "n_head": 1, "n_embd": 16, "n_positions": 64, "vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 0}
 SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": {"config": GPT2Config(), "prompt": " the" * 32, "new_tokens": 128},
+    "gpt2": {"config": {}, "prompt": " the" * 32, "new_tokens": 128},
     "tiny": {"config": TINY, "prompt": " the", "new_tokens": 4},
 }
 # stages of durability, and others that run beside the network
@@ -121,9 +119,7 @@ def main() -> None:
     clock.watch_steps(Engine, "generate", "network and sampling")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        torch.manual_seed(0)
-        GPT2LMHeadModel(shape["config"]).save_pretrained(work / "model")
-        shutil.copy(Path(locate("bundled:demo/model")) / "tokenizer.json", work / "model")
+        write_random_checkpoint(work / "model", **shape["config"])
         with (work / "prompts.jsonl").open("w") as file:
             for index in range(args.rows):
                 file.write(json.dumps({"id": f"row-{index}", "prompt": shape["prompt"]}) + "\n")

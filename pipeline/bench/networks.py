@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
+from pipeline.data.bundled import locate
 from pipeline.gpt.attention import Backend
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import Linear
@@ -21,3 +26,13 @@ def random_network(config: GPTConfig, *, attention: Backend, dtype: torch.dtype,
     model = model.to(device=device, dtype=dtype)
     model.pack()
     return model
+
+
+def write_random_checkpoint(folder: Path, **config: Any) -> None:
+    """The same in files, as transformers initialises and writes them; config: settings of its GPT2Config. The tokenizer is the demo's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**config)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(locate("bundled:demo/model")) / name, folder)

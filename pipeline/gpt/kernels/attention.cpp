@@ -74,8 +74,9 @@ void run(const at::Tensor& qkv, at::Tensor& cache, const at::Tensor& pages, cons
   const auto attend = [&]<int Q>(std::integral_constant<int, Q>, int64_t t, int64_t h, const void* next) {
     mixed.resize(Q * depth);
     float totals[Q];
-    pages_of(t, h).template attend<Q>(x + t * 3 * width + h * head_size, 3 * width, head_size, static_cast<float>(scale), position[t] + 1, next,
-                                      mixed.data(), totals, scratch);
+    const T* query = x + t * 3 * width + h * head_size;
+    pages_of(t, h).template attend<Q>(query, 3 * width, head_size, static_cast<float>(scale), position[t] + 1, next, mixed.data(), totals,
+                                      scratch);
     for (int i = 0; i < Q; i++) {
       const Vec factor(1.0f / totals[i]);
       for (int64_t d = 0; d < head_size; d += 2 * LANES) {

@@ -21,20 +21,25 @@
 
 namespace gptbatch {
 
-// LANES int32, as the compiler's own type: + and - and * go lane by lane and wrap around.
-typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+// LANES whole numbers, as the compiler's own type: + and - and * go lane by lane. Sums may wrap around on the way to a total that fits.
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
 
 constexpr int32_t STEPS = 127, FINE_STEPS = 127 * 257;  // 127 * 257 is the most that two bytes with a sign hold, 127 in each
 constexpr float LEAST = 1e-30f;                         // where the largest is below, all is 0
 
-inline Ints load_ints(const void* from) {
-  Ints ints;
-  std::memcpy(&ints, from, sizeof(ints));
-  return ints;
+inline Words load_words(const void* from) {
+  Words words;
+  std::memcpy(&words, from, sizeof(words));
+  return words;
 }
 
-inline Ints all_lanes(int32_t word) {
-  return Ints{} + word;
+inline Words all_lanes(int32_t word) {
+  return Words{} + static_cast<uint32_t>(word);
+}
+
+// A whole number as such, NaN as 0: what is made of that becomes NaN by its scale.
+inline int32_t whole_of(float number) {
+  return number == number ? static_cast<int32_t>(number) : 0;
 }
 
 // Whole numbers of up to FINE_STEPS, four at a time in two words, as `add_products` needs them. The dot product of four bytes takes
@@ -55,7 +60,7 @@ struct Fours {
     numbers.store(whole);
     for (int64_t j = 0; j < LANES; j += 4) {
       const auto pair = [&](int64_t a, int64_t b) {
-        return (static_cast<int32_t>(whole[b]) << 16) | (static_cast<int32_t>(whole[a]) & 0xFFFF);
+        return static_cast<int32_t>(static_cast<uint32_t>(whole_of(whole[b])) << 16) | (whole_of(whole[a]) & 0xFFFF);
       };
       first[(i + j) / 4] = pair(j, j + 2);
       second[(i + j) / 4] = pair(j + 1, j + 3);
@@ -66,12 +71,12 @@ struct Fours {
 
 // The sums of products of bytes with Fours, four of each lane a time.
 struct Sums {
-  Ints first, second;
+  Words first, second;
 
-  void add_products(const Ints& bytes, const Ints& four_first, const Ints& four_second) {
+  void add_products(const Words& bytes, const Words& four_first, const Words& four_second) {
 #ifdef __AVX512VNNI__
-    first = (Ints)_mm512_dpbusd_epi32((__m512i)first, (__m512i)bytes, (__m512i)four_first);
-    second = (Ints)_mm512_dpbusd_epi32((__m512i)second, (__m512i)bytes, (__m512i)four_second);
+    first = (Words)_mm512_dpbusd_epi32((__m512i)first, (__m512i)bytes, (__m512i)four_first);
+    second = (Words)_mm512_dpbusd_epi32((__m512i)second, (__m512i)bytes, (__m512i)four_second);
 #else
     first += products_of_pairs(bytes & 0x00FF00FF, four_first);
     second += products_of_pairs((bytes >> 8) & 0x00FF00FF, four_second);
@@ -81,9 +86,9 @@ struct Sums {
   // The sums of the int8 times the numbers; the bytes are 128 more, which makes 128 times the sum of the numbers.
   Vec total(int32_t sum_of_numbers) const {
 #ifdef __AVX512VNNI__
-    const Ints all = first * 256 + second - 128 * sum_of_numbers;
+    const Words all = first * 256 + second - 128 * static_cast<uint32_t>(sum_of_numbers);
 #else
-    const Ints all = first + second - 128 * sum_of_numbers;
+    const Words all = first + second - 128 * static_cast<uint32_t>(sum_of_numbers);
 #endif
 #if defined(CPU_CAPABILITY_AVX512)
     return _mm512_cvtepi32_ps((__m512i)all);
@@ -91,19 +96,22 @@ struct Sums {
     return _mm256_cvtepi32_ps((__m256i)all);
 #else
     float numbers[LANES];
-    for (int64_t i = 0; i < LANES; i++) numbers[i] = static_cast<float>(all[i]);
+    for (int64_t i = 0; i < LANES; i++) numbers[i] = static_cast<float>(static_cast<int32_t>(all[i]));
     return Vec::loadu(numbers);
 #endif
   }
 
  private:
-  static Ints products_of_pairs(const Ints& a, const Ints& b) {
+  static Words products_of_pairs(const Words& a, const Words& b) {
 #if defined(CPU_CAPABILITY_AVX512)
-    return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+    return (Words)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(CPU_CAPABILITY_AVX2)
-    return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    return (Words)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
-    return (a & 0xFFFF) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);  // those of a have no sign
+    const auto with_sign = [](uint32_t half) { return static_cast<uint32_t>(static_cast<int16_t>(half)); };
+    Words sums;
+    for (int64_t i = 0; i < LANES; i++) sums[i] = (a[i] & 0xFFFF) * with_sign(b[i]) + (a[i] >> 16) * with_sign(b[i] >> 16);
+    return sums;
 #endif
   }
 };
@@ -153,8 +161,8 @@ class Int8Pages {
   // Q queries at consecutive positions, the first of which sees first_count keys: mixed (Q, depth) and totals (Q,), which divide it.
   // next: pages that are read after this.
   template <int Q>
-  void attend(const T* q, int64_t q_stride, int64_t head_size, float scale, int64_t first_count, const void* next, float* mixed, float* totals,
-              Scratch& scratch) const {
+  void attend(const T* q, int64_t q_stride, int64_t head_size, float scale, int64_t first_count, const void* next, float* mixed,
+              float* totals, Scratch& scratch) const {
     scratch.numbers.resize(depth_);
     scratch.words.resize(Q * depth_ / 2);
     float* whole = scratch.numbers.data();
@@ -172,7 +180,7 @@ class Int8Pages {
         sum = sum + numbers;
       }
       queries.fours[i] = fours;
-      queries.sums[i] = static_cast<int32_t>(sum_of(sum));
+      queries.sums[i] = whole_of(sum_of(sum));
     }
     std::fill(mixed, mixed + Q * depth_, 0.0f);
     Running<Q> running;
@@ -214,7 +222,7 @@ class Int8Pages {
     float steps[Q], before[Q];
   };
 
-  static uint8_t byte_of(float whole) { return static_cast<uint8_t>(static_cast<int32_t>(whole) + 128); }
+  static uint8_t byte_of(float whole) { return static_cast<uint8_t>(whole_of(whole) + 128); }
 
   uint8_t* keys(int64_t i) const { return cache_ + pages_[i] * page_numbers(depth_); }
   uint8_t* values(int64_t i) const { return keys(i) + SIZE * (depth_ + SCALE_BYTES); }
@@ -233,7 +241,7 @@ class Int8Pages {
     mix<Q>(page, weights, (seen + 3) / 4, mixed);
   }
 
-  // All of a page at once: a CPU drops what is asked for while too much is on its way, which this is not, as long as it has something to do.
+  // Asks for all of a page at once, just before the weighing, which reads little: amid the loads of the products some CPUs drop requests.
   void prefetch(const void* page) const {
     if (page == nullptr) return;
     for (int64_t i = 0; i < page_numbers(depth_); i += CACHE_LINE) __builtin_prefetch(static_cast<const char*>(page) + i);
@@ -245,12 +253,12 @@ class Int8Pages {
     for (int64_t v = 0; v < VECTORS; v += N) {
       const uint8_t* from = keys(page) + v * LANES * 4;
       Sums sums[Q][N];
-      unroll<Q>([&](auto q) { unroll<N>([&](auto n) { sums[q][n] = {Ints{}, Ints{}}; }); });
+      unroll<Q>([&](auto q) { unroll<N>([&](auto n) { sums[q][n] = {Words{}, Words{}}; }); });
       for (int64_t j = 0; j < depth_ / 4; j++, from += SIZE * 4) {
-        Ints bytes[N];
-        unroll<N>([&](auto n) { bytes[n] = load_ints(from + n * LANES * 4); });
+        Words bytes[N];
+        unroll<N>([&](auto n) { bytes[n] = load_words(from + n * LANES * 4); });
         unroll<Q>([&](auto q) {
-          const Ints first = all_lanes(queries.fours[q].first[j]), second = all_lanes(queries.fours[q].second[j]);
+          const Words first = all_lanes(queries.fours[q].first[j]), second = all_lanes(queries.fours[q].second[j]);
           unroll<N>([&](auto n) { sums[q][n].add_products(bytes[n], first, second); });
         });
       }
@@ -299,7 +307,7 @@ class Int8Pages {
     const float before = largest > running.largest[i] ? other : 1.0f, after = largest > running.largest[i] ? 1.0f : other;
     running.largest[i] = now;
     running.total[i] = running.total[i] * before + sum_of(total) * after;
-    weights.sums[i] = static_cast<int32_t>(sum_of(sum));
+    weights.sums[i] = whole_of(sum_of(sum));
     weights.steps[i] = after * (largest_scale / FINE_STEPS);
     weights.before[i] = before;
   }
@@ -316,13 +324,13 @@ class Int8Pages {
   template <int Q, int N>
   FLAT void mix_columns(int64_t page, const Weights<Q>& weights, int64_t n_fours, int64_t d0, float* mixed) const {
     Sums sums[Q][N];
-    unroll<Q>([&](auto q) { unroll<N>([&](auto n) { sums[q][n] = {Ints{}, Ints{}}; }); });
+    unroll<Q>([&](auto q) { unroll<N>([&](auto n) { sums[q][n] = {Words{}, Words{}}; }); });
     const uint8_t* from = values(page) + d0 * 4;
     for (int64_t j = 0; j < n_fours; j++, from += depth_ * 4) {
-      Ints bytes[N];
-      unroll<N>([&](auto n) { bytes[n] = load_ints(from + n * LANES * 4); });
+      Words bytes[N];
+      unroll<N>([&](auto n) { bytes[n] = load_words(from + n * LANES * 4); });
       unroll<Q>([&](auto q) {
-        const Ints first = all_lanes(weights.first[q][j]), second = all_lanes(weights.second[q][j]);
+        const Words first = all_lanes(weights.first[q][j]), second = all_lanes(weights.second[q][j]);
         unroll<N>([&](auto n) { sums[q][n].add_products(bytes[n], first, second); });
       });
     }
