@@ -48,7 +48,7 @@ def main() -> None:
         report = check_numerics(models[name])
         check_s[name] = round(time.perf_counter() - began, 2)
         exact[name] = report.exact
-    assert exact["exact"]
+        assert report.exact or name == "padded", report.failures
 
     def tokens_per_s(model: GPT, repeat: int) -> float:
         engine = Engine(model=model, batch_size=args.rows, end_of_text=None)

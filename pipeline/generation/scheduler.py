@@ -19,7 +19,7 @@ from pipeline.gpt.pages import Slots
 from pipeline.records import RowError, StopReason, TokenizedPrompt
 
 LEAST_PREFILL_TOKENS = 32  # of a step, however many sequences decode: new ones must come in
-CHUNK_MULTIPLE = 16  # of a prefill that does not end in this step: what attention computes together
+CHUNK_MULTIPLE = 16  # of a prefill that does not end in this step: attention takes four queries at a time
 MOST_PASSES = 4  # times the slots: rows that may be admitted before one that waits
 
 

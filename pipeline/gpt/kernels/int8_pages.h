@@ -8,7 +8,7 @@
 //     value scales  (64,)
 //
 // An int8 is the number times 127 / the largest of its head and position, rounded to the nearest, ties to even. A query is rounded
-// likewise, to whole numbers of up to FINE_STEPS, and so is the weight of each position times the scale of its value. Products
+// likewise, to whole numbers of up to FINE_STEPS, and so are the weights of a page, each times the scale of its value. Products
 // of whole numbers have whole sums, which no order changes; what is rounded in between, page by page, is one number of each.
 
 #pragma once
@@ -69,7 +69,7 @@ struct Fours {
   }
 };
 
-// The sums of products of bytes with Fours, four of each lane a time.
+// The sums of products of bytes with Fours, four of each lane a time; second is that of the lower bytes, where there are such.
 struct Sums {
   Words first, second;
 
@@ -78,8 +78,7 @@ struct Sums {
     first = (Words)_mm512_dpbusd_epi32((__m512i)first, (__m512i)bytes, (__m512i)four_first);
     second = (Words)_mm512_dpbusd_epi32((__m512i)second, (__m512i)bytes, (__m512i)four_second);
 #else
-    first += products_of_pairs(bytes & 0x00FF00FF, four_first);
-    second += products_of_pairs((bytes >> 8) & 0x00FF00FF, four_second);
+    first += products_of_pairs(bytes & 0x00FF00FF, four_first) + products_of_pairs((bytes >> 8) & 0x00FF00FF, four_second);
 #endif
   }
 
@@ -88,7 +87,7 @@ struct Sums {
 #ifdef __AVX512VNNI__
     const Words all = first * 256 + second - 128 * static_cast<uint32_t>(sum_of_numbers);
 #else
-    const Words all = first + second - 128 * static_cast<uint32_t>(sum_of_numbers);
+    const Words all = first - 128 * static_cast<uint32_t>(sum_of_numbers);
 #endif
 #if defined(CPU_CAPABILITY_AVX512)
     return _mm512_cvtepi32_ps((__m512i)all);
@@ -282,7 +281,7 @@ class Int8Pages {
       return;
     }
     constexpr float NEVER = -std::numeric_limits<float>::infinity();
-    Vec own[VECTORS], scale[VECTORS], top(NEVER), top_scale(0.0f);
+    Vec own[VECTORS], scale[VECTORS], top(NEVER);
     for (int v = 0; v < VECTORS; v++) {
       const int64_t here = count - v * LANES;
       own[v] = Vec::loadu(scores + v * LANES), scale[v] = Vec::loadu(scales + v * LANES);
@@ -291,24 +290,27 @@ class Int8Pages {
         scale[v] = Vec::set(Vec(0.0f), scale[v], std::max<int64_t>(here, 0));
       }
       top = at::vec::maximum(top, own[v]);
-      top_scale = at::vec::maximum(top_scale, scale[v]);
     }
-    const float largest = largest_of(top), largest_scale = largest_of(top_scale), now = std::max(largest, running.largest[i]);
-    const Vec factor(largest_scale >= LEAST ? FINE_STEPS / largest_scale : 0.0f);
-    Vec total(0.0f), sum(0.0f);
+    const float now = std::max(largest_of(top), running.largest[i]), nothing = now - now;  // 0, or NaN
+    Vec total(nothing), top_product(0.0f), sum(0.0f);
     for (int v = 0; v < VECTORS; v++) {
-      const Vec weight = (own[v] - Vec(largest)).exp_u20();
-      const Vec whole = (weight * (scale[v] * factor)).round();
+      const Vec weight = (own[v] - Vec(now)).exp_u20();
       total = total + weight;
+      own[v] = weight * scale[v];
+      top_product = at::vec::maximum(top_product, own[v]);
+    }
+    const float largest = largest_of(top_product);
+    const Vec factor(largest >= LEAST ? FINE_STEPS / largest : 0.0f);
+    for (int v = 0; v < VECTORS; v++) {
+      const Vec whole = (own[v] * factor).round();
       sum = sum + whole;
       fours.put(v * LANES, whole);
     }
-    const float other = std::exp(-std::abs(largest - running.largest[i]));  // one of the two is 1, as long as there is no NaN
-    const float before = largest > running.largest[i] ? other : 1.0f, after = largest > running.largest[i] ? 1.0f : other;
+    const float before = std::exp(running.largest[i] - now);
     running.largest[i] = now;
-    running.total[i] = running.total[i] * before + sum_of(total) * after;
+    running.total[i] = running.total[i] * before + sum_of(total);
     weights.sums[i] = whole_of(sum_of(sum));
-    weights.steps[i] = after * (largest_scale / FINE_STEPS);
+    weights.steps[i] = largest / FINE_STEPS;
     weights.before[i] = before;
   }
 

@@ -242,6 +242,7 @@ void multiply_amx(int64_t rows, const at::BFloat16* x, int64_t in, const at::BFl
     shapes.bytes[i] = AMX_BYTES;
     shapes.rows[i] = static_cast<uint8_t>(i == 7 ? AMX_ROWS : height);
   }
+  __asm__ volatile("" : : "r"(&shapes) : "memory");  // some compilers take it that just its first 8 bytes are read
   _tile_loadconfig(&shapes);
   _tile_zero(0);
   _tile_zero(1);
