@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.generation import reference
 from pipeline.generation.engine import Engine
 from pipeline.generation.scheduler import LEAST_PREFILL_TOKENS, MOST_PASSES, Scheduler
-from pipeline.gpt.cache_dtype import page_size_of
+from pipeline.gpt.cache_dtype import PAGE_SIZES
 from pipeline.gpt.model import GPT
 from pipeline.gpt.pages import IDLE_SHARE, PagePool, n_pages_of
 from pipeline.gpt.ragged import PagedCache
@@ -177,7 +177,7 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
         window_full="slide",
         step_tokens=rng.randint(1, 150),
         lookahead=rng.randrange(20),
-        memory_bytes=rng.randint(8, 60) * page_size_of(model.cache_dtype) * model.cache_bytes_a_token,
+        memory_bytes=rng.randint(8, 60) * PAGE_SIZES[model.cache_dtype] * model.cache_bytes_a_token,
     )
     for _ in range(2):  # the second time with what the first has left in the cache
         ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]

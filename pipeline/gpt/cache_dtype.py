@@ -20,13 +20,9 @@ CacheDtype = Literal["auto", "int8"]
 DEPTH_MULTIPLE = 32  # numbers of a head that are stored, rounded up to a multiple of this
 SCALE_BYTES = 4  # of a head of a token, with int8
 STEPS = 127
-PAGE_SIZES: dict[CacheDtype, int] = {"auto": 16, "int8": 64}  # positions of a page of the ragged cache
+# positions of a page of the ragged cache: sequences share prefixes, and take memory, in steps of so many
+PAGE_SIZES: dict[CacheDtype, int] = {"auto": 16, "int8": 64}
 LEAST = 1e-30  # where the largest is below, all is 0
-
-
-def page_size_of(cache_dtype: CacheDtype) -> int:
-    """Positions of a page of the ragged cache: sequences share prefixes, and take memory, in steps of so many."""
-    return PAGE_SIZES[cache_dtype]
 
 
 def bytes_a_head(config: GPTConfig, dtype: torch.dtype, cache_dtype: CacheDtype) -> int:

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from pipeline.gpt.attention import Attention, Backend, KVCache, most_slots, new_cache
-from pipeline.gpt.cache_dtype import CacheDtype, bytes_a_token, page_size_of
+from pipeline.gpt.cache_dtype import PAGE_SIZES, CacheDtype, bytes_a_token
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, RowPlan
 from pipeline.gpt.padded import Products
+from pipeline.gpt.pages import n_pages_of
 
 HEAD = "gptbatch::head"  # its name in a profile
 HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and the start-up check tries as many
@@ -100,8 +101,8 @@ class GPT(nn.Module):
 
     def capacity_of(self, lengths: Iterable[int]) -> int:
         """The capacity of a cache that has room for sequences of so many positions."""
-        size = page_size_of(self.cache_dtype)
-        return sum(-(-length // size) * size for length in lengths)
+        size = PAGE_SIZES[self.cache_dtype]
+        return sum(n_pages_of(length, size) * size for length in lengths)
 
     def most_slots(self, capacity: int | None) -> int | None:
         """See attention.most_slots."""

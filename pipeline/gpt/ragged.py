@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.gpt.cache_dtype import CacheDtype, bytes_a_head, page_size_of
+from pipeline.gpt.cache_dtype import PAGE_SIZES, CacheDtype, bytes_a_head
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import load_kernels
 from pipeline.gpt.pages import PagePool, n_pages_of
@@ -33,7 +33,7 @@ class PagedCache:
         assert device.type == "cpu"
         assert dtype in (torch.float32, torch.bfloat16)
         load_kernels()
-        size = page_size_of(cache_dtype)
+        size = PAGE_SIZES[cache_dtype]
         full = n_pages_of(config.n_positions, size)  # of one full context
         n_pages = n_slots * full if capacity is None else min(n_slots * full, max(full, capacity // size))
         self.pool = PagePool(n_slots, n_pages, size)

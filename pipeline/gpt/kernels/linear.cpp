@@ -27,29 +27,21 @@
 #include <optional>
 #include <string>
 
-#include "common.h"
+#include "ending.h"
 
 namespace {
 
 using namespace gptbatch;
 
-constexpr int VECTORS = 3;                     // of a panel's row, and
-constexpr int ROWS = LANES == 16 ? 8 : 4;      // rows of x: as many sums as there are registers for
-constexpr int64_t COLUMNS = VECTORS * LANES;
-constexpr int64_t ROWS_AT_ONCE = 256;          // of x, at most: they stay near while the panels pass by
-constexpr int64_t SMALL = 1 << 18;             // multiplications that are not worth waking the other threads for
-// As `unroll` of common.h, where a loop may call functions: without it sums leave their registers.
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
+constexpr int ROWS = LANES == 16 ? 8 : 4;  // of x, by a panel: as many sums as there are registers for
+constexpr int64_t ROWS_AT_ONCE = 256;      // of x, at most: they stay near while the panels pass by
+constexpr int64_t SMALL = 1 << 18;         // multiplications that are not worth waking the other threads for
 #ifdef __AVX512BF16__
 constexpr bool HAS_BFLOAT16 = true;
 #else
 constexpr bool HAS_BFLOAT16 = false;
 #endif
+constexpr int64_t AMX_ROWS = 16, AMX_BYTES = 64;  // the most that a register of AMX holds
 #ifdef __AMX_BF16__
 constexpr int64_t BFLOAT16_INPUTS = 32;  // that a sum in bfloat16 takes at a time
 #else
@@ -81,102 +73,6 @@ struct Step<at::BFloat16> {
   static Vec add(__m512i x, __m512i weights, const Vec& sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)weights); }
 };
 #endif
-
-enum class Activation { none, gelu_tanh, gelu, relu, silu, tanh };
-
-Activation parse(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "relu") return Activation::relu;
-  if (name == "silu") return Activation::silu;
-  TORCH_CHECK(name == "tanh", "linear: no activation ", name);
-  return Activation::tanh;
-}
-
-inline Vec logistic_product(const Vec& x, const Vec& of) { return x / (Vec(1.0f) + of.neg().exp_u20()); }  // x * logistic(of)
-
-inline Vec activate(Activation activation, const Vec& x) {
-  switch (activation) {
-    case Activation::none:
-      return x;
-    case Activation::gelu_tanh:  // 0.5 x (1 + tanh(z)) = x logistic(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
-      return logistic_product(x, Vec(1.5957691216057308f) * (x + Vec(0.044715f) * x * x * x));
-    case Activation::gelu:
-      return Vec(0.5f) * x * (Vec(1.0f) + (x * Vec(0.7071067811865476f)).erf());
-    case Activation::relu:
-      return at::vec::maximum(x, Vec(0.0f));
-    case Activation::silu:
-      return logistic_product(x, x);
-    default:
-      return x.tanh();
-  }
-}
-
-// What becomes of the sums: COLUMNS of them of each row, the first `columns` of which are real.
-template <class T>
-struct Ending {
-  const float* bias;  // of the panel's first column; null for none
-  const T* residual;  // of the tile's first number, as y; null for none
-  T* y;
-  int64_t stride, columns;
-  Activation activation;
-
-  // FULL: all columns are real.
-  template <bool FULL>
-  inline void finish(int64_t row, Vec (&sums)[VECTORS]) const {
-    Vec loaded[VECTORS];
-    if (residual != nullptr) read<FULL>(residual + row * stride, loaded);
-    UNROLL
-    for (int v = 0; v < VECTORS; v++) {
-      if (bias != nullptr) sums[v] = sums[v] + load<FULL>(bias + v * LANES, v);
-      if (activation != Activation::none) sums[v] = activate(activation, sums[v]);
-      if (residual != nullptr) sums[v] = sums[v] + loaded[v];
-    }
-    write<FULL>(y + row * stride, sums);
-  }
-
- private:
-  int64_t count(int v, int64_t most) const { return std::max<int64_t>(0, std::min<int64_t>(most, columns - v * LANES)); }
-
-  template <bool FULL>
-  Vec load(const float* from, int v) const {
-    return FULL ? Vec::loadu(from) : Vec::loadu(from, count(v, LANES));
-  }
-
-  template <bool FULL>
-  void read(const T* from, Vec (&to)[VECTORS]) const {
-    UNROLL
-    for (int v = 0; v < VECTORS; v++) {
-      if constexpr (std::is_same_v<T, float>) {
-        to[v] = load<FULL>(from + v * LANES, v);
-      } else if (v % 2 == 0) {
-        const int64_t wanted = v + 1 < VECTORS ? 2 * LANES : LANES;
-        const auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from + v * LANES, FULL ? wanted : count(v, wanted)));
-        to[v] = low;
-        if (v + 1 < VECTORS) to[v + 1] = high;
-      }
-    }
-  }
-
-  template <bool FULL>
-  void write(T* to, const Vec (&from)[VECTORS]) const {
-    UNROLL
-    for (int v = 0; v < VECTORS; v++) {
-      if constexpr (std::is_same_v<T, float>) {
-        if constexpr (FULL) {
-          from[v].store(to + v * LANES);
-        } else {
-          from[v].store(to + v * LANES, count(v, LANES));
-        }
-      } else if (v % 2 == 0) {
-        const Vec high = v + 1 < VECTORS ? from[v + 1] : Vec(0.0f);
-        const int64_t wanted = v + 1 < VECTORS ? 2 * LANES : LANES;
-        at::vec::convert_from_float<T>(from[v], high).store(to + v * LANES, FULL ? wanted : count(v, wanted));
-      }
-    }
-  }
-};
 
 // M rows of x times one panel; asks for a line of `ahead` at each step.
 template <class T, int M>
@@ -218,8 +114,6 @@ inline void multiply_rows(int64_t rows, const T* x, int64_t in, const T* panel, 
 }
 
 #ifdef __AMX_BF16__
-constexpr int64_t AMX_ROWS = 16, AMX_BYTES = 64;  // the most that a register holds
-
 // Whether the system lets this process use AMX; it wants to be asked.
 bool may_use_amx() {
   constexpr int ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -298,10 +192,10 @@ void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const
   const int64_t chunks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, items = chunks * panels;
 #ifdef __AMX_BF16__
   const bool amx = std::is_same_v<T, at::BFloat16> && may_use_amx();
-  const int64_t tile_rows = amx ? 2 * AMX_ROWS : ROWS, depth = amx ? BFLOAT16_INPUTS : Step<T>::DEPTH;
 #else
-  const int64_t tile_rows = ROWS, depth = Step<T>::DEPTH;
+  constexpr bool amx = false;
 #endif
+  const int64_t tile_rows = amx ? 2 * AMX_ROWS : ROWS, depth = amx ? BFLOAT16_INPUTS : Step<T>::DEPTH;
   const int64_t chunk_rows = ((rows + chunks - 1) / chunks + tile_rows - 1) / tile_rows * tile_rows;
   const int64_t threads = rows * in * out < SMALL ? 1 : at::get_num_threads();
   const auto work = [&](int64_t item) {
@@ -310,7 +204,7 @@ void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const
     // the panel that this thread is likely to take next, a slice of it for each tile
     const char* next = reinterpret_cast<const char*>(weights + std::min(panel + threads, panels - 1) * panel_size);
     const int64_t lines = panel_size * static_cast<int64_t>(sizeof(T)) / CACHE_LINE, tiles = (last - first + tile_rows - 1) / tile_rows;
-    const int64_t steps = in / depth, share = (lines + tiles - 1) / tiles, a_step = depth > 2 ? (share + steps - 1) / steps : 1;
+    const int64_t steps = in / depth, share = (lines + tiles - 1) / tiles, a_step = amx ? (share + steps - 1) / steps : 1;
     const int64_t slice = std::min(share, steps * a_step) * CACHE_LINE;
     for (int64_t tile = 0; tile < tiles; tile++) {
       // of about equal size, too: a few rows alone take longer than as many more of a large one
