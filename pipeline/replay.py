@@ -75,12 +75,12 @@ def _first_difference(completion: Completion, row: dict[str, Any]) -> int | None
 
 
 def _trace(reopened: ReopenedRun, prompt_ids: list[int], completion: Completion) -> tuple[StepTrace, ...]:
-    from pipeline.generation.trace import KnownRow, explain_step, step_logits
+    from pipeline.generation.trace import KnownRow, each_logits, explain_step, step_hidden
 
-    params = completion.prompt.params
+    model, params = reopened.network.model, completion.prompt.params
     known = KnownRow(prompt=prompt_ids, new=completion.token_ids, params=params)
     return tuple(
         explain_step(row_logits, params, step, completion.token_ids[step])
-        for passages, logits in step_logits(reopened.network.model, [known])
-        for step, row_logits in zip((step for passage in passages for step in passage.steps), logits, strict=True)
+        for passages, hidden in step_hidden(model, [known])
+        for step, row_logits in zip((step for passage in passages for step in passage.steps), each_logits(model, hidden), strict=True)
     )

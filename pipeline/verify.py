@@ -21,14 +21,9 @@ from pipeline.config import EngineConfig
 from pipeline.reopen import ReopenedRun, row_params
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipeline.generation.sampling import Choice
     from pipeline.generation.trace import KnownRow
 
 ROWS_AT_A_TIME = 64
-STEPS_AT_A_TIME = 512
-MOST_LOGITS_OF_ALL = 2**27  # of the calls that run beside each other: 512 MiB in float32
 # of the largest logit of a step, by dtype: what different orders of summing have been seen to make, and some
 TOLERANCES = {"float32": 2.0**-13, "bfloat16": 2.0**-5, "float16": 2.0**-8}
 INT8_TOLERANCE = 2.0**-7  # at least, where the cache is int8: a number near the middle of two steps may be rounded up here and down there
@@ -69,8 +64,6 @@ def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterat
     """
     import torch
 
-    from pipeline.generation.trace import MOST_LOGITS
-
     exact = not reopened.reasons_against_exactness()
     on_cpu = reopened.network.model.device.type == "cpu"
     threads = torch.get_num_threads()
@@ -81,7 +74,7 @@ def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterat
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,) if on_cpu else (threads,)) as pool:
             while True:
                 while len(running) < 2 * workers and (batch := list(islice(iterator, ROWS_AT_A_TIME))):
-                    running.append(pool.submit(_verify_batch, reopened, batch, exact, min(MOST_LOGITS, MOST_LOGITS_OF_ALL // workers)))
+                    running.append(pool.submit(_verify_batch, reopened, batch, exact))
                 if not running:
                     return
                 yield from running.popleft().result()
@@ -89,9 +82,10 @@ def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterat
         torch.set_num_threads(threads)  # what a thread sets is what later threads start with
 
 
-def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool, most_logits: int) -> list[Verdict]:
+def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool) -> list[Verdict]:
     from pipeline.generation.engine import logits_bytes
-    from pipeline.generation.trace import KnownRow, explain_step, step_logits
+    from pipeline.generation.next_tokens import next_tokens
+    from pipeline.generation.trace import KnownRow, each_logits, explain_step, step_hidden
 
     verdicts: dict[int, Verdict] = {}
     known: list[KnownRow] = []
@@ -110,22 +104,29 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
     recorded_margins = [rows[number]["min_margin"] for number in numbers]
     bounds = [math.inf if margin is None else math.nextafter(margin, math.inf) for margin in recorded_margins]
     margins = [math.inf] * len(known)
-    hashes = [hashlib.sha256() if reopened.config.record_logits_digest else None for _ in known]
+    hashes = [hashlib.sha256() for _ in known]
     model = reopened.network.model
-    for passages, logits in step_logits(model, known, most_logits=most_logits):
+    for passages, hidden in step_hidden(model, known):
         places = [(passage.row, step) for passage in passages for step in passage.steps]
-        for (index, step), choice, step_row in zip(
-            places, _choices(logits, places, known, bounds, native=model.native), logits, strict=True
-        ):
+        if reopened.config.record_logits_digest:
+            for (index, _), step_logits in zip(places, each_logits(model, hidden), strict=True):
+                hashes[index].update(logits_bytes(step_logits))
+        choices = next_tokens(
+            model,
+            hidden,
+            [known[index].params for index, _ in places],
+            [step for _, step in places],
+            [bounds[index] for index, _ in places],
+        )
+        for place, ((index, step), choice) in enumerate(zip(places, choices, strict=True)):
             if choice.margin is not None:
                 margins[index] = min(margins[index], choice.margin)
-            if (sha := hashes[index]) is not None:
-                sha.update(logits_bytes(step_row))
             recorded = known[index].new[step]
             if choice.token == recorded:
                 continue
-            distance = explain_step(step_row, known[index].params, step, recorded).distance
-            tolerance = _tolerance(reopened.config.engine) * float(step_row.abs().max())
+            (step_logits,) = model.logits(hidden[place : place + 1])
+            distance = explain_step(step_logits, known[index].params, step, recorded).distance
+            tolerance = _tolerance(reopened.config.engine) * float(step_logits.abs().max())
             near = not exact and choice.token is not None and distance <= tolerance
             earlier = verdicts.get(numbers[index])
             if earlier is None or (earlier.outcome == "near_tie" and not near):
@@ -139,10 +140,10 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
     for index, number in enumerate(numbers):
         if number in verdicts and verdicts[number].outcome == "mismatch":
             continue
-        digest = hashes[index]
+        digest = hashes[index].hexdigest() if reopened.config.record_logits_digest else None
         problem = _other_problem(reopened, rows[number], known[index])
         if not problem and exact:
-            problem = _other_bits(rows[number], margins[index], digest.hexdigest() if digest else None)
+            problem = _other_bits(rows[number], margins[index], digest)
         if problem:
             verdicts[number] = _verdict(rows[number], "mismatch", problem)
         else:
@@ -152,18 +153,6 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
 
 def _tolerance(engine: EngineConfig) -> float:
     return max(TOLERANCES[engine.dtype], INT8_TOLERANCE if engine.cache_dtype == "int8" else 0.0)
-
-
-def _choices(
-    logits: Tensor, places: list[tuple[int, int]], known: list[KnownRow], bounds: list[float], *, native: bool
-) -> Iterator[Choice]:
-    """The choice at each (row, step) of places, from its logits; a few at a time, for the caches of a CPU."""
-    from pipeline.generation.sampling import choose_tokens
-
-    for first in range(0, len(places), STEPS_AT_A_TIME):
-        some = places[first : first + STEPS_AT_A_TIME]
-        params, steps = [known[index].params for index, _ in some], [step for _, step in some]
-        yield from choose_tokens(logits[first : first + len(some)], params, steps, [bounds[index] for index, _ in some], native=native)
 
 
 def _malformed(row: dict[str, Any], vocab_size: int) -> str:

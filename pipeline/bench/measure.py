@@ -17,12 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.bench.workloads import TOP_K, Workload
 from pipeline.generation.engine import Engine, EngineStats
 from pipeline.gpt.linear import Linear
-from pipeline.gpt.model import GPT, HEAD, Block
+from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.screen import HEAD
 
 WARM_UP_TOKENS = 4
 GEMM_ROWS = (64, 128, 256)
 PARTS = {  # of a step, by the names of torch's operators
-    "linears": ("gptbatch::linear", "mkldnn::_linear_pointwise", "aten::addmm", "aten::mm"),
+    "linears": ("gptbatch::linear", "gptbatch::widened_linear", "gptbatch::screen", "mkldnn::_linear_pointwise", "aten::addmm", "aten::mm"),
     "attention": ("gptbatch::attend", "aten::bmm", "aten::_softmax"),
     "sampling": ("gptbatch::choose", "aten::topk", "aten::sort"),
 }

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import OutOfMemoryError
-from pipeline.generation.sampling import Choice, choose_tokens
+from pipeline.generation.next_tokens import next_tokens
+from pipeline.generation.sampling import Choice
 from pipeline.generation.scheduler import Chunk, Scheduler, Sequence
 from pipeline.gpt.model import GPT
 from pipeline.records import Completion, RowError, StopReason, Timing, TokenizedPrompt
@@ -209,18 +210,18 @@ class Engine:
                 self._begin(chunk.sequence, now)
             if chunk.sequence.new_tokens == 0:
                 prefilled += count
-        logits = self.model.extend(self._cache, tokens=tokens, slots=slots, positions=positions, wanted=last)
+        hidden = self.model.hidden(self._cache, tokens=tokens, slots=slots, positions=positions, wanted=last)
         sequences = [chunk.sequence for chunk in chunks if chunk.ends]
         if self.record_logits:
-            for sequence, row in zip(sequences, logits.cpu(), strict=True):
+            for sequence, row in zip(sequences, self.model.logits(hidden).cpu(), strict=True):
                 assert sequence.logits_hash is not None
                 sequence.logits_hash.update(logits_bytes(row))
-        choices = choose_tokens(
-            logits,
+        choices = next_tokens(
+            self.model,
+            hidden,
             [s.source.prompt.params for s in sequences],
             [s.new_tokens for s in sequences],
             [s.min_margin for s in sequences],
-            native=self.model.native,
         )
         now = time.monotonic()
         self.stats.steps += 1

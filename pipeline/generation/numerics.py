@@ -18,13 +18,15 @@ from torch import Tensor
 
 from pipeline.generation.engine import STEP_TOKENS, logits_bytes
 from pipeline.gpt.linear import Linear, use_threads
-from pipeline.gpt.model import GPT, HEAD_ROWS, Block
+from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.screen import HEAD_ROWS
 
 NEEDLE_TOKENS = 24
 FILLERS = (5, 17, 1, 9)  # tokens of the sequences beside the needle
 CHUNKS = (1, 2, 8)  # tokens of the first calls that take the needle in pieces; one more takes the rest
 ATTENTION_POSITIONS = 1024  # products over more than 192 keys have been seen to change their order of summing
 CHUNK = 21
+SCREEN_ROWS = 8
 MOST_ROWS = 2 * STEP_TOKENS
 FEW_ROWS = 64  # below, every number of rows that a linear may run at is tried: libraries choose their path by it, and
 MANY_ROWS = (80, 96, 128, 160, 192, 256, 320, 512, 768)  # above, some
@@ -64,6 +66,7 @@ def check_numerics(model: GPT) -> NumericsReport:
             if not probe.failures:
                 _check_network(model, probe)
             if not probe.failures:
+                _check_screen(model)
                 return _report(model, probe)
     model.products = model.products_to_try[0]
     model.use_rows(model.row_plans[0])
@@ -144,6 +147,19 @@ def _check_network(model: GPT, probe: _Probe) -> None:
                 bits = way()
                 probe.digest.update(logits_bytes(bits))
                 probe.expect(f"logits {what} with one thread", bits, expected)
+
+
+def _check_screen(model: GPT) -> None:
+    """A screen whose logits are not those of the head, where it says so, is not used: nothing but time is lost."""
+    if (screen := model.screen) is None:
+        return
+    hidden = _numbers((SCREEN_ROWS, model.config.n_embd), model)
+    logits, roughly = model.logits(hidden), screen.rough(hidden)
+    kept = torch.tensor([1, min(5, model.config.vocab_size)] * (SCREEN_ROWS // 2))
+    floors = screen.settle(roughly, hidden, kept, torch.full((SCREEN_ROWS,), 0.1, dtype=torch.float64))[:, None]
+    exact = (torch.maximum(logits, roughly) < floors) | (logits == roughly) | floors.isnan()
+    if not bool(exact.all()):
+        model.screen = None
 
 
 def _check_linears(model: GPT, probe: _Probe) -> None:

@@ -61,8 +61,7 @@ def choose_tokens(
         temperatures=torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device),
         bounds=torch.tensor([math.inf] * len(params) if bounds is None else list(bounds), dtype=torch.float64, device=device),
     )
-    # greedy draws no noise that matters: only ties at the largest logit can win
-    kept_counts = [1 if p.temperature == 0 else min(p.top_k, vocab_size) or vocab_size for p in params]
+    kept_counts = [kept_count(p, vocab_size) for p in params]
     if native:
         winners, margins = torch.ops.gptbatch.choose(
             logits, rows.seeds, rows.steps, rows.temperatures, torch.tensor(kept_counts), rows.bounds
@@ -73,6 +72,11 @@ def choose_tokens(
         Choice(token, margin if vocab_size > 1 else None) if token >= 0 else Choice(None, None)
         for token, margin in zip(winners.tolist(), margins.tolist(), strict=True)
     ]
+
+
+def kept_count(params: SamplingParams, vocab_size: int) -> int:
+    """How many tokens are kept besides ties. Greedy draws no noise that matters: only those at the largest logit can win."""
+    return 1 if params.temperature == 0 else min(params.top_k, vocab_size) or vocab_size
 
 
 def _choose(logits: Tensor, kept_counts: list[int], rows: _Rows) -> tuple[Tensor, Tensor]:

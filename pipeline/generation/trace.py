@@ -16,9 +16,9 @@ from torch import Tensor
 from pipeline.generation.noise import gumbel
 from pipeline.generation.sampling import choose_tokens
 from pipeline.gpt.model import GPT
+from pipeline.gpt.screen import HEAD_ROWS
 from pipeline.records import SamplingParams
 
-MOST_LOGITS = 2**25  # of a call, 128 MiB in float32
 MOST_TOKENS = 1024  # of a call with more than one passage
 SLOTS = 64
 
@@ -42,16 +42,15 @@ class Passage:
 
 
 @torch.inference_mode()
-def step_logits(model: GPT, rows: Sequence[KnownRow], *, most_logits: int = MOST_LOGITS) -> Iterator[tuple[list[Passage], Tensor]]:
-    """The logits (S, V) of every step of every row, a call of the network at a time: those of the first passage, of the second, ...
+def step_hidden(model: GPT, rows: Sequence[KnownRow]) -> Iterator[tuple[list[Passage], Tensor]]:
+    """What the head sees (S, C) at every step of every row, a call of the network at a time: of the first passage, of the second, ...
 
-    A call gives at most `most_logits` numbers, or one passage. A row that fits the context takes one passage; after that, where
-    the window slides, each step takes one of its own.
+    A row that fits the context takes one passage; after that, where the window slides, each step takes one of its own.
     """
     slots = min(SLOTS, max(1, sum(len(row.new) for row in rows)))
     most = max(MOST_TOKENS, model.config.n_positions)
     cache = model.new_cache(slots, capacity=model.capacity_of([most, *[1] * slots]))  # however these are shared out
-    for batch in _batches(_passages(rows, model.config.n_positions), most_logits // model.config.vocab_size):
+    for batch in _batches(_passages(rows, model.config.n_positions)):
         tokens: list[int] = []
         token_slots: list[int] = []
         positions: list[int] = []
@@ -66,9 +65,15 @@ def step_logits(model: GPT, rows: Sequence[KnownRow], *, most_logits: int = MOST
             token_slots += [slot] * (length - there)
             positions += range(there, length)
             wanted += range(len(tokens) - len(passage.steps), len(tokens))
-        yield batch, model.extend(cache, tokens=tokens, slots=token_slots, positions=positions, wanted=wanted)
+        yield batch, model.hidden(cache, tokens=tokens, slots=token_slots, positions=positions, wanted=wanted)
         for slot in range(len(batch)):
             cache.clear(slot)
+
+
+def each_logits(model: GPT, hidden: Tensor) -> Iterator[Tensor]:
+    """hidden (S, C) -> the logits (V,) of each row, computed some at a time."""
+    for some in hidden.split(HEAD_ROWS):
+        yield from model.logits(some)
 
 
 def _passages(rows: Sequence[KnownRow], n_positions: int) -> Iterator[Passage]:
@@ -82,14 +87,14 @@ def _passages(rows: Sequence[KnownRow], n_positions: int) -> Iterator[Passage]:
             yield Passage(index, tokens[end - n_positions : end], range(step, step + 1))
 
 
-def _batches(passages: Iterator[Passage], most_steps: int) -> Iterator[list[Passage]]:
+def _batches(passages: Iterator[Passage]) -> Iterator[list[Passage]]:
     batch: list[Passage] = []
-    tokens = steps = 0
+    tokens = 0
     for passage in passages:
-        tokens, steps = tokens + len(passage.tokens), steps + len(passage.steps)
-        if batch and (len(batch) == SLOTS or tokens > MOST_TOKENS or steps > most_steps):
+        tokens += len(passage.tokens)
+        if batch and (len(batch) == SLOTS or tokens > MOST_TOKENS):
             yield batch
-            batch, tokens, steps = [], len(passage.tokens), len(passage.steps)
+            batch, tokens = [], len(passage.tokens)
         batch.append(passage)
     if batch:
         yield batch

@@ -23,9 +23,7 @@ from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, RowPlan
 from pipeline.gpt.padded import Products
 from pipeline.gpt.pages import n_pages_of
-
-HEAD = "gptbatch::head"  # its name in a profile
-HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and the start-up check tries as many
+from pipeline.gpt.screen import HEAD, HEAD_ROWS, Screen, new_screen
 
 
 class Block(nn.Module):
@@ -69,6 +67,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.tie(self.wte)
+        self.screen: Screen | None = None
 
     def forward(self, idx: Tensor) -> Tensor:
         """The plain network: idx (B, T) -> logits (B, T, V), every position over its whole context, nothing cached before.
@@ -122,7 +121,19 @@ class GPT(nn.Module):
         positions: Sequence[int],
         wanted: Sequence[int] | None = None,
     ) -> Tensor:
-        """Run N new tokens through the network -> logits (S, V) that follow the S tokens `wanted` (indices; None wants all N).
+        """Run N new tokens through the network -> logits (S, V) that follow the S tokens `wanted`; see `hidden`."""
+        return self.logits(self.hidden(cache, tokens=tokens, slots=slots, positions=positions, wanted=wanted))
+
+    def hidden(
+        self,
+        cache: KVCache,
+        *,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        wanted: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Run N new tokens through the blocks -> what the head sees (S, C) of the S tokens `wanted` (indices; None wants all N).
 
         Token i goes to position positions[i] of slot slots[i]; the tokens of a slot stand in order, and all before them must
         be in the cache. Prefill, a chunk of it and decode are this same call, and tokens of many slots can share it.
@@ -132,16 +143,19 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, attention)
         x = x[: len(tokens)] if wanted is None else x[torch.tensor(wanted, dtype=torch.long, device=self.device)]
-        pieces = [self._head(piece) for piece in x.split(HEAD_ROWS)]
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (S, C) -> logits (S, V)."""
+        pieces = [self._head(piece) for piece in hidden.split(HEAD_ROWS)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _head(self, x: Tensor) -> Tensor:
-        """x (S, C) -> logits (S, V)."""
-        rows = len(x)
+    def _head(self, hidden: Tensor) -> Tensor:
+        rows = len(hidden)
         if rows == 0:
-            return x.new_empty(0, self.config.vocab_size)
+            return hidden.new_empty(0, self.config.vocab_size)
         with record_function(HEAD):
-            logits: Tensor = self.lm_head(self.ln_f(F.pad(x, (0, 0, 0, self.row_plan.rows(rows) - rows))))
+            logits: Tensor = self.lm_head(F.pad(hidden, (0, 0, 0, self.row_plan.rows(rows) - rows)))
         return logits[:rows]
 
     def _padded(self, values: Sequence[int]) -> Tensor:
@@ -176,9 +190,11 @@ class GPT(nn.Module):
 
     def pack(self) -> None:
         """Lay the linears out for this CPU (see Linear.pack); the network can no longer be copied into or moved."""
+        tied = self.lm_head.weight is self.wte.weight
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack(native=self.native)
+        self.screen = new_screen(self.lm_head, self.wte.weight) if tied else None
         self.use_rows(self.row_plans[0])
 
     def parameter_count(self) -> int:

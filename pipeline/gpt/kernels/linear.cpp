@@ -2,6 +2,7 @@
 //
 //     gptbatch::pack(weight) -> packed
 //     gptbatch::linear(x, packed, out_features, bias, residual, activation) -> y
+//     gptbatch::widened_linear(x, packed, y): the same into y, float32 where x is bfloat16
 //
 //     weight    (out, in)              float32 or bfloat16
 //     packed    (panels, in, COLUMNS)  the columns of W^T in panels of COLUMNS, zeros after the last; in bfloat16 two rows of W^T
@@ -75,8 +76,8 @@ struct Step<at::BFloat16> {
 #endif
 
 // M rows of x times one panel; asks for a line of `ahead` at each step.
-template <class T, int M>
-inline void multiply(const T* x, int64_t in, const T* panel, const char* ahead, const Ending<T>& ending) {
+template <class T, int M, class Y>
+inline void multiply(const T* x, int64_t in, const T* panel, const char* ahead, const Ending<Y>& ending) {
   using S = Step<T>;
   Vec sums[M][VECTORS];
   UNROLL
@@ -105,8 +106,8 @@ inline void multiply(const T* x, int64_t in, const T* panel, const char* ahead, 
 }
 
 // 1 to ROWS rows of x times one panel.
-template <class T, int M = ROWS>
-inline void multiply_rows(int64_t rows, const T* x, int64_t in, const T* panel, const char* ahead, const Ending<T>& ending) {
+template <class T, int M = ROWS, class Y>
+inline void multiply_rows(int64_t rows, const T* x, int64_t in, const T* panel, const char* ahead, const Ending<Y>& ending) {
   if constexpr (M > 1) {
     if (rows < M) return multiply_rows<T, M - 1>(rows, x, in, panel, ahead, ending);
   }
@@ -123,8 +124,9 @@ bool may_use_amx() {
 
 // Up to 2 * AMX_ROWS rows of x times one panel: two registers of x of one height, with a row in common where the number is odd, by
 // the three of the panel. Asks for `lines` lines of `ahead` at each step.
+template <class Y>
 void multiply_amx(int64_t rows, const at::BFloat16* x, int64_t in, const at::BFloat16* panel, const char* ahead, int64_t lines,
-                  const Ending<at::BFloat16>& ending) {
+                  const Ending<Y>& ending) {
   static_assert(VECTORS == 3 && LANES * 4 == AMX_BYTES);
   const int64_t height = (rows + 1) / 2, second = rows - height;
   struct alignas(64) {
@@ -183,11 +185,11 @@ void multiply_amx(int64_t rows, const at::BFloat16* x, int64_t in, const at::BFl
 }
 #endif
 
-template <class T>
-void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const T* residual, Activation activation, at::Tensor& y) {
+template <class T, class Y>
+void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const Y* residual, Activation activation, at::Tensor& y) {
   const int64_t rows = x.size(0), in = x.size(1), panels = packed.size(0), out = y.size(1), panel_size = in * COLUMNS;
   const T *inputs = x.const_data_ptr<T>(), *weights = packed.const_data_ptr<T>();
-  T* outputs = y.data_ptr<T>();
+  Y* outputs = y.data_ptr<Y>();
   // chunks of about equal size: a small one would wait for its weights
   const int64_t chunks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, items = chunks * panels;
 #ifdef __AMX_BF16__
@@ -210,7 +212,7 @@ void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const
       // of about equal size, too: a few rows alone take longer than as many more of a large one
       const int64_t row = first + (last - first) * tile / tiles, end = first + (last - first) * (tile + 1) / tiles;
       const int64_t at = row * out + column;
-      const Ending<T> ending{bias == nullptr ? nullptr : bias + column, residual == nullptr ? nullptr : residual + at, outputs + at, out,
+      const Ending<Y> ending{bias == nullptr ? nullptr : bias + column, residual == nullptr ? nullptr : residual + at, outputs + at, out,
                              std::min(COLUMNS, out - column), activation};
       const T *x_of_tile = inputs + row * in, *panel_of_item = weights + panel * panel_size;
 #ifdef __AMX_BF16__
@@ -231,14 +233,19 @@ void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const
   }
 }
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, const std::optional<at::Tensor>& bias,
-                  const std::optional<at::Tensor>& residual, std::string activation) {
+// x as the packed weight takes it.
+at::Tensor fitting(const at::Tensor& x, const at::Tensor& packed, int64_t out_features) {
   const int64_t missing = x.dim() == 2 && packed.dim() == 3 ? packed.size(1) - x.size(1) : -1;  // inputs that were rounded up, in bfloat16
   TORCH_CHECK((missing == 0 || (missing > 0 && missing < BFLOAT16_INPUTS && x.scalar_type() == at::kBFloat16)) && packed.size(2) == COLUMNS &&
                   packed.size(0) == (out_features + COLUMNS - 1) / COLUMNS,
               "linear: the shapes do not fit each other");
   TORCH_CHECK(x.scalar_type() == packed.scalar_type() && (x.scalar_type() == at::kFloat || HAS_BFLOAT16), "linear: the types do not fit");
-  const at::Tensor inputs = missing == 0 ? x.contiguous() : at::constant_pad_nd(x, {0, missing});
+  return missing == 0 ? x.contiguous() : at::constant_pad_nd(x, {0, missing});
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, const std::optional<at::Tensor>& bias,
+                  const std::optional<at::Tensor>& residual, std::string activation) {
+  const at::Tensor inputs = fitting(x, packed, out_features);
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->numel() == out_features), "linear: bias");
   at::Tensor y = at::empty({x.size(0), out_features}, x.options());
   const at::Tensor added = residual ? residual->contiguous() : at::Tensor();
@@ -246,13 +253,22 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_fea
   if (x.size(0) == 0) return y;
   const float* b = bias ? bias->const_data_ptr<float>() : nullptr;
   if (x.scalar_type() == at::kFloat) {
-    run<float>(inputs, packed, b, residual ? added.const_data_ptr<float>() : nullptr, parse(activation), y);
+    run<float, float>(inputs, packed, b, residual ? added.const_data_ptr<float>() : nullptr, parse(activation), y);
   } else {
 #ifdef __AVX512BF16__
-    run<at::BFloat16>(inputs, packed, b, residual ? added.const_data_ptr<at::BFloat16>() : nullptr, parse(activation), y);
+    run<at::BFloat16, at::BFloat16>(inputs, packed, b, residual ? added.const_data_ptr<at::BFloat16>() : nullptr, parse(activation), y);
 #endif
   }
   return y;
+}
+
+void widened_linear(const at::Tensor& x, const at::Tensor& packed, at::Tensor& y) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && y.scalar_type() == at::kFloat && y.is_contiguous() && y.size(0) == x.size(0),
+              "widened_linear: the types or shapes do not fit");
+  const at::Tensor inputs = fitting(x, packed, y.size(1));
+#ifdef __AVX512BF16__
+  if (x.size(0) > 0) run<at::BFloat16, float>(inputs, packed, nullptr, nullptr, Activation::none, y);
+#endif
 }
 
 template <class T>
@@ -288,10 +304,12 @@ bool has_bfloat16() { return HAS_BFLOAT16; }
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
   library.def("pack(Tensor weight) -> Tensor");
   library.def("linear(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor? residual, str activation) -> Tensor");
+  library.def("widened_linear(Tensor x, Tensor packed, Tensor(a!) y) -> ()");
   library.def("has_bfloat16() -> bool", has_bfloat16);
 }
 
 TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
   library.impl("pack", pack);
   library.impl("linear", linear);
+  library.impl("widened_linear", widened_linear);
 }

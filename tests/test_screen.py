@@ -1,0 +1,180 @@
+"""A screen computes few of the logits, and nothing shows it: choices and margins are those of all logits, to the bit."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.generation.engine import Engine
+from pipeline.generation.next_tokens import next_tokens
+from pipeline.generation.numerics import check_numerics
+from pipeline.generation.sampling import Choice, choose_tokens
+from pipeline.gpt.model import GPT
+from pipeline.gpt.screen import GRACE, Screen
+from pipeline.records import SamplingParams
+from tests.conftest import has_kernels, our_model, random_model, tokenized
+
+VOCAB_SIZE = 12007
+WIDTH = 48
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    made = our_model(random_model(vocab_size=VOCAB_SIZE, n_embd=WIDTH), attention="ragged")
+    if made.screen is None:
+        pytest.skip("no instructions for bfloat16")
+    return made
+
+
+@pytest.fixture(autouse=True)
+def no_history(model: GPT) -> Iterator[None]:
+    screen = screen_of(model)
+    screen.rows = screen.missed = 0
+    yield
+    model.screen = screen
+
+
+def screen_of(model: GPT) -> Screen:
+    assert model.screen is not None
+    return model.screen
+
+
+def hidden_states(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def from_all(model: GPT, hidden: torch.Tensor, params: list[SamplingParams], steps: list[int], bounds: list[float]) -> list[Choice]:
+    return choose_tokens(model.logits(hidden), params, steps, bounds, native=True)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    kept=st.integers(1, 60),
+    slack=st.floats(0, 2),
+    scale=st.sampled_from([1e-37, 1e-20, 1e-3, 1.0, 30.0, 1e4]),
+    outlier=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+@torch.inference_mode()
+def test_logits_of_at_least_the_floor_are_exact(model: GPT, seed: int, kept: int, slack: float, scale: float, outlier: bool) -> None:
+    screen, hidden = screen_of(model), hidden_states(3, seed) * scale
+    if outlier:
+        hidden[:, seed % WIDTH] *= 50
+    exact, logits = model.logits(hidden), screen.rough(hidden)
+    floors = screen.settle(logits, hidden, torch.full((3,), kept), torch.full((3,), slack, dtype=torch.float64))
+    for row, floor in enumerate(floors.tolist()):
+        if math.isnan(floor):
+            continue
+        above = exact[row] >= floor
+        assert torch.equal(logits[row][above], exact[row][above])
+        assert bool((logits[row][~above] < floor).all())
+        assert float(exact[row].topk(kept).values[-1]) >= floor + slack * (1 - 1e-12)
+
+
+@torch.inference_mode()
+def test_few_logits_are_computed_exactly(model: GPT) -> None:
+    screen, hidden = screen_of(model), hidden_states(64)
+    exact, rough = model.logits(hidden), screen.rough(hidden).clone()
+    logits = rough.clone()
+    floors = screen.settle(logits, hidden, torch.full((64,), 5), torch.full((64,), 0.05, dtype=torch.float64))
+    assert bool(floors.isfinite().all())
+    assert 5 * 64 <= int((logits != rough).sum()) < VOCAB_SIZE * 64 // 20
+    assert not torch.equal(rough, exact)
+
+
+@pytest.mark.parametrize("bound", [math.inf, 0.3, 0.01])
+@torch.inference_mode()
+def test_choices_and_margins_are_those_of_all_logits(model: GPT, bound: float) -> None:
+    rng = random.Random(0)
+    rows = 300  # several pieces
+    hidden = hidden_states(rows)
+    params = [
+        SamplingParams(seed=i, temperature=rng.choice([0.0, 0.3, 0.8, 2.0]), top_k=rng.choice([1, 2, 5, 40]), max_new_tokens=1)
+        for i in range(rows)
+    ]
+    steps, bounds = [i % 7 for i in range(rows)], [bound] * rows
+    assert next_tokens(model, hidden, params, steps, bounds) == from_all(model, hidden, params, steps, bounds)
+    assert screen_of(model).rows >= rows
+    assert screen_of(model).missed < rows // 4
+
+
+@torch.inference_mode()
+def test_rows_that_keep_much_of_the_vocabulary_need_all_logits(model: GPT) -> None:
+    hidden = hidden_states(8)
+    for top_k in (0, 500, VOCAB_SIZE):
+        params = [SamplingParams(seed=i, temperature=1.0, top_k=top_k if i == 3 else 5, max_new_tokens=1) for i in range(8)]
+        assert next_tokens(model, hidden, params, [0] * 8, [1.0] * 8) == from_all(model, hidden, params, [0] * 8, [1.0] * 8)
+    assert screen_of(model).rows == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+@torch.inference_mode()
+def test_a_row_that_is_not_finite_harms_no_other(model: GPT, value: float) -> None:
+    hidden = hidden_states(8)
+    params = [SamplingParams(seed=i, temperature=1.0, top_k=5, max_new_tokens=1) for i in range(8)]
+    healthy = next_tokens(model, hidden, params, [0] * 8, [1.0] * 8)
+    hidden[2, 7] = value
+    choices = next_tokens(model, hidden, params, [0] * 8, [1.0] * 8)
+    assert choices == from_all(model, hidden, params, [0] * 8, [1.0] * 8)
+    assert [choice for row, choice in enumerate(choices) if row != 2] == [choice for row, choice in enumerate(healthy) if row != 2]
+
+
+@torch.inference_mode()
+def test_where_too_many_logits_are_close_a_screen_gives_up() -> None:
+    """Tokens that hardly differ: none can be left out, whichever are kept."""
+    theirs = random_model(vocab_size=VOCAB_SIZE, n_embd=WIDTH)
+    with torch.no_grad():
+        theirs.transformer.wte.weight[:] = theirs.transformer.wte.weight[:1] + 1e-6 * torch.randn(VOCAB_SIZE, WIDTH)
+    model = our_model(theirs, attention="ragged")
+    if model.screen is None:
+        pytest.skip("no instructions for bfloat16")
+    rows = 2 * GRACE
+    hidden = hidden_states(rows)
+    params = [SamplingParams(seed=i, temperature=1.0, top_k=5, max_new_tokens=1) for i in range(rows)]
+    assert next_tokens(model, hidden, params, [0] * rows, [1.0] * rows) == from_all(model, hidden, params, [0] * rows, [1.0] * rows)
+    screen = model.screen
+    assert screen.missed == screen.rows < rows
+    assert not screen.worthwhile
+
+
+def test_a_run_is_the_same_with_and_without(model: GPT) -> None:
+    prompts = [
+        tokenized(i, [(7 * i + j) % VOCAB_SIZE for j in range(3 + i % 5)], temperature=i % 3 / 2, top_k=1 + i % 20, max_new_tokens=12)
+        for i in range(40)
+    ]
+
+    def run() -> list[tuple[str, list[int], float | None]]:
+        engine = Engine(model=model, batch_size=7, end_of_text=None)
+        ended = (completion for some in engine.generate(iter(prompts)) for completion in some)
+        return sorted((c.prompt.prompt_id, c.token_ids, c.min_margin) for c in ended)
+
+    screened = run()
+    assert screen_of(model).rows >= 40 * 12
+    model.screen = None
+    assert screened == run()
+
+
+def test_the_start_up_check_drops_a_screen_whose_logits_are_others(model: GPT) -> None:
+    assert check_numerics(model).exact
+    screen = screen_of(model)
+    right = screen.weight
+    screen.weight = right + 1e-5
+    try:
+        assert check_numerics(model).exact
+        assert model.screen is None
+    finally:
+        screen.weight = right
+
+
+def test_networks_that_have_none() -> None:
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+    assert our_model(random_model(), attention="ragged", dtype=torch.bfloat16).screen is None
+    assert our_model(random_model(tie_word_embeddings=False), attention="ragged").screen is None
+    assert our_model(random_model()).screen is None  # padded
