@@ -67,7 +67,8 @@ def _bench(options: dict[str, Any]) -> None:
     click.echo(f"prompt tokens   {found.prompt_tokens_per_s:8.0f} a second, {found.prefix_share:.1%} of them reused from other rows")
     click.echo(f"tokens a step   {found.tokens_per_step:8.0f}, and {found.padding_share:.1%} padding")
     click.echo(f"ceiling         {found.ceiling_tokens_per_s:8.0f} new tokens a second, of which {found.ceiling_share:.0%} are reached")
-    click.echo(f"                ({limits.gemm_gflops:.0f} GFLOP/s of matrix products, {limits.read_gb_per_s:.0f} GB/s of memory)")
+    head = "" if limits.head_gflops == limits.gemm_gflops else f", {limits.head_gflops:.0f} of the head's"
+    click.echo(f"                ({limits.gemm_gflops:.0f} GFLOP/s of matrix products{head}, {limits.read_gb_per_s:.0f} GB/s of memory)")
     click.echo("seconds of one repeat, under a profiler:")
     for part, seconds in found.seconds_by_part.items():
         click.echo(f"  {part:<12} {seconds:8.2f}")

@@ -18,7 +18,7 @@ from pipeline.bench.workloads import TOP_K, Workload
 from pipeline.generation.engine import Engine, EngineStats
 from pipeline.gpt.linear import Linear
 from pipeline.gpt.model import GPT, Block
-from pipeline.gpt.screen import HEAD
+from pipeline.gpt.screen import HEAD, HEAD_ROWS
 
 WARM_UP_TOKENS = 4
 GEMM_ROWS = (64, 128, 256)
@@ -31,9 +31,10 @@ PARTS = {  # of a step, by the names of torch's operators
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The best rates seen: of a linear of the network, and of reading memory."""
+    """The best rates seen: of a linear of the network, of the head (the same, unless a screen computes it), and of reading memory."""
 
     gemm_gflops: float
+    head_gflops: float
     read_gb_per_s: float
 
 
@@ -121,9 +122,14 @@ def measure_limits(model: GPT) -> Limits:
                 x = torch.randn(rows, linear.in_features, dtype=model.dtype, device=model.device)
                 seconds = min(_time(lambda linear=linear, x=x: linear(x)) for _ in range(20))  # type: ignore[misc]
                 best = max(best, 2 * rows * linear.in_features * linear.out_features / seconds / 1e9)
+        head = best
+        if (screen := model.screen) is not None and screen.rows and screen.worthwhile:
+            hidden = torch.randn(HEAD_ROWS, model.config.n_embd)
+            seconds = min(_time(lambda: screen.rough(hidden)) for _ in range(20))
+            head = 2 * len(hidden) * model.lm_head.in_features * model.lm_head.out_features / seconds / 1e9
         numbers = torch.zeros(2**28, dtype=torch.float32, device=model.device)  # a gigabyte
         seconds = min(_time(numbers.sum) for _ in range(5))
-    return Limits(gemm_gflops=best, read_gb_per_s=numbers.nbytes / seconds / 1e9)
+    return Limits(gemm_gflops=best, head_gflops=head, read_gb_per_s=numbers.nbytes / seconds / 1e9)
 
 
 def _time(call: Callable[[], object]) -> float:
@@ -139,8 +145,9 @@ def _time(call: Callable[[], object]) -> float:
 def _ceiling_s(model: GPT, workload: Workload, stats: EngineStats, limits: Limits) -> float:
     weights = sum(module.in_features * module.out_features for module in model.blocks.modules() if isinstance(module, Linear))
     head = model.lm_head.in_features * model.lm_head.out_features
-    operations = 2 * (weights * (stats.prefilled_tokens + stats.decoded_tokens) + head * stats.new_tokens)
+    products_s = 2 * weights * (stats.prefilled_tokens + stats.decoded_tokens) / (limits.gemm_gflops * 1e9)
+    products_s += 2 * head * stats.new_tokens / (limits.head_gflops * 1e9)
     # a prefix that rows share is read once for all of them, which is next to nothing
     reused = stats.cached_tokens / len(workload.rows)
     positions = sum((row.new_tokens - 1) * (len(row.token_ids) - reused + row.new_tokens / 2) for row in workload.rows)
-    return operations / (limits.gemm_gflops * 1e9) + positions * model.cache_bytes_a_token / (limits.read_gb_per_s * 1e9)
+    return products_s + positions * model.cache_bytes_a_token / (limits.read_gb_per_s * 1e9)
