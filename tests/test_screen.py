@@ -175,6 +175,8 @@ def test_the_start_up_check_drops_a_screen_whose_logits_are_others(model: GPT) -
 def test_networks_that_have_none() -> None:
     if not has_kernels():
         pytest.skip("no C++ compiler")
-    assert our_model(random_model(), attention="ragged", dtype=torch.bfloat16).screen is None
-    assert our_model(random_model(tie_word_embeddings=False), attention="ragged").screen is None
-    assert our_model(random_model()).screen is None  # padded
+    large = {"vocab_size": VOCAB_SIZE, "n_embd": WIDTH}
+    assert our_model(random_model(**large), attention="ragged", dtype=torch.bfloat16).screen is None
+    assert our_model(random_model(**large, tie_word_embeddings=False), attention="ragged").screen is None
+    assert our_model(random_model(**large)).screen is None  # padded
+    assert our_model(random_model(), attention="ragged").screen is None  # small

@@ -20,7 +20,7 @@ from pipeline.gpt.model import GPT
 from pipeline.gpt.screen import HEAD_ROWS, Screen
 from pipeline.records import SamplingParams
 
-LOGITS = 2**19  # that tokens are chosen from at once, for the caches of a CPU, unless HEAD_ROWS have more
+MOST_LOGITS = {"cpu": 2**19, "cuda": 2**25}  # at once, unless HEAD_ROWS have more: for the caches of a CPU, for the memory of a GPU
 KEPT_SHARE = 64  # where more than one token in so many is kept, a screen is no help
 SLACK = 0.2  # how far below the k-th largest logits are exact at first, unless the row's smallest margin so far is smaller
 
@@ -30,7 +30,7 @@ def next_tokens(
 ) -> list[Choice]:
     """What choose_tokens makes of the logits of `hidden` (S, C)."""
     choices: list[Choice] = []
-    at_once = max(HEAD_ROWS, LOGITS // model.config.vocab_size)
+    at_once = max(HEAD_ROWS, MOST_LOGITS[model.device.type] // model.config.vocab_size)
     for first in range(0, len(params), at_once):
         some = slice(first, first + at_once)
         rows = _Rows(model=model, hidden=hidden[some], params=params[some], steps=steps[some], bounds=bounds[some])

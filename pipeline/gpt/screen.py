@@ -27,6 +27,7 @@ HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and t
 BLOCK = 32  # tokens that have one bound (maxima.h)
 MOST_MISSED = 4  # one row in so many may need all logits; where more do, a screen costs more than it saves
 GRACE = 2 * HEAD_ROWS  # rows before that is looked at
+LEAST_WEIGHTS = 2**19  # of a head: a smaller one takes no longer than what a screen does besides
 
 
 class Screen:
@@ -74,8 +75,8 @@ class Screen:
 
 def new_screen(head: Linear, weight: Tensor) -> Screen | None:
     """A screen for a packed head, whose weight still stands elsewhere (in a tied embedding); None where it would not be quicker: it
-    takes a float32 network and instructions for bfloat16."""
-    if head.kind == "native" and weight.dtype == torch.float32 and torch.ops.gptbatch.has_bfloat16():
+    takes a float32 network, not too small, and instructions for bfloat16."""
+    if head.kind == "native" and weight.dtype == torch.float32 and weight.numel() >= LEAST_WEIGHTS and torch.ops.gptbatch.has_bfloat16():
         return Screen(weight.detach())
     return None
 
