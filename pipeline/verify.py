@@ -85,7 +85,9 @@ def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterat
 def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool) -> list[Verdict]:
     from pipeline.generation.engine import logits_bytes
     from pipeline.generation.next_tokens import next_tokens
-    from pipeline.generation.trace import KnownRow, each_logits, explain_step, step_hidden
+    from pipeline.generation.sampling import choose_tokens
+    from pipeline.generation.trace import KnownRow, explain_step, step_hidden
+    from pipeline.gpt.screen import HEAD_ROWS
 
     verdicts: dict[int, Verdict] = {}
     known: list[KnownRow] = []
@@ -108,16 +110,18 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
     model = reopened.network.model
     for passages, hidden in step_hidden(model, known):
         places = [(passage.row, step) for passage in passages for step in passage.steps]
+        params, steps = [known[index].params for index, _ in places], [step for _, step in places]
+        most = [bounds[index] for index, _ in places]
         if reopened.config.record_logits_digest:
-            for (index, _), step_logits in zip(places, each_logits(model, hidden), strict=True):
-                hashes[index].update(logits_bytes(step_logits))
-        choices = next_tokens(
-            model,
-            hidden,
-            [known[index].params for index, _ in places],
-            [step for _, step in places],
-            [bounds[index] for index, _ in places],
-        )
+            choices = []
+            for first in range(0, len(places), HEAD_ROWS):
+                some = slice(first, first + HEAD_ROWS)
+                logits = model.logits(hidden[some])
+                for (index, _), step_logits in zip(places[some], logits.cpu(), strict=True):
+                    hashes[index].update(logits_bytes(step_logits))
+                choices += choose_tokens(logits, params[some], steps[some], most[some], native=model.native)
+        else:
+            choices = next_tokens(model, hidden, params, steps, most)
         for place, ((index, step), choice) in enumerate(zip(places, choices, strict=True)):
             if choice.margin is not None:
                 margins[index] = min(margins[index], choice.margin)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipeline.errors import OutOfMemoryError
 from pipeline.generation.next_tokens import next_tokens
-from pipeline.generation.sampling import Choice
+from pipeline.generation.sampling import Choice, choose_tokens
 from pipeline.generation.scheduler import Chunk, Scheduler, Sequence
 from pipeline.gpt.model import GPT
 from pipeline.records import Completion, RowError, StopReason, Timing, TokenizedPrompt
@@ -212,17 +212,16 @@ class Engine:
                 prefilled += count
         hidden = self.model.hidden(self._cache, tokens=tokens, slots=slots, positions=positions, wanted=last)
         sequences = [chunk.sequence for chunk in chunks if chunk.ends]
+        params, steps = [s.source.prompt.params for s in sequences], [s.new_tokens for s in sequences]
+        bounds = [s.min_margin for s in sequences]
         if self.record_logits:
-            for sequence, row in zip(sequences, self.model.logits(hidden).cpu(), strict=True):
+            logits = self.model.logits(hidden)
+            for sequence, row in zip(sequences, logits.cpu(), strict=True):
                 assert sequence.logits_hash is not None
                 sequence.logits_hash.update(logits_bytes(row))
-        choices = next_tokens(
-            self.model,
-            hidden,
-            [s.source.prompt.params for s in sequences],
-            [s.new_tokens for s in sequences],
-            [s.min_margin for s in sequences],
-        )
+            choices = choose_tokens(logits, params, steps, bounds, native=self.model.native)
+        else:
+            choices = next_tokens(self.model, hidden, params, steps, bounds)
         now = time.monotonic()
         self.stats.steps += 1
         self.stats.rows += len(chunks)

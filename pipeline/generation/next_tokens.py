@@ -30,7 +30,7 @@ def next_tokens(
 ) -> list[Choice]:
     """What choose_tokens makes of the logits of `hidden` (S, C)."""
     choices: list[Choice] = []
-    at_once = max(HEAD_ROWS, MOST_LOGITS[model.device.type] // model.config.vocab_size)
+    at_once = max(HEAD_ROWS, 0 if model.screen else MOST_LOGITS[model.device.type] // model.config.vocab_size)
     for first in range(0, len(params), at_once):
         some = slice(first, first + at_once)
         rows = _Rows(model=model, hidden=hidden[some], params=params[some], steps=steps[some], bounds=bounds[some])
@@ -57,9 +57,15 @@ class _Rows:
 
     def choose(self) -> list[Choice]:
         screen, vocab_size = self.model.screen, self.model.config.vocab_size
-        most = max(kept_count(params, vocab_size) for params in self.params)
-        if screen is None or not screen.worthwhile or len(self.params) > HEAD_ROWS or most * KEPT_SHARE > vocab_size:
+        if screen is None or not screen.worthwhile:
             return self._from(self.model.logits(self.hidden))
+        many = [row for row, params in enumerate(self.params) if kept_count(params, vocab_size) * KEPT_SHARE > vocab_size]
+        if len(many) == len(self.params):
+            return self._from(self.model.logits(self.hidden))
+        if many:
+            few = [row for row in range(len(self.params)) if row not in many]
+            found = dict(zip([*many, *few], [*self[many].choose(), *self[few].choose()], strict=True))
+            return [found[row] for row in range(len(self.params))]
         return self._screened(screen, screen.rough(self.hidden), [min(bound, SLACK) for bound in self.bounds])
 
     def _from(self, logits: Tensor) -> list[Choice]:

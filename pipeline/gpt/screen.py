@@ -27,6 +27,8 @@ HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and t
 BLOCK = 32  # tokens that have one bound (maxima.h)
 MOST_MISSED = 4  # one row in so many may need all logits; where more do, a screen costs more than it saves
 GRACE = 2 * HEAD_ROWS  # rows before that is looked at
+LEAST_TOKENS = 1024
+SUBNORMAL = 1e-36  # instructions for bfloat16 take numbers below 1.2e-38 for 0: the norm of a row of them is less
 LEAST_WEIGHTS = 2**19  # of a head: a smaller one takes no longer than what a screen does besides
 
 
@@ -35,10 +37,15 @@ class Screen:
 
     def __init__(self, weight: Tensor) -> None:
         assert weight.dtype == torch.float32
+        self.weight = weight = weight.contiguous()
         rounded = weight.bfloat16()
-        self.weight, self._packed = weight, torch.ops.gptbatch.pack(rounded)
+        self._packed = torch.ops.gptbatch.pack(rounded)
         self._kept = threading.local()  # each thread's logits, always in the same place: the system would give new memory, slowly
-        self._errors = torch.stack([_largest_norms(weight), _largest_norms(weight - rounded.float())], dim=1)
+        pieces = [
+            torch.stack([_largest_norms(some), _largest_norms(some - of_some.float()) + SUBNORMAL], dim=1)
+            for some, of_some in zip(weight.split(128 * BLOCK), rounded.split(128 * BLOCK), strict=True)
+        ]
+        self._errors = torch.cat(pieces)
         self.rows = self.missed = 0
 
     @property
@@ -64,7 +71,7 @@ class Screen:
         with record_function(HEAD):
             rounded = hidden.bfloat16().float()
             norm = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float64)
-            of_hidden = torch.linalg.vector_norm(hidden - rounded, dim=1, dtype=torch.float64) + hidden.shape[1] * 2**-22 * norm
+            of_hidden = torch.linalg.vector_norm(hidden - rounded, dim=1, dtype=torch.float64) + hidden.shape[1] * 2**-22 * norm + SUBNORMAL
             of_weight = torch.linalg.vector_norm(rounded, dim=1, dtype=torch.float64)
             errors = torch.stack([of_hidden, of_weight], dim=1)
             floors: Tensor = torch.ops.gptbatch.screen(logits, hidden, self.weight, errors, self._errors, kept, slack)
@@ -75,8 +82,9 @@ class Screen:
 
 def new_screen(head: Linear, weight: Tensor) -> Screen | None:
     """A screen for a packed head, whose weight still stands elsewhere (in a tied embedding); None where it would not be quicker: it
-    takes a float32 network, not too small, and instructions for bfloat16."""
-    if head.kind == "native" and weight.dtype == torch.float32 and weight.numel() >= LEAST_WEIGHTS and torch.ops.gptbatch.has_bfloat16():
+    takes a float32 network, neither small nor of few tokens, and instructions for bfloat16."""
+    large = weight.numel() >= LEAST_WEIGHTS and len(weight) >= LEAST_TOKENS
+    if head.kind == "native" and weight.dtype == torch.float32 and large and torch.ops.gptbatch.has_bfloat16():
         return Screen(weight.detach())
     return None
 

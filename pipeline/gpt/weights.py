@@ -153,11 +153,14 @@ def load_gpt(
             gpt.lm_head.tie(gpt.wte)
         else:
             group.fill(weights.read(list(group.shapes)), dtype, device)
-        if pack:
+        if pack and group.module is not gpt.lm_head:
             for module in group.module.modules():
                 if isinstance(module, Linear):
                     module.pack(native=gpt.native)
-    gpt.use_rows(gpt.row_plans[0])
+    if pack:
+        gpt.pack()  # the head, which may be the embedding, and what follows from that
+    else:
+        gpt.use_rows(gpt.row_plans[0])
     return gpt
 
 

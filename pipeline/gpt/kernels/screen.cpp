@@ -29,13 +29,14 @@ namespace {
 using namespace gptbatch;
 
 constexpr int AT_ONCE = 8;          // sums side by side: as many as hide how long one addition takes
-constexpr int64_t MOST_SHARE = 16;  // one logit in so many is computed at most: more are no quicker than all of them
-constexpr double UNDERFLOW = 1e-30;  // instructions for bfloat16 take what is below 1e-38 for 0
+constexpr int64_t MOST_SHARE = 64;  // one logit in so many is computed at most: more are no quicker than all of them
+constexpr double TINY = 1e-30;       // instructions for bfloat16 take products below 1.2e-38 for 0
+constexpr double HUGE_ERROR = 1e28;  // below, no sum can have come near the end of float32
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 
 struct Errors {
   double of_hidden, of_weight;
-  double bound(const double* block) const { return of_hidden * block[0] + of_weight * block[1] + UNDERFLOW; }
+  double bound(const double* block) const { return of_hidden * block[0] + of_weight * block[1] + TINY; }
 };
 
 // The logits of some tokens, each summed as `linear` does: over the inputs 0, 1, 2, ... by fused multiply-add.
@@ -72,7 +73,7 @@ double screen_row(float* logits, int64_t vocab_size, const float* hidden, const 
   double largest_error = 0.0;
   for (size_t b = 0; b < maxima.size(); b++) {
     const double error = errors.bound(of_blocks + 2 * b);
-    if (!std::isfinite(maxima[b]) || !std::isfinite(error)) return NOT_A_NUMBER;
+    if (!std::isfinite(maxima[b]) || !(error < HUGE_ERROR)) return NOT_A_NUMBER;
     largest_error = std::max(largest_error, error);
   }
   // at least `kept` rough logits reach the first number, and so as many exact ones the second
