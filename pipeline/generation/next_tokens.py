@@ -21,7 +21,7 @@ from pipeline.gpt.screen import HEAD_ROWS, Screen
 from pipeline.records import SamplingParams
 
 MOST_LOGITS = {"cpu": 2**19, "cuda": 2**25}  # at once, unless HEAD_ROWS have more: for the caches of a CPU, for the memory of a GPU
-KEPT_SHARE = 64  # where more than one token in so many is kept, a screen is no help
+KEPT_SHARE = 256  # where more than one token in so many is kept, a screen is no help
 SLACK = 0.2  # how far below the k-th largest logits are exact at first, unless the row's smallest margin so far is smaller
 
 

@@ -25,11 +25,11 @@ from pipeline.gpt.linear import Linear
 HEAD = "gptbatch::head"  # the name of the head's work in a profile
 HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and the start-up check tries as many
 BLOCK = 32  # tokens that have one bound (maxima.h)
-MOST_MISSED = 4  # one row in so many may need all logits; where more do, a screen costs more than it saves
+MOST_MISSED = 2  # one row in so many may need all logits, as many first tokens do; where more do, a screen costs more than it saves
 GRACE = 2 * HEAD_ROWS  # rows before that is looked at
-LEAST_TOKENS = 1024
-SUBNORMAL = 1e-36  # instructions for bfloat16 take numbers below 1.2e-38 for 0: the norm of a row of them is less
 LEAST_WEIGHTS = 2**19  # of a head: a smaller one takes no longer than what a screen does besides
+LEAST_TOKENS = 1024  # of a vocabulary: the largest logits of a smaller one are too large a part of it
+SUBNORMAL = 1e-36  # instructions for bfloat16 take numbers below 1.2e-38 for 0: the norm of a row of them is less
 
 
 class Screen:
