@@ -266,7 +266,8 @@ def test_every_row_plan_keeps_the_bits(plan: RowPlan, backend: Backend) -> None:
 
 
 def check_chunks(model: GPT, sequences: list[list[int]], seed: int) -> None:
-    """Whole, token by token, and in random chunks of random sequences beside each other: the same bits at every position."""
+    """Whole, token by token, and in random chunks of random sequences beside each other, of which only some logits are wanted: the
+    same bits at every position."""
     rng = random.Random(seed)
     with torch.inference_mode():
         alone = [model.extend(model.new_cache(1), tokens=s, slots=[0] * len(s), positions=range(len(s))) for s in sequences]
@@ -283,13 +284,16 @@ def check_chunks(model: GPT, sequences: list[list[int]], seed: int) -> None:
                 batch += [(i, position) for position in range(done[i], end)]
                 done[i] = end
             if batch:
+                wanted = rng.sample(range(len(batch)), rng.choice([0, len(batch) // 2, len(batch)]))
                 logits = model.extend(
                     cache,
                     tokens=[sequences[i][position] for i, position in batch],
                     slots=[slots[i] for i, _ in batch],
                     positions=[position for _, position in batch],
+                    wanted=wanted,
                 )
-                assert all(torch.equal(row, alone[i][position]) for row, (i, position) in zip(logits, batch, strict=True))
+                assert len(logits) == len(wanted)
+                assert all(torch.equal(row, alone[batch[at][0]][batch[at][1]]) for row, at in zip(logits, wanted, strict=True))
 
 
 def test_prefill_decode_and_chunks(demo: GPT) -> None:

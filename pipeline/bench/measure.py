@@ -143,9 +143,16 @@ def _time(call: Callable[[], object]) -> float:
 
 
 def _ceiling_s(model: GPT, workload: Workload, stats: EngineStats, limits: Limits) -> float:
-    weights = sum(module.in_features * module.out_features for module in model.blocks.modules() if isinstance(module, Linear))
+    last = model.blocks[-1]
+    assert isinstance(last, Block)
+    weights, qkv, of_last = (
+        sum(module.in_features * module.out_features for module in part.modules() if isinstance(module, Linear))
+        for part in (model.blocks, last.attn_qkv, last)
+    )
     head = model.lm_head.in_features * model.lm_head.out_features
-    products_s = 2 * weights * (stats.prefilled_tokens + stats.decoded_tokens) / (limits.gemm_gflops * 1e9)
+    tokens = stats.prefilled_tokens + stats.decoded_tokens
+    # the last block makes something of those alone that a new token follows
+    products_s = 2 * (weights * tokens - (of_last - qkv) * (tokens - stats.new_tokens)) / (limits.gemm_gflops * 1e9)
     products_s += 2 * head * stats.new_tokens / (limits.head_gflops * 1e9)
     # a prefix that rows share is read once for all of them, which is next to nothing
     reused = stats.cached_tokens / len(workload.rows)

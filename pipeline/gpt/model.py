@@ -40,9 +40,11 @@ class Block(nn.Module):
         self.mlp_in = Linear(width, config.n_inner, activation=config.activation)
         self.mlp_out = Linear(config.n_inner, width)
 
-    def forward(self, x: Tensor, attention: Attention) -> Tensor:
-        """x (N, C) -> (N, C)."""
+    def forward(self, x: Tensor, attention: Attention, wanted: Tensor | None = None) -> Tensor:
+        """x (N, C) -> (N, C), or (S, C) of the tokens `wanted` (S,) alone: of the others just keys and values are computed."""
         attended = attention(self.layer, self.attn_qkv(self.ln_1(x)), self.scale)
+        if wanted is not None:
+            x, attended = x[wanted], attended[wanted]
         x = self.attn_out(attended, residual=x)
         return self.mlp_out(self.mlp_in(self.ln_2(x)), residual=x)  # type: ignore[no-any-return]
 
@@ -140,10 +142,12 @@ class GPT(nn.Module):
         """
         attention = cache.step(slots, positions)
         x = self.wte(self._padded(tokens)) + self.wpe(self._padded(positions))
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, attention)
-        x = x[: len(tokens)] if wanted is None else x[torch.tensor(wanted, dtype=torch.long, device=self.device)]
-        return self.ln_f(x)  # type: ignore[no-any-return]
+        if wanted is None or [*wanted] == [*range(len(tokens))]:
+            return self.ln_f(last(x, attention)[: len(tokens)])  # type: ignore[no-any-return]
+        return self.ln_f(last(x, attention, self._padded(wanted))[: len(wanted)])  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (S, C) -> logits (S, V)."""
@@ -159,8 +163,8 @@ class GPT(nn.Module):
         return logits[:rows]
 
     def _padded(self, values: Sequence[int]) -> Tensor:
-        """(N,) -> (N or more,): as many as the linears run at; zeros fill up."""
-        padding = self.row_plan.rows(len(values)) - len(values)
+        """(N,) -> (N or more,): as many as the linears run at, and at least 1; zeros fill up."""
+        padding = self.row_plan.rows(max(1, len(values))) - len(values)
         return torch.tensor([*values, *[0] * padding], device=self.device)
 
     def use_rows(self, plan: RowPlan) -> None:
