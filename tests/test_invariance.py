@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from pipeline.data.bundled import locate
 from pipeline.data.checkpoint import find_checkpoint
@@ -31,8 +32,8 @@ from pipeline.generation.numerics import check_numerics
 from pipeline.gpt.attention import Attention, Backend, KVCache
 from pipeline.gpt.cache_dtype import CacheDtype
 from pipeline.gpt.config import parse_config
-from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, RowPlan
-from pipeline.gpt.model import GPT
+from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Projection, RowPlan
+from pipeline.gpt.model import GPT, Block
 from pipeline.gpt.pages import IDLE_SHARE
 from pipeline.gpt.ragged import PagedCache
 from pipeline.gpt.weights import load_gpt
@@ -326,7 +327,7 @@ def test_what_a_cleared_slot_held_reaches_nobody(backend: Backend, cache_dtype: 
         used = healthy.new_cache(2)
         attention = used.step([0] * 40 + [1] * 30, [*range(40), *range(30)])
         for layer in range(2):
-            attention(layer, torch.full((70, 96), float("nan")), 1.0)
+            attention(layer, torch.full((70, 3, healthy.config.n_head, healthy.config.head_size), float("nan")), 1.0)
         used.clear(0)
         used.move(1, 0)
         used.clear(0)
@@ -378,10 +379,10 @@ def test_both_backends_keep_the_same_int8() -> None:
         model = our_model(random_model(n_embd=80, n_head=heads, n_positions=256), attention=attention)
         model.cache_dtype = "int8"
         caches.append(model.new_cache(2))
-    qkv = torch.randn(count, 3 * 80, generator=torch.Generator().manual_seed(0))
-    q, k, v = qkv.view(count, 3, heads, 40).unbind(1)
-    qkv[5, 80:] = 0
-    qkv[6, 80:] *= 1e-3
+    qkv = torch.randn(count, 3, heads, 40, generator=torch.Generator().manual_seed(0))
+    q, k, v = qkv.unbind(1)
+    qkv[5, 1:] = 0
+    qkv[6, 1:] *= 1e-3
     v[7] *= 1e3
     v[8] = 1e-40
     q[:, :, 0] = 5
@@ -408,17 +409,17 @@ def test_what_is_not_finite_in_an_int8_cache_reaches_those_that_see_it(backend: 
     model = our_model(random_model(n_embd=80, n_head=2, n_positions=256), attention=backend)
     model.cache_dtype = "int8"
     cache = model.new_cache(2)
-    clean = torch.randn(200, 3 * 80, generator=torch.Generator().manual_seed(0))
+    clean = torch.randn(200, 3, 2, 40, generator=torch.Generator().manual_seed(0))
     faults = [(9, 80, math.nan), (70, 80, math.inf), (130, 165, math.nan), (20, 165, -math.inf)]
     for position, column, number in faults:
         qkv = clean.clone()
-        qkv[position, column] = number
+        qkv.view(200, -1)[position, column] = number
         lost = cache.step([1] * 200, range(200))(0, qkv, 0.3).view(200, 2, 40).isnan().any(-1)
         first = position // 16 * 16 if backend == "padded" and column >= 160 else position
         assert lost[:, 0].tolist() == [i >= first for i in range(200)]
         assert not lost[:, 1].any()
     qkv = clean.clone()
-    qkv[100, :40] = qkv[90, 80:120] = 1e19
+    qkv[100, 0, 0] = qkv[90, 1, 0] = 1e19
     lost = cache.step([1] * 200, range(200))(0, qkv, 0.3).view(200, 2, 40).isnan().any(-1)
     assert lost[:, 0].nonzero().flatten().tolist() == [100]
     assert not lost[:, 1].any()
@@ -483,13 +484,17 @@ class FlashCache:
         batch, length = max(slots) + 1, max(positions) + 1
         place = torch.tensor([slot * length + position for slot, position in zip(slots, positions, strict=True)])
 
-        def attend(layer: int, qkv: Tensor, scale: float) -> Tensor:
-            padded = qkv.new_zeros(batch * length, qkv.shape[1]).index_copy_(0, place, qkv)
-            q, k, v = padded.view(batch, length, 3, self.model.config.n_head, -1).permute(2, 0, 3, 1, 4)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-            return out.transpose(1, 2).reshape(batch * length, -1)[place]
+        class FlashAttention:
+            def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
+                padded = qkv.new_zeros(batch * length, *qkv.shape[1:]).index_copy_(0, place, qkv)
+                q, k, v = padded.unflatten(0, (batch, length)).permute(2, 0, 3, 1, 4)
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+                return out.transpose(1, 2).reshape(batch * length, -1)[place]
 
-        return attend
+            def projected(self, layer: int, x: Tensor, projection: Projection, scale: float) -> Tensor:
+                return self(layer, projection(x), scale)
+
+        return FlashAttention()
 
     def move(self, source: int, target: int) -> None:
         raise NotImplementedError
@@ -521,6 +526,40 @@ def test_the_comparison_has_teeth() -> None:
     assert differing >= 3
 
 
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_projection_and_attention_as_one_are_what_they_are_one_after_the_other(
+    n_threads: int, cache_dtype: CacheDtype, dtype: torch.dtype
+) -> None:
+    """Head by head, while pages are asked for: the same numbers come out, and the same are in the cache."""
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+    model = our_model(random_model(n_embd=192, n_head=6, n_positions=512), attention="ragged", dtype=dtype)
+    model.cache_dtype = cache_dtype
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    if block.attn_qkv.packed is None:
+        pytest.skip("this CPU has no linear of ours in this dtype")
+    fused, separate = model.new_cache(12), model.new_cache(12)
+    assert isinstance(fused, PagedCache)
+    assert isinstance(separate, PagedCache)
+    rng, lengths = random.Random(0), [0] * 12
+    with threads(n_threads), torch.inference_mode():
+        for most in (1, 40, 1, 300, 1, 1, 5, 1):  # tokens of a slot: prefill in chunks, decode, and both
+            counts = [rng.choice([0, 1, most]) if slot else most for slot in range(12)]
+            slots = [slot for slot, count in enumerate(counts) for _ in range(count)]
+            positions = [p for count, length in zip(counts, lengths, strict=True) for p in range(length, length + count)]
+            lengths = [length + count for count, length in zip(counts, lengths, strict=True)]
+            x = torch.randn(len(slots), 192, dtype=dtype)
+            ours = fused.step(slots, positions).projected(0, x, block.attn_qkv, 0.2)
+            assert torch.equal(ours, separate.step(slots, positions)(0, block.attn_qkv(x), 0.2))
+            assert torch.equal(fused.layers[0], separate.layers[0])
+    assert max(lengths) > 300
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, threads(n_threads), torch.inference_mode():
+        fused.step([0], [lengths[0]]).projected(0, x[:1], block.attn_qkv, 0.2)
+    assert "gptbatch::project_and_attend" in {event.key for event in profiler.key_averages()}
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_two_threads_work_in_the_kernel() -> None:
     """CPU time of the threads of this process while nothing but the kernel runs; without -fopenmp it would be one thread's."""
@@ -531,7 +570,7 @@ def test_two_threads_work_in_the_kernel() -> None:
     model = our_model(random_model(n_layer=1, n_head=12, n_embd=768, n_positions=512), attention="ragged")
     cache = model.new_cache(16)
     slots = [slot for slot in range(16) for _ in range(512)]
-    qkv = torch.randn(len(slots), 3 * 768)
+    qkv = torch.randn(len(slots), 3, 12, 64)
     with threads(2):
         attention = cache.step(slots, [*range(512)] * 16)
         attention(0, qkv, 0.1)

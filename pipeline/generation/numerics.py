@@ -215,7 +215,7 @@ def _check_attention(model: GPT, probe: _Probe) -> None:
     Both slots hold the same tokens, so that a position has one right answer. A call may take positions again.
     """
     count = min(ATTENTION_POSITIONS, model.config.n_positions)
-    qkv = _numbers((count, 3 * model.config.n_embd), model)
+    qkv = _numbers((count, 3 * model.config.n_embd), model).view(count, 3, model.config.n_head, -1)
     cache = model.new_cache(2)
 
     def attend(slots: list[int], positions: list[int]) -> Tensor:

@@ -167,6 +167,38 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
 
 
+class Projection(Linear):
+    """A linear that makes queries, keys and values of H heads: x (N, C) -> (N, 3, H, D).
+
+    Packed for our kernels the outputs of a head stand together, as `Attention.projected` may want them.
+    """
+
+    def __init__(self, width: int, n_head: int) -> None:
+        super().__init__(width, 3 * width)
+        self.n_head, self.by_head = n_head, False
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(x, residual)
+        if self.by_head:
+            return y.view(len(x), self.n_head, 3, -1).transpose(1, 2)
+        return y.view(len(x), 3, self.n_head, -1)
+
+    def pack(self, *, native: bool) -> None:
+        if native and self._packed is None:
+            assert self.bias is not None
+            self.by_head = True
+            self.weight, self.bias = (
+                nn.Parameter(numbers.detach().unflatten(0, (3, self.n_head, -1)).transpose(0, 1).flatten(0, 2), requires_grad=False)
+                for numbers in (self.weight, self.bias)
+            )
+        super().pack(native=native)
+
+    @property
+    def packed(self) -> Tensor | None:
+        """The weight as our kernels take it, for any number of rows; None where it is not laid out like that."""
+        return self._packed if self.by_head and self.kind == "native" and self.constant_rows is None else None
+
+
 def packed_kind(weight: Tensor, *, native: bool) -> LinearKind:
     """What `Linear.pack` makes of this weight on this machine."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):

@@ -20,7 +20,7 @@ from torch.profiler import record_function
 from pipeline.gpt.attention import Attention, Backend, KVCache, most_slots, new_cache
 from pipeline.gpt.cache_dtype import PAGE_SIZES, CacheDtype, bytes_a_token
 from pipeline.gpt.config import GPTConfig
-from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, RowPlan
+from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, Projection, RowPlan
 from pipeline.gpt.padded import Products
 from pipeline.gpt.pages import n_pages_of
 from pipeline.gpt.screen import HEAD, HEAD_ROWS, Screen, new_screen
@@ -34,7 +34,7 @@ class Block(nn.Module):
         width = config.n_embd
         self.layer, self.scale = layer, config.attention_scale(layer)
         self.ln_1 = nn.LayerNorm(width, config.layer_norm_epsilon)
-        self.attn_qkv = Linear(width, 3 * width)
+        self.attn_qkv = Projection(width, config.n_head)
         self.attn_out = Linear(width, width)
         self.ln_2 = nn.LayerNorm(width, config.layer_norm_epsilon)
         self.mlp_in = Linear(width, config.n_inner, activation=config.activation)
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attention: Attention, wanted: Tensor | None = None) -> Tensor:
         """x (N, C) -> (N, C), or (S, C) of the tokens `wanted` (S,) alone: of the others just keys and values are computed."""
-        attended = attention(self.layer, self.attn_qkv(self.ln_1(x)), self.scale)
+        attended = attention.projected(self.layer, self.ln_1(x), self.attn_qkv, self.scale)
         if wanted is not None:
             x, attended = x[wanted], attended[wanted]
         x = self.attn_out(attended, residual=x)

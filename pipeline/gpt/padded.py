@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from pipeline.gpt.cache_dtype import CacheDtype, through_int8
 from pipeline.gpt.config import GPTConfig
+from pipeline.gpt.linear import Projection
 
 Products = Literal["matmul", "pairwise"]
 
@@ -140,7 +141,7 @@ class PaddedAttention:
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         n_tokens, keys, values = len(self.slots), self.cache.keys[layer], self.cache.values[layer]
-        heads = qkv[:n_tokens].view(n_tokens, 3, self.cache.n_head, -1)
+        heads = qkv[:n_tokens]
         head_size, depth = heads.shape[-1], keys.shape[-1]
         if depth > head_size:
             heads = F.pad(heads, (0, depth - head_size))
@@ -157,6 +158,9 @@ class PaddedAttention:
             for now, some in zip(self.rounds, mixed, strict=True):
                 out[slice(n_tokens) if now.tokens is None else now.tokens] = some
         return out[..., :head_size].flatten(1)
+
+    def projected(self, layer: int, x: Tensor, projection: Projection, scale: float) -> Tensor:
+        return self(layer, projection(x), scale)
 
     def _attend(self, now: _Round, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         pairwise = self.cache.products == "pairwise"

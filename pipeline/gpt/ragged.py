@@ -15,9 +15,11 @@ from torch import Tensor
 from pipeline.gpt.cache_dtype import PAGE_SIZES, CacheDtype, bytes_a_head
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import load_kernels
+from pipeline.gpt.linear import Projection
 from pipeline.gpt.pages import PagePool, n_pages_of
 
 CACHE_LINE = 64
+MOST_IDLE = 1.1  # times the heads, rounded up to as many for each thread: what some threads wait for others at the end
 
 
 class PagedCache:
@@ -92,3 +94,21 @@ class RaggedAttention:
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         out: Tensor = torch.ops.gptbatch.attend(qkv, self.cache.layers[layer], self.cache.table, self.slots, self.positions, scale)
         return out
+
+    def projected(self, layer: int, x: Tensor, projection: Projection, scale: float) -> Tensor:
+        packed = projection.packed
+        if packed is None or not _head_by_head(projection):
+            return self(layer, projection(x), scale)
+        cache = self.cache
+        out: Tensor = torch.ops.gptbatch.project_and_attend(
+            x, packed, projection.bias, cache.layers[layer], cache.table, self.slots, self.positions, scale
+        )
+        return out
+
+
+def _head_by_head(projection: Projection) -> bool:
+    """Whether threads may each take whole heads, projection and all: where they come out even, nearly, and are of whole panels."""
+    threads, n_head = torch.get_num_threads(), projection.n_head
+    rounds = -(-n_head // threads)
+    whole: bool = torch.ops.gptbatch.whole_panels(projection.in_features // n_head)
+    return whole and rounds > 1 and rounds * threads <= MOST_IDLE * n_head

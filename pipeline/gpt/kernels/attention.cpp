@@ -1,8 +1,11 @@
 // Causal attention of flat tokens over a paged cache, each query's sum in one fixed order.
 //
 //     gptbatch::attend(qkv, cache, pages, slots, positions, scale) -> out
+//     gptbatch::project_and_attend(x, packed, bias, cache, pages, slots, positions, scale) -> out
 //
-//     qkv        (R, 3 H D)     float32 or bfloat16; rows from N on belong to nobody and come back as 0
+//     qkv        (R, 3, H, D)   float32 or bfloat16, the last dimension contiguous; rows from N on belong to nobody and come back as 0
+//     x          (R, C)         qkv is its product with `packed`, as `linear` makes it, whose columns are (H, 3, D); 3 D must be a
+//     bias       (3 H D,)       multiple of a panel's columns (`whole_panels`)
 //     cache      (H, P, page)   of qkv's dtype, pages as full_pages.h has them, or uint8, as int8_pages.h does
 //     pages      (slots, most)  int32: which page holds the first positions of a slot, the next, ...
 //     slots      (N,)           int64: the slot of each token
@@ -13,127 +16,190 @@
 //
 // What a query gets depends on its own row, its position and the cache of its slot, and on nothing else. Queries of one sequence are
 // taken up to four at a time, which shares loads and changes no sum.
+//
+// Attention waits for memory, products do not. So `project_and_attend` goes head by head: while a thread multiplies the rows of one
+// head, it asks for the pages of the head before, and attends to these a few at a time, when they have come into its own cache. What
+// a head's queries, keys and values are never leaves that cache, and no thread waits for another between the two.
 // The compiler must not contract or reorder: -ffp-contract=off, never -ffast-math.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "attention.h"
 #include "full_pages.h"
 #include "int8_pages.h"
+#include "products.h"
+#include "tokens.h"
 
 namespace {
 
 using namespace gptbatch;
-constexpr int64_t FEW = 4;  // tiles that a thread takes at a time
-thread_local Scratch scratch;
-thread_local std::vector<float> mixed;
+constexpr int64_t FEW = 4;     // tiles that a thread takes at a time
+constexpr int LISTED = 2;      // lines of pages that are asked for at each step of a product: more slow it down
 
 template <class T, class Pages>
-void run(const at::Tensor& qkv, at::Tensor& cache, const at::Tensor& pages, const at::Tensor& slots, const at::Tensor& positions,
-         double scale, int64_t depth, at::Tensor& out) {
-  const int64_t tokens = slots.size(0), heads = cache.size(0), head_stride = cache.size(1) * cache.size(2), most = pages.size(1);
-  const int64_t width = out.size(1), head_size = width / heads;
-  TORCH_CHECK(cache.size(2) == Pages::page_numbers(depth), "attend: the pages of the cache are of another size");
-  const T* x = qkv.const_data_ptr<T>();
-  auto* numbers = cache.data_ptr<typename Pages::Number>();
-  T* y = out.data_ptr<T>();
-  const int32_t* table = pages.const_data_ptr<int32_t>();
-  const int64_t *slot = slots.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
-  const auto pages_of = [&](int64_t t, int64_t h) { return Pages(depth, table + slot[t] * most, numbers + h * head_stride); };
-
-  // writes what token t adds to the cache for head h
-  const auto add = [&](int64_t t, int64_t h) {
-    const T* key = x + t * 3 * width + width + h * head_size;
-    pages_of(t, h).write(position[t], key, key + width, head_size, scratch);
-  };
-  struct Tile {
-    int64_t token, queries;
-    bool alone;  // nobody else in the call reads what its token adds to the cache
-  };
-  std::vector<Tile> tiles;  // up to QUERIES tokens at consecutive positions of one slot
-  for (int64_t t = 0; t < tokens;) {
-    int64_t n = 1;
-    while (n < QUERIES && t + n < tokens && slot[t + n] == slot[t] && position[t + n] == position[t] + n) n++;
-    n = n == QUERIES ? n : 1;
-    // a page that is not whole yet is nobody else's
-    const bool unfinished = position[t] % Pages::SIZE != Pages::SIZE - 1;
-    const bool alone = n == 1 && unfinished && (t == 0 || slot[t - 1] != slot[t]) && (t + 1 == tokens || slot[t + 1] != slot[t]);
-    tiles.push_back({t, n, alone});
-    t += n;
-  }
-  // what others read is written first; a token that is alone writes when it is its turn, and finds it in the CPU's cache
-  std::vector<int64_t> early;
-  for (const Tile& tile : tiles)
-    if (!tile.alone)
-      for (int64_t i = 0; i < tile.queries; i++) early.push_back(tile.token + i);
+void run(const at::Tensor& qkv, const Tokens<T, Pages>& tokens) {
+  const T* numbers = qkv.const_data_ptr<T>();
+  const auto head = [&](int64_t h) { return Head<T>{numbers + h * qkv.stride(2), qkv.stride(0), qkv.stride(1)}; };
+  const std::vector<int64_t>& early = tokens.early();
   for_each(static_cast<int64_t>(early.size()), FEW, [&](int64_t i) {
-    for (int64_t h = 0; h < heads; h++) add(early[i], h);
+    for (int64_t h = 0; h < tokens.heads(); h++) tokens.write(early[i], h, head(h));
   });
+  const int64_t tiles = tokens.tiles(), all = tokens.heads() * tiles;
+  for_each(all, FEW, [&](int64_t i) {
+    const int64_t after = i + 1;
+    const bool mine = after % FEW != 0 && after < all;  // what the same thread reads next
+    tokens.attend(i % tiles, i / tiles, head(i / tiles), mine ? tokens.first_page(after % tiles, after / tiles) : nullptr);
+  });
+}
 
-  const auto attend = [&]<int Q>(std::integral_constant<int, Q>, int64_t t, int64_t h, const void* next) {
-    mixed.resize(Q * depth);
-    float totals[Q];
-    const T* query = x + t * 3 * width + h * head_size;
-    pages_of(t, h).template attend<Q>(query, 3 * width, head_size, static_cast<float>(scale), position[t] + 1, next, mixed.data(), totals,
-                                      scratch);
-    for (int i = 0; i < Q; i++) {
-      const Vec factor(1.0f / totals[i]);
-      for (int64_t d = 0; d < head_size; d += 2 * LANES) {
-        const float* from = mixed.data() + i * depth + d;
-        const Vec low = Vec::loadu(from) * factor, high = Vec::loadu(from + LANES) * factor;
-        const int64_t count = std::min(2 * LANES, head_size - d);
-        T* to = y + (t + i) * width + h * head_size + d;
-        if constexpr (std::is_same_v<T, float>) {
-          low.store(to, std::min(LANES, count));
-          if (count > LANES) high.store(to + LANES, count - LANES);
-        } else {
-          at::vec::convert_from_float<T>(low, high).store(to, count);
+// What a thread does with its heads, one after the other.
+template <class T, class Pages>
+class Worker {
+ public:
+  Worker(const T* x, int64_t in, const T* weights, const float* bias, int64_t panels, const Tokens<T, Pages>& tokens)
+      : x_(x), weights_(weights), bias_(bias), in_(in), panels_(panels), tokens_(tokens) {
+    for (auto& some : kept_.projected) some.resize(tokens.count() * panels * COLUMNS);
+  }
+
+  // Makes head h's queries, keys and values, and attends to the head before. next: the head that is likely to come after h.
+  void take(int64_t h, int64_t next) {
+    T* const numbers = kept_.projected[turn_].data();
+    const int64_t rows = tokens_.count(), chunks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, stride = panels_ * COLUMNS;
+    int64_t done = 0;  // rows times panels
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      const int64_t first = rows * chunk / chunks, count = rows * (chunk + 1) / chunks - first;
+      const Tiles<T> tiles(x_ + first * in_, count, in_);
+      for (int64_t p = 0; p < panels_; p++) {
+        const int64_t panel = h * panels_ + p, after = p + 1 < panels_ ? panel + 1 : (chunk + 1 < chunks ? h : next) * panels_;
+        for (int64_t tile = 0; tile < tiles.count(); tile++) {
+          const int64_t row = tiles.first_row(tile), begun = done;
+          done += tiles.first_row(tile + 1) - row;
+          const Ending<T> ending{bias_ + panel * COLUMNS, nullptr, numbers + (first + row) * stride + p * COLUMNS, stride, COLUMNS,
+                                 Activation::none};
+          const T *weights = weights_ + panel * in_ * COLUMNS, *then = weights_ + after * in_ * COLUMNS;
+          if (before_ < 0) {
+            tiles.template multiply<0>(tile, weights, then, nullptr, ending);
+            continue;
+          }
+          const int64_t all = rows * panels_, from = tokens_.tiles() * begun / all, to = tokens_.tiles() * done / all;
+          tiles.template multiply<LISTED>(tile, weights, then, list(from, to, LISTED * tiles.asks()), ending);
+          attend(from, to);
         }
       }
     }
+    before_ = h;
+    head_ = Head<T>{numbers, stride, stride / 3};
+    turn_ = 1 - turn_;
+    for (const int64_t token : tokens_.early()) tokens_.write(token, h, head_);
+  }
+
+  // Attends to the last head.
+  void finish() const {
+    if (before_ >= 0) attend(0, tokens_.tiles());
+  }
+
+ private:
+  // Room that a thread keeps from one call to the next.
+  struct Kept {
+    std::vector<T> projected[2];  // of one head and the one before
+    std::vector<const char*> lines;
   };
-  const int64_t n_tiles = static_cast<int64_t>(tiles.size());
-  for_each(heads * n_tiles, FEW, [&](int64_t i) {
-    const auto [t, queries, alone] = tiles[i % n_tiles];
-    const int64_t h = i / n_tiles, after = i + 1;
-    // what the same thread reads next
-    const bool mine = after % FEW != 0 && after < heads * n_tiles;
-    const void* next = mine ? pages_of(tiles[after % n_tiles].token, after / n_tiles).first_page() : nullptr;
-    if (alone) add(t, h);
-    if (queries == QUERIES) {
-      attend(std::integral_constant<int, QUERIES>(), t, h, next);
-    } else {
-      attend(std::integral_constant<int, 1>(), t, h, next);
-    }
+
+  // The first `count` lines that the tiles will read of the head before; where these are fewer, some other that is near.
+  const char* const* list(int64_t from, int64_t to, int64_t count) {
+    kept_.lines.resize(count);
+    int64_t n = 0;
+    for (int64_t tile = from; tile < to && n < count; tile++) n += tokens_.lines(tile, before_, kept_.lines.data() + n, count - n);
+    std::fill(kept_.lines.begin() + n, kept_.lines.end(), reinterpret_cast<const char*>(x_));
+    return kept_.lines.data();
+  }
+
+  void attend(int64_t from, int64_t to) const {
+    for (int64_t tile = from; tile < to; tile++)
+      tokens_.attend(tile, before_, head_, tile + 1 < to ? tokens_.first_page(tile + 1, before_) : nullptr);
+  }
+
+  static Kept& kept() {
+    static thread_local Kept of_thread;
+    return of_thread;
+  }
+
+  const T *x_, *weights_;
+  const float* bias_;
+  int64_t in_, panels_, before_ = -1;
+  const Tokens<T, Pages>& tokens_;
+  Head<T> head_{};  // of before_
+  int turn_ = 0;
+  Kept& kept_ = kept();
+};
+
+template <class T, class Pages>
+void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const Tokens<T, Pages>& tokens) {
+  const int64_t heads = tokens.heads(), in = x.size(1);
+  const int64_t threads = tokens.count() * in * packed.size(0) * COLUMNS < SMALL ? 1 : at::get_num_threads();
+  std::atomic<int64_t> taken{0};
+  at::parallel_for(0, std::min(threads, heads), 1, [&](int64_t, int64_t) {
+    Worker<T, Pages> worker(x.const_data_ptr<T>(), in, packed.const_data_ptr<T>(), bias, packed.size(0) / heads, tokens);
+    for (int64_t h; (h = taken.fetch_add(1)) < heads;) worker.take(h, std::min(h + threads, heads - 1));
+    worker.finish();
   });
-  std::fill(y + tokens * width, y + out.numel(), T(0));
+}
+
+// Calls work(T(), Tokens<T, Pages>) for the types of x and the cache.
+template <class F>
+void with_tokens(const at::Tensor& x, at::Tensor& cache, const at::Tensor& pages, const at::Tensor& slots, const at::Tensor& positions,
+                 double scale, at::Tensor& out, const F& work) {
+  const bool whole = cache.scalar_type() == at::kByte;
+  TORCH_CHECK(cache.dim() == 3 && cache.is_contiguous() && pages.is_contiguous() && slots.is_contiguous() && positions.is_contiguous(),
+              "attend: contiguous tensors are needed");
+  TORCH_CHECK(slots.sizes() == positions.sizes() && slots.size(0) <= x.size(0), "attend: the shapes do not fit each other");
+  TORCH_CHECK(whole || cache.scalar_type() == x.scalar_type(), "attend: the cache is of the type of qkv, or uint8");
+  const auto with = [&](auto number) {
+    using T = decltype(number);
+    if (whole) {
+      work(number, Tokens<T, Int8Pages<T>>(cache, pages, slots, positions, scale, out));
+    } else {
+      work(number, Tokens<T, FullPages<T>>(cache, pages, slots, positions, scale, out));
+    }
+  };
+  x.scalar_type() == at::kFloat ? with(float()) : with(at::BFloat16());
 }
 
 at::Tensor attend(const at::Tensor& qkv, at::Tensor cache, const at::Tensor& pages, const at::Tensor& slots, const at::Tensor& positions,
                   double scale) {
-  TORCH_CHECK(qkv.dim() == 2 && cache.dim() == 3 && qkv.is_contiguous() && cache.is_contiguous() && pages.is_contiguous() &&
-                  slots.is_contiguous() && positions.is_contiguous(),
-              "attend: contiguous tensors are needed");
-  const bool whole = cache.scalar_type() == at::kByte;
-  const int64_t head_size = qkv.size(1) / (3 * cache.size(0)), depth = (head_size + 31) / 32 * 32;
-  TORCH_CHECK(qkv.size(1) == 3 * cache.size(0) * head_size && slots.sizes() == positions.sizes() && slots.size(0) <= qkv.size(0),
-              "attend: the shapes do not fit each other");
-  TORCH_CHECK(whole || cache.scalar_type() == qkv.scalar_type(), "attend: the cache is of the type of qkv, or uint8");
-  at::Tensor out = at::empty({qkv.size(0), qkv.size(1) / 3}, qkv.options());
-  const auto with = [&](auto number) {
-    using T = decltype(number);
-    const auto run_over = whole ? run<T, Int8Pages<T>> : run<T, FullPages<T>>;
-    run_over(qkv, cache, pages, slots, positions, scale, depth, out);
-  };
-  qkv.scalar_type() == at::kFloat ? with(float()) : with(at::BFloat16());
+  TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(2) == cache.size(0) && qkv.stride(3) == 1, "attend: qkv is to be (R, 3, H, D)");
+  at::Tensor out = at::empty({qkv.size(0), qkv.size(2) * qkv.size(3)}, qkv.options());
+  with_tokens(qkv, cache, pages, slots, positions, scale, out, [&](auto, const auto& tokens) { run(qkv, tokens); });
   return out;
 }
+
+at::Tensor project_and_attend(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias, at::Tensor cache, const at::Tensor& pages,
+                              const at::Tensor& slots, const at::Tensor& positions, double scale) {
+  const int64_t columns = bias.numel(), heads = cache.size(0);
+  TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() && columns % (heads * COLUMNS) == 0,
+              "project_and_attend: a head takes whole panels");
+  const at::Tensor inputs = fitting(x, packed, columns);
+  at::Tensor out = at::empty({x.size(0), columns / 3}, x.options());
+  with_tokens(inputs, cache, pages, slots, positions, scale, out, [&](auto number, const auto& tokens) {
+    using T = decltype(number);
+    if constexpr (std::is_same_v<T, float> || HAS_BFLOAT16) run(inputs, packed, bias.const_data_ptr<float>(), tokens);
+  });
+  return out;
+}
+
+bool whole_panels(int64_t head_size) { return 3 * head_size % COLUMNS == 0; }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
   library.def("attend(Tensor qkv, Tensor(a!) cache, Tensor pages, Tensor slots, Tensor positions, float scale) -> Tensor");
+  library.def(
+      "project_and_attend(Tensor x, Tensor packed, Tensor bias, Tensor(a!) cache, Tensor pages, Tensor slots, Tensor positions, float scale) "
+      "-> Tensor");
+  library.def("whole_panels(int head_size) -> bool", whole_panels);
 }
 
-TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("attend", attend); }
+TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
+  library.impl("attend", attend);
+  library.impl("project_and_attend", project_and_attend);
+}

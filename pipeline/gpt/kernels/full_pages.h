@@ -100,7 +100,7 @@ class FullPages {
     mix<Q>(scores, stride, first_count, mixed);
   }
 
-  const void* first_page() const { return keys(0); }
+  const void* page(int64_t i) const { return keys(i); }
 
  private:
   static constexpr int64_t PER_ROW = SIZE / LANES;  // vectors of one row of a page of keys

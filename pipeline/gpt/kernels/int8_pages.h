@@ -191,7 +191,7 @@ class Int8Pages {
     for (int i = 0; i < Q; i++) totals[i] = running.total[i];
   }
 
-  const void* first_page() const { return keys(0); }
+  const void* page(int64_t i) const { return keys(i); }
 
  private:
   static constexpr int64_t SCALE_BYTES = sizeof(float);
