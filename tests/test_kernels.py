@@ -202,6 +202,29 @@ def test_activations_are_those_of_torch(activation: Activation) -> None:
     assert ((y.double() - expected).abs() <= 1e-6 * expected.abs().clamp(min=1)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 5, 16, 33, 100, 768])
+def test_norms_are_those_of_torch_and_rows_do_not_know_each_other(width: int, dtype: torch.dtype) -> None:
+    needs_compiler()
+    torch.manual_seed(0)
+    x = (torch.randn(300, width) * torch.logspace(-3, 3, 300)[:, None] + 5).to(dtype)
+    x[7] = 3
+    weight, bias = torch.randn(width, dtype=dtype), torch.randn(width, dtype=dtype)
+    y = torch.ops.gptbatch.norm(x, weight, bias, 1e-5)
+    exact = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
+    # what rounding x - mean leaves is stretched where a row hardly varies
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5 * (1 + 5 / x.float().std(dim=1, correction=0, keepdim=True).clamp(min=3e-3))
+    assert ((y.double() - exact).abs() <= tolerance * (1 + exact.abs())).all()
+    assert torch.equal(y[7], bias), "a row without variance"
+    for count in (1, 2, 3):
+        with use_threads(count):
+            for part in (slice(0, 1), slice(7, 8), slice(3, 200), slice(299, 300)):
+                assert torch.equal(torch.ops.gptbatch.norm(x[part].clone(), weight, bias, 1e-5), y[part])
+    x[3, 0] = math.nan
+    spoilt = torch.ops.gptbatch.norm(x, weight, bias, 1e-5)
+    assert spoilt.isnan().any(1).nonzero().flatten().tolist() == [3]
+
+
 def test_linears_say_what_does_not_fit() -> None:
     needs_compiler()
     packed = torch.ops.gptbatch.pack(torch.zeros(5, 3))
@@ -211,6 +234,30 @@ def test_linears_say_what_does_not_fit() -> None:
         torch.ops.gptbatch.linear(torch.zeros(2, 3, dtype=torch.float64), packed, 5, None, None, "none")
     with pytest.raises(RuntimeError, match="no activation selu"):
         torch.ops.gptbatch.linear(torch.zeros(2, 3), packed, 5, None, None, "selu")
+    with pytest.raises(RuntimeError, match="norm: the shapes or types do not fit"):
+        torch.ops.gptbatch.norm(torch.zeros(2, 3), torch.zeros(3), torch.zeros(4), 1e-5)
+
+
+def test_attention_says_what_does_not_fit() -> None:
+    needs_compiler()
+    bias, x = torch.zeros(3 * 2 * 16), torch.zeros(1, 8)
+    packed = torch.ops.gptbatch.pack(torch.zeros(len(bias), 8))
+    table, one = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.long)
+
+    def attend(cache: torch.Tensor, bias: torch.Tensor = bias, slots: torch.Tensor = one) -> None:
+        torch.ops.gptbatch.project_and_attend(x, packed, bias, cache, table, slots, one, 1.0)
+
+    attend(torch.zeros(2, 1, 2 * 16 * 32))
+    with pytest.raises(RuntimeError, match="the pages of the cache are of another size"):
+        attend(torch.zeros(2, 1, 2 * 16 * 16))
+    with pytest.raises(RuntimeError, match="the cache is of the type of qkv, or uint8"):
+        attend(torch.zeros(2, 1, 2 * 16 * 32, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="a head takes whole panels"):
+        attend(torch.zeros(2, 1, 2 * 16 * 32), bias=torch.zeros(3 * 2 * 16 + 2))
+    with pytest.raises(RuntimeError, match="the shapes do not fit each other"):
+        attend(torch.zeros(2, 1, 2 * 16 * 32), slots=torch.zeros(2, dtype=torch.long))
+    with pytest.raises(RuntimeError, match=r"qkv is to be \(R, 3, H, D\)"):
+        torch.ops.gptbatch.attend(torch.zeros(1, 3 * 2 * 16), torch.zeros(2, 1, 2 * 16 * 32), table, one, one, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,6 +21,7 @@ from pipeline.gpt.attention import Attention, Backend, KVCache, most_slots, new_
 from pipeline.gpt.cache_dtype import PAGE_SIZES, CacheDtype, bytes_a_token
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, Projection, RowPlan
+from pipeline.gpt.norm import Norm
 from pipeline.gpt.padded import Products
 from pipeline.gpt.pages import n_pages_of
 from pipeline.gpt.screen import HEAD, HEAD_ROWS, Screen, new_screen
@@ -33,10 +34,10 @@ class Block(nn.Module):
         super().__init__()
         width = config.n_embd
         self.layer, self.scale = layer, config.attention_scale(layer)
-        self.ln_1 = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.ln_1 = Norm(width, config.layer_norm_epsilon)
         self.attn_qkv = Projection(width, config.n_head)
         self.attn_out = Linear(width, width)
-        self.ln_2 = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.ln_2 = Norm(width, config.layer_norm_epsilon)
         self.mlp_in = Linear(width, config.n_inner, activation=config.activation)
         self.mlp_out = Linear(config.n_inner, width)
 
@@ -65,7 +66,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_f = Norm(config.n_embd, config.layer_norm_epsilon)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.tie(self.wte)
@@ -196,7 +197,7 @@ class GPT(nn.Module):
         """Lay the linears out for this CPU (see Linear.pack); the network can no longer be copied into or moved."""
         tied = self.lm_head.weight is self.wte.weight
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, (Linear, Norm)):
                 module.pack(native=self.native)
         self.screen = new_screen(self.lm_head, self.wte.weight) if tied else None
         self.use_rows(self.row_plans[0])

@@ -20,8 +20,4 @@ inline float largest_of(const Vec& numbers) {  // NaN where one is
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, numbers);
 }
 
-inline float sum_of(const Vec& numbers) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, numbers);
-}
-
 }  // namespace gptbatch

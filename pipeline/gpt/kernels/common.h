@@ -63,6 +63,10 @@ inline std::tuple<Vec, Vec> load_pair(const T* from, int64_t count) {
   }
 }
 
+inline float sum_of(const Vec& numbers) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, numbers);
+}
+
 // Calls work(i) for i from 0 to count - 1, on all threads, each taking the next few when it is done with its last.
 template <class F>
 void for_each(int64_t count, int64_t few, const F& work) {
