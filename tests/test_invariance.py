@@ -528,13 +528,15 @@ def test_the_comparison_has_teeth() -> None:
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize(("n_head", "head_size"), [(6, 32), (12, 16), (6, 48)])
 def test_projection_and_attention_as_one_are_what_they_are_one_after_the_other(
-    n_threads: int, cache_dtype: CacheDtype, dtype: torch.dtype
+    n_head: int, head_size: int, n_threads: int, cache_dtype: CacheDtype, dtype: torch.dtype
 ) -> None:
     """Head by head, while pages are asked for: the same numbers come out, and the same are in the cache."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
-    model = our_model(random_model(n_embd=192, n_head=6, n_positions=512), attention="ragged", dtype=dtype)
+    width = n_head * head_size
+    model = our_model(random_model(n_layer=1, n_embd=width, n_head=n_head, n_positions=512), attention="ragged", dtype=dtype)
     model.cache_dtype = cache_dtype
     block = model.blocks[0]
     assert isinstance(block, Block)
@@ -550,18 +552,31 @@ def test_projection_and_attention_as_one_are_what_they_are_one_after_the_other(
             slots = [slot for slot, count in enumerate(counts) for _ in range(count)]
             positions = [p for count, length in zip(counts, lengths, strict=True) for p in range(length, length + count)]
             lengths = [length + count for count, length in zip(counts, lengths, strict=True)]
-            x = torch.randn(len(slots), 192, dtype=dtype)
+            x = torch.randn(len(slots) + 3, width, dtype=dtype)
             ours = fused.step(slots, positions).projected(0, x, block.attn_qkv, 0.2)
             assert torch.equal(ours, separate.step(slots, positions)(0, block.attn_qkv(x), 0.2))
             assert torch.equal(fused.layers[0], separate.layers[0])
+            assert not ours[len(slots) :].any(), "rows that belong to nobody"
     assert max(lengths) > 300
     with profile(activities=[ProfilerActivity.CPU]) as profiler, threads(n_threads), torch.inference_mode():
         fused.step([0], [lengths[0]]).projected(0, x[:1], block.attn_qkv, 0.2)
     assert "gptbatch::project_and_attend" in {event.key for event in profiler.key_averages()}
 
 
+def test_the_last_block_leaves_out_what_nobody_wants(backend: Backend) -> None:
+    model = our_model(random_model(), attention=backend)
+    rows: dict[int, int] = {}
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        block.mlp_in.register_forward_hook(lambda _, inputs, __, layer=layer: rows.update({layer: len(inputs[0])}))
+    with torch.inference_mode():
+        model.hidden(model.new_cache(1), tokens=[5] * 40, slots=[0] * 40, positions=range(40), wanted=[3, 39])
+    assert rows == {0: 40, 1: model.row_plan.rows(2)}
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_two_threads_work_in_the_kernel() -> None:
+@pytest.mark.parametrize("projected", [False, True], ids=["attention", "with its projection"])
+def test_two_threads_work_in_the_kernel(projected: bool) -> None:
     """CPU time of the threads of this process while nothing but the kernel runs; without -fopenmp it would be one thread's."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
@@ -570,14 +585,20 @@ def test_two_threads_work_in_the_kernel() -> None:
     model = our_model(random_model(n_layer=1, n_head=12, n_embd=768, n_positions=512), attention="ragged")
     cache = model.new_cache(16)
     slots = [slot for slot in range(16) for _ in range(512)]
-    qkv = torch.randn(len(slots), 3, 12, 64)
+    x, qkv = torch.randn(len(slots), 768), torch.randn(len(slots), 3, 12, 64)
+    block = model.blocks[0]
+    assert isinstance(block, Block)
     with threads(2):
         attention = cache.step(slots, [*range(512)] * 16)
-        attention(0, qkv, 0.1)
+
+        def attend() -> None:
+            attention.projected(0, x, block.attn_qkv, 0.1) if projected else attention(0, qkv, 0.1)
+
+        attend()
         before = cpu_times()
         began = time.monotonic()
         while time.monotonic() - began < 1.0:
-            attention(0, qkv, 0.1)
+            attend()
     busy = sorted(after - before.get(thread, 0) for thread, after in cpu_times().items())
     assert busy[-2] > 0.1 * busy[-1] > 0, [time / 1e9 for time in busy]
 

@@ -75,6 +75,19 @@ def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Pat
     subprocess.run([sys.executable, "-c", load, str(library)], check=True, timeout=120)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", ["AVX512 with AMX", "AVX2", "DEFAULT"])
+def test_they_build_for_other_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: str) -> None:
+    """Compiled and linked, whatever this machine has; a CPU without the instructions could not load it."""
+    needs_compiler()
+    capability, _, amx = cpu.partition(" with ")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for name in ("_is_avx512_bf16_supported", "_is_vnni_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: bool(amx))
+    assert ("-mamx-bf16" in build.compile_flags()) == bool(amx)
+    assert build_kernels(tmp_path).exists()
+
+
 RUNS = len(build.SOURCES) + 1  # of the compiler: each source, then all together
 
 
@@ -254,7 +267,7 @@ def test_attention_says_what_does_not_fit() -> None:
         attend(torch.zeros(2, 1, 2 * 16 * 32, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="a head takes whole panels"):
         attend(torch.zeros(2, 1, 2 * 16 * 32), bias=torch.zeros(3 * 2 * 16 + 2))
-    with pytest.raises(RuntimeError, match="the shapes do not fit each other"):
+    with pytest.raises(RuntimeError, match="attend: the shapes do not fit each other"):
         attend(torch.zeros(2, 1, 2 * 16 * 32), slots=torch.zeros(2, dtype=torch.long))
     with pytest.raises(RuntimeError, match=r"qkv is to be \(R, 3, H, D\)"):
         torch.ops.gptbatch.attend(torch.zeros(1, 3 * 2 * 16), torch.zeros(2, 1, 2 * 16 * 32), table, one, one, 1.0)

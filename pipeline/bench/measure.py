@@ -1,7 +1,8 @@
 """How fast the engine is on a workload, where the time goes, and how near that is to what the machine can do.
 
 The ceiling is what the workload would take if its matrix products ran at the best rate seen on this machine and each decoding
-row's keys and values came from memory at the best rate seen, one after the other, and nothing else took time.
+row's keys and values came from memory at the best rate seen, one after the other, and nothing else took time. (On a CPU keys and
+values are read while the projection is multiplied, so that where they are many, a little more than the ceiling can be reached.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WARM_UP_TOKENS = 4
 GEMM_ROWS = (64, 128, 256)
 PARTS = {  # of a step, by the names of torch's operators
     "linears": ("gptbatch::linear", "gptbatch::widened_linear", "gptbatch::screen", "mkldnn::_linear_pointwise", "aten::addmm", "aten::mm"),
-    "attention": ("gptbatch::attend", "aten::bmm", "aten::_softmax"),
+    "attention": ("gptbatch::attend", "gptbatch::project_and_attend", "aten::bmm", "aten::_softmax"),
     "sampling": ("gptbatch::choose", "aten::topk", "aten::sort"),
 }
 
@@ -42,8 +43,9 @@ class Limits:
 class Measurement:
     """What was measured. Rates are medians over the repeats, of the wall time; shares are of the tokens or of the time.
 
-    seconds_by_part: of one repeat more, under a profiler: prefill and decode share each step by its tokens; linears, attention,
-    head, sampling and other are of the network, waiting is the rest, in which no operator ran. On a GPU prefill and decode only.
+    seconds_by_part: of one repeat more, under a profiler: prefill and decode share each step by its tokens; linears, attention (with
+    the projection to queries, keys and values, where both are one kernel), head, sampling and other are of the network, waiting is the
+    rest, in which no operator ran. On a GPU prefill and decode only.
     """
 
     tokens_per_s: float
@@ -151,7 +153,7 @@ def _ceiling_s(model: GPT, workload: Workload, stats: EngineStats, limits: Limit
     )
     head = model.lm_head.in_features * model.lm_head.out_features
     tokens = stats.prefilled_tokens + stats.decoded_tokens
-    # the last block makes something of those alone that a new token follows
+    # after its attention the last block computes those alone that a new token follows
     products_s = 2 * (weights * tokens - (of_last - qkv) * (tokens - stats.new_tokens)) / (limits.gemm_gflops * 1e9)
     products_s += 2 * head * stats.new_tokens / (limits.head_gflops * 1e9)
     # a prefix that rows share is read once for all of them, which is next to nothing

@@ -210,18 +210,23 @@ def _failures_of(linear: Linear, name: str, count: int, model: GPT) -> list[str]
 
 
 def _check_attention(model: GPT, probe: _Probe) -> None:
-    """One layer over as long a context as may be, in one call, against some of its positions in other calls.
+    """One layer over as long a context as may be, in one call, against some of its positions in other calls, and with its projection.
 
     Both slots hold the same tokens, so that a position has one right answer. A call may take positions again.
     """
     count = min(ATTENTION_POSITIONS, model.config.n_positions)
-    qkv = _numbers((count, 3 * model.config.n_embd), model).view(count, 3, model.config.n_head, -1)
+    block, scale = model.blocks[0], model.config.attention_scale(0)
+    assert isinstance(block, Block)
+    x = _numbers((model.row_plan.rows(count), model.config.n_embd), model)
+    qkv = block.attn_qkv(x)[:count]
     cache = model.new_cache(2)
 
     def attend(slots: list[int], positions: list[int]) -> Tensor:
-        return cache.step(slots, positions)(0, qkv[positions], model.config.attention_scale(0))
+        return cache.step(slots, positions)(0, qkv[positions], scale)
 
     expected = attend([1] * count, list(range(count)))
+    projected = cache.step([1] * count, list(range(count))).projected(0, x, block.attn_qkv, scale)[:count]
+    probe.expect("attention with its projection", projected, expected)
     early, last = min(10, count), count - 1
     calls = [("in another slot", [0] * early, list(range(early))), ("alone", [1], [last]), ("beside others", [0, 1], [early - 1, last])]
     for first in (0, count // 5, max(0, count - CHUNK)):

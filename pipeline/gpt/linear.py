@@ -1,7 +1,7 @@
 """The linear layer of the network, in the form that is fast on the device at hand.
 
 Knows: weights (out, in) as plain parameters, and the same weights laid out for our kernel, or for oneDNN, on CPU.
-Does not know: where it stands in the network.
+`Projection`, which attention follows, also knows heads. Does not know: where it stands in the network.
 """
 
 from __future__ import annotations
@@ -178,13 +178,13 @@ class Projection(Linear):
         self.n_head, self.by_head = n_head, False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = super().forward(x, residual)
+        y, head_size = super().forward(x, residual), self.in_features // self.n_head
         if self.by_head:
-            return y.view(len(x), self.n_head, 3, -1).transpose(1, 2)
-        return y.view(len(x), 3, self.n_head, -1)
+            return y.view(len(x), self.n_head, 3, head_size).transpose(1, 2)
+        return y.view(len(x), 3, self.n_head, head_size)
 
     def pack(self, *, native: bool) -> None:
-        if native and self._packed is None:
+        if native and not self.by_head:
             assert self.bias is not None
             self.by_head = True
             self.weight, self.bias = (
@@ -195,7 +195,7 @@ class Projection(Linear):
 
     @property
     def packed(self) -> Tensor | None:
-        """The weight as our kernels take it, for any number of rows; None where it is not laid out like that."""
+        """The weight as our kernels take it; None where it is not laid out for them, or constant numbers of rows are planned."""
         return self._packed if self.by_head and self.kind == "native" and self.constant_rows is None else None
 
 

@@ -42,7 +42,7 @@ class Block(nn.Module):
         self.mlp_out = Linear(config.n_inner, width)
 
     def forward(self, x: Tensor, attention: Attention, wanted: Tensor | None = None) -> Tensor:
-        """x (N, C) -> (N, C), or (S, C) of the tokens `wanted` (S,) alone: of the others just keys and values are computed."""
+        """x (N, C) -> (N, C), or (S, C) of the tokens `wanted` (S,) alone: of the others nothing is computed after attention."""
         attended = attention.projected(self.layer, self.ln_1(x), self.attn_qkv, self.scale)
         if wanted is not None:
             x, attended = x[wanted], attended[wanted]
@@ -194,7 +194,7 @@ class GPT(nn.Module):
         return ", ".join([self.row_plan.name, *others])
 
     def pack(self) -> None:
-        """Lay the linears out for this CPU (see Linear.pack); the network can no longer be copied into or moved."""
+        """Lay the linears out for this CPU (see Linear.pack) and use our kernels; the network can no longer be copied into or moved."""
         tied = self.lm_head.weight is self.wte.weight
         for module in self.modules():
             if isinstance(module, (Linear, Norm)):

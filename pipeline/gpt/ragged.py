@@ -19,7 +19,7 @@ from pipeline.gpt.linear import Projection
 from pipeline.gpt.pages import PagePool, n_pages_of
 
 CACHE_LINE = 64
-MOST_IDLE = 1.1  # times the heads, rounded up to as many for each thread: what some threads wait for others at the end
+MOST_ROUNDS = 1.1  # heads are dealt out in rounds, one for each thread; rounds times threads is at most so many times the heads
 
 
 class PagedCache:
@@ -107,8 +107,9 @@ class RaggedAttention:
 
 
 def _head_by_head(projection: Projection) -> bool:
-    """Whether threads may each take whole heads, projection and all: where they come out even, nearly, and are of whole panels."""
+    """Whether threads may each take whole heads, projection and all: where these are of whole panels, and few threads are idle in the
+    last round. With one round alone there would be no head before, whose pages are asked for."""
     threads, n_head = torch.get_num_threads(), projection.n_head
     rounds = -(-n_head // threads)
     whole: bool = torch.ops.gptbatch.whole_panels(projection.in_features // n_head)
-    return whole and rounds > 1 and rounds * threads <= MOST_IDLE * n_head
+    return whole and rounds > 1 and rounds * threads <= MOST_ROUNDS * n_head

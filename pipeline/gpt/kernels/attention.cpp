@@ -4,8 +4,9 @@
 //     gptbatch::project_and_attend(x, packed, bias, cache, pages, slots, positions, scale) -> out
 //
 //     qkv        (R, 3, H, D)   float32 or bfloat16, the last dimension contiguous; rows from N on belong to nobody and come back as 0
-//     x          (R, C)         qkv is its product with `packed`, as `linear` makes it, whose columns are (H, 3, D); 3 D must be a
-//     bias       (3 H D,)       multiple of a panel's columns (`whole_panels`)
+//     x          (R, C)         qkv is linear(x, packed, bias)
+//     packed                    as linear.cpp has it, of 3 H D columns in the order (H, 3, D): a head takes whole panels (`whole_panels`)
+//     bias       (3 H D,)       float32
 //     cache      (H, P, page)   of qkv's dtype, pages as full_pages.h has them, or uint8, as int8_pages.h does
 //     pages      (slots, most)  int32: which page holds the first positions of a slot, the next, ...
 //     slots      (N,)           int64: the slot of each token
@@ -18,8 +19,8 @@
 // taken up to four at a time, which shares loads and changes no sum.
 //
 // Attention waits for memory, products do not. So `project_and_attend` goes head by head: while a thread multiplies the rows of one
-// head, it asks for the pages of the head before, and attends to these a few at a time, when they have come into its own cache. What
-// a head's queries, keys and values are never leaves that cache, and no thread waits for another between the two.
+// head, it asks for the pages of the head before, and attends to these a few at a time, when they have come into its own cache. Queries
+// stay in that cache, too, where rows are as few as in a decode step, and no thread waits for another between the two.
 // The compiler must not contract or reorder: -ffp-contract=off, never -ffast-math.
 
 #include <ATen/ops/empty.h>
@@ -33,8 +34,8 @@
 namespace {
 
 using namespace gptbatch;
-constexpr int64_t FEW = 4;     // tiles that a thread takes at a time
-constexpr int LISTED = 2;      // lines of pages that are asked for at each step of a product: more slow it down
+constexpr int64_t FEW = 4;  // tiles that a thread takes at a time
+constexpr int LISTED = 2;   // lines of pages that are asked for at each step of a product: more slow it down
 
 template <class T, class Pages>
 void run(const at::Tensor& qkv, const Tokens<T, Pages>& tokens) {
@@ -134,9 +135,10 @@ class Worker {
 };
 
 template <class T, class Pages>
-void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const Tokens<T, Pages>& tokens) {
+void run_by_head(const at::Tensor& x, const at::Tensor& packed, const float* bias, const Tokens<T, Pages>& tokens) {
   const int64_t heads = tokens.heads(), in = x.size(1);
-  const int64_t threads = tokens.count() * in * packed.size(0) * COLUMNS < SMALL ? 1 : at::get_num_threads();
+  const int64_t multiplications = tokens.count() * in * packed.size(0) * COLUMNS + tokens.multiplications();
+  const int64_t threads = multiplications < SMALL ? 1 : at::get_num_threads();
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min(threads, heads), 1, [&](int64_t, int64_t) {
     Worker<T, Pages> worker(x.const_data_ptr<T>(), in, packed.const_data_ptr<T>(), bias, packed.size(0) / heads, tokens);
@@ -176,13 +178,13 @@ at::Tensor attend(const at::Tensor& qkv, at::Tensor cache, const at::Tensor& pag
 at::Tensor project_and_attend(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias, at::Tensor cache, const at::Tensor& pages,
                               const at::Tensor& slots, const at::Tensor& positions, double scale) {
   const int64_t columns = bias.numel(), heads = cache.size(0);
-  TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() && columns % (heads * COLUMNS) == 0,
-              "project_and_attend: a head takes whole panels");
+  TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous(), "project_and_attend: bias");
+  TORCH_CHECK(heads > 0 && columns % (heads * COLUMNS) == 0, "project_and_attend: a head takes whole panels");
   const at::Tensor inputs = fitting(x, packed, columns);
   at::Tensor out = at::empty({x.size(0), columns / 3}, x.options());
   with_tokens(inputs, cache, pages, slots, positions, scale, out, [&](auto number, const auto& tokens) {
     using T = decltype(number);
-    if constexpr (std::is_same_v<T, float> || HAS_BFLOAT16) run(inputs, packed, bias.const_data_ptr<float>(), tokens);
+    if constexpr (std::is_same_v<T, float> || HAS_BFLOAT16) run_by_head(inputs, packed, bias.const_data_ptr<float>(), tokens);
   });
   return out;
 }

@@ -36,7 +36,7 @@ void run(const at::Tensor& x, const at::Tensor& packed, const float* bias, const
   Y* outputs = y.data_ptr<Y>();
   // chunks of about equal size: a small one would wait for its weights
   const int64_t chunks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, items = chunks * panels;
-  const int64_t most = Tiles<T>(inputs, rows, in).most_rows(), chunk_rows = ((rows + chunks - 1) / chunks + most - 1) / most * most;
+  const int64_t most = Tiles<T>::most_rows(), chunk_rows = ((rows + chunks - 1) / chunks + most - 1) / most * most;
   const int64_t threads = rows * in * out < SMALL ? 1 : at::get_num_threads();
   const auto work = [&](int64_t item) {
     const int64_t chunk = item / panels, panel = item % panels, column = panel * COLUMNS;

@@ -112,7 +112,7 @@ inline void multiply_rows(int64_t rows, const T* x, int64_t in, const T* panel, 
 
 #ifdef __AMX_BF16__
 // Whether the system lets this process use AMX; it wants to be asked.
-bool may_use_amx() {
+inline bool may_use_amx() {
   constexpr int ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool granted = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
   return granted;
@@ -186,38 +186,42 @@ template <class T>
 class Tiles {
  public:
   Tiles(const T* x, int64_t rows, int64_t in) : x_(x), rows_(rows), in_(in) {
-#ifdef __AMX_BF16__
-    amx_ = std::is_same_v<T, at::BFloat16> && may_use_amx();
-#endif
     count_ = (rows + most_rows() - 1) / most_rows();
-    steps_ = in / (amx_ ? BFLOAT16_INPUTS : Step<T>::DEPTH);
+    steps_ = in / (uses_amx() ? BFLOAT16_INPUTS : Step<T>::DEPTH);
     share_ = (in * COLUMNS * static_cast<int64_t>(sizeof(T)) / CACHE_LINE + count_ - 1) / count_;
-    asks_ = amx_ ? (share_ + steps_ - 1) / steps_ : 1;
+    asks_ = uses_amx() ? (share_ + steps_ - 1) / steps_ : 1;
   }
 
   int64_t count() const { return count_; }
-  int64_t most_rows() const { return amx_ ? 2 * AMX_ROWS : ROWS; }
+  static int64_t most_rows() { return uses_amx() ? 2 * AMX_ROWS : ROWS; }
   int64_t first_row(int64_t tile) const { return rows_ * tile / count_; }
   // Lines that a tile asks for while it is multiplied, of each kind.
   int64_t asks() const { return steps_ * asks_; }
 
-  // Tile times panel; asks for its share of the panel `next`, and for LISTED * asks() lines of a list.
+  // Tile times panel; asks for its share of the panel `next`, or for what it gets to of that, and for LISTED * asks() lines of a list.
   template <int LISTED, class Y>
   void multiply(int64_t tile, const T* panel, const T* next, const char* const* listed, const Ending<Y>& ending) const {
     const int64_t row = first_row(tile), rows = first_row(tile + 1) - row;
     const Ahead<LISTED> ahead{reinterpret_cast<const char*>(next) + tile * std::min(share_, asks()) * CACHE_LINE, listed};
 #ifdef __AMX_BF16__
     if constexpr (std::is_same_v<T, at::BFloat16>) {
-      if (amx_) return multiply_amx(rows, x_ + row * in_, in_, panel, ahead, asks_, ending);
+      if (uses_amx()) return multiply_amx(rows, x_ + row * in_, in_, panel, ahead, asks_, ending);
     }
 #endif
     multiply_rows<T>(rows, x_ + row * in_, in_, panel, ahead, ending);
   }
 
  private:
+  static bool uses_amx() {
+#ifdef __AMX_BF16__
+    return std::is_same_v<T, at::BFloat16> && may_use_amx();
+#else
+    return false;
+#endif
+  }
+
   const T* x_;
   int64_t rows_, in_, count_, steps_, share_, asks_;
-  bool amx_ = false;
 };
 
 // x as a packed weight (panels, in, COLUMNS) of so many columns takes it.

@@ -55,9 +55,13 @@ class Tokens {
 
   int64_t count() const { return count_; }
   int64_t heads() const { return heads_; }
-  int64_t head_size() const { return head_size_; }
-  // Up to QUERIES tokens at consecutive positions of one slot.
   int64_t tiles() const { return static_cast<int64_t>(tiles_.size()); }
+  // Multiplications of all queries with keys, and of weights with values.
+  int64_t multiplications() const {
+    int64_t keys = 0;
+    for (int64_t t = 0; t < count_; t++) keys += position_[t] + 1;
+    return 2 * keys * heads_ * head_size_;
+  }
   // Tokens whose keys and values others may read in this call: they are to be written first.
   const std::vector<int64_t>& early() const { return early_; }
 
@@ -92,7 +96,7 @@ class Tokens {
 
  private:
   struct Tile {
-    int64_t token, queries;
+    int64_t token, queries;  // QUERIES tokens at consecutive positions of one slot, or one
     bool alone;  // nobody else in the call reads what its token adds to the cache
   };
 
