@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -76,6 +77,7 @@ def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
 @pytest.mark.parametrize("cpu", ["AVX512 with AMX", "AVX2", "DEFAULT"])
 def test_they_build_for_other_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: str) -> None:
     """Compiled and linked, whatever this machine has; a CPU without the instructions could not load it."""

@@ -146,9 +146,10 @@ class GPT(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, attention)
-        if wanted is None or [*wanted] == [*range(len(tokens))]:
-            return self.ln_f(last(x, attention)[: len(tokens)])  # type: ignore[no-any-return]
-        return self.ln_f(last(x, attention, self._padded(wanted))[: len(wanted)])  # type: ignore[no-any-return]
+        everything = range(len(tokens))
+        wanted = everything if wanted is None else wanted
+        x = last(x, attention, None if [*wanted] == [*everything] else self._padded(wanted))
+        return self.ln_f(x[: len(wanted)])  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (S, C) -> logits (S, V)."""

@@ -18,5 +18,5 @@ class Norm(nn.LayerNorm):
         return y
 
     def pack(self, *, native: bool) -> None:
-        """native: our kernels are there, which take half as long as torch's."""
+        """native: our kernels are there."""
         self.native = native
