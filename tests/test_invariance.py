@@ -30,12 +30,13 @@ from pipeline.generation import reference
 from pipeline.generation.engine import Engine, WindowFull, logits_bytes
 from pipeline.generation.numerics import check_numerics
 from pipeline.gpt.attention import Attention, Backend, KVCache
+from pipeline.gpt.blocks import Block
 from pipeline.gpt.cache_dtype import CacheDtype
 from pipeline.gpt.config import parse_config
 from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Projection, RowPlan
-from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.model import GPT
 from pipeline.gpt.pages import IDLE_SHARE
-from pipeline.gpt.ragged import PagedCache
+from pipeline.gpt.ragged import PagedCache, RaggedAttention
 from pipeline.gpt.weights import load_gpt
 from pipeline.records import Completion, TokenizedPrompt
 from tests.conftest import has_kernels, our_model, random_model, tokenized
@@ -491,9 +492,6 @@ class FlashCache:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
                 return out.transpose(1, 2).reshape(batch * length, -1)[place]
 
-            def projected(self, layer: int, x: Tensor, projection: Projection, scale: float) -> Tensor:
-                return self(layer, projection(x), scale)
-
         return FlashAttention()
 
     def move(self, source: int, target: int) -> None:
@@ -528,50 +526,71 @@ def test_the_comparison_has_teeth() -> None:
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
-@pytest.mark.parametrize(("n_head", "head_size"), [(6, 32), (12, 16), (6, 48)])
-def test_projection_and_attention_as_one_are_what_they_are_one_after_the_other(
+@pytest.mark.parametrize(("n_head", "head_size"), [(6, 32), (12, 16), (6, 48), (5, 32), (3, 20)])
+def test_blocks_in_one_call_are_what_they_are_one_by_one(
     n_head: int, head_size: int, n_threads: int, cache_dtype: CacheDtype, dtype: torch.dtype
 ) -> None:
-    """Head by head, while pages are asked for: the same numbers come out, and the same are in the cache."""
+    """Head by head, while pages are asked for, or not: the same numbers come out, and the same are in the cache."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
     width = n_head * head_size
-    model = our_model(random_model(n_layer=1, n_embd=width, n_head=n_head, n_positions=512), attention="ragged", dtype=dtype)
+    theirs = random_model(n_embd=width, n_head=n_head, n_positions=512, activation_function="relu", scale_attn_by_inverse_layer_idx=True)
+    model = our_model(theirs, attention="ragged", dtype=dtype)
     model.cache_dtype = cache_dtype
-    block = model.blocks[0]
-    assert isinstance(block, Block)
-    if block.attn_qkv.packed is None:
+    if not model.blocks.in_one_call:
         pytest.skip("this CPU has no linear of ours in this dtype")
-    fused, separate = model.new_cache(12), model.new_cache(12)
-    assert isinstance(fused, PagedCache)
+    together, separate = model.new_cache(12), model.new_cache(12)
+    assert isinstance(together, PagedCache)
     assert isinstance(separate, PagedCache)
     rng, lengths = random.Random(0), [0] * 12
-    with threads(n_threads), torch.inference_mode():
+    with threads(n_threads), torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         for most in (1, 40, 1, 300, 1, 1, 5, 1):  # tokens of a slot: prefill in chunks, decode, and both
             counts = [rng.choice([0, 1, most]) if slot else most for slot in range(12)]
             slots = [slot for slot, count in enumerate(counts) for _ in range(count)]
             positions = [p for count, length in zip(counts, lengths, strict=True) for p in range(length, length + count)]
             lengths = [length + count for count, length in zip(counts, lengths, strict=True)]
+            wanted = None if most == 5 else torch.tensor(sorted(rng.sample(range(len(slots)), rng.randint(1, len(slots)))))
             x = torch.randn(len(slots) + 3, width, dtype=dtype)
-            ours = fused.step(slots, positions).projected(0, x, block.attn_qkv, 0.2)
-            assert torch.equal(ours, separate.step(slots, positions)(0, block.attn_qkv(x), 0.2))
-            assert torch.equal(fused.layers[0], separate.layers[0])
-            assert not ours[len(slots) :].any(), "rows that belong to nobody"
+            y, attention = x, separate.step(slots, positions)
+            for block in model.blocks:
+                y = block(y, attention, wanted if block is model.blocks[-1] else None)
+            assert torch.equal(model.blocks(x, together.step(slots, positions), wanted), y)
+            assert all(torch.equal(*pages) for pages in zip(together.layers, separate.layers, strict=True))
     assert max(lengths) > 300
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, threads(n_threads), torch.inference_mode():
-        fused.step([0], [lengths[0]]).projected(0, x[:1], block.attn_qkv, 0.2)
-    assert "gptbatch::project_and_attend" in {event.key for event in profiler.key_averages()}
+    names = {event.key for event in profiler.key_averages()}
+    assert {"gptbatch::blocks", "gptbatch::attend", "gptbatch::linear", "gptbatch::norm"} <= names
+    rounds = -(-n_head // n_threads)
+    by_head = rounds > 1 and rounds * n_threads <= 1.1 * n_head and 3 * head_size % torch.ops.gptbatch.pack(torch.zeros(1, 1)).shape[2] == 0
+    assert ("gptbatch::project_and_attend" in names) == by_head
+
+
+def test_rows_that_belong_to_nobody_get_no_attention() -> None:
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+    model = our_model(random_model(n_embd=64, n_head=4), attention="ragged")
+    attention, projection = model.new_cache(1).step([0, 0], [0, 1]), model.blocks[0].get_submodule("attn_qkv")
+    assert isinstance(attention, RaggedAttention)
+    assert isinstance(projection, Projection)
+    x = torch.randn(5, 64)
+    for out in (attention(0, projection(x), 0.2), project_and_attend(attention, x, projection, 0.2)):
+        assert out[:2].all()
+        assert not out[2:].any()
+
+
+def project_and_attend(attention: RaggedAttention, x: Tensor, projection: Projection, scale: float) -> Tensor:
+    cache = attention.cache
+    of_call = (cache.table, attention.slots, attention.positions, scale)
+    out: Tensor = torch.ops.gptbatch.project_and_attend(x, projection.packed, projection.bias, cache.layers[0], *of_call)
+    return out
 
 
 def test_the_last_block_leaves_out_what_nobody_wants(backend: Backend) -> None:
     model = our_model(random_model(), attention=backend)
-    rows: dict[int, int] = {}
-    for layer, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        block.mlp_in.register_forward_hook(lambda _, inputs, __, layer=layer: rows.update({layer: len(inputs[0])}))
-    with torch.inference_mode():
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         model.hidden(model.new_cache(1), tokens=[5] * 40, slots=[0] * 40, positions=range(40), wanted=[3, 39])
-    assert rows == {0: 40, 1: model.row_plan.rows(2)}
+    rows = [event.input_shapes[0][0] for event in profiler.events() if event.name in ("gptbatch::linear", "mkldnn::_linear_pointwise")]
+    few = model.row_plan.rows(2)
+    assert rows == [40] * 5 + [few] * 3, "four linears of each block, and keys and values for all"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
@@ -583,16 +602,16 @@ def test_two_threads_work_in_the_kernel(projected: bool) -> None:
     if (os.cpu_count() or 1) < 2:
         pytest.skip("one CPU")
     model = our_model(random_model(n_layer=1, n_head=12, n_embd=768, n_positions=512), attention="ragged")
-    cache = model.new_cache(16)
     slots = [slot for slot in range(16) for _ in range(512)]
     x, qkv = torch.randn(len(slots), 768), torch.randn(len(slots), 3, 12, 64)
     block = model.blocks[0]
     assert isinstance(block, Block)
     with threads(2):
-        attention = cache.step(slots, [*range(512)] * 16)
+        attention = model.new_cache(16).step(slots, [*range(512)] * 16)
+        assert isinstance(attention, RaggedAttention)
 
         def attend() -> None:
-            attention.projected(0, x, block.attn_qkv, 0.1) if projected else attention(0, qkv, 0.1)
+            project_and_attend(attention, x, block.attn_qkv, 0.1) if projected else attention(0, qkv, 0.1)
 
         attend()
         before = cpu_times()

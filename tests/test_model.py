@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from pipeline.gpt.blocks import Block
 from pipeline.gpt.config import parse_config
 from pipeline.gpt.linear import ROW_PLANS, RowPlan
-from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.model import GPT
 from pipeline.gpt.weights import copy_block, copy_model, copy_parameter
 from tests.conftest import our_model, random_model
 

@@ -19,8 +19,9 @@ from pipeline.generation import numerics
 from pipeline.generation.numerics import NumericsReport, check_numerics
 from pipeline.gpt import padded
 from pipeline.gpt.attention import Backend
+from pipeline.gpt.blocks import Block
 from pipeline.gpt.linear import ROW_PLANS, Linear, use_threads
-from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.model import GPT
 from pipeline.gpt.padded import PaddedAttention, PaddedCache
 from tests.conftest import our_model, random_model
 

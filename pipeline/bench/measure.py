@@ -17,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.bench.workloads import TOP_K, Workload
 from pipeline.generation.engine import Engine, EngineStats
+from pipeline.gpt.blocks import Block
 from pipeline.gpt.linear import Linear
-from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.model import GPT
 from pipeline.gpt.screen import HEAD, HEAD_ROWS
 
 WARM_UP_TOKENS = 4

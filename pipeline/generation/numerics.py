@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from pipeline.generation.engine import STEP_TOKENS, logits_bytes
+from pipeline.gpt.blocks import Block
 from pipeline.gpt.linear import Linear, use_threads
-from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.model import GPT
 from pipeline.gpt.screen import HEAD_ROWS
 
 logger = logging.getLogger("gptbatch")
@@ -29,6 +30,7 @@ FILLERS = (5, 17, 1, 9)  # tokens of the sequences beside the needle
 CHUNKS = (1, 2, 8)  # tokens of the first calls that take the needle in pieces; one more takes the rest
 ATTENTION_POSITIONS = 1024  # products over more than 192 keys have been seen to change their order of summing
 CHUNK = 21
+BLOCK_STRIDE = 16  # from one position to the next whose MLP is computed, too
 SCREEN_ROWS = 8
 MOST_ROWS = 2 * STEP_TOKENS
 FEW_ROWS = 64  # below, every number of rows that a linear may run at is tried: libraries choose their path by it, and
@@ -210,7 +212,8 @@ def _failures_of(linear: Linear, name: str, count: int, model: GPT) -> list[str]
 
 
 def _check_attention(model: GPT, probe: _Probe) -> None:
-    """One layer over as long a context as may be, in one call, against some of its positions in other calls, and with its projection.
+    """One layer over as long a context as may be, in one call, against some of its positions in other calls; and its block, computed
+    by one kernel and one by one.
 
     Both slots hold the same tokens, so that a position has one right answer. A call may take positions again.
     """
@@ -225,8 +228,6 @@ def _check_attention(model: GPT, probe: _Probe) -> None:
         return cache.step(slots, positions)(0, qkv[positions], scale)
 
     expected = attend([1] * count, list(range(count)))
-    projected = cache.step([1] * count, list(range(count))).projected(0, x, block.attn_qkv, scale)[:count]
-    probe.expect("attention with its projection", projected, expected)
     early, last = min(10, count), count - 1
     calls = [("in another slot", [0] * early, list(range(early))), ("alone", [1], [last]), ("beside others", [0, 1], [early - 1, last])]
     for first in (0, count // 5, max(0, count - CHUNK)):
@@ -237,6 +238,10 @@ def _check_attention(model: GPT, probe: _Probe) -> None:
         if model.device.type == "cpu":
             with use_threads(1):
                 probe.expect(f"attention {what} with one thread", attend(slots, positions), expected[positions])
+    if model.blocks.in_one_call:  # last, for it writes other keys and values
+        some = torch.arange(0, count, BLOCK_STRIDE)
+        attention = cache.step([1] * count, list(range(count)))
+        probe.expect("attention within its block", model.blocks[:1](x, attention, some), block(x, attention, some))
 
 
 def _token_ids(sequence: int, count: int, vocab_size: int) -> list[int]:

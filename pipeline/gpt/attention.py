@@ -23,7 +23,6 @@ from pipeline.errors import DeviceError
 from pipeline.gpt.cache_dtype import CacheDtype
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import KernelError, load_kernels
-from pipeline.gpt.linear import Projection
 from pipeline.gpt.padded import PaddedCache, Products, round_up
 from pipeline.gpt.pages import Slots
 from pipeline.gpt.ragged import PagedCache
@@ -38,9 +37,6 @@ class Attention(Protocol):
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         """qkv (N or more, 3, H, D) of a layer -> (as many, C)."""
-
-    def projected(self, layer: int, x: Tensor, projection: Projection, scale: float) -> Tensor:
-        """x (N or more, C) -> (as many, C): the same of qkv = projection(x)."""
 
 
 class KVCache(Slots, Protocol):

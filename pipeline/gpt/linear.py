@@ -166,11 +166,16 @@ class Linear(nn.Module):
         self._packed = pack(weight)
         self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
 
+    @property
+    def packed(self) -> Tensor | None:
+        """The weight as our kernels take it; None where it is not laid out for them, or constant numbers of rows are planned."""
+        return self._packed if self.kind == "native" and self.constant_rows is None else None
+
 
 class Projection(Linear):
     """A linear that makes queries, keys and values of H heads: x (N, C) -> (N, 3, H, D).
 
-    Packed for our kernels the outputs of a head stand together, as `Attention.projected` may want them.
+    Packed for our kernels the outputs of a head stand together, as the one that attends head by head wants them.
     """
 
     def __init__(self, width: int, n_head: int) -> None:
@@ -192,11 +197,6 @@ class Projection(Linear):
                 for numbers in (self.weight, self.bias)
             )
         super().pack(native=native)
-
-    @property
-    def packed(self) -> Tensor | None:
-        """The weight as our kernels take it; None where it is not laid out for them, or constant numbers of rows are planned."""
-        return self._packed if self.by_head and self.kind == "native" and self.constant_rows is None else None
 
 
 def packed_kind(weight: Tensor, *, native: bool) -> LinearKind:

@@ -17,37 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from pipeline.gpt.attention import Attention, Backend, KVCache, most_slots, new_cache
+from pipeline.gpt.attention import Backend, KVCache, most_slots, new_cache
+from pipeline.gpt.blocks import Block, Blocks
 from pipeline.gpt.cache_dtype import PAGE_SIZES, CacheDtype, bytes_a_token
 from pipeline.gpt.config import GPTConfig
-from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, Projection, RowPlan
+from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Linear, LinearKind, RowPlan
 from pipeline.gpt.norm import Norm
 from pipeline.gpt.padded import Products
 from pipeline.gpt.pages import n_pages_of
 from pipeline.gpt.screen import HEAD, HEAD_ROWS, Screen, new_screen
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
-
-    def __init__(self, config: GPTConfig, layer: int) -> None:
-        super().__init__()
-        width = config.n_embd
-        self.layer, self.scale = layer, config.attention_scale(layer)
-        self.ln_1 = Norm(width, config.layer_norm_epsilon)
-        self.attn_qkv = Projection(width, config.n_head)
-        self.attn_out = Linear(width, width)
-        self.ln_2 = Norm(width, config.layer_norm_epsilon)
-        self.mlp_in = Linear(width, config.n_inner, activation=config.activation)
-        self.mlp_out = Linear(config.n_inner, width)
-
-    def forward(self, x: Tensor, attention: Attention, wanted: Tensor | None = None) -> Tensor:
-        """x (N, C) -> (N, C), or (S, C) of the tokens `wanted` (S,) alone: of the others nothing is computed after attention."""
-        attended = attention.projected(self.layer, self.ln_1(x), self.attn_qkv, self.scale)
-        if wanted is not None:
-            x, attended = x[wanted], attended[wanted]
-        x = self.attn_out(attended, residual=x)
-        return self.mlp_out(self.mlp_in(self.ln_2(x)), residual=x)  # type: ignore[no-any-return]
 
 
 class GPT(nn.Module):
@@ -65,7 +43,7 @@ class GPT(nn.Module):
         self.row_plan = ROW_PLANS[0]
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = Blocks(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = Norm(config.n_embd, config.layer_norm_epsilon)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
@@ -143,12 +121,9 @@ class GPT(nn.Module):
         """
         attention = cache.step(slots, positions)
         x = self.wte(self._padded(tokens)) + self.wpe(self._padded(positions))
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, attention)
         everything = range(len(tokens))
         wanted = everything if wanted is None else wanted
-        x = last(x, attention, None if [*wanted] == [*everything] else self._padded(wanted))
+        x = self.blocks(x, attention, None if [*wanted] == [*everything] else self._padded(wanted))
         return self.ln_f(x[: len(wanted)])  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -175,6 +150,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.constant_rows = plan.constant[0] if plan.constant else None
+        self.blocks.use_kernel()
 
     def use_constant_rows(self, name: str, rows: int) -> None:
         """Run the linears of this name ("mlp_out", in every block) at so many rows at a time, one of the plan's constants."""

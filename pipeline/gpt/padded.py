@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from pipeline.gpt.cache_dtype import CacheDtype, through_int8
 from pipeline.gpt.config import GPTConfig
-from pipeline.gpt.linear import Projection
 
 Products = Literal["matmul", "pairwise"]
 
@@ -158,9 +157,6 @@ class PaddedAttention:
             for now, some in zip(self.rounds, mixed, strict=True):
                 out[slice(n_tokens) if now.tokens is None else now.tokens] = some
         return out[..., :head_size].flatten(1)
-
-    def projected(self, layer: int, x: Tensor, projection: Projection, scale: float) -> Tensor:
-        return self(layer, projection(x), scale)
 
     def _attend(self, now: _Round, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         pairwise = self.cache.products == "pairwise"

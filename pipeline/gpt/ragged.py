@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.gpt.cache_dtype import PAGE_SIZES, CacheDtype, bytes_a_head
-from pipeline.gpt.config import GPTConfig
+from pipeline.gpt.config import Activation, GPTConfig
 from pipeline.gpt.kernels.build import load_kernels
-from pipeline.gpt.linear import Projection
 from pipeline.gpt.pages import PagePool, n_pages_of
 
 CACHE_LINE = 64
-MOST_ROUNDS = 1.1  # heads are dealt out in rounds, one for each thread; rounds times threads is at most so many times the heads
 
 
 class PagedCache:
@@ -85,6 +84,17 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[first : first + n_bytes]).view(dtype).view(shape)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBlocks:
+    """Blocks of the network as the kernel takes them: the weights in its order (blocks.cpp), and of each block its layer and scale."""
+
+    weights: list[Tensor]
+    layers: list[int]
+    scales: list[float]
+    epsilon: float
+    activation: Activation
+
+
 class RaggedAttention:
     """Attention of one call. slots and positions are (N,)."""
 
@@ -95,21 +105,19 @@ class RaggedAttention:
         out: Tensor = torch.ops.gptbatch.attend(qkv, self.cache.layers[layer], self.cache.table, self.slots, self.positions, scale)
         return out
 
-    def projected(self, layer: int, x: Tensor, projection: Projection, scale: float) -> Tensor:
-        packed = projection.packed
-        if packed is None or not _head_by_head(projection):
-            return self(layer, projection(x), scale)
+    def through(self, blocks: PackedBlocks, x: Tensor, wanted: Tensor | None) -> Tensor:
+        """x (N or more, C) through whole blocks -> (as many, C), or (S, C) of the tokens `wanted`."""
         cache = self.cache
-        out: Tensor = torch.ops.gptbatch.project_and_attend(
-            x, packed, projection.bias, cache.layers[layer], cache.table, self.slots, self.positions, scale
+        y: Tensor = torch.ops.gptbatch.blocks(
+            x,
+            blocks.weights,
+            blocks.epsilon,
+            blocks.activation,
+            [cache.layers[layer] for layer in blocks.layers],
+            blocks.scales,
+            cache.table,
+            self.slots,
+            self.positions,
+            wanted,
         )
-        return out
-
-
-def _head_by_head(projection: Projection) -> bool:
-    """Whether threads may each take whole heads, projection and all: where these are of whole panels, and few threads are idle in the
-    last round. With one round alone there would be no head before, whose pages are asked for."""
-    threads, n_head = torch.get_num_threads(), projection.n_head
-    rounds = -(-n_head // threads)
-    whole: bool = torch.ops.gptbatch.whole_panels(projection.in_features // n_head)
-    return whole and rounds > 1 and rounds * threads <= MOST_ROUNDS * n_head
+        return y

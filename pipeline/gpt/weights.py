@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import ModelError
 from pipeline.gpt.attention import Backend
+from pipeline.gpt.blocks import Block
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import Linear
-from pipeline.gpt.model import GPT, Block
+from pipeline.gpt.model import GPT
 
 # a parameter of our block -> its name inside h.N of a checkpoint, and whether it is transposed there
 BLOCK_NAMES = {

@@ -5,7 +5,7 @@
 //
 //     qkv        (R, 3, H, D)   float32 or bfloat16, the last dimension contiguous; rows from N on belong to nobody and come back as 0
 //     x          (R, C)         qkv is linear(x, packed, bias)
-//     packed                    as linear.cpp has it, of 3 H D columns in the order (H, 3, D): a head takes whole panels (`whole_panels`)
+//     packed                    as linear.cpp has it, of 3 H D columns in the order (H, 3, D): a head takes whole panels
 //     bias       (3 H D,)       float32
 //     cache      (H, P, page)   of qkv's dtype, pages as full_pages.h has them, or uint8, as int8_pages.h does
 //     pages      (slots, most)  int32: which page holds the first positions of a slot, the next, ...
@@ -189,8 +189,6 @@ at::Tensor project_and_attend(const at::Tensor& x, const at::Tensor& packed, con
   return out;
 }
 
-bool whole_panels(int64_t head_size) { return 3 * head_size % COLUMNS == 0; }
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
@@ -198,7 +196,6 @@ TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
   library.def(
       "project_and_attend(Tensor x, Tensor packed, Tensor bias, Tensor(a!) cache, Tensor pages, Tensor slots, Tensor positions, float scale) "
       "-> Tensor");
-  library.def("whole_panels(int head_size) -> bool", whole_panels);
 }
 
 TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {

@@ -27,7 +27,7 @@ from platformdirs import user_cache_path
 logger = logging.getLogger("gptbatch.kernels")
 
 FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "choose.cpp", "linear.cpp", "norm.cpp", "screen.cpp")
+SOURCES = ("attention.cpp", "blocks.cpp", "choose.cpp", "linear.cpp", "norm.cpp", "screen.cpp")
 HEADERS = ("common.h", "attention.h", "ending.h", "full_pages.h", "int8_pages.h", "maxima.h", "products.h", "tokens.h")
 LOCK_TIMEOUT_S = 300.0  # another process that builds takes seconds; one that hangs must not stop us for ever
 BUILD_TIMEOUT_S = 300.0
