@@ -64,6 +64,7 @@ def main() -> None:
     if args.chart:
         check_matplotlib()
     args.folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # programs that stand still are ended, too
     models = {name: make_model(name, args) for name in programs}
 
     results: list[dict[str, Any]] = []

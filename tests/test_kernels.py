@@ -275,6 +275,23 @@ def test_attention_says_what_does_not_fit() -> None:
         torch.ops.gptbatch.attend(torch.zeros(1, 3 * 2 * 16), torch.zeros(2, 1, 2 * 16 * 32), table, one, one, 1.0)
 
 
+def test_blocks_say_what_does_not_fit() -> None:
+    needs_compiler()
+    weights = [torch.zeros(8), torch.zeros(8), torch.ops.gptbatch.pack(torch.zeros(24, 8)), *[torch.zeros(24)] * 9]
+    table, one = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.long)
+
+    def run(weights: list[torch.Tensor], n_head: int, scales: list[float]) -> None:
+        caches = [torch.zeros(n_head, 1, 2 * 16 * 32)]
+        torch.ops.gptbatch.blocks(torch.zeros(1, 8), weights, 1e-5, "relu", caches, scales, table, one, one, None)
+
+    for some, scales in ((weights[1:], [1.0]), (weights, [])):
+        with pytest.raises(RuntimeError, match=r"weights, 1 caches and . scales do not fit each other"):
+            run(some, 1, scales)
+    for n_head in (0, 7):
+        with pytest.raises(RuntimeError, match="the heads of the cache do not fit the projection"):
+            run(weights, n_head, [1.0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [1, 2, 5, 31, 32, 33, 65, 700, 5003])
 def test_the_kernel_chooses_the_tokens_that_torch_chooses(vocab_size: int, dtype: torch.dtype) -> None:

@@ -46,7 +46,7 @@ class Measurement:
 
     seconds_by_part: of one repeat more, under a profiler: prefill and decode share each step by its tokens; linears, attention (with
     the projection to queries, keys and values, where both are one kernel), head, sampling and other are of the network, waiting is the
-    rest, in which no operator ran. On a GPU prefill and decode only.
+    rest, in which no operator ran; between two kernels of the blocks it is other. On a GPU prefill and decode only.
     """
 
     tokens_per_s: float

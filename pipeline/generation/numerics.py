@@ -30,7 +30,7 @@ FILLERS = (5, 17, 1, 9)  # tokens of the sequences beside the needle
 CHUNKS = (1, 2, 8)  # tokens of the first calls that take the needle in pieces; one more takes the rest
 ATTENTION_POSITIONS = 1024  # products over more than 192 keys have been seen to change their order of summing
 CHUNK = 21
-BLOCK_STRIDE = 16  # from one position to the next whose MLP is computed, too
+BLOCK_STRIDE = 17  # from one position to the next of which a whole block is computed: they stand at all places of a page
 SCREEN_ROWS = 8
 MOST_ROWS = 2 * STEP_TOKENS
 FEW_ROWS = 64  # below, every number of rows that a linear may run at is tried: libraries choose their path by it, and
@@ -212,8 +212,8 @@ def _failures_of(linear: Linear, name: str, count: int, model: GPT) -> list[str]
 
 
 def _check_attention(model: GPT, probe: _Probe) -> None:
-    """One layer over as long a context as may be, in one call, against some of its positions in other calls; and its block, computed
-    by one kernel and one by one.
+    """One layer over as long a context as may be, in one call, against some of its positions in other calls; and the block,
+    in one call and operator by operator.
 
     Both slots hold the same tokens, so that a position has one right answer. A call may take positions again.
     """
@@ -239,9 +239,12 @@ def _check_attention(model: GPT, probe: _Probe) -> None:
             with use_threads(1):
                 probe.expect(f"attention {what} with one thread", attend(slots, positions), expected[positions])
     if model.blocks.in_one_call:  # last, for it writes other keys and values
-        some = torch.arange(0, count, BLOCK_STRIDE)
+        some = torch.arange(last, -1, -BLOCK_STRIDE)
         attention = cache.step([1] * count, list(range(count)))
-        probe.expect("attention within its block", model.blocks[:1](x, attention, some), block(x, attention, some))
+        in_order = block(x, attention, some)
+        probe.expect("a block in one call", model.blocks[:1](x, attention, some), in_order)
+        with use_threads(1):
+            probe.expect("a block in one call with one thread", model.blocks[:1](x, attention, some), in_order)
 
 
 def _token_ids(sequence: int, count: int, vocab_size: int) -> list[int]:

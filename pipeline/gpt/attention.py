@@ -33,7 +33,10 @@ Backend = Literal["ragged", "padded"]
 
 
 class Attention(Protocol):
-    """Attention of one call of the network. Rows beyond the call's N tokens belong to nobody and come back as 0."""
+    """Attention of one call of the network. Rows beyond the call's N tokens belong to nobody and come back as 0.
+
+    Where it is ragged, a kernel may compute whole blocks instead (blocks.py).
+    """
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         """qkv (N or more, 3, H, D) of a layer -> (as many, C)."""

@@ -6,14 +6,16 @@ Knows: tokens, as rows of (N, C), and the layer that a block is. Does not know: 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.gpt.attention import Attention
-from pipeline.gpt.config import GPTConfig
+from pipeline.gpt.config import Activation, GPTConfig
 from pipeline.gpt.linear import Linear, Projection
 from pipeline.gpt.norm import Norm
-from pipeline.gpt.ragged import PackedBlocks, RaggedAttention
+from pipeline.gpt.ragged import RaggedAttention
 
 
 class Block(nn.Module):
@@ -40,7 +42,7 @@ class Block(nn.Module):
 
     @property
     def packed(self) -> list[Tensor] | None:
-        """The weights in the order in which the kernel `blocks` takes them; None where a linear is not laid out for our kernels."""
+        """The weights in the order in which gptbatch::blocks takes them; None where a linear has none that it takes."""
         weights: list[Tensor] = []
         for part in (self.ln_1, self.attn_qkv, self.attn_out, self.ln_2, self.mlp_in, self.mlp_out):
             weight = part.packed if isinstance(part, Linear) else part.weight
@@ -50,36 +52,74 @@ class Block(nn.Module):
         return weights
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gathered:
+    """What gptbatch::blocks takes of the blocks: their weights in its order (blocks.cpp), and of each its layer and its scale."""
+
+    weights: list[Tensor]
+    layers: list[int]
+    scales: list[float]
+    epsilon: float
+    activation: Activation
+
+
 class Blocks(nn.ModuleList):
-    """Blocks, one after the other; once they are packed for our kernels, in one call."""
+    """Blocks, one after the other.
+
+    In one call of a kernel where attention is ragged, and the linears are laid out for our kernels in the network's own dtype. Their
+    modules are then not called, and must not be replaced.
+    """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__(blocks)
-        self.use_kernel()
+        self._gathered: _Gathered | None = None
+        self.gather()
 
     def forward(self, x: Tensor, attention: Attention, wanted: Tensor | None = None) -> Tensor:
         """x (N, C) -> (N, C), or (S, C) of the tokens `wanted` (S,) alone: of the others the last block computes keys and values."""
-        if self._packed is not None and isinstance(attention, RaggedAttention):
-            return attention.through(self._packed, x, wanted)
+        if self._gathered is not None and isinstance(attention, RaggedAttention):
+            return self._in_one_call(self._gathered, x, attention, wanted)
         *blocks, last = self
         for block in blocks:
             x = block(x, attention)
         return last(x, attention, wanted)  # type: ignore[no-any-return]
 
-    def use_kernel(self) -> None:
-        """Look whether the weights are laid out for our kernels, and where all are, compute in one call from now on."""
-        blocks = [block for block in self if isinstance(block, Block)]
-        packed = [block.packed for block in blocks]
-        self._packed = None
-        if all(packed):
-            self._packed = PackedBlocks(
-                weights=[weight for weights in packed for weight in weights or []],
-                layers=[block.layer for block in blocks],
-                scales=[block.scale for block in blocks],
-                epsilon=blocks[0].ln_1.eps,
-                activation=blocks[0].mlp_in.activation,
-            )
+    def _in_one_call(self, gathered: _Gathered, x: Tensor, attention: RaggedAttention, wanted: Tensor | None) -> Tensor:
+        cache = attention.cache
+        y: Tensor = torch.ops.gptbatch.blocks(
+            x,
+            gathered.weights,
+            gathered.epsilon,
+            gathered.activation,
+            [cache.layers[layer] for layer in gathered.layers],
+            gathered.scales,
+            cache.table,
+            attention.slots,
+            attention.positions,
+            wanted,
+        )
+        return y
+
+    def gather(self) -> None:
+        """Look again for weights that the kernel takes; to be called when the linears have been packed, or run at other numbers of rows."""
+        self._gathered = None
+        blocks: list[Block] = []
+        weights: list[Tensor] = []
+        for block in self:
+            assert isinstance(block, Block)
+            if (packed := block.packed) is None:
+                return
+            blocks.append(block)
+            weights += packed
+        self._gathered = _Gathered(
+            weights=weights,
+            layers=[block.layer for block in blocks],
+            scales=[block.scale for block in blocks],
+            epsilon=blocks[0].ln_1.eps,
+            activation=blocks[0].mlp_in.activation,
+        )
 
     @property
     def in_one_call(self) -> bool:
-        return self._packed is not None
+        """Whether the kernel computes them where attention is ragged."""
+        return self._gathered is not None

@@ -168,14 +168,15 @@ class Linear(nn.Module):
 
     @property
     def packed(self) -> Tensor | None:
-        """The weight as our kernels take it; None where it is not laid out for them, or constant numbers of rows are planned."""
+        """The weight as our kernels take it in the network's own dtype; None where it is laid out otherwise, or constant numbers
+        of rows are planned."""
         return self._packed if self.kind == "native" and self.constant_rows is None else None
 
 
 class Projection(Linear):
     """A linear that makes queries, keys and values of H heads: x (N, C) -> (N, 3, H, D).
 
-    Packed for our kernels the outputs of a head stand together, as the one that attends head by head wants them.
+    Packed for our kernels the outputs of a head stand together, as gptbatch::project_and_attend wants them.
     """
 
     def __init__(self, width: int, n_head: int) -> None:

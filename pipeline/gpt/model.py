@@ -150,7 +150,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.constant_rows = plan.constant[0] if plan.constant else None
-        self.blocks.use_kernel()
+        self.blocks.gather()
 
     def use_constant_rows(self, name: str, rows: int) -> None:
         """Run the linears of this name ("mlp_out", in every block) at so many rows at a time, one of the plan's constants."""

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.gpt.cache_dtype import PAGE_SIZES, CacheDtype, bytes_a_head
-from pipeline.gpt.config import Activation, GPTConfig
+from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.kernels.build import load_kernels
 from pipeline.gpt.pages import PagePool, n_pages_of
 
@@ -84,19 +83,8 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[first : first + n_bytes]).view(dtype).view(shape)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedBlocks:
-    """Blocks of the network as the kernel takes them: the weights in its order (blocks.cpp), and of each block its layer and scale."""
-
-    weights: list[Tensor]
-    layers: list[int]
-    scales: list[float]
-    epsilon: float
-    activation: Activation
-
-
 class RaggedAttention:
-    """Attention of one call. slots and positions are (N,)."""
+    """Attention of one call. slots and positions are (N,). A kernel that computes more than attention takes what it needs from here."""
 
     def __init__(self, cache: PagedCache, slots: Tensor, positions: Tensor) -> None:
         self.cache, self.slots, self.positions = cache, slots, positions
@@ -104,20 +92,3 @@ class RaggedAttention:
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         out: Tensor = torch.ops.gptbatch.attend(qkv, self.cache.layers[layer], self.cache.table, self.slots, self.positions, scale)
         return out
-
-    def through(self, blocks: PackedBlocks, x: Tensor, wanted: Tensor | None) -> Tensor:
-        """x (N or more, C) through whole blocks -> (as many, C), or (S, C) of the tokens `wanted`."""
-        cache = self.cache
-        y: Tensor = torch.ops.gptbatch.blocks(
-            x,
-            blocks.weights,
-            blocks.epsilon,
-            blocks.activation,
-            [cache.layers[layer] for layer in blocks.layers],
-            blocks.scales,
-            cache.table,
-            self.slots,
-            self.positions,
-            wanted,
-        )
-        return y

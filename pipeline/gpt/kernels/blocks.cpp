@@ -1,4 +1,4 @@
-// The blocks of the network, one after the other, in one call: the same operators that pipeline/gpt/blocks.py would call one by one.
+// The blocks of the network, one after the other, in one call: the numbers that pipeline/gpt/blocks.py makes operator by operator.
 //
 //     gptbatch::blocks(x, weights, epsilon, activation, caches, scales, pages, slots, positions, wanted) -> y
 //
@@ -11,11 +11,10 @@
 //     wanted      (S,) int64: the tokens for which the last block computes what comes after its attention; none for all
 //     y           (R, C), or (S, C)
 //
-// An operator takes a millisecond or less here. Called from Python, each would come late: the interpreter's memory has left the CPU's
-// cache whenever weights have passed through, and in the meantime the other threads fall asleep.
+// In a decode step an operator takes a millisecond or less, and called from Python each would come late: the interpreter has left the
+// CPU's cache whenever weights have passed through.
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/index_select.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -29,7 +28,8 @@ using namespace gptbatch;
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
-constexpr double MOST_ROUNDS = 1.1;  // heads are dealt out in rounds, one for each thread; rounds times threads is at most so many times the heads
+// Heads are dealt out in rounds, one for each thread; rounds times threads is at most so many times the heads.
+constexpr double MOST_ROUNDS = 1.1;
 
 struct Weights {
   static constexpr int64_t COUNT = 12;
@@ -75,11 +75,12 @@ bool head_by_head(int64_t heads, int64_t head_size) {
 
 Tensor attention(const Tensor& x, const Weights& weights, const Tensor& cache, const Tensor& pages, const Tensor& slots,
                  const Tensor& positions, double scale) {
-  static const auto at_once = find<Tensor(const Tensor&, const Tensor&, const Tensor&, Tensor, const Tensor&, const Tensor&, const Tensor&,
+  static const auto fused = find<Tensor(const Tensor&, const Tensor&, const Tensor&, Tensor, const Tensor&, const Tensor&, const Tensor&,
                                           double)>("gptbatch::project_and_attend");
   static const auto attend = find<Tensor(const Tensor&, Tensor, const Tensor&, const Tensor&, const Tensor&, double)>("gptbatch::attend");
-  const int64_t heads = cache.size(0), head_size = weights.qkv_bias.numel() / (3 * heads);
-  if (head_by_head(heads, head_size)) return at_once.call(x, weights.qkv, weights.qkv_bias, cache, pages, slots, positions, scale);
+  const int64_t heads = cache.size(0), head_size = heads == 0 ? 0 : weights.qkv_bias.numel() / (3 * heads);
+  TORCH_CHECK(heads > 0 && weights.qkv_bias.numel() == 3 * heads * head_size, "blocks: the heads of the cache do not fit the projection");
+  if (head_by_head(heads, head_size)) return fused.call(x, weights.qkv, weights.qkv_bias, cache, pages, slots, positions, scale);
   const Tensor qkv = linear(x, weights.qkv, weights.qkv_bias, std::nullopt, "none").view({x.size(0), heads, 3, head_size}).transpose(1, 2);
   return attend.call(qkv, cache, pages, slots, positions, scale);
 }
@@ -87,19 +88,20 @@ Tensor attention(const Tensor& x, const Weights& weights, const Tensor& cache, c
 Tensor blocks(const Tensor& x, at::TensorList weights, double epsilon, std::string activation, at::TensorList caches,
               at::ArrayRef<double> scales, const Tensor& pages, const Tensor& slots, const Tensor& positions, const Maybe& wanted) {
   const size_t count = caches.size();
-  TORCH_CHECK(weights.size() == count * Weights::COUNT && scales.size() == count, "blocks: ", weights.size(), " weights, ", count,
+  TORCH_CHECK(count > 0 && weights.size() == count * Weights::COUNT && scales.size() == count, "blocks: ", weights.size(), " weights, ", count,
               " caches and ", scales.size(), " scales do not fit each other");
   Tensor y = x;
   for (size_t layer = 0; layer < count; layer++) {
     const Weights of_block(weights.slice(layer * Weights::COUNT, Weights::COUNT));
-    const Tensor normed = norm(y, of_block.norm_1, of_block.bias_1, epsilon);
-    Tensor attended = attention(normed, of_block, caches[layer], pages, slots, positions, scales[layer]);
+    Tensor attended =
+        attention(norm(y, of_block.norm_1, of_block.bias_1, epsilon), of_block, caches[layer], pages, slots, positions, scales[layer]);
     if (wanted && layer + 1 == count) {
       y = y.index_select(0, *wanted);
       attended = attended.index_select(0, *wanted);
     }
     y = linear(attended, of_block.out, of_block.out_bias, y, "none");
-    const Tensor inner = linear(norm(y, of_block.norm_2, of_block.bias_2, epsilon), of_block.mlp_in, of_block.mlp_in_bias, std::nullopt, activation);
+    const Tensor normed = norm(y, of_block.norm_2, of_block.bias_2, epsilon);
+    const Tensor inner = linear(normed, of_block.mlp_in, of_block.mlp_in_bias, std::nullopt, activation);
     y = linear(inner, of_block.mlp_out, of_block.mlp_out_bias, y, "none");
   }
   return y;
