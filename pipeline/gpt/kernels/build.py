@@ -117,7 +117,7 @@ def _build(compiler: list[str], folder: Path, key: str) -> Path:
         damaged.unlink()
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as temporary:
         target = Path(temporary) / "kernels.so"
-        logger.info("building the kernels, once for this machine and this torch; about 30 s")
+        logger.info("building the kernels, once for this machine and this torch; up to a minute")
         with ThreadPoolExecutor(len(SOURCES)) as pool:
             objects = list(pool.map(lambda name: _compile(compiler, FOLDER / name, Path(temporary)), SOURCES))
         libraries = Path(torch.__file__).parent / "lib"
