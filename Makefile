@@ -2,7 +2,7 @@
 # make generate CONFIG=my.yaml ARGS="--limit 100"
 # make test                run the tests        make check   lint, types and tests
 # make soak                500 runs that are killed at random moments
-# make bench               new tokens a second, ours and generate of transformers in turn
+# make bench               new tokens a second, ours (both caches) and generate of transformers in turn
 # make bench-peers PEERS=~/peers    the same with the peers that have an environment there (benchmarks/compare.py)
 PYTHON ?= python3
 CONFIG ?= demo

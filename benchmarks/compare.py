@@ -64,7 +64,7 @@ def main() -> None:
     if args.chart:
         check_matplotlib()
     args.folder.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # programs that stand still are ended, too
+    signal.signal(signal.SIGTERM, end_all)
     models = {name: make_model(name, args) for name in programs}
 
     results: list[dict[str, Any]] = []
@@ -93,6 +93,12 @@ def main() -> None:
     print(json.dumps({"machine": machine, "repeats": args.repeats, "results": results}), flush=True)
     if args.chart:
         draw_comparison(results, args.chart, title=f"{args.shape}, random weights, {args.threads} threads of {machine['machine']}")
+
+
+def end_all(*_: object) -> None:
+    """End, and the programs that stand still, too, which no signal but SIGKILL would end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit("ended by a signal")
 
 
 def say(results: list[dict[str, Any]], seconds: dict[str, tuple[str, list[float]]]) -> None:

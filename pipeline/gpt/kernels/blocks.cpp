@@ -76,7 +76,7 @@ bool head_by_head(int64_t heads, int64_t head_size) {
 Tensor attention(const Tensor& x, const Weights& weights, const Tensor& cache, const Tensor& pages, const Tensor& slots,
                  const Tensor& positions, double scale) {
   static const auto fused = find<Tensor(const Tensor&, const Tensor&, const Tensor&, Tensor, const Tensor&, const Tensor&, const Tensor&,
-                                          double)>("gptbatch::project_and_attend");
+                                        double)>("gptbatch::project_and_attend");
   static const auto attend = find<Tensor(const Tensor&, Tensor, const Tensor&, const Tensor&, const Tensor&, double)>("gptbatch::attend");
   const int64_t heads = cache.size(0), head_size = heads == 0 ? 0 : weights.qkv_bias.numel() / (3 * heads);
   TORCH_CHECK(heads > 0 && weights.qkv_bias.numel() == 3 * heads * head_size, "blocks: the heads of the cache do not fit the projection");
