@@ -1,0 +1,61 @@
+"""Seconds from a checkpoint on the disk to the first token: loading, packing, the start-up check, and one prompt of 32 tokens.
+
+    python benchmarks/load.py [--dtypes float32 bfloat16] [--threads N] [--repeats 3]
+
+gpt2's shape with random weights, written to a temporary folder and so warm; kernels are built before. The imports of Python are not
+counted. The last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline.bench.networks import write_random_checkpoint
+from pipeline.config import EngineConfig
+from pipeline.data.checkpoint import find_checkpoint
+from pipeline.gpt.attention import choose_backend
+from pipeline.gpt.config import parse_config
+from pipeline.network import load_network
+
+PROMPT = [5] * 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    choose_backend("auto", torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(Path(folder))
+        results = {}
+        for dtype in args.dtypes:
+            engine = EngineConfig(device="cpu", dtype=dtype, threads=args.threads)
+            results[dtype] = statistics.median(first_token_s(Path(folder), engine) for _ in range(args.repeats))
+    for dtype, seconds in results.items():
+        print(f"{dtype:<9} {seconds:.2f} s to the first token")
+    print(json.dumps({"repeats": args.repeats, "threads": torch.get_num_threads(), "first_token_s": results}))
+
+
+def first_token_s(folder: Path, engine: EngineConfig) -> float:
+    began = time.perf_counter()
+    checkpoint = find_checkpoint(str(folder))
+    config = parse_config(checkpoint.config, str(folder))
+    model = load_network(checkpoint, config, engine, torch.device("cpu"), numerics="auto").model
+    with torch.inference_mode():
+        cache = model.new_cache(1, capacity=model.capacity_of([len(PROMPT)]))
+        count = len(PROMPT)
+        model.extend(cache, tokens=PROMPT, slots=[0] * count, positions=range(count), wanted=[count - 1]).argmax().item()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
