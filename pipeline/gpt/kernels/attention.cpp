@@ -19,8 +19,9 @@
 // taken up to four at a time, which shares loads and changes no sum.
 //
 // Attention waits for memory, products do not. So `project_and_attend` goes head by head: while a thread multiplies the rows of one
-// head, it asks for the pages of the head before, and attends to these a few at a time, when they have come into its own cache. Queries
-// stay in that cache, too, where rows are as few as in a decode step, and no thread waits for another between the two.
+// head, it asks for the pages of the head before, and attends to these a few at a time, when they have come into its own cache; it goes on
+// asking meanwhile, for what follows, so that memory is never idle. Queries stay in that cache, too, where rows are as few as in a decode
+// step, and no thread waits for another between the two.
 // The compiler must not contract or reorder: -ffp-contract=off, never -ffast-math.
 
 #include <ATen/ops/empty.h>
@@ -45,11 +46,12 @@ void run(const at::Tensor& qkv, const Tokens<T, Pages>& tokens) {
   for_each(static_cast<int64_t>(early.size()), FEW, [&](int64_t i) {
     for (int64_t h = 0; h < tokens.heads(); h++) tokens.write(early[i], h, head(h));
   });
-  const int64_t tiles = tokens.tiles(), all = tokens.heads() * tiles;
-  for_each(all, FEW, [&](int64_t i) {
-    const int64_t after = i + 1;
-    const bool mine = after % FEW != 0 && after < all;  // what the same thread reads next
-    tokens.attend(i % tiles, i / tiles, head(i / tiles), mine ? tokens.first_page(after % tiles, after / tiles) : nullptr);
+  const int64_t tiles = tokens.tiles(), shares = (tiles + FEW - 1) / FEW;
+  for_each(tokens.heads() * shares, 1, [&](int64_t i) {
+    const int64_t h = i / shares, from = i % shares * FEW, to = std::min(from + FEW, tiles);
+    Lookahead ahead = tokens.lookahead(from, to, h);
+    ahead.ask(LEAD);
+    tokens.attend(from, to, h, head(h), ahead);
   });
 }
 
@@ -83,20 +85,21 @@ class Worker {
             continue;
           }
           const int64_t all = rows * panels_, from = tokens_.tiles() * begun / all, to = tokens_.tiles() * done / all;
-          tiles.template multiply<LISTED>(tile, weights, then, list(from, to, LISTED * tiles.asks()), ending);
-          attend(from, to);
+          tiles.template multiply<LISTED>(tile, weights, then, list(to, LISTED * tiles.asks()), ending);
+          tokens_.attend(from, to, before_, head_, ahead_);
         }
       }
     }
     before_ = h;
+    ahead_ = tokens_.lookahead(0, tokens_.tiles(), h);
     head_ = Head<T>{numbers, stride, stride / 3};
     turn_ = 1 - turn_;
     for (const int64_t token : tokens_.early()) tokens_.write(token, h, head_);
   }
 
   // Attends to the last head.
-  void finish() const {
-    if (before_ >= 0) attend(0, tokens_.tiles());
+  void finish() {
+    if (before_ >= 0) tokens_.attend(0, tokens_.tiles(), before_, head_, ahead_);
   }
 
  private:
@@ -106,18 +109,12 @@ class Worker {
     std::vector<const char*> lines;
   };
 
-  // The first `count` lines that the tiles will read of the head before; where these are fewer, some other that is near.
-  const char* const* list(int64_t from, int64_t to, int64_t count) {
-    kept_.lines.resize(count);
-    int64_t n = 0;
-    for (int64_t tile = from; tile < to && n < count; tile++) n += tokens_.lines(tile, before_, kept_.lines.data() + n, count - n);
-    std::fill(kept_.lines.begin() + n, kept_.lines.end(), reinterpret_cast<const char*>(x_));
+  // The next `count` lines of the head before, or as many as are to be asked for before tile `to`, and then some other that is near.
+  const char* const* list(int64_t to, int64_t count) {
+    kept_.lines.assign(count, reinterpret_cast<const char*>(x_));
+    const char** listed = kept_.lines.data();
+    ahead_.next(std::min(count, tokens_.lines_before(to, ahead_)), [&](const char* line) { *listed++ = line; });
     return kept_.lines.data();
-  }
-
-  void attend(int64_t from, int64_t to) const {
-    for (int64_t tile = from; tile < to; tile++)
-      tokens_.attend(tile, before_, head_, tile + 1 < to ? tokens_.first_page(tile + 1, before_) : nullptr);
   }
 
   static Kept& kept() {
@@ -129,7 +126,8 @@ class Worker {
   const float* bias_;
   int64_t in_, panels_, before_ = -1;
   const Tokens<T, Pages>& tokens_;
-  Head<T> head_{};  // of before_
+  Head<T> head_{};   // of before_
+  Lookahead ahead_;  // likewise
   int turn_ = 0;
   Kept& kept_ = kept();
 };

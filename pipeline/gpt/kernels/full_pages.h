@@ -83,9 +83,10 @@ class FullPages {
   }
 
   // Q queries at consecutive positions, the first of which sees first_count keys: mixed (Q, depth) and totals (Q,), which divide it.
-  template <int Q>
-  void attend(const T* q, int64_t q_stride, int64_t head_size, float scale, int64_t first_count, const void*, float* mixed, float* totals,
-              Scratch& scratch) const {
+  // write_own() is called before the last position is read.
+  template <int Q, class F>
+  void attend(const T* q, int64_t q_stride, int64_t head_size, float scale, int64_t first_count, const F& write_own, Lookahead& ahead,
+              float* mixed, float* totals, Scratch& scratch) const {
     const int64_t n_pages = (first_count + Q - 1 + SIZE - 1) / SIZE, stride = n_pages * SIZE;
     scratch.numbers.resize(Q * (depth_ + stride));
     float *queries = scratch.numbers.data(), *scores = queries + Q * depth_;
@@ -95,12 +96,17 @@ class FullPages {
       for (int64_t d = 0; d < head_size; d++) query[d] = static_cast<Query>(q[i * q_stride + d]);
       std::fill(query + head_size, query + depth_, Query(0.0f));
     }
-    score<Q>(queries, scale, n_pages, scores, stride);
+    write_own();
+    score<Q>(queries, scale, n_pages, scores, stride, ahead);
     for (int i = 0; i < Q; i++) totals[i] = weigh(scores + i * stride, first_count + i);
-    mix<Q>(scores, stride, first_count, mixed);
+    mix<Q>(scores, stride, first_count, mixed, ahead);
   }
 
-  const void* page(int64_t i) const { return keys(i); }
+  // Adds the halves of a sequence's pages, in the order in which they are read.
+  static void order(const int32_t* pages, int64_t count, std::vector<int32_t>& halves) {
+    for (int64_t i = 0; i < count; i++) halves.push_back(2 * pages[i]);
+    for (int64_t i = 0; i < count; i++) halves.push_back(2 * pages[i] + 1);
+  }
 
  private:
   static constexpr int64_t PER_ROW = SIZE / LANES;  // vectors of one row of a page of keys
@@ -116,34 +122,27 @@ class FullPages {
 
   // scores[q][16 i + lane] = scale * (query q . key of that position).
   template <int Q>
-  void score(const float* queries, float scale, int64_t n_pages, float* scores, int64_t stride) const {
+  void score(const float* queries, float scale, int64_t n_pages, float* scores, int64_t stride, Lookahead& ahead) const {
     constexpr int P = std::max<int>(1, 4 / (Q * PER_ROW));  // pages at once: enough sums side by side to hide the latency of one
     int64_t page = 0;
-    for (; page + P <= n_pages; page += P) score_pages<Q, P>(queries, scale, page, n_pages, scores, stride);
+    for (; page + P <= n_pages; page += P) score_pages<Q, P>(queries, scale, page, scores, stride, ahead);
     if constexpr (P > 2)
-      for (; page + 2 <= n_pages; page += 2) score_pages<Q, 2>(queries, scale, page, n_pages, scores, stride);
-    for (; page < n_pages; page++) score_pages<Q, 1>(queries, scale, page, n_pages, scores, stride);
+      for (; page + 2 <= n_pages; page += 2) score_pages<Q, 2>(queries, scale, page, scores, stride, ahead);
+    for (; page < n_pages; page++) score_pages<Q, 1>(queries, scale, page, scores, stride, ahead);
   }
 
-  // For the pages first to first + P - 1. Asks for their values, and for the keys of as many pages that follow.
+  // For the pages first to first + P - 1.
   template <int Q, int P>
-  FLAT void score_pages(const float* queries, float scale, int64_t first, int64_t n_pages, float* scores, int64_t stride) const {
-    constexpr int64_t STEP = PAIRS ? 4 : 2, STEP_BYTES = STEP * SIZE * static_cast<int64_t>(sizeof(T));
+  FLAT void score_pages(const float* queries, float scale, int64_t first, float* scores, int64_t stride, Lookahead& ahead) const {
+    constexpr int64_t STEP = PAIRS ? 4 : 2;
+    const int64_t asks = (P * ahead.pace() * STEP + depth_ - 1) / depth_;
     const T* from[P];
-    const char *values_of[P], *next[P];
-    unroll<P>([&](auto p) {
-      from[p] = keys(first + p);
-      values_of[p] = reinterpret_cast<const char*>(values(first + p));
-      next[p] = reinterpret_cast<const char*>(keys(std::min(first + P + p, n_pages - 1)));
-    });
+    unroll<P>([&](auto p) { from[p] = keys(first + p); });
     Register sums[Q][P][PER_ROW][2];  // of even and of odd steps: one alone would wait for itself
     unroll<Q>([&](auto q) { unroll<P>([&](auto p) { unroll<PER_ROW>([&](auto g) { sums[q][p][g][0] = sums[q][p][g][1] = Vec(0.0f); }); }); });
     for (int64_t d = 0; d < depth_; d += STEP) {
+      ahead.ask(asks);
       unroll<P>([&](auto p) {
-        unroll<(STEP_BYTES + CACHE_LINE - 1) / CACHE_LINE>([&](auto i) {
-          __builtin_prefetch(values_of[p] + d / STEP * STEP_BYTES + i * CACHE_LINE);
-          __builtin_prefetch(next[p] + d / STEP * STEP_BYTES + i * CACHE_LINE);
-        });
 #ifdef __AVX512BF16__
         if constexpr (PAIRS) {
           unroll<2>([&](auto j) {
@@ -178,18 +177,18 @@ class FullPages {
   }
 
   template <int Q>
-  void mix(const float* weights, int64_t stride, int64_t first_count, float* mixed) const {
+  void mix(const float* weights, int64_t stride, int64_t first_count, float* mixed, Lookahead& ahead) const {
     int64_t d = 0;
     if constexpr (Q == 1) {  // read whole rows: a lone query waits for memory
-      for (; d + 8 * LANES <= depth_; d += 8 * LANES) mix_columns<Q, 4>(weights, stride, first_count, d, mixed);
-      for (; d + 4 * LANES <= depth_; d += 4 * LANES) mix_columns<Q, 2>(weights, stride, first_count, d, mixed);
+      for (; d + 8 * LANES <= depth_; d += 8 * LANES) mix_columns<Q, 4>(weights, stride, first_count, d, mixed, ahead);
+      for (; d + 4 * LANES <= depth_; d += 4 * LANES) mix_columns<Q, 2>(weights, stride, first_count, d, mixed, ahead);
     }
-    for (; d < depth_; d += 2 * LANES) mix_columns<Q, 1>(weights, stride, first_count, d, mixed);
+    for (; d < depth_; d += 2 * LANES) mix_columns<Q, 1>(weights, stride, first_count, d, mixed, ahead);
   }
 
   // mixed[q][d0 ...] = sum over keys of weight * value, for N pairs of vectors; query q sees first_count + q keys.
   template <int Q, int N>
-  FLAT void mix_columns(const float* weights, int64_t stride, int64_t first_count, int64_t d0, float* mixed) const {
+  FLAT void mix_columns(const float* weights, int64_t stride, int64_t first_count, int64_t d0, float* mixed, Lookahead& ahead) const {
     Register sums[Q][2 * N], value[2 * N];
     unroll<Q>([&](auto q) { unroll<2 * N>([&](auto c) { sums[q][c] = Vec(0.0f); }); });
     const auto load = [&](const T* row) {
@@ -200,6 +199,7 @@ class FullPages {
       unroll<2 * N>([&](auto c) { sums[q][c] = multiply_add(weight, value[c], sums[q][c]); });
     };
     for (int64_t k = 0; k < first_count;) {
+      if (d0 == 0) ahead.ask(ahead.pace());
       const T* row = values(k / SIZE) + d0;
       for (const int64_t end = std::min(first_count, k + SIZE); k < end; k++, row += depth_) {
         load(row);

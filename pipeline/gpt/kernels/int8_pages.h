@@ -158,10 +158,10 @@ class Int8Pages {
   }
 
   // Q queries at consecutive positions, the first of which sees first_count keys: mixed (Q, depth) and totals (Q,), which divide it.
-  // next: pages that are read after this.
-  template <int Q>
-  void attend(const T* q, int64_t q_stride, int64_t head_size, float scale, int64_t first_count, const void* next, float* mixed,
-              float* totals, Scratch& scratch) const {
+  // write_own() is called before the last page is read.
+  template <int Q, class F>
+  void attend(const T* q, int64_t q_stride, int64_t head_size, float scale, int64_t first_count, const F& write_own, Lookahead& ahead,
+              float* mixed, float* totals, Scratch& scratch) const {
     scratch.numbers.resize(depth_);
     scratch.words.resize(Q * depth_ / 2);
     float* whole = scratch.numbers.data();
@@ -185,13 +185,16 @@ class Int8Pages {
     Running<Q> running;
     const int64_t n_pages = (first_count + Q - 1 + SIZE - 1) / SIZE;
     for (int64_t page = 0; page < n_pages; page++) {
-      const void* then = page + 1 < n_pages ? keys(page + 1) : next;
-      add_page<Q>(page, queries, first_count - page * SIZE, then, running, mixed);
+      if (page + 1 == n_pages) write_own();
+      add_page<Q>(page, queries, first_count - page * SIZE, ahead, running, mixed);
     }
     for (int i = 0; i < Q; i++) totals[i] = running.total[i];
   }
 
-  const void* page(int64_t i) const { return keys(i); }
+  // Adds the halves of a sequence's pages, in the order in which they are read.
+  static void order(const int32_t* pages, int64_t count, std::vector<int32_t>& halves) {
+    for (int64_t i = 0; i < count; i++) halves.push_back(2 * pages[i]), halves.push_back(2 * pages[i] + 1);
+  }
 
  private:
   static constexpr int64_t SCALE_BYTES = sizeof(float);
@@ -230,20 +233,16 @@ class Int8Pages {
 
   // Query q sees count + q positions of the page, where that is above 0.
   template <int Q>
-  void add_page(int64_t page, const Query<Q>& queries, int64_t count, const void* then, Running<Q>& running, float* mixed) const {
-    const int64_t seen = std::min(SIZE, count + Q - 1);
+  void add_page(int64_t page, const Query<Q>& queries, int64_t count, Lookahead& ahead, Running<Q>& running, float* mixed) const {
+    const int64_t seen = std::min(SIZE, count + Q - 1), asks = 2 * ahead.pace();
     float scores[Q][SIZE];
+    ahead.ask(asks / 4);
     score<Q>(page, queries, scores);
-    prefetch(then);
+    ahead.ask(asks / 2);  // weighing takes the longest
     Weights<Q> weights;
     for (int i = 0; i < Q; i++) weigh<Q>(scores[i], value_scales(page), std::min(SIZE, count + i), i, running, weights);
+    ahead.ask(asks - asks / 2 - asks / 4);
     mix<Q>(page, weights, (seen + 3) / 4, mixed);
-  }
-
-  // Asks for all of a page at once, just before the weighing, which reads little: amid the loads of the products some CPUs drop requests.
-  void prefetch(const void* page) const {
-    if (page == nullptr) return;
-    for (int64_t i = 0; i < page_numbers(depth_); i += CACHE_LINE) __builtin_prefetch(static_cast<const char*>(page) + i);
   }
 
   template <int Q>

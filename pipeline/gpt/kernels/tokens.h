@@ -47,15 +47,17 @@ class Tokens {
       const bool alone = n == 1 && unfinished && (t == 0 || slot_[t - 1] != slot_[t]) && (t + 1 == count_ || slot_[t + 1] != slot_[t]);
       if (!alone)
         for (int64_t i = 0; i < n; i++) early_.push_back(t + i);
-      tiles_.push_back({t, n, alone});
+      tiles_.push_back({t, n, alone, static_cast<int64_t>(halves_.size())});
+      Pages::order(table_ + slot_[t] * most_pages_, (position_[t] + n + Pages::SIZE - 1) / Pages::SIZE, halves_);
       t += n;
     }
+    tiles_.push_back({count_, 0, false, static_cast<int64_t>(halves_.size())});
     std::fill(out_ + count_ * heads_ * head_size_, out_ + out.numel(), T(0));
   }
 
   int64_t count() const { return count_; }
   int64_t heads() const { return heads_; }
-  int64_t tiles() const { return static_cast<int64_t>(tiles_.size()); }
+  int64_t tiles() const { return static_cast<int64_t>(tiles_.size()) - 1; }
   // Multiplications of all queries with keys, and of weights with values.
   int64_t multiplications() const {
     int64_t keys = 0;
@@ -70,34 +72,26 @@ class Tokens {
     pages_of(token, h).write(position_[token], head.key(token), head.value(token), head_size_, scratch());
   }
 
-  // A token that no other reads from is written when it is its turn, and is found in the CPU's cache. next: what is read after it.
-  void attend(int64_t tile, int64_t h, const Head<T>& head, const void* next) const {
-    const auto [token, queries, alone] = tiles_[tile];
-    if (alone) write(token, h, head);
-    queries == QUERIES ? attend<QUERIES>(token, h, head, next) : attend<1>(token, h, head, next);
+  // What the tiles from `from` to before `to` read of a head.
+  Lookahead lookahead(int64_t from, int64_t to, int64_t h) const {
+    const int64_t half_bytes = Pages::page_numbers(depth_) * static_cast<int64_t>(sizeof(typename Pages::Number)) / 2;
+    return Lookahead(cache_ + h * pages_of_head_, halves_.data(), half_bytes, tiles_[from].first_half, tiles_[to].first_half);
   }
 
-  const void* first_page(int64_t tile, int64_t h) const { return pages_of(tiles_[tile].token, h).page(0); }
+  // Lines that are to be asked for before the tiles up to `to` are done.
+  int64_t lines_before(int64_t to, const Lookahead& ahead) const { return ahead.lines_to(tiles_[to].first_half) + LEAD; }
 
-  // The lines of the pages that a tile reads, `room` at most; returns how many.
-  int64_t lines(int64_t tile, int64_t h, const char** to, int64_t room) const {
-    const auto [token, queries, alone] = tiles_[tile];
-    const Pages pages = pages_of(token, h);
-    const int64_t n_pages = (position_[token] + queries + Pages::SIZE - 1) / Pages::SIZE;
-    const int64_t of_page = Pages::page_numbers(depth_) * static_cast<int64_t>(sizeof(typename Pages::Number)) / CACHE_LINE;
-    int64_t n = 0;
-    for (int64_t page = 0; page < n_pages && n < room; page++) {
-      const char* from = static_cast<const char*>(pages.page(page));
-      const int64_t end = std::min(room, n + of_page);
-      for (; n < end; n++, from += CACHE_LINE) to[n] = from;
-    }
-    return n;
+  // Attends for the tiles from `from` to before `to`.
+  void attend(int64_t from, int64_t to, int64_t h, const Head<T>& head, Lookahead& ahead) const {
+    ahead.set_pace(tiles_[to].first_half - tiles_[from].first_half, lines_before(to, ahead));
+    for (int64_t i = from; i < to; i++) tiles_[i].queries == QUERIES ? attend<QUERIES>(tiles_[i], h, head, ahead) : attend<1>(tiles_[i], h, head, ahead);
   }
 
  private:
   struct Tile {
     int64_t token, queries;  // QUERIES tokens at consecutive positions of one slot, or one
-    bool alone;  // nobody else in the call reads what its token adds to the cache
+    bool alone;              // nobody else in the call reads what its token adds to the cache
+    int64_t first_half;      // of pages, where those that it reads begin
   };
 
   static Scratch& scratch() {
@@ -107,13 +101,18 @@ class Tokens {
 
   Pages pages_of(int64_t token, int64_t h) const { return Pages(depth_, table_ + slot_[token] * most_pages_, cache_ + h * pages_of_head_); }
 
+  // A token that no other reads from is written when its page has come into the CPU's cache.
   template <int Q>
-  void attend(int64_t token, int64_t h, const Head<T>& head, const void* next) const {
+  void attend(const Tile& tile, int64_t h, const Head<T>& head, Lookahead& ahead) const {
     static thread_local std::vector<float> mixed;
     mixed.resize(Q * depth_);
     float totals[Q];
-    pages_of(token, h).template attend<Q>(head.query(token), head.stride, head_size_, scale_, position_[token] + 1, next, mixed.data(),
-                                          totals, scratch());
+    const int64_t token = tile.token;
+    const auto write_own = [&] {
+      if (tile.alone) write(token, h, head);
+    };
+    pages_of(token, h).template attend<Q>(head.query(token), head.stride, head_size_, scale_, position_[token] + 1, write_own, ahead,
+                                          mixed.data(), totals, scratch());
     for (int i = 0; i < Q; i++) {
       const Vec factor(1.0f / totals[i]);
       for (int64_t d = 0; d < head_size_; d += 2 * LANES) {
@@ -137,7 +136,8 @@ class Tokens {
   typename Pages::Number* cache_;
   float scale_;
   T* out_;
-  std::vector<Tile> tiles_;
+  std::vector<Tile> tiles_;  // and one that stands for their end
+  std::vector<int32_t> halves_;
   std::vector<int64_t> early_;
 };
 
