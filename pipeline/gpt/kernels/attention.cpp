@@ -92,6 +92,7 @@ class Worker {
     }
     before_ = h;
     ahead_ = tokens_.lookahead(0, tokens_.tiles(), h);
+    ahead_.ask(LEAD);
     head_ = Head<T>{numbers, stride, stride / 3};
     turn_ = 1 - turn_;
     for (const int64_t token : tokens_.early()) tokens_.write(token, h, head_);

@@ -234,15 +234,17 @@ class Int8Pages {
   // Query q sees count + q positions of the page, where that is above 0.
   template <int Q>
   void add_page(int64_t page, const Query<Q>& queries, int64_t count, Lookahead& ahead, Running<Q>& running, float* mixed) const {
-    const int64_t seen = std::min(SIZE, count + Q - 1), asks = 2 * ahead.pace();
+    // asked for a few at a time: CPUs drop what they cannot note; weighing takes the longest
+    const int64_t asks = 2 * ahead.pace(), some = asks / 8, amid_weighing = asks / 2 / (Q * VECTORS);
     float scores[Q][SIZE];
-    ahead.ask(asks / 4);
+    ahead.ask(some);
     score<Q>(page, queries, scores);
-    ahead.ask(asks / 2);  // weighing takes the longest
+    ahead.ask(some);
     Weights<Q> weights;
-    for (int i = 0; i < Q; i++) weigh<Q>(scores[i], value_scales(page), std::min(SIZE, count + i), i, running, weights);
-    ahead.ask(asks - asks / 2 - asks / 4);
-    mix<Q>(page, weights, (seen + 3) / 4, mixed);
+    for (int i = 0; i < Q; i++) weigh<Q>(scores[i], value_scales(page), std::min(SIZE, count + i), i, ahead, amid_weighing, running, weights);
+    ahead.ask(some);
+    mix<Q>(page, weights, (std::min(SIZE, count + Q - 1) + 3) / 4, mixed);
+    ahead.ask(asks - 3 * some - Q * VECTORS * amid_weighing);
   }
 
   template <int Q>
@@ -269,9 +271,10 @@ class Int8Pages {
     }
   }
 
-  // The weights of query i, which sees the first `count` positions. What the others hold, scales too, may be anything.
+  // The weights of query i, which sees the first `count` positions. What the others hold, scales too, may be anything. asks: for each vector.
   template <int Q>
-  static void weigh(const float* scores, const float* scales, int64_t count, int i, Running<Q>& running, Weights<Q>& weights) {
+  static void weigh(const float* scores, const float* scales, int64_t count, int i, Lookahead& ahead, int64_t asks, Running<Q>& running,
+                    Weights<Q>& weights) {
     const Fours fours{weights.first[i], weights.second[i]};
     if (count <= 0) {
       std::fill(fours.first, fours.first + SIZE / 4, 0);
@@ -293,6 +296,7 @@ class Int8Pages {
     const float now = std::max(largest_of(top), running.largest[i]), nothing = now - now;  // 0, or NaN
     Vec total(nothing), top_product(0.0f), sum(0.0f);
     for (int v = 0; v < VECTORS; v++) {
+      ahead.ask(asks);
       const Vec weight = (own[v] - Vec(now)).exp_u20();
       total = total + weight;
       own[v] = weight * scale[v];
