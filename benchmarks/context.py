@@ -3,7 +3,8 @@
     python benchmarks/context.py [--rows 64] [--contexts 100 1000] [--dtypes float32 bfloat16] [--threads N] [--repeats 15]
 
 The shape of gpt2 with random weights and random tokens, no prefix shared, temperature 0.8, top-k 40. A context is at most 1,023 tokens;
-64 rows after 1,000 take 5 GB in float32. Medians; the last line is a JSON object.
+64 rows after 1,000 take 5 GB in float32. Medians, and what reading keys and values alone would take at the best rate of a plain
+sum over a gigabyte; the last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 
 import torch
 
+from pipeline.bench.measure import measure_reading
 from pipeline.bench.networks import random_network
 from pipeline.bench.shapes import shape_config
 from pipeline.config import EngineConfig
@@ -40,6 +42,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     results = []
+    rate = measure_reading(CPU) * 1e9
+    print(f"memory: {rate / 1e9:.0f} GB/s")
     for dtype in args.dtypes:
         settings = EngineConfig(device="cpu", dtype=dtype, threads=args.threads)
         network = prepare_network(
@@ -53,11 +57,15 @@ def main() -> None:
             times = step_seconds(network.model, args.rows, sorted(args.contexts), args.repeats)
             for context, seconds in times.items():
                 growth = round(seconds / times[min(times)], 2)
+                reading = args.rows * context * network.model.cache_bytes_a_token / rate
                 print(
-                    f"{dtype:<9} cache {cache_dtype:<5} after {context:5d} tokens: {seconds * 1e3:7.1f} ms, {growth:.2f} times", flush=True
+                    f"{dtype:<9} cache {cache_dtype:<5} after {context:5d} tokens: {seconds * 1e3:7.1f} ms, {growth:.2f} times; "
+                    f"reading alone {reading * 1e3:5.1f} ms",
+                    flush=True,
                 )
-                results.append({"dtype": dtype, "cache_dtype": cache_dtype, "context": context, "seconds": seconds, "growth": growth})
-    print(json.dumps({"rows": args.rows, "threads": torch.get_num_threads(), "steps": results}))
+                step = {"context": context, "seconds": seconds, "growth": growth, "reading_seconds": reading}
+                results.append({"dtype": dtype, "cache_dtype": cache_dtype, **step})
+    print(json.dumps({"rows": args.rows, "threads": torch.get_num_threads(), "read_gb_per_s": rate / 1e9, "steps": results}))
 
 
 def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> dict[int, float]:

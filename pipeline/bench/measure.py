@@ -130,9 +130,13 @@ def measure_limits(model: GPT) -> Limits:
             hidden = torch.randn(HEAD_ROWS, model.config.n_embd)
             seconds = min(_time(lambda: screen.rough(hidden)) for _ in range(20))
             head = 2 * len(hidden) * model.lm_head.in_features * model.lm_head.out_features / seconds / 1e9
-        numbers = torch.zeros(2**28, dtype=torch.float32, device=model.device)  # a gigabyte
-        seconds = min(_time(numbers.sum) for _ in range(5))
-    return Limits(gemm_gflops=best, head_gflops=head, read_gb_per_s=numbers.nbytes / seconds / 1e9)
+    return Limits(gemm_gflops=best, head_gflops=head, read_gb_per_s=measure_reading(model.device))
+
+
+def measure_reading(device: torch.device) -> float:
+    """Gigabytes that come from memory in a second, the best of some tries."""
+    numbers = torch.zeros(2**28, dtype=torch.float32, device=device)  # a gigabyte
+    return numbers.nbytes / min(_time(numbers.sum) for _ in range(5)) / 1e9
 
 
 def _time(call: Callable[[], object]) -> float:
