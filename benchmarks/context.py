@@ -41,9 +41,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
-    results = []
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     rate = measure_reading(CPU) * 1e9
     print(f"memory: {rate / 1e9:.0f} GB/s")
+    results = []
     for dtype in args.dtypes:
         settings = EngineConfig(device="cpu", dtype=dtype, threads=args.threads)
         network = prepare_network(
@@ -57,7 +58,7 @@ def main() -> None:
             times = step_seconds(network.model, args.rows, sorted(args.contexts), args.repeats)
             for context, seconds in times.items():
                 growth = round(seconds / times[min(times)], 2)
-                reading = args.rows * context * network.model.cache_bytes_a_token / rate
+                reading = network.model.capacity_of([context + 1] * args.rows) * network.model.cache_bytes_a_token / rate
                 print(
                     f"{dtype:<9} cache {cache_dtype:<5} after {context:5d} tokens: {seconds * 1e3:7.1f} ms, {growth:.2f} times; "
                     f"reading alone {reading * 1e3:5.1f} ms",

@@ -20,7 +20,7 @@
 //
 // Attention waits for memory, products do not. So `project_and_attend` goes head by head: while a thread multiplies the rows of one
 // head, it asks for the pages of the head before, and attends to these a few at a time, when they have come into its own cache; it goes on
-// asking meanwhile, for what follows, so that memory is never idle. Queries stay in that cache, too, where rows are as few as in a decode
+// asking meanwhile, for what follows, so that memory is seldom idle. Queries stay in that cache, too, where rows are as few as in a decode
 // step, and no thread waits for another between the two.
 // The compiler must not contract or reorder: -ffp-contract=off, never -ffast-math.
 
@@ -100,7 +100,9 @@ class Worker {
 
   // Attends to the last head.
   void finish() {
-    if (before_ >= 0) tokens_.attend(0, tokens_.tiles(), before_, head_, ahead_);
+    if (before_ < 0) return;
+    for (int64_t from = 0; from < tokens_.tiles(); from += FEW)
+      tokens_.attend(from, std::min(from + FEW, tokens_.tiles()), before_, head_, ahead_);
   }
 
  private:
@@ -112,9 +114,10 @@ class Worker {
 
   // The next `count` lines of the head before, or as many as are to be asked for before tile `to`, and then some other that is near.
   const char* const* list(int64_t to, int64_t count) {
-    kept_.lines.assign(count, reinterpret_cast<const char*>(x_));
-    const char** listed = kept_.lines.data();
+    kept_.lines.resize(count);
+    auto listed = kept_.lines.begin();
     ahead_.next(std::min(count, tokens_.lines_before(to, ahead_)), [&](const char* line) { *listed++ = line; });
+    std::fill(listed, kept_.lines.end(), reinterpret_cast<const char*>(x_));
     return kept_.lines.data();
   }
 

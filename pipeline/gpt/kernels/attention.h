@@ -9,7 +9,7 @@
 namespace gptbatch {
 
 constexpr int QUERIES = 4;     // of one sequence, at most, that go over the pages together
-constexpr int64_t LEAD = 256;  // lines that are asked for and not read yet, or more
+constexpr int64_t LEAD = 256;  // lines at least that are to be asked for ahead of those that are read
 
 // Room that a thread keeps from one call to the next.
 struct Scratch {
@@ -22,7 +22,7 @@ struct Scratch {
 class Lookahead {
  public:
   Lookahead() = default;
-  // Half pages, a half_bytes each, where `halves` says, counted in such from `head`: from halves[first] to before halves[end].
+  // halves: the numbers of half pages, each of half_bytes, counted from `head`. It goes from halves[first] to before halves[end].
   Lookahead(const void* head, const int32_t* halves, int64_t half_bytes, int64_t first, int64_t end)
       : head_(static_cast<const char*>(head)), halves_(halves), lines_(half_bytes / CACHE_LINE), half_(first), end_(end) {}
 

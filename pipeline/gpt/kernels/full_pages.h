@@ -83,7 +83,7 @@ class FullPages {
   }
 
   // Q queries at consecutive positions, the first of which sees first_count keys: mixed (Q, depth) and totals (Q,), which divide it.
-  // write_own() is called before the last position is read.
+  // write_own() is called before the last page is read; it has no use for the scratch.
   template <int Q, class F>
   void attend(const T* q, int64_t q_stride, int64_t head_size, float scale, int64_t first_count, const F& write_own, Lookahead& ahead,
               float* mixed, float* totals, Scratch& scratch) const {
@@ -96,8 +96,7 @@ class FullPages {
       for (int64_t d = 0; d < head_size; d++) query[d] = static_cast<Query>(q[i * q_stride + d]);
       std::fill(query + head_size, query + depth_, Query(0.0f));
     }
-    write_own();
-    score<Q>(queries, scale, n_pages, scores, stride, ahead);
+    score<Q>(queries, scale, n_pages, scores, stride, write_own, ahead);
     for (int i = 0; i < Q; i++) totals[i] = weigh(scores + i * stride, first_count + i);
     mix<Q>(scores, stride, first_count, mixed, ahead);
   }
@@ -121,14 +120,19 @@ class FullPages {
   T* values(int64_t i) const { return keys(i) + SIZE * depth_; }
 
   // scores[q][16 i + lane] = scale * (query q . key of that position).
-  template <int Q>
-  void score(const float* queries, float scale, int64_t n_pages, float* scores, int64_t stride, Lookahead& ahead) const {
+  template <int Q, class F>
+  void score(const float* queries, float scale, int64_t n_pages, float* scores, int64_t stride, const F& write_own, Lookahead& ahead) const {
     constexpr int P = std::max<int>(1, 4 / (Q * PER_ROW));  // pages at once: enough sums side by side to hide the latency of one
     int64_t page = 0;
-    for (; page + P <= n_pages; page += P) score_pages<Q, P>(queries, scale, page, scores, stride, ahead);
-    if constexpr (P > 2)
-      for (; page + 2 <= n_pages; page += 2) score_pages<Q, 2>(queries, scale, page, scores, stride, ahead);
-    for (; page < n_pages; page++) score_pages<Q, 1>(queries, scale, page, scores, stride, ahead);
+    const auto take = [&](auto count) {
+      for (; page + count <= n_pages; page += count) {
+        if (page + count == n_pages) write_own();
+        score_pages<Q, count>(queries, scale, page, scores, stride, ahead);
+      }
+    };
+    take(std::integral_constant<int, P>());
+    if constexpr (P > 2) take(std::integral_constant<int, 2>());
+    take(std::integral_constant<int, 1>());
   }
 
   // For the pages first to first + P - 1.

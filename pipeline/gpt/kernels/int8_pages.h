@@ -234,7 +234,7 @@ class Int8Pages {
   // Query q sees count + q positions of the page, where that is above 0.
   template <int Q>
   void add_page(int64_t page, const Query<Q>& queries, int64_t count, Lookahead& ahead, Running<Q>& running, float* mixed) const {
-    // asked for a few at a time: CPUs drop what they cannot note; weighing takes the longest
+    // a few lines at a time: CPUs drop what they cannot note; weighing takes the longest
     const int64_t asks = 2 * ahead.pace(), some = asks / 8, amid_weighing = asks / 2 / (Q * VECTORS);
     float scores[Q][SIZE];
     ahead.ask(some);
@@ -271,7 +271,7 @@ class Int8Pages {
     }
   }
 
-  // The weights of query i, which sees the first `count` positions. What the others hold, scales too, may be anything. asks: for each vector.
+  // The weights of query i, which sees the first `count` positions. What the others hold, scales too, may be anything. asks: lines, at each vector.
   template <int Q>
   static void weigh(const float* scores, const float* scales, int64_t count, int i, Lookahead& ahead, int64_t asks, Running<Q>& running,
                     Weights<Q>& weights) {

@@ -78,13 +78,19 @@ class Tokens {
     return Lookahead(cache_ + h * pages_of_head_, halves_.data(), half_bytes, tiles_[from].first_half, tiles_[to].first_half);
   }
 
-  // Lines that are to be asked for before the tiles up to `to` are done.
+  // Lines that are to be asked for before tile `to` begins: all before it, and some more.
   int64_t lines_before(int64_t to, const Lookahead& ahead) const { return ahead.lines_to(tiles_[to].first_half) + LEAD; }
 
   // Attends for the tiles from `from` to before `to`.
   void attend(int64_t from, int64_t to, int64_t h, const Head<T>& head, Lookahead& ahead) const {
     ahead.set_pace(tiles_[to].first_half - tiles_[from].first_half, lines_before(to, ahead));
-    for (int64_t i = from; i < to; i++) tiles_[i].queries == QUERIES ? attend<QUERIES>(tiles_[i], h, head, ahead) : attend<1>(tiles_[i], h, head, ahead);
+    for (int64_t i = from; i < to; i++) {
+      if (tiles_[i].queries == QUERIES) {
+        attend<QUERIES>(tiles_[i], h, head, ahead);
+      } else {
+        attend<1>(tiles_[i], h, head, ahead);
+      }
+    }
   }
 
  private:
@@ -101,7 +107,7 @@ class Tokens {
 
   Pages pages_of(int64_t token, int64_t h) const { return Pages(depth_, table_ + slot_[token] * most_pages_, cache_ + h * pages_of_head_); }
 
-  // A token that no other reads from is written when its page has come into the CPU's cache.
+  // A token that no other reads from is written here, and is found in the CPU's cache.
   template <int Q>
   void attend(const Tile& tile, int64_t h, const Head<T>& head, Lookahead& ahead) const {
     static thread_local std::vector<float> mixed;
