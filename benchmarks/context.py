@@ -58,13 +58,13 @@ def main() -> None:
             times = step_seconds(network.model, args.rows, sorted(args.contexts), args.repeats)
             for context, seconds in times.items():
                 growth = round(seconds / times[min(times)], 2)
-                reading = network.model.capacity_of([context + 1] * args.rows) * network.model.cache_bytes_a_token / rate
+                n_bytes = network.model.capacity_of([context + 1] * args.rows) * network.model.cache_bytes_a_token
                 print(
                     f"{dtype:<9} cache {cache_dtype:<5} after {context:5d} tokens: {seconds * 1e3:7.1f} ms, {growth:.2f} times; "
-                    f"reading alone {reading * 1e3:5.1f} ms",
+                    f"reading {n_bytes / 1e9:.1f} GB alone {n_bytes / rate * 1e3:5.1f} ms",
                     flush=True,
                 )
-                step = {"context": context, "seconds": seconds, "growth": growth, "reading_seconds": reading}
+                step = {"context": context, "seconds": seconds, "growth": growth, "bytes": n_bytes, "reading_seconds": n_bytes / rate}
                 results.append({"dtype": dtype, "cache_dtype": cache_dtype, **step})
     print(json.dumps({"rows": args.rows, "threads": torch.get_num_threads(), "read_gb_per_s": rate / 1e9, "steps": results}))
 

@@ -271,7 +271,8 @@ class Int8Pages {
     }
   }
 
-  // The weights of query i, which sees the first `count` positions. What the others hold, scales too, may be anything. asks: lines, at each vector.
+  // The weights of query i, which sees the first `count` positions. What the others hold, scales too, may be anything. asks: lines that
+  // are asked for at each vector.
   template <int Q>
   static void weigh(const float* scores, const float* scales, int64_t count, int i, Lookahead& ahead, int64_t asks, Running<Q>& running,
                     Weights<Q>& weights) {
