@@ -78,7 +78,9 @@ def engine_alone(model: Path, args: argparse.Namespace) -> Callable[[], float]:
     settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)
     network = load_network(checkpoint, config, settings, torch.device("cpu"), numerics="auto")
     texts = [f"{i}{PROMPT}" for i in range(args.rows)]
-    tokenizer = PromptTokenizer(checkpoint.folder, end_of_text=config.end_of_text, parse_special=False, vocab_size=config.vocab_size)
+    tokenizer = PromptTokenizer(
+        checkpoint.folder, special_tokens=checkpoint.special_tokens, parse_special=False, vocab_size=config.vocab_size
+    )
     token_ids = tokenizer.encode(texts)
 
     def prompts() -> list[TokenizedPrompt]:
@@ -93,7 +95,7 @@ def engine_alone(model: Path, args: argparse.Namespace) -> Callable[[], float]:
         engine = Engine(
             model=network.model,
             batch_size=network.batch_size(None),
-            end_of_text=None,
+            end_tokens=(),
             memory_bytes=network.cache_memory_bytes(None),
         )
         rows = prompts()

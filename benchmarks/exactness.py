@@ -51,7 +51,7 @@ def main() -> None:
         assert report.exact or name == "padded", report.failures
 
     def tokens_per_s(model: GPT, repeat: int) -> float:
-        engine = Engine(model=model, batch_size=args.rows, end_of_text=None)
+        engine = Engine(model=model, batch_size=args.rows, end_tokens=())
         began = time.perf_counter()
         for _ in engine.generate(work.prompts(repeat, vocab_size=config.vocab_size)):
             pass

@@ -45,7 +45,7 @@ def gptbatch(args: argparse.Namespace, cache_dtype: Literal["auto", "int8"] = "a
     settings = EngineConfig(device=args.device, dtype=args.dtype, cache_dtype=cache_dtype, threads=args.threads)
     network = load_network(checkpoint, config, settings, torch.device(args.device), numerics="exact")
     memory = network.cache_memory_bytes(MEMORY_GIB if args.device == "cpu" else None)
-    engine = Engine(model=network.model, batch_size=ROWS_AT_A_TIME, end_of_text=None, memory_bytes=memory)
+    engine = Engine(model=network.model, batch_size=ROWS_AT_A_TIME, end_tokens=(), memory_bytes=memory)
 
     def generate(rows: Rows) -> None:
         work = Workload("rows", tuple(Row(tuple(row["prompt_token_ids"]), row["max_new_tokens"]) for row in rows))

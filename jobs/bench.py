@@ -56,7 +56,7 @@ def _bench(options: dict[str, Any]) -> None:
     engine = Engine(
         model=model,
         batch_size=network.batch_size(options["batch_size"]),
-        end_of_text=None,
+        end_tokens=(),
         memory_bytes=network.cache_memory_bytes(None),
         step_tokens=options["step_tokens"] or STEP_TOKENS,
         share_prefixes=not options["no_sharing"],

@@ -47,7 +47,9 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     theirs = GPT2LMHeadModel.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     copied = GPT(ours.config).eval()
     copy_model(copied, theirs)
-    tokenizer = PromptTokenizer(checkpoint.folder, end_of_text=config.end_of_text, parse_special=False, vocab_size=config.vocab_size)
+    tokenizer = PromptTokenizer(
+        checkpoint.folder, special_tokens=checkpoint.special_tokens, parse_special=False, vocab_size=config.vocab_size
+    )
 
     our_count = ours.parameter_count()
     their_count = sum(parameter.numel() for _, parameter in theirs.named_parameters(remove_duplicate=False))

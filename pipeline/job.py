@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from array import array
 from collections.abc import Callable, Collection, Iterator
@@ -21,6 +22,8 @@ from pipeline.data.rows import RowSource
 from pipeline.data.tokenizer import PromptTokenizer
 from pipeline.gpt.config import GPTConfig, parse_config
 from pipeline.records import NOISE_VERSION, Completion, Prompt, RowError, TokenizedPrompt
+
+logger = logging.getLogger("gptbatch")
 
 TOKENIZE_ROWS = 256
 # config keys that change tokens, besides the checkpoint and the input
@@ -42,12 +45,19 @@ def job_identity(config: JobConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     tokens = {
         "model_digest": checkpoint.model_digest,
         "tokenizer_digest": checkpoint.tokenizer_digest,
+        **special_token_identity(checkpoint),
         "dtype": config.engine.dtype,
         "cache_dtype": config.engine.cache_dtype,
         "noise_version": NOISE_VERSION,
     } | {key: getattr(config, key) for key in _TOKEN_KEYS}
     fingerprint = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
     return {"fingerprint": fingerprint, **tokens, "record_logits_digest": config.record_logits_digest}
+
+
+def special_token_identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The tokens that config.json and generation_config.json decide, by their names in the identity of a job."""
+    special = checkpoint.special_tokens
+    return {"start_token": special.start, "end_tokens": list(special.ends)}
 
 
 class Job:
@@ -57,9 +67,12 @@ class Job:
         self.config = config
         self.checkpoint = checkpoint or find_checkpoint(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
         self.gpt_config: GPTConfig = parse_config(self.checkpoint.config, str(self.checkpoint.config_path))
+        self.special_tokens = self.checkpoint.special_tokens
+        for warning in self.checkpoint.generation_warnings:
+            logger.warning("%s", warning)
         self.tokenizer = PromptTokenizer(
             self.checkpoint.folder,
-            end_of_text=self.gpt_config.end_of_text,
+            special_tokens=self.special_tokens,
             parse_special=config.parse_special,
             vocab_size=self.gpt_config.vocab_size,
         )
@@ -118,9 +131,7 @@ class Job:
         if prompt.prompt_id in self.config.skip_row:
             return [], RowError(kind="skipped", reason="skipped by skip_row")
         if not token_ids:
-            return [], RowError(
-                kind="empty_prompt", reason="the prompt is empty, and the checkpoint has no end-of-text token to start from"
-            )
+            return [], RowError(kind="empty_prompt", reason="the prompt is empty, and the checkpoint names no token to start from")
         if max(token_ids) >= vocab_size:
             reason = f"the prompt holds token {max(token_ids)}, which the model (vocab_size {vocab_size}) does not have"
             return [], RowError(kind="unknown_token", reason=reason)

@@ -204,7 +204,7 @@ class PartLoop:
         return Engine(
             model=self.network.model,
             batch_size=max(1, min(batch_size, rows)),
-            end_of_text=None if config.ignore_eos else self.job.gpt_config.end_of_text,
+            end_tokens=() if config.ignore_eos else self.job.special_tokens.ends,
             memory_bytes=self.network.cache_memory_bytes(config.engine.memory_gib),
             window_full=config.window_full,
             record_logits=config.record_logits_digest,

@@ -19,6 +19,7 @@ from pipeline.data.recorded import RecordedRun
 from pipeline.data.tokenizer import PromptTokenizer
 from pipeline.errors import ModelError, OutputConflictError
 from pipeline.gpt.config import GPTConfig, parse_config
+from pipeline.job import special_token_identity
 from pipeline.network import Network, load_network, resolve_device
 from pipeline.records import SamplingParams
 
@@ -58,7 +59,7 @@ class ReopenedRun:
         self.gpt_config: GPTConfig = parse_config(self.checkpoint.config, str(self.checkpoint.config_path))
         self.tokenizer = PromptTokenizer(
             self.checkpoint.folder,
-            end_of_text=self.gpt_config.end_of_text,
+            special_tokens=self.checkpoint.special_tokens,
             parse_special=recorded.parse_special,
             vocab_size=self.gpt_config.vocab_size,
         )
@@ -70,9 +71,9 @@ class ReopenedRun:
         return load_network(self.checkpoint, self.gpt_config, engine, resolve_device(engine), numerics="auto")
 
     @property
-    def end_of_text(self) -> int | None:
-        """The token id that ends a row; None if none was to."""
-        return None if self.config.ignore_eos else self.gpt_config.end_of_text
+    def end_tokens(self) -> tuple[int, ...]:
+        """Token ids that end a row; empty if none was to."""
+        return () if self.config.ignore_eos else self.checkpoint.special_tokens.ends
 
     def reasons_against_exactness(self) -> list[str]:
         """Why bits here may differ from those recorded; empty when they must not."""
@@ -123,6 +124,12 @@ class ReopenedRun:
         identity = self.run.manifest["identity"]
         if checkpoint.tokenizer_digest != identity["tokenizer_digest"]:
             raise ModelError(f"{name}: its tokenizer is not the run's (by digest); name a copy of the run's checkpoint with --model")
+        for key, value in special_token_identity(checkpoint).items():
+            if key in identity and identity[key] != value:  # earlier versions did not record them
+                raise ModelError(
+                    f"{name}: its {key} is {value}, the run's {identity[key]!r:.200}; name a copy of the run's checkpoint with --model, "
+                    "generation_config.json included"
+                )
         if checkpoint.model_digest != identity["model_digest"] and not overrides.allow_other_weights:
             raise ModelError(
                 f"{name}: its weights are not the run's (by digest); name a copy of the run's checkpoint with --model, or say "

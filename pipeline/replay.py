@@ -50,7 +50,7 @@ def replay_row(reopened: ReopenedRun, row: dict[str, Any], params: SamplingParam
     engine = Engine(
         model=reopened.network.model,
         batch_size=1,
-        end_of_text=reopened.end_of_text,
+        end_tokens=reopened.end_tokens,
         window_full=reopened.config.window_full,
         record_logits=row["logits_digest"] is not None,
     )

@@ -185,7 +185,7 @@ def _other_problem(reopened: ReopenedRun, row: dict[str, Any], known: KnownRow) 
             total_tokens=len(known.prompt) + count,
             max_new_tokens=known.params.max_new_tokens,
             n_positions=reopened.gpt_config.n_positions,
-            end_of_text=reopened.end_of_text,
+            end_tokens=reopened.end_tokens,
             window_full=reopened.config.window_full,
         )
         if (reason is not None) != (count == len(known.new)):

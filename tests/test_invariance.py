@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.data.bundled import locate
 from pipeline.data.checkpoint import find_checkpoint
+from pipeline.data.generation_config import SpecialTokens
 from pipeline.data.tokenizer import PromptTokenizer
 from pipeline.generation import reference
 from pipeline.generation.engine import Engine, WindowFull, logits_bytes
@@ -58,14 +59,14 @@ def run(
     prompts: Sequence[TokenizedPrompt],
     *,
     batch_size: int,
-    end_of_text: int | None = 0,
+    end_tokens: tuple[int, ...] = (0,),
     window_full: WindowFull = "stop",
     step_tokens: int = 4096,
 ) -> dict[int, Outcome]:
     engine = Engine(
         model=model,
         batch_size=batch_size,
-        end_of_text=end_of_text,
+        end_tokens=end_tokens,
         window_full=window_full,
         step_tokens=step_tokens,
         record_logits=True,
@@ -123,7 +124,9 @@ def checked(model: GPT) -> GPT:
 def demo_prompts(count: int, *, max_new_tokens: int = 12) -> list[TokenizedPrompt]:
     """The first of the bundled prompts, with parameters of their own."""
     checkpoint = find_checkpoint("bundled:demo/model")
-    tokenizer = PromptTokenizer(checkpoint.folder, end_of_text=0, parse_special=False, vocab_size=checkpoint.config["vocab_size"])
+    tokenizer = PromptTokenizer(
+        checkpoint.folder, special_tokens=SpecialTokens(start=0, ends=(0,)), parse_special=False, vocab_size=checkpoint.config["vocab_size"]
+    )
     lines = Path(locate("bundled:demo/prompts.jsonl")).read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["prompt"] for line in lines[:count]]
     rng = random.Random(7)
@@ -196,11 +199,9 @@ def test_cache_widths_and_prefill_groups(demo: GPT) -> None:
 
 def test_windows_that_slide(demo: GPT) -> None:
     prompts = [tokenized(i, [3 + i] * (250 + 2 * i), max_new_tokens=8 + i) for i in range(4)]
-    expected = run(demo, prompts, batch_size=1, end_of_text=None, window_full="slide")
+    expected = run(demo, prompts, batch_size=1, end_tokens=(), window_full="slide")
     assert {len(tokens) for tokens, *_ in expected.values()} == {8, 9, 10, 11}
-    assert (
-        run(demo, [*prompts[::-1], *demo_prompts(10)[4:]], batch_size=5, end_of_text=None, window_full="slide").items() >= expected.items()
-    )
+    assert run(demo, [*prompts[::-1], *demo_prompts(10)[4:]], batch_size=5, end_tokens=(), window_full="slide").items() >= expected.items()
 
 
 def test_the_reference_gives_the_same_bits(demo: GPT) -> None:
@@ -208,7 +209,7 @@ def test_the_reference_gives_the_same_bits(demo: GPT) -> None:
     prompts = demo_prompts(8, max_new_tokens=8)
     for index, (token_ids, stop_reason, _, digest) in run(demo, prompts, batch_size=8).items():
         prompt = prompts[index]
-        assert reference.generate(demo, prompt.token_ids, prompt.prompt.params, end_of_text=0) == (token_ids, stop_reason)
+        assert reference.generate(demo, prompt.token_ids, prompt.prompt.params, end_tokens=(0,)) == (token_ids, stop_reason)
         assert digest == reference_digest(demo, prompt.token_ids, token_ids)
 
 
@@ -339,7 +340,7 @@ def test_pages_are_given_back() -> None:
     if not has_kernels():
         pytest.skip("no C++ compiler")
     model = our_model(random_model(), attention="ragged")
-    engine = Engine(model=model, batch_size=4, end_of_text=None)
+    engine = Engine(model=model, batch_size=4, end_tokens=())
     for _ in engine.generate(iter(random_prompts(40, 300, longest=50, max_new_tokens=10))):
         pass
     cache = engine._cache
@@ -459,7 +460,7 @@ def test_gpt2_chunks_and_the_reference(gpt2: GPT) -> None:
     check_chunks(gpt2, [[rng.randrange(50257) for _ in range(length)] for length in (12, 210, 40)], seed=2)
     prompt = random_prompts(1, 50257, longest=30, max_new_tokens=3)[0]
     token_ids, stop_reason, _, digest = run(gpt2, [prompt], batch_size=1)[0]
-    assert reference.generate(gpt2, prompt.token_ids, prompt.prompt.params, end_of_text=0) == (token_ids, stop_reason)
+    assert reference.generate(gpt2, prompt.token_ids, prompt.prompt.params, end_tokens=(0,)) == (token_ids, stop_reason)
     assert digest == reference_digest(gpt2, prompt.token_ids, token_ids)
 
 

@@ -169,11 +169,11 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
     for index in range(25):
         token_ids = header[: rng.choice([rng.randrange(80), 70])] + [rng.randrange(vocab_size) for _ in range(rng.randint(1, 12))]
         prompts.append(tokenized(index, token_ids, max_new_tokens=rng.randint(1, 30), top_k=rng.choice([0, 1, 5])))
-    expected = [reference.generate(model, p.token_ids, p.prompt.params, end_of_text=7, window_full="slide") for p in prompts]
+    expected = [reference.generate(model, p.token_ids, p.prompt.params, end_tokens=(7,), window_full="slide") for p in prompts]
     engine = Engine(
         model=model,
         batch_size=rng.randint(1, 12),
-        end_of_text=7,
+        end_tokens=(7,),
         window_full="slide",
         step_tokens=rng.randint(1, 150),
         lookahead=rng.randrange(20),

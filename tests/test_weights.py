@@ -230,8 +230,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "epsilon": ({"layer_norm_epsilon": -1}, "layer_norm_epsilon is -1"),
     "no text": ({"activation_function": ["gelu"]}, r"activation_function is \['gelu'\]"),
     "a size beyond sense": ({"n_layer": 10**30}, "n_layer is 10+: a whole number from 1 to 4096"),
-    "end-of-text": ({"eos_token_id": 300}, "eos_token_id is 300: null or one token id below vocab_size 300"),
-    "several ends": ({"eos_token_id": [0, 1]}, r"eos_token_id is \[0, 1\]"),
 }
 
 

@@ -58,7 +58,7 @@ def _naive_s(model: GPT, step: int) -> float:
 
 def _engine_s(model: GPT, last: int, *, slide: bool) -> tuple[list[int], list[float]]:
     engine = Engine(
-        model=model, batch_size=1, end_of_text=None, window_full="slide" if slide else "stop", step_tokens=model.config.n_positions
+        model=model, batch_size=1, end_tokens=(), window_full="slide" if slide else "stop", step_tokens=model.config.n_positions
     )
     params = SamplingParams(seed=0, temperature=TEMPERATURE, top_k=TOP_K, max_new_tokens=last)
     prompt = Prompt(index=0, prompt_id="0", text="", params=params, metadata=None)

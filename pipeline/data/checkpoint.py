@@ -15,13 +15,16 @@ from typing import Any
 
 from pipeline.data.bundled import locate
 from pipeline.data.digests import DigestMemory
+from pipeline.data.generation_config import SpecialTokens, generation_warnings, read_special_tokens, settings_not_followed
 from pipeline.errors import ModelError
 
 CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+DEFAULT_VOCAB_SIZE = 50257  # GPT2Config's, where config.json does not say
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -40,6 +43,34 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
         return _read_json(self.config_path)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """The content of generation_config.json; empty where there is none."""
+        path = self.folder / GENERATION_CONFIG_FILE
+        return _read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """The start token and the end tokens that config.json and generation_config.json name."""
+        return read_special_tokens(self.config, self.generation_config, vocab_size=self._vocab_size, where=str(self.folder))
+
+    @property
+    def settings_not_followed(self) -> dict[str, Any]:
+        """Settings of generation, by key, that these files hold and that gptbatch does not follow."""
+        return settings_not_followed(self.config, self.generation_config)
+
+    @property
+    def generation_warnings(self) -> list[str]:
+        """What a run says once of its end tokens and of the settings that it does not follow."""
+        return generation_warnings(self.special_tokens, self.settings_not_followed, vocab_size=self._vocab_size, where=self.name)
+
+    @property
+    def _vocab_size(self) -> int:
+        vocab_size = self.config.get("vocab_size", DEFAULT_VOCAB_SIZE)
+        if type(vocab_size) is not int:
+            raise ModelError(f"{self.config_path}: vocab_size is {vocab_size!r:.200}: a whole number is needed")
+        return vocab_size
 
     @property
     def config_path(self) -> Path:
@@ -110,7 +141,7 @@ def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = [CONFIG_FILE, WEIGHTS_FILE, "model-*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
+    patterns = [CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, "model-*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         has_safetensors = (folder / WEIGHTS_FILE).is_file() or (folder / WEIGHTS_INDEX).is_file()

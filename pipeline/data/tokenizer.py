@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from pipeline.data.generation_config import SpecialTokens
 from pipeline.errors import ModelError
 from pipeline.records import FinishReason
 
@@ -19,15 +20,16 @@ class PromptTokenizer:
     """Turns text into token ids and back.
 
     parse_special: whether `<|endoftext|>` inside a prompt is the special token; otherwise it is plain text.
-    Nothing is added to a prompt, except that an empty one becomes the single token end-of-text.
+    Nothing is added to a prompt, except that an empty one becomes the single start token.
     """
 
-    def __init__(self, folder: Path, *, end_of_text: int | None, parse_special: bool, vocab_size: int) -> None:
+    def __init__(self, folder: Path, *, special_tokens: SpecialTokens, parse_special: bool, vocab_size: int) -> None:
         self._tokenizer = _load(folder)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = not parse_special
-        self._end_of_text = end_of_text
+        ends = special_tokens.ends
+        self._start = special_tokens.start if special_tokens.start is not None or not ends else ends[0]
         # tokens that were added later (a padding token, say) may lie beyond; a prompt that holds one is an error row
         largest = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         if largest >= vocab_size:
@@ -36,8 +38,8 @@ class PromptTokenizer:
             )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text. An empty text is [end-of-text], or [] when the checkpoint has none."""
-        empty = [] if self._end_of_text is None else [self._end_of_text]
+        """Token ids of each text. An empty text is the start token, else the first end token, else []."""
+        empty = [] if self._start is None else [self._start]
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises plain Exception; its text may quote the prompt

@@ -65,7 +65,7 @@ class Engine:
     """Generates completions for a stream of prompts.
 
     batch_size: most sequences at a time; fewer run where the cache has no room for more. memory_bytes: for the cache; None is as
-    much as batch_size full contexts take. end_of_text: the token id that ends a row, None if there is none (or none is to).
+    much as batch_size full contexts take. end_tokens: token ids that end a row; empty where none does.
     window_full: what happens when a sequence fills the context. stop ends it; slide goes on as the tutorial does, each step
     on the n_positions most recent tokens, positions from 0, the whole window computed again.
     step_tokens: most tokens of a step. lookahead: rows that wait for a slot, to choose from; None is LOOKAHEAD times the slots, and
@@ -74,7 +74,7 @@ class Engine:
 
     model: GPT
     batch_size: int
-    end_of_text: int | None
+    end_tokens: tuple[int, ...]
     memory_bytes: int | None = None
     window_full: WindowFull = "stop"
     step_tokens: int = STEP_TOKENS
@@ -262,7 +262,7 @@ class Engine:
             total_tokens=len(sequence.tokens),
             max_new_tokens=params.max_new_tokens,
             n_positions=self._n_positions,
-            end_of_text=self.end_of_text,
+            end_tokens=self.end_tokens,
             window_full=self.window_full,
         )
 
@@ -298,11 +298,11 @@ def stop_reason(
     total_tokens: int,
     max_new_tokens: int,
     n_positions: int,
-    end_of_text: int | None,
+    end_tokens: tuple[int, ...],
     window_full: WindowFull,
 ) -> StopReason | None:
     """Why a row ends with its latest token, None if it goes on. total_tokens counts the prompt's and the new ones, this one included."""
-    if token == end_of_text:
+    if token in end_tokens:
         return "end_of_text"
     if new_tokens >= max_new_tokens:
         return "max_new_tokens"

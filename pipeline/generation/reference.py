@@ -36,7 +36,7 @@ def generate_token(
 
 
 def generate(
-    gpt: GPT, prompt_token_ids: list[int], params: SamplingParams, *, end_of_text: int | None, window_full: WindowFull = "stop"
+    gpt: GPT, prompt_token_ids: list[int], params: SamplingParams, *, end_tokens: tuple[int, ...], window_full: WindowFull = "stop"
 ) -> tuple[list[int], StopReason]:
     """The new tokens of one prompt (1 to n_positions token ids) and why they end."""
     tokens = list(prompt_token_ids)
@@ -53,6 +53,6 @@ def generate(
             step=step,
         )
         tokens.append(token)
-        if token == end_of_text:
+        if token in end_tokens:
             return tokens[len(prompt_token_ids) :], "end_of_text"
     return tokens[len(prompt_token_ids) :], "max_new_tokens"

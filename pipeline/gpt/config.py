@@ -37,7 +37,7 @@ _ALIASES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPTConfig:
-    """Shape: V vocab_size, n_positions, C n_embd, L n_layer, H n_head, n_inner of the MLP. end_of_text: a token id or None."""
+    """Shape: V vocab_size, n_positions, C n_embd, L n_layer, H n_head, n_inner of the MLP."""
 
     vocab_size: int
     n_positions: int
@@ -51,7 +51,6 @@ class GPTConfig:
     scale_attn_by_inverse_layer_idx: bool = False
     upcast_attention: bool = False
     tied: bool = True
-    end_of_text: int | None = None
 
     @property
     def head_size(self) -> int:
@@ -101,12 +100,8 @@ def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
     epsilon = content.get("layer_norm_epsilon", 1e-5)
     if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
         raise refuse("layer_norm_epsilon", "a number from 0 to 1 is needed")
-    vocab_size = integer("vocab_size", 50257)
-    end_of_text = content.get("eos_token_id", 50256 if vocab_size > 50256 else None)
-    if end_of_text is not None and (type(end_of_text) is not int or not 0 <= end_of_text < vocab_size):
-        raise refuse("eos_token_id", f"null or one token id below vocab_size {vocab_size} is needed")
     return GPTConfig(
-        vocab_size=vocab_size,
+        vocab_size=integer("vocab_size", 50257),
         n_positions=integer("n_positions", 1024),
         n_embd=n_embd,
         n_layer=integer("n_layer", 12, 4096),
@@ -118,5 +113,4 @@ def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
         scale_attn_by_inverse_layer_idx=switch("scale_attn_by_inverse_layer_idx", False),
         upcast_attention=switch("reorder_and_upcast_attn", False),
         tied=switch("tie_word_embeddings", True),
-        end_of_text=end_of_text,
     )

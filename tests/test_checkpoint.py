@@ -1,0 +1,185 @@
+"""Checkpoints as people have them: end tokens, heads and prefixes, files of other kinds."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from jobs.cli import run_command
+from pipeline import JobConfig, run_job
+from pipeline.config import EngineConfig
+from pipeline.data.checkpoint import find_checkpoint
+from pipeline.errors import ModelError
+from tests.tiny_checkpoints import HI, OTHER_STOP, STOP, VOCAB_SIZE, write_checkpoint
+
+DEFAULTS = 50256
+
+
+def run(model: Path, folder: Path, prompts: list[str], **settings: Any) -> list[dict[str, Any]]:
+    """The rows of a greedy run of eight tokens."""
+    source = folder / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    engine = EngineConfig(attention="padded", threads=1)
+    settings = {"temperature": 0.0, "max_new_tokens": 8, "numerics": "off", "engine": engine, **settings}
+    run_job(JobConfig(model=str(model), input=str(source), output=str(folder / "out"), **settings))
+    rows: list[dict[str, Any]] = pq.read_table(folder / "out" / "part-00000.parquet").to_pylist()
+    return rows
+
+
+# -- start and end tokens --------------------------------------------------------------------------------------------
+
+# what config.json says (... leaves the key out), what generation_config.json says -> the end tokens, those left out
+ENDS: dict[str, tuple[Any, dict[str, Any] | None, tuple[int, ...], tuple[int, ...]]] = {
+    "one": (0, None, (0,), ()),
+    "null": (None, None, (), ()),
+    "no key": (..., None, (), ()),
+    "a list": ([0, STOP], None, (0, STOP), ()),
+    "an empty list": ([], None, (), ()),
+    "repeats": ([STOP, 0, STOP], {"eos_token_id": [0, STOP]}, (STOP, 0), ()),
+    "one more in generation_config.json": (0, {"eos_token_id": STOP}, (0, STOP), ()),
+    "a list in generation_config.json": (0, {"eos_token_id": [0, STOP, OTHER_STOP]}, (0, STOP, OTHER_STOP), ()),
+    "only in generation_config.json": (..., {"eos_token_id": STOP}, (STOP,), ()),
+    "generation_config.json says null": (STOP, {"eos_token_id": None}, (STOP,), ()),
+    "the defaults of GPT2Config": (DEFAULTS, {"eos_token_id": DEFAULTS}, (), (DEFAULTS,)),
+    "one beyond": (VOCAB_SIZE, None, (), (VOCAB_SIZE,)),
+    "minus one": (-1, {"eos_token_id": [STOP, -1]}, (STOP,), (-1,)),
+    "some beyond": ([0, DEFAULTS, STOP], None, (0, STOP), (DEFAULTS,)),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_end_tokens_are_those_of_both_files(tmp_path: Path, name: str) -> None:
+    config_eos, generation, ends, left_out = ENDS[name]
+    checkpoint = find_checkpoint(str(write_checkpoint(tmp_path / "model", config={"eos_token_id": config_eos}, generation=generation)))
+    assert (checkpoint.special_tokens.ends, checkpoint.special_tokens.ends_left_out) == (ends, left_out)
+    warnings = checkpoint.generation_warnings
+    assert len(warnings) == bool(left_out)
+    for token in left_out:
+        assert f"{token}" in warnings[0]
+        assert "is not in the vocabulary (vocab_size 260) and is left out" in warnings[0]
+    if left_out and not ends:
+        assert "no token ends a row" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("config_bos", "generation_bos", "start"),
+    [(0, ..., 0), (0, 3, 3), (None, ..., None), (5, None, 5), (DEFAULTS, ..., None), (7, DEFAULTS, 7), (-1, ..., None), (..., ..., None)],
+)
+def test_the_start_token(tmp_path: Path, config_bos: Any, generation_bos: Any, start: int | None) -> None:
+    generation = {} if generation_bos is ... else {"bos_token_id": generation_bos}
+    folder = write_checkpoint(tmp_path / "model", config={"bos_token_id": config_bos}, generation=generation)
+    assert find_checkpoint(str(folder)).special_tokens.start == start
+
+
+@pytest.mark.parametrize(("vocab_size", "tokens"), [(50257, (DEFAULTS, (DEFAULTS,))), (50256, (None, ()))])
+def test_the_defaults_of_gpt2_where_nothing_is_said(tmp_path: Path, vocab_size: int, tokens: Any) -> None:
+    config = {"vocab_size": vocab_size, "bos_token_id": ..., "eos_token_id": ...}
+    special = find_checkpoint(str(write_checkpoint(tmp_path / "model", config=config))).special_tokens
+    assert (special.start, special.ends) == tokens
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("eos_token_id", "2"), ("eos_token_id", True), ("eos_token_id", [1, 2.0]), ("eos_token_id", {"a": 1}), ("bos_token_id", [0])],
+)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_what_is_no_token_id_is_named(tmp_path: Path, file: str, key: str, value: Any) -> None:
+    changes: dict[str, Any] = {"config" if file == "config.json" else "generation": {key: value}}
+    folder = write_checkpoint(tmp_path / "model", **changes)
+    with pytest.raises(ModelError, match=rf"{file}: {key} is .*: a token id.* or null is needed"):
+        _ = find_checkpoint(str(folder)).special_tokens
+
+
+CHATS: dict[str, tuple[Any, dict[str, Any] | None]] = {
+    "a list": (0, {"bos_token_id": 0, "eos_token_id": [0, STOP], "pad_token_id": 0}),
+    "a single one": (0, {"bos_token_id": 0, "eos_token_id": STOP}),
+    "a list in config.json": ([0, STOP], None),
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_rows_end_where_transformers_ends_them(tmp_path: Path, name: str) -> None:
+    eos, generation = CHATS[name]
+    folder = write_checkpoint(tmp_path / "model", config={"eos_token_id": eos}, generation=generation, script=[HI, HI, HI, STOP])
+    row, longer = run(folder, tmp_path, ["hihi", "hihihi"])
+    assert (row["finish_reason"], row["stop_reason"], row["completion"]) == ("stop", "end_of_text", "hihi")
+    assert row["completion_token_ids"] == [HI, HI, STOP]
+    assert longer["completion_token_ids"] == [HI, STOP]
+    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    idx = torch.tensor([[HI, HI]])
+    out = theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=8, pad_token_id=0)[0]
+    assert out[2:].tolist() == row["completion_token_ids"]
+
+
+def test_ignore_eos_goes_on_after_every_end(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": [0, STOP]}, script=[HI, STOP])
+    (row,) = run(folder, tmp_path, ["hi"], ignore_eos=True)
+    assert row["completion_token_ids"] == [HI, STOP] * 4
+    assert row["stop_reason"] == "max_new_tokens"
+
+
+@pytest.mark.parametrize("ids", [{"eos_token_id": DEFAULTS, "bos_token_id": DEFAULTS}, {"eos_token_id": VOCAB_SIZE}, {"eos_token_id": -1}])
+def test_ends_beyond_the_vocabulary_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, ids: dict[str, int]) -> None:
+    folder = write_checkpoint(tmp_path / "model", config=ids)
+    with caplog.at_level(logging.WARNING):
+        (row,) = run(folder, tmp_path, ["hi"])
+    assert row["completion_tokens"] == 8
+    (warning,) = [record.getMessage() for record in caplog.records if "eos_token_id" in record.getMessage()]
+    assert f"eos_token_id {ids['eos_token_id']} is not in the vocabulary" in warning
+
+
+def test_another_end_is_another_job(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": 0, "temperature": 0.5}, script=[HI, STOP])
+    run(folder, tmp_path, ["hi"])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "temperature": 0.7}))
+    run(folder, tmp_path, ["hi"])  # a setting that is not followed changes nothing
+    assert run_command(["verify", str(tmp_path / "out")]) == 0
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": STOP}))
+    with pytest.raises(Exception, match="end_tokens differ"):
+        run(folder, tmp_path, ["hi"])
+    assert run_command(["verify", str(tmp_path / "out")]) == 78
+
+
+# -- generation settings that are not followed -----------------------------------------------------------------------
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] = {
+    "as the hub's gpt2": ({}, {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 0, "transformers_version": "4.26.0"}, {}),
+    "defaults written out": ({"top_k": 50, "max_length": 20, "do_sample": False}, {"temperature": 1.0, "suppress_tokens": []}, {}),
+    "a chat model": (
+        {},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "use_cache": True},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+    ),
+    "in config.json": ({"repetition_penalty": 1.2, "resid_pdrop": 0.1}, None, {"repetition_penalty": 1.2}),
+    "generation_config.json wins": ({"top_p": 0.5}, {"top_p": 0.9}, {"top_p": 0.9}),
+    "forced and suppressed": (
+        {},
+        {"forced_bos_token_id": 3, "suppress_tokens": [1, 2], "begin_suppress_tokens": [220], "max_length": 64},
+        {"forced_bos_token_id": 3, "suppress_tokens": [1, 2], "begin_suppress_tokens": [220], "max_length": 64},
+    ),
+    "unknown": ({"my_key": 1}, {"a_later_setting": 2}, {"a_later_setting": 2}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_are_not_followed_are_named_in_one_line(tmp_path: Path, name: str) -> None:
+    config, generation, expected = SETTINGS[name]
+    checkpoint = find_checkpoint(str(write_checkpoint(tmp_path / "model", config=config, generation=generation)))
+    assert checkpoint.settings_not_followed == expected
+    warnings = checkpoint.generation_warnings
+    assert len(warnings) == bool(expected)
+    for key, value in expected.items():
+        assert f"{key} {json.dumps(value)}" in warnings[0]
+
+
+def test_a_long_setting_is_shortened(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", generation={"suppress_tokens": list(range(1000))})
+    (warning,) = find_checkpoint(str(folder)).generation_warnings
+    assert len(warning) < 300
