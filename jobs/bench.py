@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jobs.options import ModelArgument, PathArgument
 from pipeline.bench.shapes import SHAPES, shape_config
 from pipeline.bench.workloads import WORKLOADS, make_workload
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.group(invoke_without_command=True)
-@click.option("--model", help="Folder of a checkpoint, or a hub name. Default: random weights of --shape.")
+@click.option("--model", type=ModelArgument(), help="Folder of a checkpoint, or a hub name. Default: random weights of --shape.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="gpt2", show_default=True, help="Size of the random network.")
 @click.option("--workload", type=click.Choice(WORKLOADS), default="uniform", show_default=True, help="What to generate.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
@@ -86,7 +87,7 @@ def _bench(options: dict[str, Any]) -> None:
 
 
 @bench.command()
-@click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=Path(), help="Folder for scaling.png and scaling.json.")
+@click.option("--output", type=PathArgument(writes=True), default=Path(), help="Folder for scaling.png and scaling.json.")
 @click.option("--points", type=click.IntRange(4), default=40, show_default=True, help="Steps at which the naive loop is measured.")
 @click.pass_obj
 def scaling(options: dict[str, Any], output: Path, points: int) -> None:

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from jobs.options import ModelArgument
+
 TOLERANCE = 1e-4  # largest logit difference in float32, relative to the largest logit where that is above 1
 MAX_TOKENS = 64
 
@@ -19,7 +21,7 @@ PROMPTS = (
 
 
 @click.command("check-model")
-@click.argument("model")
+@click.argument("model", type=ModelArgument())
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin where there are no safetensors.")
 @click.option("--new-tokens", default=16, show_default=True, type=click.IntRange(1), help="Greedy tokens to compare per prompt.")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.options import PathArgument
+
 if TYPE_CHECKING:
     from pipeline.diff import RowDifference
 
@@ -17,8 +19,8 @@ DIFFERENT = 1
 
 
 @click.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=PathArgument())
+@click.argument("b", type=PathArgument())
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(0), help="Most differences to print; 0 prints all.")
 def diff(a: Path, b: Path, limit: int) -> int:
     """Compare the runs in the output folders A and B, finished or not, row by row, joined by prompt_id.

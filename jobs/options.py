@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
 from pipeline.config import config_fields
+from pipeline.paths import PathError, expand_path
 
 _METAVARS = {
     "--model": "M",
@@ -24,6 +26,33 @@ _METAVARS = {
     "--max-row-errors": "N|P%",
     "--skip-row": "ID",
 }
+
+
+class PathArgument(click.ParamType[Path]):
+    """A path in which `~` is home. writes: it is an output, which need not exist."""
+
+    name = "path"
+
+    def __init__(self, *, writes: bool = False) -> None:
+        self._writes = writes
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        try:
+            return Path(expand_path(str(value), writes=self._writes))
+        except PathError as error:
+            self.fail(f"{value!r} {error}", param, ctx)
+
+
+class ModelArgument(click.ParamType[str]):
+    """A folder of a checkpoint, in whose path `~` is home, or a name on the hub."""
+
+    name = "model"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return expand_path(value)
+        except PathError as error:
+            self.fail(f"{value!r} {error}", param, ctx)
 
 
 def option_name(key: str) -> str:
@@ -57,7 +86,12 @@ def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. [default: what torch finds]"),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute. [default: as recorded]"),
         click.option("--allow-other-weights", is_flag=True, help="Go on with weights that are not the run's, by digest."),
-        click.option("--model", metavar="M", help="Another copy of the weights: a folder, or a name on the hub. [default: as recorded]"),
+        click.option(
+            "--model",
+            type=ModelArgument(),
+            metavar="M",
+            help="Another copy of the weights: a folder, or a name on the hub. [default: as recorded]",
+        ),
     ):
         command = option(command)
     return command

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.options import reopen_options
+from jobs.options import PathArgument, reopen_options
 
 if TYPE_CHECKING:
     from pipeline.generation.trace import Candidate, StepTrace
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PathArgument())
 @click.option("--prompt-id", required=True, help="The id of the row.")
 @click.option("--trace", is_flag=True, help="Show each step: token, probability, rank, tokens kept, margin, runners-up.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines: a line for each step of the trace, then one for the row.")

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import click
 
+from jobs.options import PathArgument
 from pipeline.status import OutputStatus, output_status
 
 MOST_NAMED = 10
 
 
 @click.command()
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PathArgument())
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead.")
 def status(output: Path, as_json: bool) -> None:
     """Say what the output folder OUTPUT holds: rows and parts that are there, missing or damaged, errors by kind, and, of a run

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import reopen_options
+from jobs.options import PathArgument, reopen_options
 
 if TYPE_CHECKING:
     from pipeline.verify import Verdict
@@ -20,7 +20,7 @@ MOST_LINES = 20
 
 
 @click.command()
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PathArgument())
 @click.option("--rows", type=click.IntRange(1), help="Rows to check, evenly spaced over the run. [default: 100]")
 @click.option("--all", "all_rows", is_flag=True, help="Check every row.")
 @reopen_options

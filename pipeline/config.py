@@ -1,29 +1,40 @@
-"""JobConfig: everything that a run can be told, checked once, from a YAML file, the environment and options.
-
-Knows: names, types and ranges of settings. Does not know: what they do. Imports no torch.
-"""
+"""JobConfig: all settings of a run, checked once, from a YAML file, the environment and options. Imports no torch."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pipeline.data.bundled import PREFIX, locate
+from pipeline.data.yaml_reader import YamlError, read_yaml_mapping
 from pipeline.errors import ConfigError
+from pipeline.paths import PathError, expand_path
 from pipeline.records import MAX_SEED, MAX_TEMPERATURE
 from pipeline.redact import redact
 
 ENVIRONMENT_PREFIX = "GPTBATCH_"
+MAX_PROBLEMS = 20
+MAX_VALUE_CHARACTERS = 200
+# what Kubernetes and Docker set for a service or container called gptbatch or gptbatch-NAME, and the values that two of them have:
+# GPTBATCH_MODEL_NAME=gpt2 is a mistake
+_SERVICE_VARIABLES = (
+    re.compile(r"GPTBATCH_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*", re.ASCII | re.DOTALL),
+    re.compile(r"GPTBATCH_(\w+_)?PORT=\w+://.*", re.ASCII | re.DOTALL),
+    re.compile(r"GPTBATCH_(NAME=|(\w+_)?NAME=/|(\w+_)?ENV_\w+=).*", re.ASCII | re.DOTALL),
+)
 
 Name = Annotated[str, Field(min_length=1)]
+InputPath = Annotated[str, Field(min_length=1), AfterValidator(lambda text: text if text == "-" else expand_path(text))]
+OutputPath = Annotated[str, Field(min_length=1), AfterValidator(lambda text: expand_path(text, writes=True))]
 # "5" or "2.5%"; a YAML file may say 5 without quotes
 CountOrShare = Annotated[
     str, BeforeValidator(lambda value: str(value) if type(value) is int else value), Field(pattern=r"^(\d+|\d{1,2}(\.\d+)?%|100%)$")
@@ -55,17 +66,17 @@ class EngineConfig(_Section):
 class JobConfig(_Section):
     """One job. Paths are relative to the working directory; `bundled:demo/...` names files of the package."""
 
-    model: Name = Field(description="folder of a checkpoint, or a name on the Hugging Face hub")
+    model: InputPath = Field(description="folder of a checkpoint, or a name on the Hugging Face hub")
     revision: Name | None = Field(None, description="branch, tag or commit of a hub model")
     allow_pickle: bool = Field(False, description="accept pytorch_model.bin where there are no safetensors")
-    input: Name | None = Field(None, description="JSONL file, also .gz or .zst; - is standard input")
-    dataset: Name | None = Field(None, description="instead of input: hub name, folder, file or save_to_disk folder of a dataset")
+    input: InputPath | None = Field(None, description="JSONL file, also .gz or .zst; - is standard input")
+    dataset: InputPath | None = Field(None, description="instead of input: hub name, folder, file or save_to_disk folder of a dataset")
     dataset_config: Name | None = Field(None, description="configuration name of the dataset")
     dataset_revision: Name | None = Field(None, description="branch, tag or commit of a hub dataset")
     split: Name = Field("train", description="split of the dataset, slices such as train[:100] too")
     prompt_field: Name = Field("prompt", description="field that holds the prompt")
     limit: int | None = Field(None, ge=0, le=2**63 - 1, description="rows to take from the front of the input; null takes all")
-    output: Name = Field(description="folder to write; created if missing")
+    output: OutputPath = Field(description="folder to write; created if missing")
     part_rows: int | None = Field(
         None, ge=1, le=2**31 - 1, description="rows a Parquet file, which is what a kill can lose; null takes the output's, or 512"
     )
@@ -131,12 +142,17 @@ def load_config(file: str | None, *, environment: Mapping[str, str] = os.environ
         problems = error.errors(include_url=False)
         locations = [".".join(str(step) for step in problem["loc"]) for problem in problems]
         keys = tuple(key for key in locations if source.get(key, "options") == "options")
-        raise ConfigError("\n".join(_explain(problem, source) for problem in problems), keys=keys) from error
+        lines = [_explain(problem, source) for problem in problems[:MAX_PROBLEMS]]
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise ConfigError("\n".join(lines + more), keys=keys) from error
 
 
 def find_config(name: str) -> Path:
-    """A path, or the name of a bundled config."""
-    path = Path(name)
+    """A path, or the name of a bundled config. Raises ConfigError."""
+    try:
+        path = Path(expand_path(name))
+    except PathError as error:
+        raise ConfigError(f"--config {name[:MAX_VALUE_CHARACTERS]}: {error}") from error
     try:
         if path.is_file():
             return path
@@ -163,28 +179,13 @@ def environment_name(key: str) -> str:
 # -- sources ---------------------------------------------------------------------------------------------------------
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML with a key twice is an error; PyYAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError, OSError) as error:
-        # the library lets what its constructors of numbers and dates raise pass through
-        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a mapping of keys to values is needed")
-    return content
+        return read_yaml_mapping(path)
+    except YamlError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _flatten(content: dict[str, Any], where: str) -> dict[str, Any]:
@@ -206,9 +207,11 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     names = {environment_name(key): key for key in fields}
     values: dict[str, Any] = {}
     for name, text in environment.items():
-        if not name.startswith(ENVIRONMENT_PREFIX):
+        if not name.startswith(ENVIRONMENT_PREFIX) or text == "":
             continue
         if name not in names:
+            if any(pattern.fullmatch(f"{name}={text}") for pattern in _SERVICE_VARIABLES):
+                continue
             raise ConfigError(f"environment variable {name}: no such setting{_nearest(name, list(names))}")
         key = names[name]
         adapter: TypeAdapter[Any] = TypeAdapter(fields[key].annotation or str)
@@ -216,7 +219,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             # a list is given as JSON
             values[key] = adapter.validate_json(text) if get_origin(fields[key].annotation) is list else adapter.validate_strings(text)
         except ValidationError as error:
-            raise ConfigError(f"environment variable {name}: {error.errors()[0]['msg']}, not {text!r}") from error
+            raise ConfigError(f"environment variable {name}: {_with_value(error.errors()[0])}") from error
     return values
 
 
@@ -226,11 +229,23 @@ def _explain(problem: ErrorDetails, source: Mapping[str, str]) -> str:
         return f"{source[key]}: there is no key {key!r}{_nearest(key, list(config_fields()))}"
     if problem["type"] == "missing":
         return f"{key} is needed: give it as an option, in the config file or as {environment_name(key)}"
-    message = problem["msg"].removeprefix("Value error, ")
     if not key:
-        return message
+        return problem["msg"].removeprefix("Value error, ")
     where = environment_name(key) if source.get(key) == "environment" else f"{source.get(key, 'config')}: {key}"
-    return f"{where}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
+    return f"{where}: {_with_value(problem)}"
+
+
+def _with_value(problem: ErrorDetails) -> str:
+    """What is wrong with a value, and the value."""
+    value = problem["input"]
+    shown = repr(value) if isinstance(value, str | bytes | int | float | None) else f"{type(value).__name__} {value!r}"
+    if len(shown) > MAX_VALUE_CHARACTERS:
+        shown = f"{shown[:MAX_VALUE_CHARACTERS]}... ({len(shown)} characters)"
+    if isinstance(problem.get("ctx", {}).get("error"), PathError):
+        return f"{shown} {problem['ctx']['error']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    quoted = "; quote it to make it text" if problem["type"] == "string_type" and isinstance(value, int | float) else ""
+    return f"{message[0].lower()}{message[1:]}, not {shown}{quoted}"
 
 
 def _nearest(name: str, known: list[str]) -> str:

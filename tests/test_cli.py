@@ -238,7 +238,7 @@ def test_a_folder_that_holds_something_else(checkpoint: Path, write_rows: WriteR
         ("a: [", "not readable as YAML"),
         ("engine: 5", "engine must be a mapping"),
         ("engine: false", "engine must be a mapping"),
-        ("seed: 2001-99-99", "not readable as YAML"),
+        ("seed: 2001-99-99", "seed: input should be a valid integer, not '2001-99-99'"),
         ("seed: !!int abc", "not readable as YAML"),
         ("a: " + "[" * 3000, "not readable as YAML"),
     ],

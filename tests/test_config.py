@@ -47,7 +47,7 @@ def test_the_environment_is_text(text: str, value: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("GPTBATCH_SEED", "five", "environment variable GPTBATCH_SEED: Input should be a valid integer"),
+        ("GPTBATCH_SEED", "five", "environment variable GPTBATCH_SEED: input should be a valid integer"),
         ("GPTBATCH_SEED", "-5", "GPTBATCH_SEED: input should be greater than or equal to 0, not -5"),
         ("GPTBATCH_SEDE", "5", "environment variable GPTBATCH_SEDE: no such setting; did you mean GPTBATCH_SEED?"),
         ("GPTBATCH_ENGINE_DEVICE", "tpu", "environment variable GPTBATCH_ENGINE_DEVICE"),
