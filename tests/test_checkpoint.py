@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import GPT2LMHeadModel
 
 from jobs.cli import run_command
@@ -17,9 +20,26 @@ from pipeline import JobConfig, run_job
 from pipeline.config import EngineConfig
 from pipeline.data.checkpoint import find_checkpoint
 from pipeline.errors import ModelError
-from tests.tiny_checkpoints import HI, OTHER_STOP, STOP, VOCAB_SIZE, write_checkpoint
+from pipeline.gpt.config import parse_config
+from pipeline.gpt.model import GPT
+from pipeline.gpt.weights import load_gpt
+from tests.tiny_checkpoints import HI, OTHER_STOP, STOP, VOCAB_SIZE, Tensors, random_tensors, write_checkpoint
 
 DEFAULTS = 50256
+IDX = torch.arange(1, 41).view(2, 20)
+
+
+def load(folder: Path) -> GPT:
+    checkpoint = find_checkpoint(str(folder))
+    config = parse_config(checkpoint.config, str(checkpoint.config_path))
+    return load_gpt(config, list(checkpoint.weights), dtype=torch.float32, device=torch.device("cpu"), pack=False)
+
+
+def expect_as_transformers(folder: Path) -> None:
+    """The logits are those of transformers' GPT2LMHeadModel."""
+    with torch.inference_mode():
+        theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+        assert (load(folder)(IDX) - theirs(IDX).logits).abs().max() <= 1e-5
 
 
 def run(model: Path, folder: Path, prompts: list[str], **settings: Any) -> list[dict[str, Any]]:
@@ -183,3 +203,150 @@ def test_a_long_setting_is_shortened(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", generation={"suppress_tokens": list(range(1000))})
     (warning,) = find_checkpoint(str(folder)).generation_warnings
     assert len(warning) < 300
+
+
+# -- heads, prefixes, constants, types -------------------------------------------------------------------------------
+
+ONE = np.full((2, 32), 0.5, np.float32)
+
+# tensors beside those of the network, architectures -> the heads that are named
+HEADS: dict[str, tuple[Tensors, str, str]] = {
+    "trl": ({"v_head.summary.weight": ONE, "v_head.summary.bias": ONE}, "GPT2HeadWithValueModel", r"v_head \(2 tensors\)"),
+    "two heads": ({"multiple_choice_head.summary.weight": ONE}, "GPT2DoubleHeadsModel", r"multiple_choice_head \(1 tensor\)"),
+    "classifier": ({"score.weight": ONE}, "GPT2ForSequenceClassification", r"score \(1 tensor\)"),
+    "tokens": ({"classifier.weight": ONE, "classifier.bias": ONE}, "GPT2ForTokenClassification", r"classifier \(2 tensors\)"),
+    "answers": ({"qa_outputs.weight": ONE}, "GPT2ForQuestionAnswering", r"qa_outputs \(1 tensor\)"),
+    "two at once": ({"v_head.weight": ONE, "score.weight": ONE}, "GPT2LMHeadModel", r"score \(1 tensor\), v_head \(1 tensor\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_beside_the_language_model_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    extra, architecture, message = HEADS[name]
+    folder = write_checkpoint(tmp_path / "model", config={"architectures": [architecture]}, tensors=random_tensors() | extra)
+    expect_as_transformers(folder)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "gptbatch"]
+    assert re.search(f"heads beside the language model are left out: {message}", warning)
+
+
+PREFIXES = (
+    "", "transformer.", "module.transformer.", "module.", "_orig_mod.transformer.", "model.transformer.", "_orig_mod.module.transformer.",
+    "pretrained_model.transformer.", "base_model.model.transformer.", "_fsdp_wrapped_module.transformer._fsdp_wrapped_module.",
+    "transformer._orig_mod.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrappers_are_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str) -> None:
+    tensors = {prefix + name.removeprefix("transformer."): tensor for name, tensor in random_tensors().items()}
+    with torch.inference_mode():
+        ours = load(write_checkpoint(tmp_path / "model", tensors=tensors))(IDX)
+        assert torch.equal(ours, load(write_checkpoint(tmp_path / "plain"))(IDX))
+    assert not caplog.records
+
+
+def test_wrappers_inside_names(tmp_path: Path) -> None:
+    tensors = {name.replace("h.1.", "h.1._checkpoint_wrapped_module."): tensor for name, tensor in random_tensors().items()}
+    load(write_checkpoint(tmp_path / "model", tensors=tensors))
+
+
+CONSTANTS: dict[str, Tensors] = {
+    "masks": {
+        "transformer.h.0.attn.bias": np.ones((1, 1, 64, 64), np.uint8),
+        "transformer.h.1.attn.masked_bias": np.array(-1e4, np.float32),
+    },
+    "positions": {"transformer.position_ids": np.arange(64), "position_ids": np.arange(64)},
+    "frequencies": {"transformer.h.0.attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
+    "no prefix": {"h.0.attn.bias": np.ones((1, 1, 64, 64), np.bool_)},
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_of_old_checkpoints_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    expect_as_transformers(write_checkpoint(tmp_path / "model", tensors=random_tensors() | CONSTANTS[name]))
+    assert not [record for record in caplog.records if record.name == "gptbatch"]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_other_float_types(tmp_path: Path, dtype: type[Any]) -> None:
+    tensors = {name: tensor.astype(dtype) for name, tensor in random_tensors().items()}
+    expect_as_transformers(write_checkpoint(tmp_path / "model", config={"torch_dtype": "float16", "dtype": "float64"}, tensors=tensors))
+
+
+def test_safetensors_without_metadata(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    save_file(random_tensors(), folder / "model.safetensors")
+    expect_as_transformers(folder)
+
+
+# the head that is stored, what config.json says of it -> whether a warning is said
+STORED_HEADS: dict[str, tuple[str, bool, bool]] = {
+    "the same": ("same", True, False),
+    "another": ("other", True, True),
+    "another, as config.json says": ("other", False, False),
+    "instead of the embedding": ("alone", True, False),
+}
+
+
+@pytest.mark.parametrize("name", STORED_HEADS)
+def test_a_head_that_is_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    head, tied, warns = STORED_HEADS[name]
+    tensors = random_tensors()
+    embedding = tensors["transformer.wte.weight"]
+    tensors["lm_head.weight"] = embedding[::-1].copy() if head == "other" else embedding.copy()
+    if head == "alone":
+        del tensors["transformer.wte.weight"]
+    expect_as_transformers(write_checkpoint(tmp_path / "model", config={"tie_word_embeddings": tied}, tensors=tensors))
+    warnings = [record.getMessage() for record in caplog.records if record.name == "gptbatch"]
+    assert len(warnings) == warns
+    assert all("lm_head.weight differs from wte.weight and is used" in warning for warning in warnings)
+
+
+# tensors that are added or (with None) left out, config.json -> what is said
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no head": ({}, {"tie_word_embeddings": False}, "lacks lm_head.weight, and config.json says tie_word_embeddings: false"),
+    "neither head nor embedding": ({"transformer.wte.weight": None}, {}, "lacks the tensors lm_head.weight, wte.weight"),
+    "an adapter inside": ({"transformer.h.0.attn.c_attn.lora_A.weight": ONE}, {}, r"lora_A\.weight; a LoRA adapter .* merge_and_unload"),
+    "a wrapped base layer": (
+        {"transformer.h.0.attn.c_attn.weight": None, "transformer.h.0.attn.c_attn.base_layer.weight": ONE}, {}, "merge_and_unload",
+    ),
+    "GPTQ": ({"transformer.h.0.attn.c_attn.qweight": ONE}, {}, "quantized weights are not supported"),
+    "bitsandbytes": ({"transformer.h.0.attn.c_attn.weight.absmax": ONE}, {}, "quantized weights are not supported"),
+    "cross-attention": ({"transformer.h.0.crossattention.c_attn.weight": ONE}, {}, "cross-attention is not supported"),
+    "a head of one's own": ({"my_head.weight": ONE}, {}, r"has no tensors my_head\.weight$"),
+    "two of a name": ({"wte.weight": ONE}, {}, "wte.weight is also in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_tensors_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    changes, config, message = REFUSED[name]
+    tensors = {key: tensor for key, tensor in (random_tensors() | changes).items() if tensor is not None}
+    with pytest.raises(ModelError, match=message):
+        load(write_checkpoint(tmp_path / "model", config=config, tensors=tensors))
+
+
+# -- config.json without a model_type --------------------------------------------------------------------------------
+
+ARCHITECTURES = ["GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification", "GPT2HeadWithValueModel"]
+
+
+@pytest.mark.parametrize("architectures", [*([name] for name in ARCHITECTURES), None, ..., []])
+def test_no_model_type(tmp_path: Path, architectures: Any) -> None:
+    expect_as_transformers(write_checkpoint(tmp_path / "model", config={"model_type": ..., "architectures": architectures}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt_neo"}, "model_type is 'gpt_neo': only GPT-2"),
+        ({"model_type": "llama", "architectures": ["GPT2LMHeadModel"]}, "model_type is 'llama': only GPT-2"),
+        ({"model_type": ..., "architectures": ["LlamaForCausalLM"]}, r"architectures is \['LlamaForCausalLM'\]: only GPT-2"),
+        ({"model_type": ..., "architectures": ["GPT2Tokenizer", 5]}, "architectures is .*: only GPT-2"),
+        ({"model_type": ..., "architectures": ..., "n_embd": ...}, "model_type is missing"),
+        ({"model_type": 5}, "model_type is 5: only GPT-2"),
+    ],
+)
+def test_other_architectures_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(write_checkpoint(tmp_path / "model", config=changes))

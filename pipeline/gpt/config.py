@@ -6,6 +6,7 @@ labels of other heads) are left alone. Imports no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,12 @@ _ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
     "tanh": "tanh",
 }
+
+# GPT-2 with a language model head, with other heads, or without any; the second is trl's of old
+_ARCHITECTURES = re.compile(
+    r"GPT2(LMHead|DoubleHeads|HeadWithValue|)Model|GPT2For(SequenceClassification|TokenClassification|QuestionAnswering)"
+    r"|TFGPT2LMHeadModel|FlaxGPT2LMHeadModel"
+)
 
 # other names that transformers accepts for GPT-2's own keys
 _ALIASES = {
@@ -67,11 +74,10 @@ def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
     def refuse(key: str, what: str) -> ModelError:
         return ModelError(f"{where}: {key} is {content.get(key)!r}: {what}")
 
-    if content.get("model_type") != "gpt2":
-        raise refuse("model_type", "only GPT-2 checkpoints (model_type 'gpt2') can be loaded")
+    _check_architecture(content, where)
     for key, what in {
         "auto_map": "checkpoints that bring their own code are refused",
-        "quantization_config": "quantized weights are not supported",
+        "quantization_config": "quantized weights are not supported; take the checkpoint that they were made from",
         "add_cross_attention": "cross-attention is not supported",
         "pruned_heads": "pruned heads are not supported",
     }.items():
@@ -114,3 +120,17 @@ def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
         upcast_attention=switch("reorder_and_upcast_attn", False),
         tied=switch("tie_word_embeddings", True),
     )
+
+
+def _check_architecture(content: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError unless it is GPT-2. Old checkpoints have no model_type, or neither that nor architectures."""
+    model_type, architectures = content.get("model_type"), content.get("architectures")
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    if model_type == "gpt2":
+        return
+    if model_type is not None:
+        raise ModelError(f"{where}: model_type is {model_type!r:.100}: only GPT-2 checkpoints (model_type 'gpt2') can be loaded")
+    if names and not any(_ARCHITECTURES.fullmatch(name) for name in names):
+        raise ModelError(f"{where}: architectures is {names!r:.200}: only GPT-2 checkpoints (GPT2LMHeadModel) can be loaded")
+    if not names and not {"n_embd", "n_head", "n_layer"} <= content.keys():
+        raise ModelError(f"{where}: model_type is missing: only GPT-2 checkpoints can be loaded; if this is one, set it to gpt2")

@@ -1,13 +1,13 @@
-"""How weights get into the network: from checkpoint files, or copied from a model of transformers in memory.
+"""Loads weights into the network: from checkpoint files, or from a model of transformers in memory.
 
-Knows: the names and layouts of GPT-2 tensors. transformers keeps the linears of a block as (in, out), ours are (out, in).
-Does not know: where the files come from.
+transformers keeps the linears of a block as (in, out), ours are (out, in).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ from pipeline.gpt.blocks import Block
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import Linear
 from pipeline.gpt.model import GPT
+from pipeline.gpt.tensor_names import describe_heads, hint_for, is_constant, other_head, plain_name
 
 # a parameter of our block -> its name inside h.N of a checkpoint, and whether it is transposed there
 BLOCK_NAMES = {
@@ -41,8 +42,9 @@ BLOCK_NAMES = {
     "mlp_out.bias": ("mlp.c_proj.bias", False),
 }
 OUTER_NAMES = ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
-HEAD_NAME = "lm_head.weight"
-MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that old checkpoints carry
+EMBEDDING_NAME, HEAD_NAME = "wte.weight", "lm_head.weight"
+
+logger = logging.getLogger("gptbatch")
 
 
 # -- from a model in memory ------------------------------------------------------------------------------------------
@@ -139,20 +141,32 @@ def load_gpt(
     """Load a checkpoint straight from its safetensors (or pickle) files into a network in eval mode.
 
     Group by group (embeddings, each block, head): read, check, cast, move, pack; at no time is a second copy of the whole
-    resident. Raises ModelError that names the tensor for anything missing, extra, misshapen or not finite.
+    resident. Heads beside the language model are left out, with one warning. A head that differs from the embedding is used,
+    with a warning, where config.json says that they are tied: so does transformers from version 5 on.
+
+    Raises:
+        ModelError: a tensor is missing, extra, misshapen or not finite; the message names it.
     """
     weights = _CheckpointWeights(files)
-    tied = config.tied or not weights.has(HEAD_NAME)
+    if weights.heads:
+        logger.warning("%s: heads beside the language model are left out: %s", files[0].parent, describe_heads(weights.heads))
+    if config.tied:
+        weights.share(EMBEDDING_NAME, HEAD_NAME)
     with torch.device("meta"):
         gpt = GPT(config, attention=attention)
     gpt.eval().requires_grad_(False)
     expected = {name: shape for group in _groups(gpt) for name, shape in group.shapes.items()}
-    weights.check(expected, tied=tied)
+    weights.check(expected)
     for group in _groups(gpt):
-        if tied and HEAD_NAME in group.shapes:
-            _check_tied_head(weights, gpt.wte.weight)
+        if config.tied and HEAD_NAME in group.shapes and _is_tied(weights, gpt.wte.weight):
             gpt.lm_head.tie(gpt.wte)
         else:
+            if config.tied and HEAD_NAME in group.shapes:
+                logger.warning(
+                    "%s: %s differs from %s and is used, though config.json says tie_word_embeddings: true",
+                    files[0].parent, HEAD_NAME, EMBEDDING_NAME,
+                )  # fmt: skip
+                gpt.config = dataclasses.replace(config, tied=False)
             group.fill(weights.read(list(group.shapes)), dtype, device)
         if pack and group.module is not gpt.lm_head:
             for module in group.module.modules():
@@ -166,33 +180,55 @@ def load_gpt(
 
 
 class _CheckpointWeights:
-    """The tensors of all files of a checkpoint under their names without the `transformer.` prefix."""
+    """The tensors of all files of a checkpoint under their plain names.
+
+    heads: plain names of tensors that belong to other heads than the language model's.
+    """
 
     def __init__(self, files: list[Path]) -> None:
+        self._files = files
         self._where: dict[str, tuple[TensorFile, str, Path]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self.heads: list[str] = []
         for path in files:
             file: TensorFile = SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
             for stored_name, shape in file.shapes().items():
-                name = stored_name.removeprefix("transformer.")
-                if MASK_BUFFER.fullmatch(name):
+                name = plain_name(stored_name)
+                if is_constant(name):
+                    continue
+                if other_head(name):
+                    self.heads.append(name)
                     continue
                 if name in self._where:
                     raise ModelError(f"{path}: tensor {name} is also in {self._where[name][2]}")
                 self._where[name], self._shapes[name] = (file, stored_name, path), shape
 
-    def has(self, name: str) -> bool:
-        return name in self._where
+    def share(self, one: str, other: str) -> None:
+        """Where only one of two tensors is stored, it stands for both."""
+        for there, missing in ((one, other), (other, one)):
+            if there in self._where and missing not in self._where:
+                self._where[missing], self._shapes[missing] = self._where[there], self._shapes[there]
 
-    def check(self, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
+    def same(self, one: str, other: str) -> bool:
+        """Whether both names stand for the same stored tensor."""
+        return self._where[one] == self._where[other]
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Every expected tensor is there in its shape, and no other."""
-        missing = [name for name in expected if name not in self._where and not (tied and name == HEAD_NAME)]
-        if missing:
-            raise ModelError(f"the checkpoint lacks the tensors {_some(missing)}")
+        missing = [name for name in expected if name not in self._where]
         extra = [name for name in self._where if name not in expected]
+        if missing:
+            where = self._files[0].parent
+            if missing == [HEAD_NAME]:
+                raise ModelError(
+                    f"{where}: the checkpoint lacks {HEAD_NAME}, and config.json says tie_word_embeddings: false; set it to true if the "
+                    "head is the token embedding"
+                )
+            found = f"; it has {_some(extra)}, which GPT-2 with this config.json has not{hint_for(extra)}" if extra else ""
+            raise ModelError(f"{where}: the checkpoint lacks the tensors {_some(missing)}{found}")
         if extra:
             path = self._where[extra[0]][2]
-            raise ModelError(f"{path}: GPT-2 with this config.json has no tensors {_some(extra)}")
+            raise ModelError(f"{path}: GPT-2 with this config.json has no tensors {_some(extra)}{hint_for(extra)}")
         for name, shape in self._shapes.items():
             if shape != expected[name]:
                 raise ModelError(f"{self._where[name][2]}: tensor {name} has shape {shape}; config.json asks for {expected[name]}")
@@ -241,15 +277,12 @@ def _groups(gpt: GPT) -> Iterator[_Group]:
     yield _Group(gpt.lm_head, {"weight": (HEAD_NAME, False)})
 
 
-def _check_tied_head(weights: _CheckpointWeights, embedding: Tensor) -> None:
-    """A file may hold the head of a tied model too, but then it must say the same."""
-    if weights.has(HEAD_NAME):
-        head = weights.read([HEAD_NAME])[HEAD_NAME].to(device=embedding.device, dtype=embedding.dtype)
-        if not torch.equal(head, embedding):
-            raise ModelError(
-                f"tensor {HEAD_NAME} differs from wte.weight, but config.json says tie_word_embeddings: true; "
-                "set it to false if the head is its own"
-            )
+def _is_tied(weights: _CheckpointWeights, embedding: Tensor) -> bool:
+    """Whether the head has the values of the embedding. A file may hold both."""
+    if weights.same(EMBEDDING_NAME, HEAD_NAME):
+        return True
+    head = weights.read([HEAD_NAME])[HEAD_NAME].to(device=embedding.device, dtype=embedding.dtype)
+    return torch.equal(head, embedding)
 
 
 def _some(names: list[str]) -> str:
