@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -350,3 +353,145 @@ def test_no_model_type(tmp_path: Path, architectures: Any) -> None:
 def test_other_architectures_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load(write_checkpoint(tmp_path / "model", config=changes))
+
+
+# -- folders and files of another kind -------------------------------------------------------------------------------
+
+# the files of a folder and their content ("" ends a folder's name in /) -> what is said
+OTHERS: dict[str, tuple[dict[str, str], str]] = {
+    "an empty folder": ({}, "the folder is empty"),
+    "a LoRA adapter": (
+        {"adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}', "adapter_model.safetensors": "x"},
+        r"a PEFT adapter \(LORA\) of gpt2: merge it first: PeftModel\.from_pretrained\(.*'gpt2'.*merge_and_unload\(\)\.save_pretrained",
+    ),
+    "an adapter that says nothing": ({"adapter_config.json": "{}", "adapter_model.bin": "x"}, "a PEFT adapter: merge it first"),
+    "an adapter with its base": ({"adapter_config.json": "[", "config.json": "{}", "model.safetensors": "x"}, "a PEFT adapter: merge"),
+    "a soft prompt": ({"adapter_config.json": '{"peft_type": "PROMPT_TUNING"}'}, "of a kind that cannot be merged"),
+    "a training run": ({"checkpoint-500/": "", "checkpoint-1000/": ""}, "a training run with 2 checkpoints; .*/checkpoint-1000$"),
+    "a training run of one": ({"checkpoint-500/": ""}, "a training run with 1 checkpoint; name one of them: .*/checkpoint-500$"),
+    "a training run whose last is not whole": ({"checkpoint-500/config.json": "{}", "checkpoint-1000/": ""}, "/checkpoint-500$"),
+    "a training run with config": ({"config.json": "{}", "checkpoint-7/config.json": "{}"}, "neither model.* run .*/checkpoint-7$"),
+    "GGUF": ({"gpt2.Q4_K_M.gguf": "GGUF", "README.md": "x"}, r"a GGUF file \(gpt2\.Q4_K_M\.gguf\)"),
+    "GGUF with a config": ({"config.json": "{}", "model.gguf": "GGUF"}, r"neither model\.safetensors .* it holds a GGUF file"),
+    "ONNX": ({"config.json": "{}", "decoder_model.onnx": "x"}, r"a model for ONNX \(decoder_model\.onnx\)"),
+    "ONNX in a folder": ({"config.json": "{}", "onnx/model.onnx": "x"}, r"a model for ONNX \(onnx\)"),
+    "Flax": ({"config.json": "{}", "flax_model.msgpack": "x"}, "weights for Flax .* from_flax=True, then save_pretrained"),
+    "TensorFlow": ({"config.json": "{}", "tf_model.h5": "x"}, "weights for TensorFlow .* from_tf=True"),
+    "OpenAI's own": ({"model.ckpt.index": "x", "model.ckpt.data-00000-of-00001": "x", "hparams.json": "{}"}, "a TensorFlow checkpoint"),
+    "CTranslate2": ({"config.json": "{}", "model.bin": "x"}, "a model for another program"),
+    "DeepSpeed": ({"config.json": "{}", "zero_to_fp32.py": "", "global_step9/": ""}, "shards of DeepSpeed .* zero_to_fp32.py"),
+    "FSDP": ({"config.json": "{}", "pytorch_model_fsdp_0/__0_0.distcp": ""}, "shards of FSDP .* accelerate merge-weights"),
+    "nanoGPT": ({"ckpt.pt": "x"}, "a checkpoint of nanoGPT"),
+    "Lightning": ({"epoch=3.ckpt": "x"}, r"a checkpoint of a training program \(epoch=3\.ckpt\)"),
+    "GPTQ": ({"config.json": "{}", "quantize_config.json": "{}", "gptq_model-4bit.safetensors": "x"}, "a quantized model"),
+    "sentence-transformers": ({"modules.json": "[]", "README.md": ""}, "a sentence-transformers model .* embeddings and no text"),
+    "the hub's folder of a model": ({"snapshots/0ab1/config.json": "{}", "refs/main": "0ab1"}, "name its snapshot: .*/snapshots/0ab1$"),
+    "the hub's cache": ({"models--openai-community--gpt2/": ""}, "the hub's cache; name a model of it: openai-community/gpt2"),
+    "a folder around it": ({"model/config.json": "{}", "model/pytorch_model.bin": "x"}, "the folder inside has one; name it: .*/model$"),
+    "shards alone": ({"config.json": "{}", "model-00001-of-00002.safetensors": "x"}, r"without their index .*\.index\.json"),
+    "a variant": ({"config.json": "{}", "model.fp16.safetensors": "x"}, r"name the file model\.safetensors"),
+    "weights alone": ({"model.safetensors": "x"}, r"no config\.json; it holds weights alone .* fetch config\.json, too"),
+    "a tokenizer": ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "a tokenizer and no model"),
+    "what is left of training": ({"config.json": "{}", "optimizer.pt": "x", "training_args.bin": "x"}, "a checkpoint in the Hugging"),
+    "something else": ({"notes.txt": "x"}, r"the folder has no config\.json; a checkpoint in the Hugging Face format is needed"),
+}  # fmt: skip
+
+
+def write_files(folder: Path, files: dict[str, str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True) if name.endswith("/") else path.write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_folders_of_another_kind_get_the_message_that_helps(tmp_path: Path, name: str) -> None:
+    files, message = OTHERS[name]
+    with pytest.raises(ModelError, match=message) as caught:
+        find_checkpoint(str(write_files(tmp_path / "model", files)))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "model") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.gguf", "model.gguf: a GGUF file"),
+        ("model.safetensors", r"a file; name the folder that holds it: .*/model$"),
+        ("config.json", r"a file; name the folder that holds it: .*/model$"),
+        ("model.zip", "an archive; unpack it"),
+        ("notes.txt", "a file; name the folder that holds it"),
+    ],
+)
+def test_a_file_for_a_folder(tmp_path: Path, file: str, message: str) -> None:
+    write_files(tmp_path / "model", {"config.json": "{}", file: "x"})
+    if file == "model.gguf":
+        (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ModelError, match=message):
+        find_checkpoint(str(tmp_path / "model" / file))
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 548105171\n"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "shard",
+        "pytorch_model.bin",
+    ],
+)
+def test_git_lfs_pointers_are_named_whichever_file_it_is(tmp_path: Path, file: str) -> None:
+    folder = write_checkpoint(tmp_path / "model", generation={})
+    if file == "shard":
+        file = "model-00002-of-00002.safetensors"
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        weight_map = {"a": "model-00001-of-00002.safetensors", "b": file}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    elif file.endswith((".index.json", ".bin")):
+        (folder / "model.safetensors").unlink()
+    (folder / file).write_text(POINTER)
+    with pytest.raises(ModelError, match=f"{file}: a Git LFS pointer, not the file itself: run git lfs pull"):
+        find_checkpoint(str(folder), allow_pickle=True)
+
+
+def test_a_pointer_that_nobody_reads_is_no_obstacle(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    write_files(folder, {"pytorch_model.bin": POINTER, "flax_model.msgpack": POINTER})
+    load(folder)
+
+
+def test_a_pointer_for_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a Git LFS pointer"):
+        find_checkpoint(str(write_files(tmp_path, {"model.safetensors": POINTER}) / "model.safetensors"))
+
+
+# -- disks that fail -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"])
+def test_a_failing_disk_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    folder = write_checkpoint(tmp_path / "model", generation={})
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi"}\n')
+    opened = Path.open
+
+    class Failing(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def readinto(self, buffer: Any, /) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "open", lambda path, *args, **kw: Failing(path) if path == folder / file else opened(path, *args, **kw))
+    arguments = ["--model", folder, "--input", tmp_path / "prompts.jsonl", "--output", tmp_path / "out"]
+    assert run_command(["generate", *map(str, arguments)]) == 74
+    assert f"{folder / file}: cannot be read (Input/output error)" in capsys.readouterr().err

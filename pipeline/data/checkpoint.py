@@ -1,13 +1,12 @@
-"""Finds the files of a checkpoint: a local folder, a bundled one, or a model of the Hugging Face hub.
-
-Knows: which files a GPT-2 checkpoint has, and their digests. Does not know: what is in the tensors. Imports no torch.
-"""
+"""Finds the files of a checkpoint: a local folder, a bundled one, or a model of the Hugging Face hub. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 from pipeline.data.bundled import locate
 from pipeline.data.digests import DigestMemory
 from pipeline.data.generation_config import SpecialTokens, generation_warnings, read_special_tokens, settings_not_followed
-from pipeline.errors import ModelError
+from pipeline.data.other_formats import ADAPTER_CONFIG, describe_adapter, describe_file, describe_folder, is_lfs_pointer, lfs_message
+from pipeline.errors import ModelError, StorageError
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -89,26 +89,45 @@ class Checkpoint:
     def _digest(self, paths: list[Path]) -> str:
         digest = hashlib.sha256()
         for path in paths:
-            digest.update(f"{path.name}\0{self.memory.sha256(path)}\0".encode())
+            with _reading(path):
+                digest.update(f"{path.name}\0{self.memory.sha256(path)}\0".encode())
         return digest.hexdigest()
 
 
 def find_checkpoint(
     name: str, *, revision: str | None = None, allow_pickle: bool = False, memory: DigestMemory | None = None
 ) -> Checkpoint:
-    """Raises ModelError when there is no such checkpoint, or it has no weights that may be loaded."""
+    """Find the checkpoint of that name.
+
+    Raises:
+        ModelError: there is none, or it is of another kind, or it has no weights that may be loaded.
+        StorageError: a file cannot be read.
+    """
     path = locate(name)
     if path.is_dir():
         folder = path
     elif path.exists():
-        raise ModelError(f"{name}: a file; name the folder that holds config.json and the weights")
+        raise ModelError(describe_file(name, path))
     elif _HUB_NAME.fullmatch(name):
         folder = _download(name, revision, allow_pickle)
     else:
         raise ModelError(f"{name}: no such folder")
+    if adapter := describe_adapter(name, folder):
+        raise ModelError(adapter)
     if not (folder / CONFIG_FILE).is_file():
-        raise ModelError(f"{name}: the folder has no {CONFIG_FILE}; a checkpoint in the Hugging Face format is needed")
-    return Checkpoint(name=name, folder=folder, weights=_find_weights(name, folder, allow_pickle), memory=memory or DigestMemory())
+        raise ModelError(describe_folder(name, folder, lacking=f"the folder has no {CONFIG_FILE}"))
+    _refuse_lfs_pointers(folder / file for file in (CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES))
+    weights = _find_weights(name, folder, allow_pickle)
+    _refuse_lfs_pointers(weights)
+    return Checkpoint(name=name, folder=folder, weights=weights, memory=memory or DigestMemory())
+
+
+def _refuse_lfs_pointers(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_file():
+            with _reading(path):
+                if is_lfs_pointer(path):
+                    raise ModelError(lfs_message(path))
 
 
 def _find_weights(name: str, folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
@@ -120,10 +139,11 @@ def _find_weights(name: str, folder: Path, allow_pickle: bool) -> tuple[Path, ..
                 f"{name}: the weights are pickled ({single}), which is refused; convert them to safetensors, or set allow_pickle"
             )
         return (folder / single,) if (folder / single).is_file() else _shards(folder / index, Path(single).suffix)
-    raise ModelError(f"{name}: the folder has neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}")
+    raise ModelError(describe_folder(name, folder, lacking=f"the folder has neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}"))
 
 
 def _shards(index: Path, suffix: str) -> tuple[Path, ...]:
+    _refuse_lfs_pointers([index])
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ModelError(f"{index}: weight_map must map tensor names to file names")
@@ -141,7 +161,7 @@ def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = [CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, "model-*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
+    patterns = [CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, "model-*.safetensors", WEIGHTS_INDEX, ADAPTER_CONFIG, *TOKENIZER_FILES]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         has_safetensors = (folder / WEIGHTS_FILE).is_file() or (folder / WEIGHTS_INDEX).is_file()
@@ -155,10 +175,21 @@ def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    with _reading(path):
+        data = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: a JSON object is needed")
     return content
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file in errors of the disk: a failed read does not."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror or error})") from error

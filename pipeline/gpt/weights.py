@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, StorageError
 from pipeline.gpt.attention import Backend
 from pipeline.gpt.blocks import Block
 from pipeline.gpt.config import GPTConfig
@@ -113,6 +113,7 @@ class SafetensorsFile:
             with safe_open(self.path, framework="pt", device="cpu") as file:
                 yield file
         except (SafetensorError, OSError) as error:
+            _raise_if_disk(self.path, error)
             raise ModelError(f"{self.path}: not a whole safetensors file of types that torch has ({error}); fetch it again") from error
 
 
@@ -123,6 +124,7 @@ class PickleFile:
         try:
             content: Any = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
         except (RuntimeError, OSError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            _raise_if_disk(path, error)
             raise ModelError(f"{path}: not a readable file of weights ({error})") from error
         if not isinstance(content, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
             raise ModelError(f"{path}: not a plain dictionary of named tensors")
@@ -133,6 +135,12 @@ class PickleFile:
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         return {name: self._tensors[name] for name in names}
+
+
+def _raise_if_disk(path: Path, error: Exception) -> None:
+    """Raises StorageError where the system refused to read; the library in Rust only says so in its text."""
+    if (isinstance(error, OSError) and error.errno) or "(os error " in str(error):
+        raise StorageError(f"{path}: cannot be read ({error})") from error
 
 
 def load_gpt(
