@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.options import ModelArgument, PathArgument
+from jobs.messages import echo
+from jobs.options import Group, ModelArgument, PathArgument
 from pipeline.bench.shapes import SHAPES, shape_config
 from pipeline.bench.workloads import WORKLOADS, make_workload
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.gpt.model import GPT
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option("--model", type=ModelArgument(), help="Folder of a checkpoint, or a hub name. Default: random weights of --shape.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="gpt2", show_default=True, help="Size of the random network.")
 @click.option("--workload", type=click.Choice(WORKLOADS), default="uniform", show_default=True, help="What to generate.")
@@ -62,17 +63,17 @@ def _bench(options: dict[str, Any]) -> None:
         step_tokens=options["step_tokens"] or STEP_TOKENS,
         share_prefixes=not options["no_sharing"],
     )
-    found = measure(engine, workload, repeats=options["repeats"], top_k=options["top_k"], said=click.echo)
+    found = measure(engine, workload, repeats=options["repeats"], top_k=options["top_k"], said=echo)
     limits = found.limits
-    click.echo(f"new tokens      {found.tokens_per_s:8.0f} a second (median)")
-    click.echo(f"prompt tokens   {found.prompt_tokens_per_s:8.0f} a second, {found.prefix_share:.1%} of them reused from other rows")
-    click.echo(f"tokens a step   {found.tokens_per_step:8.0f}, and {found.padding_share:.1%} padding")
-    click.echo(f"ceiling         {found.ceiling_tokens_per_s:8.0f} new tokens a second, of which {found.ceiling_share:.0%} are reached")
+    echo(f"new tokens      {found.tokens_per_s:8.0f} a second (median)")
+    echo(f"prompt tokens   {found.prompt_tokens_per_s:8.0f} a second, {found.prefix_share:.1%} of them reused from other rows")
+    echo(f"tokens a step   {found.tokens_per_step:8.0f}, and {found.padding_share:.1%} padding")
+    echo(f"ceiling         {found.ceiling_tokens_per_s:8.0f} new tokens a second, of which {found.ceiling_share:.0%} are reached")
     head = "" if limits.head_gflops == limits.gemm_gflops else f", {limits.head_gflops:.0f} of the head's"
-    click.echo(f"                ({limits.gemm_gflops:.0f} GFLOP/s of matrix products{head}, {limits.read_gb_per_s:.0f} GB/s of memory)")
-    click.echo("seconds of one repeat, under a profiler:")
+    echo(f"                ({limits.gemm_gflops:.0f} GFLOP/s of matrix products{head}, {limits.read_gb_per_s:.0f} GB/s of memory)")
+    echo("seconds of one repeat, under a profiler:")
     for part, seconds in found.seconds_by_part.items():
-        click.echo(f"  {part:<12} {seconds:8.2f}")
+        echo(f"  {part:<12} {seconds:8.2f}")
     summary = {
         **_described(options, model),
         "numerics": network.numerics,
@@ -83,7 +84,7 @@ def _bench(options: dict[str, Any]) -> None:
         "share_prefixes": engine.share_prefixes,
         **_rounded(asdict(found)),
     }
-    click.echo(json.dumps(summary))
+    echo(json.dumps(summary))
 
 
 @bench.command()
@@ -112,8 +113,8 @@ def scaling(options: dict[str, Any], output: Path, points: int) -> None:
     for curve in curves:
         first, last = (_at(curve.steps, curve.seconds, model.config.n_positions * share // 10) for share in (1, 9))
         ends[curve.name] = round(last / first, 2)
-        click.echo(f"{curve.name:<7} {first * 1e3:8.2f} ms at a tenth of the context, {last * 1e3:8.2f} ms at nine tenths")
-    click.echo(json.dumps({**described, "growth_from_a_tenth_to_nine_tenths": ends, "picture": str(output / "scaling.png")}))
+        echo(f"{curve.name:<7} {first * 1e3:8.2f} ms at a tenth of the context, {last * 1e3:8.2f} ms at nine tenths")
+    echo(json.dumps({**described, "growth_from_a_tenth_to_nine_tenths": ends, "picture": str(output / "scaling.png")}))
 
 
 def _at(steps: list[int], seconds: list[float], step: int) -> float:

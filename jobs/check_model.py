@@ -6,7 +6,8 @@ import json
 
 import click
 
-from jobs.options import ModelArgument
+from jobs.messages import echo
+from jobs.options import Command, ModelArgument
 
 TOLERANCE = 1e-4  # largest logit difference in float32, relative to the largest logit where that is above 1
 MAX_TOKENS = 64
@@ -20,7 +21,7 @@ PROMPTS = (
 )
 
 
-@click.command("check-model")
+@click.command("check-model", cls=Command)
 @click.argument("model", type=ModelArgument())
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin where there are no safetensors.")
@@ -41,8 +42,10 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     from pipeline.gpt.config import parse_config
     from pipeline.gpt.model import GPT
     from pipeline.gpt.weights import copy_model, load_gpt
+    from pipeline.network import threads_to_use
 
     transformers_logging.disable_progress_bar()
+    torch.set_num_threads(threads_to_use(None))
     checkpoint = find_checkpoint(model, revision=revision, allow_pickle=allow_pickle)
     config = parse_config(checkpoint.config, str(checkpoint.config_path))
     ours = load_gpt(config, list(checkpoint.weights), dtype=torch.float32, device=torch.device("cpu"), pack=False)
@@ -55,7 +58,7 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
 
     our_count = ours.parameter_count()
     their_count = sum(parameter.numel() for _, parameter in theirs.named_parameters(remove_duplicate=False))
-    click.echo(f"parameters, the head counted as its own: ours {our_count:,}, transformers {their_count:,}")
+    echo(f"parameters, the head counted as its own: ours {our_count:,}, transformers {their_count:,}")
 
     difference = largest = 0.0
     equal_tokens = compared_tokens = 0
@@ -73,8 +76,8 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
                 if idx.shape[1] == config.n_positions:
                     break
                 idx = torch.cat([idx, token.view(1, 1)], dim=1)
-    click.echo(f"largest logit difference: {difference:.3g} (largest logit {largest:.3g})")
-    click.echo(f"greedy tokens equal: {equal_tokens} of {compared_tokens}")
+    echo(f"largest logit difference: {difference:.3g} (largest logit {largest:.3g})")
+    echo(f"greedy tokens equal: {equal_tokens} of {compared_tokens}")
 
     agree = our_count == their_count and difference <= TOLERANCE * max(1.0, largest) and equal_tokens == compared_tokens
     summary = {
@@ -86,6 +89,6 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
         "greedy_tokens_compared": compared_tokens,
         "agree": agree,
     }
-    click.echo(json.dumps(summary))
+    echo(json.dumps(summary))
     if not agree:
         raise ModelError(f"{model}: our network and transformers do not agree")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import PathArgument
+from jobs.messages import echo, say
+from jobs.options import Command, PathArgument
 
 if TYPE_CHECKING:
     from pipeline.diff import RowDifference
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 DIFFERENT = 1
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("a", type=PathArgument())
 @click.argument("b", type=PathArgument())
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(0), help="Most differences to print; 0 prints all.")
@@ -36,14 +37,14 @@ def diff(a: Path, b: Path, limit: int) -> int:
     run_a, run_b = RecordedRun(a), RecordedRun(b)
     for name, run in (("A", run_a), ("B", run_b)):
         if not run.complete:
-            click.echo(f"gptbatch: {name} ({run.path}) is not complete; compared are the {run.n_rows} rows that it holds", err=True)
+            say(f"{name} ({run.path}) is not complete; compared are the {run.n_rows} rows that it holds")
     summary = summarize(run_a, run_b, _printed(diff_runs(run_a, run_b), limit))
     if summary.equal_from_other_logits:
-        click.echo(f"{summary.equal_from_other_logits} rows have equal tokens from logits of other bits")
+        echo(f"{summary.equal_from_other_logits} rows have equal tokens from logits of other bits")
     settings = settings_that_differ(run_a, run_b)
     for setting in settings:
-        click.echo(f"setting {setting.name} differs: {json.dumps(setting.a)} / {json.dumps(setting.b)}")
-    click.echo(json.dumps({**asdict(summary), "settings_that_differ": {setting.name: [setting.a, setting.b] for setting in settings}}))
+        echo(f"setting {setting.name} differs: {json.dumps(setting.a)} / {json.dumps(setting.b)}")
+    echo(json.dumps({**asdict(summary), "settings_that_differ": {setting.name: [setting.a, setting.b] for setting in settings}}))
     return 0 if summary.all_equal else DIFFERENT
 
 
@@ -56,10 +57,10 @@ def _printed(differences: Iterable[RowDifference], limit: int) -> Iterator[RowDi
             continue
         count += 1
         if limit == 0 or count <= limit:
-            click.echo(f"row {difference.prompt_id!r}: {_in_words(difference)}")
+            echo(f"row {difference.prompt_id!r}: {_in_words(difference)}")
         yield difference
     if limit and count > limit:
-        click.echo(f"... and {count - limit} more")
+        echo(f"... and {count - limit} more")
 
 
 def _in_words(difference: RowDifference) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from jobs.options import config_options, option_name
+from jobs.messages import echo
+from jobs.options import GroupedCommand, config_options, option_name
 from jobs.progress import progress_for_terminal
 from jobs.signals import Signals
 from pipeline.config import load_config
@@ -17,8 +18,16 @@ from pipeline.errors import ConfigError
 from pipeline.job import inspect_job
 from pipeline.run import run_job
 
+EXAMPLES = """\
+gptbatch generate --model gpt2 --input prompts.jsonl --output out/mine --temperature 0.8 --top-k 40
+gptbatch generate --config gpt2-cpu --input prompts.jsonl --output out/mine --dry-run"""
 
-@click.command()
+
+class _Generate(GroupedCommand):
+    example = EXAMPLES
+
+
+@click.command(cls=_Generate)
 @click.option(
     "--config", "config_file", metavar="FILE", help="YAML file, or the name of a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda."
 )
@@ -31,7 +40,7 @@ def generate(context: click.Context, /, config_file: str | None, greedy: bool, d
 
     Options win over GPTBATCH_... environment variables, these over the config file. The last line on standard output is
     a JSON object that sums the run up. The same command again goes on where the last one was stopped or killed: parts that are
-    written are not done again. SIGTERM, SIGINT and SIGUSR1 end it within 10 seconds, with 75; a second one ends it at once.
+    written are not done again. SIGTERM, SIGINT, SIGUSR1 and their like end it within 10 seconds, with 75; a second one at once.
     """
     options = {
         name.replace("__", "."): list(value) if isinstance(value, tuple) else value
@@ -49,11 +58,10 @@ def generate(context: click.Context, /, config_file: str | None, greedy: bool, d
             raise click.UsageError(_in_option_words(str(error), options)) from error
         raise
     if dry_run:
-        click.echo(json.dumps(asdict(inspect_job(config))))
+        echo(json.dumps(asdict(inspect_job(config))))
         return
-    with Signals() as signals:
-        summary = run_job(config, progress_for_terminal(), signals)
-    click.echo(json.dumps(asdict(summary)))
+    summary = run_job(config, progress_for_terminal(), context.find_object(Signals))
+    echo(json.dumps(asdict(summary)))
 
 
 def _in_option_words(message: str, options: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The options of `gptbatch generate`: the config keys, one for one, so that neither can be forgotten."""
+"""The options of commands. Those of `gptbatch generate` are the config keys, one for one, so that neither can be forgotten."""
 
 from __future__ import annotations
 
@@ -53,6 +53,70 @@ class ModelArgument(click.ParamType[str]):
             return expand_path(value)
         except PathError as error:
             self.fail(f"{value!r} {error}", param, ctx)
+
+
+# the first config key of each group of options, in the order of the fields
+_GROUPS = {"model": "Model", "input": "Input", "output": "Output", "seed": "Sampling", "numerics": "Numerics", "engine.device": "Engine"}
+
+
+class Command(click.Command):
+    """A command that refuses an option given twice; click takes the last."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        refuse_repeated_options(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+
+class Group(click.Group):
+    """A group whose own options cannot be given twice either."""
+
+    command_class = Command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        refuse_repeated_options(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+
+class GroupedCommand(Command):
+    """`--help` shows the options under headings, as their callbacks' config keys are grouped; then an example."""
+
+    example = ""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        titles = option_groups()
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in [*_GROUPS.values(), "Run"]}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections[titles.get((parameter.name or "").replace("__", "."), "Run")].append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for line in self.example.splitlines():
+                formatter.write(f"  {line}\n")
+
+
+def option_groups() -> dict[str, str]:
+    """The heading of each config key."""
+    title, titles = "", {}
+    for key in config_fields():
+        title = _GROUPS.get(key, title)
+        titles[key] = title
+    return titles
+
+
+def refuse_repeated_options(command: click.Command, ctx: click.Context, args: list[str]) -> None:
+    """Raises UsageError for an option that is given twice and takes one value."""
+    try:
+        _, _, order = command.make_parser(ctx).parse_args(args=list(args))
+    except click.UsageError:  # said by the command's own parsing
+        return
+    for parameter in order:
+        repeated = isinstance(parameter, click.Option) and not parameter.multiple and not parameter.count and order.count(parameter) > 1
+        if repeated:
+            raise click.UsageError(f"{parameter.opts[0]} is given twice; it takes one value", ctx)
 
 
 def option_name(key: str) -> str:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.options import PathArgument, reopen_options
+from jobs.messages import echo
+from jobs.options import Command, PathArgument, reopen_options
 
 if TYPE_CHECKING:
     from pipeline.generation.trace import Candidate, StepTrace
     from pipeline.reopen import ReopenedRun
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("output", type=PathArgument())
 @click.option("--prompt-id", required=True, help="The id of the row.")
 @click.option("--trace", is_flag=True, help="Show each step: token, probability, rank, tokens kept, margin, runners-up.")
@@ -86,9 +87,9 @@ def replay(
         click.echo(json.dumps(summary))
         return
     if trace:
-        click.echo("\n".join(_table(reopened, replayed.trace)) + "\n")
-    click.echo(f"{row['prompt']}{replayed.text if replayed.text is not None else f' [{completion.error}]'}\n")
-    click.echo(_verdict(replayed.first_difference, changes, reasons, len(completion.token_ids), completion.min_margin))
+        echo("\n".join(_table(reopened, replayed.trace)) + "\n")
+    echo(f"{row['prompt']}{replayed.text if replayed.text is not None else f' [{completion.error}]'}\n")
+    echo(_verdict(replayed.first_difference, changes, reasons, len(completion.token_ids), completion.min_margin))
 
 
 def _verdict(first_difference: int | None, changes: dict[str, Any], reasons: list[str], count: int, margin: float | None) -> str:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import click
 
-from jobs.options import PathArgument
+from jobs.messages import echo
+from jobs.options import Command, PathArgument
 from pipeline.status import OutputStatus, output_status
 
 MOST_NAMED = 10
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("output", type=PathArgument())
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead.")
 def status(output: Path, as_json: bool) -> None:
@@ -22,7 +23,7 @@ def status(output: Path, as_json: bool) -> None:
     that is going on, its speed and the time left. Reads footers only; `gptbatch verify` looks at the rows.
     """
     found = output_status(output)
-    click.echo(json.dumps(asdict(found)) if as_json else "\n".join(_lines(found)))
+    echo(json.dumps(asdict(found)) if as_json else "\n".join(_lines(found)))
 
 
 def _lines(found: OutputStatus) -> list[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.options import Command
 from pipeline.errors import InputRowsError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 
 
-@click.command("train-demo")
+@click.command("train-demo", cls=Command)
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("output", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--steps", default=3600, show_default=True, type=click.IntRange(1), help="Optimizer steps.")

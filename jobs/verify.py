@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import PathArgument, reopen_options
+from jobs.messages import echo, say
+from jobs.options import Command, PathArgument, reopen_options
 
 if TYPE_CHECKING:
     from pipeline.verify import Verdict
@@ -19,7 +20,7 @@ MISMATCH = 1
 MOST_LINES = 20
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("output", type=PathArgument())
 @click.option("--rows", type=click.IntRange(1), help="Rows to check, evenly spaced over the run. [default: 100]")
 @click.option("--all", "all_rows", is_flag=True, help="Check every row.")
@@ -43,7 +44,7 @@ def verify(
 
     run = RecordedRun(output)
     if not run.complete:
-        click.echo(f"gptbatch: {output} is not complete; only the {run.n_rows} rows that it holds can be checked", err=True)
+        say(f"{output} is not complete; only the {run.n_rows} rows that it holds can be checked")
     overrides = Overrides(model=model, allow_other_weights=allow_other_weights, device=device, threads=threads)
     reopened = ReopenedRun(run, overrides)
     wanted = run.rows() if all_rows else run.reader().take(evenly_spaced(rows or 100, run.n_rows))
@@ -56,12 +57,12 @@ def verify(
         if verdict.outcome == "mismatch":
             first = first or verdict
             if outcomes["mismatch"] <= MOST_LINES:
-                click.echo(_in_words(verdict))
+                echo(_in_words(verdict))
     mismatches = outcomes["mismatch"]
     if mismatches > MOST_LINES:
-        click.echo(f"... and {mismatches - MOST_LINES} more")
+        echo(f"... and {mismatches - MOST_LINES} more")
     checked = sum(outcomes.values()) - outcomes["skipped"]
-    click.echo(
+    echo(
         f"{_count(checked, 'row')} checked, {_count(mismatches, 'mismatch', 'mismatches')}"
         + (f", {_count(outcomes['near_tie'], 'near tie')}" if reasons else "")
         + (f", {_count(outcomes['skipped'], 'error row')} skipped" if outcomes["skipped"] else "")
@@ -78,7 +79,7 @@ def verify(
         "first_mismatch": first and {"prompt_id": first.prompt_id, "step": first.step, "margin": first.margin},
         "verify_s": round(time.monotonic() - began, 3),
     }
-    click.echo(json.dumps(summary))
+    echo(json.dumps(summary))
     return MISMATCH if mismatches else 0
 
 

@@ -1,11 +1,22 @@
-"""gptbatch as a library: `run_job(JobConfig(model="gpt2", input="prompts.jsonl", output="out"))`."""
+"""gptbatch as a library: `run_job(JobConfig(model="gpt2", input="prompts.jsonl", output="out"))`.
 
-from pipeline.config import EngineConfig, JobConfig, load_config
-from pipeline.errors import GptbatchError
-from pipeline.job import InputReport, inspect_job
-from pipeline.loop import Progress, Stop
-from pipeline.run import run_job
-from pipeline.summary import RunSummary
+Names are imported when they are first used, so that a command that needs few of them starts fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pipeline.openmp import limit_spinning
+
+if TYPE_CHECKING:
+    from pipeline.config import EngineConfig, JobConfig, load_config
+    from pipeline.errors import GptbatchError
+    from pipeline.job import InputReport, inspect_job
+    from pipeline.loop import Progress, Stop
+    from pipeline.run import run_job
+    from pipeline.summary import RunSummary
 
 __all__ = [
     "EngineConfig",
@@ -19,3 +30,30 @@ __all__ = [
     "load_config",
     "run_job",
 ]
+
+_MODULES = {
+    "EngineConfig": "config",
+    "GptbatchError": "errors",
+    "InputReport": "job",
+    "JobConfig": "config",
+    "Progress": "loop",
+    "RunSummary": "summary",
+    "Stop": "loop",
+    "inspect_job": "job",
+    "load_config": "config",
+    "run_job": "run",
+}
+
+limit_spinning()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -56,7 +56,7 @@ class EngineConfig(_Section):
     batch_size: int | None = Field(
         None, ge=1, le=65536, description="most rows that run at a time; null takes 32 a CPU thread, from 64 to 512, as far as memory goes"
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null takes what torch finds")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null takes what torch finds, at most the CPU quota")
     attention: Literal["auto", "ragged", "padded"] = Field(
         "auto", description="ragged is for CPUs, with C++ kernels that are built on first use; auto takes it where they build, else padded"
     )

@@ -10,11 +10,13 @@ import json
 import logging
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from pipeline.advice import describe_errors
 from pipeline.config import JobConfig
 from pipeline.data.checkpoint import Checkpoint, find_checkpoint
 from pipeline.data.prompts import BadRow, InputSummary, PromptReader, RowDefaults, open_source
@@ -22,6 +24,8 @@ from pipeline.data.rows import RowSource
 from pipeline.data.tokenizer import PromptTokenizer
 from pipeline.gpt.config import GPTConfig, parse_config
 from pipeline.records import NOISE_VERSION, Completion, Prompt, RowError, TokenizedPrompt
+
+logger = logging.getLogger("gptbatch")
 
 logger = logging.getLogger("gptbatch")
 
@@ -178,9 +182,17 @@ def inspect_job(config: JobConfig) -> InputReport:
     job = Job(config)
     summary = job.reader.check(must_hold=config.skip_row)
     lengths = array("q")
-    for prompt in job.tokenized(summary, reject=lambda completion: lengths.append(completion.prompt_tokens)):
+    kinds: Counter[str] = Counter()
+
+    def reject(completion: Completion) -> None:
+        lengths.append(completion.prompt_tokens)
+        kinds.update([completion.error.kind] if completion.error is not None else [])
+
+    for prompt in job.tokenized(summary, reject=reject):
         if prompt is not None:
             lengths.append(len(prompt.token_ids) + prompt.tokens_dropped)
+    if said := describe_errors(kinds, summary.rows):
+        logger.warning("a run would record errors: %s", said)
     ordered = sorted(lengths)
     n_positions = job.gpt_config.n_positions
     return InputReport(

@@ -1,13 +1,62 @@
-"""What this machine has to give: memory. Imports no torch."""
+"""What this machine has to give: memory and CPU time. Imports no torch."""
 
 from __future__ import annotations
 
 import os
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_LOADAVG = Path("/proc/loadavg")
+_STAT = Path("/proc/stat")
+STEAL_SAMPLE_S = 0.1
+MIN_OTHER_LOAD = 0.5  # processes beside our own threads, below which the cores count as ours
+MIN_STEAL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """CPU time of this process.
+
+    cpus: CPUs that it may run on (affinity, cpuset). quota: CPUs' worth of time that its control
+    group may use, None without a limit.
+    """
+
+    cpus: int
+    quota: float | None
+
+    @property
+    def threads(self) -> int:
+        """Threads that can run at a time all the time."""
+        return self.cpus if self.quota is None else max(1, min(self.cpus, int(self.quota)))
+
+
+def cores() -> Cores:
+    """The CPUs of this process and the least quota of its control group and of those around it."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [quota for folder in cgroup_folders("cpu") if (quota := _quota(folder)) is not None]
+    return Cores(cpus, min(quotas, default=None))
+
+
+def describe_cores(own_threads: int = 0) -> str:
+    """Why the cores are not this run's own, for a person; "" when they are.
+
+    own_threads: Threads of the run that is going on, which are part of the load.
+    """
+    found = cores()
+    reasons = []
+    if found.quota is not None and found.quota < found.cpus:
+        reasons.append(f"the control group may use {found.quota:g} of {found.cpus} CPUs")
+    load = _read(_LOADAVG).split()
+    others = float(load[0]) - own_threads if load else 0.0
+    if others >= MIN_OTHER_LOAD:
+        reasons.append(f"other processes run or wait for them (load {load[0]} on {os.cpu_count()} CPUs)")
+    if (steal := _steal()) >= MIN_STEAL:
+        reasons.append(f"the host takes {steal:.0%} of their time (steal)")
+    return "; ".join(reasons)
 
 
 def free_memory_bytes() -> int | None:
@@ -29,17 +78,45 @@ def _system_free() -> int | None:
         return None
 
 
-def _cgroup_free() -> int | None:
-    """What the limits of this process's control group, and of those around it, leave. Version 2, then version 1."""
+def cgroup_folders(controller: str) -> list[Path]:
+    """Folders of this process's control group and of those around it: version 2, then version 1."""
     folders = []
     for line in _read(_OWN_CGROUP).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             folders += _up(_CGROUPS, path)
-        elif "memory" in controllers.split(","):
-            folders += _up(_CGROUPS / "memory", path)
-    amounts = [amount for folder in folders if (amount := _left_in(folder)) is not None]
+        elif controller in controllers.split(","):
+            folders += _up(_CGROUPS / controller, path)
+    return folders
+
+
+def _cgroup_free() -> int | None:
+    """What the limits of this process's control group, and of those around it, leave."""
+    amounts = [amount for folder in cgroup_folders("memory") if (amount := _left_in(folder)) is not None]
     return min(amounts, default=None)
+
+
+def _quota(folder: Path) -> float | None:
+    """CPUs' worth of time that a control group may use; None without a limit."""
+    words = _read(folder / "cpu.max").split() or [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
+    try:
+        quota, period = int(words[0]), int(words[1])
+    except (ValueError, IndexError):  # "max", or no such file
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _steal() -> float:
+    """The share of CPU time that the host has given to others, over a moment."""
+
+    def sample() -> list[int]:
+        first = _read(_STAT).partition("\n")[0].split()[1:9]
+        return [int(word) for word in first]
+
+    before = sample()
+    time.sleep(STEAL_SAMPLE_S)
+    passed = [now - then for now, then in zip(sample(), before, strict=True)]
+    return passed[7] / sum(passed) if len(passed) == 8 and sum(passed) > 0 else 0.0
 
 
 def _up(root: Path, path: str) -> list[Path]:

@@ -7,6 +7,7 @@ Imports torch where it is used.
 from __future__ import annotations
 
 import logging
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pipeline.config import EngineConfig
 from pipeline.data.checkpoint import Checkpoint
 from pipeline.errors import DeviceError
 from pipeline.gpt.config import GPTConfig
-from pipeline.machine import free_memory_bytes
+from pipeline.machine import cores, free_memory_bytes
 from pipeline.records import NOISE_VERSION
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ def prepare_network(
     from pipeline.generation.numerics import check_numerics
     from pipeline.gpt.attention import choose_backend
 
-    if engine.threads is not None:
-        torch.set_num_threads(engine.threads)
+    torch.set_num_threads(threads_to_use(engine.threads))
     backend = choose_backend(engine.attention, device)
     model = load(backend, getattr(torch, engine.dtype))
     model.cache_dtype = engine.cache_dtype
@@ -131,6 +131,16 @@ def prepare_network(
         "probe_digest": probe_digest,
     }
     return Network(model=model, numerics=found, profile=profile)
+
+
+def threads_to_use(wanted: int | None) -> int:
+    """CPU threads: as set, else what torch finds, within the quota of the control group unless OMP_NUM_THREADS says more."""
+    import torch
+
+    if wanted is not None:
+        return wanted
+    found = torch.get_num_threads()
+    return found if os.environ.get("OMP_NUM_THREADS") else min(found, cores().threads)
 
 
 def device_class(device: torch.device) -> str:

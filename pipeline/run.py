@@ -15,17 +15,19 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.advice import describe_errors
 from pipeline.config import EngineConfig, JobConfig
 from pipeline.data.attempts import Attempts
 from pipeline.data.checkpoint import find_checkpoint
 from pipeline.data.digests import DigestMemory
 from pipeline.data.durable import sweep
-from pipeline.data.error_rows import write_error_rows
+from pipeline.data.error_rows import ERRORS, write_error_rows
 from pipeline.data.lock import OutputLock
 from pipeline.data.output_folder import FORMAT, FolderState, OutputFolder, facts_of
 from pipeline.data.parts import Part, PartWriter, count_parts
@@ -34,7 +36,8 @@ from pipeline.data.rows import RowSource
 from pipeline.errors import OutputBusyError, StoppedError, StorageError
 from pipeline.job import Job, find_source, job_identity
 from pipeline.loop import ErrorLimit, PartLoop, Progress, Stop
-from pipeline.network import Network, load_network, resolve_device
+from pipeline.machine import describe_cores
+from pipeline.network import Network, load_network, resolve_device, threads_to_use
 from pipeline.redact import redact
 from pipeline.resume import (
     Trusted,
@@ -49,9 +52,10 @@ from pipeline.resume import (
 from pipeline.summary import RunSummary, nothing_done
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
 logger = logging.getLogger("gptbatch")
+loading_logger = logging.getLogger("gptbatch.loading")
 
 
 class _NobodyStops:
@@ -165,7 +169,7 @@ class _Run:
         watch = self._watch(trusted)
         watch.write("loading")
         try:
-            logger.info("%d rows checked; loading %s on %s as %s", self.summary.rows, config.model, device, config.engine.dtype)
+            self._say_loading(device, trusted)
             load_began = time.monotonic()
             network = load_network(self.job.checkpoint, self.job.gpt_config, self._engine_config(trusted), device, numerics=config.numerics)
             check_same_profile(config, trusted, network.profile, network.numerics)
@@ -182,6 +186,16 @@ class _Run:
             raise
         watch.write("complete")
         return summary
+
+    def _say_loading(self, device: torch.device, trusted: Trusted) -> None:
+        """What is about to be loaded, and why the cores are not ours. It is the first line of a run."""
+        config = self.config
+        threads = threads_to_use(config.engine.threads)
+        where = f"cpu with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
+        left = self.summary.rows - trusted.rows
+        loading_logger.info("loading %s as %s on %s for %d rows", redact(config.model), config.engine.dtype, where, left)
+        if device.type == "cpu" and (shared := describe_cores()):
+            loading_logger.info("the cores are not this run's own: %s", shared)
 
     def _watch(self, trusted: Trusted) -> ProgressFile:
         folder = self.folder
@@ -274,6 +288,7 @@ class _Run:
         logger.info("%d rows written in %.1f s", loop.rows, generate_s)
         halvings = {"memory_halvings": loop.halvings} if loop.halvings else {}
         folder.complete({**facts, **halvings}, parts.values(), self.memory)
+        self._say_errors(parts)
         return RunSummary(
             output=config.output,
             rows=loop.rows,
@@ -291,6 +306,14 @@ class _Run:
             numerics=network.numerics,
             fingerprint=self.identity["fingerprint"],
         )
+
+    def _say_errors(self, parts: dict[int, Part]) -> None:
+        """One warning about the error rows of the output."""
+        kinds: Counter[str] = Counter()
+        for part in parts.values():
+            kinds.update(part.error_kinds)
+        if said := describe_errors(kinds, self.summary.rows):
+            logger.warning("%s; %s has their prompts and reasons", said, self.folder.work / ERRORS)
 
     def _leave(self, parts: dict[int, Part], attempts: Attempts | None) -> None:
         """What a run leaves however it ends, as long as it ends by itself."""

@@ -17,30 +17,46 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from tests.paths import REPOSITORY
+
+POLL_S = 0.01
+WAIT_LIMIT_S = 240.0
 
 
 @dataclass
 class Child:
-    """A running command."""
+    """A running command. `token` names it for ever; its pid may become another process's."""
 
     launcher: Launcher
+    token: int
     pid: int
     folder: Path
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        """No effect on a child that has ended."""
+        self.launcher.ask({"signal": int(number), "token": self.token})
 
     def wait(self) -> int:
         """The exit code; minus the signal's number when one ended it."""
-        return int(self.launcher.ask({"wait": self.pid})["code"])
+        deadline = time.monotonic() + WAIT_LIMIT_S
+        while (code := self._poll()) is None:
+            if time.monotonic() > deadline:
+                self.send_signal(signal.SIGKILL)
+                raise TimeoutError(f"{self.folder}: still running after {WAIT_LIMIT_S} s: {self.stderr[-500:]}")
+            time.sleep(POLL_S)
+        return code
 
     def is_running(self) -> bool:
-        return bool(self.launcher.ask({"running": self.pid})["running"])
+        return self._poll() is None
+
+    def _poll(self) -> int | None:
+        code: int | None = self.launcher.ask({"poll": True, "token": self.token})["code"]
+        return code
 
     @property
     def stdout(self) -> str:
@@ -62,7 +78,7 @@ class Launcher:
 
     def __enter__(self) -> Launcher:
         self._temporary = tempfile.TemporaryDirectory()
-        self._count = 0
+        self._count = self._asked = 0
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.launcher"],
             cwd=REPOSITORY,
@@ -95,6 +111,7 @@ class Launcher:
         folder = Path(self._temporary.name) / str(self._count)
         folder.mkdir()
         request = {
+            "start": self._count,
             "arguments": [str(argument) for argument in arguments],
             "cwd": str(cwd or folder),
             "env": env or {},
@@ -103,7 +120,7 @@ class Launcher:
             "fault": fault,
             "file_size_limit": file_size_limit,
         }
-        return Child(self, int(self.ask(request)["pid"]), folder)
+        return Child(self, self._count, int(self.ask(request)["pid"]), folder)
 
     def run(self, *arguments: str | Path, **settings: Any) -> tuple[int, Child]:
         """Start and wait."""
@@ -111,12 +128,19 @@ class Launcher:
         return child.wait(), child
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to this request; answers to earlier ones, which a time-out cut off, are passed over."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
+        self._asked += 1
+        tag = self._asked
+        self._server.stdin.write(json.dumps({**request, "tag": tag}) + "\n")
         self._server.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
-        return answer
+        while line := self._server.stdout.readline():
+            with contextlib.suppress(ValueError):  # the end of a line whose beginning was cut off
+                answer: dict[str, Any] = json.loads(line)
+                if answer["tag"] == tag:
+                    return answer
+        raise RuntimeError(f"the server has ended with {self._server.poll()}")
 
 
 # -- the server --------------------------------------------------------------------------------------------------------
@@ -129,36 +153,41 @@ def serve(requests: TextIO, answers: TextIO) -> None:
     import pipeline.generation.engine
     import pipeline.gpt.weights
     import pipeline.run  # noqa: F401
-    from jobs.cli import run_command
 
+    pids: dict[int, int] = {}  # of children that have not been waited for, by token
     codes: dict[int, int] = {}
     for line in requests:
         request = json.loads(line)
-        if "wait" in request:
-            pid = request["wait"]
-            if pid not in codes:
-                codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            answer = {"code": codes[pid]}
-        elif "running" in request:
-            pid = request["running"]
-            if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0] == pid:
-                codes[pid] = os.waitstatus_to_exitcode(found[1])
-            answer = {"running": pid not in codes}
-        else:
+        answer: dict[str, Any] = {"tag": request["tag"]}
+        if "start" in request:
             pid = os.fork()
             if pid == 0:
-                code = 70
-                try:
-                    prepare(request)
-                    code = run_command(request["arguments"])
-                finally:
-                    with contextlib.suppress(OSError):
-                        sys.stdout.flush()
-                        sys.stderr.flush()
-                    os._exit(code)
-            answer = {"pid": pid}
+                run_child(request)
+            pids[request["start"]] = answer["pid"] = pid
+        else:
+            token = request["token"]
+            if token in pids and (found := os.waitpid(pids[token], os.WNOHANG))[0]:
+                del pids[token]
+                codes[token] = os.waitstatus_to_exitcode(found[1])
+            if "signal" in request and token in pids:
+                os.kill(pids[token], request["signal"])
+            answer["code"] = codes.get(token)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def run_child(request: dict[str, Any]) -> NoReturn:
+    from jobs.cli import run_command
+
+    code = 70
+    try:
+        prepare(request)
+        code = run_command(request["arguments"])
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def prepare(request: dict[str, Any]) -> None:

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
 
-from jobs.cli import cli, run_command
+from jobs.cli import run_command
+from jobs.group import COMMANDS, cli
 from tests.conftest import run_gptbatch
 from tests.paths import REPOSITORY
 
@@ -138,6 +140,10 @@ def test_a_complete_output_is_recognised_without_torch(checkpoint: Path, write_r
         (["--batch-size", "0"], 2, "--batch-size: input should be greater than or equal to 1"),
         (["--dtype", "float64"], 2, "'float64' is not one of 'float32', 'bfloat16', 'float16'"),
         (["--greedy", "--temperature", "1"], 2, "--greedy and --temperature cannot be given together"),
+        (["--seed", "1", "--seed", "2"], 2, "--seed is given twice; it takes one value"),
+        (["--ignore-eos", "--no-ignore-eos"], 2, "--ignore-eos is given twice"),
+        (["--input", "a", "--input", "b"], 2, "--input is given twice"),
+        (["--config", "demo", "--config", "demo"], 2, "--config is given twice"),
         (["--colour"], 2, "No such option '--colour'"),
         (["--dataset", "data"], 2, "give either input or dataset, not both"),
         (
@@ -155,8 +161,9 @@ def test_options_that_cannot_be(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess, options: list[str], code: int, message: str
 ) -> None:
     path = write_rows([{"prompt": "The king"}])
-    base = ["generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out"]
-    ended, stdout, stderr = in_process(*base, *options)
+    base = {"--model": checkpoint, "--input": path, "--output": tmp_path / "out"}
+    words = [word for name, value in base.items() if name not in options for word in (name, value)]
+    ended, stdout, stderr = in_process("generate", *words, *options)
     assert (ended, stdout) == (code, "")
     assert message in stderr
     assert "Traceback" not in stderr
@@ -332,8 +339,10 @@ def test_check_model_notices_a_network_that_differs(checkpoint: Path, in_process
 
 
 def test_every_command_has_help() -> None:
-    for name, command in cli.commands.items():
+    for name in COMMANDS:
         result = CliRunner().invoke(cli, [name, "--help"])
         assert result.exit_code == 0
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
         assert command.help
         assert result.output.startswith(f"Usage: gptbatch {name}") or name in result.output

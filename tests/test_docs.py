@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import cli
+from jobs.group import COMMANDS
 from jobs.options import option_name
 from pipeline import errors
 from pipeline.config import config_fields
@@ -58,7 +58,7 @@ def test_deterministic_and_observed_columns_stand_apart() -> None:
 
 
 def test_every_command_is_documented() -> None:
-    for name in cli.commands:
+    for name in COMMANDS:
         assert f"gptbatch {name}" in README
 
 

@@ -55,7 +55,7 @@ def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Pat
     started = tmp_path / "started"
     slow = script(
         tmp_path / "slow-c++",
-        f'while [ "$1" != -o ]; do shift; done; echo half > "$2"; touch {started}; exec sleep 600',
+        f'while [ "$1" != -o ]; do shift; done; echo half > "$2"; echo $$ >> {started}; exec sleep 600',
     )
     child = build_in_child(folder, slow)
     try:
@@ -65,8 +65,10 @@ def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Pat
             time.sleep(0.05)
         assert "half\n" in [left_over.read_text() for left_over in folder.glob("build-*/*.o")]
     finally:
-        os.killpg(child.pid, signal.SIGKILL)  # the compiler too
+        os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+        for compiler in started.read_text().split():
+            os.kill(int(compiler), signal.SIGKILL)
     assert not list(folder.glob("*.so"))
     children = [build_in_child(folder), build_in_child(folder)]
     assert [child.wait(timeout=240) for child in children] == [0, 0]

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
 
-from jobs.cli import cli
+from jobs.group import cli
 from pipeline.errors import GptbatchError, OutputBusyError, StoppedError, StorageError
 from tests.paths import REPOSITORY
 
@@ -81,6 +82,24 @@ def test_slurm_hands_signals_on(slurm: Callable[..., subprocess.Popen[str]], tmp
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_slurm_hands_on_a_signal_that_comes_first(slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str) -> None:
+    """gptbatch sends it to the shell and is ended by it: the script, in whose trap it arrives, sends it to a program without handlers."""
+    write_program(tmp_path / "bin" / "gptbatch", f"#!/bin/bash\nkill -{name} $PPID\nexec sleep 60\n")
+    process = slurm()
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
+def test_slurm_does_not_requeue_what_the_system_killed(slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    write_program(tmp_path / "bin" / "gptbatch", "#!/bin/bash\nkill -KILL $$\n")
+    process = slurm()
+    process.communicate(timeout=60)
+    assert process.returncode == 137
+    assert not (tmp_path / "requeued").exists()
+
+
 def test_slurm_with_the_real_program(
     slurm: Callable[..., subprocess.Popen[str]], checkpoint: Path, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -118,7 +137,8 @@ def all_errors(base: type[GptbatchError]) -> set[type[GptbatchError]]:
 def check_command(words: list[str]) -> None:
     """The command line is one that click takes."""
     assert words[0] == "gptbatch"
-    command = cli.commands[words[1]]
+    command = cli.get_command(click.Context(cli), words[1])
+    assert command is not None
     command.make_context("gptbatch", words[2:])
 
 

@@ -8,6 +8,7 @@ sweeps its folder.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import logging
@@ -15,9 +16,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -72,6 +75,8 @@ def build_kernels(folder: Path) -> Path:
     except Timeout as error:
         raise KernelError(f"{folder / 'lock'}: another process has held it for {LOCK_TIMEOUT_S:.0f} s") from error
     except (OSError, NotImplementedError) as error:  # filelock raises the latter where a file system has no locks
+        if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN):  # no memory or process for a compiler
+            raise
         raise KernelError(f"{folder}: cannot be written ({error}); name another cache folder in XDG_CACHE_HOME") from error
 
 
@@ -118,26 +123,40 @@ def _build(compiler: list[str], folder: Path, key: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as temporary:
         target = Path(temporary) / "kernels.so"
         logger.info("building the kernels, once for this machine and this torch; up to a minute")
-        with ThreadPoolExecutor(len(SOURCES)) as pool:
-            objects = list(pool.map(lambda name: _compile(compiler, FOLDER / name, Path(temporary)), SOURCES))
-        libraries = Path(torch.__file__).parent / "lib"
-        _run([*compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(target), f"-L{libraries}", "-ltorch_cpu", "-lc10"])
+        headers, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))
+        objects = {FOLDER / name: str(Path(temporary) / Path(name).with_suffix(".o").name) for name in SOURCES}
+        compile_one = [*compiler, *compile_flags(), f"-I{headers}", "-c"]
+        _run_together([[*compile_one, str(source), "-o", made] for source, made in objects.items()])
+        _run_together([[*compiler, "-shared", "-fopenmp", *objects.values(), "-o", str(target), f"-L{libraries}", "-ltorch_cpu", "-lc10"]])
         return target.replace(folder / _name(key, target))
 
 
-def _compile(compiler: list[str], source: Path, folder: Path) -> Path:
-    target = folder / source.with_suffix(".o").name
-    headers = Path(torch.__file__).parent / "include"
-    _run([*compiler, *compile_flags(), f"-I{headers}", "-c", str(source), "-o", str(target)])
-    return target
+def _run_together(commands: list[list[str]]) -> None:
+    """Run compilers beside each other. Raises KernelError with the first error.
 
-
-def _run(arguments: list[str]) -> None:
-    """Run the compiler. Raises KernelError with its first error."""
+    None outlives the call, which a signal may end. A compiler has processes of its own, so each is the leader of a group.
+    """
+    deadline = time.monotonic() + BUILD_TIMEOUT_S
+    running: list[subprocess.Popen[str]] = []
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S)
+        for command in commands:
+            running.append(
+                subprocess.Popen(
+                    command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+                )
+            )
+        for process in running:
+            _, said = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+            if process.returncode != 0:
+                lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines() or ["no message"]
+                raise KernelError(f"{commands[0][0]} cannot build it (exit code {process.returncode}): {lines[0][:300]}")
     except subprocess.TimeoutExpired as error:
-        raise KernelError(f"{arguments[0]} has not ended after {BUILD_TIMEOUT_S:.0f} s") from error
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines() or ["no message"]
-        raise KernelError(f"{arguments[0]} cannot build it (exit code {done.returncode}): {lines[0][:300]}")
+        raise KernelError(f"{commands[0][0]} has not ended after {BUILD_TIMEOUT_S:.0f} s") from error
+    finally:
+        for process in running:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if process.stderr is not None:
+                process.stderr.close()

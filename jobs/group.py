@@ -1,0 +1,52 @@
+"""The group of commands. A command's module is imported when the command is called."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+# name -> its module, and what `gptbatch --help` says of it
+COMMANDS = {
+    "generate": ("jobs.generate", "Generate a completion for every prompt of an input."),
+    "status": ("jobs.status", "Say what an output folder holds."),
+    "verify": ("jobs.verify", "Check rows of a run against its weights."),
+    "replay": ("jobs.replay", "Generate one row of a run again, and say why."),
+    "diff": ("jobs.diff", "Compare two runs, row by row."),
+    "check-model": ("jobs.check_model", "Compare our network with transformers."),
+    "bench": ("jobs.bench", "Measure new tokens per second."),
+    "train-demo": ("jobs.train_demo", "Train the small GPT-2 of the demo."),
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(COMMANDS[cmd_name][0])
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="gptbatch", prog_name="gptbatch")
+@click.option("-v", "--verbose", is_flag=True, help="Log more to standard error.")
+def cli(verbose: bool) -> None:
+    """Reproducible batch text generation with GPT-2: prompts in, seeded completions out, as Parquet.
+
+    \b
+    Exit codes: 0 done, error rows included; 1 verify or diff found a difference; 2 a bad option; 65 bad input rows;
+    66 no such input or output; 69 another run holds the output; 70 a bug; 73 output cannot be created; 74 I/O error;
+    75 stopped by a signal, or out of memory: run it again; 78 bad config, model or machine, or an output folder that
+    holds something else.
+    """
+    from jobs.messages import set_up_logging
+
+    set_up_logging(verbose)

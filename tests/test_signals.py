@@ -1,0 +1,174 @@
+"""Signals at any moment: from the first line of the program to the last, in every command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.group import COMMANDS
+from jobs.signals import STOPPED, STOPPING, Signals
+from pipeline.gpt.kernels.build import SOURCES
+from tests.paths import REPOSITORY
+
+NAMES = [number.name for number in STOPPING]
+
+# The console script, with a signal at a chosen moment: a process that sends it to itself, just before it imports a module or calls
+# a function, needs no clock.
+PROGRAM = """
+import builtins, os, signal, sys
+moment, number = sys.argv.pop(1), int(sys.argv.pop(1))
+original = builtins.__import__
+def strike():
+    global moment
+    moment = None
+    os.kill(os.getpid(), number)
+def importing(name, *rest, **more):
+    if name == moment:
+        strike()
+    return original(name, *rest, **more)
+builtins.__import__ = importing
+from jobs.cli import main
+if moment == "exit":
+    import atexit
+    atexit.register(strike)
+if moment == "teardown":
+    class Late:
+        def __del__(self, kill=os.kill, pid=os.getpid(), number=number):
+            kill(pid, number)
+    late = Late()
+    import jobs.signals
+    jobs.signals.late = late
+    late.itself = late
+    del late
+main()
+"""
+
+
+@pytest.fixture
+def run_struck(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    def run(moment: str, number: int, *arguments: str, program: str = PROGRAM) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, moment, str(int(number)), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return done.returncode, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("moment", ["jobs.group", "click"])
+def test_while_the_program_is_imported(name: str, moment: str, run_struck: Callable[..., tuple[int, str]]) -> None:
+    code, stderr = run_struck(moment, signal.Signals[name], "status", "nowhere")
+    assert code == STOPPED, stderr
+    assert stderr.strip() == f"gptbatch: stopped by {name}; run the same command again"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_in_every_command(command: str, run_struck: Callable[..., tuple[int, str]]) -> None:
+    """While its module is imported."""
+    code, stderr = run_struck("jobs.options", signal.SIGTERM, command, "--help")
+    assert (code, stderr.strip()) == (STOPPED, "gptbatch: stopped by SIGTERM; run the same command again")
+
+
+@pytest.mark.parametrize("moment", ["pydantic", "torch"])
+def test_while_libraries_are_imported(moment: str, checkpoint: Path, tmp_path: Path, run_struck: Callable[..., tuple[int, str]]) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
+    code, stderr = run_struck(moment, signal.SIGUSR2, "generate", "--model", str(checkpoint), "--input", "prompts.jsonl", "--output", "out")
+    assert code == STOPPED, stderr
+    assert "stopped by SIGUSR2; run the same command again" in stderr
+    assert not list(tmp_path.glob("out/part-*"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("moment", ["exit", "teardown"])
+def test_after_the_last_line(name: str, moment: str, run_struck: Callable[..., tuple[int, str]]) -> None:
+    """The exit code was decided: the signal changes nothing."""
+    code, stderr = run_struck(moment, signal.Signals[name], "status", "nowhere")
+    assert code == 66, stderr
+
+
+def test_python_m_jobs(tmp_path: Path) -> None:
+    """A FIFO as a config's name holds the command up where a signal must end it; the text on standard error says that it is there."""
+    os.mkfifo(tmp_path / "prompts.jsonl")
+    command = [sys.executable, "-m", "jobs", "generate", "--model", "bundled:demo/model", "--input", "prompts.jsonl", "--output", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    writer = os.open(tmp_path / "prompts.jsonl", os.O_WRONLY)  # returns when the command has opened it
+    process.send_signal(signal.SIGHUP)
+    _, stderr = process.communicate(timeout=60)
+    os.close(writer)
+    assert process.returncode == STOPPED
+    assert "stopped by SIGHUP" in stderr
+
+
+def test_compilers_end_with_the_build(checkpoint: Path, tmp_path: Path) -> None:
+    """They have children of their own, which must end too. The fake one names both before it waits."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/bash\nsleep 600 &\necho $$ $! >> {tmp_path / 'started'}\nwait\n")
+    compiler.chmod(0o755)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "generate", "--model", str(checkpoint), "--input", "prompts.jsonl", "--output", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(compiler)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started = tmp_path / "started"
+    wait_for(lambda: started.exists() and len(started.read_text().split()) == 2 * len(SOURCES))
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, stderr
+    wait_for(lambda: not [pid for pid in started.read_text().split() if is_running(int(pid))])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_nohup_keeps_a_run_alive(tmp_path: Path, run_struck: Callable[..., tuple[int, str]]) -> None:
+    program = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{PROGRAM}"
+    code, stderr = run_struck("click", signal.SIGHUP, "--version", program=program)
+    assert (code, stderr) == (0, "")
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    assert {number: signal.getsignal(number) for number in STOPPING} == before
+
+
+@pytest.mark.usefixtures("handlers")
+def test_as_a_library_the_handlers_come_back() -> None:
+    with Signals() as signals:
+        with signals.deferred():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            deadline = time.monotonic() + 60
+            while signals.requested() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert signals.requested() == "SIGUSR1"
