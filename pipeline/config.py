@@ -69,12 +69,19 @@ class JobConfig(_Section):
     model: InputPath = Field(description="folder of a checkpoint, or a name on the Hugging Face hub")
     revision: Name | None = Field(None, description="branch, tag or commit of a hub model")
     allow_pickle: bool = Field(False, description="accept pytorch_model.bin where there are no safetensors")
-    input: InputPath | None = Field(None, description="JSONL file, also .gz or .zst; - is standard input")
+    input: InputPath | None = Field(None, description="JSONL file, compressed or not; - is standard input")
     dataset: InputPath | None = Field(None, description="instead of input: hub name, folder, file or save_to_disk folder of a dataset")
     dataset_config: Name | None = Field(None, description="configuration name of the dataset")
     dataset_revision: Name | None = Field(None, description="branch, tag or commit of a hub dataset")
     split: Name = Field("train", description="split of the dataset, slices such as train[:100] too")
-    prompt_field: Name = Field("prompt", description="field that holds the prompt")
+    csv_delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        None, description="character between the cells of CSV files; null takes a comma, or a tab for .tsv"
+    )
+    prompt_field: Name = Field("prompt", description="field that holds the prompt; dots lead inside, as prompt.text or turns.0")
+    id_field: Name = Field("id", description="field that holds the row's id; dots lead inside")
+    metadata_field: list[Literal["id", "seed", "temperature", "top_k", "max_new_tokens"]] = Field(
+        [], description="row fields of these names to keep as metadata instead of taking them as the row's id or settings"
+    )
     limit: int | None = Field(None, ge=0, le=2**63 - 1, description="rows to take from the front of the input; null takes all")
     output: OutputPath = Field(description="folder to write; created if missing")
     part_rows: int | None = Field(

@@ -38,6 +38,8 @@ _TOKEN_KEYS = (
     "max_new_tokens",
     "ignore_eos",
     "prompt_field",
+    "id_field",
+    "metadata_field",
     "parse_special",
     "context_overflow",
     "window_full",
@@ -86,6 +88,8 @@ class Job:
             record_bad=config.on_bad_row == "record",
             defaults=RowDefaults(
                 prompt_field=config.prompt_field,
+                id_field=config.id_field,
+                metadata_fields=frozenset(config.metadata_field),
                 seed=config.seed,
                 temperature=config.temperature,
                 top_k=config.top_k,
@@ -155,6 +159,7 @@ def find_source(config: JobConfig) -> RowSource:
         dataset_config=config.dataset_config,
         split=config.split,
         dataset_revision=config.dataset_revision,
+        csv_delimiter=config.csv_delimiter,
     )
 
 

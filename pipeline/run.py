@@ -99,8 +99,8 @@ def _is_replaced(config: JobConfig, state: FolderState, identity: dict[str, Any]
 
 
 def _input_settings(config: JobConfig) -> dict[str, Any]:
-    keys = ("input", "dataset", "dataset_config", "dataset_revision", "split", "prompt_field", "limit", "on_bad_row", "skip_row")
-    return config.model_dump(include=set(keys))
+    keys = {"input", "dataset", "dataset_config", "dataset_revision", "split", "csv_delimiter", "limit", "on_bad_row", "skip_row"}
+    return config.model_dump(include=keys | {"prompt_field", "id_field", "metadata_field"})
 
 
 def _is_done(config: JobConfig, source: RowSource, state: FolderState, memory: DigestMemory) -> bool:
@@ -320,7 +320,7 @@ class _Run:
         if attempts is not None:
             attempts.end()
         self.folder.remember(self.memory)
-        write_error_rows(self.folder, parts.values(), self.config.prompt_field)
+        write_error_rows(self.folder, parts.values(), self.job.reader.defaults)
 
     def _facts(self, network: Network) -> dict[str, Any]:
         """What the manifest and each part's footer say of the run."""

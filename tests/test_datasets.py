@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.hub_dataset import HubDataset
+from pipeline.data.dataset import DatasetSplit
 from pipeline.data.prompts import PromptReader, RowDefaults, derive_seed
 from pipeline.errors import InputNotFoundError, InputRowsError
 from pipeline.records import Prompt
@@ -31,7 +31,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(dataset: Path | str, split: str = "train", limit: int | None = None) -> list[Prompt]:
-    source = HubDataset(dataset=str(dataset), config=None, split=split, revision=None)
+    source = DatasetSplit(dataset=str(dataset), config=None, split=split, revision=None)
     reader = PromptReader(source=source, defaults=DEFAULTS, limit=limit)
     checked = reader.check()
     prompts = [row for row in reader.prompts(checked) if isinstance(row, Prompt)]
@@ -54,11 +54,11 @@ def write_folder(folder: Path, kind: str, split: str = "train") -> Path:
     return path
 
 
-def expect_rows(prompts: list[Prompt], start: int = 0, stop: int = 6) -> None:
+def expect_rows(prompts: list[Prompt], start: int = 0, stop: int = 6, first_place: int | None = None) -> None:
     assert [p.text for p in prompts] == [f"prompt {i}" for i in range(start, stop)]
     assert [p.index for p in prompts] == list(range(stop - start))
     for i, prompt in zip(range(start, stop), prompts, strict=True):
-        assert prompt.params.seed == (i if i % 2 else derive_seed(0, str(i - start)))
+        assert prompt.params.seed == (i if i % 2 else derive_seed(0, str(i if first_place is None else i - start + first_place)))
         assert prompt.metadata == json.dumps({"note": f"n{i}"})
 
 
@@ -77,7 +77,7 @@ def test_folders_made_by_save_to_disk(tmp_path: Path) -> None:
     expect_rows(read(tmp_path / "one"))
     expect_rows(read(tmp_path / "one", split="train[:50%]"), 0, 3)
     datasets.DatasetDict({"train": whole, "test": whole.select(range(2, 5))}).save_to_disk(tmp_path / "two")
-    expect_rows(read(tmp_path / "two", split="test"), 2, 5)
+    expect_rows(read(tmp_path / "two", split="test"), 2, 5, first_place=0)
     assert len(read(tmp_path / "two", split="train+test")) == 9
     with pytest.raises(InputNotFoundError, match="validation"):
         read(tmp_path / "two", split="validation")
@@ -98,12 +98,24 @@ def test_a_saved_format_hides_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "train[:1]"])
-@pytest.mark.parametrize(("name", "content"), [("train.parquet", b"PAR1 no"), ("train.jsonl", b'{"prompt": '), ("train.json", b"")])
-def test_damaged_files(tmp_path: Path, name: str, content: bytes, split: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("train.parquet", b"PAR1 no", "damaged or cut off"),
+        ("train.arrow", b"ARROW1\0\0", "damaged or cut off"),
+        ("train.jsonl", b'{"prompt": ', "not valid JSON"),
+        ("train.json", b"", "is empty, which no JSON is"),
+        ("train.json", b'[{"prompt"', "not valid JSON"),
+        ("train.csv", b"", "there is no header"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, reason: str, split: str) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).write_bytes(content)
-    with pytest.raises((InputRowsError, InputNotFoundError), match=re.escape(f"data[{split}]") + ".*cannot"):
-        read(tmp_path / "data", split=split)
+    with pytest.raises(InputRowsError, match=re.escape(str(tmp_path / "data" / name)) + f".*{reason}"):
+        PromptReader(
+            source=DatasetSplit(dataset=str(tmp_path / "data"), config=None, split=split, revision=None), defaults=DEFAULTS
+        ).check()
 
 
 def test_damaged_saved_folders(tmp_path: Path) -> None:
@@ -128,17 +140,17 @@ def test_values_that_json_has_no_form_for(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "data" / "train.parquet")
     first, second = read(tmp_path / "data")
     assert first.params.seed == 3, "a whole float is an integer here: CSV with gaps has no integers"
-    assert json.loads(first.metadata or "") == {"when": "1970-01-01 00:00:00+00:00", "score": None, "tags": ["x"]}
+    assert json.loads(first.metadata or "") == {"when": "1970-01-01 00:00:00.000Z", "score": None, "tags": ["x"]}
     assert json.loads(second.metadata or "")["score"] == 1.5
 
 
 def test_bad_rows_are_named_by_row(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table({"prompt": ["a", None, "c"], "seed": [1.0, 2.0, 2.5]}), tmp_path / "data" / "train.parquet")
-    source = HubDataset(dataset=str(tmp_path / "data"), config=None, split="train", revision=None)
+    source = DatasetSplit(dataset=str(tmp_path / "data"), config=None, split="train", revision=None)
     with pytest.raises(InputRowsError) as caught:
         PromptReader(source=source, defaults=DEFAULTS).check()
-    assert f"{tmp_path / 'data'}[train] row 1: prompt must be a string, not null" in str(caught.value)
+    assert f"{tmp_path / 'data' / 'train.parquet'} row 1: prompt must be a string, not null" in str(caught.value)
     assert "row 2: seed must be a whole number, not 2.5" in str(caught.value)
 
 
@@ -152,8 +164,8 @@ def test_datasets_and_splits_that_are_not_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputNotFoundError):
             read(dataset, split=split)
-    (tmp_path / "rows.txt").write_text("x")
-    with pytest.raises(InputNotFoundError, match=r"a file must end in \.csv"):
-        read(tmp_path / "rows.txt")
+    (tmp_path / "rows.xml").write_text("x")
+    with pytest.raises(InputNotFoundError, match=r"a file must end in \.jsonl"):
+        read(tmp_path / "rows.xml")
     with pytest.raises(InputNotFoundError, match="cannot be loaded"):
         read("nobody/no-such-dataset")

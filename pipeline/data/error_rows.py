@@ -18,13 +18,18 @@ import pyarrow.parquet as pq
 from pipeline.data.jsonl import parse_object, to_json
 from pipeline.data.output_folder import OutputFolder
 from pipeline.data.parts import Part
+from pipeline.data.prompts import RowDefaults
 
 ERRORS = "errors.jsonl"
 _COLUMNS = ["prompt_id", "prompt", "seed", "temperature", "top_k", "max_new_tokens", "metadata", "error"]
 
 
-def write_error_rows(folder: OutputFolder, parts: Iterable[Part], prompt_field: str) -> None:
-    """Write the error rows of these parts; removes the file when there are none. Raises StorageError."""
+def write_error_rows(folder: OutputFolder, parts: Iterable[Part], defaults: RowDefaults) -> None:
+    """Write the error rows of these parts; removes the file when there are none. Raises StorageError.
+
+    Args:
+        defaults: where the run finds prompt and id of a row; a dotted path becomes a key of that name.
+    """
     with_errors = sorted((part for part in parts if part.errors), key=lambda part: part.first_row)
     path = folder.work / ERRORS
     if not with_errors:
@@ -33,26 +38,26 @@ def write_error_rows(folder: OutputFolder, parts: Iterable[Part], prompt_field: 
 
     def content(file: BinaryIO) -> None:
         for part in with_errors:
-            for line in _lines(folder, part, prompt_field):
+            for line in _lines(folder, part, defaults):
                 file.write(line.encode("utf-8") + b"\n")
 
     folder.writer.write(path, content)
 
 
-def _lines(folder: OutputFolder, part: Part, prompt_field: str) -> Iterator[str]:
+def _lines(folder: OutputFolder, part: Part, defaults: RowDefaults) -> Iterator[str]:
     table = pq.read_table(folder.path / part.name, columns=_COLUMNS)
     for row in table.filter(pc.is_valid(table["error"])).to_pylist():
         own = {
-            "id": row["prompt_id"],
-            prompt_field: row["prompt"],
+            defaults.id_field: row["prompt_id"],
+            defaults.prompt_field: row["prompt"],
             "seed": row["seed"],
             "temperature": row["temperature"],
             "top_k": row["top_k"],
             "max_new_tokens": row["max_new_tokens"],
             "error": row["error"],
         }
-        fields = {key: json.dumps(value, ensure_ascii=False) for key, value in own.items()}
+        fields = {key: json.dumps(value, ensure_ascii=False) for key, value in own.items() if key not in defaults.metadata_fields}
         if row["metadata"] is not None:
             others = parse_object(row["metadata"].encode("utf-8"))  # numbers as they are written
-            fields |= {key: to_json(value) for key, value in others.items() if key not in own}
+            fields |= {key: to_json(value) for key, value in others.items() if key not in fields}
         yield "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in fields.items()) + "}"

@@ -2,30 +2,27 @@
 
 A line ends at \\n and nowhere else, is UTF-8 and holds one JSON object with no key twice. Numbers stay the text that they
 are in the file (`NumberText`), so that none is rounded or turned into another type.
-
-Knows: bytes and JSON. Does not know: what the fields mean.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import shutil
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NoReturn, cast
+from typing import IO, Any, BinaryIO, NoReturn
 
+from pipeline.data.file_kind import describe_text
 from pipeline.data.rows import RawRow
+from pipeline.data.text_file import MAX_LINE_BYTES, TextFile
 from pipeline.errors import InputNotFoundError, InputRowsError
 
-MAX_LINE_BYTES = 16 * 2**20
 MAX_NESTING = 100
-_BOM = b"\xef\xbb\xbf"
+SNIFFED_LINES = 20
 
 
 class NumberText(str):
@@ -33,10 +30,12 @@ class NumberText(str):
 
 
 class JsonlFile:
-    """A file of JSON lines, plain, `.gz` or `.zst`; `-` is standard input, which like any pipe is kept in a temporary file to be
-    read twice.
+    """A file of JSON lines, plain or compressed. `-` is standard input.
 
-    Raises InputNotFoundError when there is no such file.
+    Standard input and pipes are copied to a temporary file, since the rows are read twice.
+
+    Raises:
+        InputNotFoundError: there is no such file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,81 +62,41 @@ class JsonlFile:
         self.path = Path(self._spool.name)
 
     def rows(self) -> Iterator[RawRow]:
-        """One RawRow for each line; blank lines at the end are none."""
+        """One RawRow per line; blank lines at the end are none.
+
+        Raises:
+            InputRowsError: the file holds no JSON lines at all; the message says what it is.
+        """
         blanks = 0  # blank lines in a row, which are rows only where another line follows
-        for number, line in self._lines():
+        sniffed = False
+        for number, line in TextFile(self.path, self.name).lines():
             if line is not None and not line.strip(b" \t\r\n"):
                 blanks += 1
                 continue
+            if not sniffed:
+                self._sniff(line)
+                sniffed = True
             for blank in range(number - blanks, number):
                 yield self._row(blank, _blank)
             blanks = 0
             yield self._row(number, _too_long if line is None else partial(parse_object, line))
 
+    def _sniff(self, first: bytes | None) -> None:
+        try:
+            if first is not None:
+                parse_object(first)
+        except ValueError:
+            head = islice(TextFile(self.path, self.name).lines(), SNIFFED_LINES)
+            kind = describe_text([line or b"" for _, line in head], "FILE" if self._spool is not None else self.name)
+            if kind is not None:
+                raise InputRowsError(f"{self.name}: is {kind}") from None
+
     def files(self) -> list[Path] | None:
         """None for what was read from a pipe."""
         return None if self._spool is not None else [self.path]
 
-    def _where(self, number: int) -> str:
-        return f"{self.name}:{number}"
-
     def _row(self, number: int, fields: Callable[[], dict[str, Any]]) -> RawRow:
-        return RawRow(where=self._where(number), line=number, fields=fields)
-
-    def _lines(self) -> Iterator[tuple[int, bytes | None]]:
-        """(line number from 1, its bytes); None for a line over the cap, which is skipped without being kept."""
-        number = 0
-        try:
-            with self._open() as file:
-                while line := file.readline(MAX_LINE_BYTES + 1):
-                    number += 1
-                    if number == 1:
-                        if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                            raise InputRowsError(f"{self._where(1)}: the file is UTF-16; convert it to UTF-8")
-                        if line.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
-                            raise InputRowsError(f"{self._where(1)}: the file is compressed; its name must end in .gz or .zst")
-                        line = line.removeprefix(_BOM)
-                    if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                        while line and not line.endswith(b"\n"):
-                            line = file.readline(MAX_LINE_BYTES)
-                        yield number, None
-                    else:
-                        yield number, line
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputRowsError(f"{self._where(number + 1)}: the gzip file is damaged or cut off ({error})") from error
-        except PermissionError as error:
-            raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
-
-    def _open(self) -> BinaryIO:
-        if self.path.suffix in (".gz", ".zst") and self.path.stat().st_size == 0:
-            raise InputRowsError(f"{self.name}: is empty, which no compressed file is; it was cut off")
-        if self.path.suffix == ".gz":
-            return cast(BinaryIO, gzip.open(self.path, "rb"))
-        if self.path.suffix == ".zst":
-            return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, _ZstFile(self))))
-        return self.path.open("rb")
-
-
-class _ZstFile(io.RawIOBase):
-    """A .zst file as a raw stream for io.BufferedReader."""
-
-    def __init__(self, source: JsonlFile) -> None:
-        import pyarrow
-
-        self._name = source.name
-        self._errors = (OSError, pyarrow.ArrowException)
-        self._stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(source.path)), "zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            chunk = self._stream.read(len(buffer))
-        except self._errors as error:
-            raise InputRowsError(f"{self._name}: the zst file is damaged or cut off ({error})") from error
-        buffer[: len(chunk)] = chunk
-        return len(chunk)
+        return RawRow(where=f"{self.name}:{number}", line=number, place=number - 1, fields=fields)
 
 
 def _blank() -> NoReturn:
@@ -158,7 +117,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start + 1} of the line") from None
     try:
-        value = _DECODER.decode(text.rstrip("\r\n"))
+        value = DECODER.decode(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except RecursionError:
@@ -224,4 +183,4 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 40 else text[:40] + "..."
 
 
-_DECODER = json.JSONDecoder(parse_float=NumberText, parse_int=NumberText, parse_constant=_no_constant, object_pairs_hook=_object)
+DECODER = json.JSONDecoder(parse_float=NumberText, parse_int=NumberText, parse_constant=_no_constant, object_pairs_hook=_object)

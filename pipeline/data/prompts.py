@@ -1,28 +1,39 @@
-"""From raw rows to prompts: which fields a row has, their exact types, and the check of a whole input before a run.
-
-Knows: the fields of contract "input rows". Does not know: files, tokens.
-"""
+"""From raw rows to prompts: which fields a row has, their exact types, and the check of a whole input before a run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from pipeline.data.bundled import locate
-from pipeline.data.fields import parse_id, parse_integer, parse_temperature, plain
-from pipeline.data.hub_dataset import HubDataset
-from pipeline.data.jsonl import MAX_NESTING, JsonlFile, NumberText, check_utf8, json_type, shorten, to_json
+from pipeline.data.dataset import DatasetSplit
+from pipeline.data.fields import (
+    MISSING,
+    SETTINGS,
+    fields_beside,
+    name_fields,
+    parse_id,
+    parse_integer,
+    parse_temperature,
+    take_field,
+    take_prompt,
+    to_json_values,
+)
+from pipeline.data.jsonl import MAX_NESTING, JsonlFile, shorten, to_json
+from pipeline.data.notices import Notices
 from pipeline.data.parts import DEFAULT_PART_ROWS
 from pipeline.data.rows import RawRow, RowSource
 from pipeline.errors import ConfigError, InputRowsError
 from pipeline.records import MAX_SEED, Prompt, SamplingParams
 
 MAX_NAMED_ROWS = 20
+MAX_NAMED_PER_REASON = 6
 INT32_MAX = 2**31 - 1
 _CHANGED = "the input has changed since it was checked"
 
@@ -53,7 +64,7 @@ class GoodRow:
     where: str
     line: int
     prompt: Prompt
-    own: tuple[int | None, float | None, int | None, int | None]
+    own: tuple[int | float | None, ...]
 
     @property
     def prompt_id(self) -> str:
@@ -67,13 +78,19 @@ class GoodRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowDefaults:
-    """What a row takes where it says nothing itself. `seed` is the run seed, from which row seeds are derived."""
+    """Where a row's prompt and id stand, and what it takes where it has no setting of its own.
+
+    prompt_field, id_field: keys or dotted paths. metadata_fields: names of `id` and of settings that are metadata in this input.
+    seed: the run seed, from which row seeds are derived.
+    """
 
     prompt_field: str
     seed: int
     temperature: float
     top_k: int
     max_new_tokens: int
+    id_field: str = "id"
+    metadata_fields: frozenset[str] = frozenset()
 
     def params(self, prompt_id: str) -> SamplingParams:
         """Of a row that says nothing itself."""
@@ -123,8 +140,11 @@ class PromptReader:
 
     def rows(self) -> Iterator[GoodRow | BadRow]:
         """Every row in input order, good or bad. That ids are unique is `check`'s to say."""
+        yield from self._rows(Notices())
+
+    def _rows(self, notices: Notices) -> Iterator[GoodRow | BadRow]:
         for index, raw in enumerate(islice(self.source.rows(), self.limit)):
-            yield self._read(index, raw)
+            yield self._read(index, raw, notices)
 
     def check(self, *, part_rows: int = DEFAULT_PART_ROWS, counts: Iterable[int] = (), must_hold: Iterable[str] = ()) -> InputSummary:
         """Read everything once, keeping at most 16 bytes a row, and 100 for each row whose id another one has.
@@ -132,18 +152,17 @@ class PromptReader:
         counts: for InputSummary.digest_at. must_hold: ids that some row must have.
         Raises InputRowsError that names the first 20 bad rows; a repeated id names both its lines.
         """
-        bad: list[BadRow] = []
-        bad_count = rows = 0
+        bad = _BadRows()
+        rows = 0
+        notices = Notices()
         id_hashes = array("Q")
         digest, part_digest = hashlib.sha256(), hashlib.sha256()
         part_digests: list[str] = []
         counts, missing, digest_at = set(counts), set(must_hold), {0: digest.hexdigest()}
-        for row in self.rows():
+        for row in self._rows(notices):
             rows += 1
             if isinstance(row, BadRow):
-                bad_count += 1
-                if len(bad) < MAX_NAMED_ROWS:
-                    bad.append(row)
+                bad.add(row)
             if missing:
                 missing.discard(row.prompt_id)
             if isinstance(row, GoodRow) or self.record_bad:
@@ -160,9 +179,9 @@ class PromptReader:
             part_digests.append(part_digest.hexdigest())
         digest_at[rows] = digest.hexdigest()
         clashes = self._clashes(_hashes_met_twice(id_hashes))
-        bad_count += len(clashes)
-        if bad_count and not self.record_bad:
-            raise self._refusal(bad, clashes, bad_count, rows)
+        notices.tell(self.source.name, rows)
+        if (bad.count or clashes) and not self.record_bad:
+            raise self._refusal(bad, clashes, rows)
         if missing:
             raise ConfigError(f"{self.source.name}: no row has the id {shorten(min(missing))} that skip_row names", keys=("skip_row",))
         return InputSummary(
@@ -171,7 +190,7 @@ class PromptReader:
             part_rows=part_rows,
             part_digests=part_digests,
             digest_at=digest_at,
-            bad_rows=bad_count,
+            bad_rows=bad.count + len(clashes),
             clashes=clashes,
         )
 
@@ -181,14 +200,15 @@ class PromptReader:
         Raises InputRowsError, at the end of the part at the latest, if the input has changed.
         """
         part_digest = hashlib.sha256()
+        notices = Notices()
         index = -1
-        for index, raw in enumerate(islice(self.source.rows(), self.limit)):
+        for index, raw in enumerate(_unchanged(islice(self.source.rows(), self.limit))):
             if index == checked.rows:
                 raise InputRowsError(f"{self.source.name}: has more than the {checked.rows} rows that were checked; {_CHANGED}")
             number = index // checked.part_rows
             if parts is not None and number not in parts:
                 continue
-            row = self._read(index, raw)
+            row = self._read(index, raw, notices)
             if isinstance(row, BadRow) and not self.record_bad:
                 raise InputRowsError(f"{row.where}: {row.reason}; {_CHANGED}")
             part_digest.update(row.canonical())
@@ -203,9 +223,9 @@ class PromptReader:
         if index + 1 != checked.rows:
             raise InputRowsError(f"{self.source.name}: has {index + 1} rows, not the {checked.rows} that were checked; {_CHANGED}")
 
-    def _read(self, index: int, raw: RawRow) -> GoodRow | BadRow:
+    def _read(self, index: int, raw: RawRow, notices: Notices) -> GoodRow | BadRow:
         try:
-            return self._parse(index, raw)
+            return self._parse(index, raw, notices)
         except RecursionError:
             return BadRow(index=index, where=raw.where, line=raw.line, reason=f"nested deeper than {MAX_NESTING} levels")
         except ValueError as error:
@@ -250,35 +270,76 @@ class PromptReader:
                     new.append(row.line)
         return clashes
 
-    def _refusal(self, bad: list[BadRow], clashes: dict[int, int], count: int, rows: int) -> InputRowsError:
+    def _refusal(self, bad: _BadRows, clashes: dict[int, int], rows: int) -> InputRowsError:
         if clashes:
-            met = (row for row in self.rows() if row.index in clashes)
-            bad = [*bad, *(_clash(row, clashes[row.index], self._unit) for row in islice(met, MAX_NAMED_ROWS))]
-        named = sorted(bad, key=lambda row: row.index)[:MAX_NAMED_ROWS]
-        lines = "\n".join(f"{row.where}: {row.reason}" for row in named)
-        more = f"\n... and {count - len(named)} more" if count > len(named) else ""
-        return InputRowsError(f"{count} bad of {rows} rows; nothing was generated\n{lines}{more}")
+            for row in self.rows():
+                if row.index in clashes:
+                    bad.add(_clash(row, clashes[row.index], self._unit))
+        hint = "\n--id-field takes the ids from another field, --metadata-field id the places of the rows" if clashes else ""
+        return InputRowsError(f"{bad.count} bad of {rows} rows; nothing was generated\n{bad.describe(self._unit)}{hint}")
 
-    def _parse(self, index: int, raw: RawRow) -> GoodRow:
+    def _parse(self, index: int, raw: RawRow, notices: Notices) -> GoodRow:
         """Raises ValueError that names the field and, prompts aside, the value."""
         fields = raw.fields()
         defaults = self.defaults
-        if defaults.prompt_field not in fields:
-            raise ValueError(f"there is no field {shorten(defaults.prompt_field)} (--prompt-field names the one to use)")
-        text = fields.pop(defaults.prompt_field)
-        if not isinstance(text, str) or isinstance(text, NumberText):
-            raise ValueError(f"{defaults.prompt_field} must be a string, not {json_type(text)}")
-        check_utf8(text)
-        prompt_id = parse_id(fields.pop("id", None), index)
-        seed = parse_integer(fields.pop("seed", None), "seed", 0, MAX_SEED)
-        temperature = parse_temperature(fields.pop("temperature", None))
-        top_k = parse_integer(fields.pop("top_k", None), "top_k", 0, INT32_MAX)
-        max_new_tokens = parse_integer(fields.pop("max_new_tokens", None), "max_new_tokens", 1, INT32_MAX)
-        own: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
+        beside = fields_beside(fields, defaults.prompt_field) if "." in defaults.prompt_field else {}
+        kept = {name: fields.pop(name) for name in defaults.metadata_fields if name in fields}
+        text = take_prompt(fields, defaults.prompt_field)
+        prompt_id = parse_id(self._take_id(fields), raw.place)
+        own: dict[str, Any] = {
+            "seed": parse_integer(fields.pop("seed", None), "seed", 0, MAX_SEED),
+            "temperature": parse_temperature(fields.pop("temperature", None)),
+            "top_k": parse_integer(fields.pop("top_k", None), "top_k", 0, INT32_MAX),
+            "max_new_tokens": parse_integer(fields.pop("max_new_tokens", None), "max_new_tokens", 1, INT32_MAX),
+        }
+        notices.fields(fields)
+        if beside:
+            notices.fields(beside, defaults.prompt_field.rpartition(".")[0] + ".")
         params = replace(defaults.params(prompt_id), **{name: value for name, value in own.items() if value is not None})
-        metadata = to_json(plain(fields)) if fields else None
+        fields |= kept
+        metadata = to_json(to_json_values(fields, notices.left_out)) if fields else None
         prompt = Prompt(index=index, prompt_id=prompt_id, text=text, params=params, metadata=metadata)
-        return GoodRow(index=index, where=raw.where, line=raw.line, prompt=prompt, own=(seed, temperature, top_k, max_new_tokens))
+        return GoodRow(index=index, where=raw.where, line=raw.line, prompt=prompt, own=tuple(own[name] for name in SETTINGS))
+
+    def _take_id(self, fields: dict[str, Any]) -> Any:
+        id_field = self.defaults.id_field
+        value = take_field(fields, id_field)
+        if value is MISSING and id_field != "id":
+            raise ValueError(
+                f"there is no field {shorten(id_field)}, which id_field names; the row has {name_fields(fields) or 'no other'}"
+            )
+        return None if value is MISSING else value
+
+
+class _BadRows:
+    """Counts bad rows by their reason, and remembers the first rows of each."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._rows: dict[str, list[BadRow]] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, row: BadRow) -> None:
+        self.count += 1
+        if row.reason in self._rows or len(self._rows) < MAX_NAMED_ROWS:
+            self._counts[row.reason] += 1
+            rows = self._rows.setdefault(row.reason, [])
+            if len(rows) < MAX_NAMED_PER_REASON:
+                rows.append(row)
+
+    def describe(self, unit: str) -> str:
+        """A line per reason, in the order of the rows: the first row, and which others there are."""
+        lines = []
+        for reason, rows in sorted(self._rows.items(), key=lambda item: item[1][0].index):
+            first, *others = rows
+            count = self._counts[reason]
+            also = ""
+            if others:
+                more = count - len(rows)
+                also = f" (also {unit} {', '.join(str(row.line) for row in others)}" + (f" and {more} more rows)" if more else ")")
+            lines.append(f"{first.where}: {reason}{also}")
+        more = self.count - self._counts.total()
+        return "\n".join(lines) + (f"\n... and {more} more" if more else "")
 
 
 def _clash(row: GoodRow | BadRow, line: int, unit: str) -> BadRow:
@@ -287,13 +348,27 @@ def _clash(row: GoodRow | BadRow, line: int, unit: str) -> BadRow:
 
 
 def open_source(
-    *, path: str | None, dataset: str | None, dataset_config: str | None, split: str, dataset_revision: str | None
+    *,
+    path: str | None,
+    dataset: str | None,
+    dataset_config: str | None,
+    split: str,
+    dataset_revision: str | None,
+    csv_delimiter: str | None = None,
 ) -> RowSource:
     """The source that a config names: a JSONL file (`path`) or a split of a dataset."""
     if dataset is not None:
-        return HubDataset(dataset=dataset, config=dataset_config, split=split, revision=dataset_revision)
+        return DatasetSplit(dataset=dataset, config=dataset_config, split=split, revision=dataset_revision, delimiter=csv_delimiter)
     assert path is not None
     return JsonlFile(path if path == "-" else locate(path))
+
+
+def _unchanged(rows: Iterator[RawRow]) -> Iterator[RawRow]:
+    """Rows of an input that was read without an error before."""
+    try:
+        yield from rows
+    except InputRowsError as error:
+        raise InputRowsError(f"{error}; {_CHANGED}") from error
 
 
 # -- whole inputs ----------------------------------------------------------------------------------------------------

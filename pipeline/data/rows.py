@@ -10,13 +10,15 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawRow:
-    """where: how messages name the row. line: its line number from 1, or its row number from 0.
+    """One row of an input.
 
-    fields: reads the row when it is asked to; raises ValueError, saying why, for a row that cannot be read.
+    where: the row as messages name it. line: its line number from 1, or its row number from 0. place: its place from 0 in the
+    file or split, which is its id where it has none. fields: parses the row; raises ValueError with the reason.
     """
 
     where: str
     line: int
+    place: int
     fields: Callable[[], dict[str, Any]]
 
 
