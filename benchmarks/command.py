@@ -26,6 +26,7 @@ from pipeline.bench.networks import write_random_checkpoint
 from pipeline.config import EngineConfig
 from pipeline.data.checkpoint import find_checkpoint
 from pipeline.data.tokenizer import PromptTokenizer
+from pipeline.data.tokenizer_files import load_tokenizer
 from pipeline.generation.engine import Engine
 from pipeline.gpt.config import parse_config
 from pipeline.network import load_network
@@ -78,10 +79,8 @@ def engine_alone(model: Path, args: argparse.Namespace) -> Callable[[], float]:
     settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)
     network = load_network(checkpoint, config, settings, torch.device("cpu"), numerics="auto")
     texts = [f"{i}{PROMPT}" for i in range(args.rows)]
-    tokenizer = PromptTokenizer(
-        checkpoint.folder, special_tokens=checkpoint.special_tokens, parse_special=False, vocab_size=config.vocab_size
-    )
-    token_ids = tokenizer.encode(texts)
+    tokenizer = PromptTokenizer(load_tokenizer(checkpoint.folder), start_token=checkpoint.special_tokens.start)
+    token_ids = [prompt.token_ids for prompt in tokenizer.encode(texts)]
 
     def prompts() -> list[TokenizedPrompt]:
         params = [SamplingParams(seed=i, temperature=0.8, top_k=40, max_new_tokens=NEW_TOKENS) for i in range(args.rows)]

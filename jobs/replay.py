@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from jobs.options import Command, PathArgument, reopen_options
 
 if TYPE_CHECKING:
     from pipeline.generation.trace import Candidate, StepTrace
-    from pipeline.reopen import ReopenedRun
+
+TokenText = Callable[[int], str]  # of a token in its place
 
 
 @click.command(cls=Command)
@@ -61,6 +63,11 @@ def replay(
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     replayed = replay_row(reopened, row, dataclasses.replace(row_params(row), **changes), trace=trace)
     completion = replayed.completion
+
+    def text_of_step(step: int) -> TokenText:
+        before = completion.prompt_token_ids + completion.token_ids[:step]
+        return lambda token: reopened.tokenizer.added_text(before, [token])
+
     reasons = reopened.reasons_against_exactness()
     summary = {
         "prompt_id": prompt_id,
@@ -83,11 +90,11 @@ def replay(
     }
     if as_json:
         for step in replayed.trace:
-            click.echo(json.dumps(_step_in_json(reopened, step)))
+            click.echo(json.dumps(_step_in_json(step, text_of_step(step.step))))
         click.echo(json.dumps(summary))
         return
     if trace:
-        echo("\n".join(_table(reopened, replayed.trace)) + "\n")
+        echo("\n".join(_table(replayed.trace, text_of_step)) + "\n")
     echo(f"{row['prompt']}{replayed.text if replayed.text is not None else f' [{completion.error}]'}\n")
     echo(_verdict(replayed.first_difference, changes, reasons, len(completion.token_ids), completion.min_margin))
 
@@ -102,9 +109,9 @@ def _verdict(first_difference: int | None, changes: dict[str, Any], reasons: lis
     return f"differs from the recorded row from token {first_difference} on{why}: {count} tokens{nearest}"
 
 
-def _step_in_json(reopened: ReopenedRun, step: StepTrace) -> dict[str, Any]:
+def _step_in_json(step: StepTrace, text: TokenText) -> dict[str, Any]:
     def named(candidate: Candidate) -> dict[str, Any]:
-        return {"token": candidate.token, "text": reopened.tokenizer.decode([candidate.token]), "probability": candidate.probability}
+        return {"token": candidate.token, "text": text(candidate.token), "probability": candidate.probability}
 
     return {
         "step": step.step,
@@ -116,16 +123,16 @@ def _step_in_json(reopened: ReopenedRun, step: StepTrace) -> dict[str, Any]:
     }
 
 
-def _table(reopened: ReopenedRun, steps: tuple[StepTrace, ...]) -> list[str]:
-    def text(candidate: Candidate) -> str:
-        return json.dumps(reopened.tokenizer.decode([candidate.token]), ensure_ascii=False)
+def _table(steps: tuple[StepTrace, ...], text_of_step: Callable[[int], TokenText]) -> list[str]:
+    def text(step: StepTrace, candidate: Candidate) -> str:
+        return json.dumps(text_of_step(step.step)(candidate.token), ensure_ascii=False)
 
     lines = [f"{'step':>5} {'token':>6} {'text':<18} {'probability':>11} {'rank':>6} {'kept':>6} {'margin':>9}  runners-up"]
     for step in steps:
-        runners_up = ", ".join(f"{text(candidate)} {candidate.probability:.3g}" for candidate in step.runners_up)
+        runners_up = ", ".join(f"{text(step, candidate)} {candidate.probability:.3g}" for candidate in step.runners_up)
         margin = "" if step.margin is None else f"{step.margin:.3g}"
         lines.append(
-            f"{step.step:>5} {step.candidate.token:>6} {text(step.candidate):<18} {step.candidate.probability:>11.3g} "
+            f"{step.step:>5} {step.candidate.token:>6} {text(step, step.candidate):<18} {step.candidate.probability:>11.3g} "
             f"{step.rank:>6} {step.kept:>6} {margin:>9}  {runners_up}"
         )
     return lines

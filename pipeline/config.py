@@ -99,7 +99,11 @@ class JobConfig(_Section):
     top_k: int = Field(0, ge=0, le=2**31 - 1, description="keep the k likeliest tokens and ties with the last; 0 keeps all")
     max_new_tokens: int = Field(128, ge=1, le=2**31 - 1, description="most tokens to generate for a row")
     ignore_eos: bool = Field(False, description="go on after end-of-text")
-    parse_special: bool = Field(False, description="take <|endoftext|> inside a prompt as the special token")
+    parse_special: bool = Field(False, description="take the text of a special token inside a prompt, as <|endoftext|>, as that token")
+    add_special_tokens: bool = Field(True, description="add what the tokenizer's template adds to a prompt, as <s>")
+    on_lost_text: Literal["error", "warn"] = Field(
+        "error", description="characters that the tokenizer drops: an error row, or a warning with the number of rows"
+    )
     context_overflow: Literal["error", "truncate_left"] = Field(
         "error", description="a prompt of more than n_positions tokens becomes an error row, or loses its front"
     )

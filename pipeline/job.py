@@ -19,9 +19,11 @@ from typing import Any
 from pipeline.advice import describe_errors
 from pipeline.config import JobConfig
 from pipeline.data.checkpoint import Checkpoint, find_checkpoint
+from pipeline.data.generation_config import SpecialTokens
 from pipeline.data.prompts import BadRow, InputSummary, PromptReader, RowDefaults, open_source
 from pipeline.data.rows import RowSource
-from pipeline.data.tokenizer import PromptTokenizer
+from pipeline.data.tokenizer import EncodedPrompt, PromptTokenizer
+from pipeline.data.tokenizer_files import LoadedTokenizer, load_tokenizer
 from pipeline.gpt.config import GPTConfig, parse_config
 from pipeline.records import NOISE_VERSION, Completion, Prompt, RowError, TokenizedPrompt
 
@@ -30,6 +32,11 @@ logger = logging.getLogger("gptbatch")
 logger = logging.getLogger("gptbatch")
 
 TOKENIZE_ROWS = 256
+_SPECIAL_TEXT = "prompts with the text of a special token: %d; it is plain text there, parse_special takes it as the token"
+_UNKNOWN_TEXT = "prompts with text that the tokenizer has no token for: %d; its token for unknown text stands there"
+_LOST_TEXT = "prompts with characters that the tokenizer drops: %d; they run without these (on_lost_text: warn)"
+_ADDED_AFTER = "prompts that the tokenizer's template adds tokens after, as an end of text: %d; add_special_tokens: false leaves them out"
+
 # config keys that change tokens, besides the checkpoint and the input
 _TOKEN_KEYS = (
     "seed",
@@ -41,17 +48,19 @@ _TOKEN_KEYS = (
     "id_field",
     "metadata_field",
     "parse_special",
+    "add_special_tokens",
+    "on_lost_text",
     "context_overflow",
     "window_full",
 )
 
 
-def job_identity(config: JobConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+def job_identity(config: JobConfig, checkpoint: Checkpoint, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     """All that makes two runs the same job, its input aside; `fingerprint` hashes the part of it that changes tokens of a given row."""
     tokens = {
         "model_digest": checkpoint.model_digest,
-        "tokenizer_digest": checkpoint.tokenizer_digest,
-        **special_token_identity(checkpoint),
+        "tokenizer_digest": tokenizer.digest,
+        **special_token_identity(checkpoint, tokenizer),
         "dtype": config.engine.dtype,
         "cache_dtype": config.engine.cache_dtype,
         "noise_version": NOISE_VERSION,
@@ -60,28 +69,30 @@ def job_identity(config: JobConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     return {"fingerprint": fingerprint, **tokens, "record_logits_digest": config.record_logits_digest}
 
 
-def special_token_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The tokens that config.json and generation_config.json decide, by their names in the identity of a job."""
+def special_token_identity(checkpoint: Checkpoint, tokenizer: LoadedTokenizer) -> dict[str, Any]:
+    """The start token and the end tokens, by their names in the identity of a job."""
     special = checkpoint.special_tokens
-    return {"start_token": special.start, "end_tokens": list(special.ends)}
+    return {"start_token": _start_token(special, tokenizer), "end_tokens": list(special.ends)}
 
 
 class Job:
     """A config whose checkpoint and input have been found, and its tokenizer. Nothing heavy is loaded and nothing written."""
 
-    def __init__(self, config: JobConfig, checkpoint: Checkpoint | None = None, source: RowSource | None = None) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        checkpoint: Checkpoint | None = None,
+        source: RowSource | None = None,
+        tokenizer: LoadedTokenizer | None = None,
+    ) -> None:
         self.config = config
         self.checkpoint = checkpoint or find_checkpoint(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
         self.gpt_config: GPTConfig = parse_config(self.checkpoint.config, str(self.checkpoint.config_path))
         self.special_tokens = self.checkpoint.special_tokens
         for warning in self.checkpoint.generation_warnings:
             logger.warning("%s", warning)
-        self.tokenizer = PromptTokenizer(
-            self.checkpoint.folder,
-            special_tokens=self.special_tokens,
-            parse_special=config.parse_special,
-            vocab_size=self.gpt_config.vocab_size,
-        )
+        self.tokenizer = prompt_tokenizer(config, self.special_tokens, tokenizer or load_tokenizer(self.checkpoint.folder))
+        self._warned_rows: Counter[str] = Counter()
         self.reader = PromptReader(
             source=source or find_source(config),
             limit=config.limit,
@@ -115,7 +126,7 @@ class Job:
         while batch := list(islice(rows, TOKENIZE_ROWS)):
             read_s = time.monotonic()
             texts = [row.text if isinstance(row, Prompt) else "" for row in batch]
-            for row, token_ids in zip(batch, self.tokenizer.encode(texts), strict=True):
+            for row, encoded in zip(batch, self.tokenizer.encode(texts), strict=True):
                 number = row.index // summary.part_rows
                 while number != current:
                     if may_start(number):
@@ -127,17 +138,41 @@ class Job:
                     prompt = Prompt(index=row.index, prompt_id=row.prompt_id, text="", params=params, metadata=None)
                     reject(_error_row(prompt, 0, RowError(kind="bad_row", reason=row.reason)))
                     continue
-                kept, error = self._fit(row, token_ids)
+                kept, error = self._fit(row, encoded)
+                self._count_warnings(encoded, error)
+                count = len(encoded.token_ids)
                 if error is None:
-                    yield TokenizedPrompt(prompt=row, token_ids=kept, tokens_dropped=len(token_ids) - len(kept), read_s=read_s)
+                    yield TokenizedPrompt(prompt=row, token_ids=kept, tokens_dropped=count - len(kept), read_s=read_s)
                 else:
-                    reject(_error_row(row, len(token_ids), error))
+                    reject(_error_row(row, count, error))
 
-    def _fit(self, prompt: Prompt, token_ids: list[int]) -> tuple[list[int], RowError | None]:
+    def warn_of_texts(self) -> None:
+        """Warn, once per kind, of prompts that may not have become the tokens that their author meant."""
+        for warning, rows in sorted(self._warned_rows.items()):
+            logger.warning(warning, rows)
+        self._warned_rows.clear()
+
+    def _count_warnings(self, encoded: EncodedPrompt, error: RowError | None) -> None:
+        if encoded.has_special_text:
+            self._warned_rows[_SPECIAL_TEXT] += 1
+        if error is None and encoded.has_unknown:
+            self._warned_rows[_UNKNOWN_TEXT] += 1
+        if error is None and encoded.lost:
+            self._warned_rows[_LOST_TEXT] += 1
+        if error is None and self.tokenizer.adds_after:
+            self._warned_rows[_ADDED_AFTER] += 1
+
+    def _fit(self, prompt: Prompt, encoded: EncodedPrompt) -> tuple[list[int], RowError | None]:
         """The tokens of a prompt that go into the context, or why none do."""
         n_positions, vocab_size = self.gpt_config.n_positions, self.gpt_config.vocab_size
         if prompt.prompt_id in self.config.skip_row:
             return [], RowError(kind="skipped", reason="skipped by skip_row")
+        token_ids = encoded.token_ids
+        if encoded.problem:
+            return [], RowError(kind="unencodable", reason=f"the prompt cannot be encoded: {encoded.problem}")
+        if encoded.lost and self.config.on_lost_text == "error":
+            reason = f"the tokenizer drops {encoded.lost} of the prompt's {len(prompt.text)} characters; on_lost_text: warn runs the rest"
+            return [], RowError(kind="unencodable", reason=reason)
         if not token_ids:
             return [], RowError(kind="empty_prompt", reason="the prompt is empty, and the checkpoint names no token to start from")
         if max(token_ids) >= vocab_size:
@@ -149,6 +184,22 @@ class Job:
             reason = f"the prompt has {len(token_ids)} tokens, more than n_positions ({n_positions})"
             return [], RowError(kind="too_long", reason=reason)
         return token_ids[-max(1, n_positions - prompt.params.max_new_tokens + 1) :], None
+
+
+def prompt_tokenizer(config: JobConfig, special_tokens: SpecialTokens, tokenizer: LoadedTokenizer) -> PromptTokenizer:
+    """The tokenizer as a job's settings want it."""
+    return PromptTokenizer(
+        tokenizer,
+        start_token=_start_token(special_tokens, tokenizer),
+        parse_special=config.parse_special,
+        add_special_tokens=config.add_special_tokens,
+    )
+
+
+def _start_token(special_tokens: SpecialTokens, tokenizer: LoadedTokenizer) -> int | None:
+    """What an empty prompt starts from: BOS as the model's files name it, else as the tokenizer's do, else the first end token."""
+    candidates = (special_tokens.start, tokenizer.bos_token, *special_tokens.ends)
+    return next((token for token in candidates if token is not None), None)
 
 
 def find_source(config: JobConfig) -> RowSource:
@@ -167,11 +218,13 @@ def find_source(config: JobConfig) -> RowSource:
 class InputReport:
     """What a dry run says of an input. Prompt lengths are in tokens; too_long counts prompts above n_positions.
 
-    bad_rows: rows that on_bad_row records as errors.
+    bad_rows: rows that on_bad_row records as errors. error_kinds: all rows that become error rows,
+    those included, by kind.
     """
 
     rows: int
     bad_rows: int
+    error_kinds: dict[str, int]
     prompt_tokens: int
     prompt_tokens_min: int
     prompt_tokens_median: int
@@ -198,11 +251,13 @@ def inspect_job(config: JobConfig) -> InputReport:
             lengths.append(len(prompt.token_ids) + prompt.tokens_dropped)
     if said := describe_errors(kinds, summary.rows):
         logger.warning("a run would record errors: %s", said)
+    job.warn_of_texts()
     ordered = sorted(lengths)
     n_positions = job.gpt_config.n_positions
     return InputReport(
         rows=summary.rows,
         bad_rows=summary.bad_rows,
+        error_kinds=dict(sorted(kinds.items())),
         prompt_tokens=sum(ordered),
         prompt_tokens_min=ordered[0] if ordered else 0,
         prompt_tokens_median=ordered[len(ordered) // 2] if ordered else 0,

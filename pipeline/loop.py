@@ -136,6 +136,7 @@ class PartLoop:
         finally:
             if self.progress is not None:
                 self.progress.end()
+            self.job.warn_of_texts()
 
     def _run_parts(self, numbers: set[int], *, batch_size: int) -> None:
         engine = self._engine(batch_size)
@@ -180,7 +181,10 @@ class PartLoop:
         self.errors += failed
         self.prompt_tokens += completion.prompt_tokens
         self.completion_tokens += len(completion.token_ids)
-        text = None if failed else self.job.tokenizer.completion_text(completion.token_ids, completion.finish_reason)
+        text = None
+        if not failed:
+            tokenizer = self.job.tokenizer
+            text = tokenizer.completion_text(completion.prompt_token_ids, completion.token_ids, completion.finish_reason)
         if (part := self.writer.add(completion, text)) is not None:
             self._written(part)
         if failed:

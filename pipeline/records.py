@@ -5,13 +5,14 @@ Prompt -> (tokenizer) -> TokenizedPrompt -> (engine) -> Completion -> (data) -> 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "error"]
 # bad_row: could not be read, or holds invalid values. too_long: more tokens than the context. empty_prompt: nothing to start from.
-# unknown_token: the model lacks a token of the prompt. not_finite: the logits hold NaN or infinity. skipped: the user named it.
-ErrorKind = Literal["bad_row", "too_long", "empty_prompt", "unknown_token", "not_finite", "skipped"]
+# unknown_token: the model lacks a token of the prompt. unencodable: the prompt holds text that no
+# token stands for. not_finite: the logits hold NaN or infinity. skipped: the user named it.
+ErrorKind = Literal["bad_row", "too_long", "empty_prompt", "unknown_token", "unencodable", "not_finite", "skipped"]
 StopReason = Literal["end_of_text", "max_new_tokens", "window"]
 
 MAX_SEED = 2**63 - 1
@@ -90,8 +91,9 @@ class Timing:
 class Completion:
     """How one prompt ended. An error has its reason and no tokens; `timing` is None when it never entered the engine.
 
-    min_margin: the smallest margin of its steps (see sampling.py), None without a step. logits_digest: hexadecimal SHA-256 of
-    the bits of every step's logits, None unless it was asked for.
+    prompt_token_ids: what the engine took, [] when it took nothing. min_margin: the smallest margin
+    of its steps (see sampling.py), None without a step. logits_digest: hexadecimal SHA-256 of the
+    bits of every step's logits, None unless it was asked for.
     """
 
     prompt: Prompt
@@ -102,5 +104,6 @@ class Completion:
     stop_reason: StopReason | None
     error: RowError | None
     timing: Timing | None
+    prompt_token_ids: list[int] = field(default_factory=list)
     min_margin: float | None = None
     logits_digest: str | None = None

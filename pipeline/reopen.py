@@ -16,12 +16,14 @@ from pydantic import ValidationError
 from pipeline.config import EngineConfig, JobConfig
 from pipeline.data.checkpoint import Checkpoint, find_checkpoint
 from pipeline.data.recorded import RecordedRun
-from pipeline.data.tokenizer import PromptTokenizer
+from pipeline.data.tokenizer_files import LoadedTokenizer, file_digest, load_tokenizer
 from pipeline.errors import ModelError, OutputConflictError
 from pipeline.gpt.config import GPTConfig, parse_config
-from pipeline.job import special_token_identity
+from pipeline.job import prompt_tokenizer, special_token_identity
 from pipeline.network import Network, load_network, resolve_device
 from pipeline.records import SamplingParams
+
+_FILES_OF_OLD_DIGESTS = ("tokenizer.json", "vocab.json", "merges.txt")  # runs from before transformers' way was followed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +56,13 @@ class ReopenedRun:
             raise OutputConflictError(
                 f"{run.path}: its settings cannot be read ({key}: {problem['msg']}); another version wrote it"
             ) from error
-        self.config = recorded.model_copy(update={"engine": _engine(recorded.engine, run.facts, overrides)})
-        self.checkpoint = self._find_checkpoint(overrides)
+        changes: dict[str, Any] = {"engine": _engine(recorded.engine, run.facts, overrides)}
+        if "add_special_tokens" not in run.config:
+            changes["add_special_tokens"] = False  # the run is from before there was a template
+        self.config = recorded.model_copy(update=changes)
+        self.checkpoint, tokenizer = self._find_checkpoint(overrides)
         self.gpt_config: GPTConfig = parse_config(self.checkpoint.config, str(self.checkpoint.config_path))
-        self.tokenizer = PromptTokenizer(
-            self.checkpoint.folder,
-            special_tokens=self.checkpoint.special_tokens,
-            parse_special=recorded.parse_special,
-            vocab_size=self.gpt_config.vocab_size,
-        )
+        self.tokenizer = prompt_tokenizer(self.config, self.checkpoint.special_tokens, tokenizer)
 
     @cached_property
     def network(self) -> Network:
@@ -98,8 +98,8 @@ class ReopenedRun:
 
     def prompt_token_ids(self, rows: Sequence[dict[str, Any]]) -> list[tuple[list[int], str]]:
         """The token ids of each row's prompt as the network saw them, and why they cannot be those, "" when they can."""
-        all_ids = self.tokenizer.encode([row["prompt"] for row in rows])
-        kept = [token_ids[row["prompt_tokens_dropped"] :] for row, token_ids in zip(rows, all_ids, strict=True)]
+        encoded = self.tokenizer.encode([row["prompt"] for row in rows])
+        kept = [prompt.token_ids[row["prompt_tokens_dropped"] :] for row, prompt in zip(rows, encoded, strict=True)]
         return [(token_ids, self._prompt_problem(row, token_ids)) for row, token_ids in zip(rows, kept, strict=True)]
 
     def _prompt_problem(self, row: dict[str, Any], token_ids: list[int]) -> str:
@@ -112,7 +112,7 @@ class ReopenedRun:
             return f"its prompt holds token {max(token_ids)}, which the model (vocab_size {vocab_size}) does not have"
         return ""
 
-    def _find_checkpoint(self, overrides: Overrides) -> Checkpoint:
+    def _find_checkpoint(self, overrides: Overrides) -> tuple[Checkpoint, LoadedTokenizer]:
         recorded_path = self.run.facts.get("model_path", "")
         name = overrides.model or (recorded_path if recorded_path and Path(recorded_path).is_dir() else self.config.model)
         try:
@@ -122,9 +122,10 @@ class ReopenedRun:
                 raise ModelError(f"the run's checkpoint is not where it was; name a copy of it with --model ({error})") from error
             raise
         identity = self.run.manifest["identity"]
-        if checkpoint.tokenizer_digest != identity["tokenizer_digest"]:
+        tokenizer = load_tokenizer(checkpoint.folder)
+        if identity["tokenizer_digest"] not in (tokenizer.digest, file_digest(checkpoint.folder, _FILES_OF_OLD_DIGESTS)):
             raise ModelError(f"{name}: its tokenizer is not the run's (by digest); name a copy of the run's checkpoint with --model")
-        for key, value in special_token_identity(checkpoint).items():
+        for key, value in special_token_identity(checkpoint, tokenizer).items():
             if key in identity and identity[key] != value:  # earlier versions did not record them
                 raise ModelError(
                     f"{name}: its {key} is {value}, the run's {identity[key]!r:.200}; name a copy of the run's checkpoint with --model, "
@@ -135,7 +136,7 @@ class ReopenedRun:
                 f"{name}: its weights are not the run's (by digest); name a copy of the run's checkpoint with --model, or say "
                 "--allow-other-weights to compare with these"
             )
-        return checkpoint
+        return checkpoint, tokenizer
 
 
 def row_params(row: dict[str, Any]) -> SamplingParams:

@@ -58,7 +58,7 @@ def replay_row(reopened: ReopenedRun, row: dict[str, Any], params: SamplingParam
     token_ids = completion.token_ids
     text = None
     if completion.finish_reason != "error":
-        text = reopened.tokenizer.completion_text(token_ids, completion.finish_reason)
+        text = reopened.tokenizer.completion_text(prompt_ids, token_ids, completion.finish_reason)
     return Replay(
         completion=completion,
         text=text,

@@ -33,7 +33,9 @@ from pipeline.data.output_folder import FORMAT, FolderState, OutputFolder, facts
 from pipeline.data.parts import Part, PartWriter, count_parts
 from pipeline.data.progress_file import ProgressFile
 from pipeline.data.rows import RowSource
+from pipeline.data.tokenizer_files import load_tokenizer
 from pipeline.errors import OutputBusyError, StoppedError, StorageError
+from pipeline.gpt.config import parse_config
 from pipeline.job import Job, find_source, job_identity
 from pipeline.loop import ErrorLimit, PartLoop, Progress, Stop
 from pipeline.machine import describe_cores
@@ -74,7 +76,9 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
     state = folder.state()
     memory = DigestMemory() if state is None else folder.memory()
     checkpoint = find_checkpoint(config.model, revision=config.revision, allow_pickle=config.allow_pickle, memory=memory)
-    identity = job_identity(config, checkpoint)
+    parse_config(checkpoint.config, str(checkpoint.config_path))  # before a tokenizer that takes seconds to make
+    tokenizer = load_tokenizer(checkpoint.folder)
+    identity = job_identity(config, checkpoint, tokenizer)
     if state is not None and not _is_replaced(config, state, identity):
         check_same_job(config, state, identity)
     source = find_source(config)
@@ -84,7 +88,7 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
             if _is_done(config, source, state, memory):
                 return nothing_done(config, state.manifest, time.monotonic() - began)
             lock = stack.enter_context(OutputLock(folder.work)) if folder.work.is_dir() else None
-        run = _Run(config, folder, Job(config, checkpoint, source), identity, memory, began, stop or _NobodyStops())
+        run = _Run(config, folder, Job(config, checkpoint, source, tokenizer), identity, memory, began, stop or _NobodyStops())
         run.check_input(state)
         if lock is None:
             resolve_device(config.engine)  # before a folder is made for nothing

@@ -192,7 +192,7 @@ def _other_problem(reopened: ReopenedRun, row: dict[str, Any], known: KnownRow) 
             return f"it should {'go on after' if reason is None else 'have ended with'} token {count - 1}"
     if reason != row["stop_reason"] or (reason == "end_of_text") != (row["finish_reason"] == "stop"):
         return f"it ended by {reason}, not by {row['stop_reason']} ({row['finish_reason']})"
-    text = reopened.tokenizer.completion_text(known.new, row["finish_reason"])
+    text = reopened.tokenizer.completion_text(known.prompt, known.new, row["finish_reason"])
     return "" if text == row["completion"] else "its text is not that of its tokens"
 
 

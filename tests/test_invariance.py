@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.data.bundled import locate
 from pipeline.data.checkpoint import find_checkpoint
-from pipeline.data.generation_config import SpecialTokens
 from pipeline.data.tokenizer import PromptTokenizer
+from pipeline.data.tokenizer_files import load_tokenizer
 from pipeline.generation import reference
 from pipeline.generation.engine import Engine, WindowFull, logits_bytes
 from pipeline.generation.numerics import check_numerics
@@ -124,13 +124,11 @@ def checked(model: GPT) -> GPT:
 def demo_prompts(count: int, *, max_new_tokens: int = 12) -> list[TokenizedPrompt]:
     """The first of the bundled prompts, with parameters of their own."""
     checkpoint = find_checkpoint("bundled:demo/model")
-    tokenizer = PromptTokenizer(
-        checkpoint.folder, special_tokens=SpecialTokens(start=0, ends=(0,)), parse_special=False, vocab_size=checkpoint.config["vocab_size"]
-    )
+    tokenizer = PromptTokenizer(load_tokenizer(checkpoint.folder), start_token=0)
     lines = Path(locate("bundled:demo/prompts.jsonl")).read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["prompt"] for line in lines[:count]]
     rng = random.Random(7)
-    return [with_parameters(i, token_ids, rng, max_new_tokens) for i, token_ids in enumerate(tokenizer.encode(texts))]
+    return [with_parameters(i, prompt.token_ids, rng, max_new_tokens) for i, prompt in enumerate(tokenizer.encode(texts))]
 
 
 def random_prompts(count: int, vocab_size: int, *, longest: int, max_new_tokens: int, first_index: int = 0) -> list[TokenizedPrompt]:

@@ -16,9 +16,9 @@ import torch
 from jobs.cli import run_command
 from pipeline import JobConfig, run_job
 from pipeline.config import EngineConfig
-from pipeline.data.generation_config import SpecialTokens
 from pipeline.data.recorded import RecordedRun
 from pipeline.data.tokenizer import PromptTokenizer
+from pipeline.data.tokenizer_files import load_tokenizer
 from pipeline.generation.trace import explain_step
 from pipeline.gpt.kernels.build import KernelError
 from pipeline.records import SamplingParams
@@ -199,7 +199,7 @@ def on_another_machine(output: Path) -> None:
 
 def test_a_tie_is_a_mismatch_where_bits_are_the_same_and_a_near_tie_elsewhere(twins: Path, command: Command) -> None:
     """The last token becomes its twin, with as large a logit and a larger id; only the rule for ties tells them apart."""
-    model = PromptTokenizer(twins.parent / "model", special_tokens=SpecialTokens(start=0, ends=(0,)), parse_special=False, vocab_size=300)
+    model = PromptTokenizer(load_tokenizer(twins.parent / "model"), start_token=0)
 
     def to_twin(row: dict[str, Any]) -> None:
         assert row["completion_token_ids"][-1] % 2 == 0

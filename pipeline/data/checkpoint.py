@@ -25,7 +25,20 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 DEFAULT_VOCAB_SIZE = 50257  # GPT2Config's, where config.json does not say
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+# Files that decide how texts become tokens; a checkpoint has some of them.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "tiktoken.model",
+)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -80,11 +93,6 @@ class Checkpoint:
     def model_digest(self) -> str:
         """SHA-256 over config.json and the files of weights."""
         return self._digest([self.config_path, *self.weights])
-
-    @cached_property
-    def tokenizer_digest(self) -> str:
-        """SHA-256 over the files that the tokenizer is read from."""
-        return self._digest([path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()])
 
     def _digest(self, paths: list[Path]) -> str:
         digest = hashlib.sha256()

@@ -1,72 +1,149 @@
-"""The checkpoint's fast tokenizer: prompts to token ids in batches, new token ids to text.
-
-Knows: text and token ids. Does not know: the network.
-"""
+"""Prompts to token ids in batches, and new token ids to text, as transformers does both."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from dataclasses import dataclass
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, models
 
-from pipeline.data.generation_config import SpecialTokens
-from pipeline.errors import ModelError
+from pipeline.data.lost_text import LostText, component, may_lose_text
+from pipeline.data.panics import panics_as_errors
+from pipeline.data.tokenizer_files import LoadedTokenizer
 from pipeline.records import FinishReason
 
-END_OF_TEXT = "<|endoftext|>"
+# Words in errors of the library, which may quote the prompt, and what they mean.
+_CAUSES = {
+    "unk": "it holds text that the tokenizer has no token for, and the tokenizer lacks a token for unknown text",
+    "Regex search error": "a regular expression of the tokenizer runs out of steps on it",
+}
+
+
+_PANICKING = ("Regex", "Precompiled")  # parts that panic on some texts
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """The tokens of a prompt.
+
+    problem: why there are none although the prompt has text, "" for no reason. lost: how many characters left no token.
+    has_unknown: whether a token stands for unknown text. has_special_text: whether the text of a special token was taken as text.
+    """
+
+    token_ids: list[int]
+    problem: str = ""
+    lost: int = 0
+    has_unknown: bool = False
+    has_special_text: bool = False
 
 
 class PromptTokenizer:
-    """Turns text into token ids and back.
+    """Turns texts into token ids and back.
 
-    parse_special: whether `<|endoftext|>` inside a prompt is the special token; otherwise it is plain text.
-    Nothing is added to a prompt, except that an empty one becomes the single start token.
+    Args:
+        loaded: The tokenizer of the checkpoint.
+        start_token: What an empty prompt starts from where the tokenizer adds nothing; None starts from nothing.
+        parse_special: Whether a special token's text inside a prompt is that token; otherwise it is plain text.
+        add_special_tokens: Whether to add what the tokenizer's template adds to a prompt, such as `<s>`.
+
+    Attributes:
+        adds_after: Whether the template puts tokens after a prompt, such as `[SEP]`.
     """
 
-    def __init__(self, folder: Path, *, special_tokens: SpecialTokens, parse_special: bool, vocab_size: int) -> None:
-        self._tokenizer = _load(folder)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = not parse_special
-        ends = special_tokens.ends
-        self._start = special_tokens.start if special_tokens.start is not None or not ends else ends[0]
-        # tokens that were added later (a padding token, say) may lie beyond; a prompt that holds one is an error row
-        largest = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
-        if largest >= vocab_size:
-            raise ModelError(
-                f"{folder}: the tokenizer has token id {largest}, but the model's vocab_size is {vocab_size}; they do not belong together"
-            )
+    def __init__(
+        self, loaded: LoadedTokenizer, *, start_token: int | None, parse_special: bool = False, add_special_tokens: bool = True
+    ) -> None:
+        self._backend = backend = loaded.backend
+        self._decode = loaded.decode
+        self._start_token = start_token
+        self._add_special_tokens = add_special_tokens
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = not parse_special
+        self._lost_text = LostText(backend) if may_lose_text(backend) else None
+        self._may_panic = any(word in str(component(part)) for part in (backend.normalizer, backend.pre_tokenizer) for word in _PANICKING)
+        self._unknown_token = _unknown_token(backend)
+        self.adds_after = add_special_tokens and _adds_after(backend)
+        special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
+        self._special_prefix = _common_start(special)
+        self._special_text = None if parse_special or not special else re.compile("|".join(map(re.escape, special)))
+        # Bytes of a byte-level tokenizer's new tokens are the same after any prompt.
+        self._concatenates = component(backend.decoder).get("type") == "ByteLevel" and not loaded.cleans_up
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text. An empty text is the start token, else the first end token, else []."""
-        empty = [] if self._start is None else [self._start]
+    def encode(self, texts: list[str]) -> list[EncodedPrompt]:
+        """The tokens of each text. An empty text is what the template adds, or else the start token."""
         try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises plain Exception; its text may quote the prompt
-            raise ModelError("the tokenizer cannot encode a prompt; a byte-level one, as GPT-2's, encodes any text") from error
-        return [encoding.ids or list(empty) for encoding in encodings]
+            encodings: list[Encoding | str] = list(self._encode(texts))
+        except Exception:  # noqa: BLE001 - the library raises plain Exception, and does not say for which text
+            encodings = [self._encode_one(text) for text in texts]
+        return [self._encoded(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of new tokens, special ones included and spaces left as they are; bytes that are no UTF-8 are U+FFFD."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        """The text of tokens, special ones included; bytes that are no UTF-8 are U+FFFD, an id without a token has no text."""
+        return self._decode(token_ids)
 
-    def completion_text(self, token_ids: list[int], finish_reason: FinishReason) -> str:
-        """The completion that new tokens stand for: a closing end-of-text is no part of it."""
-        return self.decode(token_ids[:-1] if finish_reason == "stop" else token_ids)
+    def added_text(self, before: list[int], token_ids: list[int]) -> str:
+        """The text that tokens add to the text of those before them."""
+        if self._concatenates:
+            return self._decode(token_ids)
+        start, whole = self._decode(before), self._decode(before + token_ids)
+        # a decoder may change the end of what stood before: " ." to "."
+        return whole.removeprefix(start if whole.startswith(start) else _common_start([start, whole]))
+
+    def completion_text(self, prompt: list[int], token_ids: list[int], finish_reason: FinishReason) -> str:
+        """The completion that new tokens add to a prompt's tokens: a closing end-of-text is no part of it."""
+        return self.added_text(prompt, token_ids[:-1] if finish_reason == "stop" else token_ids)
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        # the fast way gives no offsets
+        encode = self._backend.encode_batch_fast if self._lost_text is None else self._backend.encode_batch
+        if not self._may_panic:
+            return encode(texts, add_special_tokens=self._add_special_tokens)
+        with panics_as_errors():
+            return encode(texts, add_special_tokens=self._add_special_tokens)
+
+    def _encode_one(self, text: str) -> Encoding | str:
+        """The encoding of a text, or why there is none."""
+        try:
+            with panics_as_errors():
+                return self._encode([text])[0]
+        except Exception as error:  # noqa: BLE001 - as in encode
+            causes = (cause for words, cause in _CAUSES.items() if words.lower() in str(error).lower())
+            return next(causes, f"the tokenizer fails on it ({type(error).__name__})")
+
+    def _encoded(self, text: str, encoding: Encoding | str) -> EncodedPrompt:
+        if isinstance(encoding, str):
+            return EncodedPrompt([], problem=encoding)
+        token_ids = encoding.ids
+        special = self._special_text is not None and self._special_prefix in text and self._special_text.search(text) is not None
+        if not text:
+            return EncodedPrompt(token_ids or ([] if self._start_token is None else [self._start_token]))
+        lost, problem = 0, ""
+        if self._lost_text is not None:
+            lost = self._lost_text.count(text, encoding)
+            problem = "" if any(stop > start for start, stop in encoding.offsets) else "no character of it has a token"
+        unknown = self._unknown_token is not None and self._unknown_token in token_ids
+        return EncodedPrompt(token_ids, problem, lost, unknown, special)
 
 
-def _load(folder: Path) -> Tokenizer:
-    """tokenizer.json where there is one, else GPT-2's byte-level BPE from vocab.json and merges.txt."""
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            if tokenizer.token_to_id(END_OF_TEXT) is not None:
-                tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-            return tokenizer
-    except Exception as error:  # the library raises plain Exception for a file that it cannot read
-        raise ModelError(f"{folder}: the tokenizer cannot be read ({error})") from error
-    raise ModelError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
+def _adds_after(backend: Tokenizer) -> bool:
+    template = backend.post_processor
+    if template is None or template.num_special_tokens_to_add(False) == 0:
+        return False
+    plain = Tokenizer(models.WordLevel(vocab={"a": 0}, unk_token="a")).encode("a")
+    return template.process(plain, None, True).sequence_ids[-1] is None
+
+
+def _common_start(texts: list[str]) -> str:
+    """The longest text that all of these begin with."""
+    shortest, longest = min(texts, default=""), max(texts, default="")
+    return next((shortest[:i] for i, character in enumerate(shortest) if character != longest[i]), shortest)
+
+
+def _unknown_token(backend: Tokenizer) -> int | None:
+    """The id of the token that stands for unknown text."""
+    model = backend.model
+    if isinstance(model, models.Unigram):
+        unk_id: int | None = component(model)["unk_id"]
+        return unk_id
+    return None if model.unk_token is None else backend.token_to_id(model.unk_token)

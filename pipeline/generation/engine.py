@@ -274,6 +274,7 @@ class Engine:
             prompt=source.prompt,
             prompt_tokens=len(source.token_ids),
             prompt_tokens_dropped=source.tokens_dropped,
+            prompt_token_ids=source.token_ids,
             token_ids=[] if sequence.error else sequence.tokens[len(source.token_ids) :],
             finish_reason="error" if sequence.error else "stop" if sequence.stop_reason == "end_of_text" else "length",
             stop_reason=None if sequence.error else sequence.stop_reason,

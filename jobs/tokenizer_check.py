@@ -1,0 +1,89 @@
+"""The tokenizer half of check-model: are texts, token ids and special tokens the same as in transformers?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HARD_TEXTS = (
+    "",
+    " ",
+    "  two  spaces, a tab\tand an end ",
+    "The king is dead. Isn't he? He 's, they 've; 1,234.50!",
+    "line\nline\r\nline\r\n\r\n\x0b\x0c\x1c\x85\u2028end",
+    "\x00\x01\x1f\x7f\u200b\ufeff\u00ad\ufffd",
+    "caf\u00e9 cafe\u0301 \ufb01 \u212b \uff21\uff22 \u0130\u0131 \u00df \u1e9b\u0323 \ud55c \u1112\u1161\u11ab",
+    "中文，日本語 ภาษา العربية हिन्दी עברית",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd",
+    "\U0010ffff\ue000\u0378",
+    "a" * 5000,
+    "<s>[CLS]<|endoftext|></s><unk>[UNK]<pad>[MASK]\u2581##a</w>\u0120",
+    "def f(x):\n    return {'k': [x ** 2 for _ in range(10)]}  # \\n",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerComparison:
+    """How many encodings, decoded texts and special tokens were compared, and where they differ first ("" nowhere)."""
+
+    way: str
+    encodings: int
+    texts: int
+    special_tokens: int
+    difference: str
+
+    @property
+    def agree(self) -> bool:
+        return not self.difference
+
+
+def compare_tokenizers(folder: Path) -> TokenizerComparison:
+    """Compare the tokenizer of a checkpoint's folder with `AutoTokenizer` on hard texts.
+
+    Every text is encoded with and without special tokens taken as such, and with and without the template. Raises ModelError
+    where gptbatch refuses the tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from pipeline.data.tokenizer import PromptTokenizer
+    from pipeline.data.tokenizer_files import load_tokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(folder.resolve()), trust_remote_code=False, local_files_only=True)
+    loaded = load_tokenizer(folder)
+    special = {content: theirs.convert_tokens_to_ids(content) for content in theirs.all_special_tokens}
+    texts = [*HARD_TEXTS, *(f"a{content} {content}b" for content in special)]
+    encodings = decoded = 0
+    differences = [f"the special token {content!r}" for content, index in special.items() if loaded.backend.token_to_id(content) != index]
+    for parse_special in (False, True):
+        for add_special_tokens in (True, False):
+            ours = PromptTokenizer(loaded, start_token=None, parse_special=parse_special, add_special_tokens=add_special_tokens)
+            for text, encoded in zip(texts, ours.encode(texts), strict=True):
+                token_ids = _encode(theirs, text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special)
+                encodings += 1
+                if token_ids is None or encoded.token_ids != token_ids:
+                    if token_ids is not None or not encoded.problem:
+                        differences.append(f"the tokens of {text[:40]!r}")
+                    continue
+                decoded += 1
+                if ours.decode(token_ids) != theirs.decode(token_ids):
+                    differences.append(f"the text of the tokens of {text[:40]!r}")
+    return TokenizerComparison(
+        way=loaded.way,
+        encodings=encodings,
+        texts=decoded,
+        special_tokens=len(special),
+        difference=differences[0] if differences else "",
+    )
+
+
+def _encode(tokenizer: Any, text: str, **options: bool) -> list[int] | None:
+    """The token ids, None where the tokenizer cannot encode the text."""
+    from pipeline.data.panics import panics_as_errors
+
+    try:
+        with panics_as_errors():
+            token_ids: list[int] = tokenizer(text, **options)["input_ids"]
+    except Exception:  # noqa: BLE001 - the library raises plain Exception
+        return None
+    return token_ids
