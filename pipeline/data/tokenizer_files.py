@@ -148,10 +148,15 @@ def _reason_against_direct(backend: Tokenizer, files: _Files) -> str:
     if files.model.get("model_type") != "gpt2" or files.tokenizer_class not in (*_PLAIN_CLASSES, *_GPT2_CLASSES):
         return "tokenizer_class"
     for key, value in (*config.items(), *files.special_map.items()):
-        if not (key in _HARMLESS_KEYS or key.endswith("_token")):
+        if key in ("additional_special_tokens", "extra_special_tokens"):
+            tokens = value
+        elif key.endswith("_token") and key not in _HARMLESS_KEYS:
+            tokens = [] if value is None else [value]
+        elif key in _HARMLESS_KEYS:
+            continue
+        else:
             return key
-        named = value if key in ("extra_special_tokens", "additional_special_tokens") else [value] if key.endswith("_token") else []
-        if not isinstance(named, list) or not {_content(token) for token in named if token is not None} <= contents:
+        if not isinstance(tokens, list) or not {_content(token) for token in tokens} <= contents:
             return key
     if any((token := added.get(index)) is None or token.content != content for content, index in files.added.items()):
         return ADDED_TOKENS

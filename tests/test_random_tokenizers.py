@@ -1,0 +1,99 @@
+"""Random tokenizer files: token ids and texts are those of transformers, or the tokenizer is refused by key.
+
+To run all 200: `pytest tests/test_random_tokenizers.py -m slow`; `python -m tests.test_random_tokenizers 1000` counts.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from pipeline.data.panics import panics_as_errors
+from pipeline.data.tokenizer import PromptTokenizer
+from pipeline.data.tokenizer_files import load_tokenizer
+from pipeline.errors import ModelError
+from tests.random_tokenizers import TEXTS, write_random_tokenizer
+
+FEW, ALL = 40, 200
+
+
+def compare(folder: Path, seed: int) -> str:
+    """How the tokenizer was loaded, or why it was not. Fails where it differs from transformers'."""
+    write_random_tokenizer(folder, seed)
+    theirs: Any = None
+    failure = ""
+    try:
+        with panics_as_errors():
+            theirs = auto_tokenizer(folder)
+    except Exception as error:  # noqa: BLE001 - whatever the files make of it
+        failure = f"{type(error).__name__}: {error}"
+    try:
+        loaded = load_tokenizer(folder)
+    except ModelError as error:
+        message = str(error).replace(str(folder), "FOLDER")
+        if theirs is None:
+            return "refused: transformers fails, too"
+        return f"refused: {next(key for key in ('auto_map', 'written in Python', 'in Python before') if key in message)}"
+    assert theirs is not None, f"seed {seed}: loaded by {loaded.way}, but transformers fails: {failure}"
+    for parse_special in (False, True):
+        for add_special_tokens in (True, False):
+            ours = PromptTokenizer(loaded, start_token=None, parse_special=parse_special, add_special_tokens=add_special_tokens)
+            for text, encoded in zip(TEXTS, ours.encode(list(TEXTS)), strict=True):
+                expected = encode(theirs, text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special)
+                where = f"seed {seed}, {loaded.way}, {text!r}, {parse_special=}, {add_special_tokens=}"
+                if expected is None:
+                    assert encoded.problem, where
+                    continue
+                assert encoded.token_ids == expected, where
+                assert ours.decode(expected) == theirs.decode(expected), where
+    rng = Random(seed)
+    beyond = loaded.backend.get_vocab_size() + 5
+    for prompt in filter(None, (encoded.token_ids for encoded in ours.encode(list(TEXTS)))):
+        new = [rng.randrange(beyond) for _ in range(20)]
+        before, whole = theirs.decode(prompt), theirs.decode(prompt + new)
+        assert ours.decode(prompt + new) == whole, f"seed {seed}, {prompt + new}"
+        if whole.startswith(before):
+            assert before + ours.added_text(prompt, new) == whole, f"seed {seed}, {prompt}, {new}"
+    return loaded.way
+
+
+def auto_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+
+
+def encode(tokenizer: Any, text: str, **options: bool) -> list[int] | None:
+    try:
+        with panics_as_errors():
+            token_ids: list[int] = tokenizer(text, **options)["input_ids"]
+    except Exception:  # noqa: BLE001 - the library raises plain Exception
+        return None
+    return token_ids
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[] if seed < FEW else pytest.mark.slow) for seed in range(ALL)])
+def test_a_random_tokenizer_is_as_in_transformers(tmp_path: Path, seed: int) -> None:
+    compare(tmp_path, seed)
+
+
+def main(count: int) -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(count):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                counts[compare(Path(folder), seed)] += 1
+            except AssertionError as error:
+                counts["DIFFERS"] += 1
+                sys.stdout.write(f"{error}\n")
+    sys.stdout.write("".join(f"{number:6} {way}\n" for way, number in counts.most_common()))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
