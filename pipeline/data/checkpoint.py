@@ -55,13 +55,13 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
-        return _read_json(self.config_path)
+        return read_json(self.config_path)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """The content of generation_config.json; empty where there is none."""
         path = self.folder / GENERATION_CONFIG_FILE
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
@@ -97,7 +97,7 @@ class Checkpoint:
     def _digest(self, paths: list[Path]) -> str:
         digest = hashlib.sha256()
         for path in paths:
-            with _reading(path):
+            with reading(path):
                 digest.update(f"{path.name}\0{self.memory.sha256(path)}\0".encode())
         return digest.hexdigest()
 
@@ -133,7 +133,7 @@ def find_checkpoint(
 def _refuse_lfs_pointers(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_file():
-            with _reading(path):
+            with reading(path):
                 if is_lfs_pointer(path):
                     raise ModelError(lfs_message(path))
 
@@ -152,7 +152,7 @@ def _find_weights(name: str, folder: Path, allow_pickle: bool) -> tuple[Path, ..
 
 def _shards(index: Path, suffix: str) -> tuple[Path, ...]:
     _refuse_lfs_pointers([index])
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ModelError(f"{index}: weight_map must map tensor names to file names")
     shards = tuple(index.parent / shard for shard in sorted(set(weight_map.values())))
@@ -182,8 +182,9 @@ def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
     return folder
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    with _reading(path):
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises ModelError where it is none, StorageError where it cannot be read."""
+    with reading(path):
         data = path.read_bytes()
     try:
         content = json.loads(data)
@@ -195,7 +196,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Name the file in errors of the disk: a failed read does not."""
     try:
         yield

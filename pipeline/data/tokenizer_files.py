@@ -12,7 +12,6 @@ transformers. No code of a checkpoint is ever executed.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
+from pipeline.data.checkpoint import CONFIG_FILE, read_json, reading
+from pipeline.data.digests import file_sha256
 from pipeline.data.lost_text import component
 from pipeline.data.panics import panics_as_errors
 from pipeline.errors import ModelError
@@ -81,7 +82,7 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     Raises:
         ModelError: there is none, it cannot be read, it is random, or only code of the checkpoint could run it.
     """
-    config, special_map, added = (_read_json(folder / name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS))
+    config, special_map, added = (_read_if_there(folder / name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS))
     auto_map = config.get("auto_map")
     if isinstance(auto_map, list) or (isinstance(auto_map, dict) and "AutoTokenizer" in auto_map):
         raise ModelError(
@@ -91,7 +92,7 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     backend = _read_tokenizer_json(folder / TOKENIZER_JSON)
     if backend is not None:
         _refuse_random(folder / TOKENIZER_JSON, backend)
-        files = _Files(_read_json(folder / "config.json"), config, special_map, added)
+        files = _Files(read_json(folder / CONFIG_FILE), config, special_map, added)
         if not _reason_against_direct(backend, files):
             bos = _content(files.named_tokens().get("bos_token"))
             return LoadedTokenizer(
@@ -112,7 +113,8 @@ def file_digest(folder: Path, names: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for name in names:
         if (folder / name).is_file():
-            digest.update(f"{name}\0{hashlib.sha256((folder / name).read_bytes()).hexdigest()}\0".encode())
+            with reading(folder / name):
+                digest.update(f"{name}\0{file_sha256(folder / name)}\0".encode())
     return digest.hexdigest()
 
 
@@ -221,9 +223,11 @@ def _content(token: Any) -> Any:
 def _read_tokenizer_json(path: Path) -> Tokenizer | None:
     if not path.is_file():
         return None
+    with reading(path):
+        content = path.read_bytes()
     try:
         with panics_as_errors():
-            return Tokenizer.from_file(str(path))
+            return Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{path}: cannot be read as a tokenizer ({_first_line(error)}); fetch it again") from error
 
@@ -237,17 +241,8 @@ def _refuse_random(where: Path, backend: Tokenizer) -> None:
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: a JSON object is needed")
-    return content
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _first_line(error: Exception) -> str:
