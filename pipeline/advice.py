@@ -9,6 +9,7 @@ _ADVICE = {
     "too_long": "context_overflow: truncate_left keeps the end of such prompts",
     "empty_prompt": "give them a prompt",
     "unknown_token": "the model lacks a token of the tokenizer",
+    "unencodable": "the tokenizer has no tokens for some of their text; on_lost_text: warn runs those that only lose characters",
     "not_finite": "dtype: float32 has the widest range",
     "skipped": "named by skip_row",
 }
