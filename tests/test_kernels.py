@@ -147,6 +147,107 @@ def test_a_lock_that_never_opens_and_a_folder_that_cannot_be_written(tmp_path: P
         build_kernels(tmp_path / "file" / "kernels")
 
 
+def test_compilers_end_with_a_build_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their children too: g++ starts others."""
+    pids = tmp_path / "pids"
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", f"trap '' TERM\nsleep 600 &\necho $! >> {pids}; echo $$ >> {pids}\nwait; wait"))
+    started = 2 * len(build.SOURCES)
+
+    def interrupt(number: int, frame: object) -> None:
+        if pids.exists() and len(pids.read_text().splitlines()) == started:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build_kernels(tmp_path / "kernels")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    deadline = time.monotonic() + 30
+    for pid in pids.read_text().split():
+        while is_running(int(pid)):
+            assert time.monotonic() < deadline, f"process {pid} goes on"
+            time.sleep(0.01)
+    assert not list(tmp_path.glob("kernels/build-*"))
+
+
+def is_running(pid: int) -> bool:
+    """False for a zombie, which nobody may have waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the path look as if it were another user's."""
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1, follow_symlinks=False)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757, None], ids=["for all", "for the group", "for others", "of another user"])
+@pytest.mark.parametrize("where", ["kernels", "its parent"])
+def test_a_cache_that_others_may_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, mode: int | None
+) -> None:
+    """The library that lies there is not loaded; one is built elsewhere, and is gone afterwards."""
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", 'while [ "$1" != -o ]; do shift; done; echo ok > "$2"'))
+    monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
+    loaded: list[Path] = []
+    monkeypatch.setattr(build, "_load", loaded.append)
+    load_kernels = build.load_kernels.__wrapped__
+    load_kernels()
+    folder = tmp_path / "gptbatch" / "kernels"
+    assert loaded == list(folder.glob("*.so"))
+    assert not caplog.records
+    path = folder if where == "kernels" else folder.parent
+    if mode is None:
+        give_away(path, monkeypatch)
+    else:
+        path.chmod(mode)
+    load_kernels()
+    assert folder not in loaded[1].parents
+    assert not loaded[1].exists()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert str(path) in warning
+    assert "another user" in warning or f"mode {mode:o}" in warning
+
+
+@pytest.mark.parametrize("mode", [0o777, None])
+def test_a_library_that_others_may_have_changed_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: int | None
+) -> None:
+    calls = tmp_path / "calls"
+    fake = script(tmp_path / "c++", f'echo x >> {calls}\nwhile [ "$1" != -o ]; do shift; done; echo ok > "$2"')
+    monkeypatch.setenv("CXX", fake)
+    library = build_kernels(tmp_path / "kernels")
+    if mode is None:
+        if os.geteuid() != 0:
+            pytest.skip("only root can give files away")
+        give_away(library, monkeypatch)
+    else:
+        library.chmod(mode)
+    again = build_kernels(tmp_path / "kernels")
+    assert calls.read_text() == "x\n" * 2 * RUNS
+    assert build.distrust(again) is None
+    assert "not trusted; building it again" in caplog.text
+
+
+def test_folders_are_private_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", 'while [ "$1" != -o ]; do shift; done; echo ok > "$2"'))
+    before = os.umask(0)
+    try:
+        library = build_kernels(tmp_path / "cache" / "gptbatch" / "kernels")
+    finally:
+        os.umask(before)
+    assert [build.distrust(path) for path in (library, *library.parents[:3])] == [None] * 4
+
+
 def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
     """One warning that says how to get it; asked for by name it is an error."""
     environment = {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}

@@ -144,7 +144,7 @@ def _find_weights(name: str, folder: Path, allow_pickle: bool) -> tuple[Path, ..
             continue
         if not allowed:
             raise ModelError(
-                f"{name}: the weights are pickled ({single}), which is refused; convert them to safetensors, or set allow_pickle"
+                f"{name}: the weights are pickled ({single}), which is refused; convert them to safetensors, or give --allow-pickle"
             )
         return (folder / single,) if (folder / single).is_file() else _shards(folder / index, Path(single).suffix)
     raise ModelError(describe_folder(name, folder, lacking=f"the folder has neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}"))

@@ -3,7 +3,8 @@
 A library is kept under a key of all that it depends on (source, flags, torch, the CPU's vector instructions), so that a
 cache folder which machines share holds one for each kind, and under a hash of its content. It is compiled in a temporary folder
 and moved into place whole, under a file lock: a build that was killed leaves nothing that could be loaded, and the next one
-sweeps its folder.
+sweeps its folder. A library runs with the rights of the process, so it is loaded only where nobody else but root can have put
+it there. The compilers end with the build, however that ends.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -32,8 +34,8 @@ logger = logging.getLogger("gptbatch.kernels")
 FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "blocks.cpp", "choose.cpp", "linear.cpp", "norm.cpp", "screen.cpp")
 HEADERS = ("common.h", "attention.h", "ending.h", "full_pages.h", "int8_pages.h", "maxima.h", "products.h", "tokens.h")
-LOCK_TIMEOUT_S = 300.0  # another process that builds takes seconds; one that hangs must not stop us for ever
-BUILD_TIMEOUT_S = 300.0
+LOCK_TIMEOUT_S = 600.0  # another process that builds takes seconds; one that hangs must not stop us for ever
+BUILD_TIMEOUT_S = 600.0
 _TEMPORARY = "build-"
 
 # by torch.backends.cpu.get_cpu_capability(): without these at::vec falls back to plain loops
@@ -52,12 +54,44 @@ class KernelError(Exception):
 
 @functools.cache
 def load_kernels() -> None:
-    """Make torch.ops.gptbatch available; builds it first where the cache has none. Raises KernelError."""
-    library = build_kernels(user_cache_path("gptbatch") / "kernels")
+    """Make torch.ops.gptbatch available; builds it first where the cache has none. Raises KernelError.
+
+    A cache folder that other users may write is not used: the library is built in a private one, for this process alone.
+    """
+    folder = user_cache_path("gptbatch") / "kernels"
+    if problem := distrust(folder.parent) or distrust(folder):
+        logger.warning("%s: the kernels are built for this run alone; mend it, or name another cache folder in XDG_CACHE_HOME", problem)
+        with tempfile.TemporaryDirectory(prefix="gptbatch-kernels-") as private:
+            _load(build_kernels(Path(private)))
+    else:
+        _load(build_kernels(folder))
+
+
+def _load(library: Path) -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise KernelError(f"{library}: cannot be loaded ({error})") from error
+
+
+def distrust(path: Path) -> str | None:
+    """Why other users may have put a file there or changed it; None where they cannot, or where there is nothing yet.
+
+    The owner must be this user or root, and nobody else may write.
+    """
+    if not hasattr(os, "geteuid"):  # Windows has no such owners and modes
+        return None
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{path}: cannot be looked at ({error.strerror})"
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"{path}: belongs to another user (uid {status.st_uid})"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{path}: other users may write it (mode {stat.S_IMODE(status.st_mode):o})"
+    return None
 
 
 def build_kernels(folder: Path) -> Path:
@@ -69,7 +103,7 @@ def build_kernels(folder: Path) -> Path:
     if shutil.which(compiler[0]) is None:
         raise KernelError(f"there is no C++ compiler {compiler[0]} here; install g++ or clang++, or name one in CXX")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_private_folder(folder)
         with FileLock(folder / "lock", timeout=LOCK_TIMEOUT_S):
             return _find(folder, key) or _build(compiler, folder, key)
     except Timeout as error:
@@ -83,9 +117,16 @@ def build_kernels(folder: Path) -> Path:
 def _find(folder: Path, key: str) -> Path | None:
     """The library of this key whose content is what its name says: a damaged one would end the process when it is loaded."""
     for library in folder.glob(f"kernels-{key}-*.so"):
-        if library.name == _name(key, library):
+        if library.is_file() and distrust(library) is None and library.name == _name(key, library):
             return library
     return None
+
+
+def _make_private_folder(folder: Path) -> None:
+    """Create the folder and its parents as far as they are missing, writable by this user alone whatever the umask is."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
 
 
 def _name(key: str, library: Path) -> str:
@@ -113,12 +154,12 @@ def _key() -> str:
 def _build(compiler: list[str], folder: Path, key: str) -> Path:
     """Compile under the lock.
 
-    Folders of builds that were killed are ours to sweep, since whoever built there held this lock; so are damaged libraries.
+    Folders of killed builds are swept, since their builder held this lock; so are libraries that are damaged or another user's.
     """
     for left_over in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(left_over, ignore_errors=True)
     for damaged in folder.glob(f"kernels-{key}-*.so"):
-        logger.warning("%s: damaged; building it again", damaged)
+        logger.warning("%s: %s; building it again", damaged, "not trusted" if distrust(damaged) else "damaged")
         damaged.unlink()
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as temporary:
         target = Path(temporary) / "kernels.so"
@@ -126,13 +167,15 @@ def _build(compiler: list[str], folder: Path, key: str) -> Path:
         headers, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))
         objects = {FOLDER / name: str(Path(temporary) / Path(name).with_suffix(".o").name) for name in SOURCES}
         compile_one = [*compiler, *compile_flags(), f"-I{headers}", "-c"]
-        _run_together([[*compile_one, str(source), "-o", made] for source, made in objects.items()])
-        _run_together([[*compiler, "-shared", "-fopenmp", *objects.values(), "-o", str(target), f"-L{libraries}", "-ltorch_cpu", "-lc10"]])
+        _run_together([[*compile_one, str(source), "-o", made] for source, made in objects.items()], temporary)
+        link = [*compiler, "-shared", "-fopenmp", *objects.values(), "-o", str(target), f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+        _run_together([link], temporary)
+        target.chmod(0o755)
         return target.replace(folder / _name(key, target))
 
 
-def _run_together(commands: list[list[str]]) -> None:
-    """Run compilers beside each other. Raises KernelError with the first error.
+def _run_together(commands: list[list[str]], temporary: str) -> None:
+    """Run compilers side by side, with their temporary files in `temporary`. Raises KernelError with the first error.
 
     None outlives the call, which a signal may end. A compiler has processes of its own, so each is the leader of a group.
     """
@@ -142,7 +185,13 @@ def _run_together(commands: list[list[str]]) -> None:
         for command in commands:
             running.append(
                 subprocess.Popen(
-                    command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+                    command,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    env={**os.environ, "TMPDIR": temporary},
+                    start_new_session=True,
                 )
             )
         for process in running:
