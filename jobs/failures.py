@@ -8,10 +8,10 @@ import logging
 import os
 import re
 import sys
-from pathlib import Path
 
 import click
 
+from jobs.limits import out_of_memory, out_of_threads
 from jobs.messages import clean, say
 from pipeline.errors import GptbatchError, StoppedError, StorageError
 
@@ -74,44 +74,8 @@ def find_shortage(error: BaseException) -> str | None:
         in_words = isinstance(link, (RuntimeError, ImportError)) or type(link) is Exception or not isinstance(link, Exception)
         text = str(link) if in_words else ""
         if isinstance(link, MemoryError) or number == errno.ENOMEM or _MEMORY.search(text):
-            return _out_of_memory()
+            return out_of_memory()
         if number == errno.EAGAIN or _THREADS.search(text):
-            return _out_of_threads()
+            return out_of_threads()
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return None
-
-
-def _out_of_memory() -> str:
-    import resource
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        return f"out of memory: the address space is limited to {limit / 2**30:.2f} GiB (ulimit -v); raise or lift the limit"
-    return "out of memory: run it again where more is free, or with a smaller --batch-size or --memory-gib"
-
-
-def _out_of_threads() -> str:
-    import resource
-
-    limits = []
-    processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if processes != resource.RLIM_INFINITY:
-        limits.append(f"{processes} processes and threads of this user (ulimit -u)")
-    limits += [f"{most} in its control group (pids.max)" for most in _pids_limits()]
-    space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if space != resource.RLIM_INFINITY:
-        limits.append(f"{space / 2**30:.2f} GiB of address space (ulimit -v)")
-    which = f"; limits are {', '.join(limits)}" if limits else ""
-    return f"no more threads or processes can be started{which}: raise the limit, end other processes, or take fewer --threads"
-
-
-def _pids_limits() -> list[int]:
-    from pipeline.machine import cgroup_folders
-
-    found = []
-    for folder in cgroup_folders("pids"):
-        try:
-            found.append(int((Path(folder) / "pids.max").read_text(encoding="ascii")))
-        except (OSError, ValueError):
-            continue
-    return found

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from jobs.limits import check_limits
 from jobs.messages import echo
 from jobs.options import GroupedCommand, config_options, option_name
 from jobs.progress import progress_for_terminal
@@ -60,6 +61,7 @@ def generate(context: click.Context, /, config_file: str | None, greedy: bool, d
     if dry_run:
         echo(json.dumps(asdict(inspect_job(config))))
         return
+    check_limits(computes=True)
     summary = run_job(config, progress_for_terminal(), context.find_object(Signals))
     echo(json.dumps(asdict(summary)))
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "bench": ("jobs.bench", "Measure new tokens per second."),
     "train-demo": ("jobs.train_demo", "Train the small GPT-2 of the demo."),
 }
+# commands that always import torch; generate does when there is something to do
+COMPUTING = {"verify", "replay", "check-model", "bench", "train-demo"}
 
 
 class _Lazy(click.Group):
@@ -26,6 +28,9 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        from jobs.limits import check_limits
+
+        check_limits(computes=cmd_name in COMPUTING)
         module = import_module(COMMANDS[cmd_name][0])
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
