@@ -108,15 +108,15 @@ def _quota(folder: Path) -> float | None:
 
 def _steal() -> float:
     """The share of CPU time that the host has given to others, over a moment."""
-
-    def sample() -> list[int]:
-        first = _read(_STAT).partition("\n")[0].split()[1:9]
-        return [int(word) for word in first]
-
-    before = sample()
+    before = _cpu_times()
     time.sleep(STEAL_SAMPLE_S)
-    passed = [now - then for now, then in zip(sample(), before, strict=True)]
+    passed = [now - then for now, then in zip(_cpu_times(), before, strict=True)]
     return passed[7] / sum(passed) if len(passed) == 8 and sum(passed) > 0 else 0.0
+
+
+def _cpu_times() -> list[int]:
+    """User, nice, system, idle, iowait, irq, softirq and steal of all CPUs, in ticks."""
+    return [int(word) for word in _read(_STAT).partition("\n")[0].split()[1:9]]
 
 
 def _up(root: Path, path: str) -> list[Path]:

@@ -1,7 +1,8 @@
-"""How much memory there is to take: the system's, and what control groups leave of it."""
+"""What there is to take, memory and CPU time: the system's, and what control groups leave of it."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,83 @@ def test_a_group_that_is_full(system: Path) -> None:
     (system.parent / "own").write_text("0::/job\n")
     limit(system / "job", str(GIB), 2 * GIB)
     assert machine.free_memory_bytes() == 0
+
+
+# -- CPU time ------------------------------------------------------------------------------------------------------------
+
+
+def quota(folder: Path, quota_us: str, period_us: int = 100_000, *, version: int = 2) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if version == 2:
+        (folder / "cpu.max").write_text(f"{quota_us} {period_us}\n")
+    else:
+        (folder / "cpu.cfs_quota_us").write_text(f"{-1 if quota_us == 'max' else quota_us}\n")
+        (folder / "cpu.cfs_period_us").write_text(f"{period_us}\n")
+
+
+@pytest.fixture
+def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+
+
+@pytest.mark.usefixtures("eight_cpus")
+def test_cpus_without_a_quota(system: Path) -> None:
+    assert (machine.cores().quota, machine.cores().threads) == (None, 8)
+
+
+@pytest.mark.usefixtures("eight_cpus")
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("quotas", "threads"), [(["200000"], 2), (["150000"], 1), (["50000"], 1), (["max"], 8), (["1600000"], 8)])
+@pytest.mark.parametrize("place", ["/", "/docker/0123"])
+def test_a_container_with_a_quota(system: Path, version: int, quotas: list[str], threads: int, place: str) -> None:
+    """In a container its own group is the root of what it sees, whatever /proc/self/cgroup calls it."""
+    (system.parent / "own").write_text(f"0::{place}\n" if version == 2 else f"9:memory:{place}\n5:cpu,cpuacct:{place}\n")
+    quota(system if version == 2 else system / "cpu", quotas[0], version=version)
+    assert machine.cores().threads == threads
+
+
+@pytest.mark.usefixtures("eight_cpus")
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_least_of_nested_quotas(system: Path, version: int) -> None:
+    root = system if version == 2 else system / "cpu"
+    path = "kubepods/burstable/pod7"
+    (system.parent / "own").write_text(f"0::/{path}/main\n" if version == 2 else f"5:cpu:/{path}/main\n")
+    quota(root / path, "300000", version=version)
+    quota(root / path / "main", "max", version=version)
+    assert (machine.cores().quota, machine.cores().threads) == (3.0, 3)
+    quota(root / path / "main", "250000", 50_000, version=version)
+    assert machine.cores().quota == 3.0
+    quota(root / path / "main", "100000", 50_000, version=version)
+    assert machine.cores().threads == 2
+
+
+def test_affinity_is_a_limit_too(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    quota(system, "400000")
+    (system.parent / "own").write_text("0::/\n")
+    assert machine.cores().threads == 1
+
+
+@pytest.mark.usefixtures("eight_cpus")
+@pytest.mark.parametrize(
+    ("load", "own_threads", "steal", "quota_us", "said"),
+    [
+        ("0.20", 0, 0, "max", ""),
+        ("8.10", 8, 0, "max", ""),
+        ("7.30", 2, 0, "max", "other processes run or wait for them (load 7.30"),
+        ("0.10", 0, 30, "max", "the host takes 30% of their time (steal)"),
+        ("0.10", 0, 0, "150000", "the control group may use 1.5 of 8 CPUs"),
+    ],
+)
+def test_cores_that_are_not_the_runs_own(
+    system: Path, monkeypatch: pytest.MonkeyPatch, load: str, own_threads: int, steal: int, quota_us: str, said: str
+) -> None:
+    (system.parent / "own").write_text("0::/\n")
+    quota(system, quota_us)
+    (system.parent / "loadavg").write_text(f"{load} 1.00 1.00 3/200 4711\n")
+    samples = iter([f"cpu 100 0 50 800 0 0 0 {steal}", f"cpu {150 - steal} 0 80 820 0 0 0 {2 * steal}"])
+    monkeypatch.setattr(machine, "_LOADAVG", system.parent / "loadavg")
+    monkeypatch.setattr(machine, "_cpu_times", lambda: [int(word) for word in next(samples).split()[1:]])
+    monkeypatch.setattr(machine, "STEAL_SAMPLE_S", 0.0)
+    found = machine.describe_cores(own_threads)
+    assert found.startswith(said) if said else found == ""

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 from platformdirs import user_cache_path
 
 from jobs.cli import run_command
+from jobs.failures import find_shortage
+from jobs.generate import generate
+from jobs.group import COMMANDS, cli
+from jobs.messages import LogFormatter
+from jobs.options import option_groups, option_name
+from pipeline.advice import describe_errors
 from pipeline.config import config_fields, environment_name, load_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
+from pipeline.openmp import limit_spinning
 from pipeline.paths import PathError, expand_path
+from pipeline.redact import redact
+from tests.launcher import Launcher
+from tests.paths import REPOSITORY
 
 NEEDED = {"model": "m", "input": "i", "output": "o"}
 PATH_KEYS = ("model", "input", "dataset", "output")
@@ -274,3 +291,265 @@ def test_a_number_where_text_is_needed(tmp_path: Path) -> None:
     path.write_text("output: 7")
     with pytest.raises(ConfigError, match="output: input should be a valid string, not 7; quote it to make it text"):
         load_config(str(path), environment={}, options={"model": "m", "input": "i"})
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+SECRETS = [
+    ("https://ada:hunter2@host/x", "https://***@host/x"),
+    ("https://ada:hun/ter2@host/x", "https://***@host/x"),
+    ("https://ada:hun@ter2@host/x", "https://***@host/x"),
+    ("https://ada:h/u@n/t@er2@host", "https://***@host"),
+    ("https:/ada:hunter2@host/x", "https:/***@host/x"),
+    ("https://hunter2@host/x", "https://***@host/x"),
+    ("ftp://a:b'hunter2@host", "ftp://***@host"),
+    ("'hf_hunter2hunter2'", "'***'"),
+    ("x_hf_hunter2hunter2", "x_***"),
+    ("https://host/x?token=hunter2&a=1", "https://host/x?token=***&a=1"),
+    ("Authorization: Bearer hunter2hunter2", "Authorization: Bearer ***"),
+]
+
+
+@pytest.mark.parametrize(("text", "shown"), SECRETS)
+def test_secrets_are_hidden(text: str, shown: str) -> None:
+    assert redact(f"{text} and more") == f"{shown} and more"
+
+
+@pytest.mark.parametrize("text", ["https://host/path@v1", "http://host:8080/x", "mail ada@host.org", "a: b@c", "half_hf_ x"])
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize("secret", [text for text, _ in SECRETS])
+@pytest.mark.parametrize("option", ["--temperature", "--device", "--seed", "--max-row-errors", "--model", "--output", "--unknown"])
+def test_option_errors_hide_secrets(option: str, secret: str, gptbatch: Command) -> None:
+    code, stdout, stderr = gptbatch("generate", "--input", "nowhere.jsonl", option, secret)
+    assert (code, stdout) == (2, "")
+    assert "hunter2" not in stderr
+    assert "ter2" not in stderr
+
+
+CONTROL = ["\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "a\ngptbatch: all is well", "a\rb", "\u202egnp.exe", "\x7f", "\x00"[1:] + "b\x08"]
+
+
+@pytest.mark.parametrize("text", CONTROL)
+def test_control_characters_do_not_reach_the_terminal(text: str, gptbatch: Command) -> None:
+    for arguments in (
+        ("generate", "--model", "bundled:demo/model", "--output", "out", "--input", text),
+        ("generate", "--model", text, "--output", "out", "--input", "x"),
+        ("generate", "--device", text),
+        ("generate", "--config", text),
+        ("status", text),
+        ("verify", text),
+        (text,),
+    ):
+        code, _, stderr = gptbatch(*arguments)
+        assert code in (2, 66, 78), stderr
+        assert not [character for character in stderr if character != "\n" and not character.isprintable()]
+        assert not [line for line in stderr.splitlines()[1:] if line.startswith("gptbatch: ")]
+
+
+def test_a_log_record_is_cleaned(caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        raise RuntimeError("https://ada:hunter2@host \x1b[2J")
+    except RuntimeError:
+        record = logging.LogRecord("gptbatch", logging.ERROR, "x.py", 1, "a tensor \x1b]0;x\x07", None, sys.exc_info())
+    shown = LogFormatter().format(record)
+    assert "hunter2" not in shown
+    assert "\x1b" not in shown
+    assert "a tensor \\x1b]0;x\\x07" in shown
+    assert all(line.startswith("  ") for line in shown.splitlines()[1:])
+
+
+def test_what_a_folder_says_of_itself_is_cleaned(checkpoint: Path, gptbatch: Command, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
+    options = ["--model", checkpoint, "--input", "prompts.jsonl", "--output", "out", "--max-new-tokens", "2"]
+    assert gptbatch("generate", *options)[0] == 0
+    progress = tmp_path / "out" / ".gptbatch" / "progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"updated_at": "\x1b[2J"}))
+    _, stdout, stderr = gptbatch("status", "out")
+    assert "\x1b" not in stdout + stderr
+
+
+@pytest.mark.parametrize("option", ["--seed", "--temperature", "--device", "--on-bad-row", "--threads"])
+def test_long_values_are_cut(option: str, gptbatch: Command) -> None:
+    code, _, stderr = gptbatch("generate", option, "9" * 50_000)
+    assert code == 2
+    assert len(stderr) < 2000
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+SHORTAGES: list[tuple[BaseException, str]] = [
+    (MemoryError(), "out of memory"),
+    (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory"),
+        "out of memory",
+    ),
+    (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
+    (RuntimeError("std::bad_alloc"), "out of memory"),
+    (RuntimeError("can't start new thread"), "no more threads"),
+    (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more threads"),
+    (
+        Exception("The global thread pool has not been initialized: ThreadPoolBuildError { kind: IOError(Os { code: 11 }) } os error 11"),
+        "no more",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "message"), SHORTAGES, ids=[type(error).__name__ + str(n) for n, (error, _) in enumerate(SHORTAGES)])
+def test_memory_and_threads_that_run_out_say_so(
+    error: BaseException, message: str, gptbatch: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised as it is, and under an error of ours that blames something else."""
+
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise error
+
+    def blame(*arguments: Any, **settings: Any) -> None:
+        try:
+            raise error
+        except BaseException as cause:
+            raise ModelError("the weights cannot be read") from cause
+
+    for stand_in in (fail, blame):
+        monkeypatch.setattr("jobs.generate.load_config", stand_in)
+        code, _, stderr = gptbatch("generate")
+        assert code == 75
+        assert stderr.startswith(f"gptbatch: {message}")
+        assert "Traceback" not in stderr
+
+
+def test_other_errors_are_no_shortage() -> None:
+    for error in (ValueError("out of memory"), OSError(errno.ENOSPC, "full"), ModelError("out of memory"), RuntimeError("x")):
+        assert find_shortage(error) is None
+
+
+@pytest.mark.parametrize(
+    ("limit_kib", "arguments"), [(300_000, ["status", "out"]), (1_000_000, ["verify", "out"]), (150_000, ["generate"])]
+)
+def test_a_small_address_space_is_named(limit_kib: int, arguments: list[str], tmp_path: Path) -> None:
+    command = f'ulimit -v {limit_kib}; exec "{sys.executable}" -m jobs {" ".join(arguments)}'
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 78, done.stderr
+    assert f"the address space is limited to {limit_kib / 2**20:.2f} GiB (ulimit -v)" in done.stderr
+
+
+def test_too_few_threads_are_named(gptbatch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    code, _, stderr = gptbatch("status", "out")
+    assert code == 75
+    assert "no more threads or processes can be started" in stderr
+
+
+# -- shared machines ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}),
+        ({"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5", "KMP_BLOCKTIME": "1"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_threads_spin_for_a_moment_only(before: dict[str, str], after: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    environment = dict(before)
+    limit_spinning(environment)
+    assert environment == after
+
+
+def test_nothing_is_set_once_torch_is_there() -> None:
+    environment: dict[str, str] = {}
+    limit_spinning(environment)
+    assert environment == {}
+
+
+def test_the_library_sets_it_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, os, pipeline; assert os.environ['GOMP_SPINCOUNT'] == '1000'; assert 'pydantic' not in sys.modules; "
+        "pipeline.run_job, pipeline.JobConfig, pipeline.load_config; assert 'torch' not in sys.modules; assert 'run_job' in dir(pipeline)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    subprocess.run([sys.executable, "-c", program], env={**environment, "PYTHONPATH": str(REPOSITORY)}, check=True, timeout=120)
+
+
+def test_a_run_says_what_it_loads_and_that_the_cores_are_shared(
+    launcher: Launcher, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "The queen"}\n')
+    options = ["--model", checkpoint, "--input", tmp_path / "prompts.jsonl", "--max-new-tokens", "2", "--threads", "1"]
+    code, child = launcher.run("generate", *options, "--output", "out")
+    assert code == 0, child.stderr
+    assert f"gptbatch.loading INFO: loading {checkpoint} as float32 on cpu with 1 thread for 2 rows\n" in child.stderr
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_help_of_generate_has_a_heading_for_every_option() -> None:
+    shown = CliRunner().invoke(cli, ["generate", "--help"]).output
+    places = [shown.index(f"\n{title}:\n") for title in ("Model", "Input", "Output", "Sampling", "Numerics", "Engine", "Run", "Examples")]
+    assert places == sorted(places)
+    assert set(option_groups()) == set(config_fields())
+    assert all(option_groups().values())
+    for key in config_fields():
+        assert shown.count(f"  {option_name(key)} ") == 1, key
+    for line in shown[places[-1] :].splitlines()[2:]:
+        if line.strip():
+            words = line.split()
+            assert words[:2] == ["gptbatch", "generate"]
+            generate.make_context("generate", words[2:])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_option_given_twice_is_an_error_in_every_command(name: str, gptbatch: Command) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and not parameter.multiple:
+            words = [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], "1"]
+            code, stdout, stderr = gptbatch(name, *words, *words)
+            assert (code, stdout) == (2, "")
+            assert f"{parameter.opts[0]} is given twice" in stderr
+    assert gptbatch("generate", "--skip-row", "a", "--skip-row", "b")[0] == 2, "may be given many times; what it lacks is a model"
+
+
+# -- error rows --------------------------------------------------------------------------------------------------------
+
+
+def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(launcher: Launcher, checkpoint: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "The king"}, {"prompt": "king " * 100}, {"prompt": "queen " * 100}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options: list[str | Path] = ["--model", checkpoint, "--input", tmp_path / "prompts.jsonl", "--max-new-tokens", "2"]
+    options += ["--output", tmp_path / "out"]
+    said = "2 of 3 rows are errors: 2 too_long (context_overflow: truncate_left keeps the end of such prompts)"
+    code, child = launcher.run("generate", *options, "--dry-run")
+    assert (code, child.stderr.count(said)) == (0, 1)
+    code, child = launcher.run("generate", *options)
+    assert (code, child.stderr.count(said)) == (0, 1)
+    assert child.summary["errors"] == 2
+    code, child = launcher.run("generate", *options, "--context-overflow", "truncate_left", "--output", tmp_path / "other")
+    assert code == 2, "given twice"
+    options[-1] = tmp_path / "other"
+    code, child = launcher.run("generate", *options, "--context-overflow", "truncate_left")
+    assert (code, "errors" in child.stderr) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rows", "said"),
+    [
+        ({}, 5, ""),
+        ({"too_long": 0}, 5, ""),
+        ({"not_finite": 1}, 1, "1 of 1 row is an error: 1 not_finite (dtype: float32 has the widest range)"),
+        ({"new_kind": 2, "bad_row": 1}, 9, "3 of 9 rows are errors: 1 bad_row (mend them in the input), 2 new_kind"),
+    ],
+)
+def test_the_sentence_about_error_rows(kinds: dict[str, int], rows: int, said: str) -> None:
+    assert describe_errors(kinds, rows) == said
