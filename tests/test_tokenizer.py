@@ -77,8 +77,7 @@ def expect_as_transformers(model: Path, prompts: list[str], **changes: Any) -> N
     assert encoded(model, prompts, **changes) == expected
     for row, token_ids in zip(run(model, prompts, **changes), expected, strict=True):
         assert row["prompt_tokens"] == len(token_ids)
-        before, whole = (theirs.decode(token_ids + new) for new in ([], row["completion_token_ids"]))
-        assert before + row["completion"] == whole
+        assert theirs.decode(token_ids) + row["completion"] == theirs.decode(token_ids + row["completion_token_ids"])
 
 
 def verify(model: Path) -> set[str]:
