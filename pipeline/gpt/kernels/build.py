@@ -202,10 +202,10 @@ def _run_together(commands: list[list[str]], temporary: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise KernelError(f"{commands[0][0]} has not ended after {BUILD_TIMEOUT_S:.0f} s") from error
     finally:
+        for process in [process for process in running if process.poll() is None]:  # all, before any is waited for
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         for process in running:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
             if process.stderr is not None:
                 process.stderr.close()
