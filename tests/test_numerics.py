@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from pipeline.gpt.linear import ROW_PLANS, Linear, use_threads
 from pipeline.gpt.model import GPT
 from pipeline.gpt.padded import PaddedAttention, PaddedCache
 from tests.conftest import our_model, random_model
+from tests.paths import REPOSITORY
 
 
 class RowCounting(Linear):
@@ -58,6 +62,39 @@ def test_this_machine_passes(attention: Backend) -> None:
     assert report.row_plan == model.row_plan_name
     assert report == check_numerics(model), "the digest is that of the weights and the machine"
     assert check_numerics(our_model(random_model(seed=1), attention=attention)).probe_digest != report.probe_digest
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_digest_tells_environments_apart(dtype: torch.dtype, seed: int) -> None:
+    """Two attention backends sum in other orders. In 16 bits the logits of a few tokens are equal all the same."""
+    theirs = random_model(seed=seed)
+    backends: tuple[Backend, ...] = ("ragged", "padded")
+    digests = {check_numerics(our_model(theirs, attention=attention, dtype=dtype)).probe_digest for attention in backends}
+    assert len(digests) == 2
+
+
+DIGEST = """
+import torch
+from pipeline.data.checkpoint import find_checkpoint
+from pipeline.generation.numerics import check_numerics
+from pipeline.gpt.config import parse_config
+from pipeline.gpt.weights import load_gpt
+demo = find_checkpoint("bundled:demo/model")
+config = parse_config(demo.config, "config.json")
+print(check_numerics(load_gpt(config, list(demo.weights), dtype=torch.bfloat16, device=torch.device("cpu"))).probe_digest)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the CPU has generic instructions only")
+def test_the_digest_tells_vector_instructions_apart() -> None:
+    found: set[str] = set()
+    for changes in ({}, {"ATEN_CPU_CAPABILITY": "default"}):
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **changes}
+        done = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize(("harmless", "step", "plan"), [(0, 7, "rounded"), (32, 7, "more"), (10**9, 64, "constant")])
