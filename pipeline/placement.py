@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from pipeline.config import JobConfig
 from pipeline.data.bundled import locate
 from pipeline.data.completions import COLUMNS
-from pipeline.errors import OutputConflictError, OutputCreationError
+from pipeline.errors import OutputConflictError
 
 logger = logging.getLogger("gptbatch")
 
@@ -37,21 +36,3 @@ def check_placement(config: JobConfig) -> None:
             config.output,
             ", ".join(hive),
         )
-
-
-def check_writable(output: Path) -> None:
-    """See whether the folder could be created and written, as far as can be seen without doing it.
-
-    Raises:
-        OutputCreationError: It could not.
-    """
-    folder = output.absolute()
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise OutputCreationError(f"{output}: cannot be created ({folder} is no folder)")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputCreationError(f"{output}: cannot be created or written (no permission in {folder})")
-    longest = max(len(os.fsencode(part)) for part in output.absolute().parts)
-    if longest > os.pathconf(folder, "PC_NAME_MAX"):
-        raise OutputCreationError(f"{output}: cannot be created (a name of {longest} bytes is too long)")

@@ -484,7 +484,7 @@ def test_a_run_says_what_it_loads_and_that_the_cores_are_shared(
     launcher: Launcher, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "The queen"}\n')
-    options = ["--model", checkpoint, "--input", tmp_path / "prompts.jsonl", "--max-new-tokens", "2", "--threads", "1"]
+    options: list[str | Path] = ["--model", checkpoint, "--input", tmp_path / "prompts.jsonl", "--max-new-tokens", "2", "--threads", "1"]
     code, child = launcher.run("generate", *options, "--output", "out")
     assert code == 0, child.stderr
     assert f"gptbatch.loading INFO: loading {checkpoint} as float32 on cpu with 1 thread for 2 rows\n" in child.stderr
