@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from pipeline.data.bundled import PREFIX, locate
 from pipeline.data.yaml_reader import YamlError, read_yaml_mapping
@@ -33,8 +33,23 @@ _SERVICE_VARIABLES = (
 )
 
 Name = Annotated[str, Field(min_length=1)]
-InputPath = Annotated[str, Field(min_length=1), AfterValidator(lambda text: text if text == "-" else expand_path(text))]
-OutputPath = Annotated[str, Field(min_length=1), AfterValidator(lambda text: expand_path(text, writes=True))]
+
+
+def _path_setting(*, writes: bool) -> Any:
+    """A validator for paths. pydantic's own for text refuses names that are not UTF-8."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str):
+            raise PydanticCustomError("string_type", "Input should be a valid string")
+        if not value:
+            raise PydanticCustomError("string_too_short", "String should have at least 1 character")
+        return value if value == "-" and not writes else expand_path(value, writes=writes)
+
+    return PlainValidator(check)
+
+
+InputPath = Annotated[str, _path_setting(writes=False)]
+OutputPath = Annotated[str, _path_setting(writes=True)]
 # "5" or "2.5%"; a YAML file may say 5 without quotes
 CountOrShare = Annotated[
     str, BeforeValidator(lambda value: str(value) if type(value) is int else value), Field(pattern=r"^(\d+|\d{1,2}(\.\d+)?%|100%)$")
@@ -225,6 +240,9 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
                 continue
             raise ConfigError(f"environment variable {name}: no such setting{_nearest(name, list(names))}")
         key = names[name]
+        if fields[key].annotation is str:  # checked with the config
+            values[key] = text
+            continue
         adapter: TypeAdapter[Any] = TypeAdapter(fields[key].annotation or str)
         try:
             # a list is given as JSON

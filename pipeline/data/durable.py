@@ -58,8 +58,8 @@ class Writer:
             raise
 
     def write_text(self, target: Path, text: str, *, durable: bool = True) -> None:
-        """As `write`, in UTF-8."""
-        self.write(target, lambda file: _write_all(file, text.encode("utf-8")), durable=durable)
+        r"""As `write`, in UTF-8. A name that is not UTF-8 becomes `\udce8`, an escape of JSON and YAML."""
+        self.write(target, lambda file: _write_all(file, text.encode("utf-8", "backslashreplace")), durable=durable)
 
     def remove(self, target: Path) -> None:
         """Remove a file for good; none there is fine. Raises StorageError."""

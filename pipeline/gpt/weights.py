@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -110,7 +111,7 @@ class SafetensorsFile:
     @contextmanager
     def _open(self) -> Iterator[safe_open]:
         try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
+            with _utf8_name(self.path) as name, safe_open(name, framework="pt", device="cpu") as file:
                 yield file
         except (SafetensorError, OSError) as error:
             _raise_if_disk(self.path, error)
@@ -122,7 +123,8 @@ class PickleFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            content: Any = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            with _utf8_name(path) as name:
+                content: Any = torch.load(name, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
         except (RuntimeError, OSError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
             _raise_if_disk(path, error)
             raise ModelError(f"{path}: not a readable file of weights ({error})") from error
@@ -135,6 +137,20 @@ class PickleFile:
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         return {name: self._tensors[name] for name in names}
+
+
+@contextmanager
+def _utf8_name(path: Path) -> Iterator[str]:
+    """A name of the file in UTF-8, which is all that safetensors and torch take."""
+    name = os.fspath(path)
+    if name.isascii() or name.encode("utf-8", "replace").decode("utf-8") == name:
+        yield name
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def _raise_if_disk(path: Path, error: Exception) -> None:
