@@ -25,6 +25,7 @@ from pipeline.data.rows import RowSource
 from pipeline.data.tokenizer import EncodedPrompt, PromptTokenizer
 from pipeline.data.tokenizer_files import LoadedTokenizer, load_tokenizer
 from pipeline.gpt.config import GPTConfig, parse_config
+from pipeline.placement import check_placement
 from pipeline.records import NOISE_VERSION, Completion, Prompt, RowError, TokenizedPrompt
 
 logger = logging.getLogger("gptbatch")
@@ -237,6 +238,7 @@ class InputReport:
 
 def inspect_job(config: JobConfig) -> InputReport:
     """A dry run: check every row and count its tokens. Loads no model and writes nothing."""
+    check_placement(config)
     job = Job(config)
     summary = job.reader.check(must_hold=config.skip_row)
     lengths = array("q")

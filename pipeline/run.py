@@ -40,6 +40,7 @@ from pipeline.job import Job, find_source, job_identity
 from pipeline.loop import ErrorLimit, PartLoop, Progress, Stop
 from pipeline.machine import describe_cores
 from pipeline.network import Network, load_network, resolve_device, threads_to_use
+from pipeline.placement import check_placement
 from pipeline.redact import redact
 from pipeline.resume import (
     Trusted,
@@ -71,6 +72,7 @@ class _NobodyStops:
 def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | None = None) -> RunSummary:
     """Run a job to the end and say what was done. Raises GptbatchError (see errors.py for the kinds)."""
     began = time.monotonic()
+    check_placement(config)
     folder = OutputFolder(Path(config.output))
     folder.refuse_links()
     state = folder.state()

@@ -26,10 +26,11 @@ from jobs.group import COMMANDS, cli
 from jobs.messages import LogFormatter
 from jobs.options import option_groups, option_name
 from pipeline.advice import describe_errors
-from pipeline.config import config_fields, environment_name, load_config
+from pipeline.config import JobConfig, config_fields, environment_name, load_config
 from pipeline.errors import ConfigError, ModelError
 from pipeline.openmp import limit_spinning
 from pipeline.paths import PathError, expand_path
+from pipeline.placement import check_placement
 from pipeline.redact import redact
 from tests.launcher import Launcher
 from tests.paths import REPOSITORY
@@ -329,7 +330,7 @@ def test_option_errors_hide_secrets(option: str, secret: str, gptbatch: Command)
     assert "ter2" not in stderr
 
 
-CONTROL = ["\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "a\ngptbatch: all is well", "a\rb", "\u202egnp.exe", "\x7f", "\x00"[1:] + "b\x08"]
+CONTROL = ["\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "a\ngptbatch: all is well", "a\rb", "\u202egnp.exe", "\x7f", "b\x08"]
 
 
 @pytest.mark.parametrize("text", CONTROL)
@@ -553,3 +554,47 @@ def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(launcher: Launcher
 )
 def test_the_sentence_about_error_rows(kinds: dict[str, int], rows: int, said: str) -> None:
     assert describe_errors(kinds, rows) == said
+
+
+# -- where an output may stand -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"prompt": "The king"}\n')
+    return folder
+
+
+@pytest.mark.parametrize("output", ["data", "data/out", "data/runs/../deeper/out", "link/out", "./data/../data/x"])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_output_inside_its_own_dataset_is_refused(
+    output: str, dry: list[str], data: Path, checkpoint: Path, gptbatch: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(data)
+    code, stdout, stderr = gptbatch("generate", "--model", checkpoint, "--dataset", "data", "--output", output, *dry)
+    assert (code, stdout) == (78, "")
+    assert f"{output}: lies inside the folder of its own dataset (data)" in stderr
+    assert [path.name for path in data.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("output", ["out", "data-out", "deep/data/out"])
+def test_an_output_beside_its_dataset_is_none_of_it(output: str, data: Path) -> None:
+    check_placement(JobConfig(model="m", dataset=str(data), output=str(data.parent / output)))
+
+
+@pytest.mark.parametrize(
+    ("output", "warned"),
+    [
+        ("by-seed/seed=1", "seed=1"),
+        ("temperature=0.5/top_k=40/run", "temperature=0.5, top_k=40"),
+        ("SEED=3", "SEED=3"),
+        ("model=gpt2/x", ""),
+        ("seed-1", ""),
+        ("=", ""),
+    ],
+)
+def test_a_folder_named_as_a_column_is_warned_of(output: str, warned: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_placement(JobConfig(model="m", input="i", output=str(tmp_path / output)))
+    assert [f"folder name {warned} for a column" in record.getMessage() for record in caplog.records] == ([True] if warned else [])
