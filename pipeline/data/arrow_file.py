@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.rows import RawRow
-from pipeline.errors import InputNotFoundError, InputRowsError, StorageError
+from pipeline.errors import GptbatchError, InputNotFoundError, InputRowsError, OutOfMemoryError, StorageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,43 +29,46 @@ class ArrowFile:
 
     def rows(self) -> Iterator[RawRow]:
         """Raises InputRowsError for content that is damaged, InputNotFoundError and StorageError for a file that cannot be read."""
+        import pyarrow as pa
+
         place = 0
-        for batch in self._batches():
-            names = batch.schema.names
-            if repeated := [name for name in names if names.count(name) > 1]:
-                raise InputRowsError(f"{self.name}: two columns are called {repeated[0]!r}")
-            read = _reader(batch)
-            for offset in range(batch.num_rows):
-                yield RawRow(where=f"{self.name} row {place}", line=place, place=place, fields=partial(read, offset))
-                place += 1
+        try:
+            for batch in self._batches():
+                names = batch.schema.names
+                if repeated := [name for name in names if names.count(name) > 1]:
+                    raise InputRowsError(f"{self.name}: two columns are called {repeated[0]!r}")
+                read = _reader(batch)
+                for offset in range(batch.num_rows):
+                    yield RawRow(where=f"{self.name} row {place}", line=place, place=place, fields=partial(read, offset))
+                    place += 1
+        except PermissionError as error:
+            raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
+        except (pa.ArrowMemoryError, MemoryError) as error:
+            raise OutOfMemoryError(f"{self.name}: not enough memory to read it ({error})") from error
+        except GptbatchError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise StorageError(f"{self.name}: reading failed ({error.strerror or error})") from error
+            # pyarrow has many errors for damage: ArrowInvalid, OSError without a number, UnicodeDecodeError of a name
+            raise InputRowsError(f"{self.name}: the file is damaged or cut off ({_first_line(error)})") from error
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
-            with pa.PythonFile(self.path.open("rb"), mode="r") as file:
-                magic = file.read(6)
-                file.seek(0)
-                if magic.startswith(b"PAR1"):
-                    with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-                        yield from parquet.iter_batches(BATCH_ROWS)
-                    return
-                reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if magic == b"ARROW1" else reader
-                for batch in batches:
-                    batch.validate(full=True)  # offsets that point outside of their buffers would end the process
-                    yield from (batch.slice(first, BATCH_ROWS) for first in range(0, batch.num_rows, BATCH_ROWS))
-        except PermissionError as error:
-            raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
-        except (pa.ArrowMemoryError, MemoryError) as error:
-            raise StorageError(f"{self.name}: not enough memory to read it ({error})") from error
-        except (pa.ArrowInvalid, pa.ArrowException, EOFError) as error:
-            raise InputRowsError(f"{self.name}: the file is damaged or cut off ({error})") from error
-        except OSError as error:
-            if error.errno is None:  # how pyarrow reports damaged pages
-                raise InputRowsError(f"{self.name}: the file is damaged or cut off ({error})") from error
-            raise StorageError(f"{self.name}: reading failed ({error.strerror or error})") from error
+        with pa.PythonFile(self.path.open("rb"), mode="r") as file:
+            magic = file.read(6)
+            file.seek(0)
+            if magic.startswith(b"PAR1"):
+                with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                    yield from parquet.iter_batches(BATCH_ROWS)
+                return
+            reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if magic == b"ARROW1" else reader
+            for batch in batches:
+                batch.validate(full=True)  # offsets that point outside of their buffers would end the process
+                yield from (batch.slice(first, BATCH_ROWS) for first in range(0, batch.num_rows, BATCH_ROWS))
 
 
 def _reader(batch: pa.RecordBatch) -> Callable[[int], dict[str, Any]]:

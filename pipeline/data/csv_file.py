@@ -75,6 +75,7 @@ def _records(lines: Iterable[tuple[int, bytes | None]], delimiter: str) -> Itera
     """
     first = blanks = size = 0
     open_cells: _Record | None = None
+    line_end: bytes | None = None  # of the header
     for number, line in lines:
         if open_cells is None:
             if line is not None and not line.strip(b"\r\n"):
@@ -87,6 +88,8 @@ def _records(lines: Iterable[tuple[int, bytes | None]], delimiter: str) -> Itera
             if line is None or size > MAX_LINE_BYTES:
                 _bad(f"the row is longer than {MAX_LINE_BYTES} bytes; is a quote opened and not closed?")
             if open_cells.add(_decode(line)):
+                if line.endswith(b"\n") and _line_end(line) != (line_end := line_end or _line_end(line)):
+                    _bad("the line end is not that of the header: CR may belong to the last cell or to the line")
                 yield first, open_cells.cells
                 open_cells = None
         except ValueError as error:
@@ -138,6 +141,10 @@ class _Record:
             if not line.startswith(self._delimiter, at):
                 _bad(f"text stands behind the closing quote of cell {len(self.cells)}")
             at += 1
+
+
+def _line_end(line: bytes) -> bytes:
+    return b"\r\n" if line.endswith(b"\r\n") else b"\n"
 
 
 def _decode(line: bytes) -> str:

@@ -136,7 +136,9 @@ class _HubSplits:
         self.dataset, self.name, self._config, self._revision, self._delimiter = dataset, name, config, revision, delimiter
         self._cached: _LocalSplits | None = None
         self._prepared: dict[str, Any] = {}  # splits whose length had to be known
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES:
             self._cached = self._snapshot()
 
     def rows(self, split: str) -> Iterator[RawRow]:
@@ -225,8 +227,11 @@ def _saved_split(folder: Path) -> tuple[str | None, list[Path]]:
     state = json.loads((folder / "state.json").read_bytes())
     if state.get("_indices_data_files"):
         raise ValueError("an old version of datasets saved it with indices; load it and save it again")
+    files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{missing[0]} is missing")
     split = state.get("_split")
-    return split if isinstance(split, str) else None, [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+    return split if isinstance(split, str) else None, files
 
 
 def _count(file: Path, delimiter: str | None) -> int:

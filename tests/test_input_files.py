@@ -1,0 +1,686 @@
+"""Files as people have them: what is read comes out as it was written, and what cannot be read is named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+import shlex
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.cli import run_command
+from pipeline.data.dataset import DatasetSplit, _HubSplits
+from pipeline.data.dataset_files import find_files
+from pipeline.data.jsonl import JsonlFile
+from pipeline.data.prompts import PromptReader, RowDefaults
+from pipeline.data.rows import RawRow
+from pipeline.data.split import parse_split
+from pipeline.errors import InputNotFoundError, InputRowsError
+from pipeline.records import MAX_SEED, Prompt
+from tests.paths import REPOSITORY
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def reader(path: Path, **settings: Any) -> PromptReader:
+    """Of a dataset; with input=True of a JSONL file."""
+    source_settings = {key: settings.pop(key, None) for key in ("delimiter", "config")}
+    split, is_input = settings.pop("split", "train"), settings.pop("input", False)
+    source = JsonlFile(path) if is_input else DatasetSplit(dataset=str(path), split=split, revision=None, **source_settings)
+    fields = {"prompt_field": "prompt", "seed": 0, "temperature": 1.0, "top_k": 0, "max_new_tokens": 4}
+    return PromptReader(source=source, defaults=RowDefaults(**{**fields, **settings}))
+
+
+def read(path: Path, **settings: Any) -> list[Prompt]:
+    rows = reader(path, **settings)
+    return [row for row in rows.prompts(rows.check()) if isinstance(row, Prompt)]
+
+
+def problem(path: Path, **settings: Any) -> str:
+    with pytest.raises((InputRowsError, InputNotFoundError)) as caught:
+        read(path, **settings)
+    return str(caught.value)
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def metadata(prompt: Prompt) -> Any:
+    return json.loads(prompt.metadata or "null")
+
+
+# -- CSV -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cell", ["None", "NA", "null", "nan", "", "1984", "1.0", "007", "true", "2024-01-02", " padded ", "#N/A", "-", "a'b", "5\\n"]
+)
+def test_cells_of_a_csv_file_are_text(tmp_path: Path, cell: str) -> None:
+    (tmp_path / "rows.csv").write_text(f'id,prompt,note\n"x{cell}","{cell}","{cell}"\n')
+    (prompt,) = read(tmp_path / "rows.csv")
+    assert (prompt.prompt_id, prompt.text, metadata(prompt)) == (f"x{cell}", cell, {"note": cell})
+
+
+@pytest.mark.parametrize(
+    ("text", "cells"),
+    [
+        ('a,"b, ""c""",,""\n', ["a", 'b, "c"', None, ""]),
+        ('"two\nlines","",x,y', ["two\nlines", "", "x", "y"]),
+        ('"cr\r\nlf",b,c,d\n', ["cr\r\nlf", "b", "c", "d"]),
+        ('5" pipe,6",c,"d"\n', ['5" pipe', '6"', "c", "d"]),
+        ('"","""","""""",\n', ["", '"', '""', None]),
+        ("\u2028,\x0b,\x85,\u00a0\n", ["\u2028", "\x0b", "\x85", "\u00a0"]),
+    ],
+)
+def test_csv_cells(tmp_path: Path, text: str, cells: list[str | None]) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(f'prompt,p,q,r,s\n"x",{text}'.encode())
+    (prompt,) = read(path)
+    assert list(metadata(prompt).values()) == cells
+
+
+def test_cells_of_a_tsv_file_are_between_tabs(tmp_path: Path) -> None:
+    (tmp_path / "rows.tsv").write_text('prompt\tnote\na, b\t"c\td"\n')
+    (prompt,) = read(tmp_path / "rows.tsv")
+    assert (prompt.text, metadata(prompt)) == ("a, b", {"note": "c\td"})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("prompt,seed\na,1,2\n", ":2: 3 cells, but the header names 2 columns"),
+        ("prompt,seed\na\n", ":2: 1 cells, but the header names 2 columns"),
+        ('prompt,seed\n"a"b,1\n', ":2: text stands behind the closing quote of cell 1"),
+        ('prompt,seed\n"a,1\nb,2\n', ":2: a quoted cell is opened and not closed"),
+        ("prompt,seed\n\na,1\n", ":2: the line is empty"),
+        ("prompt,seed\n,1\n", ":2: prompt must be a string, not null; an empty cell is null"),
+        ("prompt,seed\na,x\n", ":2: seed must be a whole number, not the string 'x'"),
+        ("prompt,seed\na,-1\n", ":2: seed must be 0 to"),
+        ("prompt,seed\na,1.5\n", ":2: seed must be a whole number, not the string '1.5'"),
+        ("prompt,seed\na,1.0386425806429194e+18\n", ":2: seed is the float 1.0386425806429194e+18, which may have lost digits"),
+        ("prompt,seed\na,9007199254740992.0\n", "which may have lost digits"),
+        ("prompt,temperature\na,hot\n", ":2: temperature must be a number, not the string 'hot'"),
+        ("prompt,prompt\na,b\n", ":1: two columns are called 'prompt'"),
+        ("id;prompt\n1;KING:\n", "is the delimiter ';'? --csv-delimiter names it"),
+        ("id|prompt\n1|KING:\n", "is the delimiter '|'? --csv-delimiter names it"),
+        ("prompt\na\r\n", ":2: the line end is not that of the header"),
+        ("prompt\ra\rb\r", "lines end in CR alone"),
+    ],
+)
+def test_csv_that_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "rows.csv").write_bytes(text.encode())
+    assert reason in problem(tmp_path / "rows.csv")
+
+
+def test_csv_in_other_encodings(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("prompt\nCafé au lait\n".encode("cp1252"))
+    assert "rows.csv:2: not UTF-8 at byte 4 of the line; if Excel wrote it" in problem(path)
+    path.write_bytes("prompt\nCafé\n".encode("utf-16"))
+    assert "is UTF-16 text" in problem(path)
+    path.write_bytes("prompt\nCafé\n".encode("utf-8-sig"))
+    assert read(path)[0].text == "Café"
+    path.with_suffix(".csv.gz").write_bytes(gzip.compress("prompt\nCafé\n".encode()))
+    assert read(path.with_suffix(".csv.gz"))[0].text == "Café"
+
+
+def test_a_bad_csv_line_costs_one_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('prompt,seed\na,1\n"b"x,2\nc,3,4\nd,5\n')
+    rows = list(reader(tmp_path / "rows.csv").rows())
+    assert [row.line for row in rows] == [0, 1, 2, 3]
+    assert [type(row).__name__ for row in rows] == ["GoodRow", "BadRow", "BadRow", "GoodRow"]
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------------
+
+BIG = [1038100642990219405, 541768576607746334, 2**53 + 1, MAX_SEED]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl", "json"])
+def test_digits_of_seeds_and_ids_are_kept_beside_gaps(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    rows = [{"id": seed, "prompt": "a", "seed": seed, "note": seed} for seed in BIG] + [
+        {"id": None, "prompt": "a", "seed": None, "note": None}
+    ]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind in ("csv", "tsv"):
+        delimiter = "," if kind == "csv" else "\t"
+        cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+        path.write_text("\n".join(map(delimiter.join, [list(rows[0]), *cells])))
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    prompts = read(path)
+    assert [prompt.prompt_id for prompt in prompts] == [*map(str, BIG), "4"]
+    assert [prompt.params.seed for prompt in prompts[:4]] == BIG
+    assert [int(metadata(prompt)["note"]) for prompt in prompts[:4]] == BIG
+
+
+@pytest.mark.parametrize("field", ["id", "seed", "top_k"])
+@pytest.mark.parametrize("value", [float(2**53), 1e18, 1.5, float("inf")])
+def test_a_float_that_may_be_another_number_is_refused(tmp_path: Path, field: str, value: float) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], field: [value]}), tmp_path / "rows.parquet")
+    assert f"row 0: {field} " in problem(tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"prompt": ["a", "b"], field: [float(2**31 - 1), None]}), tmp_path / "rows.parquet")
+    assert len(read(tmp_path / "rows.parquet")) == 2
+
+
+# -- files of a folder -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "splits", "left_out"),
+    [
+        (["a.jsonl", "b.jsonl"], {"train": ["a.jsonl", "b.jsonl"]}, []),
+        (["a.jsonl", "c.csv"], {"train": ["a.jsonl", "c.csv"]}, []),
+        (["train_part.jsonl", "more_part.jsonl"], {"train": ["train_part.jsonl"]}, ["more_part.jsonl"]),
+        (["prompts.jsonl", "stress test.jsonl"], {"test": ["stress test.jsonl"]}, ["prompts.jsonl"]),
+        (["train.csv", "dev.csv", "my-eval.csv"], {"train": ["train.csv"], "validation": ["dev.csv"], "test": ["my-eval.csv"]}, []),
+        (["trainer.csv", "latest.csv"], {"train": ["latest.csv", "trainer.csv"]}, []),
+        (["train/a.csv", "train/b.csv", "test/a.csv", "c"], {"train": ["train/a.csv", "train/b.csv"], "test": ["test/a.csv"]}, ["c"]),
+        (
+            ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/odd-00000-of-00001.parquet", "train.csv"],
+            {
+                "train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+                "odd": ["data/odd-00000-of-00001.parquet"],
+            },
+            ["train.csv"],
+        ),
+        (["a.JSONL.GZ", "b.Parquet", "c.csv.zst"], {"train": ["a.JSONL.GZ", "b.Parquet", "c.csv.zst"]}, []),
+        (["a.jsonl", "notes.txt", "picture.png", "b.xlsx"], {"train": ["a.jsonl"]}, ["b.xlsx", "notes.txt", "picture.png"]),
+        (["a.txt", "b.txt"], {"train": ["a.txt", "b.txt"]}, []),
+        (["a.jsonl", "README.md", "LICENSE", ".cache/x.jsonl", "_SUCCESS", "_manifest.json"], {"train": ["a.jsonl"]}, []),
+        (["prompts [v2].jsonl", "a#b/x?.jsonl", "100%/*.jsonl"], {"train": ["100%/*.jsonl", "a#b/x?.jsonl", "prompts [v2].jsonl"]}, []),
+    ],
+)  # fmt: skip
+def test_the_split_of_each_file(tmp_path: Path, names: list[str], splits: dict[str, list[str]], left_out: list[str]) -> None:
+    for name in names:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).touch()
+    found = find_files(tmp_path / "d", None)
+    assert {split: [str(path.relative_to(tmp_path / "d")) for path in paths] for split, paths in found.splits.items()} == splits
+    assert [str(path.relative_to(tmp_path / "d")) for path in found.left_out] == left_out
+
+
+def test_files_that_no_split_takes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train_part", "more_part", "other_part"):
+        write_lines(tmp_path / "mixed" / f"{name}.jsonl", [{"prompt": name}])
+    with caplog.at_level(logging.WARNING, "gptbatch"):
+        assert [prompt.text for prompt in read(tmp_path / "mixed")] == ["train_part"]
+    (message,) = caplog.messages
+    assert "files that no split takes are not read: more_part.jsonl, other_part.jsonl" in message
+    assert "there is no split 'test'; there are train (train_part.jsonl)" in problem(tmp_path / "mixed", split="test")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data" / "train-00000-of-00003.jsonl", [{"prompt": "a"}])
+    write_lines(tmp_path / "data" / "train-00002-of-00003.jsonl", [{"prompt": "a"}])
+    assert "1 of 3 shards are missing, the first train-00001-of-00003.jsonl" in problem(tmp_path)
+
+
+README = """---
+configs:
+- config_name: plain
+  data_files:
+  - split: train
+    path: "a/*.csv"
+  - split: odd
+    path: ["b [x].csv", "c/**/d.csv"]
+  default: true
+- config_name: semicolons
+  data_files: s.csv
+  sep: ";"
+- config_name: strange
+  data_files: s.csv
+  skiprows: 3
+---
+"""
+
+
+def test_configs_of_a_dataset_card(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "README.md").write_text(README)
+    for name in ("a/1.csv", "a/2.csv", "b [x].csv", "c/e/f/d.csv", "left.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"prompt\n{name}\n")
+    (tmp_path / "s.csv").write_text("prompt;x\na,b;1\n")
+    with caplog.at_level(logging.WARNING, "gptbatch"):
+        assert [prompt.text for prompt in read(tmp_path)] == ["a/1.csv", "a/2.csv"]
+    assert "left.csv" in caplog.text
+    assert [prompt.text for prompt in read(tmp_path, split="odd")] == ["b [x].csv", "c/e/f/d.csv"]
+    assert [prompt.text for prompt in read(tmp_path, config="semicolons")] == ["a,b"]
+    assert "sets skiprows, which is not followed" in problem(tmp_path, config="strange")
+    assert "there is none; README.md names plain, semicolons, strange" in problem(tmp_path, config="none")
+
+
+@pytest.mark.parametrize("folder", ["[exp 3] data", "what?", "a#b", "a::b", "100%", "{x,y}", "a!b", "seed=1", "~", "ünï"])
+def test_names_with_special_characters_are_names(tmp_path: Path, folder: str) -> None:
+    write_lines(tmp_path / folder / "rows [v1] (2)*.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    assert [prompt.text for prompt in read(tmp_path / folder)] == ["a", "b"]
+    assert [prompt.text for prompt in read(tmp_path / folder, split="train[50%:]")] == ["b"]
+    assert [prompt.text for prompt in read(tmp_path / folder / "rows [v1] (2)*.jsonl")] == ["a", "b"]
+
+
+def test_shards_of_other_types_are_rows(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a" / "1.jsonl", [{"prompt": "a", "note": None}])
+    write_lines(tmp_path / "a" / "2.jsonl", [{"prompt": "b", "note": "text", "meta": {"score": 1}}])
+    (tmp_path / "a" / "3.csv").write_text("prompt,other\nc,7\n")
+    pq.write_table(pa.table({"prompt": ["d"], "note": pa.nulls(1)}), tmp_path / "a" / "4.parquet")
+    pq.write_table(pa.table({"prompt": ["e"], "note": [1.5]}), tmp_path / "a" / "5.parquet")
+    found = [(prompt.text, metadata(prompt)) for prompt in read(tmp_path / "a")]
+    assert found == [
+        ("a", {"note": None}),
+        ("b", {"note": "text", "meta": {"score": 1}}),
+        ("c", {"other": "7"}),
+        ("d", {"note": None}),
+        ("e", {"note": 1.5}),
+    ]
+    pq.write_table(pa.table({"prompt": [5]}), tmp_path / "a" / "6.parquet")
+    assert "6.parquet row 0: prompt must be a string, not a number" in problem(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "keys", [{"messages": [{"role": "user"}]}, {"type": "task", "cwd": "/", "version": 3}, {"__index__": 1, "label": 0}]
+)
+def test_nothing_is_guessed_from_keys(tmp_path: Path, keys: dict[str, Any]) -> None:
+    write_lines(tmp_path / "rows.jsonl", [{"id": "x", "prompt": "a", **keys}] * 1)
+    (prompt,) = read(tmp_path / "rows.jsonl")
+    assert metadata(prompt) == keys
+
+
+# -- splits --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("split", "places"),
+    [
+        ("train", range(7)),
+        ("train[:3]", range(3)),
+        ("train[50%:]", range(4, 7)),
+        ("train[-2:]", range(5, 7)),
+        ("train[2:-2]", range(2, 5)),
+        ("train[:100]", range(7)),
+        ("train[5:2]", []),
+        ("train[:2]+train[5:]", [0, 1, 5, 6]),
+        ("train[10%:20%]", range(1, 1)),
+    ],
+)
+def test_rows_of_a_slice_keep_their_ids(tmp_path: Path, split: str, places: Iterable[int]) -> None:
+    write_lines(tmp_path / "rows.jsonl", [{"prompt": f"p{i}"} for i in range(7)])
+    whole = read(tmp_path / "rows.jsonl")
+    found = read(tmp_path / "rows.jsonl", split=split)
+    assert [(p.prompt_id, p.text, p.params.seed) for p in found] == [
+        (whole[i].prompt_id, whole[i].text, whole[i].params.seed) for i in places
+    ]
+    assert [p.index for p in found] == list(range(len(found)))
+
+
+@pytest.mark.parametrize("split", ["train[", "train[a:b]", "train[:5", "train[::2]", "", "train[200%:]", "train test"])
+def test_splits_that_are_none(tmp_path: Path, split: str) -> None:
+    write_lines(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    assert "rows.jsonl[" in problem(tmp_path / "rows.jsonl", split=split)
+
+
+@pytest.mark.parametrize("text", ["train[33%:66%]", "train[:-10%]", "train[1%:]", "train[10%:30%](pct1_dropremainder)"])
+@pytest.mark.parametrize("length", [0, 1, 99, 100, 1234])
+def test_slices_are_those_of_the_datasets_library(text: str, length: int) -> None:
+    if "pct1" in text and length < 100:
+        return
+    (theirs,) = datasets.ReadInstruction.from_spec(text).to_absolute({"train": length})
+    (part,) = parse_split(text)
+    assert part.bounds(length) == (min(theirs.from_, length), min(theirs.to, length))
+
+
+# -- what a file is ------------------------------------------------------------------------------------------------------------
+
+ROWS = [{"instruction": f"Say {i}.", "input": ""} for i in range(30)]
+KINDS: dict[str, tuple[bytes, str]] = {
+    "array.json": (json.dumps(ROWS, indent=4).encode(), "is a JSON array, not JSON lines: read it with --dataset"),
+    "array-in-a-line.json": (json.dumps(ROWS).encode(), "is a JSON array, not JSON lines: read it with --dataset"),
+    "array-a-row-a-line.json": (b"[\n" + b",\n".join(json.dumps(row).encode() for row in ROWS) + b"\n]", "is a JSON array"),
+    "object.json": (json.dumps({"data": ROWS}, indent=1).encode(), "is JSON over several lines, not JSON lines: jq -c ."),
+    "pretty.jsonl": (b"".join(json.dumps(row, indent=2).encode() + b"\n" for row in ROWS), "is JSON over several lines"),
+    "prompts.txt": (b"KING:\nQUEEN:\n", "is plain text, not JSON lines: read a prompt per line with --dataset"),
+    "rows.csv": (b"id,prompt\n1,a\n2,b\n", "is CSV, not JSON lines: read it with --dataset"),
+    "rows.tsv": (b"id\tprompt\n1\ta\n2\tb\n", "is TSV, not JSON lines: read it with --dataset"),
+    "excel.csv": (b"id;prompt\n1;a\n2;b\n", "is CSV with semicolons, not JSON lines: read it with --dataset"),
+    "page.jsonl": (b"<!DOCTYPE html>\n<html>\n", "is HTML or XML"),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "is a Git LFS pointer"),
+    "book.xlsx": (b"PK\x03\x04" + bytes(100), "is a ZIP archive (or an Excel workbook)"),
+    "rows.tar": (b"rows.jsonl" + bytes(247) + b"ustar\x0000" + bytes(300), "is a tar archive"),
+    "rows.pkl": (b"\x80\x04\x95" + bytes(20), "is a Python pickle, which is never loaded"),
+    "rows.lz4": (b"\x04\x22\x4d\x18" + bytes(20), "is compressed by lz4"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_without_json_lines_is_named(tmp_path: Path, name: str) -> None:
+    content, kind = KINDS[name]
+    (tmp_path / name).write_bytes(content)
+    said = problem(tmp_path / name, input=True)
+    assert said.startswith(f"{tmp_path / name}: {kind}")
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "text", [json.dumps(ROWS), json.dumps(ROWS, indent=4), "\n".join(map(json.dumps, ROWS)), json.dumps(ROWS, indent="\t")]
+)
+def test_json_arrays_and_json_lines_under_the_name_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    assert [prompt.text for prompt in read(tmp_path / "rows.json", prompt_field="instruction")] == [row["instruction"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('[{"prompt": "a"}, {"prompt": "b"', ":1: not valid JSON"),
+        ('[{"prompt": "a"} {"prompt": "b"}]', ":1: not valid JSON: a comma or the end of the array is needed"),
+        ('[\n{"prompt": "a"}\n]\n{"prompt": "b"}', ":4: not valid JSON: text stands behind the array"),
+        ('[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' stands twice"),
+        ('[\n{"prompt": NaN}]', ":2: not valid JSON: not valid JSON: NaN"),
+        ('["a", {"prompt": "b"}]', "row 0: a JSON object is needed, not a string"),
+        (json.dumps({"data": ROWS}, indent=1), "is one JSON object, with arrays under 'data' (30 items): jq -c '.data[]'"),
+        (json.dumps({"a": 1}, indent=1), "is one JSON object, not an array of rows"),
+    ],
+)
+def test_json_files_that_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    assert reason in problem(tmp_path / "rows.json")
+
+
+def test_numbers_of_a_json_array_stay_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"prompt": "a", "x": 1.10, "y": 1e400, "z": 123456789012345678901234567890}]')
+    assert read(tmp_path / "rows.json")[0].metadata == '{"x": 1.10, "y": 1e400, "z": 123456789012345678901234567890}'
+
+
+# -- fields --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "path", "text", "rest"),
+    [
+        ({"prompt": {"text": "a", "score": 1}}, "prompt.text", "a", {"prompt": {"score": 1}}),
+        ({"prompt": {"text": "a"}, "x": 1}, "prompt.text", "a", {"x": 1}),
+        ({"prompt.text": "a", "prompt": {"text": "b"}}, "prompt.text", "a", {"prompt": {"text": "b"}}),
+        ({"turns": ["a", "b"]}, "turns.0", "a", {"turns": ["a", "b"]}),
+        ({"conversations": [{"from": "x", "value": "a"}]}, "conversations.0.value", "a", {"conversations": [{"from": "x", "value": "a"}]}),
+        ({"a": {"b": {"c": {"d": "a"}}}}, "a.b.c.d", "a", None),
+    ],
+)
+def test_dotted_paths(tmp_path: Path, row: dict[str, Any], path: str, text: str, rest: Any) -> None:
+    (prompt,) = read(write_lines(tmp_path / "rows.jsonl", [row]), input=True, prompt_field=path)
+    assert (prompt.text, metadata(prompt)) == (text, rest)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "reason"),
+    [
+        ({"prompt": {"text": "a"}}, {}, "prompt must be a string, not an object (--prompt-field prompt.text takes the text inside)"),
+        ({"question": "a", "answer": "b"}, {}, "there is no field 'prompt'; the row has 'question', 'answer' (--prompt-field names"),
+        ({"body": {"prompt": "a"}, "x": 1}, {}, "(--prompt-field body.prompt takes the text inside)"),
+        (
+            {"custom_id": "r", "body": {"prompt": "a"}},
+            {},
+            "(requests of OpenAI's batch API: --prompt-field body.prompt --id-field custom_id",
+        ),
+        ({"custom_id": "r", "body": {"messages": []}}, {}, "(chat requests of OpenAI's batch API"),
+        ({"turns": ["a"]}, {"prompt_field": "turns.1"}, "there is no field 'turns.1'"),
+        ({"turns": ["a"]}, {"prompt_field": "turns.x"}, "there is no field 'turns.x'"),
+        ({"prompt": "a", "task": 1}, {"id_field": "task_id"}, "there is no field 'task_id', which id_field names; the row has 'task'"),
+        ({"prompt": "a", "seed": "tasks/7"}, {}, "if this field is no setting, keep it with --metadata-field seed"),
+        ({"prompt": "a", "temperature": "12 C"}, {}, "if this field is no setting, keep it with --metadata-field temperature"),
+        ({"prompt": "a", "top_k": [1]}, {}, "if this field is no setting, keep it with --metadata-field top_k"),
+    ],
+)
+def test_a_field_that_is_not_there_names_those_that_are(tmp_path: Path, row: dict[str, Any], settings: dict[str, Any], reason: str) -> None:
+    assert reason in problem(write_lines(tmp_path / "rows.jsonl", [row]), input=True, **settings)
+
+
+def test_ids_from_another_field_and_reserved_names_as_metadata(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "rows.jsonl",
+        [{"task": {"id": "t/0"}, "id": "same", "prompt": "a", "seed": "x"}, {"task": {"id": 7}, "id": "same", "prompt": "b"}],
+    )
+    first, second = read(path, input=True, id_field="task.id", metadata_fields=frozenset({"id", "seed"}))
+    assert (first.prompt_id, second.prompt_id) == ("t/0", "7")
+    assert metadata(first) == {"id": "same", "seed": "x"}
+    by_place = read(path, input=True, metadata_fields=frozenset({"id", "seed"}))
+    assert [prompt.prompt_id for prompt in by_place] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"max_tokens": 2}, "'max_tokens' in 2 rows (did you mean max_new_tokens?)"),
+        ({"maxNewTokens": 2}, "'maxNewTokens' in 2 rows (did you mean max_new_tokens?)"),
+        ({"temprature": 0}, "'temprature' in 2 rows (did you mean temperature?)"),
+        ({"max_new_token": 1}, "'max_new_token' in 2 rows (did you mean max_new_tokens?)"),
+        ({"topk": 1, "top-p": 0.9}, "'topk' in 2 rows (did you mean top_k?); 'top-p' in 2 rows"),
+        ({"stop": ["x"], "n": 2, "do_sample": True}, "'stop' in 2 rows; 'n' in 2 rows; 'do_sample' in 2 rows"),
+        ({"speed": 1, "topic": "x", "stopped": 1, "model": "m", "nn": 1, "text": "t", "length": 3}, ""),
+    ],
+)
+def test_fields_that_look_like_settings_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, row: dict[str, Any], named: str
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", **row}, {"prompt": "b", **row}])
+    with caplog.at_level(logging.WARNING, "gptbatch"):
+        assert all(metadata(prompt) == row for prompt in read(path, input=True))
+    assert (len(caplog.messages) == 1 and named in caplog.text) if named else not caplog.messages
+
+
+# -- values that JSON has no form for --------------------------------------------------------------------------------------------
+
+
+def png() -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header, pixels = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0), zlib.compress(bytes(4))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def picture_table() -> pa.Table:
+    binary = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"prompt": ["a", "b"], "image": pa.array([{"bytes": png(), "path": f"{i}.png"} for i in range(2)], binary)})
+    features = {"prompt": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def test_values_without_a_json_form_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pq.write_table(picture_table(), tmp_path / "pictures.parquet")
+    with caplog.at_level(logging.WARNING, "gptbatch"):
+        assert [metadata(prompt) for prompt in read(tmp_path / "pictures.parquet")] == [{"image": {"path": f"{i}.png"}} for i in range(2)]
+    assert "values without a JSON form are left out of metadata: 'image.bytes' (2 times in 2 rows)" in caplog.text
+    caplog.clear()
+    table = pa.table({"prompt": ["a"], "raw": [b"\x00"], "list": [[b"x", None]], "inf": [float("inf")], "nan": [float("nan")]})
+    pq.write_table(table, tmp_path / "raw.parquet")
+    with caplog.at_level(logging.WARNING, "gptbatch"):
+        assert metadata(read(tmp_path / "raw.parquet")[0]) == {"list": [None, None], "nan": None}
+    assert all(f"'{name}'" in caplog.text for name in ("raw", "list", "inf"))
+
+
+def test_types_of_tables_as_json(tmp_path: Path) -> None:
+    columns = {
+        "prompt": ["a"],
+        "decimal": pa.array(["1.10"]).cast(pa.decimal128(5, 2)),
+        "day": pa.array([1], pa.date32()),
+        "nanoseconds": pa.array([1], pa.timestamp("ns")),
+        "clock": pa.array([1], pa.time64("ns")),
+        "unsigned": pa.array([2**64 - 1], pa.uint64()),
+        "map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+        "category": pa.array(["x"]).dictionary_encode(),
+        "large": pa.array(["y"], pa.large_string()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet")[0].metadata == (
+        '{"decimal": 1.10, "day": "1970-01-02", "nanoseconds": "1970-01-01 00:00:00.000000001", "clock": "00:00:00.000000001", '
+        '"unsigned": 18446744073709551615, "map": [["k", 1]], "category": "x", "large": "y"}'
+    )
+
+
+def test_text_that_is_not_utf8_fails_in_its_own_row(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(struct.pack("<4i", 0, 1, 2, 3))
+    texts = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffc"))
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "rows.parquet")
+    assert "1 bad of 3 rows" in problem(tmp_path / "rows.parquet")
+    assert "row 1: column 'prompt' cannot be read (UnicodeDecodeError" in problem(tmp_path / "rows.parquet")
+
+
+# -- saved datasets and the hub --------------------------------------------------------------------------------------------------
+
+
+def test_damage_anywhere_in_a_saved_dataset_is_an_error_or_rows(tmp_path: Path) -> None:
+    """Flipped bits and cuts of the Arrow file: never a crash, never an exception of a library."""
+    datasets.Dataset.from_list([{"prompt": f"prompt {i}", "n": i} for i in range(50)]).save_to_disk(tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    whole = arrow.read_bytes()
+    outcomes = set()
+    for place in range(0, len(whole), 7):
+        arrow.write_bytes(whole[:place] if place % 2 else whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            read(tmp_path / "saved")
+            outcomes.add("rows")
+        except (InputRowsError, InputNotFoundError) as error:
+            outcomes.add(type(error).__name__)
+    assert "InputRowsError" in outcomes
+
+
+def test_a_saved_dataset_of_another_kind(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"prompt": "a"}]).save_to_disk(tmp_path / "saved")
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    for change in ({"_data_files": [{"filename": "gone.arrow"}]}, {"_data_files": 5}, {"_indices_data_files": [{"filename": "x"}]}):
+        (tmp_path / "saved" / "state.json").write_text(json.dumps({**state, **change}))
+        assert str(tmp_path / "saved") in problem(tmp_path / "saved")
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset in the layout of the hub, which the datasets library reads as it reads the hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "hub").mkdir()
+    pq.write_table(picture_table(), tmp_path / "hub" / "train.parquet")
+    return tmp_path / "hub"
+
+
+def rows_of(found: Iterable[RawRow]) -> list[tuple[int, Any]]:
+    return [(row.place, row.fields()["prompt"]) for row in found]
+
+
+def test_the_datasets_library_reads_what_is_on_the_hub(hub_folder: Path) -> None:
+    hub = _HubSplits(str(hub_folder), "hub", None, None, None)
+    assert rows_of(hub.rows("train")) == [(0, "a"), (1, "b")]
+    assert next(iter(hub.rows("train"))).fields()["image"]["bytes"] == png(), "undecoded"
+    assert hub.length("train") == 2
+    assert rows_of(hub.rows("train")) == [(0, "a"), (1, "b")], "of the prepared split"
+    with pytest.raises(InputNotFoundError, match="cannot be loaded"):
+        list(hub.rows("nothing"))
+
+
+def test_exceptions_of_the_datasets_library_are_input_errors(hub_folder: Path) -> None:
+    (hub_folder / "train.parquet").unlink()
+    write_lines(hub_folder / "a.jsonl", [{"prompt": "a", "note": None}] * 3)
+    write_lines(hub_folder / "b.jsonl", [{"prompt": "a", "other": {"x": 1}}] * 3)
+    with pytest.raises((InputRowsError, InputNotFoundError)):
+        list(_HubSplits(str(hub_folder), "hub", None, None, None).rows("train"))
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_dataset_in_the_cache_of_the_hub_loads_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, offline: bool
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "datasets--acme--prompts"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    data = repository / "snapshots" / commit / "data"
+    data.mkdir(parents=True)
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), data / "train-00000-of-00001.parquet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    if not offline:
+
+        def unreachable(*arguments: Any, **settings: Any) -> None:
+            raise ConnectionError("the hub is out of reach")
+
+        monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.chdir(tmp_path)
+    assert [prompt.text for prompt in read(Path("acme/prompts"))] == ["a", "b"]
+    assert [prompt.text for prompt in read(Path("acme/prompts"), split="train[1:]")] == ["b"]
+    assert ("the hub cannot be reached" in caplog.text) is not offline
+    assert "cannot be loaded" in problem(Path("acme/others"))
+
+
+@pytest.mark.parametrize("name", ["./rows", "/no/where", "rows.jsonl", "data/train/rows.csv", "prompts [v2].jsonl", "a b", "x?y"])
+def test_names_that_are_no_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputNotFoundError) as caught:
+        list(DatasetSplit(dataset=name, config=None, split="train", revision=None).rows())
+    assert str(caught.value) == f"{name}: no such file or folder"
+
+
+# -- well-known files ------------------------------------------------------------------------------------------------------------
+
+DIALOGUE = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "?"}]
+REQUEST = {"model": "gpt2", "prompt": "p", "max_tokens": 5}
+ARGUMENTS = {"gen_args_0": {"arg_0": "Q: x", "arg_1": {"until": []}}}
+# kind -> file name, its one row or its text, and the id and prompt that come out
+WELL_KNOWN: dict[str, tuple[str, Any, str, str]] = {
+    "HumanEval": ("HumanEval.jsonl.gz", {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": ""}, "HumanEval/0", "def f():\n"),
+    "RealToxicityPrompts": ("prompts.jsonl", {"filename": "1.txt", "prompt": {"text": "a b", "toxicity": 0.1}}, "0", "a b"),
+    "Alpaca": ("alpaca_data.json", {"instruction": "Say a.", "input": "", "output": "a"}, "0", "Say a."),
+    "ShareGPT": ("sharegpt.json", {"id": "x_0", "conversations": DIALOGUE}, "x_0", "hi"),
+    "MT-bench": ("question.jsonl", {"question_id": 81, "category": "writing", "turns": ["one", "two"]}, "81", "one"),
+    "requests of OpenAI's batch API": ("batch.jsonl", {"custom_id": "r-0", "url": "/v1/completions", "body": REQUEST}, "r-0", "p"),
+    "sample log of lm-evaluation-harness": ("samples.jsonl", {"doc_id": 3, "doc": {"q": 1}, "arguments": ARGUMENTS}, "3", "Q: x"),
+    "a spreadsheet with semicolons": ("prompts.csv", "id;prompt\ns1;a, b\n", "s1", "a, b"),
+    "a prompt per line of text": ("prompts.txt", "a line\n", "0", "a line"),
+}
+COMMAND = re.compile(r"^\| ([^|`]+) \| `(--(?:input|dataset) [^`]+)` \|$", re.MULTILINE)
+
+
+def test_the_documented_command_of_each_well_known_file(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    documented = dict(COMMAND.findall((REPOSITORY / "README.md").read_text()))
+    assert documented.keys() == WELL_KNOWN.keys()
+    monkeypatch.chdir(tmp_path)
+    for number, (kind, (name, content, prompt_id, text)) in enumerate(WELL_KNOWN.items()):
+        raw = content if isinstance(content, str) else json.dumps([content], indent=1) if name.endswith(".json") else json.dumps(content)
+        Path(name).write_bytes(gzip.compress(raw.encode()) if name.endswith(".gz") else raw.encode())
+        command = ["generate", *shlex.split(documented[kind]), "--model", str(checkpoint), "--output", f"out/{number}"]
+        assert run_command([*command, "--max-new-tokens", "1", "--numerics", "off", "--attention", "padded"]) == 0, kind
+        (row,) = pd.read_parquet(f"out/{number}")[["prompt_id", "prompt"]].to_dict("records")
+        assert (row["prompt_id"], row["prompt"]) == (prompt_id, text), kind
+
+
+def test_error_rows_are_an_input_of_the_same_settings(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """errors.jsonl keeps id, prompt and metadata under the names that the run was told."""
+    monkeypatch.chdir(tmp_path)
+    row = {"task": "t/0", "id": "other", "prompt": {"text": "a king " * 200, "score": 1}, "seed": "x"}
+    write_lines(Path("rows.jsonl"), [row])
+    run = ["generate", "--model", str(checkpoint), "--prompt-field", "prompt.text", "--id-field", "task", "--metadata-field", "seed"]
+    run += ["--max-new-tokens", "2", "--numerics", "off", "--attention", "padded"]
+    assert run_command([*run, "--input", "rows.jsonl", "--output", "out/1"]) == 0
+    assert run_command([*run, "--input", "out/1/.gptbatch/errors.jsonl", "--output", "out/2", "--context-overflow", "truncate_left"]) == 0
+    (first,), (second,) = (pd.read_parquet(out).to_dict("records") for out in ("out/1", "out/2"))
+    assert (first["finish_reason"], second["finish_reason"]) == ("error", "length")
+    for name in ("prompt_id", "prompt", "seed"):
+        assert first[name] == second[name]
+    assert json.loads(first["metadata"]) == {"id": "other", "prompt": {"score": 1}, "seed": "x"}
+    assert json.loads(first["metadata"]).items() <= json.loads(second["metadata"]).items()
