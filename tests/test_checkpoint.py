@@ -22,6 +22,7 @@ from jobs.cli import run_command
 from pipeline import JobConfig, run_job
 from pipeline.config import EngineConfig
 from pipeline.data.checkpoint import find_checkpoint
+from pipeline.data.generation_config import SpecialTokens
 from pipeline.errors import ModelError
 from pipeline.gpt.config import parse_config
 from pipeline.gpt.model import GPT
@@ -495,3 +496,34 @@ def test_a_failing_disk_names_the_file(
     arguments = ["--model", folder, "--input", tmp_path / "prompts.jsonl", "--output", tmp_path / "out"]
     assert run_command(["generate", *map(str, arguments)]) == 74
     assert f"{folder / file}: cannot be read (Input/output error)" in capsys.readouterr().err
+
+
+# -- check-model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_check_model_compares_ends_and_names_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    eos, generation = CHATS[name]
+    settings = {"do_sample": True, "top_p": 0.9}
+    folder = write_checkpoint(tmp_path / "model", config={"eos_token_id": eos}, generation=generation and generation | settings)
+    assert run_command(["check-model", str(folder), "--new-tokens", "2"]) == 0
+    stdout = capsys.readouterr().out
+    summary = json.loads(stdout.splitlines()[-1])
+    assert summary["agree"]
+    assert summary["end_tokens"] == [0, STOP]
+    assert summary["end_tokens_transformers"] == ([STOP] if name == "a single one" else [0, STOP])
+    assert summary["settings_not_followed"] == (settings if generation else {})
+    assert "end tokens: ours [0, 258], transformers [" in stdout
+
+
+def test_check_model_finds_an_end_that_we_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": STOP})
+    monkeypatch.setattr("pipeline.data.checkpoint.read_special_tokens", lambda *args, **kw: SpecialTokens(start=0, ends=(0,)))
+    assert run_command(["check-model", str(folder), "--new-tokens", "1"]) == 78
+    assert "our end tokens and transformers do not agree" in capsys.readouterr().err
+
+
+def test_check_model_where_transformers_finds_no_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "model", tensors=random_tensors(prefix="module.transformer."))
+    assert run_command(["check-model", str(folder)]) == 78
+    assert re.search(r"transformers does not find \d+ tensors here, such as ", capsys.readouterr().err)
