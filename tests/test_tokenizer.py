@@ -95,6 +95,8 @@ def gpt2_files(folder: Path, *, size: int = VOCAB_SIZE, **files: Any) -> Path:
     return folder
 
 
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
 # -- which files decide ----------------------------------------------------------------------------------------------
 
 USER, BOT = VOCAB_SIZE, VOCAB_SIZE + 1
@@ -160,6 +162,41 @@ def test_other_keys_are_for_transformers(tmp_path: Path, config: dict[str, Any])
     model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config=config, config={"vocab_size": 300})
     assert load_tokenizer(model).way == "transformers"
     expect_as_transformers(model, ["hi", "[PAD]hi"])
+
+
+@pytest.mark.parametrize("name", ["as published", "older tokenizer.json", "vocab and merges"])
+def test_gpt2_needs_no_transformers(tmp_path: Path, name: str) -> None:
+    if name == "vocab and merges":
+        model = gpt2_files(tmp_path / "model", tokenizer_config={"model_max_length": 64})
+    else:
+        model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config={"model_max_length": 64})
+        if name == "older tokenizer.json":
+            content = json.loads((model / "tokenizer.json").read_text())
+            del content["model"]["type"], content["model"]["ignore_merges"], content["pre_tokenizer"]["use_regex"]
+            content["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": "", "merges": ["h i"]}
+            content["added_tokens"] = [entry | {"normalized": True} for entry in content["added_tokens"]]
+            (model / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(model).way == "direct"
+    expect_as_transformers(model, ["hi", " hi hi", f"hi{END_OF_TEXT}hi", "é 中 \U0001f469\u200d\U0001f467\r\n"], parse_special=True)
+
+
+@pytest.mark.parametrize("part", ["pre-tokenizer", "normalizer", "decoder"])
+def test_a_tokenizer_json_that_transformers_rebuilds_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str) -> None:
+    """Without a tokenizer_config.json, transformers 5 makes a GPT2Tokenizer of it."""
+    tokenizer = byte_tokenizer()
+    if part == "pre-tokenizer":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL])
+    elif part == "normalizer":
+        tokenizer.normalizer = normalizers.Lowercase()
+    else:
+        tokenizer.decoder = decoders.Fuse()
+    model = checkpoint(tmp_path / "model", tokenizer)
+    expect_as_transformers(model, ["Hi 12"])
+    assert any(f"transformers replaces the {part} by the rules of its tokenizer class" in message for message in caplog.messages)
+    caplog.clear()
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    expect_as_transformers(model, ["Hi 12"], overwrite=True)
+    assert not [message for message in caplog.messages if "transformers replaces" in message]
 
 
 @pytest.mark.parametrize("change", ["vocab", "added_tokens", "tokenizer_config"])
@@ -330,7 +367,6 @@ def letters(model: Any = None, *, pre_tokenizer: Any = None, normalizer: Any = N
 WORD_LEVEL = models.WordLevel({token: i for i, token in enumerate([END_OF_TEXT, *LETTERS])}, unk_token="[UNK]")
 UNIGRAM = models.Unigram([(token, -1.0) for token in [END_OF_TEXT, *LETTERS]], None, False)
 DROPS_DIGITS = normalizers.Replace(Regex("[0-9]"), "")
-BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 # tokenizer, prompts that lose characters or cannot be encoded, prompts that can
 LOSSY: dict[str, tuple[Callable[[], Tokenizer], list[str], list[str]]] = {
     "bpe": (letters, ["ABX", "abc", "A\nB", "é", "AXB", "中A", " "], ["ABC", ""]),
@@ -594,7 +630,7 @@ def test_check_model_finds_another_tokenizer(tmp_path: Path, monkeypatch: pytest
     from pipeline.data import tokenizer_files
 
     model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config={"add_prefix_space": True})
-    monkeypatch.setattr(tokenizer_files, "_reason_against_direct", lambda backend, files: "")
+    monkeypatch.setattr(tokenizer_files, "_reason_against_direct", lambda backend, files, names: "")
     assert run_command(["check-model", str(model), "--new-tokens", "1"]) == 78
     captured = capsys.readouterr()
     assert "our tokenizer and transformers do not agree" in captured.err

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
+
+from pipeline.data.panics import panics_as_errors
 
 _KEEPING_NORMALIZERS = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel"})
 _KEEPING_PRE_TOKENIZERS = frozenset({"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "FixedLength"})
@@ -39,7 +42,7 @@ class LostText:
             # A letter and its accent may become one character, which is no loss: judge the text in its composed form as well.
             for form in self._forms:
                 composed = unicodedata.normalize(form, text)
-                if composed != text:
+                with suppress(Exception), panics_as_errors():  # the library may fail on it, as on any text
                     lost = min(lost, self._count(composed, self._backend.encode(composed)))
         return lost
 

@@ -7,8 +7,11 @@ message and a backtrace to file descriptor 2 by then.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+_lock = threading.RLock()  # descriptor 2 is the whole process's
 
 
 class PanicError(Exception):
@@ -20,10 +23,17 @@ def panics_as_errors() -> Iterator[None]:
     """Turn a panic into a PanicError, and drop what the library wrote to file descriptor 2.
 
     File descriptor 2 is held back inside. Without a panic it gets everything that was written to it.
+    One thread at a time is inside.
     """
+    with _lock:
+        yield from _hold_back()
+
+
+def _hold_back() -> Iterator[None]:
     saved = held = None
-    with suppress(OSError, AttributeError):  # no descriptor 2, or no memfd_create
-        saved, held = os.dup(2), os.memfd_create("stderr")
+    with suppress(OSError, AttributeError):  # no memfd_create, or no descriptor 2
+        held = os.memfd_create("stderr")
+        saved = os.dup(2)
         os.dup2(held, 2)
     panicked = False
     try:

@@ -118,10 +118,12 @@ class PromptTokenizer:
         special = self._special_text is not None and self._special_prefix in text and self._special_text.search(text) is not None
         if not text:
             return EncodedPrompt(token_ids or ([] if self._start_token is None else [self._start_token]))
-        lost, problem = 0, ""
-        if self._lost_text is not None:
-            lost = self._lost_text.count(text, encoding)
-            problem = "" if any(stop > start for start, stop in encoding.offsets) else "no character of it has a token"
+        if self._lost_text is None:
+            lost, problem = 0, ""
+        elif any(stop > start for start, stop in encoding.offsets):
+            lost, problem = self._lost_text.count(text, encoding), ""
+        else:
+            lost, problem = len(text), "no character of it has a token"
         unknown = self._unknown_token is not None and self._unknown_token in token_ids
         return EncodedPrompt(token_ids, problem, lost, unknown, special)
 

@@ -2,7 +2,7 @@
 
 There are two ways, with the same result:
 
-    direct         tokenizer.json through `tokenizers` (0.1 s), where the files beside it add nothing to it
+    direct         tokenizer.json, or GPT-2's vocab.json and merges.txt, through `tokenizers` (0.1 s), where other files add nothing
     transformers   AutoTokenizer makes the backend tokenizer (4 s to import): other files, other keys, other classes
 
 `_reason_against_direct` decides. It knows the keys that cannot matter beside a tokenizer.json, and leaves everything else to
@@ -12,12 +12,13 @@ transformers. No code of a checkpoint is ever executed.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline.data.checkpoint import CONFIG_FILE, read_json, reading
 from pipeline.data.digests import file_sha256
@@ -25,10 +26,13 @@ from pipeline.data.lost_text import component
 from pipeline.data.panics import panics_as_errors
 from pipeline.errors import ModelError
 
+logger = logging.getLogger("gptbatch")
+
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
+GPT2_FILES = ("vocab.json", "merges.txt")
 # Any of these is enough for some tokenizer class of transformers.
 VOCABULARY_FILES = ("vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "tiktoken.model")
 
@@ -89,23 +93,31 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
             f"{folder / TOKENIZER_CONFIG}: auto_map names a tokenizer in code of the checkpoint, which is never executed; "
             "where its tokenizer.json does the same, remove auto_map"
         )
-    backend = _read_tokenizer_json(folder / TOKENIZER_JSON)
-    if backend is not None:
+    files = _Files(read_json(folder / CONFIG_FILE), config, special_map, added)
+    names: tuple[str, ...] = (TOKENIZER_JSON,)
+    if (folder / TOKENIZER_JSON).is_file():
+        backend = _read_tokenizer_json(folder / TOKENIZER_JSON)
         _refuse_random(folder / TOKENIZER_JSON, backend)
-        files = _Files(read_json(folder / CONFIG_FILE), config, special_map, added)
-        if not _reason_against_direct(backend, files):
-            bos = _content(files.named_tokens().get("bos_token"))
-            return LoadedTokenizer(
-                backend=backend,
-                decode=lambda ids: backend.decode(ids, skip_special_tokens=False),
-                cleans_up=False,
-                way="direct",
-                bos_token=None if bos is None else backend.token_to_id(bos),
-                digest=file_digest(folder, (TOKENIZER_JSON,)),
-            )
-    elif not any((folder / name).is_file() for name in VOCABULARY_FILES):
+    elif all((folder / name).is_file() for name in GPT2_FILES) and files.tokenizer_class in _GPT2_CLASSES:
+        backend, names = _read_gpt2_files(folder), GPT2_FILES
+    elif any((folder / name).is_file() for name in VOCABULARY_FILES):
+        return _made_by_transformers(folder)
+    else:
         raise ModelError(f"{folder}: no tokenizer: neither {TOKENIZER_JSON} nor any of {', '.join(VOCABULARY_FILES)}")
-    return _made_by_transformers(folder)
+    if _reason_against_direct(backend, files, names):
+        made = _made_by_transformers(folder)
+        if names == (TOKENIZER_JSON,):
+            _warn_of_other_parts(folder, backend, made.backend)
+        return made
+    bos = _content(files.named_tokens().get("bos_token"))
+    return LoadedTokenizer(
+        backend=backend,
+        decode=lambda ids: backend.decode(ids, skip_special_tokens=False),
+        cleans_up=False,
+        way="direct",
+        bos_token=None if bos is None else backend.token_to_id(bos),
+        digest=file_digest(folder, names),
+    )
 
 
 def file_digest(folder: Path, names: tuple[str, ...]) -> str:
@@ -142,9 +154,14 @@ class _Files:
         return {key: settings[key] for key in _NAMED_TOKENS if settings.get(key) is not None}
 
 
-def _reason_against_direct(backend: Tokenizer, files: _Files) -> str:
-    """Why tokenizer.json alone may differ from what transformers makes; "" when it cannot."""
+def _reason_against_direct(backend: Tokenizer, files: _Files, names: tuple[str, ...]) -> str:
+    """Why the files of these names alone may differ from what transformers makes; "" when they cannot."""
     config = files.config
+    if names == GPT2_FILES:  # the digest is of these two, so that nothing else may decide
+        if key := next((key for key in ("add_prefix_space", "add_bos_token", "add_eos_token") if config.get(key)), ""):
+            return key
+        if files.added or {_content(token) for token in files.named_tokens().values()} != {_END_OF_TEXT}:
+            return "special tokens"
     added = backend.get_added_tokens_decoder()
     contents = {token.content for token in added.values()}
     if files.model.get("model_type") != "gpt2" or files.tokenizer_class not in (*_PLAIN_CLASSES, *_GPT2_CLASSES):
@@ -206,8 +223,6 @@ def _reason_against_gpt2(backend: Tokenizer, files: _Files) -> str:
 
 def _is_subset(entries: Any, added: dict[int, Any]) -> bool:
     """Whether tokenizer.json has each of the added tokens {id: {content, lstrip, ...}}, with the same flags."""
-    from tokenizers import AddedToken
-
     try:
         return all(repr(AddedToken(**entry)) == repr(added.get(int(index))) for index, entry in entries.items())
     except (TypeError, ValueError, AttributeError):
@@ -220,9 +235,7 @@ def _content(token: Any) -> Any:
     return content if isinstance(content, str) else None
 
 
-def _read_tokenizer_json(path: Path) -> Tokenizer | None:
-    if not path.is_file():
-        return None
+def _read_tokenizer_json(path: Path) -> Tokenizer:
     with reading(path):
         content = path.read_bytes()
     try:
@@ -230,6 +243,52 @@ def _read_tokenizer_json(path: Path) -> Tokenizer | None:
             return Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{path}: cannot be read as a tokenizer ({_first_line(error)}); fetch it again") from error
+
+
+def _read_gpt2_files(folder: Path) -> Tokenizer:
+    """GPT-2's byte-level BPE from vocab.json and merges.txt."""
+    vocab, merges = (folder / name for name in GPT2_FILES)
+    for path in (vocab, merges):
+        with reading(path), path.open("rb") as file:
+            file.read(1)
+    try:
+        with panics_as_errors():
+            backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the library raises plain Exception
+        names = " and ".join(GPT2_FILES)
+        raise ModelError(f"{folder}: {names} cannot be read as a tokenizer ({_first_line(error)}); fetch them again") from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if backend.token_to_id(_END_OF_TEXT) is not None:
+        backend.add_tokens([AddedToken(_END_OF_TEXT, special=True)])
+    return backend
+
+
+def _warn_of_other_parts(folder: Path, file: Tokenizer, made: Tokenizer) -> None:
+    """transformers may rebuild a tokenizer.json by the rules of a class, without a word."""
+    parts = {
+        "normalizer": (file.normalizer, made.normalizer),
+        "pre-tokenizer": (file.pre_tokenizer, made.pre_tokenizer),
+        "decoder": (file.decoder, made.decoder),
+    }
+    differ = [name for name, pair in parts.items() if len({_types(part) for part in pair}) > 1]
+    if type(file.model) is not type(made.model):
+        differ.append("model")
+    if differ:
+        logger.warning(
+            "%s: transformers replaces the %s by the rules of its tokenizer class, and so does gptbatch; "
+            '"tokenizer_class": "PreTrainedTokenizerFast" in %s keeps them',
+            folder / TOKENIZER_JSON,
+            " and ".join(differ),
+            TOKENIZER_CONFIG,
+        )
+
+
+def _types(part: Any) -> tuple[str, ...]:
+    """The types of a normalizer, pre-tokenizer or decoder and of its parts."""
+    content = component(part)
+    inner = (entry for value in content.values() if isinstance(value, list) for entry in value if isinstance(entry, dict))
+    return (content.get("type", ""), *(entry["type"] for entry in inner))
 
 
 def _refuse_random(where: Path, backend: Tokenizer) -> None:
