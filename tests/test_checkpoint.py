@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from transformers import GPT2LMHeadModel
 
@@ -23,7 +24,7 @@ from pipeline import JobConfig, run_job
 from pipeline.config import EngineConfig
 from pipeline.data.checkpoint import find_checkpoint
 from pipeline.data.generation_config import SpecialTokens
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, StorageError
 from pipeline.gpt.config import parse_config
 from pipeline.gpt.model import GPT
 from pipeline.gpt.weights import load_gpt
@@ -376,6 +377,7 @@ OTHERS: dict[str, tuple[dict[str, str], str]] = {
     "GGUF with a config": ({"config.json": "{}", "model.gguf": "GGUF"}, r"neither model\.safetensors .* it holds a GGUF file"),
     "ONNX": ({"config.json": "{}", "decoder_model.onnx": "x"}, r"a model for ONNX \(decoder_model\.onnx\)"),
     "ONNX in a folder": ({"config.json": "{}", "onnx/model.onnx": "x"}, r"a model for ONNX \(onnx\)"),
+    "Flax in shards": ({"config.json": "{}", "flax_model-00001-of-00002.msgpack": "x"}, "weights for Flax"),
     "Flax": ({"config.json": "{}", "flax_model.msgpack": "x"}, "weights for Flax .* from_flax=True, then save_pretrained"),
     "TensorFlow": ({"config.json": "{}", "tf_model.h5": "x"}, "weights for TensorFlow .* from_tf=True"),
     "OpenAI's own": ({"model.ckpt.index": "x", "model.ckpt.data-00000-of-00001": "x", "hparams.json": "{}"}, "a TensorFlow checkpoint"),
@@ -443,6 +445,9 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\n
         "config.json",
         "generation_config.json",
         "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
         "model.safetensors",
         "model.safetensors.index.json",
         "shard",
@@ -527,3 +532,48 @@ def test_check_model_where_transformers_finds_no_tensors(tmp_path: Path, capsys:
     folder = write_checkpoint(tmp_path / "model", tensors=random_tensors(prefix="module.transformer."))
     assert run_command(["check-model", str(folder)]) == 78
     assert re.search(r"transformers does not find \d+ tensors here, such as ", capsys.readouterr().err)
+
+
+# -- files that are not what their names say -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("<!DOCTYPE html><html>", "a web page, not the file itself"),
+        ("", r"not valid JSON"),
+        ("Entry not found", "not valid JSON"),
+        ("[1]", "a JSON object is needed"),
+    ],
+)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_damaged_settings_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:
+    folder = write_checkpoint(tmp_path / "model", generation={})
+    (folder / file).write_text(content)
+    with pytest.raises(ModelError, match=f"{file}: {message}"):
+        _ = find_checkpoint(str(folder)).special_tokens
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), SafetensorError("I/O error: Input/output error (os error 5)")])
+def test_a_disk_that_fails_while_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+
+    def fail(*args: Any, **kw: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.gpt.weights.safe_open", fail)
+    with pytest.raises(StorageError, match=r"model\.safetensors: cannot be read \(.*Input/output error"):
+        load(folder)
+
+
+def test_all_files_that_decide_are_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": STOP})
+    asked: list[str] = []
+
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert find_checkpoint("someone/model").special_tokens.ends == (0, STOP)
+    assert {"config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "model.safetensors"} <= set(asked)

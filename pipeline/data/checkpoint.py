@@ -189,7 +189,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from error
+        what = "a web page, not the file itself; fetch it again" if data.lstrip()[:1] == b"<" else f"not valid JSON ({error})"
+        raise ModelError(f"{path}: {what}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: a JSON object is needed")
     return content

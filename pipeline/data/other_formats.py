@@ -24,7 +24,7 @@ _FORMATS: tuple[tuple[str, str, str], ...] = (
     (r"model_index\.json", "a diffusers pipeline ({}), which makes images and no text", ""),
     (r"zero_to_fp32\.py|global_step\d+|.*_optim_states\.pt", "shards of DeepSpeed ({})", "join them with zero_to_fp32.py"),
     (r"pytorch_model_fsdp_\d+|.*\.distcp", "shards of FSDP ({})", "join them: accelerate merge-weights"),
-    (r"flax_model\.msgpack.*", "weights for Flax ({})", "load them with transformers 4 and from_flax=True, then save_pretrained()"),
+    (r"flax_model.*\.msgpack.*", "weights for Flax ({})", "load them with transformers 4 and from_flax=True, then save_pretrained()"),
     (r"tf_model.*\.h5", "weights for TensorFlow ({})", "load them with transformers 4 and from_tf=True, then save_pretrained()"),
     (r"model\.ckpt.*\.(index|meta)", "a TensorFlow checkpoint ({})", "convert it with transformers 4"),
     (r".+\.onnx|onnx", "a model for ONNX ({})", _SOURCE),
