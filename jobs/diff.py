@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from jobs.messages import echo, say
 from jobs.options import Command, PathArgument
 
 if TYPE_CHECKING:
-    from pipeline.diff import RowDifference
+    from pipeline.diff import DiffSummary, RowDifference
 
 DIFFERENT = 1
 
@@ -23,44 +24,65 @@ DIFFERENT = 1
 @click.argument("a", type=PathArgument())
 @click.argument("b", type=PathArgument())
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(0), help="Most differences to print; 0 prints all.")
-def diff(a: Path, b: Path, limit: int) -> int:
+@click.option("--common", is_flag=True, help="Compare only the ids that both runs have.")
+def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     """Compare the runs in the output folders A and B, finished or not, row by row, joined by prompt_id.
 
-    Prints a line for each row that differs and for each setting that does, A's value first; its last line is a JSON object.
-    Exits with 0 when both hold the same ids with the same prompts, tokens, endings and texts, with 1 when not. Rows whose tokens are
-    equal but whose logits were not, by min_margin and logits_digest, are counted as equal_from_other_logits. Prompts and completions
-    are never printed.
+    Prints how many rows differ and in what, then each setting that differs, A's value first, then the rows; its last line is a
+    JSON object. Exits with 0 when both hold the same ids with the same prompts, tokens, endings and texts, with 1 when not.
+    With --common, rows that one run alone has are no difference; without a common id it exits with 66. Rows whose tokens are
+    equal but whose logits were not, by min_margin and logits_digest, are counted as equal_from_other_logits. Prompts and
+    completions are never printed.
     """
     from pipeline.data.recorded import RecordedRun
     from pipeline.diff import diff_runs, settings_that_differ, summarize
+    from pipeline.errors import InputNotFoundError
 
     run_a, run_b = RecordedRun(a), RecordedRun(b)
     for name, run in (("A", run_a), ("B", run_b)):
         if not run.complete:
             say(f"{name} ({run.path}) is not complete; compared are the {run.n_rows} rows that it holds")
-    summary = summarize(run_a, run_b, _printed(diff_runs(run_a, run_b), limit))
-    if summary.equal_from_other_logits:
-        echo(f"{summary.equal_from_other_logits} rows have equal tokens from logits of other bits")
+    shown: list[RowDifference] = []
+    summary = summarize(run_a, run_b, _collected(diff_runs(run_a, run_b), shown, limit, common))
+    if common and not summary.common and (run_a.n_rows or run_b.n_rows):
+        raise InputNotFoundError(f"{a} and {b}: no id is in both; were the ids taken from the same field?")
+    for line in _summary_lines(summary, common):
+        echo(line)
     settings = settings_that_differ(run_a, run_b)
     for setting in settings:
         echo(f"setting {setting.name} differs: {json.dumps(setting.a)} / {json.dumps(setting.b)}")
+    for difference in shown:
+        echo(f"row {difference.prompt_id!r}: {_in_words(difference)}")
+    count = summary.different + (0 if common else summary.missing_in_a + summary.missing_in_b)
+    if count > len(shown):
+        echo(f"... and {count - len(shown)} more")
     echo(json.dumps({**asdict(summary), "settings_that_differ": {setting.name: [setting.a, setting.b] for setting in settings}}))
-    return 0 if summary.all_equal else DIFFERENT
+    return 0 if count == 0 else DIFFERENT
 
 
-def _printed(differences: Iterable[RowDifference], limit: int) -> Iterator[RowDifference]:
-    """Hands the differences on, and prints the first `limit` on the way; 0 prints all."""
-    count = 0
+def _collected(differences: Iterable[RowDifference], shown: list[RowDifference], limit: int, common: bool) -> Iterator[RowDifference]:
+    """Hands the differences on, and puts the first `limit` (0: all) into `shown`: rows that both runs have before the others."""
+    most = limit or sys.maxsize
+    only: list[RowDifference] = []
     for difference in differences:
-        if difference.kind == "bits":  # equal all the same, and where profiles differ nearly all rows are so: counted at the end
-            yield difference
-            continue
-        count += 1
-        if limit == 0 or count <= limit:
-            echo(f"row {difference.prompt_id!r}: {_in_words(difference)}")
+        if difference.kind in ("only_in_a", "only_in_b"):
+            if len(only) < most and not common:
+                only.append(difference)
+        elif difference.kind != "bits" and len(shown) < most:  # bits: equal all the same
+            shown.append(difference)
         yield difference
-    if limit and count > limit:
-        echo(f"... and {count - limit} more")
+    shown.extend(only[: most - len(shown)])
+
+
+def _summary_lines(summary: DiffSummary, common: bool) -> Iterator[str]:
+    kinds = ", ".join(f"{count} by {kind}" for kind, count in summary.kinds.items())
+    differ = f"{summary.different} differ ({kinds})" if summary.different else "all are equal"
+    yield f"{summary.common} rows are in both runs: {differ}" if summary.common else "no row is in both runs"
+    for name, count in (("A", summary.missing_in_b), ("B", summary.missing_in_a)):
+        if count:
+            yield f"{count} rows are only in {name}" + (", and not compared" if common else "")
+    if summary.equal_from_other_logits:
+        yield f"{summary.equal_from_other_logits} rows have equal tokens from logits of other bits"
 
 
 def _in_words(difference: RowDifference) -> str:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 
+from jobs.messages import say
 from pipeline.config import config_fields
 from pipeline.paths import PathError, expand_path
+
+if TYPE_CHECKING:
+    from pipeline.data.recorded import RecordedRun
 
 _METAVARS = {
     "--model": "M",
@@ -149,6 +153,7 @@ def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. [default: what torch finds]"),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute. [default: as recorded]"),
+        click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin where there are no safetensors, whatever the run said."),
         click.option("--allow-other-weights", is_flag=True, help="Go on with weights that are not the run's, by digest."),
         click.option(
             "--model",
@@ -159,6 +164,14 @@ def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+def say_model(run: RecordedRun, model: str | None) -> None:
+    """Name the checkpoint that a run's folder names, before it is read: anybody may have written it."""
+    from pipeline.reopen import recorded_model
+
+    if model is None and (path := recorded_model(run)) is not None:
+        say(f"reading the checkpoint {path}, which {run.path} names")
 
 
 def _click_type(annotation: Any) -> click.ParamType[Any]:

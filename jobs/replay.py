@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.messages import echo
-from jobs.options import Command, PathArgument, reopen_options
+from jobs.options import Command, PathArgument, reopen_options, say_model
 
 if TYPE_CHECKING:
     from pipeline.generation.trace import Candidate, StepTrace
@@ -39,6 +39,7 @@ def replay(
     top_k: int | None,
     max_new_tokens: int | None,
     model: str | None,
+    allow_pickle: bool,
     allow_other_weights: bool,
     device: str | None,
     threads: int | None,
@@ -57,7 +58,8 @@ def replay(
     if row is None:
         size = f"the run has {run.n_rows} rows" if run.complete else f"the run is not complete; it has {run.n_rows} rows so far"
         raise InputNotFoundError(f"{output}: no row has the id {prompt_id!r}; {size}")
-    overrides = Overrides(model=model, allow_other_weights=allow_other_weights, device=device, threads=threads)
+    overrides = Overrides(model=model, allow_pickle=allow_pickle, allow_other_weights=allow_other_weights, device=device, threads=threads)
+    say_model(run, model)
     reopened = ReopenedRun(run, overrides)
     asked = {"seed": seed, "temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}

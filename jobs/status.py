@@ -37,6 +37,7 @@ def _lines(found: OutputStatus) -> list[str]:
         f"errors   {sum(found.errors.values())}" + (f" ({kinds})" if kinds else ""),
         f"tokens   {found.prompt_tokens} of prompts, {found.completion_tokens} of completions",
     ]
+    lines += [f"problem  {problem}" for problem in found.problems]
     if found.tokens_per_s is not None:
         left = "" if found.seconds_left is None else f", about {found.seconds_left:.0f} s left"
         lines.append(f"speed    {found.tokens_per_s:.0f} tokens/s{left} (at {found.updated_at})")

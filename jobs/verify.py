@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.messages import echo, say
-from jobs.options import Command, PathArgument, reopen_options
+from jobs.options import Command, PathArgument, reopen_options, say_model
 
 if TYPE_CHECKING:
     from pipeline.verify import Verdict
@@ -26,26 +26,36 @@ MOST_LINES = 20
 @click.option("--all", "all_rows", is_flag=True, help="Check every row.")
 @reopen_options
 def verify(
-    output: Path, rows: int | None, all_rows: bool, model: str | None, allow_other_weights: bool, device: str | None, threads: int | None
+    output: Path,
+    rows: int | None,
+    all_rows: bool,
+    model: str | None,
+    allow_pickle: bool,
+    allow_other_weights: bool,
+    device: str | None,
+    threads: int | None,
 ) -> int:
     """Check rows of the run in the folder OUTPUT against its weights, without generating them again.
 
     One prefill a row gives the logits at every step; with the row's noise they must choose the recorded token, the final
     end-of-text included. Where this machine computes the same bits as the one that ran, the answer is exact; elsewhere a
     recorded token that is within rounding of winning is a near tie, and no mismatch. Rows whose window slid cost a prefill a
-    step. Its last line is a JSON object. Exits with 0 when all rows agree, with 1 when one does not.
+    step. Its last line is a JSON object. Exits with 0 when all rows agree, with 1 when one does not, with 66 when there was none to
+    check (a complete run of no rows is fine).
     """
     if all_rows and rows is not None:
         raise click.UsageError("--rows and --all cannot be given together")
 
     from pipeline.data.recorded import RecordedRun
+    from pipeline.errors import InputNotFoundError
     from pipeline.reopen import Overrides, ReopenedRun
     from pipeline.verify import evenly_spaced, verify_rows
 
     run = RecordedRun(output)
     if not run.complete:
         say(f"{output} is not complete; only the {run.n_rows} rows that it holds can be checked")
-    overrides = Overrides(model=model, allow_other_weights=allow_other_weights, device=device, threads=threads)
+    overrides = Overrides(model=model, allow_pickle=allow_pickle, allow_other_weights=allow_other_weights, device=device, threads=threads)
+    say_model(run, model)
     reopened = ReopenedRun(run, overrides)
     wanted = run.rows() if all_rows else run.reader().take(evenly_spaced(rows or 100, run.n_rows))
     reasons = reopened.reasons_against_exactness()
@@ -67,6 +77,7 @@ def verify(
         + (f", {_count(outcomes['near_tie'], 'near tie')}" if reasons else "")
         + (f", {_count(outcomes['skipped'], 'error row')} skipped" if outcomes["skipped"] else "")
         + (f"; judged by margin: {', '.join(reasons)}" if reasons else "; judged exactly, bit for bit")
+        + ("; the run is complete and has no rows" if run.complete and run.n_rows == 0 else "")
     )
     summary = {
         "complete": run.complete,
@@ -80,6 +91,9 @@ def verify(
         "verify_s": round(time.monotonic() - began, 3),
     }
     echo(json.dumps(summary))
+    if not checked and not (run.complete and run.n_rows == 0):
+        what = f"all {outcomes['skipped']} rows looked at are error rows" if outcomes["skipped"] else "it holds no rows yet"
+        raise InputNotFoundError(f"{output}: nothing was checked: {what}")
     return MISMATCH if mismatches else 0
 
 

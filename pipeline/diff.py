@@ -1,7 +1,4 @@
-"""Two recorded runs, row by row: which rows have other tokens, where they part, and which settings differ.
-
-Knows: rows and their ids. Does not know: which run is right, and how a difference is shown. Imports no torch.
-"""
+"""Two recorded runs, row by row: which rows have other tokens, where they part, and which settings differ. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,6 +25,7 @@ _COLUMNS = (
     "min_margin",
     "logits_digest",
 )
+_ROW_SETTINGS = ("seed", "temperature", "top_k")  # decide min_margin besides the logits
 _FACTS = ("dtype", "device", "profile")
 _DIGEST_BYTES = 16
 
@@ -42,7 +40,8 @@ class RowDifference:
         tokens                 the tokens differ
         ending                 the same tokens, but another finish_reason or stop_reason
         text                   the same tokens as another text
-        bits                   the same in all this, but from other logits: another min_margin, or logits_digest where both have one
+        bits                   the same in all this, but from other logits: another logits_digest where both have one, or another
+                               min_margin where seed, temperature and top_k are the same
 
     token_index: the first place, from 0, where the tokens differ; None where they do not. token_a, token_b: the token there, None
     for a completion that had ended. min_margin_a, min_margin_b: how far each row was from other tokens under other rounding, in
@@ -73,7 +72,7 @@ class SettingDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffSummary:
-    """Rows of a diff. different: ids in both runs whose rows are not equal. missing_in_a: ids that only b has.
+    """Rows of a diff. different: ids in both runs whose rows are not equal, by kind in `kinds`. missing_in_a: ids that only b has.
 
     equal_from_other_logits: those of the equal rows that differ in `bits` alone.
     """
@@ -83,6 +82,7 @@ class DiffSummary:
     equal: int
     equal_from_other_logits: int
     different: int
+    kinds: dict[str, int]
     missing_in_a: int
     missing_in_b: int
 
@@ -90,6 +90,11 @@ class DiffSummary:
     def all_equal(self) -> bool:
         """Whether both runs hold the same ids and every row is equal; so do two runs without rows."""
         return not (self.different or self.missing_in_a or self.missing_in_b)
+
+    @property
+    def common(self) -> int:
+        """Ids that both runs have."""
+        return self.equal + self.different
 
 
 def diff_runs(a: RecordedRun, b: RecordedRun) -> Iterator[RowDifference]:
@@ -106,8 +111,8 @@ def diff_runs(a: RecordedRun, b: RecordedRun) -> Iterator[RowDifference]:
             raise _twice(b, row["prompt_id"])
         digests += _digest(row)
     seen = bytearray(len(places))
-    reader = b.reader(_COLUMNS)
-    rows = a.rows(_COLUMNS)
+    reader = b.reader(_COLUMNS + _ROW_SETTINGS)
+    rows = a.rows(_COLUMNS + _ROW_SETTINGS)
     while block := list(islice(rows, BATCH_ROWS)):
         unequal: dict[str, int] = {}
         for row in block:
@@ -141,6 +146,7 @@ def summarize(a: RecordedRun, b: RecordedRun, differences: Iterable[RowDifferenc
         equal=a.n_rows - kinds["only_in_a"] - different,
         equal_from_other_logits=kinds["bits"],
         different=different,
+        kinds={kind: count for kind, count in sorted(kinds.items()) if kind not in ("only_in_a", "only_in_b", "bits")},
         missing_in_a=kinds["only_in_b"],
         missing_in_b=kinds["only_in_a"],
     )
@@ -187,7 +193,7 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
         kind = "ending"
     elif a["completion"] != b["completion"]:
         kind = "text"
-    elif any(a[name] != b[name] and None not in (a[name], b[name]) for name in ("min_margin", "logits_digest")):
+    elif _differ(a, b, "logits_digest") or (_differ(a, b, "min_margin") and _sampled_alike(a, b)):
         kind = "bits"
     else:
         return None
@@ -205,6 +211,16 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
         stop_reason_a=a["stop_reason"],
         stop_reason_b=b["stop_reason"],
     )
+
+
+def _differ(a: dict[str, Any], b: dict[str, Any], name: str) -> bool:
+    """Whether both say something, and not the same."""
+    return a[name] != b[name] and None not in (a[name], b[name])
+
+
+def _sampled_alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether equal logits give both rows the same min_margin. Greedy rows have neither noise nor top_k."""
+    return a["temperature"] == b["temperature"] and (a["temperature"] == 0 or all(a[name] == b[name] for name in _ROW_SETTINGS))
 
 
 def _first_difference(a: list[int], b: list[int]) -> int | None:

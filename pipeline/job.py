@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from pipeline.advice import describe_errors
 from pipeline.config import JobConfig
 from pipeline.data.checkpoint import Checkpoint, find_checkpoint
 from pipeline.data.generation_config import SpecialTokens
+from pipeline.data.output_folder import OutputFolder
 from pipeline.data.prompts import BadRow, InputSummary, PromptReader, RowDefaults, open_source
 from pipeline.data.rows import RowSource
 from pipeline.data.tokenizer import EncodedPrompt, PromptTokenizer
@@ -27,6 +29,7 @@ from pipeline.data.tokenizer_files import LoadedTokenizer, load_tokenizer
 from pipeline.gpt.config import GPTConfig, parse_config
 from pipeline.placement import check_placement
 from pipeline.records import NOISE_VERSION, Completion, Prompt, RowError, TokenizedPrompt
+from pipeline.resume import check_same_input, kept_state, part_rows_of
 
 logger = logging.getLogger("gptbatch")
 
@@ -219,8 +222,7 @@ def find_source(config: JobConfig) -> RowSource:
 class InputReport:
     """What a dry run says of an input. Prompt lengths are in tokens; too_long counts prompts above n_positions.
 
-    bad_rows: rows that on_bad_row records as errors. error_kinds: all rows that become error rows,
-    those included, by kind.
+    bad_rows: rows that on_bad_row records as errors. error_kinds: rows that end as errors before the network sees them, by kind.
     """
 
     rows: int
@@ -237,21 +239,34 @@ class InputReport:
 
 
 def inspect_job(config: JobConfig) -> InputReport:
-    """A dry run: check every row and count its tokens. Loads no model and writes nothing."""
+    """A dry run: check the output, and every row, and count its tokens. Loads no model and writes nothing.
+
+    Raises what the run would raise before it loads the model.
+    """
     check_placement(config)
-    job = Job(config)
-    summary = job.reader.check(must_hold=config.skip_row)
+    folder = OutputFolder(Path(config.output))
+    folder.check_creatable()
+    checkpoint = find_checkpoint(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
+    parse_config(checkpoint.config, str(checkpoint.config_path))  # before a tokenizer that takes seconds to make
+    tokenizer = load_tokenizer(checkpoint.folder)
+    job = Job(config, checkpoint, tokenizer=tokenizer)
+    kept = kept_state(config, folder, lambda: job_identity(config, checkpoint, tokenizer))
+    counts = [] if kept is None else [kept.identity.get("rows") or 0]
+    summary = job.reader.check(part_rows=part_rows_of(config, kept), counts=counts, must_hold=config.skip_row)
+    if kept is not None:
+        check_same_input(config, kept, summary)
     lengths = array("q")
-    kinds: Counter[str] = Counter()
+    errors: Counter[str] = Counter()
 
     def reject(completion: Completion) -> None:
+        assert completion.error is not None
         lengths.append(completion.prompt_tokens)
-        kinds.update([completion.error.kind] if completion.error is not None else [])
+        errors[completion.error.kind] += 1
 
     for prompt in job.tokenized(summary, reject=reject):
         if prompt is not None:
             lengths.append(len(prompt.token_ids) + prompt.tokens_dropped)
-    if said := describe_errors(kinds, summary.rows):
+    if said := describe_errors(errors, summary.rows):
         logger.warning("a run would record errors: %s", said)
     job.warn_of_texts()
     ordered = sorted(lengths)
@@ -259,7 +274,7 @@ def inspect_job(config: JobConfig) -> InputReport:
     return InputReport(
         rows=summary.rows,
         bad_rows=summary.bad_rows,
-        error_kinds=dict(sorted(kinds.items())),
+        error_kinds=dict(sorted(errors.items())),
         prompt_tokens=sum(ordered),
         prompt_tokens_min=ordered[0] if ordered else 0,
         prompt_tokens_median=ordered[len(ordered) // 2] if ordered else 0,

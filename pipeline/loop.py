@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.config import JobConfig
 from pipeline.data.attempts import Attempts
 from pipeline.data.digests import DigestMemory
+from pipeline.data.folder_models import Part
 from pipeline.data.output_folder import OutputFolder
-from pipeline.data.parts import Part, PartWriter
+from pipeline.data.parts import PartWriter
 from pipeline.data.progress_file import ProgressFile
 from pipeline.data.prompts import InputSummary
 from pipeline.errors import InputRowsError, StoppedError

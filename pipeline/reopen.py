@@ -1,7 +1,4 @@
-"""A recorded run brought back to life: its settings, tokenizer and weights loaded again, its rows as the network takes them.
-
-Knows: what a run leaves in its folder. Does not know: what is to be done with its rows.
-"""
+"""A recorded run brought back to life: its settings, tokenizer and weights loaded again, its rows as the network takes them."""
 
 from __future__ import annotations
 
@@ -11,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.config import EngineConfig, JobConfig
 from pipeline.data.checkpoint import Checkpoint, find_checkpoint
+from pipeline.data.folder_models import validated
+from pipeline.data.output_folder import CONFIG, MANIFEST, WORK
+from pipeline.data.parts import FORMAT
 from pipeline.data.recorded import RecordedRun
 from pipeline.data.tokenizer_files import LoadedTokenizer, file_digest, load_tokenizer
 from pipeline.errors import ModelError, OutputConflictError
@@ -30,10 +28,12 @@ _FILES_OF_OLD_DIGESTS = ("tokenizer.json", "vocab.json", "merges.txt")  # runs f
 class Overrides:
     """What is taken otherwise than recorded; None takes it as recorded. model: a folder or hub name of the same weights.
 
-    threads: None takes what torch finds, whatever the run took, since bits do not depend on it.
+    allow_pickle: read pickled weights; what the folder says of it does not count, as anybody may have written it. threads: None takes
+    what torch finds, whatever the run took, since bits do not depend on it.
     """
 
     model: str | None = None
+    allow_pickle: bool = False
     allow_other_weights: bool = False
     device: str | None = None
     threads: int | None = None
@@ -49,13 +49,12 @@ class ReopenedRun:
     def __init__(self, run: RecordedRun, overrides: Overrides) -> None:
         self.run = run
         try:
-            recorded = JobConfig.model_validate(run.config)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            key = ".".join(str(step) for step in problem["loc"])
+            recorded = validated(JobConfig, run.config)
+        except ValueError as error:
             raise OutputConflictError(
-                f"{run.path}: its settings cannot be read ({key}: {problem['msg']}); another version wrote it"
+                f"{run.path / WORK / CONFIG}: {error}; it was changed, or another version of gptbatch wrote it"
             ) from error
+        self.is_older = run.manifest["format"] != FORMAT
         changes: dict[str, Any] = {"engine": _engine(recorded.engine, run.facts, overrides)}
         if "add_special_tokens" not in run.config:
             changes["add_special_tokens"] = False  # the run is from before there was a template
@@ -92,7 +91,8 @@ class ReopenedRun:
             reasons.append("its parts were made in more than one way")
         if self.network.numerics != "exact":
             reasons.append("this machine does not pass the start-up check")
-        if self.checkpoint.model_digest != self.run.manifest["identity"]["model_digest"]:
+        identity = self.run.manifest["identity"]
+        if self.checkpoint.model_digest != identity["model_digest"]:
             reasons.append("the weights differ")
         return reasons
 
@@ -113,15 +113,19 @@ class ReopenedRun:
         return ""
 
     def _find_checkpoint(self, overrides: Overrides) -> tuple[Checkpoint, LoadedTokenizer]:
-        recorded_path = self.run.facts.get("model_path", "")
-        name = overrides.model or (recorded_path if recorded_path and Path(recorded_path).is_dir() else self.config.model)
+        identity = self.run.manifest["identity"]
+        for key in ("model_digest", "tokenizer_digest"):
+            if key not in identity:
+                raise OutputConflictError(
+                    f"{self.run.path / MANIFEST}: identity.{key} is missing; the run does not say which weights it used"
+                )
+        name = overrides.model or recorded_model(self.run) or self.config.model
         try:
-            checkpoint = find_checkpoint(name, revision=self.config.revision, allow_pickle=self.config.allow_pickle)
+            checkpoint = find_checkpoint(name, revision=self.config.revision, allow_pickle=overrides.allow_pickle)
         except ModelError as error:
             if overrides.model is None:
                 raise ModelError(f"the run's checkpoint is not where it was; name a copy of it with --model ({error})") from error
             raise
-        identity = self.run.manifest["identity"]
         tokenizer = load_tokenizer(checkpoint.folder)
         if identity["tokenizer_digest"] not in (tokenizer.digest, file_digest(checkpoint.folder, _FILES_OF_OLD_DIGESTS)):
             raise ModelError(f"{name}: its tokenizer is not the run's (by digest); name a copy of the run's checkpoint with --model")
@@ -137,6 +141,12 @@ class ReopenedRun:
                 "--allow-other-weights to compare with these"
             )
         return checkpoint, tokenizer
+
+
+def recorded_model(run: RecordedRun) -> str | None:
+    """The folder of the checkpoint that a run names, where it is still there."""
+    path = run.facts.get("model_path")
+    return path if path and Path(path).is_dir() else None
 
 
 def row_params(row: dict[str, Any]) -> SamplingParams:

@@ -1,19 +1,19 @@
 """What of an output can be trusted: whether it is the same job's, and which of its parts need not be done again.
 
 A part is trusted when its footer is of this job, it holds the rows that its name says, the input says in these rows what it said,
-and its content has the digest that it had. What is damaged is done again; what is someone else's is refused and left alone.
-
-Knows: recorded identities and parts. Does not know: how parts are made. Imports no torch.
+and its content has the digest that it had. A damaged part is done again; a part of another job is refused and left alone. Imports no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import JobConfig
-from pipeline.data.output_folder import FolderState
-from pipeline.data.parts import DEFAULT_PART_ROWS, FoundPart, Part, count_parts, rows_of_part
+from pipeline.data.folder_models import Part
+from pipeline.data.output_folder import FolderState, OutputFolder
+from pipeline.data.parts import DEFAULT_PART_ROWS, FORMAT, FoundPart, PartPlan, count_parts
 from pipeline.data.prompts import InputSummary
 from pipeline.errors import OutputConflictError
 
@@ -37,11 +37,38 @@ class Trusted:
 
 
 def is_same_job(state: FolderState, identity: dict[str, Any]) -> bool:
-    return not _differing(state, identity)
+    return state.manifest["format"] == FORMAT and not _differing(state, identity)
+
+
+def is_replaced(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> bool:
+    """Whether nothing that is there stays.
+
+    A folder without a part holds no job. overwrite replaces what is complete or another job's; what it has begun itself goes on.
+    """
+    return not state.holds_job or (config.overwrite and (state.marked_complete or not is_same_job(state, identity)))
+
+
+def kept_state(config: JobConfig, folder: OutputFolder, identity: Callable[[], dict[str, Any]]) -> FolderState | None:
+    """The run in the output that this job goes on with; None where it starts anew.
+
+    identity: of this job; it hashes the weights, and is asked for where there is a run to compare with.
+    Raises OutputConflictError when the folder holds something else.
+    """
+    folder.refuse_links()
+    state = folder.state()
+    if state is None or not state.holds_job or is_replaced(config, state, identity()):
+        return None
+    check_same_job(config, state, identity())
+    return state
 
 
 def check_same_job(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> None:
     """Raises OutputConflictError, naming what differs, unless the folder's run is the same job, by all but its input."""
+    if state.manifest["format"] != FORMAT:
+        raise OutputConflictError(
+            f"{config.output}: holds a run of format {state.manifest['format']}, and this version writes {FORMAT}, which cannot be mixed; "
+            f"go on with the version that began it ({_version(state)}), {_ELSE}"
+        )
     differing = _differing(state, identity)
     recorded = state.identity.get("part_rows")
     if config.part_rows is not None and config.part_rows != recorded:
@@ -80,25 +107,18 @@ def check_same_input(config: JobConfig, state: FolderState, summary: InputSummar
         )
 
 
-def trusted_parts(
-    config: JobConfig, state: FolderState, found: dict[int, FoundPart], identity: dict[str, Any], summary: InputSummary
-) -> Trusted:
+def trusted_parts(found: dict[int, FoundPart], plan: PartPlan) -> Trusted:
     """The parts that need not be done again. found: every file under a part's name, looked at.
 
     Raises OutputConflictError for files under parts' names that no run of this job can have written, or that it has no rows for.
     """
-    check_no_strangers(found, count_parts(summary.part_rows, summary.rows))
+    check_no_strangers(found, plan.n_parts)
     parts: dict[int, Part] = {}
     footer: dict[str, Any] = {}
     for number, file in found.items():
-        if file.footer is not None and file.footer.get("fingerprint") != identity["fingerprint"]:
-            raise OutputConflictError(f"{file.path}: is a part of another job (fingerprint differs); {_ELSE}")
-        part = file.part
-        if file.state != "sound" or part is None or file.footer is None:
-            continue
-        wanted = (number * summary.part_rows, rows_of_part(number, summary.part_rows, summary.rows), summary.part_digests[number])
-        if (part.first_row, part.rows, part.input_rows_digest) == wanted:
-            parts[number], footer = part, file.footer
+        plan.check_ours(file)
+        if file.state == "sound" and file.part is not None and file.footer is not None and plan.is_whole(file.part):
+            parts[number], footer = file.part, file.footer
     return Trusted(parts=parts, footer=footer)
 
 
@@ -106,7 +126,9 @@ def check_no_strangers(found: dict[int, FoundPart], n_parts: int) -> None:
     """Raises OutputConflictError for files under parts' names that a run of so many parts cannot have written."""
     for number, file in found.items():
         if file.state == "foreign":
-            raise OutputConflictError(f"{file.path}: is not a part that gptbatch wrote; move it away, or name another output")
+            raise OutputConflictError(
+                f"{file.path}: is not a part that gptbatch wrote ({file.problem}); move it away, or name another output"
+            )
         if number >= n_parts:
             raise OutputConflictError(f"{file.path}: this run has {n_parts} parts, and no such one; move it away, or name another output")
 
@@ -132,3 +154,8 @@ def check_same_profile(config: JobConfig, trusted: Trusted, profile: dict[str, A
 
 def _differing(state: FolderState, identity: dict[str, Any]) -> list[str]:
     return [key for key, value in identity.items() if state.identity.get(key) != value]
+
+
+def _version(state: FolderState) -> str:
+    version = state.manifest.get("versions", {}).get("gptbatch")
+    return f"gptbatch {version}" if version else "its version is not recorded"

@@ -27,14 +27,15 @@ from pipeline.data.attempts import Attempts
 from pipeline.data.checkpoint import find_checkpoint
 from pipeline.data.digests import DigestMemory
 from pipeline.data.durable import sweep
-from pipeline.data.error_rows import ERRORS, write_error_rows
+from pipeline.data.error_rows import write_error_rows
+from pipeline.data.folder_models import Part
 from pipeline.data.lock import OutputLock
-from pipeline.data.output_folder import FORMAT, FolderState, OutputFolder, facts_of
-from pipeline.data.parts import Part, PartWriter, count_parts
-from pipeline.data.progress_file import ProgressFile
+from pipeline.data.output_folder import ERRORS, FolderState, OutputFolder, facts_of
+from pipeline.data.parts import FORMAT, PartPlan, PartWriter
+from pipeline.data.progress_file import PROGRESS, ProgressFile, looks_alive
 from pipeline.data.rows import RowSource
 from pipeline.data.tokenizer_files import load_tokenizer
-from pipeline.errors import OutputBusyError, StoppedError, StorageError
+from pipeline.errors import OutputBusyError, OutputConflictError, StoppedError, StorageError
 from pipeline.gpt.config import parse_config
 from pipeline.job import Job, find_source, job_identity
 from pipeline.loop import ErrorLimit, PartLoop, Progress, Stop
@@ -48,6 +49,7 @@ from pipeline.resume import (
     check_same_input,
     check_same_job,
     check_same_profile,
+    is_replaced,
     is_same_job,
     part_rows_of,
     trusted_parts,
@@ -81,12 +83,12 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
     parse_config(checkpoint.config, str(checkpoint.config_path))  # before a tokenizer that takes seconds to make
     tokenizer = load_tokenizer(checkpoint.folder)
     identity = job_identity(config, checkpoint, tokenizer)
-    if state is not None and not _is_replaced(config, state, identity):
+    if state is not None and not is_replaced(config, state, identity):
         check_same_job(config, state, identity)
     source = find_source(config)
     with ExitStack() as stack:
         lock = None
-        if state is not None and not _is_replaced(config, state, identity):
+        if state is not None and not is_replaced(config, state, identity):
             if _is_done(config, source, state, memory):
                 return nothing_done(config, state.manifest, time.monotonic() - began)
             lock = stack.enter_context(OutputLock(folder.work)) if folder.work.is_dir() else None
@@ -97,11 +99,6 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
             folder.create()
             lock = stack.enter_context(OutputLock(folder.work))
         return run.go(lock, progress)
-
-
-def _is_replaced(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> bool:
-    """overwrite replaces what is complete or another job's; what it has begun itself goes on when it is said again."""
-    return config.overwrite and (state.marked_complete or not is_same_job(state, identity))
 
 
 def _input_settings(config: JobConfig) -> dict[str, Any]:
@@ -139,7 +136,7 @@ class _Run:
     def check_input(self, state: FolderState | None) -> None:
         """Read and check all rows. state: of the folder, whose part_rows decide how they are cut."""
         config = self.config
-        replaced = state is not None and _is_replaced(config, state, self.job_identity)
+        replaced = state is not None and is_replaced(config, state, self.job_identity)
         kept = None if replaced else state
         self.part_rows = part_rows_of(config, kept)
         counts = [] if kept is None else [kept.identity.get("rows", 0)]
@@ -154,6 +151,7 @@ class _Run:
             "limit": config.limit,
             "part_rows": self.part_rows,
         }
+        self.plan = PartPlan(identity=self.identity, input_digests=self.summary.part_digests)
         self.limit = ErrorLimit(config.max_row_errors, self.summary.rows)
         self.limit.check(self.summary.bad_rows)
 
@@ -161,13 +159,15 @@ class _Run:
         """All that needs the lock."""
         config, folder = self.config, self.folder
         state = folder.state()
-        replaced = state is not None and _is_replaced(config, state, self.job_identity)
+        replaced = state is not None and is_replaced(config, state, self.job_identity)
         trusted = Trusted(parts={}, footer={})
+        if state is not None and not (lock.works or state.holds_job or is_same_job(state, self.job_identity)) and looks_alive(folder.work):
+            raise OutputBusyError(f"{config.output}: another job is beginning there, says {folder.work / PROGRESS}; name another output")
         if state is not None and replaced:
             check_replaceable(state, folder.inspect_parts(state, self.memory))
         elif state is not None:
             trusted = self._trusted(state)
-            if len(trusted.parts) == count_parts(self.part_rows, self.summary.rows):
+            if len(trusted.parts) == self.plan.n_parts:
                 return self._finish(state, trusted, lock)
         device = resolve_device(config.engine)
         if lock.works:
@@ -182,10 +182,14 @@ class _Run:
             load_s = time.monotonic() - load_began
             with self.stop.deferred():
                 if state is not None and replaced:
-                    folder.clear(state)
+                    folder.clear(state, keep_attempts=state.identity == self.identity and not state.holds_job)
+                replaces = state.identity if state is not None and replaced else None
+                folder.begin(config.to_yaml(), self._facts(network), trusted.parts.values(), replaces=replaces)
                 summary = self._generate(network, trusted, lock, progress, watch, load_s)
         except (StoppedError, KeyboardInterrupt):
             watch.write("stopped")
+            raise
+        except OutputConflictError:
             raise
         except BaseException:
             watch.write("failed")
@@ -215,8 +219,8 @@ class _Run:
             raise OutputBusyError(f"{config.output}: another run began there while this one looked at the input; run it again")
         check_same_input(config, state, self.summary)
         found = self.folder.inspect_parts(state, self.memory)
-        trusted = trusted_parts(config, state, found, self.job_identity, self.summary)
-        logger.info("%d of %d parts are there", len(trusted.parts), count_parts(self.part_rows, self.summary.rows))
+        trusted = trusted_parts(found, self.plan)
+        logger.info("%d of %d parts are there", len(trusted.parts), self.plan.n_parts)
         return trusted
 
     def _finish(self, state: FolderState, trusted: Trusted, lock: OutputLock) -> RunSummary:
@@ -232,7 +236,7 @@ class _Run:
                 self.folder.remember(self.memory)
             else:
                 self._leave(trusted.parts, attempts=None)
-                self.folder.complete(manifest, trusted.parts.values(), self.memory)
+                self.folder.complete(manifest, trusted.parts, self.memory, self.plan)
                 self._watch(trusted).write("complete")
         done = {**manifest, "rows": trusted.rows}
         return nothing_done(self.config, done, time.monotonic() - self.began)
@@ -248,20 +252,11 @@ class _Run:
         self, network: Network, trusted: Trusted, lock: OutputLock, progress: Progress | None, watch: ProgressFile, load_s: float
     ) -> RunSummary:
         config, folder, summary = self.config, self.folder, self.summary
-        facts = {"format": FORMAT, "identity": self.identity, **self._facts(network)}
+        facts = self._facts(network)
         parts = dict(trusted.parts)
-        folder.begin(config.to_yaml(), facts, parts.values())
         self.memory.forget_other_parts(part.name for part in parts.values())
         folder.remember(self.memory)
-        writer = PartWriter(
-            folder.path,
-            folder.writer,
-            self.memory,
-            part_rows=self.part_rows,
-            total_rows=summary.rows,
-            facts=facts,
-            input_digests=summary.part_digests,
-        )
+        writer = PartWriter(folder.path, folder.writer, self.memory, plan=self.plan, facts=facts)
         attempts = Attempts(folder.work, folder.writer) if lock.works else None
         if attempts is not None:
             for number in parts:
@@ -284,7 +279,9 @@ class _Run:
         )
         began = time.monotonic()
         try:
-            loop.run([number for number in range(count_parts(self.part_rows, summary.rows)) if number not in parts])
+            loop.run([number for number in range(self.plan.n_parts) if number not in parts])
+        except OutputConflictError:  # the files in .gptbatch are another job's now
+            raise
         except BaseException:
             with suppress(StorageError):
                 self._leave(parts, attempts)
@@ -293,7 +290,7 @@ class _Run:
         generate_s = time.monotonic() - began
         logger.info("%d rows written in %.1f s", loop.rows, generate_s)
         halvings = {"memory_halvings": loop.halvings} if loop.halvings else {}
-        folder.complete({**facts, **halvings}, parts.values(), self.memory)
+        folder.complete({**facts, **halvings}, parts, self.memory, self.plan)
         self._say_errors(parts)
         return RunSummary(
             output=config.output,
@@ -332,6 +329,8 @@ class _Run:
         """What the manifest and each part's footer say of the run."""
         config = self.config
         return {
+            "format": FORMAT,
+            "identity": self.identity,
             "fingerprint": self.identity["fingerprint"],
             "model": redact(config.model),
             "model_path": str(self.job.checkpoint.folder.resolve()),

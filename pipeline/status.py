@@ -1,29 +1,32 @@
 """What an output holds: which rows are there, which are missing, how fast a run is and how long it has to go.
 
-Reads footers and small files, not the rows. Knows: the output folder. Does not print.
+Reads small files and footers, not the rows; of parts that are as the folder remembers them, not even the footers.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.data.folder_models import Part
+from pipeline.data.folder_parts import FolderParts, recorded_state
 from pipeline.data.lock import is_held
-from pipeline.data.output_folder import OutputFolder
-from pipeline.data.parts import count_parts, inspect_part
-from pipeline.data.progress_file import PROGRESS
-from pipeline.errors import InputNotFoundError, OutputConflictError, StorageError
+from pipeline.data.output_folder import CONFIG, MANIFEST, WORK, FolderState, OutputFolder
+from pipeline.data.parts import count_parts, part_number
+from pipeline.data.progress_file import read_progress
+from pipeline.errors import InputNotFoundError, StorageError
+
+MAX_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputStatus:
-    """state: complete; running, a process holds it now; unfinished, none does. rows_done: in parts that are written.
+    """state: complete; running, a process holds it now; unfinished, none does. rows_done: in parts of the folder's job.
 
     parts_missing and parts_damaged: numbers of parts. errors: error rows by kind. tokens_per_s and seconds_left: of the run that is
-    going on, or the last; None when it has not said.
+    going on, or the last; None when it has not said. problems: what is wrong with the folder, a line each.
     """
 
     output: str
@@ -42,59 +45,75 @@ class OutputStatus:
     seconds_left: float | None
     updated_at: str | None
     fingerprint: str | None
+    problems: list[str]
 
 
 def output_status(path: Path) -> OutputStatus:
     """Raises InputNotFoundError when there is no run of ours, StorageError when it cannot be read."""
     folder = OutputFolder(path)
+    progress = read_progress(folder.work)
     try:
-        state = folder.state()
-        progress = _progress(folder)
-    except OutputConflictError as error:
-        raise InputNotFoundError(f"{path}: holds no run of gptbatch; name the output folder of a run") from error
+        state = recorded_state(path)
+        found = None if state is None else FolderParts(state, folder.memory())
+        problems = [] if state is None or found is None else _problems(folder, state, found)
     except OSError as error:
         raise StorageError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
-    if state is None:
-        if progress is None:
-            raise InputNotFoundError(f"{path}: holds no run of gptbatch; name the output folder of a run")
-        identity: dict[str, Any] = {}
-        files = {}
-    else:
-        identity, files = state.identity, state.parts
-    rows, part_rows = int(identity.get("rows") or (progress or {}).get("rows_total") or 0), int(identity.get("part_rows") or 0)
-    n_parts = count_parts(part_rows, rows) if part_rows else 0
-    found = {number: inspect_part(file, content=False) for number, file in files.items()}
-    parts = [file.part for file in found.values() if file.state == "sound" and file.part is not None]
+    if state is None and progress is None:
+        raise InputNotFoundError(f"{path}: holds no run of gptbatch; name the output folder of a run")
+    identity: dict[str, Any] = {} if state is None else state.identity
+    rows, part_rows = identity.get("rows"), identity.get("part_rows")
+    if rows is None:
+        rows = progress.rows_total if progress is not None else 0
+    n_parts = count_parts(part_rows, rows) if part_rows is not None else 0
+    parts = [] if found is None else found.parts
     numbers = {part.number for part in parts}
-    errors: Counter[str] = Counter()
-    for part in parts:
-        errors.update(part.error_kinds)
+    unusable = [] if found is None else [(part_number(file.path.name), file) for file in found.unusable]
+    damaged = sorted(number for number, file in unusable if number is not None and number < n_parts and file.state == "damaged")
+    taken = {number for number, _ in unusable}
     done = sum(part.rows for part in parts)
-    complete = state is not None and state.marked_complete and len(parts) == n_parts and done == rows
+    complete = (
+        (state is not None and state.marked_complete and found is not None)
+        and not (found.other_jobs or found.unusable)
+        and (len(parts), done) == (n_parts, rows)
+    )
     running = not complete and is_held(folder.work)
     return OutputStatus(
         output=str(path),
         state="complete" if complete else "running" if running else "unfinished",
         rows_total=rows,
         rows_done=done,
-        rows_missing=rows - done,
+        rows_missing=max(0, rows - done),
         parts_total=n_parts,
         parts_done=len(parts),
-        parts_missing=[number for number in range(n_parts) if number not in numbers and number not in found],
-        parts_damaged=sorted(set(found) - numbers),
-        errors=dict(sorted(errors.items())),
+        parts_missing=[number for number in range(n_parts) if number not in numbers and number not in taken],
+        parts_damaged=damaged,
+        errors=_error_kinds(parts),
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         completion_tokens=sum(part.completion_tokens for part in parts),
-        tokens_per_s=(progress or {}).get("tokens_per_s"),
-        seconds_left=(progress or {}).get("seconds_left") if running else None,
-        updated_at=(progress or {}).get("updated_at"),
+        tokens_per_s=progress.tokens_per_s if progress is not None else None,
+        seconds_left=progress.seconds_left if progress is not None and running else None,
+        updated_at=progress.updated_at if progress is not None else None,
         fingerprint=identity.get("fingerprint"),
+        problems=problems,
     )
 
 
-def _progress(folder: OutputFolder) -> dict[str, Any] | None:
-    try:
-        content = json.loads((folder.work / PROGRESS).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+def _error_kinds(parts: list[Part]) -> dict[str, int]:
+    errors: Counter[str] = Counter()
+    for part in parts:
+        errors.update(part.error_kinds)
+    return dict(sorted(errors.items()))
+
+
+def _problems(folder: OutputFolder, state: FolderState, found: FolderParts) -> list[str]:
+    problems = [found.other_jobs] if found.other_jobs else []
+    strangers = [file for file in found.unusable if file.state == "foreign"]
+    problems += [f"{file.path.name}: is not a part of gptbatch ({file.problem})" for file in strangers[:MAX_NAMED]]
+    if len(strangers) > MAX_NAMED:
+        problems.append(f"{len(strangers) - MAX_NAMED} more files under names of parts are none")
+    problems += [f"{file.path.name}: {file.problem}" for file in found.unusable if file.state == "damaged"][:MAX_NAMED]
+    if state.manifest_lost:
+        problems.append(f"{MANIFEST} is missing or damaged: this is what the footers of the parts say")
+    if state.parts and not (folder.work / CONFIG).exists():
+        problems.append(f"a copy without {WORK}/{CONFIG}: verify and replay need it")
+    return problems

@@ -73,17 +73,17 @@ def install(step: str, kind: str) -> None:
     original_write, original_complete = durable.Writer.write, OutputFolder.complete
     completing: list[bool] = []
 
-    def write(self: durable.Writer, path: Path, content: Callable[[BinaryIO], None], **settings: Any) -> None:
+    def write(self: durable.Writer, path: Path, content: Callable[[BinaryIO], None], **settings: Any) -> bool:
         if step == "manifest" and not completing:
-            original_write(self, path, content, **settings)
-            return
+            return original_write(self, path, content, **settings)
         now.append(path)
         try:
-            original_write(self, path, around(content, lambda *_: step == "write"), **settings)
+            written = original_write(self, path, around(content, lambda *_: step == "write"), **settings)
             if step in ("manifest", "success") and kind == "kill" and path.name == target:
                 strike()
         finally:
             now.pop()
+        return written
 
     def complete(self: OutputFolder, *arguments: Any) -> None:
         completing.append(True)
@@ -105,6 +105,7 @@ def install(step: str, kind: str) -> None:
         durable._fsync = around(durable._fsync, lambda path: path.is_dir() and (kind != "kill" or path.name == ".gptbatch"))
     if step == "replace" or (step in TARGETS and kind != "kill"):
         os.replace = around(os.replace, lambda *_: True)
+        os.link = around(os.link, lambda *_: True)
 
 
 # -- other faults ------------------------------------------------------------------------------------------------------
@@ -167,11 +168,11 @@ def cleared(kind: str) -> None:
     """The process dies when the run that it replaces is deleted, and its own has not begun."""
     original = OutputFolder.clear
 
-    def clear(self: OutputFolder, state: Any) -> None:
-        original(self, state)
+    def clear(self: OutputFolder, state: Any, **settings: Any) -> None:
+        original(self, state, **settings)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    OutputFolder.clear = clear  # type: ignore[method-assign]
+    setattr(OutputFolder, "clear", clear)  # noqa: B010
 
 
 OTHERS = {"cleared": cleared, "no locks": no_locks, "slow step": slow_step, "memory": memory, "poison": poison}

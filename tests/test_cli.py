@@ -217,7 +217,7 @@ def test_a_split_that_is_not_there(checkpoint: Path, tmp_path: Path, in_process:
     base = ["generate", "--model", checkpoint, "--output", tmp_path / "out"]
     code, _, stderr = in_process(*base, "--dataset", tmp_path / "data", "--split", "validation")
     assert code == 66
-    assert "[validation]: cannot be loaded" in stderr
+    assert "[validation]: there is no split 'validation'" in stderr
 
 
 def test_a_folder_that_holds_something_else(checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess) -> None:

@@ -18,8 +18,8 @@ import pipeline.diff
 from jobs.cli import run_command
 from pipeline.data.completions import COLUMNS
 from pipeline.data.digests import DigestMemory
-from pipeline.data.output_folder import FORMAT, OutputFolder
-from pipeline.data.parts import PartWriter, count_parts
+from pipeline.data.output_folder import OutputFolder
+from pipeline.data.parts import FORMAT, PartPlan, PartWriter, count_parts
 from pipeline.data.recorded import RecordedRun
 from pipeline.diff import RowDifference, diff_runs, settings_that_differ, summarize
 from pipeline.errors import InputNotFoundError, StorageError
@@ -72,15 +72,8 @@ def write_run(
     identity = {**IDENTITY, "rows": len(completions), "part_rows": part_rows, **(identity or {})}
     facts = {"format": FORMAT, "identity": identity, **FACTS, **(facts or {})}
     folder.begin("seed: 0\nengine:\n  dtype: float32\n", facts, [])
-    writer = PartWriter(
-        path,
-        folder.writer,
-        DigestMemory(),
-        part_rows=part_rows,
-        total_rows=len(completions),
-        facts=facts,
-        input_digests=["0" * 64] * count_parts(part_rows, len(completions)),
-    )
+    plan = PartPlan(identity=identity, input_digests=["0" * 64] * count_parts(part_rows, len(completions)))
+    writer = PartWriter(path, folder.writer, DigestMemory(), plan=plan, facts=facts)
     parts = []
     for index, one in enumerate(completions[:first_rows]):
         placed = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, index=index))
@@ -88,7 +81,7 @@ def write_run(
     if not completions:
         parts.append(writer.add_empty())
     if first_rows is None:
-        folder.complete(facts, [part for part in parts if part is not None], DigestMemory())
+        folder.complete(facts, {part.number: part for part in parts if part is not None}, DigestMemory(), plan)
     return path
 
 
@@ -117,10 +110,15 @@ def test_a_run_is_read_back_in_order(tmp_path: Path) -> None:
 
 
 def test_part_numbers_and_not_their_spelling_give_the_order(tmp_path: Path) -> None:
-    out = write_run(tmp_path / "out", many(6))
-    (out / "part-00001.parquet").rename(out / "part-100000.parquet")
-    (out / "part-00000.parquet").rename(out / "part-99999.parquet")
-    assert [row["prompt_id"] for row in RecordedRun(out).rows(["prompt_id"])] == ["id 4", "id 5", "id 0", "id 1", "id 2", "id 3"]
+    """Sorted as text, part-100000 comes before part-99999."""
+    out = write_run(tmp_path / "out", many(4), first_rows=0, identity={"rows": 200_004})
+    folder, plan = OutputFolder(out), PartPlan(identity={**IDENTITY, "rows": 200_004, "part_rows": 2}, input_digests=["0" * 64] * 100_002)
+    facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
+    writer = PartWriter(out, folder.writer, DigestMemory(), plan=plan, facts=facts)
+    for index in (200_000, 200_001, 0, 1, 199_998, 199_999):
+        row = completion(f"id {index}")
+        writer.add(dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, index=index)), "")
+    assert [row["prompt_id"] for row in RecordedRun(out).rows(["prompt_id"])][1:4] == ["id 1", "id 199998", "id 199999"]
 
 
 def test_one_row_is_found_by_its_id(tmp_path: Path) -> None:
@@ -203,7 +201,7 @@ def test_a_config_that_is_gone_is_missed_only_when_it_is_asked_for(tmp_path: Pat
     (out / ".gptbatch" / "config.yaml").unlink()
     run = RecordedRun(out)
     assert run.n_rows == 2
-    with pytest.raises(StorageError, match=r"config\.yaml: cannot be read"):
+    with pytest.raises(StorageError, match=r"config\.yaml: missing: .* is a copy without \.gptbatch"):
         _ = run.config
 
 
@@ -241,6 +239,34 @@ def test_equal_rows_from_other_logits_are_counted(tmp_path: Path, capsys: pytest
     assert "2 rows have equal tokens from logits of other bits" in lines
     summary = json.loads(lines[-1])
     assert (summary["equal"], summary["equal_from_other_logits"], summary["different"]) == (3, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({"temperature": 0.5}, []),
+        ({"top_k": 3}, []),
+        ({"seed": 2}, []),
+        ({"max_new_tokens": 9}, ["bits"]),
+        ({}, ["bits"]),
+    ],
+)
+def test_margins_are_compared_where_they_would_be_the_same(tmp_path: Path, settings: dict[str, Any], kinds: list[str]) -> None:
+    """min_margin also depends on how a row is sampled."""
+    one = completion("x")
+    params = dataclasses.replace(one.prompt.params, **settings)
+    other = completion("x", min_margin=0.5, prompt=dataclasses.replace(one.prompt, params=params))
+    assert [found.kind for found in differences(write_run(tmp_path / "a", [one]), write_run(tmp_path / "b", [other]))] == kinds
+
+
+def test_greedy_rows_have_the_same_margin_under_every_seed(tmp_path: Path) -> None:
+    def greedy(seed: int, margin: float) -> Completion:
+        one = completion("x", min_margin=margin)
+        params = dataclasses.replace(one.prompt.params, temperature=0.0, seed=seed, top_k=seed)
+        return dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, params=params))
+
+    (found,) = differences(write_run(tmp_path / "a", [greedy(1, 0.25)]), write_run(tmp_path / "b", [greedy(2, 0.5)]))
+    assert found.kind == "bits"
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 2048])
@@ -328,6 +354,7 @@ def test_rows_that_only_one_run_has(tmp_path: Path) -> None:
         "equal": 6,
         "equal_from_other_logits": 0,
         "different": 0,
+        "kinds": {},
         "missing_in_a": 2,
         "missing_in_b": 1,
     }
@@ -392,13 +419,14 @@ Diff = Callable[..., tuple[int, list[str], str]]
 def test_the_command_on_equal_runs(tmp_path: Path, gptbatch_diff: Diff) -> None:
     a, b = write_run(tmp_path / "a", many(5)), write_run(tmp_path / "b", many(5))
     code, lines, stderr = gptbatch_diff(a, b)
-    assert (code, len(lines), stderr) == (0, 1, "")
-    assert json.loads(lines[0]) == {
+    assert (code, lines[:-1], stderr) == (0, ["5 rows are in both runs: all are equal"], "")
+    assert json.loads(lines[-1]) == {
         "rows_a": 5,
         "rows_b": 5,
         "equal": 5,
         "equal_from_other_logits": 0,
         "different": 0,
+        "kinds": {},
         "missing_in_a": 0,
         "missing_in_b": 0,
         "settings_that_differ": {},
@@ -409,8 +437,8 @@ def test_settings_alone_do_not_make_runs_differ(tmp_path: Path, gptbatch_diff: D
     a, b = write_run(tmp_path / "a", many(5)), write_run(tmp_path / "b", many(5), facts={"device": "cuda"})
     code, lines, _ = gptbatch_diff(a, b)
     assert code == 0
-    assert lines[0] == 'setting device differs: "cpu" / "cuda"'
-    assert json.loads(lines[1])["settings_that_differ"] == {"device": ["cpu", "cuda"]}
+    assert lines[1] == 'setting device differs: "cpu" / "cuda"'
+    assert json.loads(lines[2])["settings_that_differ"] == {"device": ["cpu", "cuda"]}
 
 
 def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_diff: Diff) -> None:
@@ -442,6 +470,9 @@ def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_dif
     code, lines, _ = gptbatch_diff(a, b)
     assert code == 1
     assert lines[:-1] == [
+        "6 rows are in both runs: 5 differ (1 by ending, 1 by error, 1 by prompt, 2 by tokens)",
+        "1 rows are only in A",
+        "1 rows are only in B",
         "row 'token': token 2 differs: 123 / 456 (min_margin 0.0012 / 0.0013)",
         "row 'shorter': token 2 differs: end / 3 (min_margin 0.25 / none)",
         "row 'fails': a completion in A, an error in B",
@@ -473,6 +504,34 @@ def test_limit(tmp_path: Path, gptbatch_diff: Diff, arguments: tuple[str, ...], 
     assert sum(line.startswith("row ") for line in lines) == shown
     assert [line for line in lines if line.startswith("...")] == ([f"... and {more} more"] if more else [])
     assert json.loads(lines[-1])["different"] == 25
+
+
+def test_rows_of_one_run_alone_come_last_and_can_be_left_out(tmp_path: Path, gptbatch_diff: Diff) -> None:
+    a = write_run(tmp_path / "a", many(40))
+    b = write_run(tmp_path / "b", [completion("id 39", [1]), *many(39)[38:], *[completion(f"b {i}") for i in range(30)]])
+    code, lines, _ = gptbatch_diff(a, b, "--limit", "3")
+    assert code == 1
+    assert lines[:7] == [
+        "2 rows are in both runs: 1 differ (1 by tokens)",
+        "38 rows are only in A",
+        "30 rows are only in B",
+        "setting rows differs: 40 / 32",
+        "row 'id 39': token 0 differs: 39 / 1 (min_margin 0.25 / 0.25)",
+        "row 'id 0': only in A",
+        "row 'id 1': only in A",
+    ]
+    assert lines[7] == "... and 66 more"
+    code, lines, _ = gptbatch_diff(a, b, "--common")
+    assert code == 1
+    assert [line for line in lines if line.startswith(("row", "..."))] == ["row 'id 39': token 0 differs: 39 / 1 (min_margin 0.25 / 0.25)"]
+    assert lines[1] == "38 rows are only in A, and not compared"
+    assert gptbatch_diff(a, write_run(tmp_path / "fewer", many(3)), "--common")[0] == 0
+
+
+def test_runs_without_a_common_id_are_not_equal(tmp_path: Path, gptbatch_diff: Diff) -> None:
+    a, b = write_run(tmp_path / "a", many(2)), write_run(tmp_path / "b", [completion("x")])
+    code, lines, stderr = gptbatch_diff(a, b, "--common")
+    assert (code, lines, "no id is in both" in stderr) == (66, [], True)
 
 
 def test_the_command_says_that_a_run_is_not_complete(tmp_path: Path, gptbatch_diff: Diff) -> None:

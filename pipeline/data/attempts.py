@@ -4,8 +4,6 @@
 
 A run that finds parts in flight knows that the last one died of something that it could not see (a kill, memory, power). Parts that
 were in flight at two deaths are run with one slot: whatever a row among them does to the process, it then does alone, by its name.
-
-Knows: one file. Does not know: how parts are run.
 """
 
 from __future__ import annotations
@@ -14,6 +12,8 @@ import json
 from pathlib import Path
 
 from pipeline.data.durable import Writer
+from pipeline.data.folder_models import AttemptsNote, validated
+from pipeline.data.regular_file import read_json
 
 ATTEMPTS = "attempts.json"
 DEATHS_TO_SUSPECT = 2
@@ -65,9 +65,7 @@ class Attempts:
 def _read(path: Path) -> tuple[dict[int, int], list[int], str | None]:
     """A damaged file is an empty one."""
     try:
-        content = json.loads(path.read_bytes())
-        deaths = {int(number): int(count) for number, count in content["deaths"].items()}
-        row = content["row"]
-        return deaths, [int(number) for number in content["in_flight"]], row if isinstance(row, str) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        note = validated(AttemptsNote, read_json(path))
+    except (OSError, ValueError):
         return {}, [], None
+    return {int(number): deaths for number, deaths in note.deaths.items()}, note.in_flight, note.row

@@ -82,6 +82,10 @@ COLUMNS = (
 )
 SCHEMA = pa.schema([column.field for column in COLUMNS])
 DETERMINISTIC_COLUMNS = [column.name for column in COLUMNS if column.kind == "deterministic"]
+# Changes with every name, type, nullability and kind of a column, so that no part can join those of another schema.
+SCHEMA_DIGEST = hashlib.sha256(
+    "\n".join(f"{column.name} {column.type} {column.nullable} {column.kind}" for column in COLUMNS).encode()
+).hexdigest()[:8]
 
 
 def to_row(completion: Completion, text: str | None) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """SHA-256 of files, remembered: a file whose size, times and inode are as they were is not read again.
 
-    digests.json    {"files": {path: {"stat": [...], "sha256": "..."}}, "input": {...}, "parts": {name: {"stat", "sha256"}}}
-
-Knows: files and their stat. Does not know: what they are for.
+digests.json    {"files": {path: {"stat": [...], "sha256": "..."}}, "input": {...}, "parts": {name: {"stat", "sha256"}}}
 """
 
 from __future__ import annotations
@@ -14,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.folder_models import Digests, validated
+from pipeline.data.regular_file import named_in_errors, read_json
 from pipeline.redact import redact
 
 Stat = list[int]  # size, mtime in ns, ctime in ns, inode
@@ -27,19 +27,20 @@ def stat_of(path: Path) -> Stat:
 class DigestMemory:
     """What is known of files, from an earlier run and from this one. A damaged memory is an empty one."""
 
-    def __init__(self, content: Any = None) -> None:
-        content = content if isinstance(content, dict) else {}
-        files, parts = content.get("files"), content.get("parts")
-        self._files: dict[str, Any] = files if isinstance(files, dict) else {}
-        self._parts: dict[str, Any] = parts if isinstance(parts, dict) else {}
-        self._input: Any = content.get("input")
+    def __init__(self, content: dict[str, Any] | None = None) -> None:
+        content = content or {}
+        self._files: dict[str, Any] = content.get("files", {})
+        self._parts: dict[str, Any] = content.get("parts", {})
+        self._input: dict[str, Any] | None = content.get("input")
 
     @classmethod
     def load(cls, path: Path) -> DigestMemory:
         try:
-            return cls(json.loads(path.read_bytes()))
-        except (OSError, ValueError, RecursionError):
+            content = read_json(path)
+            validated(Digests, content)
+        except (OSError, ValueError):
             return cls()
+        return cls(content)
 
     def to_json(self) -> str:
         return json.dumps({"files": self._files, "input": self._input, "parts": self._parts}, indent=1, ensure_ascii=False) + "\n"
@@ -49,7 +50,7 @@ class DigestMemory:
         key = _key(path)
         before = stat_of(path)
         known = self._files.get(key)
-        if isinstance(known, dict) and known.get("stat") == before and isinstance(known.get("sha256"), str):
+        if known is not None and known["stat"] == before:
             return str(known["sha256"])
         began_ns = time.time_ns()
         digest = file_sha256(path)
@@ -64,10 +65,10 @@ class DigestMemory:
         files: None when it cannot be known whether they are.
         """
         known = self._input
-        if files is None or not isinstance(known, dict) or known.get("settings") != _hash(settings) or known.get("files") != _stats(files):
+        if files is None or known is None or known["settings"] != _hash(settings) or known["files"] != _stats(files):
             return None
-        found = known.get("found")
-        return found if isinstance(found, dict) else None
+        found: dict[str, Any] = known["found"]
+        return found
 
     def remember_input(self, settings: dict[str, Any], files: list[Path] | None, began_ns: int, found: dict[str, Any]) -> None:
         """found: what a reading that began then (nanoseconds since 1970) found in the input."""
@@ -78,17 +79,16 @@ class DigestMemory:
 
     def same_part(self, path: Path) -> bool:
         """Whether the file looks as it did when `settle_parts` saw it."""
+        known = self._parts.get(path.name)
         try:
-            return bool(self._parts[path.name]["stat"] == stat_of(path))
-        except (OSError, KeyError, TypeError):
+            return known is not None and bool(known["stat"] == stat_of(path))
+        except OSError:
             return False
 
     def other_part(self, path: Path) -> bool:
-        """Whether the file is known and not, to the bit, the one that was written. Reads all of it."""
-        try:
-            return bool(self._parts[path.name]["sha256"] != file_sha256(path))
-        except (OSError, KeyError, TypeError):
-            return False
+        """Whether the file is known and not, to the bit, the one that was written. Reads all of it. Raises OSError."""
+        known = self._parts.get(path.name)
+        return known is not None and bool(known["sha256"] != file_sha256(path))
 
     def remember_part(self, name: str, sha256: str) -> None:
         """A part that has just been written."""
@@ -103,15 +103,15 @@ class DigestMemory:
         now_ns = time.time_ns()
         for path in paths:
             stat, known = stat_of(path), self._parts.get(path.name)
-            if isinstance(known, dict):
+            if known is not None:
                 known["stat"] = stat if _settled([stat], now_ns) else None
             else:
                 self._parts[path.name] = {"stat": stat if _settled([stat], now_ns) else None, "sha256": file_sha256(path)}
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal."""
-    with path.open("rb") as file:
+    """Hexadecimal. Raises OSError that names the file."""
+    with named_in_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

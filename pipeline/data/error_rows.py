@@ -1,9 +1,7 @@
 """`errors.jsonl`: the error rows of an output as lines that a run can read again.
 
 A line has the row's id, prompt, parameters and other fields, and `error`, the reason. Rows that could not be read have an empty
-prompt, since nobody knows theirs.
-
-Knows: parts and JSON lines.
+prompt.
 """
 
 from __future__ import annotations
@@ -13,14 +11,14 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipeline.data.folder_models import Part
 from pipeline.data.jsonl import parse_object, to_json
-from pipeline.data.output_folder import OutputFolder
-from pipeline.data.parts import Part
+from pipeline.data.output_folder import ERRORS, OutputFolder
+from pipeline.data.parts import is_damage, open_parquet, reading_error
 from pipeline.data.prompts import RowDefaults
+from pipeline.errors import StorageError
 
-ERRORS = "errors.jsonl"
 _COLUMNS = ["prompt_id", "prompt", "seed", "temperature", "top_k", "max_new_tokens", "metadata", "error"]
 
 
@@ -45,7 +43,14 @@ def write_error_rows(folder: OutputFolder, parts: Iterable[Part], defaults: RowD
 
 
 def _lines(folder: OutputFolder, part: Part, defaults: RowDefaults) -> Iterator[str]:
-    table = pq.read_table(folder.path / part.name, columns=_COLUMNS)
+    path = folder.path / part.name
+    try:
+        with open_parquet(path) as parquet:
+            table = parquet.read(columns=_COLUMNS, use_threads=False)
+    except Exception as error:
+        if is_damage(error):
+            raise StorageError(f"{path}: damaged ({error}); run the same command again") from error
+        raise reading_error(path, error) from error
     for row in table.filter(pc.is_valid(table["error"])).to_pylist():
         own = {
             defaults.id_field: row["prompt_id"],

@@ -1,9 +1,7 @@
 """The lock of an output folder: one writer at a time.
 
 The lock is the operating system's (flock), so that a dead process holds none. Correctness does not rest on it: where a file system
-has no locks, runs go on with a warning and without sweeping, and two of them write equal parts under equal names.
-
-Knows: the files `lock` and `holder.json` of a work folder.
+has no locks, runs go on with a warning and without sweeping: names of parts are taken once, and by one job (parts.py).
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,10 @@ from types import TracebackType
 from filelock import BaseFileLock, FileLock, Timeout
 from filelock import SoftFileLock as _SoftFileLock
 
-from pipeline.errors import OutputBusyError
+from pipeline.data.durable import Writer
+from pipeline.data.folder_models import Holder, validated
+from pipeline.data.regular_file import read_json
+from pipeline.errors import OutputBusyError, StorageError
 
 logger = logging.getLogger("gptbatch")
 
@@ -59,9 +61,9 @@ class OutputLock:
         self._lock, self.works = lock, True
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         try:
-            (self._work / HOLDER).write_text(json.dumps(holder) + "\n", encoding="utf-8")
-        except OSError as error:  # a full disk: who holds it is only a courtesy
-            logger.warning("%s: cannot be written (%s)", self._work / HOLDER, error.strerror or error)
+            Writer(self._work).write_text(self._work / HOLDER, json.dumps(holder) + "\n", durable=False)
+        except StorageError as error:  # a full disk: the name of the holder is a courtesy
+            logger.warning("%s", error)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -74,7 +76,10 @@ class OutputLock:
 
 def is_held(work: Path) -> bool:
     """Whether a run is writing there now. Asks the lock, for a moment."""
-    if not (work / LOCK).exists():
+    try:
+        if not stat.S_ISREG((work / LOCK).lstat().st_mode):  # opening it would truncate the file that a link names
+            return False
+    except OSError:
         return False
     lock = FileLock(work / LOCK)
     try:
@@ -89,7 +94,7 @@ def is_held(work: Path) -> bool:
 
 def _describe(work: Path) -> str:
     try:
-        holder = json.loads((work / HOLDER).read_bytes())
-        return f"process {holder['pid']} on host {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+        holder = validated(Holder, read_json(work / HOLDER))
+    except (OSError, ValueError):
         return "it has not said which"
+    return f"process {holder.pid} on host {holder.host}, since {holder.since}"

@@ -1,21 +1,24 @@
-"""The output folder as a whole: what is in it, whose it is, and when a run is complete.
+"""The output folder: what is in it, whose it is, and when a run is complete.
 
     part-00000.parquet ...  the table
     _manifest.json          facts of the run and its parts
     _SUCCESS                written last: the run is complete
     .gptbatch/              all else: config.yaml, digests.json, progress.json, errors.jsonl, attempts.json, lock, temporary files
 
-The parts are the record of what is done; the manifest is for readers, and is made again from the parts where it is lost.
-Knows: file names and the manifest. Does not know: what the rows mean. Deletes nothing that is not ours by name and footer.
+The parts are the record of what is done. The manifest claims the folder for a job before its first part, and is made again from the
+parts where it is lost. A folder without a part holds no job. Only files that are ours by name and footer are deleted.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,16 +26,24 @@ from typing import Any
 from pipeline.data.attempts import ATTEMPTS
 from pipeline.data.digests import DigestMemory
 from pipeline.data.durable import Writer
-from pipeline.data.parts import PART_NAME, FoundPart, Part, inspect_part, part_number, read_footer
-from pipeline.errors import OutputConflictError, OutputCreationError
+from pipeline.data.folder_models import Manifest, Part, validated
+from pipeline.data.lock import HOLDER, LOCK
+from pipeline.data.parts import FORMAT, FoundPart, PartPlan, differing_keys, inspect_part, part_number
+from pipeline.data.progress_file import PROGRESS
+from pipeline.data.regular_file import read_json
+from pipeline.errors import OutputConflictError, OutputCreationError, StorageError
 
-FORMAT = "gptbatch-1"
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
 WORK = ".gptbatch"
 CONFIG = "config.yaml"
 DIGESTS = "digests.json"
-_NOT_FACTS = {"format", "identity", "complete", "parts", "rows", "errors", *(field.name for field in fields(Part))}
+ERRORS = "errors.jsonl"
+FORMAT_PREFIX = "gptbatch-"
+MAX_CLAIM_TRIES = 3
+_NOT_FACTS = {"format", "identity", "complete", "parts", "rows", "errors", *Part.model_fields}
+
+logger = logging.getLogger("gptbatch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +51,25 @@ class FolderState:
     """The run that an output folder holds.
 
     manifest: what the folder says of it, its `identity` among that; where it is lost, what the footers of its parts say. parts:
-    paths of all files under parts' names, by number. marked_complete: whether `_SUCCESS` is there, and the manifest that goes with it.
+    paths of all files under parts' names, by number. success: whether `_SUCCESS` is there. marked_complete: whether the manifest that
+    goes with it is, too. manifest_lost: whether it is missing or damaged.
     """
 
     manifest: dict[str, Any]
     parts: dict[int, Path]
+    success: bool
     marked_complete: bool
+    manifest_lost: bool
 
     @property
     def identity(self) -> dict[str, Any]:
         identity: dict[str, Any] = self.manifest["identity"]
         return identity
+
+    @property
+    def holds_job(self) -> bool:
+        """Whether anything is done: a run that failed before its first part leaves a folder for any job."""
+        return bool(self.parts) or self.success
 
 
 class OutputFolder:
@@ -61,10 +80,18 @@ class OutputFolder:
         self.work = path / WORK
 
     def refuse_links(self) -> None:
-        """Raises OutputConflictError when what is to be written is, or has in its place, a symbolic link. Reading through one is fine."""
-        for entry in (self.path, self.work, self.path / MANIFEST, self.path / SUCCESS):
-            if entry.is_symlink():
+        """Raises OutputConflictError when a name that is to be written is a link, FIFO, socket or device. Readers follow links."""
+        files = [self.path / MANIFEST, self.path / SUCCESS]
+        files += [self.work / name for name in (CONFIG, DIGESTS, PROGRESS, ERRORS, ATTEMPTS, LOCK, HOLDER)]
+        for entry in (self.path, self.work, *files):
+            try:
+                mode = entry.lstat().st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if stat.S_ISLNK(mode):
                 raise OutputConflictError(f"{entry}: is a symbolic link; name the real folder, so that nothing else is written over")
+            if entry in files and not stat.S_ISREG(mode):
+                raise OutputConflictError(f"{entry}: is not a regular file; move it away, or name another output")
 
     @cached_property
     def writer(self) -> Writer:
@@ -79,29 +106,35 @@ class OutputFolder:
             return None
         if not self.path.is_dir():
             raise OutputConflictError(f"{self.path}: exists and is no folder; name another output")
-        parts = dict(sorted((part_number(entry.name), entry) for entry in self.path.iterdir() if PART_NAME.fullmatch(entry.name)))
+        parts = self._list_parts()
+        success = (self.path / SUCCESS).is_file()
         try:
             manifest = self._read_manifest()
-        except _DamagedManifest:
+        except DamagedManifestError:
             if (manifest := self._manifest_from(parts)) is None:
                 raise
-            return FolderState(manifest=manifest, parts=parts, marked_complete=False)
-        complete = manifest is not None and manifest.get("complete") is True and (self.path / SUCCESS).is_file()
-        if manifest is None:
+            return FolderState(manifest=manifest, parts=parts, success=success, marked_complete=False, manifest_lost=True)
+        complete = manifest is not None and manifest.get("complete") is True and success
+        if lost := manifest is None:
             manifest = self._manifest_from(parts)
         if manifest is None:
             if all(entry.name == WORK for entry in self.path.iterdir()):
                 return None
             raise OutputConflictError(f"{self.path}: holds something that gptbatch did not write; name another output")
-        return FolderState(manifest=manifest, parts=parts, marked_complete=complete)
+        return FolderState(manifest=manifest, parts=parts, success=success, marked_complete=complete, manifest_lost=lost)
 
     def inspect_parts(self, state: FolderState, memory: DigestMemory) -> dict[int, FoundPart]:
         """Look at every part, and read those whose size or times are not as remembered."""
         found = {}
         for number, path in state.parts.items():
-            found[number] = inspect_part(path, content=not memory.same_part(path))
-            if found[number].state == "sound" and not memory.same_part(path) and memory.other_part(path):
-                found[number] = replace(found[number], state="damaged")
+            known = memory.same_part(path)
+            part = inspect_part(path, content=not known)
+            if part.state == "sound" and not known and memory.other_part(path):
+                part = replace(part, state="damaged", problem="its bytes are not those that were written (SHA-256 differs)")
+            if part.state == "damaged":
+                logger.info("%s: damaged (%s): it is done again", path, part.problem)
+            if part.state != "missing":
+                found[number] = part
         return found
 
     def create(self) -> None:
@@ -113,19 +146,38 @@ class OutputFolder:
         except OSError as error:
             raise OutputCreationError(f"{self.path}: cannot be created or written ({error.strerror or error})") from error
 
-    def begin(self, config_yaml: str, manifest: dict[str, Any], parts: Iterable[Part]) -> None:
-        """Say whose folder this is, before the first part is written. manifest: facts of the run, its identity among them."""
+    def check_creatable(self) -> None:
+        """Raises OutputCreationError when `create` is sure to fail. Writes nothing."""
+        nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.lexists(folder))
+        if nearest != self.path and not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+            raise OutputCreationError(f"{self.path}: cannot be created: {nearest} is no folder that can be written")
+
+    def begin(self, config_yaml: str, manifest: dict[str, Any], parts: Iterable[Part], *, replaces: dict[str, Any] | None = None) -> None:
+        """Claim the folder for a job, before the first part is written.
+
+        Args:
+            config_yaml: The resolved config.
+            manifest: Facts of the run, its identity among them.
+            parts: Those that are there already.
+            replaces: The identity of the run that this one is to replace, None for none.
+
+        Raises:
+            OutputConflictError: Another job has claimed the folder since it was looked at.
+        """
+        self._claim(_manifest_text(manifest, parts, complete=False), manifest["identity"], replaces)
         self.writer.remove(self.path / SUCCESS)
         self.writer.write_text(self.work / CONFIG, config_yaml)
-        self.write_manifest(manifest, parts, complete=False)
 
-    def complete(self, manifest: dict[str, Any], parts: Iterable[Part], memory: DigestMemory) -> None:
-        """Write the last manifest, then `_SUCCESS`; and remember the files, so that the next look at them is short."""
-        parts = list(parts)
-        self.write_manifest(manifest, parts, complete=True)
+    def complete(self, manifest: dict[str, Any], parts: dict[int, Part], memory: DigestMemory, plan: PartPlan) -> None:
+        """Write the last manifest, then `_SUCCESS`, unless the folder holds anything but these parts.
+
+        The files are remembered, so that the next look at them is short. Raises OutputConflictError, StorageError.
+        """
+        self._check_parts(parts, memory, plan)
+        self.write_manifest(manifest, parts.values(), complete=True)
         self.writer.write_text(self.path / SUCCESS, "")
         self.writer.remove(self.work / ATTEMPTS)
-        memory.settle_parts(self.path / part.name for part in parts)
+        memory.settle_parts(self.path / part.name for part in parts.values())
         self.remember(memory)
 
     def remember(self, memory: DigestMemory) -> None:
@@ -135,55 +187,94 @@ class OutputFolder:
         return DigestMemory.load(self.work / DIGESTS)
 
     def write_manifest(self, manifest: dict[str, Any], parts: Iterable[Part], *, complete: bool) -> None:
-        ordered = sorted(parts, key=lambda part: part.first_row)
-        kinds: Counter[str] = Counter()
-        for part in ordered:
-            kinds.update(part.error_kinds)
-        content = {
-            "format": FORMAT,
-            **manifest,
-            "complete": complete,
-            "rows": sum(part.rows for part in ordered),
-            "errors": kinds.total(),
-            "error_kinds": dict(sorted(kinds.items())),
-            "parts": [asdict(part) for part in ordered],
-        }
-        self.writer.write_text(self.path / MANIFEST, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        """Replace the manifest. Raises OutputConflictError when another job has claimed the folder since `begin`."""
+        self._claim(_manifest_text(manifest, parts, complete=complete), manifest["identity"], None)
 
-    def clear(self, state: FolderState) -> None:
-        """Delete the run in this folder: its success mark, its parts, what it noted of its deaths.
+    def clear(self, state: FolderState, *, keep_attempts: bool = False) -> None:
+        """Delete the run in this folder: its success mark, its parts, its crash journal.
 
         Other files stay, and so does its manifest, until that of the run which replaces it: the folder is ours all the time.
         """
         self.writer.remove(self.path / SUCCESS)
-        self.writer.remove(self.work / ATTEMPTS)
+        if not keep_attempts:
+            self.writer.remove(self.work / ATTEMPTS)
         for path in state.parts.values():
-            if read_footer(path) is not None:
+            if inspect_part(path, content=False).footer is not None:
                 self.writer.remove(path)
 
+    def _list_parts(self) -> dict[int, Path]:
+        """Everything under a part's name, by number."""
+        numbers = ((part_number(entry.name), entry) for entry in self.path.iterdir())
+        return dict(sorted((number, entry) for number, entry in numbers if number is not None))
+
+    def _claim(self, text: str, identity: dict[str, Any], replaces: dict[str, Any] | None) -> None:
+        """Write the manifest, unless another job's is there."""
+        target = self.path / MANIFEST
+        for _ in range(MAX_CLAIM_TRIES):
+            try:
+                current = self._read_manifest()
+            except DamagedManifestError:
+                current = {"identity": identity}  # it was so when the run looked, and is made again
+            if current is not None:
+                keys = differing_keys(identity, current["identity"])
+                if keys and current["identity"] != replaces:
+                    raise OutputConflictError(
+                        f"{self.path}: another job has begun there since ({', '.join(keys)} differ); its files stay as they are; "
+                        "name another output"
+                    )
+            if self.writer.write_text(target, text, only_if_absent=current is None):
+                return
+        raise StorageError(f"{target}: appears and disappears; is another program working in this folder?")
+
+    def _check_parts(self, parts: dict[int, Part], memory: DigestMemory, plan: PartPlan) -> None:
+        """Raises unless the folder holds these parts of this job and no others."""
+        for number, path in (self._list_parts() | {number: self.path / part.name for number, part in parts.items()}).items():
+            if number in parts and memory.same_part(path):
+                continue
+            found = inspect_part(path, content=False)
+            if found.state == "missing":
+                raise StorageError(f"{path}: is gone since it was written; run the same command again")
+            plan.check_ours(found)
+            if found.part is None or found.part != parts.get(number):
+                raise OutputConflictError(
+                    f"{path}: another run has changed it ({found.problem or 'it holds other rows'}); run the same command again"
+                )
+
     def _read_manifest(self) -> dict[str, Any] | None:
-        """None when there is none. Raises OutputConflictError for one that is not ours."""
+        """None when there is none. Raises OutputConflictError for one that is not ours, StorageError when it cannot be read."""
+        path = self.path / MANIFEST
         try:
-            content = json.loads((self.path / MANIFEST).read_bytes())
+            content = read_json(path)
+            if isinstance(content, dict) and str(content.get("format")).startswith(FORMAT_PREFIX):
+                validated(Manifest, content)
+                return content
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError) as error:
-            raise _DamagedManifest(
-                f"{self.path / MANIFEST}: damaged, or not ours ({error}); name another output, or delete the folder if it is an old run"
-            ) from error
-        if _is_manifest(content):
-            manifest: dict[str, Any] = content
-            return manifest
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except ValueError as error:
+            raise DamagedManifestError(path, str(error)) from error
         raise OutputConflictError(f"{self.path}: holds something that gptbatch did not write; name another output")
 
     def _manifest_from(self, parts: dict[int, Path]) -> dict[str, Any] | None:
-        """What the footers say of their run: that of the part written for the longest input, as later ones may be of a larger limit."""
-        footers = [footer for path in parts.values() if (footer := read_footer(path)) is not None and _is_manifest(footer)]
-        return max(footers, key=lambda footer: int(footer["identity"].get("rows", 0)), default=None)
+        """What the footers say of their run: of the job with most parts, and of it the one for the longest input."""
+        found = (inspect_part(path, content=False, follow_links=True) for path in parts.values())
+        jobs = group_by_job([part.footer for part in found if part.footer is not None])
+        largest = max(jobs, key=len, default=[])
+        return max(largest, key=lambda footer: footer["identity"].get("rows") or 0, default=None)
 
 
-class _DamagedManifest(OutputConflictError):  # noqa: N818
-    """A manifest that is no JSON. With parts of ours beside it, it is a lost one."""
+def group_by_job(footers: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The footers of each job, in the order that they came."""
+    jobs: list[list[dict[str, Any]]] = []
+    for footer in footers:
+        for job in jobs:
+            if job[0]["format"] == footer["format"] and not differing_keys(job[0]["identity"], footer["identity"]):
+                job.append(footer)
+                break
+        else:
+            jobs.append([footer])
+    return jobs
 
 
 def facts_of(content: dict[str, Any]) -> dict[str, Any]:
@@ -191,5 +282,26 @@ def facts_of(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in _NOT_FACTS}
 
 
-def _is_manifest(content: Any) -> bool:
-    return isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content.get("identity"), dict)
+class DamagedManifestError(OutputConflictError):
+    """A manifest that cannot be read. With parts of ours beside it, it is a lost one. why: without advice for a run."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path}: damaged, or not ours ({why}); name another output, or delete the folder if it is an old run")
+        self.why = why
+
+
+def _manifest_text(manifest: dict[str, Any], parts: Iterable[Part], *, complete: bool) -> str:
+    ordered = sorted(parts, key=lambda part: part.first_row)
+    kinds: Counter[str] = Counter()
+    for part in ordered:
+        kinds.update(part.error_kinds)
+    content = {
+        "format": FORMAT,
+        **manifest,
+        "complete": complete,
+        "rows": sum(part.rows for part in ordered),
+        "errors": kinds.total(),
+        "error_kinds": dict(sorted(kinds.items())),
+        "parts": [part.model_dump() for part in ordered],
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

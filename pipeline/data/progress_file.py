@@ -1,7 +1,4 @@
-"""`progress.json`: how far a run is, for whoever watches; replaced every few seconds, never half-written.
-
-Knows: counts and clocks. Does not know: what is counted.
-"""
+"""`progress.json`: how far a run is, for whoever watches; replaced every few seconds, never half-written."""
 
 from __future__ import annotations
 
@@ -10,14 +7,18 @@ import os
 import socket
 import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from pipeline.data.durable import Writer
+from pipeline.data.folder_models import Progress, validated
+from pipeline.data.regular_file import read_json
 from pipeline.errors import StorageError
 
 PROGRESS = "progress.json"
 EVERY_S = 2.0
+SILENT_S = 600.0  # loading a large model says nothing for minutes
 
 State = Literal["loading", "running", "complete", "stopped", "failed"]
 
@@ -61,3 +62,23 @@ class ProgressFile:
         }
         with suppress(StorageError):
             self._writer.write_text(self._path, json.dumps(content) + "\n", durable=False)
+
+
+def looks_alive(work: Path) -> bool:
+    """Whether a run has said less than SILENT_S ago that it is going on. For file systems without locks: a guess."""
+    progress = read_progress(work)
+    if progress is None or progress.updated_at is None or progress.state not in ("loading", "running"):
+        return False
+    try:
+        updated_s = datetime.fromisoformat(progress.updated_at).timestamp()
+    except ValueError:  # the 99th of a month
+        return False
+    return time.time() - updated_s < SILENT_S
+
+
+def read_progress(work: Path) -> Progress | None:
+    """What a run has said of its progress; None when it has not, or the file is damaged."""
+    try:
+        return validated(Progress, read_json(work / PROGRESS))
+    except (OSError, ValueError):
+        return None

@@ -1,7 +1,4 @@
-"""A run that has been written, finished or not: its settings and its rows, for reading only.
-
-Knows: the files of an output folder. Does not know: what made the rows, or what is right. Imports no torch.
-"""
+"""A run that has been written, finished or not: its settings and its rows, for reading only. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
 
 from pipeline.data.completions import SCHEMA
-from pipeline.data.output_folder import MANIFEST, FolderState, OutputFolder, facts_of
-from pipeline.data.parts import read_footer
+from pipeline.data.folder_parts import FolderParts, recorded_state
+from pipeline.data.output_folder import CONFIG, OutputFolder, facts_of
+from pipeline.data.parts import is_damage, open_parquet, reading_error
+from pipeline.data.regular_file import named_in_errors, open_regular
+from pipeline.data.yaml_reader import MAX_RECORDED_BYTES, YamlError, parse_yaml_mapping
 from pipeline.errors import InputNotFoundError, OutputConflictError, StorageError
 
 BATCH_ROWS = 2048
@@ -31,42 +29,58 @@ class RecordedRun:
     profiles: how the parts were made, each way once: a run that went on elsewhere has more than one. parts: the files of the table, in
     order. n_rows: rows in them. complete: whether the run has ended and all of its parts are there.
 
-    Raises InputNotFoundError when there is no folder or no run of ours in it, StorageError when it cannot be read.
+    Raises InputNotFoundError when there is no folder or no run of ours in it, OutputConflictError when it holds parts of several
+    jobs, StorageError when it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            state = _state(path)
-            self.manifest = state.manifest
-            self.parts, footers = _parts(state)
+            state = recorded_state(path)
+            if state is None:
+                raise InputNotFoundError(f"{path}: holds no run of gptbatch (it is empty); name the output folder of a run")
+            found = FolderParts(state)
         except OSError as error:
             raise StorageError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
+        self.manifest = state.manifest
+        if found.other_jobs:
+            raise OutputConflictError(f"{path}: {found.other_jobs}; they are no run together: move those of one job away")
         promised = {part["name"]: part["content_digest"] for part in self.manifest.get("parts", [])}
-        there = {part.name: footer.get("content_digest") for part, footer in zip(self.parts, footers, strict=True)}
+        for part in found.unusable:
+            # a file without a footer is damaged where the manifest promises a part, else a stranger's
+            if part.footer is not None or part.path.name in promised:
+                raise StorageError(f"{part.path}: cannot be read ({part.problem}); the part is damaged")
+        self.parts = [self.path / part.name for part in found.parts]
+        there = {part.name: part.content_digest for part in found.parts}
         self.complete = state.marked_complete and all(there.get(name) == digest for name, digest in promised.items())
         self.facts = facts_of(self.manifest)
         self.profiles: list[dict[str, Any]] = []
-        for footer in footers:
+        for footer in found.footers:
             if (profile := {**footer.get("profile", {}), "numerics": footer.get("numerics")}) not in self.profiles:
                 self.profiles.append(profile)
-        counts = [_count(part) for part in self.parts]
+        counts = [part.rows for part in found.parts]
         self.n_rows = sum(counts)
         self._first_places = list(accumulate(counts[:-1], initial=0))
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved config that the run was started with. Raises StorageError when it is missing or damaged."""
-        path = OutputFolder(self.path).work / "config.yaml"
+        path = OutputFolder(self.path).work / CONFIG
         try:
-            content = yaml.safe_load(path.read_bytes())
+            with named_in_errors(path), open_regular(path) as file:
+                content = file.read(MAX_RECORDED_BYTES + 1)
+            if len(content) > MAX_RECORDED_BYTES:
+                raise YamlError(f"larger than {MAX_RECORDED_BYTES >> 20} MiB")
+            return parse_yaml_mapping(content)
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{path}: missing: {self.path} is a copy without {path.parent.name}, which holds the settings of its run; "
+                "copy the whole folder"
+            ) from error
         except OSError as error:
             raise StorageError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except yaml.YAMLError as error:
-            raise StorageError(f"{path}: is no YAML; the run's config is lost") from error
-        if not isinstance(content, dict):
-            raise StorageError(f"{path}: holds {type(content).__name__}, not a mapping; the run's config is lost")
-        return content
+        except YamlError as error:
+            raise StorageError(f"{path}: {error}; the settings of the run are lost") from error
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
         """All rows, part after part, a batch in memory at a time. Raises StorageError when a part cannot be read.
@@ -90,14 +104,15 @@ class RecordedRun:
     def _batches(self, names: list[str], *, first_part: int) -> Iterator[pa.RecordBatch]:
         for path in self.parts[first_part:]:
             try:
-                # a part may be of any size: its bytes are read as they are needed, not row group by row group
-                with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 16) as file:
+                with open_parquet(path) as file:
                     present = set(file.schema_arrow.names)
-                    for batch in file.iter_batches(BATCH_ROWS, columns=[name for name in names if name in present]):
-                        arrays = [batch[name] if name in present else pa.nulls(len(batch), SCHEMA.field(name).type) for name in names]
+                    for batch in file.iter_batches(BATCH_ROWS, columns=[name for name in names if name in present], use_threads=False):
+                        arrays = [_column(batch, name) if name in present else _nulls(batch, name) for name in names]
                         yield pa.RecordBatch.from_arrays(arrays, names=names)
-            except (OSError, pa.ArrowException) as error:
-                raise StorageError(f"{path}: cannot be read ({error}); the part is damaged or gone") from error
+            except Exception as error:
+                if is_damage(error) or isinstance(error, FileNotFoundError):
+                    raise StorageError(f"{path}: cannot be read ({error}); the part is damaged or gone") from error
+                raise reading_error(path, error) from error
 
     def _part_at(self, place: int) -> tuple[int, int]:
         """The part that holds a place, and the place of its first row."""
@@ -139,42 +154,15 @@ class RowReader:
         return self._batch
 
 
-def _state(path: Path) -> FolderState:
-    if not path.exists():
-        raise InputNotFoundError(f"{path}: no such folder; name the output folder of a run")
-    if not path.is_dir():
-        raise InputNotFoundError(f"{path}: is no folder; name the output folder of a run")
-    try:
-        state = OutputFolder(path).state()
-    except OutputConflictError as error:
-        what = f"{MANIFEST} is damaged, or not ours" if (path / MANIFEST).is_file() else f"no {MANIFEST}"
-        raise InputNotFoundError(f"{path}: holds no run of gptbatch ({what}); name the output folder of a run") from error
-    if state is None:
-        raise InputNotFoundError(f"{path}: holds no run of gptbatch (it is empty); name the output folder of a run")
-    return state
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """The column in the type of this version's schema. Raises pa.ArrowException for values that have no place in it."""
+    array, type_ = batch[name], SCHEMA.field(name).type
+    return array if array.type == type_ else array.cast(type_)
 
 
-def _parts(state: FolderState) -> tuple[list[Path], list[dict[str, Any]]]:
-    """The parts in order, and their footers. A file without one is damaged where the manifest promises a part, else a stranger's."""
-    promised = {part["name"] for part in state.manifest.get("parts", [])}
-    parts: list[Path] = []
-    footers: list[dict[str, Any]] = []
-    for path in state.parts.values():
-        footer = read_footer(path)
-        if footer is not None:
-            parts.append(path)
-            footers.append(footer)
-        elif path.name in promised:
-            raise StorageError(f"{path}: cannot be read (no footer of gptbatch); the part is damaged")
-    return parts, footers
-
-
-def _count(path: Path) -> int:
-    try:
-        rows: int = pq.read_metadata(path).num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"{path}: cannot be read ({error}); the part is damaged or gone") from error
-    return rows
+def _nulls(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """A column that an older version did not write."""
+    return pa.nulls(len(batch), SCHEMA.field(name).type)
 
 
 def _names(columns: Sequence[str] | None) -> list[str]:

@@ -1,0 +1,612 @@
+"""Output folders that are damaged, copied together, shared by two jobs, or made to harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.cli import run_command
+from pipeline import JobConfig, run_job
+from pipeline.data import parts
+from pipeline.data.digests import DigestMemory
+from pipeline.data.output_folder import OutputFolder
+from pipeline.data.parts import FOOTER_KEY, FORMAT, PartPlan, PartWriter, inspect_part
+from pipeline.data.recorded import RecordedRun
+from pipeline.errors import OutOfMemoryError, OutputConflictError, StorageError
+from pipeline.status import output_status
+from tests.test_diff import FACTS, IDENTITY, completion, many, write_run
+
+Command = Callable[..., tuple[int, str, str]]
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, prompts, and a run of 7 rows in parts of 3."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(checkpoint, folder / "model")
+    rows = [{"id": f"r{i}", "prompt": f"The king {i}"} for i in range(7)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_job(job(folder))
+    return folder
+
+
+def job(folder: Path, **settings: Any) -> JobConfig:
+    return JobConfig(
+        **{
+            "model": str(folder / "model"),
+            "input": str(folder / "prompts.jsonl"),
+            "output": str(folder / "out"),
+            "part_rows": 3,
+            "max_new_tokens": 4,
+            "engine": {"threads": 1, "attention": "padded"},
+            **settings,
+        }
+    )
+
+
+@pytest.fixture
+def output(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may damage."""
+    return Path(shutil.copytree(finished / "out", tmp_path / "out"))
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs `gptbatch ARGUMENTS...` here: exit code, standard output, standard error."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = run_command([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err
+        assert not any(ord(character) < 32 and character not in "\n\r\t" for character in captured.out + captured.err)
+        return code, captured.out, captured.err
+
+    return run
+
+
+def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def change_footer(path: Path, change: Callable[[dict[str, Any]], object] | str) -> None:
+    table = pq.read_table(path)
+    footer = json.loads(table.schema.metadata[FOOTER_KEY])
+    if not isinstance(change, str):
+        change(footer)
+    text = change if isinstance(change, str) else json.dumps(footer)
+    pq.write_table(table.replace_schema_metadata({FOOTER_KEY: text}), path)
+
+
+# -- types of what is read back ----------------------------------------------------------------------------------------
+
+HUGE = 10**1000
+MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "parts: [1]": lambda m: m.update(parts=[1]),
+    "parts: {}": lambda m: m.update(parts={}),
+    "parts: null": lambda m: m.update(parts=None),
+    "parts.0.rows": lambda m: m["parts"][0].update(rows="3"),
+    "parts.0.name": lambda m: m["parts"][0].update(name="../../etc/passwd"),
+    "parts.0 without a digest": lambda m: m["parts"][0].pop("content_digest"),
+    "rows: many": lambda m: m.update(rows="many"),
+    "rows: huge": lambda m: m.update(rows=HUGE),
+    "rows: -1": lambda m: m.update(rows=-1),
+    "rows: NaN": lambda m: m.update(rows=float("nan")),
+    "complete: 1": lambda m: m.update(complete=1),
+    "identity: null": lambda m: m.update(identity=None),
+    "identity.rows: many": lambda m: m["identity"].update(rows="many"),
+    "identity.rows: huge": lambda m: m["identity"].update(rows=HUGE),
+    "identity.part_rows: 0": lambda m: m["identity"].update(part_rows=0),
+    "identity.part_rows: [1]": lambda m: m["identity"].update(part_rows=[1]),
+    "identity.fingerprint": lambda m: m["identity"].update(fingerprint=5),
+    "identity.model_digest": lambda m: m["identity"].update(model_digest="\x1b]0;x\x07"),
+    "profile: []": lambda m: m.update(profile=[]),
+    "profile.x: {}": lambda m: m["profile"].update(x={"y": 1}),
+    "versions: 5": lambda m: m.update(versions=5),
+    "model_path: 5": lambda m: m.update(model_path=5),
+    "error_kinds": lambda m: m.update(error_kinds={"\x1b[31m": 1}),
+    "error_kinds: [1]": lambda m: m.update(error_kinds=[1]),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_of_other_types_is_made_again_from_the_parts(output: Path, command: Command, name: str) -> None:
+    manifest = output / "_manifest.json"
+    change_json(manifest, MANIFESTS[name])
+    code, stdout, _ = command("status", output)
+    assert code == 0
+    assert "problem  _manifest.json is missing or damaged" in stdout
+    assert RecordedRun(output).n_rows == 7
+    for part in output.glob("part-*"):
+        part.unlink()
+    for arguments in (("status", output), ("verify", output), ("diff", output, output), ("replay", output, "--prompt-id", "r1")):
+        code, _, stderr = command(*arguments)
+        assert code == 66
+        assert "_manifest.json is damaged, or not ours: " in stderr
+
+
+@pytest.mark.parametrize(
+    "content", ["", "null", "5", "[]", '"gptbatch-2"', "{", DEEP, '{"format": "gptbatch-2"}', '{"format": ' + DEEP + "}", "\ufffe"]
+)
+def test_a_manifest_of_other_content(output: Path, command: Command, content: str) -> None:
+    (output / "_manifest.json").write_text(content)
+    assert command("status", output)[0] in (0, 66)
+    assert command("diff", output, output)[0] in (0, 66)
+
+
+FOOTERS: dict[str, Callable[[dict[str, Any]], object] | str] = {
+    "no JSON": "{",
+    "a list": "[1]",
+    "null": "null",
+    "deep": DEEP,
+    "rows: many": lambda f: f.update(rows="many"),
+    "rows: huge": lambda f: f.update(rows=HUGE),
+    "rows: 4": lambda f: f.update(rows=4),
+    "first_row: 3.0": lambda f: f.update(first_row=3.0),
+    "error_kinds: [1]": lambda f: f.update(error_kinds=[1]),
+    "error_kinds": lambda f: f.update(error_kinds={"\x1b]0;x\x07": 1}),
+    "identity: 5": lambda f: f.update(identity=5),
+    "identity.rows: true": lambda f: f["identity"].update(rows=True),
+    "profile: null": lambda f: f.update(profile=None),
+    "no identity": lambda f: f.pop("identity"),
+    "no format": lambda f: f.pop("format"),
+}
+
+
+@pytest.mark.parametrize("name", FOOTERS)
+def test_a_footer_of_other_types_is_damage(output: Path, command: Command, name: str) -> None:
+    change_footer(output / "part-00001.parquet", FOOTERS[name])
+    code, stdout, _ = command("status", output)
+    assert (code, "damaged 1: the next run does them again" in stdout) == (0, True)
+    for arguments in (("verify", output), ("diff", output, output)):
+        code, _, stderr = command(*arguments)
+        assert (code, "part-00001.parquet: cannot be read (" in stderr) == (74, True)
+
+
+def test_a_damaged_footer_is_done_again(finished: Path, output: Path) -> None:
+    change_footer(output / "part-00001.parquet", lambda footer: footer.update(rows="many"))
+    summary = run_job(job(finished, output=str(output)))
+    assert (summary.rows, summary.skipped) == (3, 4)
+
+
+SMALL_FILES = ["progress.json", "digests.json", "attempts.json", "holder.json"]
+SMALL_CONTENTS = {
+    "nothing": "",
+    "null": "null",
+    "a list": "[1]",
+    "deep": DEEP,
+    "other types": json.dumps(
+        {
+            "rows_total": "many",
+            "tokens_per_s": [],
+            "in_flight": "12",
+            "deaths": {"-1": "x"},
+            "row": 5,
+            "host": {},
+            "pid": "\x1b[31m",
+            "parts": {"part-00000.parquet": {"stat": "x", "sha256": 5}},
+            "files": [],
+            "input": 5,
+        }
+    ),
+    "huge": json.dumps({"rows_total": 1, "rows_done": 1, "rows_failed": 1}).replace("1", str(HUGE)),
+    "NaN": '{"rows_total": NaN, "in_flight": [NaN], "deaths": {}, "row": null, "pid": NaN, "parts": NaN}',
+}
+
+
+@pytest.mark.parametrize("content", SMALL_CONTENTS.values(), ids=SMALL_CONTENTS)
+def test_small_files_that_are_damaged_are_none(finished: Path, output: Path, command: Command, content: str) -> None:
+    for name in SMALL_FILES:
+        (output / ".gptbatch" / name).write_text(content)
+    code, stdout, _ = command("status", output)
+    assert (code, "7 of 7" in stdout) == (0, True)
+    assert command("diff", output, output)[0] == 0
+    (output / "part-00002.parquet").unlink()
+    assert run_job(job(finished, output=str(output))).rows == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [
+        ("seed: many", 78, "config.yaml: "),
+        ("engine: 5", 78, "field required"),
+        ("nonsense: 1", 78, "nonsense"),
+        ("[1]", 74, "mapping"),
+        ("a: &a [1]\nb: *a", 74, "alias"),
+        ("{" * 50_000, 74, "config.yaml: "),
+        ('seed: !!int ""', 74, "config.yaml: "),
+        ("seed: 2026-99-99", 78, "config.yaml: "),
+        (f"seed: {'9' * 5000}", 74, "config.yaml: "),
+    ],
+)
+def test_recorded_settings_that_cannot_be_read(output: Path, command: Command, content: str, code: int, message: str) -> None:
+    path = output / ".gptbatch" / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 0\n", content + "\n") if content.startswith(("seed", "nonsense")) else content)
+    for arguments in (("verify", output), ("replay", output, "--prompt-id", "r1")):
+        found, _, stderr = command(*arguments)
+        assert (found, "config.yaml" in stderr, message in stderr) == (code, True, True), stderr
+        assert len(stderr) < 1000
+
+
+def test_a_pickle_is_read_only_where_the_user_says_so(output: Path, tmp_path: Path, command: Command, checkpoint: Path) -> None:
+    """Whoever wrote the folder may have written another model_path, and allow_pickle, into it."""
+    model = tmp_path / "pickled"
+    shutil.copytree(checkpoint, model)
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    change_json(output / "_manifest.json", lambda manifest: manifest.update(model_path=str(model)))
+    config = output / ".gptbatch" / "config.yaml"
+    config.write_text(config.read_text().replace("allow_pickle: false", "allow_pickle: true"))
+    for arguments in (("verify", output), ("replay", output, "--prompt-id", "r1")):
+        code, _, stderr = command(*arguments)
+        assert (code, "pickle" in stderr) == (78, True)
+        assert f"reading the checkpoint {model}, which {output} names" in stderr
+
+
+# -- links, FIFOs, sockets ---------------------------------------------------------------------------------------------
+
+WORK_FILES = ["config.yaml", "digests.json", "progress.json", "errors.jsonl", "attempts.json", "lock", "holder.json"]
+
+
+@pytest.mark.parametrize("name", WORK_FILES)
+def test_no_file_of_ours_is_written_through_a_link(finished: Path, output: Path, tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path = output / ".gptbatch" / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(victim)
+    (output / "part-00000.parquet").unlink()
+    with pytest.raises(OutputConflictError, match=f"{name}: is a symbolic link"):
+        run_job(job(finished, output=str(output)))
+    output_status(output)
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "name", ["_manifest.json", ".gptbatch/digests.json", ".gptbatch/progress.json", ".gptbatch/lock", ".gptbatch/config.yaml"]
+)
+def test_a_fifo_in_place_of_a_file_of_ours(finished: Path, output: Path, command: Command, name: str) -> None:
+    (output / name).unlink()
+    os.mkfifo(output / name)
+    with pytest.raises(OutputConflictError, match="is not a regular file"):
+        run_job(job(finished, output=str(output)))
+    for arguments in (("status", output), ("verify", output), ("diff", output, output)):
+        assert command(*arguments)[0] in (0, 66, 74)
+
+
+def bound_socket(path: Path) -> None:
+    """Named from its folder: the names of sockets are short."""
+    here = os.open(".", os.O_RDONLY)
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, bound_socket, Path.mkdir, device])
+def test_what_is_no_file_is_no_part(finished: Path, output: Path, command: Command, make: Callable[[Path], None]) -> None:
+    path = output / "part-00001.parquet"
+    path.unlink()
+    make(path)
+    code, stdout, _ = command("status", output)
+    assert code == 0
+    assert "part-00001.parquet: is not a part of gptbatch (not a regular file)" in stdout
+    assert "rows     4 of 7, 3 missing" in stdout
+    for arguments in (("verify", output), ("diff", output, output)):
+        assert command(*arguments)[0] == 74
+    with pytest.raises(OutputConflictError, match="is not a part that gptbatch wrote"):
+        run_job(job(finished, output=str(output)))
+
+
+def test_parts_behind_links_are_read(output: Path, tmp_path: Path, command: Command) -> None:
+    """As a download from the hub leaves them."""
+    for path in output.glob("part-*"):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    assert "7 of 7" in command("status", output)[1]
+    assert RecordedRun(output).n_rows == 7
+
+
+# -- damage and trouble ------------------------------------------------------------------------------------------------
+
+TROUBLE: list[tuple[Exception, type[Exception], str]] = [
+    (OSError(errno.EIO, "Input/output error"), StorageError, "Input/output error"),
+    (PermissionError(errno.EACCES, "Permission denied"), StorageError, "Permission denied"),
+    (OSError(errno.EMFILE, "Too many open files"), StorageError, "Too many open files"),
+    (RuntimeError("can't start new thread"), StorageError, "can't start new thread"),
+    (MemoryError("malloc"), OutOfMemoryError, "out of memory"),
+    (pa.ArrowMemoryError("malloc of size 64 failed"), OutOfMemoryError, "out of memory"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "message"), TROUBLE, ids=lambda value: str(value)[:20])
+def test_trouble_is_no_damage(
+    finished: Path, output: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+) -> None:
+    """The part is whole: it is neither done again nor called damaged."""
+
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.data.parts.pq.read_metadata", fail)
+    with pytest.raises(kind, match=rf"part-00000\.parquet: cannot be read.*{message}"):
+        inspect_part(output / "part-00000.parquet")
+    with pytest.raises(kind, match=rf"part-0000.\.parquet: cannot be read.*{message}"):
+        RecordedRun(output)
+
+
+@pytest.mark.parametrize("error", [pa.ArrowInvalid("bad magic"), OSError("Corrupt snappy data"), pa.ArrowNotImplementedError("codec")])
+def test_damage_keeps_its_cause(output: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.data.parts.pq.read_metadata", fail)
+    found = inspect_part(output / "part-00000.parquet")
+    assert (found.state, found.problem) == ("damaged", str(error))
+
+
+def test_a_part_that_reads_back_otherwise_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, **settings: Any) -> parts.FoundPart:
+        return parts.FoundPart(path=path, state="damaged", problem="page 3: CRC differs")
+
+    monkeypatch.setattr(parts, "inspect_part", fail)
+    with pytest.raises(StorageError, match=r"reads back otherwise \(page 3: CRC differs\); is the disk failing\?"):
+        write_run(tmp_path / "out", many(2))
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
+@pytest.mark.parametrize("name", ["run:1", "nightly-2026-11-27T02:55", "a b", "100%", "s=1", "ä", "x#y?z"])
+def test_every_name_of_a_folder_is_a_name(tmp_path: Path, name: str) -> None:
+    out = write_run(tmp_path / name, many(3))
+    assert (RecordedRun(out).n_rows, output_status(out).state) == (3, "complete")
+
+
+# -- two jobs, one folder ----------------------------------------------------------------------------------------------
+
+OTHER = {"fingerprint": "e" * 64, "seed": 1}
+
+
+def writer(path: Path, count: int, **identity: Any) -> tuple[PartWriter, PartPlan, dict[str, Any]]:
+    plan = PartPlan(
+        identity={**IDENTITY, "rows": count, "part_rows": 2, **identity}, input_digests=[identity.get("digest", "0" * 64)] * (count // 2)
+    )
+    facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
+    return PartWriter(path, OutputFolder(path).writer, DigestMemory(), plan=plan, facts=facts), plan, facts
+
+
+def add(part_writer: PartWriter, indices: range, token: int = 5) -> Any:
+    made = None
+    for index in indices:
+        row = completion(f"id {index}", [token])
+        made = part_writer.add(parts_row(row, index), "text")
+    return made
+
+
+def parts_row(row: Any, index: int) -> Any:
+    return dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, index=index))
+
+
+@pytest.fixture(params=["hard links", "no hard links"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    if request.param == "no hard links":
+
+        def refuse(*arguments: Any) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr("pipeline.data.durable.os.link", refuse)
+    OutputFolder(tmp_path / "out").create()
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"fingerprint": "e" * 64, "seed": 1}, {"record_logits_digest": True}, {"digest": "1" * 64}],
+    ids=["another seed", "another column", "another input"],
+)
+def test_a_part_of_another_job_is_never_replaced(folder: Path, other: dict[str, Any]) -> None:
+    first = {"record_logits_digest": False}
+    mine = add(writer(folder, 4, **first)[0], range(2))
+    before = (folder / mine.name).read_bytes()
+    with pytest.raises(OutputConflictError, match=r"part-00000\.parquet: is a part of another (job|input)"):
+        add(writer(folder, 4, **{**first, **other})[0], range(2))
+    assert (folder / mine.name).read_bytes() == before
+    assert not list((folder / ".gptbatch").glob("*.tmp"))
+
+
+def test_the_same_part_of_another_run_stays(folder: Path) -> None:
+    first = add(writer(folder, 4)[0], range(2))
+    inode = (folder / first.name).stat().st_ino
+    assert add(writer(folder, 4)[0], range(2)) == first
+    assert (folder / first.name).stat().st_ino == inode
+    with pytest.raises(OutputConflictError, match="its rows differ"):
+        add(writer(folder, 4)[0], range(2), token=6)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "shorter", "misplaced"])
+def test_a_part_of_this_job_that_is_not_whole_is_replaced(folder: Path, damage: str) -> None:
+    whole = add(writer(folder, 4)[0], range(2))
+    path = folder / whole.name
+    if damage == "shorter":  # of a smaller limit
+        path.unlink()
+        plan = PartPlan(identity={**IDENTITY, "rows": 1, "part_rows": 2, "input_digest": "2" * 64}, input_digests=["3" * 64])
+        facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
+        add(PartWriter(folder, OutputFolder(folder).writer, DigestMemory(), plan=plan, facts=facts), range(1))
+    elif damage == "misplaced":
+        add(writer(folder, 4)[0], range(2, 4))
+        path.unlink()
+        (folder / "part-00001.parquet").rename(path)
+    else:
+        path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:1000])
+    assert add(writer(folder, 4)[0], range(2)) == whole
+    assert inspect_part(path).part == whole
+
+
+def test_nobody_finishes_a_folder_with_a_part_of_another_job(folder: Path) -> None:
+    """One job's run, and a part of another that came in between, under a name that was free."""
+    mine, plan, facts = writer(folder, 4)
+    OutputFolder(folder).begin("seed: 0\n", facts, [])
+    done = {part.number: part for part in (add(mine, range(2)), add(mine, range(2, 4)))}
+    (folder / "part-00001.parquet").unlink()
+    add(writer(folder, 4, **OTHER)[0], range(2, 4))
+    with pytest.raises(OutputConflictError, match=r"part-00001\.parquet: is a part of another job \(fingerprint, seed differ\)"):
+        OutputFolder(folder).complete(facts, done, DigestMemory(), plan)
+    assert not (folder / "_SUCCESS").exists()
+    assert json.loads((folder / "_manifest.json").read_text())["complete"] is False
+    assert "holds parts of 2 jobs: 1 of job ffffffff, 1 of job eeeeeeee (part-00001.parquet; seed 0 / 1)" in output_status(folder).problems
+    with pytest.raises(OutputConflictError, match="holds parts of 2 jobs"):
+        RecordedRun(folder)
+
+
+def test_the_manifest_is_claimed_once(folder: Path) -> None:
+    _, _, facts = writer(folder, 4)
+    _, _, other = writer(folder, 4, **OTHER)
+    OutputFolder(folder).begin("seed: 0\n", facts, [])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    acts: list[Callable[[], object]] = [
+        lambda: OutputFolder(folder).begin("seed: 1\n", other, []),
+        lambda: OutputFolder(folder).write_manifest(other, [], complete=False),
+    ]
+    for act in acts:
+        with pytest.raises(OutputConflictError, match=r"another job has begun there since \(fingerprint, seed differ\)"):
+            act()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    OutputFolder(folder).begin("seed: 0\n", facts, [])
+    OutputFolder(folder).begin("seed: 1\n", other, [], replaces=facts["identity"])
+
+
+def test_parts_copied_together_are_no_run(tmp_path: Path, command: Command) -> None:
+    """Without manifests: what their footers say of themselves."""
+    a, b = write_run(tmp_path / "a", many(8)), write_run(tmp_path / "b", many(6), identity=OTHER)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for path in [*sorted(a.glob("part-*"))[:2], *sorted(b.glob("part-*"))[2:]]:
+        shutil.copy(path, mixed)
+    code, stdout, _ = command("status", mixed)
+    assert code == 0
+    assert "holds parts of 2 jobs: 2 of job ffffffff, 1 of job eeeeeeee (part-00002.parquet; seed 0 / 1)" in stdout
+    assert "a copy without .gptbatch/config.yaml" in stdout
+    assert "rows     4 of 8, 4 missing" in stdout
+    for arguments in (("verify", mixed), ("diff", mixed, a), ("replay", mixed, "--prompt-id", "id 0")):
+        code, _, stderr = command(*arguments)
+        assert (code, "holds parts of 2 jobs" in stderr) == (78, True)
+
+
+def test_a_part_with_more_rows_than_its_name_says_is_not_counted(tmp_path: Path) -> None:
+    """Nothing is ever missing less than nothing."""
+    a = write_run(tmp_path / "a", many(2), part_rows=2)
+    shutil.copy(a / "part-00000.parquet", a / "part-00001.parquet")
+    found = output_status(a)
+    assert (found.rows_done, found.rows_missing, found.state) == (2, 0, "unfinished")
+    assert any("part-00001.parquet: it holds rows 0 to 1 of its run" in problem for problem in found.problems)
+
+
+# -- failed runs, empty runs, other versions -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"part_rows": 2}, {"max_new_tokens": 2}, {"limit": 2}])
+def test_a_run_that_failed_before_its_first_part_is_no_obstacle(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    from pipeline.loop import PartLoop
+
+    def fail(self: PartLoop, numbers: list[int]) -> None:
+        raise StorageError("no")
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(PartLoop, "run", fail)
+        with pytest.raises(StorageError):
+            run_job(job(finished, output=str(output)))
+    assert (output / "_manifest.json").exists()
+    assert run_job(job(finished, output=str(output), **change)).rows == change.get("limit", 7)
+
+
+def test_verify_of_nothing_is_no_success(finished: Path, tmp_path: Path, output: Path, command: Command) -> None:
+    for part in output.glob("part-*"):
+        part.unlink()
+    code, _, stderr = command("verify", output)
+    assert (code, "nothing was checked: it holds no rows yet" in stderr) == (66, True)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    run_job(job(finished, output=str(tmp_path / "empty"), input=str(empty)))
+    code, stdout, _ = command("verify", tmp_path / "empty")
+    assert (code, "the run is complete and has no rows" in stdout) == (0, True)
+    empty.write_text(json.dumps({"prompt": "king " * 300}) + "\n")
+    run_job(job(finished, output=str(tmp_path / "errors"), input=str(empty)))
+    code, _, stderr = command("verify", tmp_path / "errors")
+    assert (code, "nothing was checked: all 1 rows looked at are error rows" in stderr) == (66, True)
+
+
+def test_another_format_is_not_continued(finished: Path, output: Path) -> None:
+    for path in [output / "_manifest.json"]:
+        change_json(path, lambda manifest: manifest.update(format="gptbatch-1"))
+    with pytest.raises(OutputConflictError, match=rf"holds a run of format gptbatch-1, and this version writes {FORMAT}.*gptbatch 0\.1\.0"):
+        run_job(job(finished, output=str(output)))
+    change_json(output / "_manifest.json", lambda manifest: manifest.update(format=FORMAT))
+    change_footer(output / "part-00001.parquet", lambda footer: footer.update(format="gptbatch-1"))
+    with pytest.raises(OutputConflictError, match=r"part-00001\.parquet: has format gptbatch-1"):
+        run_job(job(finished, output=str(output)))
+
+
+def test_error_rows_are_said_at_the_end(finished: Path, tmp_path: Path, command: Command, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "king " * (300 if i < 2 else 1)}) + "\n" for i in range(5)))
+    arguments = ["generate", "--model", finished / "model", "--input", path, "--output", tmp_path / "out", "--max-new-tokens", "2"]
+    said = "2 of 5 rows are errors: 2 too_long (context_overflow: truncate_left keeps the end of such prompts)"
+    for more in (["--dry-run"], []):
+        caplog.clear()
+        code, stdout, _ = command(*arguments, *more)
+        assert (code, [said in record.message for record in caplog.records if record.levelname == "WARNING"]) == (0, [True])
+        summary = json.loads(stdout.splitlines()[-1])
+        assert (summary["error_kinds"] == {"too_long": 2}) if more else (summary["errors"] == 2)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "settings", "code"),
+    [
+        (lambda output: None, ["--seed", "1"], 78),
+        (lambda output: (output / "_manifest.json").write_text("{}"), [], 78),
+        (lambda output: (output / ".gptbatch" / "lock").symlink_to("x") if not (output / ".gptbatch" / "lock").unlink() else None, [], 78),
+        (lambda output: None, ["--seed", "1", "--overwrite"], 0),
+        (lambda output: None, [], 0),
+    ],
+)
+def test_a_dry_run_looks_at_the_output(
+    finished: Path, output: Path, command: Command, prepare: Callable[[Path], object], settings: list[str], code: int
+) -> None:
+    prepare(output)
+    before = sorted(output.rglob("*"))
+    arguments = ["generate", "--model", finished / "model", "--input", finished / "prompts.jsonl", "--output", output]
+    found = command(*arguments, "--max-new-tokens", "4", "--part-rows", "3", "--dry-run", *settings)
+    assert found[0] == code, found[2]
+    assert sorted(output.rglob("*")) == before
+
+
+def test_a_dry_run_finds_an_output_that_cannot_be_made(finished: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "file").write_text("mine")
+    arguments = ["generate", "--model", finished / "model", "--input", finished / "prompts.jsonl", "--dry-run", "--output"]
+    assert command(*arguments, tmp_path / "file" / "out")[0] == 73
+    assert command(*arguments, tmp_path / "file")[0] == 78
+    assert command(*arguments, tmp_path / "new" / "out")[0] == 0
+    assert not (tmp_path / "new").exists()

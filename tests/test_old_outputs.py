@@ -1,0 +1,59 @@
+"""Outputs of earlier versions are read, checked and compared; a run never goes on with one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import run_command
+from pipeline import JobConfig, run_job
+from pipeline.data.completions import SCHEMA
+from pipeline.data.parts import FORMAT
+from pipeline.data.recorded import RecordedRun
+from pipeline.errors import OutputConflictError
+from tests.old_outputs import MODEL, OUTPUTS, PROMPTS
+
+FORMATS = sorted(path.name for path in OUTPUTS.glob("gptbatch-*"))
+
+
+def test_an_output_of_this_format_is_kept() -> None:
+    """A change of the schema changes the format: `python -m tests.old_outputs FOLDER` adds an output of it."""
+    assert FORMAT in FORMATS
+
+
+@pytest.fixture(params=FORMATS)
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(OUTPUTS / request.param, tmp_path / request.param))
+
+
+def test_an_old_output_is_read(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = list(RecordedRun(output).rows())
+    assert [row["prompt_id"] for row in rows] == ["greedy", "sampled", "too long", "3", "4"]
+    assert list(rows[0]) == SCHEMA.names
+    assert run_command(["status", str(output), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["state"], status["rows_done"], status["errors"], status["problems"]) == ("complete", 5, {"too_long": 1}, [])
+
+
+def test_an_old_output_is_verified_replayed_and_compared(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["verify", str(output), "--all", "--model", str(MODEL)]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["complete"], summary["rows_checked"], summary["mismatches"]) == (True, 4, 0)
+    assert run_command(["replay", str(output), "--prompt-id", "sampled", "--model", str(MODEL)]) == 0
+    assert "equal to the recorded row" in capsys.readouterr().out
+    newest = OUTPUTS / FORMAT
+    assert run_command(["diff", str(output), str(newest)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["equal"] == 5
+
+
+def test_an_old_output_is_not_continued(output: Path) -> None:
+    if output.name == FORMAT:
+        pytest.skip("it is of this version")
+    (output / "_SUCCESS").unlink()
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(OutputConflictError, match=f"holds a run of format {output.name}, and this version writes {FORMAT}"):
+        run_job(JobConfig(model=str(MODEL), input=str(PROMPTS), output=str(output), part_rows=3, max_new_tokens=6))
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
