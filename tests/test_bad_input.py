@@ -37,7 +37,7 @@ def generate(launcher: Launcher, checkpoint: Path) -> Callable[..., tuple[int, C
             "--attention",
             "padded",
         ]
-        return launcher.run(*base, "--attention", "padded", "--output", folder / "out", *more, cwd=folder)
+        return launcher.run(*base, "--output", folder / "out", *more, cwd=folder)
 
     return run
 

@@ -42,7 +42,11 @@ class Setting:
         self.input.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def start(self, output: Path, *more: str, **settings: Any) -> Child:
-        return self.launcher.start(*self.arguments, "--output", output, *more, **settings)
+        """more: options, which replace those of the same name."""
+        given = {argument.partition("=")[0] for argument in more}
+        pairs = zip(self.arguments[1::2], self.arguments[2::2], strict=True)
+        kept = [argument for name, value in pairs if name not in given for argument in (name, value)]
+        return self.launcher.start("generate", *kept, "--output", output, *more, **settings)
 
     def run(self, output: Path, *more: str, **settings: Any) -> tuple[int, Child]:
         child = self.start(output, *more, **settings)
