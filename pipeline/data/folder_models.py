@@ -17,10 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 MAX_VALUE_SHOWN = 60  # characters
 MAX_TEXT = 1 << 16  # characters
 
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise ValueError(f"a text of at most {MAX_TEXT} characters is needed")
+    return value
+
+
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 PartRows = Annotated[int, Field(ge=1, le=2**31 - 1)]
 # pydantic's own text refuses names that are not UTF-8
-Text = Annotated[str, PlainValidator(lambda value: _text(value))]
+Text = Annotated[str, PlainValidator(_text)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kinds = dict[Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")], Count]
 Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
@@ -28,12 +35,6 @@ PartNumber = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Stat = Annotated[list[Annotated[int, Field(ge=-(2**63), lt=2**64)]], Field(min_length=4, max_length=4)]
 
 PART_NAME_PATTERN = r"part-(\d{5,9})\.parquet"
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise ValueError(f"a text of at most {MAX_TEXT} characters is needed")
-    return value
 
 
 class _Recorded(BaseModel):
@@ -156,7 +157,8 @@ def validated(model: type[Model], content: Any) -> Model:
         problem = error.errors(include_url=False, include_context=False)[0]
         key = repr(".".join(str(step) for step in problem["loc"])[: 2 * MAX_VALUE_SHOWN])[1:-1]  # it may hold control characters
         seen = "" if problem["type"] == "missing" else f", not {_shown(problem['input'])}"
-        raise ValueError(f"{key or 'content'}: {problem['msg'][0].lower()}{problem['msg'][1:]}{seen}") from error
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{key or 'content'}: {message[0].lower()}{message[1:]}{seen}") from error
 
 
 def _shown(value: Any) -> str:
