@@ -139,7 +139,7 @@ def to_json(value: Any, depth: int = 0) -> str:
         return "[" + ", ".join(to_json(item, depth + 1) for item in value) + "]"
     if isinstance(value, str):
         check_utf8(value)
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def check_utf8(text: str) -> None:
@@ -183,4 +183,5 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 40 else text[:40] + "..."
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # json.dumps makes one per call
 DECODER = json.JSONDecoder(parse_float=NumberText, parse_int=NumberText, parse_constant=_no_constant, object_pairs_hook=_object)

@@ -7,7 +7,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -35,6 +35,7 @@ from pipeline.records import MAX_SEED, Prompt, SamplingParams
 MAX_NAMED_ROWS = 20
 MAX_NAMED_PER_REASON = 6
 INT32_MAX = 2**31 - 1
+_CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _CHANGED = "the input has changed since it was checked"
 
 
@@ -53,7 +54,7 @@ class BadRow:
         return f"line:{self.line}"
 
     def canonical(self) -> bytes:
-        return json.dumps([self.prompt_id, self.reason], ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
+        return _CANONICAL.encode([self.prompt_id, self.reason]).encode("utf-8") + b"\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ class GoodRow:
     def canonical(self) -> bytes:
         """What the digest of an input is made of: what the row says, not what the run adds."""
         values = [self.prompt.prompt_id, self.prompt.text, *self.own, self.prompt.metadata]
-        return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
+        return _CANONICAL.encode(values).encode("utf-8") + b"\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,13 +93,21 @@ class RowDefaults:
     id_field: str = "id"
     metadata_fields: frozenset[str] = frozenset()
 
-    def params(self, prompt_id: str) -> SamplingParams:
-        """Of a row that says nothing itself."""
+    def params(
+        self,
+        prompt_id: str,
+        *,
+        seed: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> SamplingParams:
+        """The parameters of a row; None where it has none of its own."""
         return SamplingParams(
-            seed=derive_seed(self.seed, prompt_id),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            max_new_tokens=self.max_new_tokens,
+            seed=derive_seed(self.seed, prompt_id) if seed is None else seed,
+            temperature=self.temperature if temperature is None else temperature,
+            top_k=self.top_k if top_k is None else top_k,
+            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
         )
 
 
@@ -295,7 +304,7 @@ class PromptReader:
         notices.fields(fields)
         if beside:
             notices.fields(beside, defaults.prompt_field.rpartition(".")[0] + ".")
-        params = replace(defaults.params(prompt_id), **{name: value for name, value in own.items() if value is not None})
+        params = defaults.params(prompt_id, **own)
         fields |= kept
         metadata = to_json(to_json_values(fields, notices.left_out)) if fields else None
         prompt = Prompt(index=index, prompt_id=prompt_id, text=text, params=params, metadata=metadata)
