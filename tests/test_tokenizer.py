@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -532,6 +533,15 @@ def test_code_of_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model"])
+def test_a_sentencepiece_model_says_what_it_needs(tmp_path: Path, name: str) -> None:
+    model = checkpoint(tmp_path / "model", tokenizer_config={"tokenizer_class": "T5Tokenizer"})
+    (model / name).write_bytes(b"abc")
+    needs = "" if find_spec("sentencepiece") else "sentencepiece and protobuf must be installed"
+    with pytest.raises(ModelError, match=f"transformers cannot make the tokenizer .*{needs}.*; where it loads"):
+        load_tokenizer(model)
+
+
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no tokenizer: neither tokenizer.json nor any of vocab.json"):
         load_tokenizer(checkpoint(tmp_path / "model"))
@@ -608,6 +618,15 @@ def test_a_prompt_on_which_the_library_panics_is_an_error_row(tmp_path: Path, ca
     rows = run(model, [prompt, *good])
     assert reason in rows[0]["error"]
     assert [row["error"] for row in rows[1:]] == [None] * len(good)
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_a_decoder_that_panics_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = letters(models.WordLevel({"A": 0, "a" * 60 + "!": 1}, unk_token="A"))
+    tokenizer.decoder = decoders.Replace(RUNS_OUT, "")
+    model = checkpoint(tmp_path / "model", tokenizer, script=[1], tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    with pytest.raises(ModelError, match="the tokenizer's decoder fails on new tokens"):
+        run(model, ["A"])
     assert "panicked" not in capfd.readouterr().err
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer, models
 
 from pipeline.data.lost_text import LostText, component, may_lose_text
-from pipeline.data.panics import panics_as_errors
+from pipeline.data.panics import PanicError, panics_as_errors
 from pipeline.data.tokenizer_files import LoadedTokenizer
+from pipeline.errors import ModelError
 from pipeline.records import FinishReason
 
 # Words in errors of the library, which may quote the prompt, and what they mean.
@@ -17,9 +19,8 @@ _CAUSES = {
     "unk": "it holds text that the tokenizer has no token for, and the tokenizer lacks a token for unknown text",
     "Regex search error": "a regular expression of the tokenizer runs out of steps on it",
 }
-
-
-_PANICKING = ("Regex", "Precompiled")  # parts that panic on some texts
+# Parts of a tokenizer that panic on some texts.
+_PANICKING = ("Regex", "Precompiled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class PromptTokenizer:
         backend.no_truncation()
         backend.encode_special_tokens = not parse_special
         self._lost_text = LostText(backend) if may_lose_text(backend) else None
-        self._may_panic = any(word in str(component(part)) for part in (backend.normalizer, backend.pre_tokenizer) for word in _PANICKING)
+        self._may_panic = _may_panic(backend.normalizer) or _may_panic(backend.pre_tokenizer)
+        self._decoder_may_panic = _may_panic(backend.decoder)
         self._unknown_token = _unknown_token(backend)
         self.adds_after = add_special_tokens and _adds_after(backend)
         special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
@@ -80,13 +82,19 @@ class PromptTokenizer:
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of tokens, special ones included; bytes that are no UTF-8 are U+FFFD, an id without a token has no text."""
-        return self._decode(token_ids)
+        if not self._decoder_may_panic:
+            return self._decode(token_ids)
+        try:
+            with panics_as_errors():
+                return self._decode(token_ids)
+        except PanicError as error:
+            raise ModelError("the tokenizer's decoder fails on new tokens; its regular expressions may run out of steps") from error
 
     def added_text(self, before: list[int], token_ids: list[int]) -> str:
         """The text that tokens add to the text of those before them."""
         if self._concatenates:
-            return self._decode(token_ids)
-        start, whole = self._decode(before), self._decode(before + token_ids)
+            return self.decode(token_ids)
+        start, whole = self.decode(before), self.decode(before + token_ids)
         # a decoder may change the end of what stood before: " ." to "."
         return whole.removeprefix(start if whole.startswith(start) else _common_start([start, whole]))
 
@@ -126,6 +134,10 @@ class PromptTokenizer:
             lost, problem = len(text), "no character of it has a token"
         unknown = self._unknown_token is not None and self._unknown_token in token_ids
         return EncodedPrompt(token_ids, problem, lost, unknown, special)
+
+
+def _may_panic(part: Any) -> bool:
+    return any(word in str(component(part)) for word in _PANICKING)
 
 
 def _adds_after(backend: Tokenizer) -> bool:

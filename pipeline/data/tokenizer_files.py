@@ -15,6 +15,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,8 @@ SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 GPT2_FILES = ("vocab.json", "merges.txt")
 # Any of these is enough for some tokenizer class of transformers.
-VOCABULARY_FILES = ("vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "tiktoken.model")
+SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+VOCABULARY_FILES = ("vocab.json", "vocab.txt", *SENTENCEPIECE_FILES, "tiktoken.model")
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _HARMLESS_KEYS = frozenset(
@@ -333,7 +335,10 @@ def _made_by_transformers(folder: Path) -> LoadedTokenizer:
     except ModelError:
         raise
     except Exception as error:  # whatever the files of a checkpoint make of it
-        raise ModelError(f"{folder}: transformers cannot make the tokenizer ({_first_line(error)}); {_MAKE_TOKENIZER_JSON}") from error
+        reason = _first_line(error)
+        if any((folder / name).is_file() for name in SENTENCEPIECE_FILES) and find_spec("sentencepiece") is None:
+            reason = "its vocabulary is a SentencePiece model, for which sentencepiece and protobuf must be installed"
+        raise ModelError(f"{folder}: transformers cannot make the tokenizer ({reason}); {_MAKE_TOKENIZER_JSON}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     # transformers 5 leaves a BPE's spaces alone unless this long key is set
