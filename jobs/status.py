@@ -10,6 +10,7 @@ import click
 
 from jobs.messages import echo
 from jobs.options import Command, PathArgument
+from pipeline.machine import cores, describe_cores
 from pipeline.status import OutputStatus, output_status
 
 MOST_NAMED = 10
@@ -23,7 +24,13 @@ def status(output: Path, as_json: bool) -> None:
     that is going on, its speed and the time left. Reads footers only; `gptbatch verify` looks at the rows.
     """
     found = output_status(output)
-    echo(json.dumps(asdict(found)) if as_json else "\n".join(_lines(found)))
+    if as_json:
+        echo(json.dumps(asdict(found)))
+        return
+    lines = _lines(found)
+    if found.state == "running" and (shared := describe_cores(cores().threads)):
+        lines.append(f"cores    not the run's own, if it runs on this machine: {shared}")
+    echo("\n".join(lines))
 
 
 def _lines(found: OutputStatus) -> list[str]:

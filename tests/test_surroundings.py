@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from jobs.messages import LogFormatter
 from jobs.options import option_groups, option_name
 from pipeline.advice import describe_errors
 from pipeline.config import JobConfig, config_fields, environment_name, load_config
+from pipeline.data.lock import OutputLock
 from pipeline.errors import ConfigError, ModelError
 from pipeline.openmp import limit_spinning
 from pipeline.paths import PathError, expand_path
@@ -491,6 +493,21 @@ def test_a_run_says_what_it_loads_and_that_the_cores_are_shared(
     assert f"gptbatch.loading INFO: loading {checkpoint} as float32 on cpu with 1 thread for 2 rows\n" in child.stderr
 
 
+def test_status_says_that_cores_are_shared_while_a_run_goes_on(
+    checkpoint: Path, gptbatch: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
+    options = ["--model", checkpoint, "--input", "prompts.jsonl", "--output", "out", "--max-new-tokens", "2"]
+    assert gptbatch("generate", *options)[0] == 0
+    monkeypatch.setattr("jobs.status.describe_cores", lambda own_threads: "other processes run or wait for them")
+    assert "cores " not in gptbatch("status", "out")[1]
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    with OutputLock(tmp_path / "out" / ".gptbatch"):
+        assert (
+            "cores    not the run's own, if it runs on this machine: other processes run or wait for them\n" in gptbatch("status", "out")[1]
+        )
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
@@ -598,3 +615,28 @@ def test_an_output_beside_its_dataset_is_none_of_it(output: str, data: Path) -> 
 def test_a_folder_named_as_a_column_is_warned_of(output: str, warned: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     check_placement(JobConfig(model="m", input="i", output=str(tmp_path / output)))
     assert [f"folder name {warned} for a column" in record.getMessage() for record in caplog.records] == ([True] if warned else [])
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+LATIN = os.fsdecode(b"mod\xe8le")
+NAMES = [LATIN, "run:1", "nightly-2026-11-27T02:55", "a::b", "50% [v2] {x}", "größe", "a b", "'quoted\"", "x\ty"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_for_model_input_and_output(name: str, checkpoint: Path, launcher: Launcher, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copytree(checkpoint, folder / f"model {name}")
+    (folder / f"{name}.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "The queen"}\n')
+    arguments = ["--model", f"model {name}", "--input", f"{name}.jsonl", "--output", name, "--max-new-tokens", "2", "--threads", "1"]
+    code, child = launcher.run("generate", *arguments, cwd=folder)
+    assert code == 0, child.stderr
+    assert "�" not in child.stderr
+    code, child = launcher.run("generate", *arguments, cwd=folder)
+    assert (code, child.summary["skipped"]) == (0, 2)
+    for command in (["status", name], ["verify", name, "--all"], ["diff", name, name], ["replay", name, "--prompt-id", "1"]):
+        code, child = launcher.run(*command, cwd=folder)
+        assert code == 0, child.stderr
+    manifest = json.loads((folder / name / "_manifest.json").read_bytes())
+    assert manifest["model"] == f"model {name}"
