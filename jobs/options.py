@@ -170,8 +170,8 @@ def say_model(run: RecordedRun, model: str | None) -> None:
     """Name the checkpoint that a run's folder names, before it is read: anybody may have written it."""
     from pipeline.reopen import recorded_model
 
-    if model is None and (path := recorded_model(run)) is not None:
-        say(f"reading the checkpoint {path}, which {run.path} names")
+    if model is None:
+        say(f"reading the checkpoint {recorded_model(run)}, which {run.path} names")
 
 
 def _click_type(annotation: Any) -> click.ParamType[Any]:

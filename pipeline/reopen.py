@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import EngineConfig, JobConfig
+from pipeline.data.bundled import locate
 from pipeline.data.checkpoint import Checkpoint, find_checkpoint
 from pipeline.data.folder_models import validated
 from pipeline.data.output_folder import CONFIG, MANIFEST, WORK
@@ -119,11 +120,11 @@ class ReopenedRun:
                 raise OutputConflictError(
                     f"{self.run.path / MANIFEST}: identity.{key} is missing; the run does not say which weights it used"
                 )
-        name = overrides.model or recorded_model(self.run) or self.config.model
+        name = overrides.model or recorded_model(self.run)
         try:
             checkpoint = find_checkpoint(name, revision=self.config.revision, allow_pickle=overrides.allow_pickle)
         except ModelError as error:
-            if overrides.model is None:
+            if overrides.model is None and not locate(name).exists():
                 raise ModelError(f"the run's checkpoint is not where it was; name a copy of it with --model ({error})") from error
             raise
         tokenizer = load_tokenizer(checkpoint.folder)
@@ -143,10 +144,10 @@ class ReopenedRun:
         return checkpoint, tokenizer
 
 
-def recorded_model(run: RecordedRun) -> str | None:
-    """The folder of the checkpoint that a run names, where it is still there."""
+def recorded_model(run: RecordedRun) -> str:
+    """The checkpoint that a run names: its folder where it is still there, else what the settings say."""
     path = run.facts.get("model_path")
-    return path if path and Path(path).is_dir() else None
+    return str(path if path and Path(path).is_dir() else run.config.get("model"))
 
 
 def row_params(row: dict[str, Any]) -> SamplingParams:

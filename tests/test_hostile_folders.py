@@ -255,6 +255,19 @@ def test_a_pickle_is_read_only_where_the_user_says_so(output: Path, tmp_path: Pa
         code, _, stderr = command(*arguments)
         assert (code, "pickle" in stderr) == (78, True)
         assert f"reading the checkpoint {model}, which {output} names" in stderr
+        assert "give --allow-pickle" in stderr
+        assert "not where it was" not in stderr
+
+
+def test_the_model_of_the_settings_is_named_where_its_folder_is_gone(output: Path, tmp_path: Path, command: Command) -> None:
+    change_json(output / "_manifest.json", lambda manifest: manifest.update(model_path=str(tmp_path / "gone")))
+    config = output / ".gptbatch" / "config.yaml"
+    lines = [f"model: {tmp_path / 'elsewhere'}" if line.startswith("model: ") else line for line in config.read_text().splitlines()]
+    config.write_text("\n".join(lines) + "\n")
+    code, _, stderr = command("verify", output)
+    assert code == 78
+    assert f"reading the checkpoint {tmp_path / 'elsewhere'}, which {output} names" in stderr
+    assert "not where it was; name a copy of it with --model" in stderr
 
 
 # -- links, FIFOs, sockets ---------------------------------------------------------------------------------------------
