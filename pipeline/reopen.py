@@ -20,9 +20,18 @@ from pipeline.errors import ModelError, OutputConflictError
 from pipeline.gpt.config import GPTConfig, parse_config
 from pipeline.job import prompt_tokenizer, special_token_identity
 from pipeline.network import Network, load_network, resolve_device
-from pipeline.records import SamplingParams
+from pipeline.records import MAX_SEED, MAX_TEMPERATURE, SamplingParams
 
 _FILES_OF_OLD_DIGESTS = ("tokenizer.json", "vocab.json", "merges.txt")  # runs from before transformers' way was followed
+
+
+_RANGES = {
+    "seed": (0, MAX_SEED),
+    "temperature": (0.0, MAX_TEMPERATURE),
+    "top_k": (0, 2**31 - 1),
+    "max_new_tokens": (1, 2**31 - 1),
+    "prompt_tokens_dropped": (0, 2**31 - 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +108,17 @@ class ReopenedRun:
 
     def prompt_token_ids(self, rows: Sequence[dict[str, Any]]) -> list[tuple[list[int], str]]:
         """The token ids of each row's prompt as the network saw them, and why they cannot be those, "" when they can."""
-        encoded = self.tokenizer.encode([row["prompt"] for row in rows])
+        encoded = self.tokenizer.encode([row["prompt"] or "" for row in rows])
         kept = [prompt.token_ids[row["prompt_tokens_dropped"] :] for row, prompt in zip(rows, encoded, strict=True)]
         return [(token_ids, self._prompt_problem(row, token_ids)) for row, token_ids in zip(rows, kept, strict=True)]
 
     def _prompt_problem(self, row: dict[str, Any], token_ids: list[int]) -> str:
         n_positions, vocab_size = self.gpt_config.n_positions, self.gpt_config.vocab_size
+        if row["prompt"] is None:
+            return "it has no prompt"
+        for name, (least, most) in _RANGES.items():
+            if not least <= row[name] <= most:
+                return f"its {name} is {row[name]}"
         if len(token_ids) != row["prompt_tokens"]:
             return f"its prompt is {len(token_ids)} tokens, but prompt_tokens is {row['prompt_tokens']}"
         if not 1 <= len(token_ids) <= n_positions:

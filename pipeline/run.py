@@ -113,7 +113,7 @@ def _is_done(config: JobConfig, source: RowSource, state: FolderState, memory: D
     known = memory.same_input(_input_settings(config), source.files())
     if known is None or known != {"rows": state.identity.get("rows"), "digest": state.identity.get("input_digest")}:
         return False
-    recorded = [part["name"] for part in state.manifest["parts"]]
+    recorded = [part["name"] for part in state.manifest.get("parts", [])]
     return recorded == [path.name for path in state.parts.values()] and all(memory.same_part(path) for path in state.parts.values())
 
 

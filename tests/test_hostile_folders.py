@@ -242,6 +242,38 @@ def test_recorded_settings_that_cannot_be_read(output: Path, command: Command, c
         assert len(stderr) < 1000
 
 
+def change_column(path: Path, name: str, values: list[Any], type_: pa.DataType | None = None) -> None:
+    table = pq.read_table(path)
+    place = table.schema.get_field_index(name)
+    column = pa.array(values, type_ or table.schema.field(name).type)
+    pq.write_table(table.set_column(place, pa.field(name, column.type), column).replace_schema_metadata(table.schema.metadata), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "code", "message"),
+    [
+        ("seed", [None, 1, 2], 74, "seed is null in a row"),
+        ("prompt_id", [None] * 3, 74, "prompt_id is null in a row"),
+        ("completion_token_ids", [[1, None], [1], [2]], 74, "completion_token_ids is null in a row"),
+        ("completion_token_ids", ["a", "b", "c"], 74, "part-00000.parquet: cannot be read"),
+        ("seed", [-1] * 3, 1, "its seed is -1"),
+        ("temperature", [float("nan")] * 3, 1, "its temperature is nan"),
+        ("top_k", [-7] * 3, 1, "its top_k is -7"),
+        ("max_new_tokens", [0] * 3, 1, "its max_new_tokens is 0"),
+        ("prompt", [None] * 3, 1, "it has no prompt"),
+        ("completion_token_ids", [[2**31 - 1] * 4] * 3, 1, "which the model (vocab_size 300) does not have"),
+        ("prompt_tokens_dropped", [-5] * 3, 1, "its prompt_tokens_dropped is -5"),
+    ],
+)
+def test_rows_that_no_run_writes(output: Path, command: Command, name: str, values: list[Any], code: int, message: str) -> None:
+    type_ = pa.string() if isinstance(values[0], str) else None
+    change_column(output / "part-00000.parquet", name, values, type_)
+    found, stdout, stderr = command("verify", output, "--all")
+    assert (found, message in stdout + stderr) == (code, True), stdout + stderr
+    assert command("diff", output, output)[0] in (0, 74)
+    assert command("replay", output, "--prompt-id", "r0")[0] in (0, 66, 74)
+
+
 def test_a_pickle_is_read_only_where_the_user_says_so(output: Path, tmp_path: Path, command: Command, checkpoint: Path) -> None:
     """Whoever wrote the folder may have written another model_path, and allow_pickle, into it."""
     model = tmp_path / "pickled"
@@ -377,6 +409,48 @@ def test_damage_keeps_its_cause(output: Path, monkeypatch: pytest.MonkeyPatch, e
     monkeypatch.setattr("pipeline.data.parts.pq.read_metadata", fail)
     found = inspect_part(output / "part-00000.parquet")
     assert (found.state, found.problem) == ("damaged", str(error))
+
+
+class BrokenDisk:
+    """A file whose reads fail, without a word of its name."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        pass
+
+    def __enter__(self) -> BrokenDisk:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def read(self, size: int = -1) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("name", ["_manifest.json", ".gptbatch/config.yaml"])
+def test_a_disk_that_fails_is_named_with_the_file(output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from pipeline.data import recorded, regular_file
+
+    opened = regular_file.open_regular
+
+    def open_regular(path: Path) -> Any:
+        return BrokenDisk() if path == output / name else opened(path)
+
+    monkeypatch.setattr(regular_file, "open_regular", open_regular)
+    monkeypatch.setattr(recorded, "open_regular", open_regular)
+    code, _, stderr = command("verify", output)
+    assert (code, f"{output / name}: cannot be read (Input/output error)" in stderr) == (74, True)
+
+
+def test_a_failing_hash_names_the_file(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.data.digests import file_sha256
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("hashlib.file_digest", fail)
+    with pytest.raises(OSError, match="part-00000"):
+        file_sha256(output / "part-00000.parquet")
 
 
 def test_a_part_that_reads_back_otherwise_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

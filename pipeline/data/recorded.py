@@ -155,9 +155,13 @@ class RowReader:
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """The column in the type of this version's schema. Raises pa.ArrowException for values that have no place in it."""
-    array, type_ = batch[name], SCHEMA.field(name).type
-    return array if array.type == type_ else array.cast(type_)
+    """The column in the type of this version's schema. Raises pa.ArrowException or ValueError for values that have no place in it."""
+    array, field = batch[name], SCHEMA.field(name)
+    if array.type != field.type:
+        array = array.cast(field.type)
+    if not field.nullable and (array.null_count or (pa.types.is_list(field.type) and array.flatten().null_count)):
+        raise ValueError(f"{name} is null in a row")
+    return array
 
 
 def _nulls(batch: pa.RecordBatch, name: str) -> pa.Array:
