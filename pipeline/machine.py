@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,9 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _LOADAVG = Path("/proc/loadavg")
 _STAT = Path("/proc/stat")
-STEAL_SAMPLE_S = 0.1
 MIN_OTHER_LOAD = 0.5  # processes beside our own threads, below which the cores count as ours
 MIN_STEAL = 0.05
+MIN_TICKS = 20  # hundredths of a second of all CPUs, below which a share says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +106,9 @@ def _quota(folder: Path) -> float | None:
 
 
 def _steal() -> float:
-    """The share of CPU time that the host has given to others, over a moment."""
-    before = _cpu_times()
-    time.sleep(STEAL_SAMPLE_S)
-    passed = [now - then for now, then in zip(_cpu_times(), before, strict=True)]
-    return passed[7] / sum(passed) if len(passed) == 8 and sum(passed) > 0 else 0.0
+    """The share of CPU time that the host has given to others since this module was imported."""
+    passed = [now - then for now, then in zip(_cpu_times(), _TIMES_AT_IMPORT, strict=False)]
+    return passed[7] / sum(passed) if len(passed) == 8 and sum(passed) >= MIN_TICKS else 0.0
 
 
 def _cpu_times() -> list[int]:
@@ -146,3 +143,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="ascii")
     except OSError:
         return ""
+
+
+_TIMES_AT_IMPORT = _cpu_times()

@@ -139,9 +139,9 @@ def test_cores_that_are_not_the_runs_own(
     (system.parent / "own").write_text("0::/\n")
     quota(system, quota_us)
     (system.parent / "loadavg").write_text(f"{load} 1.00 1.00 3/200 4711\n")
-    samples = iter([f"cpu 100 0 50 800 0 0 0 {steal}", f"cpu {150 - steal} 0 80 820 0 0 0 {2 * steal}"])
     monkeypatch.setattr(machine, "_LOADAVG", system.parent / "loadavg")
-    monkeypatch.setattr(machine, "_cpu_times", lambda: [int(word) for word in next(samples).split()[1:]])
-    monkeypatch.setattr(machine, "STEAL_SAMPLE_S", 0.0)
+    monkeypatch.setattr(machine, "_STAT", system.parent / "stat")
+    monkeypatch.setattr(machine, "_TIMES_AT_IMPORT", [100, 0, 50, 800, 0, 0, 0, 7])
+    (system.parent / "stat").write_text(f"cpu {150 - steal} 0 80 820 0 0 0 {7 + steal} 0 0\ncpu0 1 1 1\n")
     found = machine.describe_cores(own_threads)
     assert found.startswith(said) if said else found == ""
