@@ -82,7 +82,7 @@ class Group(click.Group):
 
 
 class GroupedCommand(Command):
-    """`--help` shows the options under headings, as their callbacks' config keys are grouped; then an example."""
+    """A command whose `--help` shows the options under the headings of their config keys, then examples."""
 
     example = ""
 

@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
@@ -23,6 +24,7 @@ STOPPED = 75  # errors.StoppedError.exit_code
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
 LOADING_PATIENCE_S = 2.0
 RUNNING_PATIENCE_S = 9.0  # a run that is asked to stop ends within 10 s
+ONE_SIGNAL_S = 0.2  # timeout(1) sends its signal to the process and to its group: within this it is one signal
 _END = b"\0"
 
 
@@ -95,7 +97,7 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, between two of its instructions."""
-        if self._finished:
+        if self._finished or self._requested is not None:
             return
         self._requested = signal.Signals(number).name
         if not self._deferred:
@@ -103,9 +105,9 @@ class Signals:
 
     def _watch(self) -> None:
         """In a thread of its own: the numbers of the signals arrive in a pipe at once, whatever the main thread is in."""
-        seen = False
+        first: tuple[int, float] | None = None
         while True:
-            patience = (RUNNING_PATIENCE_S if self._deferred else LOADING_PATIENCE_S) if seen else None
+            patience = None if first is None else RUNNING_PATIENCE_S if self._deferred else LOADING_PATIENCE_S
             ready, _, _ = select.select([self._read], [], [], patience)
             if not ready:
                 if self._finished:
@@ -117,7 +119,10 @@ class Signals:
             for number in os.read(self._read, 64):
                 if number == 0 or self._finished:
                     return
-                if number in STOPPING:
-                    if seen:
-                        os._exit(128 + number)
-                    seen = True
+                if number not in STOPPING:
+                    continue
+                now = time.monotonic()
+                if first is None:
+                    first = number, now
+                elif number != first[0] or now - first[1] > ONE_SIGNAL_S:
+                    os._exit(128 + number)

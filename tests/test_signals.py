@@ -155,6 +155,15 @@ def test_nohup_keeps_a_run_alive(tmp_path: Path, run_struck: Callable[..., tuple
     assert (code, stderr) == (0, "")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_sent_twice_at_once_is_one(name: str, run_struck: Callable[..., tuple[int, str]]) -> None:
+    """As timeout(1) does: to the process, and to its group."""
+    twice = PROGRAM.replace("    os.kill(os.getpid(), number)", "    [os.kill(os.getpid(), number) for _ in range(2)]", 1)
+    assert twice != PROGRAM
+    code, stderr = run_struck("click", signal.Signals[name], "status", "nowhere", program=twice)
+    assert (code, stderr.strip()) == (STOPPED, f"gptbatch: stopped by {name}; run the same command again")
+
+
 @pytest.fixture
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOPPING}
