@@ -2,8 +2,7 @@
 
 Rows are drawn across the borders of parts, so that slots stay full; a part is committed when its last row is there. The number of
 parts that are under way is bounded: what has ended waits in memory for its part.
-
-Knows: data, generation and who watches. Does not know: what was there before, or what a job is. Imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations

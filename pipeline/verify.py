@@ -2,8 +2,6 @@
 
 Where this machine computes the same bits as the one that ran, the answer is exact: any difference is a mismatch. Elsewhere it
 is judged by margin: a recorded token that is within the tolerance of winning is a near tie, which rounding explains.
-
-Knows: recorded rows and the network. Does not print.
 """
 
 from __future__ import annotations

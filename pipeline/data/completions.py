@@ -1,7 +1,4 @@
-"""The table that a run writes: one fixed schema, and the row that a completion becomes.
-
-Knows: columns. Does not know: files and parts.
-"""
+"""The table that a run writes: one fixed schema, and the row that a completion becomes."""
 
 from __future__ import annotations
 
