@@ -221,6 +221,8 @@ HEADS: dict[str, tuple[Tensors, str, str]] = {
     "classifier": ({"score.weight": ONE}, "GPT2ForSequenceClassification", r"score \(1 tensor\)"),
     "tokens": ({"classifier.weight": ONE, "classifier.bias": ONE}, "GPT2ForTokenClassification", r"classifier \(2 tensors\)"),
     "answers": ({"qa_outputs.weight": ONE}, "GPT2ForQuestionAnswering", r"qa_outputs \(1 tensor\)"),
+    "ILQL": ({"ilql_heads.q_heads.0.0.weight": ONE, "ilql_heads.v_head.0.weight": ONE}, "GPT2LMHeadModel", r"ilql_heads \(2 tensors\)"),
+    "Medusa": ({"medusa_head.0.0.linear.weight": ONE}, "GPT2LMHeadModel", r"medusa_head \(1 tensor\)"),
     "two at once": ({"v_head.weight": ONE, "score.weight": ONE}, "GPT2LMHeadModel", r"score \(1 tensor\), v_head \(1 tensor\)"),
 }  # fmt: skip
 
@@ -248,6 +250,45 @@ def test_prefixes_of_wrappers_are_taken(tmp_path: Path, caplog: pytest.LogCaptur
         ours = load(write_checkpoint(tmp_path / "model", tensors=tensors))(IDX)
         assert torch.equal(ours, load(write_checkpoint(tmp_path / "plain"))(IDX))
     assert not caplog.records
+
+
+OTHER_PREFIXES = (
+    "student.transformer.", "_forward_module.model.transformer.", "policy.", "net.", "backbone.", "decoder.", "lm.transformer.", "gpt2.",
+    "module.agent.gpt.transformer.", "model._orig_mod.my_model.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", OTHER_PREFIXES)
+def test_another_prefix_in_front_of_all_names_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str
+) -> None:
+    tensors = {prefix + name.removeprefix("transformer."): tensor for name, tensor in random_tensors().items()}
+    first = prefix.split("transformer.")[0]
+    tensors |= {f"{first}lm_head.weight": tensors[f"{prefix}wte.weight"].copy(), f"{first}v_head.weight": ONE}
+    with torch.inference_mode():
+        ours = load(write_checkpoint(tmp_path / "model", tensors=tensors))(IDX)
+        assert torch.equal(ours, load(write_checkpoint(tmp_path / "plain"))(IDX))
+    taken, heads = [record.getMessage() for record in caplog.records if record.name == "gptbatch"]
+    assert "the names of its tensors are taken without their prefix" in taken
+    assert "v_head (1 tensor)" in heads
+
+
+def test_two_models_in_one_file_are_refused(tmp_path: Path) -> None:
+    tensors = {
+        name.replace("transformer.", f"{model}.transformer."): tensor
+        for name, tensor in random_tensors().items()
+        for model in ("student", "teacher")
+    }
+    with pytest.raises(ModelError, match=r"they are 2 models, student\.transformer and teacher\.transformer: save one of them alone"):
+        load(write_checkpoint(tmp_path / "model", tensors=tensors))
+
+
+def test_a_prefix_of_some_names_is_no_wrapper(tmp_path: Path) -> None:
+    tensors = random_tensors(prefix="student.")
+    tensors["ln_f.weight"] = tensors.pop("student.ln_f.weight")
+    del tensors["student.h.1.ln_1.bias"]
+    with pytest.raises(ModelError, match=r"lacks the tensors h\.1\.ln_1\.bias$"):
+        load(write_checkpoint(tmp_path / "model", tensors=tensors))
 
 
 def test_wrappers_inside_names(tmp_path: Path) -> None:
@@ -318,7 +359,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "GPTQ": ({"transformer.h.0.attn.c_attn.qweight": ONE}, {}, "quantized weights are not supported"),
     "bitsandbytes": ({"transformer.h.0.attn.c_attn.weight.absmax": ONE}, {}, "quantized weights are not supported"),
     "cross-attention": ({"transformer.h.0.crossattention.c_attn.weight": ONE}, {}, "cross-attention is not supported"),
-    "a head of one's own": ({"my_head.weight": ONE}, {}, r"has no tensors my_head\.weight$"),
+    "a head of one's own": ({"my_head.weight": ONE}, {}, r"has no tensors my_head\.weight; where .* without them \(heads that are known"),
+    "a bias of the head": ({"lm_head.bias": ONE[0]}, {}, r"has no tensors lm_head\.bias; where the language model does not need them"),
+    "another model": ({"reward.wte.weight": ONE, "reward.ln_f.bias": ONE}, {}, r"reward\.ln_f\.bias, reward\.wte\.weight; where the"),
     "two of a name": ({"wte.weight": ONE}, {}, "wte.weight is also in"),
 }  # fmt: skip
 
@@ -368,6 +411,15 @@ OTHERS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "an adapter that says nothing": ({"adapter_config.json": "{}", "adapter_model.bin": "x"}, "a PEFT adapter: merge it first"),
     "an adapter with its base": ({"adapter_config.json": "[", "config.json": "{}", "model.safetensors": "x"}, "a PEFT adapter: merge"),
+    "an adapter beside a merged model": (
+        {"adapter_config.json": '{"peft_type": "LORA"}', "config.json": "{}", "model.safetensors": "x"},
+        r"a PEFT adapter \(LORA\): merge it first.*; if the model beside it .*, merged already, remove adapter_config\.json$",
+    ),
+    "a soft prompt beside a model": (
+        {"adapter_config.json": '{"peft_type": "P_TUNING"}', "config.json": "{}", "model-00001-of-00002.safetensors": "x"},
+        r"cannot be merged .* remove adapter_config\.json$",
+    ),
+    "an adapter beside a config": ({"adapter_config.json": "{}", "config.json": "{}", "adapter_model.bin": ""}, "the tokenizer there$"),
     "a soft prompt": ({"adapter_config.json": '{"peft_type": "PROMPT_TUNING"}'}, "of a kind that cannot be merged"),
     "a training run": ({"checkpoint-500/": "", "checkpoint-1000/": ""}, "a training run with 2 checkpoints; .*/checkpoint-1000$"),
     "a training run of one": ({"checkpoint-500/": ""}, "a training run with 1 checkpoint; name one of them: .*/checkpoint-500$"),
@@ -442,6 +494,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\n
 @pytest.mark.parametrize(
     "file",
     [
+        "adapter_config.json",
         "config.json",
         "generation_config.json",
         "tokenizer.json",
@@ -466,6 +519,15 @@ def test_git_lfs_pointers_are_named_whichever_file_it_is(tmp_path: Path, file: s
     (folder / file).write_text(POINTER)
     with pytest.raises(ModelError, match=f"{file}: a Git LFS pointer, not the file itself: run git lfs pull"):
         find_checkpoint(str(folder), allow_pickle=True)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"])
+def test_a_pickle_that_is_a_pointer_is_named_before_it_is_allowed(tmp_path: Path, file: str) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / file).write_text(POINTER)
+    with pytest.raises(ModelError, match=f"{file}: a Git LFS pointer"):
+        find_checkpoint(str(folder))
 
 
 def test_a_pointer_that_nobody_reads_is_no_obstacle(tmp_path: Path) -> None:

@@ -149,6 +149,33 @@ def test_pickles_that_would_run_code_are_refused_all_the_same(folder: Path, tmp_
     assert not marker.exists()
 
 
+class Own:
+    """An object of code of one's own."""
+
+
+PICKLES: dict[str, tuple[Any, str]] = {
+    "a whole model": (torch.nn.Linear(2, 2), r"it needs torch\.nn\.modules\.linear\.Linear, .* torch\.save\(model\.state_dict\(\), FILE\)"),
+    "arguments beside": ({"model": {"a": torch.ones(2)}, "args": Own()}, r"it needs tests\.test_weights\.Own, and code .* is never run"),
+    "a trainer's": ({"model": {"a": torch.ones(2)}, "epoch": 3}, r"'model': torch\.save\(torch\.load\(.*weights_only=True\)\['model'\]"),
+    "Lightning's": ({"epoch": 3, "state_dict": {"a": torch.ones(2)}}, "which stand under 'state_dict'"),
+    "a text file": (b"Entry not found", r"not a readable file of weights \(Unsupported operand 69\)$"),
+    "a number": ({"a": torch.ones(2), "step": 5}, r"named tensors \('step' is of type int\)$"),
+    "a list": ([torch.ones(2)], r"named tensors \(list\)$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("oldest", [False, True])
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles_of_other_things_say_how_to_save_the_weights(folder: Path, name: str, oldest: bool) -> None:
+    content, message = PICKLES[name]
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path, _use_new_zipfile_serialization=not oldest)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(folder, allow_pickle=True)
+    assert str(caught.value).isprintable()
+
+
 # -- damage that is named --------------------------------------------------------------------------------------------
 
 

@@ -143,6 +143,7 @@ def _find_weights(name: str, folder: Path, allow_pickle: bool) -> tuple[Path, ..
         if not ((folder / single).is_file() or (folder / index).is_file()):
             continue
         if not allowed:
+            _refuse_lfs_pointers([folder / single, folder / index, *sorted(folder.glob("pytorch_model-*.bin"))])
             raise ModelError(
                 f"{name}: the weights are pickled ({single}), which is refused; convert them to safetensors, or give --allow-pickle"
             )

@@ -14,6 +14,7 @@ MAX_LFS_POINTER = 1024  # bytes, as git lfs has it
 
 _SOURCE = "take the checkpoint that it was made from"
 _SAVE_AGAIN = "load it with the program that wrote it and save it with save_pretrained()"
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 _TRAINING_STEP = re.compile(r"checkpoint-(\d+)")
 _BESIDE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*)\.\w+")  # of a training program
 # name of a file or folder -> what the folder holds, what to do; the first that matches is said
@@ -67,16 +68,24 @@ def describe_adapter(name: str, folder: Path) -> str | None:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return None
+    if is_lfs_pointer(path):
+        return lfs_message(path)
     content = _read(path)
     base, kind = content.get("base_model_name_or_path"), content.get("peft_type")
     what = f"{name}: a PEFT adapter" + (f" ({kind})" if isinstance(kind, str) else "") + (f" of {base}" if isinstance(base, str) else "")
+    is_merged = "" if not _has_model(folder) else f"; if the model beside it is to run as it is, merged already, remove {ADAPTER_CONFIG}"
     if kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
-        return f"{what}, of a kind that cannot be merged into its base model; gptbatch cannot run it"
+        return f"{what}, of a kind that cannot be merged into its base model; gptbatch cannot run it{is_merged}"
     base = base if isinstance(base, str) else "BASE"
     return (
         f"{what}: merge it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {name!r})"
-        ".merge_and_unload().save_pretrained('merged'), and save the tokenizer there"
+        f".merge_and_unload().save_pretrained('merged'), and save the tokenizer there{is_merged}"
     )
+
+
+def _has_model(folder: Path) -> bool:
+    """Whether a folder has a config.json and weights that are no adapter's."""
+    return (folder / "config.json").is_file() and any(_WEIGHTS.fullmatch(path.name) for path in folder.iterdir())
 
 
 def describe_folder(name: str, folder: Path, *, lacking: str) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from pipeline.gpt.blocks import Block
 from pipeline.gpt.config import GPTConfig
 from pipeline.gpt.linear import Linear
 from pipeline.gpt.model import GPT
-from pipeline.gpt.tensor_names import describe_heads, hint_for, is_constant, other_head, plain_name
+from pipeline.gpt.tensor_names import describe_heads, hint_for, is_constant, other_head, plain_name, unknown_prefix
 
 # a parameter of our block -> its name inside h.N of a checkpoint, and whether it is transposed there
 BLOCK_NAMES = {
@@ -127,9 +128,9 @@ class PickleFile:
                 content: Any = torch.load(name, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
         except (RuntimeError, OSError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
             _raise_if_disk(path, error)
-            raise ModelError(f"{path}: not a readable file of weights ({error})") from error
-        if not isinstance(content, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-            raise ModelError(f"{path}: not a plain dictionary of named tensors")
+            raise ModelError(f"{path}: not a readable file of weights ({_reason(error)})") from error
+        if not _is_state_dict(content):
+            raise ModelError(f"{path}: not a plain dictionary of named tensors{_way_to_weights(path, content)}")
         self._tensors: Mapping[str, Tensor] = content
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -137,6 +138,34 @@ class PickleFile:
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         return {name: self._tensors[name] for name in names}
+
+
+def _reason(error: Exception) -> str:
+    """What torch says of a pickle, in one line, without its advice to run the code inside."""
+    text = str(error).strip()
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return (
+            f"it needs {found[1]}, and code of a checkpoint is never run; where it was saved, "
+            "torch.save(model.state_dict(), FILE) saves the weights alone"
+        )
+    text = text.rsplit("WeightsUnpickler error: ", 1)[-1].strip()
+    return (text.splitlines() or [type(error).__name__])[0][:200]
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+
+
+def _way_to_weights(path: Path, content: Any) -> str:
+    """What stands there instead, and how to save the weights alone where a training program put them beside other things."""
+    if not isinstance(content, Mapping):
+        return f" ({type(content).__name__})"
+    inside = [key for key, value in content.items() if _is_state_dict(value) and value]
+    if not inside:
+        other = next((key, value) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor)))
+        return f" ({other[0]!r:.100} is of type {type(other[1]).__name__})"
+    key, file = inside[0], os.fspath(path)
+    return f", which stand under {key!r}: torch.save(torch.load({file!r}, weights_only=True)[{key!r}], {file!r}) saves them alone"
 
 
 @contextmanager
@@ -165,13 +194,16 @@ def load_gpt(
     """Load a checkpoint straight from its safetensors (or pickle) files into a network in eval mode.
 
     Group by group (embeddings, each block, head): read, check, cast, move, pack; at no time is a second copy of the whole
-    resident. Heads beside the language model are left out, with one warning. A head that differs from the embedding is used,
+    resident. Heads beside the language model are left out, with one warning. A prefix that no known wrapper adds
+    is removed from all names, with a warning. A head that differs from the embedding is used,
     with a warning, where config.json says that they are tied: so does transformers from version 5 on.
 
     Raises:
         ModelError: a tensor is missing, extra, misshapen or not finite; the message names it.
     """
     weights = _CheckpointWeights(files)
+    if weights.prefix:
+        logger.warning("%s: the names of its tensors are taken without their prefix %s.", files[0].parent, weights.prefix)
     if weights.heads:
         logger.warning("%s: heads beside the language model are left out: %s", files[0].parent, describe_heads(weights.heads))
     if config.tied:
@@ -206,7 +238,8 @@ def load_gpt(
 class _CheckpointWeights:
     """The tensors of all files of a checkpoint under their plain names.
 
-    heads: plain names of tensors that belong to other heads than the language model's.
+    heads: plain names of tensors that belong to other heads than the language model's. prefix: what stands in front of all names of
+    the language model and is no known wrapper's; "" for none.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -214,10 +247,14 @@ class _CheckpointWeights:
         self._where: dict[str, tuple[TensorFile, str, Path]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.heads: list[str] = []
-        for path in files:
-            file: TensorFile = SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
-            for stored_name, shape in file.shapes().items():
-                name = plain_name(stored_name)
+        opened: list[tuple[Path, TensorFile]] = [
+            (path, SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)) for path in files
+        ]
+        stored = [(path, file, file.shapes()) for path, file in opened]
+        self.prefix = unknown_prefix(name for _, _, shapes in stored for name in shapes)
+        for path, file, shapes in stored:
+            for stored_name, shape in shapes.items():
+                name = plain_name(stored_name, self.prefix)
                 if is_constant(name):
                     continue
                 if other_head(name):
@@ -252,7 +289,7 @@ class _CheckpointWeights:
             raise ModelError(f"{where}: the checkpoint lacks the tensors {_some(missing)}{found}")
         if extra:
             path = self._where[extra[0]][2]
-            raise ModelError(f"{path}: GPT-2 with this config.json has no tensors {_some(extra)}{hint_for(extra)}")
+            raise ModelError(f"{path}: GPT-2 with this config.json has no tensors {_some(extra)}{hint_for(extra, complete=True)}")
         for name, shape in self._shapes.items():
             if shape != expected[name]:
                 raise ModelError(f"{self._where[name][2]}: tensor {name} has shape {shape}; config.json asks for {expected[name]}")
