@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipeline.data.other_formats import LFS_HEADER
+
 _MAGIC = (
     (b"PAR1", "a Parquet file: read it with --dataset {path}"),
     (b"ARROW1", "an Arrow file: read it with --dataset {path}"),
@@ -25,7 +27,6 @@ _MAGIC = (
     (b"Obj\x01", "an Avro file: convert it to Parquet"),
     (b"ORC", "an ORC file: convert it to Parquet"),
 )
-LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 _LFS = "a Git LFS pointer, not the file itself: run git lfs pull"
 _MAX_LINES = 20
 _SHOWN_BYTES = 65536
