@@ -101,8 +101,8 @@ def test_a_saved_format_hides_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("train.parquet", b"PAR1 no", "damaged or cut off"),
-        ("train.arrow", b"ARROW1\0\0", "damaged or cut off"),
+        ("train.parquet", b"PAR1 no", "is damaged, cut off"),
+        ("train.arrow", b"ARROW1\0\0", "is damaged, cut off"),
         ("train.jsonl", b'{"prompt": ', "not valid JSON"),
         ("train.json", b"", "is empty, which no JSON is"),
         ("train.json", b'[{"prompt"', "not valid JSON"),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
+import dataclasses
 import gzip
 import json
 import logging
+import lzma
 import re
 import shlex
 import struct
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -20,8 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import run_command
-from pipeline.data.dataset import DatasetSplit, _HubSplits
+from pipeline.data.dataset import DatasetSplit
 from pipeline.data.dataset_files import find_files
+from pipeline.data.hub_dataset import LibrarySplits
 from pipeline.data.jsonl import JsonlFile
 from pipeline.data.prompts import PromptReader, RowDefaults
 from pipeline.data.rows import RawRow
@@ -105,7 +110,7 @@ def test_cells_of_a_tsv_file_are_between_tabs(tmp_path: Path) -> None:
         ("prompt,seed\na,1,2\n", ":2: 3 cells, but the header names 2 columns"),
         ("prompt,seed\na\n", ":2: 1 cells, but the header names 2 columns"),
         ('prompt,seed\n"a"b,1\n', ":2: text stands behind the closing quote of cell 1"),
-        ('prompt,seed\n"a,1\nb,2\n', ":2: a quoted cell is opened and not closed"),
+        ('prompt,seed\nx,1\n"a,1\nb,2\n', ":3: a quoted cell is opened and not closed, so that the rows behind it"),
         ("prompt,seed\n\na,1\n", ":2: the line is empty"),
         ("prompt,seed\n,1\n", ":2: prompt must be a string, not null; an empty cell is null"),
         ("prompt,seed\na,x\n", ":2: seed must be a whole number, not the string 'x'"),
@@ -170,6 +175,17 @@ def test_digits_of_seeds_and_ids_are_kept_beside_gaps(tmp_path: Path, kind: str)
     assert [int(metadata(prompt)["note"]) for prompt in prompts[:4]] == BIG
 
 
+@pytest.mark.parametrize(("type_", "largest"), [(pa.float16(), 2**11 - 1), (pa.float32(), 2**24 - 1), (pa.float64(), 2**53 - 1)])
+def test_floats_of_every_width_are_whole_numbers_as_far_as_they_are_exact(tmp_path: Path, type_: pa.DataType, largest: int) -> None:
+    for value, is_exact in ((largest, True), (largest + 1, False)):
+        columns = {"prompt": ["a", "b"], "id": pa.array([float(value), None], pa.float64()).cast(type_)}
+        pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+        if is_exact:
+            assert read(tmp_path / "rows.parquet")[0].prompt_id == str(value)
+        else:
+            assert "which may have lost digits" in problem(tmp_path / "rows.parquet")
+
+
 @pytest.mark.parametrize("field", ["id", "seed", "top_k"])
 @pytest.mark.parametrize("value", [float(2**53), 1e18, 1.5, float("inf")])
 def test_a_float_that_may_be_another_number_is_refused(tmp_path: Path, field: str, value: float) -> None:
@@ -212,8 +228,7 @@ def test_the_split_of_each_file(tmp_path: Path, names: list[str], splits: dict[s
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name).touch()
     found = find_files(tmp_path / "d", None)
-    assert {split: [str(path.relative_to(tmp_path / "d")) for path in paths] for split, paths in found.splits.items()} == splits
-    assert [str(path.relative_to(tmp_path / "d")) for path in found.left_out] == left_out
+    assert (found.splits, found.left_out) == (splits, left_out)
 
 
 def test_files_that_no_split_takes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -226,10 +241,65 @@ def test_files_that_no_split_takes_are_named(tmp_path: Path, caplog: pytest.LogC
     assert "there is no split 'test'; there are train (train_part.jsonl)" in problem(tmp_path / "mixed", split="test")
 
 
+PLAIN = b'{"prompt": "plain"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (lzma.compress(PLAIN) + bytes(4) + lzma.compress(PLAIN) + bytes(8), 2),
+        (lzma.compress(PLAIN) + PLAIN, None),
+        (lzma.compress(PLAIN) + gzip.compress(PLAIN), None),
+        (bz2.compress(PLAIN) + b"X" + bz2.compress(PLAIN)[1:], None),
+        (bz2.compress(PLAIN) + PLAIN, None),
+        (bz2.compress(PLAIN) + bz2.compress(PLAIN)[:-4], None),
+        (gzip.compress(PLAIN) + PLAIN, None),
+    ],
+)
+def test_nothing_behind_a_compressed_stream_is_lost(tmp_path: Path, content: bytes, rows: int | None) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    if rows is None:
+        assert "the compressed file is damaged or cut off" in problem(tmp_path / "rows.jsonl", input=True)
+    else:
+        assert len(read(tmp_path / "rows.jsonl", input=True)) == rows
+
+
+def test_headers_that_excel_and_pandas_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("sep=;\nid;prompt\nx;a, b\n")
+    assert [(prompt.prompt_id, prompt.text) for prompt in read(path)] == [("x", "a, b")]
+    path.write_text(",prompt,,\n0,a,,\n1,b,,x\n")
+    assert [metadata(prompt) for prompt in read(path)] == [{"column 1": "0"}, {"column 1": "1", "column 4": "x"}]
+    path.write_text("prompt\n")
+    with caplog.at_level(logging.WARNING, "gptbatch"):
+        assert read(path) == []
+    assert "rows.csv[train]: has no rows" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "rows.csv", "rows.jsonl", "rows.json", "rows.txt"])
+def test_an_lfs_pointer_is_named_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 5\n")
+    assert "is a Git LFS pointer" in problem(tmp_path / name)
+
+
+def test_shards_of_the_split_that_is_read(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data" / "train-00000-of-00002.jsonl", [{"prompt": "a"}])
+    write_lines(tmp_path / "data" / "test-00001-of-00002.jsonl", [{"prompt": "b"}])
+    (tmp_path / "data" / "test-00002-of-00002.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "c"}\n'))
+    assert [prompt.text for prompt in read(tmp_path, split="test")] == ["b", "c"], "numbered from 1, one of them compressed"
+    assert "1 of 2 shards are missing" in problem(tmp_path)
+
+
+def test_saved_datasets_in_a_folder_are_named(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        datasets.Dataset.from_list([{"prompt": name}]).save_to_disk(tmp_path / name)
+    assert "holds folders that save_to_disk made; name one of them: one, two" in problem(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "train-00000-of-00003.jsonl", [{"prompt": "a"}])
     write_lines(tmp_path / "data" / "train-00002-of-00003.jsonl", [{"prompt": "a"}])
-    assert "1 of 3 shards are missing, the first train-00001-of-00003.jsonl" in problem(tmp_path)
+    assert "1 of 3 shards are missing, the first data/train-00001-of-00003.jsonl" in problem(tmp_path)
 
 
 README = """---
@@ -262,8 +332,10 @@ def test_configs_of_a_dataset_card(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "left.csv" in caplog.text
     assert [prompt.text for prompt in read(tmp_path, split="odd")] == ["b [x].csv", "c/e/f/d.csv"]
     assert [prompt.text for prompt in read(tmp_path, config="semicolons")] == ["a,b"]
+    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf" + README.replace("a/*.csv", "gone.csv").encode())
+    assert "config 'plain' names gone.csv, which is not there" in problem(tmp_path)
     assert "sets skiprows, which is not followed" in problem(tmp_path, config="strange")
-    assert "there is none; README.md names plain, semicolons, strange" in problem(tmp_path, config="none")
+    assert "there is none; it names plain, semicolons, strange" in problem(tmp_path, config="none")
 
 
 @pytest.mark.parametrize("folder", ["[exp 3] data", "what?", "a#b", "a::b", "100%", "{x,y}", "a!b", "seed=1", "~", "ünï"])
@@ -390,9 +462,12 @@ def test_json_arrays_and_json_lines_under_the_name_json(tmp_path: Path, text: st
         ('[{"prompt": "a"} {"prompt": "b"}]', ":1: not valid JSON: a comma or the end of the array is needed"),
         ('[\n{"prompt": "a"}\n]\n{"prompt": "b"}', ":4: not valid JSON: text stands behind the array"),
         ('[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' stands twice"),
-        ('[\n{"prompt": NaN}]', ":2: not valid JSON: not valid JSON: NaN"),
+        ('[\n{"prompt": NaN}]', ":2: not valid JSON: NaN"),
         ('["a", {"prompt": "b"}]', "row 0: a JSON object is needed, not a string"),
-        (json.dumps({"data": ROWS}, indent=1), "is one JSON object, with arrays under 'data' (30 items): jq -c '.data[]'"),
+        (json.dumps({"data": ROWS}, indent=1), "is one JSON object, with arrays of rows under 'data' (30 items): jq -c '.data[]'"),
+        (json.dumps({"prompt": {"0": "a"}, "id": {"0": 1}}, indent=1), "is one JSON object of columns, not rows: pandas.read_json("),
+        (json.dumps({"prompt": ["a"], "id": [1]}, indent=1), "is one JSON object of columns, not rows"),
+        (json.dumps({"q1": {"prompt": "a"}, "q2": {"prompt": "b"}}, indent=1), "is a map of rows, not an array: jq -c 'to_entries[]"),
         (json.dumps({"a": 1}, indent=1), "is one JSON object, not an array of rows"),
     ],
 )
@@ -437,6 +512,8 @@ def test_dotted_paths(tmp_path: Path, row: dict[str, Any], path: str, text: str,
             "(requests of OpenAI's batch API: --prompt-field body.prompt --id-field custom_id",
         ),
         ({"custom_id": "r", "body": {"messages": []}}, {}, "(chat requests of OpenAI's batch API"),
+        ({"prompt": {"0": "a", "1": "b"}}, {}, "(columns, not rows: pandas writes rows with orient='records'"),
+        ({"q1": {"prompt": "a"}, "q2": {"prompt": "b"}}, {}, "(a map of rows, not one row: jq -c 'to_entries[]"),
         ({"turns": ["a"]}, {"prompt_field": "turns.1"}, "there is no field 'turns.1'"),
         ({"turns": ["a"]}, {"prompt_field": "turns.x"}, "there is no field 'turns.x'"),
         ({"prompt": "a", "task": 1}, {"id_field": "task_id"}, "there is no field 'task_id', which id_field names; the row has 'task'"),
@@ -470,6 +547,11 @@ def test_ids_from_another_field_and_reserved_names_as_metadata(tmp_path: Path) -
         ({"max_new_token": 1}, "'max_new_token' in 2 rows (did you mean max_new_tokens?)"),
         ({"topk": 1, "top-p": 0.9}, "'topk' in 2 rows (did you mean top_k?); 'top-p' in 2 rows"),
         ({"stop": ["x"], "n": 2, "do_sample": True}, "'stop' in 2 rows; 'n' in 2 rows; 'do_sample' in 2 rows"),
+        (
+            {"parameters": {"max_new_tokens": 5}, "options": {"until": "x"}},
+            "'parameters.max_new_tokens' in 2 rows; 'options.until' in 2 rows",
+        ),
+        ({"options": ["A", "B"], "config": {"lang": "en"}}, ""),
         ({"speed": 1, "topic": "x", "stopped": 1, "model": "m", "nn": 1, "text": "t", "length": 3}, ""),
     ],
 )
@@ -522,13 +604,19 @@ def test_types_of_tables_as_json(tmp_path: Path) -> None:
         "clock": pa.array([1], pa.time64("ns")),
         "unsigned": pa.array([2**64 - 1], pa.uint64()),
         "map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+        "clocks": pa.array([[1]], pa.list_(pa.time64("ns"))),
+        "struct": pa.array([{"at": 1}], pa.struct([("at", pa.timestamp("ns"))])),
+        "json": pa.array(['{"a": [1.10]}'], pa.json_()),
+        "uuid": pa.array([bytes(16)], pa.uuid()),
         "category": pa.array(["x"]).dictionary_encode(),
         "large": pa.array(["y"], pa.large_string()),
     }
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     assert read(tmp_path / "rows.parquet")[0].metadata == (
         '{"decimal": 1.10, "day": "1970-01-02", "nanoseconds": "1970-01-01 00:00:00.000000001", "clock": "00:00:00.000000001", '
-        '"unsigned": 18446744073709551615, "map": [["k", 1]], "category": "x", "large": "y"}'
+        '"unsigned": 18446744073709551615, "map": [["k", 1]], "clocks": ["00:00:00.000000001"], '
+        '"struct": {"at": "1970-01-01 00:00:00.000000001"}, "json": {"a": [1.10]}, '
+        '"uuid": "00000000-0000-0000-0000-000000000000", "category": "x", "large": "y"}'
     )
 
 
@@ -580,8 +668,8 @@ def rows_of(found: Iterable[RawRow]) -> list[tuple[int, Any]]:
     return [(row.place, row.fields()["prompt"]) for row in found]
 
 
-def test_the_datasets_library_reads_what_is_on_the_hub(hub_folder: Path) -> None:
-    hub = _HubSplits(str(hub_folder), "hub", None, None, None)
+def test_the_datasets_library_reads_what_has_no_such_files(hub_folder: Path) -> None:
+    hub = LibrarySplits(str(hub_folder), "hub", None, None)
     assert rows_of(hub.rows("train")) == [(0, "a"), (1, "b")]
     assert next(iter(hub.rows("train"))).fields()["image"]["bytes"] == png(), "undecoded"
     assert hub.length("train") == 2
@@ -595,35 +683,80 @@ def test_exceptions_of_the_datasets_library_are_input_errors(hub_folder: Path) -
     write_lines(hub_folder / "a.jsonl", [{"prompt": "a", "note": None}] * 3)
     write_lines(hub_folder / "b.jsonl", [{"prompt": "a", "other": {"x": 1}}] * 3)
     with pytest.raises((InputRowsError, InputNotFoundError)):
-        list(_HubSplits(str(hub_folder), "hub", None, None, None).rows("train"))
+        list(LibrarySplits(str(hub_folder), "hub", None, None).rows("train"))
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_a_dataset_in_the_cache_of_the_hub_loads_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, offline: bool
-) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "datasets--acme--prompts"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    data = repository / "snapshots" / commit / "data"
-    data.mkdir(parents=True)
-    pq.write_table(pa.table({"prompt": ["a", "b"]}), data / "train-00000-of-00001.parquet")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ON_THE_HUB = {
+    "README.md": "---\nlicense: mit\n---\n",
+    "data/train-00000-of-00002.csv": "id,prompt,zip\n007,a,01234\n",
+    "data/train-00001-of-00002.csv": "id,prompt,zip\n008,b,NA\n",
+    "data/test-00000-of-00001.jsonl": '{"prompt": "c", "x": 1.10}\n',
+}
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset on the hub and in its cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    if not offline:
-
-        def unreachable(*arguments: Any, **settings: Any) -> None:
-            raise ConnectionError("the hub is out of reach")
-
-        monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.chdir(tmp_path)
-    assert [prompt.text for prompt in read(Path("acme/prompts"))] == ["a", "b"]
-    assert [prompt.text for prompt in read(Path("acme/prompts"), split="train[1:]")] == ["b"]
-    assert ("the hub cannot be reached" in caplog.text) is not offline
+    folder = tmp_path / "hub" / "datasets--acme--prompts"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    for name, text in ON_THE_HUB.items():
+        (folder / "snapshots" / COMMIT / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "snapshots" / COMMIT / name).write_text(text)
+    return folder / "snapshots" / COMMIT
+
+
+def found_rows(split: str) -> list[tuple[str, str, Any]]:
+    return [(prompt.prompt_id, prompt.text, metadata(prompt)) for prompt in read(Path("acme/prompts"), split=split)]
+
+
+@pytest.mark.parametrize("reach", ["online", "offline", "out of reach"])
+def test_a_dataset_on_the_hub_gives_the_same_rows_online_and_from_its_cache(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reach: str
+) -> None:
+    fetched = []
+
+    def info(self: Any, name: str, revision: str | None = None) -> Any:
+        if reach != "online" or name != "acme/prompts":
+            raise ConnectionError("the hub is out of reach")
+        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=file) for file in ON_THE_HUB])
+
+    def download(name: str, file: str, *, repo_type: str, revision: str) -> str:
+        assert (name, repo_type, revision) == ("acme/prompts", "dataset", COMMIT)
+        fetched.append(file)
+        return str(repository / file)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", reach == "offline")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    whole = [("007", "a", {"zip": "01234"}), ("008", "b", {"zip": "NA"})]
+    assert found_rows("train") == whole
+    assert found_rows("train[1:]") == whole[1:]
+    assert found_rows("test") == [("0", "c", {"x": 1.1})]
+    assert ("the hub cannot be reached" in caplog.text) == (reach == "out of reach")
     assert "cannot be loaded" in problem(Path("acme/others"))
+    if reach == "online":
+        fetched.clear()
+        assert [prompt.text for prompt in reader_prompts(limit=1)] == ["a"]
+        assert set(fetched) == {"README.md", "data/train-00000-of-00002.csv"}, "files are fetched when they are reached"
+
+
+def reader_prompts(limit: int) -> list[Prompt]:
+    rows = dataclasses.replace(reader(Path("acme/prompts")), limit=limit)
+    return [row for row in rows.prompts(rows.check()) if isinstance(row, Prompt)]
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "text", "parquet", "imagefolder"])
+def test_a_loader_of_the_library_is_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The library would read every file of the current folder."""
+    write_lines(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    monkeypatch.chdir(tmp_path)
+    assert "no such file or folder" in problem(Path(name))
 
 
 @pytest.mark.parametrize("name", ["./rows", "/no/where", "rows.jsonl", "data/train/rows.csv", "prompts [v2].jsonl", "a b", "x?y"])

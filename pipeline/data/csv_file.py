@@ -6,14 +6,18 @@ the readers of pyarrow and pandas infer types.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.data.rows import RawRow
 from pipeline.data.text_file import MAX_LINE_BYTES, TextFile
 from pipeline.errors import InputRowsError
+
+_EXCEL_DELIMITER = re.compile(rb"sep=(.)\r?\n")  # a first line that Excel reads, and writes
 
 
 class CellText(str):
@@ -38,7 +42,13 @@ class CsvFile:
         Raises:
             InputRowsError: there is no header, or a column has no name or the name of another.
         """
-        records = _records(TextFile(self.path, self.name).lines(), self.delimiter)
+        lines = TextFile(self.path, self.name).lines()
+        first = next(lines, (1, b""))
+        if (match := _EXCEL_DELIMITER.fullmatch(first[1] or b"")) is not None:
+            delimiter = match[1].decode()
+        else:
+            delimiter, lines = self.delimiter, chain([first], lines)
+        records = _records(lines, delimiter, self.name)
         number, header = next(records, (1, []))
         columns = self._columns(number, header)
         for place, (number, cells) in enumerate(records):
@@ -53,8 +63,13 @@ class CsvFile:
             raise InputRowsError(f"{where}: there is no header; line 1 must name the columns")
         if any("\r" in name for name in columns):
             raise InputRowsError(f"{where}: lines end in CR alone; convert them to LF")
+        for delimiter in (";", "\t", "|"):
+            if len(columns) == 1 and delimiter in columns[0]:
+                raise InputRowsError(
+                    f"{where}: the only column is {columns[0]!r}; is the delimiter {delimiter!r}? --csv-delimiter names it"
+                )
         for place, name in enumerate(columns):
-            if name in columns[:place]:
+            if name and name in columns[:place]:
                 raise InputRowsError(f"{where}: two columns are called {name!r}")
         return columns
 
@@ -65,13 +80,20 @@ def _fields(columns: list[str], cells: list[str | None] | str) -> dict[str, Any]
         _bad(cells)
     if len(cells) != len(columns):
         _bad(f"{len(cells)} cells, but the header names {len(columns)} columns")
-    return {name: cell if cell is None else CellText(cell) for name, cell in zip(columns, cells, strict=True)}
+    fields = {name: cell if cell is None else CellText(cell) for name, cell in zip(columns, cells, strict=True) if name}
+    # Excel leaves empty columns behind, and pandas writes its index without a name
+    return fields | {
+        f"column {place}": CellText(cell) for place, cell in enumerate(cells, 1) if cell is not None and not columns[place - 1]
+    }
 
 
-def _records(lines: Iterable[tuple[int, bytes | None]], delimiter: str) -> Iterator[tuple[int, list[str | None] | str]]:
+def _records(lines: Iterable[tuple[int, bytes | None]], delimiter: str, name: str) -> Iterator[tuple[int, list[str | None] | str]]:
     """Yield (number of the first line, cells), or in place of the cells why there are none.
 
     A blank line is an error unless only blank lines follow. After a malformed line the next line starts a row.
+
+    Raises:
+        InputRowsError: a quote is opened and not closed, so that no row behind it is known.
     """
     first = blanks = size = 0
     open_cells: _Record | None = None
@@ -85,8 +107,10 @@ def _records(lines: Iterable[tuple[int, bytes | None]], delimiter: str) -> Itera
             first, blanks, size, open_cells = number, 0, 0, _Record(delimiter)
         size += MAX_LINE_BYTES + 1 if line is None else len(line)
         try:
-            if line is None or size > MAX_LINE_BYTES:
-                _bad(f"the row is longer than {MAX_LINE_BYTES} bytes; is a quote opened and not closed?")
+            if size > MAX_LINE_BYTES and open_cells.is_open:
+                break
+            if line is None:
+                _bad(f"the row is longer than {MAX_LINE_BYTES} bytes")
             if open_cells.add(_decode(line)):
                 if line.endswith(b"\n") and _line_end(line) != (line_end := line_end or _line_end(line)):
                     _bad("the line end is not that of the header: CR may belong to the last cell or to the line")
@@ -96,7 +120,7 @@ def _records(lines: Iterable[tuple[int, bytes | None]], delimiter: str) -> Itera
             yield first, str(error)
             open_cells = None
     if open_cells is not None:
-        yield first, "a quoted cell is opened and not closed"
+        raise InputRowsError(f"{name}:{first}: a quoted cell is opened and not closed, so that the rows behind it cannot be told")
 
 
 class _Record:
@@ -106,6 +130,11 @@ class _Record:
         self.cells: list[str | None] = []
         self._delimiter = delimiter
         self._quoted: list[str] | None = None  # pieces of a quoted cell that the last line left open
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the lines so far end inside a quoted cell."""
+        return self._quoted is not None
 
     def add(self, line: str) -> bool:
         """Take one line with its end; return whether the row is complete. Raises ValueError for text behind a closing quote."""

@@ -1,4 +1,4 @@
-"""The files of a local dataset, by split: a file, or a folder as the Hugging Face hub lays it out.
+"""The files of a dataset, by split: a folder, or a repository of the Hugging Face hub.
 
     data/train-00000-of-00002.parquet    sharded: the name before the dash is the split
     test/rows.csv                        a folder called train, validation, test or the like
@@ -11,21 +11,19 @@ split. Files that no split takes are returned as well, so that none is left out 
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.data.arrow_file import ArrowFile
 from pipeline.data.csv_file import CsvFile
-from pipeline.data.file_kind import read_head
+from pipeline.data.dataset_card import CARD, DatasetCard
+from pipeline.data.file_kind import describe_binary, read_head
 from pipeline.data.json_file import JsonFile, PlainTextFile
 from pipeline.data.jsonl import JsonlFile
 from pipeline.data.rows import RawRow
-from pipeline.data.yaml_reader import YamlError, parse_yaml_mapping
 from pipeline.errors import InputNotFoundError
 
 MAX_FILES = 100_000
@@ -51,10 +49,13 @@ _NO_DATA = re.compile(
 
 @dataclass(frozen=True)
 class DatasetFiles:
-    """The files of each split, in the order in which they are read. left_out: data files that no split takes."""
+    """The files of each split, relative and with slashes, in the order in which they are read.
 
-    splits: dict[str, list[Path]]
-    left_out: list[Path] = field(default_factory=list)
+    left_out: files that no split takes. delimiter: of CSV files, None where nothing says it.
+    """
+
+    splits: dict[str, list[str]]
+    left_out: list[str] = field(default_factory=list)
     delimiter: str | None = None
 
 
@@ -62,57 +63,90 @@ def find_files(path: Path, config: str | None) -> DatasetFiles:
     """Find the splits of a local dataset.
 
     Args:
-        path: a file or a folder that exists.
+        path: a folder.
         config: name of one of the `configs` in the folder's README.md.
 
     Raises:
-        InputNotFoundError: there are no data files, no such config, or a shard is missing.
+        InputNotFoundError: there are no data files, or no such config.
     """
-    if path.is_file():
-        if config is not None:
-            raise InputNotFoundError(f"{path}: is a file, which has no dataset_config {config!r}")
-        return DatasetFiles({"train": [path]})
-    files = sorted(_walk(path), key=lambda file: file.relative_to(path).parts)
-    configs = _readme_configs(path)
-    if configs:
-        found = _configured(path, files, configs, config)
+    names = list(_walk(path))
+    saved = sorted(
+        folder for name in names if Path(name).name == "state.json" and f"{(folder := str(Path(name).parent))}/dataset_info.json" in names
+    )
+    if saved:
+        raise InputNotFoundError(f"{path}: holds folders that save_to_disk made; name one of them: {', '.join(saved[:5])}")
+    try:
+        card = (path / CARD).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        card = ""
+    return arrange(str(path), names, card, config)
+
+
+def arrange(where: str, names: list[str], card: str, config: str | None) -> DatasetFiles:
+    """The splits of a dataset with files of these names.
+
+    Args:
+        where: the dataset as messages name it.
+        names: relative, with slashes.
+        card: the text of its README.md.
+        config: as for `find_files`.
+    """
+    names = sorted((name for name in names if not _NO_DATA.fullmatch(name.rpartition("/")[2])), key=lambda name: name.split("/"))
+    configs = DatasetCard(where, card)
+    delimiter = None
+    if configs.entries:
+        chosen = configs.choose(config)
+        splits, delimiter = (found := configs.config(chosen, names, _by_name)).splits, found.delimiter
+        others = [configs.config(name, names, _by_name) for name in configs.entries if name != chosen]
+        taken = {name for entry in (found, *others) for files in entry.splits.values() for name in files}
     elif config is not None:
-        raise InputNotFoundError(f"{path}: has no dataset_config {config!r}; its README.md names none")
+        raise InputNotFoundError(f"{where}: has no dataset_config {config!r}; its README.md names none")
     else:
-        splits = split_by_name([file.relative_to(path) for file in _with_rows(files)])
-        taken = {path / name for names in splits.values() for name in names}
-        found = DatasetFiles(
-            {split: [path / name for name in names] for split, names in splits.items()}, [file for file in files if file not in taken]
-        )
-    if not found.splits:
-        kinds = ", ".join(sorted({file.suffix or file.name for file in found.left_out})[:5])
-        raise InputNotFoundError(
-            f"{path}: the folder holds no data files ({', '.join((*TEXT_SUFFIXES, *ARROW_SUFFIXES))}, compressed or not)"
-            + (f", only {kinds}" if kinds else "")
-        )
-    for names in found.splits.values():
-        _check_shards(path, names)
-    return found
+        splits = _by_name(names)
+        taken = {name for files in splits.values() for name in files}
+    left_out = [name for name in names if name not in taken]
+    if not splits:
+        kinds = ", ".join(sorted({Path(name).suffix or name for name in left_out})[:5])
+        known = ", ".join((*TEXT_SUFFIXES, *ARROW_SUFFIXES))
+        raise InputNotFoundError(f"{where}: holds no data files ({known}, compressed or not){f', only {kinds}' if kinds else ''}")
+    return DatasetFiles(splits, left_out, delimiter)
 
 
-def split_by_name(names: list[Path]) -> dict[str, list[Path]]:
+def _by_name(names: list[str]) -> dict[str, list[str]]:
+    return split_by_name(_with_rows(names))
+
+
+def split_by_name(names: list[str]) -> dict[str, list[str]]:
     """The files of each split by the rules above. Names that no split takes are in none."""
 
-    def sharded(name: Path) -> str | None:
-        match = _SHARDED.fullmatch(name.as_posix())
+    def sharded(name: str) -> str | None:
+        match = _SHARDED.fullmatch(name)
         return match["split"] if match else None
 
-    def folder(name: Path) -> str | None:
-        return next((split for part in name.parts[:-1] if (split := _split_in(part))), None)
+    def folder(name: str) -> str | None:
+        return next((split for part in name.split("/")[:-1] if (split := _split_in(part))), None)
 
-    for rule in (sharded, folder, lambda name: _split_in(name.name)):
-        splits: dict[str, list[Path]] = {}
+    for rule in (sharded, folder, lambda name: _split_in(name.rpartition("/")[2])):
+        splits: dict[str, list[str]] = {}
         for name in names:
             if (split := rule(name)) is not None:
                 splits.setdefault(split, []).append(name)
         if splits:
             return splits
     return {"train": names} if names else {}
+
+
+def check_shards(where: str, names: list[str]) -> None:
+    """Raises InputNotFoundError when a set of shards of a split, `...-00000-of-00003...`, is not whole."""
+    shards: dict[tuple[str, str], dict[int, str]] = {}
+    for name in names:
+        if match := _SHARD.fullmatch(name):
+            shards.setdefault((match["stem"], match["count"]), {})[int(match["number"])] = match["rest"]
+    for (stem, count), found in shards.items():
+        numbers = range(1, int(count) + 1) if int(count) in found and 0 not in found else range(int(count))
+        if missing := [number for number in numbers if number not in found]:
+            first = f"{stem}-{missing[0]:05d}-of-{count}{next(iter(found.values()))}"
+            raise InputNotFoundError(f"{where}: {len(missing)} of {int(count)} shards are missing, the first {first}; fetch it again")
 
 
 def suffix_of(path: Path) -> str:
@@ -129,8 +163,8 @@ def read_rows(path: Path, name: str, delimiter: str | None) -> Iterator[RawRow]:
     Raises:
         InputNotFoundError: the suffix is of no format that is read.
     """
-    suffix = suffix_of(path)
-    if suffix in ARROW_SUFFIXES or read_head(path).startswith((b"PAR1", b"ARROW1")):
+    suffix, head = suffix_of(path), read_head(path)
+    if suffix in ARROW_SUFFIXES or head.startswith((b"PAR1", b"ARROW1")):
         return ArrowFile(path, name).rows()
     if suffix in (".csv", ".tsv"):
         return CsvFile(path, name, delimiter or ("\t" if suffix == ".tsv" else ",")).rows()
@@ -139,18 +173,19 @@ def read_rows(path: Path, name: str, delimiter: str | None) -> Iterator[RawRow]:
     if suffix == ".json":
         return JsonFile(path, name).rows()
     if suffix in (".jsonl", ".ndjson"):
-        return JsonlFile(path).rows()
-    raise InputNotFoundError(
-        f"{name}: a file must end in {', '.join((*TEXT_SUFFIXES, *ARROW_SUFFIXES))}, or these with .gz, .zst, .bz2, .xz"
-    )
+        return JsonlFile(path, name).rows()
+    if (kind := describe_binary(head, name)) is not None:
+        raise InputNotFoundError(f"{name}: is {kind}")
+    known = ", ".join((*TEXT_SUFFIXES, *ARROW_SUFFIXES))
+    raise InputNotFoundError(f"{name}: a file must end in {known}, text files also in {', '.join(COMPRESSED_SUFFIXES)} after that")
 
 
 def _split_in(name: str) -> str | None:
     return next((_SPLIT_OF_WORD[word] for word in _SEPARATORS.split(name.lower()) if word in _SPLIT_OF_WORD), None)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files but hidden ones and those that hold no rows by their name. Links to folders are followed once."""
+def _walk(folder: Path) -> Iterator[str]:
+    """The names of all files but hidden ones. Links to folders are followed once."""
     seen: set[tuple[int, int]] = set()
     count = 0
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -161,106 +196,15 @@ def _walk(folder: Path) -> Iterator[Path]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         for name in names:
-            if name.startswith(".") or _NO_DATA.fullmatch(name) or not os.path.isfile(os.path.join(root, name)):
+            if name.startswith(".") or not os.path.isfile(os.path.join(root, name)):
                 continue
             count += 1
             if count > MAX_FILES:
                 raise InputNotFoundError(f"{folder}: holds more than {MAX_FILES} files; name a smaller folder")
-            yield Path(root, name)
+            yield Path(root, name).relative_to(folder).as_posix()
 
 
-def _with_rows(files: list[Path]) -> list[Path]:
+def _with_rows(names: list[str]) -> list[str]:
     """The files that may hold rows, by suffix. Text files only where there are no others: they may be notes."""
-    found = [file for file in files if suffix_of(file) in (*TEXT_SUFFIXES, *ARROW_SUFFIXES)]
-    return [file for file in found if suffix_of(file) != ".txt"] or found
-
-
-def _check_shards(folder: Path, files: list[Path]) -> None:
-    """Raises InputNotFoundError when a set of shards, `...-00000-of-00003...`, is not whole."""
-    counts: dict[tuple[str, str, str], set[int]] = {}
-    for file in files:
-        if match := _SHARD.fullmatch(str(file)):
-            counts.setdefault((match["stem"], match["count"], match["rest"]), set()).add(int(match["number"]))
-    for (stem, count, rest), numbers in counts.items():
-        missing = sorted(set(range(int(count))) - numbers)
-        if missing:
-            name = f"{Path(stem).name}-{missing[0]:05d}-of-{count}{rest}"
-            raise InputNotFoundError(
-                f"{folder}: {len(missing)} of {int(count)} shards are missing, the first {name}; fetch the dataset again"
-            )
-
-
-# -- configs of README.md ------------------------------------------------------------------------------------------------
-
-
-def _readme_configs(folder: Path) -> list[dict[str, Any]]:
-    """The `configs` of a dataset card's front matter; [] without any."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    match = re.match(r"\s*---\n(.*?)\n---", text.replace("\r\n", "\n"), re.DOTALL)
-    if match is None:
-        return []
-    try:
-        configs = parse_yaml_mapping(match[1].encode()).get("configs")
-    except YamlError as error:
-        raise InputNotFoundError(f"{folder / 'README.md'}: the front matter: {error}") from error
-    return [entry for entry in configs if isinstance(entry, dict)] if isinstance(configs, list) else []
-
-
-def _configured(folder: Path, files: list[Path], configs: list[dict[str, Any]], wanted: str | None) -> DatasetFiles:
-    names = [str(entry.get("config_name", "default")) for entry in configs]
-    if wanted is None:
-        marked = [name for name, entry in zip(names, configs, strict=True) if entry.get("default") is True or name == "default"]
-        wanted = marked[0] if marked else names[0] if len(names) == 1 else None
-    if wanted is None or wanted not in names:
-        asked = "" if wanted is None else f" {wanted!r}: there is none"
-        raise InputNotFoundError(f"{folder}: needs a dataset_config{asked}; README.md names {', '.join(names)}")
-    taken: set[Path] = set()
-    chosen: dict[str, list[Path]] = {}
-    for name, entry in zip(names, configs, strict=True):
-        splits = _data_files(folder, files, entry)
-        taken.update(file for paths in splits.values() for file in paths)
-        if name == wanted:
-            chosen = splits
-    entry = configs[names.index(wanted)]
-    strange = set(entry) - {"config_name", "data_files", "data_dir", "default", "description", "sep", "delimiter", "version"}
-    if strange:
-        raise InputNotFoundError(
-            f"{folder}/README.md: config {wanted!r} sets {', '.join(sorted(map(str, strange)))}, which is not followed"
-        )
-    if not chosen:
-        raise InputNotFoundError(f"{folder}/README.md: config {wanted!r} names no files that are there")
-    delimiter = entry.get("sep", entry.get("delimiter"))
-    return DatasetFiles(chosen, [file for file in files if file not in taken], delimiter if isinstance(delimiter, str) else None)
-
-
-def _data_files(folder: Path, files: list[Path], entry: dict[str, Any]) -> dict[str, list[Path]]:
-    base = folder / str(entry["data_dir"]) if isinstance(entry.get("data_dir"), str) else folder
-    declared = entry.get("data_files")
-    if declared is None:
-        inside = [file for file in files if base in file.parents]
-        splits = split_by_name([file.relative_to(base) for file in _with_rows(inside)])
-        return {split: [base / name for name in names] for split, names in splits.items()}
-    if isinstance(declared, str) or (isinstance(declared, list) and all(isinstance(item, str) for item in declared)):
-        declared = [{"split": "train", "path": declared}]
-    if isinstance(declared, dict):
-        declared = [{"split": split, "path": path} for split, path in declared.items()]
-    found: dict[str, list[Path]] = {}
-    for item in declared:
-        if not isinstance(item, dict) or "path" not in item:
-            raise InputNotFoundError(f"{folder}/README.md: data_files must give a split and a path each")
-        for pattern in [item["path"]] if isinstance(item["path"], str) else item["path"]:
-            found.setdefault(str(item.get("split", "train")), []).extend(_matching(base, str(pattern)))
-    return {split: list(dict.fromkeys(paths)) for split, paths in found.items() if paths}
-
-
-def _matching(base: Path, pattern: str) -> list[Path]:
-    """The files that a pattern names; a file of that very name is that file. Nothing outside of the folder is named."""
-    if (base / pattern).is_file():
-        names = [pattern]
-    else:
-        names = [name for name in glob.glob(pattern, root_dir=base, recursive=True) if (base / name).is_file()]
-    paths = sorted((base / name for name in names), key=lambda file: file.parts)
-    return [path for path in paths if ".." not in Path(os.path.relpath(path, base)).parts]
+    found = [name for name in names if suffix_of(Path(name)) in (*TEXT_SUFFIXES, *ARROW_SUFFIXES)]
+    return [name for name in found if suffix_of(Path(name)) != ".txt"] or found

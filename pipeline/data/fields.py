@@ -8,7 +8,8 @@ from __future__ import annotations
 import decimal
 import math
 import re
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.data.csv_file import CellText
@@ -17,11 +18,13 @@ from pipeline.records import MAX_TEMPERATURE
 
 SETTINGS = ("seed", "temperature", "top_k", "max_new_tokens")
 MISSING = object()
+_COLUMNS = "columns, not rows: pandas writes rows with orient='records', lines=True"
 _MAX_NAMED_FIELDS = 12
+_NUMBERS = (NumberText, CellText, int, float, decimal.Decimal)
 _INTEGER = re.compile(r"-?[0-9]+")
 _CELL_INTEGER = re.compile(r"(-?[0-9]+)(\.0+)?")
 _CELL_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?")
-_EXACT_FLOAT = 2**53  # above it, not every whole number is a float
+_EXACT_FLOAT = 2**53  # above it, not every whole number is a float; less for the floats of narrower columns
 
 
 def take_field(fields: dict[str, Any], path: str) -> Any:
@@ -61,12 +64,18 @@ def _without(container: Any, steps: list[str]) -> tuple[Any, Any]:
     return value, {key: rest if key == step else item for key, item in container.items() if key != step or rest != {}}
 
 
-def fields_beside(fields: dict[str, Any], path: str) -> dict[str, Any]:
-    """The object that a dotted path ends in; {} for a path without dots, or to nothing."""
+def fields_on_the_way(fields: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path with a dot behind it, object) for each object inside a row that a dotted path leads through."""
     container: Any = fields
+    prefix = ""
     for step in path.split(".")[:-1]:
-        container = container.get(step) if isinstance(container, dict) else None
-    return container if isinstance(container, dict) and container is not fields else {}
+        if isinstance(container, list) and step.isdecimal() and int(step) < len(container):
+            container = container[int(step)]
+        else:
+            container = container.get(step) if isinstance(container, dict) else None
+        prefix += f"{step}."
+        if isinstance(container, dict):
+            yield prefix, container
 
 
 def name_fields(fields: dict[str, Any]) -> str:
@@ -84,7 +93,9 @@ def parse_id(value: Any, place: int) -> str:
             raise ValueError("id must not be empty; leave it out to use the row index")
         check_utf8(value)
         return str(value)
-    if isinstance(value, (NumberText, int, float)) and not isinstance(value, bool):
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, (NumberText, int, float, decimal.Decimal)) and not isinstance(value, bool):
         integer = _whole(value, "id")
         if integer is not None:
             return str(integer)
@@ -94,7 +105,7 @@ def parse_id(value: Any, place: int) -> str:
 def parse_integer(value: Any, name: str, low: int, high: int) -> int | None:
     if value is None:
         return None
-    integer = _whole(value, name) if isinstance(value, (NumberText, CellText, int, float)) and not isinstance(value, bool) else None
+    integer = _whole(value, name) if isinstance(value, _NUMBERS) and not isinstance(value, bool) else None
     if integer is None:
         raise ValueError(f"{name} must be a whole number, not {_seen(value)}{_not_a_setting(value, name)}")
     if not low <= integer <= high:
@@ -114,7 +125,7 @@ def parse_temperature(value: Any) -> float | None:
     return temperature
 
 
-def _whole(value: NumberText | CellText | int | float, name: str) -> int | None:
+def _whole(value: NumberText | CellText | int | float | decimal.Decimal, name: str) -> int | None:
     """5 is whole; "5.0" is not in a JSON line, but a float of a table may be, since columns with gaps have no integers.
 
     Raises ValueError for a float that may stand for another number than was meant.
@@ -128,8 +139,10 @@ def _whole(value: NumberText | CellText | int | float, name: str) -> int | None:
         if match is None or len(value) > 100:
             return None
         return _whole(float(value), name) if match[2] else int(match[1])
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value.is_finite() and value == value.to_integral_value() else None
     if isinstance(value, float):
-        if math.isfinite(value) and abs(value) >= _EXACT_FLOAT:
+        if math.isfinite(value) and abs(value) >= getattr(value, "exact_below", _EXACT_FLOAT):
             raise ValueError(f"{name} is the float {value!r}, which may have lost digits: write the column as integers or as text")
         return int(value) if value.is_integer() else None
     return value
@@ -167,7 +180,7 @@ def to_json_values(value: Any, left_out: Callable[[str], None], path: str = "") 
         return NumberText(format(value, "f"))
     if isinstance(value, float) and (math.isfinite(value) or math.isnan(value)):
         return value if math.isfinite(value) else None
-    if hasattr(value, "isoformat") or type(value).__name__ in ("timedelta", "Timedelta"):
+    if isinstance(value, uuid.UUID) or hasattr(value, "isoformat") or type(value).__name__ in ("timedelta", "Timedelta"):
         return str(value)
     left_out(path)
     return MISSING
@@ -177,29 +190,38 @@ def take_prompt(fields: dict[str, Any], path: str) -> str:
     """Remove the prompt and return it. Raises ValueError that says what there is instead."""
     text = take_field(fields, path)
     if text is MISSING:
-        raise ValueError(f"there is no field {shorten(path)}; the row has {name_fields(fields) or 'none'}{_prompt_hint(fields, path)}")
+        hint = _hint_for_missing(fields, path)
+        raise ValueError(f"there is no field {shorten(path)}; the row has {name_fields(fields) or 'none'}{hint}")
     if not isinstance(text, str) or isinstance(text, NumberText):
-        inside = [key for key, value in text.items() if isinstance(value, str)] if isinstance(text, dict) else []
-        hint = f" (--prompt-field {path}.{inside[0]} takes the text inside)" if inside else ""
-        empty = '; an empty cell is null, and "" an empty prompt' if text is None else ""
-        raise ValueError(f"{path} must be a string, not {json_type(text)}{hint}{empty}")
+        raise ValueError(f"{path} must be a string, not {json_type(text)}{_hint_for_type(text, path)}")
     check_utf8(text)
     return str(text)
 
 
-def _prompt_hint(fields: dict[str, Any], path: str) -> str:
-    """Where the prompt may be instead."""
+def _hint_for_type(value: Any, path: str) -> str:
+    if value is None:
+        return '; an empty cell is null, and "" an empty prompt'
+    if isinstance(value, bytes):
+        return "; cast the column to text"
+    if not isinstance(value, dict):
+        return ""
+    inside = [key for key, item in value.items() if isinstance(item, str)]
+    if inside and all(key.isdecimal() for key in value):
+        return f" ({_COLUMNS})"
+    return f" (--prompt-field {path}.{inside[0]} takes the text inside)" if inside else ""
+
+
+def _hint_for_missing(fields: dict[str, Any], path: str) -> str:
     body = fields.get("body")
     if isinstance(body, dict) and "custom_id" in fields:
         if "prompt" in body:
             return (
-                " (requests of OpenAI's batch API: --prompt-field body.prompt --id-field custom_id; settings in the body are not followed)"
+                " (requests of OpenAI's batch API: --prompt-field body.prompt --id-field custom_id; the settings inside are not followed)"
             )
         return " (chat requests of OpenAI's batch API: write the messages out as one prompt, in the model's template)"
-    inside = next((key for key, value in fields.items() if isinstance(value, dict) and isinstance(value.get(path), str)), None)
-    if inside is not None:
-        return f" (--prompt-field {inside}.{path} takes the text inside)"
-    for delimiter in (";", "\t", "|"):
-        if len(fields) == 1 and delimiter in next(iter(fields)):
-            return f" (is the delimiter {delimiter!r}? --csv-delimiter names it)"
+    inside = [key for key, value in fields.items() if isinstance(value, dict) and isinstance(value.get(path), str)]
+    if len(inside) == 1:
+        return f" (--prompt-field {inside[0]}.{path} takes the text inside)"
+    if inside and len(inside) == len(fields):
+        return " (a map of rows, not one row: jq -c 'to_entries[] | {id: .key} + .value' FILE > rows.jsonl)"
     return " (--prompt-field names the one to use)"

@@ -25,6 +25,7 @@ _MAGIC = (
     (b"\x80\x04", "a Python pickle, which is never loaded: write its rows as JSON lines"),
     (b"\x80\x05", "a Python pickle, which is never loaded: write its rows as JSON lines"),
     (b"Obj\x01", "an Avro file: convert it to Parquet"),
+    (b"FEA1", "a Feather file of version 1: write it again with pyarrow.feather.write_feather"),
     (b"ORC", "an ORC file: convert it to Parquet"),
 )
 _LFS = "a Git LFS pointer, not the file itself: run git lfs pull"
@@ -87,11 +88,21 @@ def describe_object(text: str, path: str) -> str:
         content = json.loads(text)
     except (ValueError, RecursionError):
         return f"JSON over several lines, not an array of rows: jq -c . {path} > rows.jsonl"
-    arrays = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
-    if not arrays:
-        return "one JSON object, not an array of rows"
-    counts = ", ".join(f"{key!r} ({len(content[key])} items)" for key in arrays[:5])
-    return f"one JSON object, with arrays under {counts}: jq -c '.{arrays[0]}[]' {path} > rows.jsonl"
+    if not isinstance(content, dict):
+        return "no array of rows"
+    rows = [key for key, value in content.items() if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)]
+    if rows:
+        counts = ", ".join(f"{key!r} ({len(content[key])} items)" for key in rows[:5])
+        return f"one JSON object, with arrays of rows under {counts}: jq -c '.{rows[0]}[]' {path} > rows.jsonl"
+    if content and all(isinstance(value, (list, dict)) and not _has_rows(value) for value in content.values()):
+        return f"one JSON object of columns, not rows: pandas.read_json('{path}').to_json('rows.jsonl', orient='records', lines=True)"
+    if content and all(isinstance(value, dict) for value in content.values()):
+        return f"a map of rows, not an array: jq -c 'to_entries[] | {{id: .key}} + .value' {path} > rows.jsonl"
+    return "one JSON object, not an array of rows"
+
+
+def _has_rows(value: list[object] | dict[str, object]) -> bool:
+    return isinstance(value, dict) and not all(key.isdecimal() for key in value)
 
 
 def read_head(path: Path) -> bytes:

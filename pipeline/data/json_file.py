@@ -36,7 +36,7 @@ class JsonFile:
         if not b"".join(head).lstrip().startswith(b"["):
             if describe_text(head, self.name) is not None:
                 raise InputRowsError(f"{self.name}: is {describe_object(self._text(), self.name)}")
-            yield from JsonlFile(self.path).rows()
+            yield from JsonlFile(self.path, self.name).rows()
             return
         text = self._text()
         place, at = 0, _skip(text, 0)
@@ -69,8 +69,9 @@ class JsonFile:
             raise InputRowsError(f"{self.name}:{line}: not UTF-8 at byte {error.start + 1} of the file") from None
 
     def _damaged(self, text: str, at: int, reason: str) -> InputRowsError:
-        line = text.count("\n", 0, at) + 1
-        return InputRowsError(f"{self.name}:{line}: not valid JSON: {reason} at column {at - text.rfind(chr(10), 0, at)}; is it cut off?")
+        line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+        reason = reason if reason.startswith("not valid JSON") else f"not valid JSON: {reason}"
+        return InputRowsError(f"{self.name}:{line}: {reason} at column {column}{'; is it cut off?' if at >= len(text) - 1 else ''}")
 
 
 class PlainTextFile:

@@ -38,9 +38,10 @@ class JsonlFile:
         InputNotFoundError: there is no such file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        """name: the file as messages name it; None takes its path."""
         self.path = Path(path)
-        self.name = "<stdin>" if str(path) == "-" else str(path)
+        self.name = name or ("<stdin>" if str(path) == "-" else str(path))
         self._spool: IO[bytes] | None = None
         if str(path) == "-":
             if sys.stdin is None:

@@ -6,7 +6,8 @@ import difflib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 from pipeline.data.fields import SETTINGS
 from pipeline.data.jsonl import shorten
@@ -15,6 +16,7 @@ logger = logging.getLogger("gptbatch")
 
 _MAX_NAMED = 8
 _SIMILARITY = 0.85
+_CONTAINERS = ("parameters", "params", "options", "config", "kwargs", "settings")  # objects in which requests hold settings
 # names that other programs give to settings, without case and separators -> ours, "" where there is none
 _FOREIGN = {
     **dict.fromkeys(("maxtokens", "maxlength", "maxcompletiontokens", "maxoutputtokens", "numpredict", "npredict"), "max_new_tokens"),
@@ -50,8 +52,15 @@ _FOREIGN = {
             "minnewtokens",
             "minlength",
             "ignoreeos",
+            "until",
+            "maxgentoks",
+            "maxtokenstosample",
+            "badwordsids",
+            "eostokenid",
             "samplingparams",
             "generationconfig",
+            "generationkwargs",
+            "genkwargs",
         ),
         "",
     ),
@@ -66,13 +75,15 @@ class Notices:
         self._left_out: Counter[str] = Counter()
         self._verdicts: dict[str, str | None] = {}
 
-    def fields(self, names: Iterable[str], prefix: str = "") -> None:
-        """Count the fields of one row that look like settings and are none."""
-        for name in names:
+    def fields(self, fields: Mapping[str, Any], prefix: str = "") -> None:
+        """Count the fields of one object that look like settings and are none, and those of objects that hold settings elsewhere."""
+        for name, value in fields.items():
             if name not in self._verdicts:
                 self._verdicts[name] = _meant(name)
             if self._verdicts[name] is not None:
                 self._settings[prefix + name] += 1
+            elif isinstance(value, dict) and name.lower() in _CONTAINERS:
+                self.fields(value, f"{prefix}{name}.")
 
     def left_out(self, path: str) -> None:
         """Count a value that JSON has no form for."""
@@ -80,8 +91,12 @@ class Notices:
 
     def tell(self, source: str, rows: int) -> None:
         """Log a warning per kind."""
+        if not rows:
+            logger.warning("%s: has no rows", source)
         if self._settings:
             named = [self._described(name, count) for name, count in self._settings.most_common(_MAX_NAMED)]
+            if len(self._settings) > _MAX_NAMED:
+                named.append(f"and {len(self._settings) - _MAX_NAMED} more")
             logger.warning("%s: fields that look like settings change nothing and are kept as metadata: %s", source, "; ".join(named))
         if self._left_out:
             named = [f"{shorten(path)} ({count} times in {rows} rows)" for path, count in self._left_out.most_common(_MAX_NAMED)]

@@ -16,7 +16,7 @@ from pipeline.data.dataset import DatasetSplit
 from pipeline.data.fields import (
     MISSING,
     SETTINGS,
-    fields_beside,
+    fields_on_the_way,
     name_fields,
     parse_id,
     parse_integer,
@@ -291,7 +291,7 @@ class PromptReader:
         """Raises ValueError that names the field and, prompts aside, the value."""
         fields = raw.fields()
         defaults = self.defaults
-        beside = fields_beside(fields, defaults.prompt_field) if "." in defaults.prompt_field else {}
+        way = list(fields_on_the_way(fields, defaults.prompt_field)) if "." in defaults.prompt_field else []
         kept = {name: fields.pop(name) for name in defaults.metadata_fields if name in fields}
         text = take_prompt(fields, defaults.prompt_field)
         prompt_id = parse_id(self._take_id(fields), raw.place)
@@ -302,8 +302,8 @@ class PromptReader:
             "max_new_tokens": parse_integer(fields.pop("max_new_tokens", None), "max_new_tokens", 1, INT32_MAX),
         }
         notices.fields(fields)
-        if beside:
-            notices.fields(beside, defaults.prompt_field.rpartition(".")[0] + ".")
+        for prefix, inside in way:
+            notices.fields(inside, prefix)
         params = defaults.params(prompt_id, **own)
         fields |= kept
         metadata = to_json(to_json_values(fields, notices.left_out)) if fields else None

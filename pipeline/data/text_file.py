@@ -7,7 +7,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -18,7 +18,7 @@ MAX_LINE_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 512
 _ZSTD_MAX_WINDOW_BYTES = 2**31  # `zstd --ultra --long=31`; the library's own limit is 2**27
-_ZSTD_READ_BYTES = 4096  # bounds what one call can expand to
+_READ_BYTES = 4096  # bounds what one call can expand to
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 
 
@@ -59,7 +59,7 @@ class TextFile:
                         yield number, None
                     else:
                         yield number, line
-        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, _CompressionError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, _CompressionError) as error:
             raise InputRowsError(f"{self.name}:{number + 1}: the compressed file is damaged or cut off ({error})") from error
         except PermissionError as error:
             raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
@@ -77,13 +77,22 @@ class TextFile:
             raise InputRowsError(f"{self.name}: {what}, which no compressed file is; it is damaged or cut off")
         if head.startswith(b"\x1f\x8b"):
             return _Owned(gzip.GzipFile(fileobj=raw), raw)
-        if head.startswith(b"BZh"):
-            return _Owned(bz2.BZ2File(raw), raw)
-        if head.startswith(b"\xfd7zXZ\x00"):
-            return _Owned(lzma.LZMAFile(raw), raw)
-        if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
-            return io.BufferedReader(cast(io.RawIOBase, _ZstdStream(raw)))
+        if (new_frame := _decompressor(head)) is not None:
+            return io.BufferedReader(cast(io.RawIOBase, _Frames(raw, new_frame)))
         return raw
+
+
+def _decompressor(head: bytes) -> Callable[[], Any] | None:
+    """What makes a decompressor for each frame of a file that begins so; None for a file that is not compressed."""
+    if head.startswith(b"BZh"):
+        return bz2.BZ2Decompressor
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return lzma.LZMADecompressor
+    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
+        import zstandard
+
+        return zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES).decompressobj
+    return None
 
 
 class _CompressionError(Exception):
@@ -102,14 +111,14 @@ class _Owned(io.BufferedReader):
         self._below.close()
 
 
-class _ZstdStream(io.RawIOBase):
-    """All frames of a zstd file, one after the other; a frame that is cut off is an error, not an end."""
+class _Frames(io.RawIOBase):
+    """All frames of a compressed file, one after the other. A frame that is cut off, or anything else behind one, is an error.
 
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
+    Python's own readers of bzip2 and xz take what is not a frame for the end of the file.
+    """
 
-        self._file, self._error = file, zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
+    def __init__(self, file: BinaryIO, new_frame: Callable[[], Any]) -> None:
+        self._file, self._new_frame = file, new_frame
         self._frame: Any = None
         self._compressed = self._ready = b""
 
@@ -118,15 +127,19 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            self._compressed = self._compressed or self._file.read(_ZSTD_READ_BYTES)
+            self._compressed = self._compressed or self._file.read(_READ_BYTES)
             if not self._compressed:
                 if self._frame is not None:
-                    raise _CompressionError("the last zstd frame has no end")
+                    raise _CompressionError("the last frame has no end")
                 return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
+            if self._frame is None and self._new_frame is lzma.LZMADecompressor:
+                self._compressed = self._compressed.lstrip(b"\0")  # padding between the streams of an xz file
+                if not self._compressed:
+                    continue
+            self._frame = self._frame or self._new_frame()
             try:
                 self._ready = self._frame.decompress(self._compressed)
-            except (self._error, MemoryError) as error:
+            except Exception as error:  # zstandard, lzma and bz2 have an error each
                 raise _CompressionError(str(error) or "not enough memory for its window") from error
             self._compressed = b""
             if self._frame.eof:
