@@ -218,6 +218,7 @@ def test_a_float_that_may_be_another_number_is_refused(tmp_path: Path, field: st
         ),
         (["a.JSONL.GZ", "b.Parquet", "c.csv.zst"], {"train": ["a.JSONL.GZ", "b.Parquet", "c.csv.zst"]}, []),
         (["a.jsonl", "notes.txt", "picture.png", "b.xlsx"], {"train": ["a.jsonl"]}, ["b.xlsx", "notes.txt", "picture.png"]),
+        (["_temporary/0/a.json", "part-0.json"], {"train": ["part-0.json"]}, ["_temporary/0/a.json"]),
         (["a.txt", "b.txt"], {"train": ["a.txt", "b.txt"]}, []),
         (["a.jsonl", "README.md", "LICENSE", ".cache/x.jsonl", "_SUCCESS", "_manifest.json"], {"train": ["a.jsonl"]}, []),
         (["prompts [v2].jsonl", "a#b/x?.jsonl", "100%/*.jsonl"], {"train": ["100%/*.jsonl", "a#b/x?.jsonl", "prompts [v2].jsonl"]}, []),
@@ -288,6 +289,20 @@ def test_shards_of_the_split_that_is_read(tmp_path: Path) -> None:
     (tmp_path / "data" / "test-00002-of-00002.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "c"}\n'))
     assert [prompt.text for prompt in read(tmp_path, split="test")] == ["b", "c"], "numbered from 1, one of them compressed"
     assert "1 of 2 shards are missing" in problem(tmp_path)
+
+
+def test_a_delta_table_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "_delta_log" / "0.json", [{"remove": "part-0.parquet"}])
+    pq.write_table(pa.table({"prompt": ["deleted"]}), tmp_path / "part-0.parquet")
+    assert "is a Delta table" in problem(tmp_path)
+
+
+def test_nan_is_a_gap(tmp_path: Path) -> None:
+    columns = {name: [float("nan"), 7.0] for name in ("id", "seed", "temperature", "top_k", "max_new_tokens")}
+    pq.write_table(pa.table({"prompt": ["a", "b"], **columns}), tmp_path / "rows.parquet")
+    first, second = read(tmp_path / "rows.parquet")
+    assert (first.prompt_id, first.params.temperature, first.params.top_k) == ("0", 1.0, 0)
+    assert (second.prompt_id, second.params.seed, second.params.max_new_tokens) == ("7", 7, 7)
 
 
 def test_saved_datasets_in_a_folder_are_named(tmp_path: Path) -> None:

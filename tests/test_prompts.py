@@ -245,9 +245,9 @@ def test_equal_reasons_are_said_once(write_rows: WriteRows) -> None:
     head, broken, repeated, hint = problems(path).splitlines()
     assert head == "59 bad of 60 rows; nothing was generated"
     assert broken.startswith(f"{path}:2: not valid JSON")
-    assert broken.endswith("(also line 4, 6, 8, 10, 12 and 24 more rows)")
+    assert broken.endswith("(also 4, 6, 8, 10, 12, 24 more)")
     assert repeated.startswith(f"{path}:3: id 'same' was already used on line 1")
-    assert repeated.endswith("(also line 5, 7, 9, 11, 13 and 23 more rows)")
+    assert repeated.endswith("(also 5, 7, 9, 11, 13, 23 more)")
     assert "--id-field" in hint
 
 

@@ -91,6 +91,8 @@ def arrange(where: str, names: list[str], card: str, config: str | None) -> Data
         card: the text of its README.md.
         config: as for `find_files`.
     """
+    if any("_delta_log" in name.split("/") for name in names):
+        raise InputNotFoundError(f"{where}: is a Delta table, whose files may hold deleted rows: export it as Parquet")
     names = sorted((name for name in names if not _NO_DATA.fullmatch(name.rpartition("/")[2])), key=lambda name: name.split("/"))
     configs = DatasetCard(where, card)
     delimiter = None
@@ -205,6 +207,13 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _with_rows(names: list[str]) -> list[str]:
-    """The files that may hold rows, by suffix. Text files only where there are no others: they may be notes."""
-    found = [name for name in names if suffix_of(Path(name)) in (*TEXT_SUFFIXES, *ARROW_SUFFIXES)]
+    """The files that may hold rows, by suffix. Text files only where there are no others: they may be notes.
+
+    A folder whose name begins with an underscore, as `_temporary` of Spark, holds none.
+    """
+    found = [
+        name
+        for name in names
+        if suffix_of(Path(name)) in (*TEXT_SUFFIXES, *ARROW_SUFFIXES) and not any(part.startswith("_") for part in name.split("/")[:-1])
+    ]
     return [name for name in found if suffix_of(Path(name)) != ".txt"] or found

@@ -85,8 +85,13 @@ def name_fields(fields: dict[str, Any]) -> str:
     return shown if len(names) <= _MAX_NAMED_FIELDS else f"{shown} and {len(names) - _MAX_NAMED_FIELDS} more"
 
 
+def _is_gap(value: Any) -> bool:
+    """Whether a row has no value there: null, or the NaN that pandas has for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def parse_id(value: Any, place: int) -> str:
-    if value is None:
+    if _is_gap(value):
         return str(place)
     if isinstance(value, str) and not isinstance(value, NumberText):
         if not value:
@@ -103,7 +108,7 @@ def parse_id(value: Any, place: int) -> str:
 
 
 def parse_integer(value: Any, name: str, low: int, high: int) -> int | None:
-    if value is None:
+    if _is_gap(value):
         return None
     integer = _whole(value, name) if isinstance(value, _NUMBERS) and not isinstance(value, bool) else None
     if integer is None:
@@ -114,7 +119,7 @@ def parse_integer(value: Any, name: str, low: int, high: int) -> int | None:
 
 
 def parse_temperature(value: Any) -> float | None:
-    if value is None:
+    if _is_gap(value):
         return None
     is_number = isinstance(value, (NumberText, int, float)) or (isinstance(value, CellText) and _CELL_NUMBER.fullmatch(value))
     if isinstance(value, bool) or not is_number:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -35,6 +36,7 @@ from pipeline.records import MAX_SEED, Prompt, SamplingParams
 MAX_NAMED_ROWS = 20
 MAX_NAMED_PER_REASON = 6
 INT32_MAX = 2**31 - 1
+_PLACE = re.compile(r"(.*(?::| row ))(\d+)", re.DOTALL)
 _CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _CHANGED = "the input has changed since it was checked"
 
@@ -285,7 +287,7 @@ class PromptReader:
                 if row.index in clashes:
                     bad.add(_clash(row, clashes[row.index], self._unit))
         hint = "\n--id-field takes the ids from another field, --metadata-field id the places of the rows" if clashes else ""
-        return InputRowsError(f"{bad.count} bad of {rows} rows; nothing was generated\n{bad.describe(self._unit)}{hint}")
+        return InputRowsError(f"{bad.count} bad of {rows} rows; nothing was generated\n{bad.describe()}{hint}")
 
     def _parse(self, index: int, raw: RawRow, notices: Notices) -> GoodRow:
         """Raises ValueError that names the field and, prompts aside, the value."""
@@ -336,19 +338,22 @@ class _BadRows:
             if len(rows) < MAX_NAMED_PER_REASON:
                 rows.append(row)
 
-    def describe(self, unit: str) -> str:
+    def describe(self) -> str:
         """A line per reason, in the order of the rows: the first row, and which others there are."""
         lines = []
         for reason, rows in sorted(self._rows.items(), key=lambda item: item[1][0].index):
             first, *others = rows
-            count = self._counts[reason]
-            also = ""
-            if others:
-                more = count - len(rows)
-                also = f" (also {unit} {', '.join(str(row.line) for row in others)}" + (f" and {more} more rows)" if more else ")")
-            lines.append(f"{first.where}: {reason}{also}")
+            more = self._counts[reason] - len(rows)
+            also = [_number(row.where, first.where) for row in others] + ([f"{more} more"] if more else [])
+            lines.append(f"{first.where}: {reason}" + (f" (also {', '.join(also)})" if also else ""))
         more = self.count - self._counts.total()
         return "\n".join(lines) + (f"\n... and {more} more" if more else "")
+
+
+def _number(where: str, other: str) -> str:
+    """`5` for a row of the same file as another, `b.csv:5` else."""
+    match = _PLACE.fullmatch(where)
+    return match[2] if match and other.startswith(match[1]) else where
 
 
 def _clash(row: GoodRow | BadRow, line: int, unit: str) -> BadRow:
