@@ -333,7 +333,8 @@ def test_any_bytes_are_rows_or_a_clear_error(tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("bytes") / "prompts.jsonl"
     path.write_bytes(b"\n".join(lines))
     source = PromptReader(source=JsonlFile(path), defaults=DEFAULTS)
-    if describe_binary(path.read_bytes()[:512]) or not any(is_object(line) for line in lines[:20]):
+    begins_array = b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if begins_array or describe_binary(path.read_bytes()[:512]) or not any(is_object(line) for line in lines[:20]):
         with suppress(InputRowsError):  # the message may say what the file is instead
             list(source.rows())
         return
