@@ -26,12 +26,11 @@ from pipeline.data.prompts import BadRow, InputSummary, PromptReader, RowDefault
 from pipeline.data.rows import RowSource
 from pipeline.data.tokenizer import EncodedPrompt, PromptTokenizer
 from pipeline.data.tokenizer_files import LoadedTokenizer, load_tokenizer
+from pipeline.errors import ModelError
 from pipeline.gpt.config import GPTConfig, parse_config
 from pipeline.placement import check_placement
 from pipeline.records import NOISE_VERSION, Completion, Prompt, RowError, TokenizedPrompt
 from pipeline.resume import check_same_input, kept_state, part_rows_of
-
-logger = logging.getLogger("gptbatch")
 
 logger = logging.getLogger("gptbatch")
 
@@ -96,6 +95,7 @@ class Job:
         for warning in self.checkpoint.generation_warnings:
             logger.warning("%s", warning)
         self.tokenizer = prompt_tokenizer(config, self.special_tokens, tokenizer or load_tokenizer(self.checkpoint.folder))
+        self._check_template()
         self._warned_rows: Counter[str] = Counter()
         self.reader = PromptReader(
             source=source or find_source(config),
@@ -155,6 +155,15 @@ class Job:
         for warning, rows in sorted(self._warned_rows.items()):
             logger.warning(warning, rows)
         self._warned_rows.clear()
+
+    def _check_template(self) -> None:
+        """Raises ModelError where every row would be an error: the template adds a token that the model lacks."""
+        vocab_size = self.gpt_config.vocab_size
+        if lacking := [token for token in self.tokenizer.template_tokens if token >= vocab_size]:
+            raise ModelError(
+                f"{self.config.model}: the tokenizer's template adds {self.tokenizer.name(lacking[0])!r} (token {lacking[0]}) to every "
+                f"prompt, which the model (vocab_size {vocab_size}) does not have; add_special_tokens: false leaves the template out"
+            )
 
     def _count_warnings(self, encoded: EncodedPrompt, error: RowError | None) -> None:
         if encoded.has_special_text:

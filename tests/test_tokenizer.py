@@ -97,6 +97,7 @@ def gpt2_files(folder: Path, *, size: int = VOCAB_SIZE, **files: Any) -> Path:
 
 
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "ing"), "king", "中"]
 
 # -- which files decide ----------------------------------------------------------------------------------------------
 
@@ -353,6 +354,108 @@ def test_clean_up_of_spaces(tmp_path: Path, clean_up: bool) -> None:
     expect_as_transformers(model, ["hello", "hello world"])
 
 
+# -- files that are not there, or not as they are called -------------------------------------------------------------
+
+
+def vocabulary_files(folder: Path, tokenizer_class: str | None, **names: str) -> Path:
+    """A checkpoint with files of a tokenizer under these names, and a class where one is given."""
+    model = gpt2_files(folder)
+    contents = {name: (model / name).read_text() for name in ("vocab.json", "merges.txt")} | {"vocab.txt": "\n".join(BERT)}
+    for name in ("vocab.json", "merges.txt"):
+        (model / name).unlink()
+    for key, name in names.items():
+        path = model / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(contents.get(key.replace("_", "."), "x"))
+    if tokenizer_class is not None:
+        (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+    return model
+
+
+TXT, JSON, MERGES, SPIECE = ({name.replace(".", "_"): name} for name in ("vocab.txt", "vocab.json", "merges.txt", "spiece.model"))
+# class of the tokenizer, its files -> what is said
+MADE_UP: dict[str, tuple[str | None, dict[str, str], str]] = {
+    "GPT2-Chinese": (
+        None, TXT,
+        r'GPT2Tokenizer reads vocab\.json and merges\.txt, not vocab\.txt, .* GPT2-Chinese has, \{"tokenizer_class": "BertTokenizer"\}$',
+    ),
+    "GPT-2 by name": ("GPT2Tokenizer", TXT, r"GPT2Tokenizer reads vocab\.json and merges\.txt, not vocab\.txt"),
+    "BERT of JSON": ("BertTokenizer", JSON | MERGES, r'BertTokenizer reads vocab\.txt, not vocab\.json, .* "GPT2Tokenizer"\}$'),
+    "T5 of words": ("T5Tokenizer", TXT, r"T5Tokenizer reads spiece\.model, not vocab\.txt, and would have 104 tokens of its own"),
+    "Llama of bytes": ("LlamaTokenizer", JSON | MERGES, r"LlamaTokenizer reads tokenizer\.model, not vocab\.json"),
+    "no class for SentencePiece": (None, SPIECE, r'GPT2Tokenizer reads .*, not spiece\.model, .* "T5Tokenizer"\}$'),
+    "Roberta of words": ("RobertaTokenizer", TXT, r"RobertaTokenizer reads vocab\.json and merges\.txt, not vocab\.txt"),
+    "any class of words": ("PreTrainedTokenizerFast", TXT, r'name the class that reads vocab\.txt .* "BertTokenizer"\}$'),
+    "no merges": (None, JSON, r"\(vocab\.json without merges\.txt\); fetch merges\.txt, too$"),
+    "no vocabulary": (None, TXT | MERGES, r"\(merges\.txt without vocab\.json\); fetch vocab\.json, too$"),
+    "merges of another name": (None, JSON | {"merges_txt": "my-merges.txt"}, r"too; my-merges\.txt must be called merges\.txt$"),
+    "as save_model names them": (
+        None, {"vocab_json": "my-vocab.json", "merges_txt": "my-merges.txt"},
+        r"my-merges\.txt and my-vocab\.json must be called merges\.txt and vocab\.json$",
+    ),
+    "words of another name": ("BertTokenizer", {"vocab_txt": "bert.vocab.txt"}, r"bert\.vocab\.txt must be called vocab\.txt$"),
+    "words in a folder": (None, {"vocab_txt": "vocab/vocab.txt"}, r"vocab/vocab\.txt must stand in the folder itself$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE_UP)
+def test_a_vocabulary_that_nothing_reads_is_refused(tmp_path: Path, name: str) -> None:
+    tokenizer_class, files, message = MADE_UP[name]
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(vocabulary_files(tmp_path / "model", tokenizer_class, **files))
+
+
+@pytest.mark.parametrize("special", [[], [END_OF_TEXT], ["<s>", "</s>"]])
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
+def test_an_empty_vocabulary_is_refused(tmp_path: Path, special: list[str], kind: str) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_special_tokens(special)
+    model = checkpoint(tmp_path / "model", tokenizer, tokenizer_config={"tokenizer_class": kind})
+    with pytest.raises(ModelError, match=rf"tokenizer\.json: no text has tokens: its vocabulary holds {len(special)} special tokens"):
+        load_tokenizer(model)
+
+
+def test_a_vocabulary_of_added_tokens_alone(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_tokens(["a", "b"])
+    expect_as_transformers(
+        checkpoint(tmp_path / "model", tokenizer, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"}), ["ab"]
+    )
+
+
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b"\xff\xfe"], ids=["UTF-8", "UTF-16"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"])
+def test_a_byte_order_mark_is_named(tmp_path: Path, file: str, mark: bytes) -> None:
+    model = checkpoint(tmp_path / "model", byte_tokenizer()) if file == "tokenizer.json" else gpt2_files(tmp_path / "model")
+    if file == "vocab.txt":
+        model = vocabulary_files(tmp_path / "words", "BertTokenizer", **TXT)
+    (model / file).write_bytes(mark + (model / file).read_bytes())
+    with pytest.raises(ModelError, match=rf"{file}: begins with a byte order mark \(BOM\); save it as UTF-8 without one"):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize("file", ["config", "tokenizer_config"])
+def test_a_byte_order_mark_that_only_transformers_refuses(tmp_path: Path, file: str) -> None:
+    model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config={"model_max_length": 5})
+    path = model / f"{file}.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_tokenizer(model).way == "direct"
+    (model / "special_tokens_map.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    with pytest.raises(ModelError, match=rf"{file}\.json begins with a byte order mark"):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize("kind", ["T5Tokenizer", "XLNetTokenizer", "AlbertTokenizer"])
+def test_a_class_that_cannot_read_the_tokenizer_json(tmp_path: Path, kind: str) -> None:
+    model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config={"tokenizer_class": kind})
+    with pytest.raises(
+        ModelError, match=rf'none of {kind}: .*; "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config\.json takes'
+    ):
+        load_tokenizer(model)
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    load_tokenizer(model)
+
+
 # -- text that cannot be encoded -------------------------------------------------------------------------------------
 
 
@@ -431,6 +534,27 @@ def test_unknown_text_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert [message for message in caplog.messages if message.startswith("prompts with text that the tokenizer has no token for")]
 
 
+PRECISE = letters(models.BPE(vocab={token: i for i, token in enumerate([*"helo", "ll", "llo"])}, merges=[("l", "l"), ("ll", "o")]))
+BYTES = letters(models.BPE(vocab={token: i for i, token in enumerate("helo")}, merges=[]), pre_tokenizer=BYTE_LEVEL)
+WORDS_WITHOUT_DIGITS = letters(
+    models.BPE(vocab={token: i for i, token in enumerate("helo")}, merges=[]),
+    pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
+    normalizer=DROPS_DIGITS,
+)
+
+
+@pytest.mark.parametrize("tokenizer", [PRECISE, BYTES, WORDS_WITHOUT_DIGITS], ids=["words", "bytes", "digits"])
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [("H\u00e9llo", 2), ("\u4e2d\u6587hello", 2), ("hXel\U0001f600lo", 2), ("hello!", 1), ("\u00e9hello\u00e9", 2), ("lol", 0)],
+)
+def test_lost_characters_are_counted(tokenizer: Tokenizer, text: str, lost: int) -> None:
+    if tokenizer is PRECISE:
+        tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert [prompt.lost for prompt in load(tokenizer).encode([text])] == [lost]
+
+
 COMPOSED = ["café", "cafe\u0301", "e\u0301\u0301", "\u1112\u1161\u11ab", "ﬁ", "a  b", " a\t\n", "\U0001f469\u200d\U0001f467", "x" * 3000]
 
 
@@ -492,9 +616,23 @@ def test_a_tokenizer_may_be_larger_than_the_model(tmp_path: Path) -> None:
     assert inspect_job(settings(model, ["hi", "a", "zz"])).error_kinds == {"unknown_token": 1}
 
 
-# -- other tokenizers than GPT-2's -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["BartTokenizer", "RobertaTokenizerFast", "BertTokenizer", "template"])
+def test_a_template_with_tokens_that_the_model_lacks_stops_the_run(tmp_path: Path, kind: str) -> None:
+    tokenizer = byte_tokenizer()
+    if kind == "template":
+        tokenizer.add_special_tokens(["<end>"])
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", VOCAB_SIZE)])
+    name = "PreTrainedTokenizerFast" if kind == "template" else kind
+    model = checkpoint(tmp_path / "model", tokenizer, config={"vocab_size": VOCAB_SIZE}, tokenizer_config={"tokenizer_class": name})
+    for start in (run_job, inspect_job):
+        with pytest.raises(ModelError, match=r"template adds '.+' \(token 26\d\) to every prompt, .*; add_special_tokens: false leaves"):
+            start(settings(model, ["hi"]))
+    assert not (tmp_path / "model-out").exists()
+    if kind != "BertTokenizer":
+        assert [row["error"] for row in run(model, ["hi"], add_special_tokens=False)] == [None]
 
-BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "ing"), "king", "中"]
+
+# -- other tokenizers than GPT-2's -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["config", "tokenizer_config"])
@@ -658,6 +796,6 @@ def test_check_model_finds_another_tokenizer(tmp_path: Path, monkeypatch: pytest
 
 def test_every_file_is_fetched_from_the_hub() -> None:
     from pipeline.data.checkpoint import TOKENIZER_FILES
-    from pipeline.data.tokenizer_files import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCABULARY_FILES
+    from pipeline.data.tokenizer_problems import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCABULARY_FILES
 
     assert {TOKENIZER_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, "merges.txt", *VOCABULARY_FILES} <= set(TOKENIZER_FILES)

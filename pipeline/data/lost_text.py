@@ -31,7 +31,9 @@ class LostText:
         """Changes the backend's post-processor, so that it leaves whitespace in the offsets of tokens."""
         backend.post_processor = _untrimmed(backend.post_processor)
         self._backend = backend
-        self._characters = None if _stages_keep_all(backend) else _character_tokenizer(backend)
+        anything = models.WordLevel(vocab={"?": 0}, unk_token="?")
+        self._characters = None if _stages_keep_all(backend) else _character_tokenizer(backend, anything)
+        self._known_characters = _known_characters(backend)
         kinds = {part["type"] for part in _parts(backend.normalizer)}
         self._forms: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC") if kinds & _COMPATIBILITY else ("NFC",)
 
@@ -48,6 +50,8 @@ class LostText:
 
     def _count(self, text: str, encoding: Encoding) -> int:
         lost = _uncovered(text, encoding)
+        if lost and self._known_characters is not None:
+            lost = _uncovered(text, self._known_characters.encode(text))
         if self._characters is not None:
             removed = _uncovered(text, self._characters.encode(text))
             lost = (lost | removed) - {index for index in removed if text[index].isspace()}
@@ -97,9 +101,21 @@ def _model_keeps_all(backend: Tokenizer) -> bool:
     return byte_level and all(model.token_to_id(character) is not None for character in pre_tokenizers.ByteLevel.alphabet())
 
 
-def _character_tokenizer(backend: Tokenizer) -> Tokenizer:
-    """One token per character that the normalizer and the pre-tokenizer of a backend leave."""
-    characters = Tokenizer(models.WordLevel(vocab={"?": 0}, unk_token="?"))
+def _known_characters(backend: Tokenizer) -> Tokenizer | None:
+    """One token per character of a backend's BPE, None for other models.
+
+    A BPE shifts the offsets of a word's tokens by each character that it drops: they say that it drops some, and not which.
+    """
+    model = backend.model
+    if not isinstance(model, models.BPE) or model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return None
+    vocab = backend.get_vocab(with_added_tokens=False)
+    return _character_tokenizer(backend, models.BPE(vocab=vocab, merges=[], unk_token=model.unk_token, byte_fallback=model.byte_fallback))
+
+
+def _character_tokenizer(backend: Tokenizer, model: Any) -> Tokenizer:
+    """One word per character that the normalizer and the pre-tokenizer of a backend leave."""
+    characters = Tokenizer(model)
     each = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     before = backend.pre_tokenizer
     if backend.normalizer is not None:

@@ -48,7 +48,8 @@ class PromptTokenizer:
         add_special_tokens: Whether to add what the tokenizer's template adds to a prompt, such as `<s>`.
 
     Attributes:
-        adds_after: Whether the template puts tokens after a prompt, such as `[SEP]`.
+        template_tokens: What the template adds to every prompt.
+        adds_after: Whether some of these stand after the prompt, such as `[SEP]`.
     """
 
     def __init__(
@@ -65,12 +66,16 @@ class PromptTokenizer:
         self._may_panic = _may_panic(backend.normalizer) or _may_panic(backend.pre_tokenizer)
         self._decoder_may_panic = _may_panic(backend.decoder)
         self._unknown_token = _unknown_token(backend)
-        self.adds_after = add_special_tokens and _adds_after(backend)
+        self.template_tokens, self.adds_after = _template_tokens(backend) if add_special_tokens else ([], False)
         special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
         self._special_prefix = _common_start(special)
         self._special_text = None if parse_special or not special else re.compile("|".join(map(re.escape, special)))
         # Bytes of a byte-level tokenizer's new tokens are the same after any prompt.
         self._concatenates = component(backend.decoder).get("type") == "ByteLevel" and not loaded.cleans_up
+
+    def name(self, token_id: int) -> str | None:
+        """The text of a token in the vocabulary, `[SEP]`."""
+        return self._backend.id_to_token(token_id)
 
     def encode(self, texts: list[str]) -> list[EncodedPrompt]:
         """The tokens of each text. An empty text is what the template adds, or else the start token."""
@@ -140,12 +145,15 @@ def _may_panic(part: Any) -> bool:
     return any(word in str(component(part)) for word in _PANICKING)
 
 
-def _adds_after(backend: Tokenizer) -> bool:
+def _template_tokens(backend: Tokenizer) -> tuple[list[int], bool]:
+    """What the template adds to every prompt, and whether some of it stands after the prompt."""
     template = backend.post_processor
     if template is None or template.num_special_tokens_to_add(False) == 0:
-        return False
+        return [], False
     plain = Tokenizer(models.WordLevel(vocab={"a": 0}, unk_token="a")).encode("a")
-    return template.process(plain, None, True).sequence_ids[-1] is None
+    whole = template.process(plain, None, True)
+    added = [token_id for token_id, sequence in zip(whole.ids, whole.sequence_ids, strict=True) if sequence is None]
+    return added, whole.sequence_ids[-1] is None
 
 
 def _common_start(texts: list[str]) -> str:

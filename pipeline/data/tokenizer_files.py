@@ -15,7 +15,6 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,18 +24,25 @@ from pipeline.data.checkpoint import CONFIG_FILE, read_json, reading
 from pipeline.data.digests import file_sha256
 from pipeline.data.lost_text import component
 from pipeline.data.panics import panics_as_errors
+from pipeline.data.tokenizer_problems import (
+    ADDED_TOKENS,
+    GPT2_FILES,
+    PLAIN_CLASSES,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    VOCABULARY_FILES,
+    describe_misnamed,
+    first_line,
+    reason_and_advice,
+    refuse_byte_order_marks,
+    refuse_empty,
+    refuse_made_up,
+    refuse_random,
+)  # fmt: skip
 from pipeline.errors import ModelError
 
 logger = logging.getLogger("gptbatch")
-
-TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-ADDED_TOKENS = "added_tokens.json"
-GPT2_FILES = ("vocab.json", "merges.txt")
-# Any of these is enough for some tokenizer class of transformers.
-SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
-VOCABULARY_FILES = ("vocab.json", "vocab.txt", *SENTENCEPIECE_FILES, "tiktoken.model")
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _HARMLESS_KEYS = frozenset(
@@ -56,12 +62,8 @@ _HARMLESS_KEYS = frozenset(
         "split_special_tokens",
     }
 )
-_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _END_OF_TEXT = "<|endoftext|>"
-_MAKE_TOKENIZER_JSON = (
-    "where it loads in transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes a tokenizer.json"
-)
 # Texts on which a tokenizer that transformers made must equal its backend.
 _PROBES = ("", "The quick brown fox.", "  two  spaces\n\tand a tab ", "It 's 1,234 : \u00e9 \u4e2d\u6587 ISN'T")
 
@@ -86,7 +88,7 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     """Load the tokenizer of a checkpoint's folder.
 
     Raises:
-        ModelError: there is none, it cannot be read, it is random, or only code of the checkpoint could run it.
+        ModelError: there is none, it cannot be read, it is empty or random, or only code of the checkpoint could run it.
     """
     config, special_map, added = (_read_if_there(folder / name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS))
     auto_map = config.get("auto_map")
@@ -97,17 +99,20 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         )
     files = _Files(read_json(folder / CONFIG_FILE), config, special_map, added)
     names: tuple[str, ...] = (TOKENIZER_JSON,)
+    refuse_byte_order_marks(folder)
     if (folder / TOKENIZER_JSON).is_file():
         backend = _read_tokenizer_json(folder / TOKENIZER_JSON)
-        _refuse_random(folder / TOKENIZER_JSON, backend)
+        refuse_random(folder / TOKENIZER_JSON, backend)
     elif all((folder / name).is_file() for name in GPT2_FILES) and files.tokenizer_class in _GPT2_CLASSES:
         backend, names = _read_gpt2_files(folder), GPT2_FILES
     elif any((folder / name).is_file() for name in VOCABULARY_FILES):
-        return _made_by_transformers(folder)
+        return _made_by_transformers(folder, files.tokenizer_class)
     else:
-        raise ModelError(f"{folder}: no tokenizer: neither {TOKENIZER_JSON} nor any of {', '.join(VOCABULARY_FILES)}")
+        lacking = f"neither {TOKENIZER_JSON} nor any of {', '.join(VOCABULARY_FILES)}"
+        raise ModelError(f"{folder}: no tokenizer: {lacking}{describe_misnamed(folder)}")
+    refuse_empty(folder / names[0], backend)
     if _reason_against_direct(backend, files, names):
-        made = _made_by_transformers(folder)
+        made = _made_by_transformers(folder, files.tokenizer_class)
         if names == (TOKENIZER_JSON,):
             _warn_of_other_parts(folder, backend, made.backend)
         return made
@@ -166,7 +171,7 @@ def _reason_against_direct(backend: Tokenizer, files: _Files, names: tuple[str, 
             return "special tokens"
     added = backend.get_added_tokens_decoder()
     contents = {token.content for token in added.values()}
-    if files.model.get("model_type") != "gpt2" or files.tokenizer_class not in (*_PLAIN_CLASSES, *_GPT2_CLASSES):
+    if files.model.get("model_type") != "gpt2" or files.tokenizer_class not in (*PLAIN_CLASSES, *_GPT2_CLASSES):
         return "tokenizer_class"
     for key, value in (*config.items(), *files.special_map.items()):
         if key in ("additional_special_tokens", "extra_special_tokens"):
@@ -244,7 +249,7 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
         with panics_as_errors():
             return Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{path}: cannot be read as a tokenizer ({_first_line(error)}); fetch it again") from error
+        raise ModelError(f"{path}: cannot be read as a tokenizer ({first_line(error)}); fetch it again") from error
 
 
 def _read_gpt2_files(folder: Path) -> Tokenizer:
@@ -258,7 +263,7 @@ def _read_gpt2_files(folder: Path) -> Tokenizer:
             backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:  # the library raises plain Exception
         names = " and ".join(GPT2_FILES)
-        raise ModelError(f"{folder}: {names} cannot be read as a tokenizer ({_first_line(error)}); fetch them again") from error
+        raise ModelError(f"{folder}: {names} cannot be read as a tokenizer ({first_line(error)}); fetch them again") from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     if backend.token_to_id(_END_OF_TEXT) is not None:
@@ -293,27 +298,14 @@ def _types(part: Any) -> tuple[str, ...]:
     return (content.get("type", ""), *(entry["type"] for entry in inner))
 
 
-def _refuse_random(where: Path, backend: Tokenizer) -> None:
-    model = backend.model
-    for key in ("dropout", "alpha"):
-        if value := getattr(model, key, None):
-            raise ModelError(
-                f"{where}: {key} is {value}, which makes the tokens of a prompt random; set it to null, as it is only for training"
-            )
-
-
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # -- the way through transformers ------------------------------------------------------------------------------------
 
 
-def _made_by_transformers(folder: Path) -> LoadedTokenizer:
+def _made_by_transformers(folder: Path, tokenizer_class: Any) -> LoadedTokenizer:
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -328,17 +320,17 @@ def _made_by_transformers(folder: Path) -> LoadedTokenizer:
                     f"{folder}: its tokenizer is {type(made).__name__}, which is written in Python; only those of the tokenizers "
                     "library are supported; convert it to a tokenizer.json"
                 )
-            _refuse_random(folder, backend)
+            refuse_made_up(folder, made, backend)
+            refuse_empty(folder, backend)
+            refuse_random(folder, backend)
             backend.no_padding()
             backend.no_truncation()
             _check_backend(folder, made, backend)
     except ModelError:
         raise
     except Exception as error:  # whatever the files of a checkpoint make of it
-        reason = _first_line(error)
-        if any((folder / name).is_file() for name in SENTENCEPIECE_FILES) and find_spec("sentencepiece") is None:
-            reason = "its vocabulary is a SentencePiece model, for which sentencepiece and protobuf must be installed"
-        raise ModelError(f"{folder}: transformers cannot make the tokenizer ({reason}); {_MAKE_TOKENIZER_JSON}") from error
+        reason, advice = reason_and_advice(folder, tokenizer_class, error)
+        raise ModelError(f"{folder}: transformers cannot make the tokenizer ({reason}); {advice}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     # transformers 5 leaves a BPE's spaces alone unless this long key is set
