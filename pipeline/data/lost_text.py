@@ -10,6 +10,7 @@ import json
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 from typing import Any, Literal
 
 from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
@@ -33,9 +34,12 @@ class LostText:
         self._backend = backend
         anything = models.WordLevel(vocab={"?": 0}, unk_token="?")
         self._characters = None if _stages_keep_all(backend) else _character_tokenizer(backend, anything)
-        self._known_characters = _known_characters(backend)
         kinds = {part["type"] for part in _parts(backend.normalizer)}
         self._forms: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC") if kinds & _COMPATIBILITY else ("NFC",)
+
+    @cached_property
+    def _known_characters(self) -> Tokenizer | None:
+        return _known_characters(self._backend)
 
     def count(self, text: str, encoding: Encoding) -> int:
         """How many characters of a text left no token. encoding: what the backend makes of the text."""

@@ -69,7 +69,7 @@ def describe_misnamed(folder: Path) -> str:
 def refuse_empty(where: Path, backend: Tokenizer) -> None:
     special = sum(token.special for token in backend.get_added_tokens_decoder().values())
     if backend.get_vocab_size() <= special:
-        raise ModelError(f"{where}: no text has tokens: its vocabulary holds {special} special tokens and no others; fetch it again")
+        raise ModelError(f"{where}: its vocabulary holds no tokens but special ones ({special}); fetch it again")
 
 
 def refuse_random(where: Path, backend: Tokenizer) -> None:
@@ -109,7 +109,7 @@ def refuse_made_up(folder: Path, made: Any, backend: Tokenizer) -> None:
     there = next(name for name in VOCABULARY_FILES if (folder / name).is_file())
     raise ModelError(
         f"{folder}: its tokenizer {type(made).__name__} reads {' and '.join(names)}, not {there}, and would have "
-        f"{backend.get_vocab_size()} tokens of its own; {_name_the_class(there)}"
+        f"a made-up vocabulary of size {backend.get_vocab_size()}; {_name_the_class(there)}"
     )
 
 
