@@ -10,11 +10,13 @@ import click
 
 from pipeline.redact import printable, redact
 
+MAX_LINE = 4000
+
 
 def say(message: str) -> None:
     """Write a message to standard error: `gptbatch: ` and its lines, those after the first indented."""
     with suppress(OSError):  # nobody may be left to read it
-        click.echo(f"gptbatch: {clean(message)}", err=True)
+        click.echo(f"gptbatch: {cut(clean(message))}", err=True)
 
 
 def echo(text: str) -> None:
@@ -27,6 +29,12 @@ def clean(text: str, indent: str = "  ") -> str:
     return f"\n{indent}".join(printable(line) for line in redact(text).split("\n"))
 
 
+def cut(text: str) -> str:
+    """Lines of bounded length: a library may say all that it was given."""
+    lines = text.split("\n")
+    return "\n".join(line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}... ({len(line)} characters)" for line in lines)
+
+
 class LogFormatter(logging.Formatter):
     """Records and tracebacks, cleaned. A message is one line."""
 
@@ -34,7 +42,7 @@ class LogFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(name)s %(levelname)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        return clean(super().format(record))
+        return cut(clean(super().format(record)))
 
 
 def set_up_logging(verbose: bool) -> None:

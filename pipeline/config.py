@@ -139,7 +139,8 @@ class JobConfig(_Section):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML, without secrets."""
-        return redact(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
+        text: str = yaml.safe_dump(_redacted(self.model_dump()), sort_keys=False, allow_unicode=True)
+        return text
 
 
 def load_config(file: str | None, *, environment: Mapping[str, str] = os.environ, options: Mapping[str, Any]) -> JobConfig:
@@ -212,6 +213,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _redacted(value: Any) -> Any:
+    """Settings without secrets, each redacted by itself: a path of a file is kept, blanks and all."""
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _flatten(content: dict[str, Any], where: str) -> dict[str, Any]:

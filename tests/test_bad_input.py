@@ -342,7 +342,8 @@ def test_weights_that_lie(launcher: Launcher, checkpoint: Path, tmp_path: Path) 
 
 def test_secrets_are_written_nowhere(launcher: Launcher, checkpoint: Path, tmp_path: Path) -> None:
     """In the name of an input, in the environment, and in what a library says of them."""
-    secrets = ("hunter2hunter2", "hf_abcdefghijklmnop", "environment-token")
+    token = "hf_" + "abcDEF123" * 4
+    secrets = ("hunter2hunter2", token, "environment-token")
     folder = tmp_path / "ftp:" / "user:hunter2hunter2@host"
     folder.mkdir(parents=True)
     (folder / "prompts.jsonl").write_bytes(GOOD)
@@ -352,7 +353,7 @@ def test_secrets_are_written_nowhere(launcher: Launcher, checkpoint: Path, tmp_p
     assert code == 0, child.stderr
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert b"ftp://***@host/prompts.jsonl" in written
-    for bad, wanted in (("ftp://user:hunter2hunter2@host/nothing.jsonl", 2), ("hf_abcdefghijklmnop", 66), ("environment-token", 66)):
+    for bad, wanted in (("ftp://user:hunter2hunter2@host/nothing.jsonl", 2), (token, 66), ("environment-token", 66)):
         code, child = launcher.run("-v", *base, "--input", bad, cwd=tmp_path, env=environment)
         assert (code, "***" in child.stderr) == (wanted, True)
         for secret in secrets:

@@ -24,7 +24,7 @@ from jobs.cli import run_command
 from jobs.failures import find_shortage
 from jobs.generate import generate
 from jobs.group import COMMANDS, cli
-from jobs.messages import LogFormatter
+from jobs.messages import LogFormatter, say
 from jobs.options import option_groups, option_name
 from pipeline.advice import describe_errors
 from pipeline.config import JobConfig, config_fields, environment_name, load_config
@@ -298,18 +298,44 @@ def test_a_number_where_text_is_needed(tmp_path: Path) -> None:
 
 # -- messages ----------------------------------------------------------------------------------------------------------
 
+TOKEN = "hf_" + "hunTer2" * 5  # as the hub makes them: 34 letters and digits of both cases
 SECRETS = [
     ("https://ada:hunter2@host/x", "https://***@host/x"),
     ("https://ada:hun/ter2@host/x", "https://***@host/x"),
     ("https://ada:hun@ter2@host/x", "https://***@host/x"),
     ("https://ada:h/u@n/t@er2@host", "https://***@host"),
     ("https:/ada:hunter2@host/x", "https:/***@host/x"),
+    ("https:///ada:hunter2@host/x", "https:///***@host/x"),
     ("https://hunter2@host/x", "https://***@host/x"),
+    ("https://hunter2@en:secret@host/", "https://***@host/"),
     ("ftp://a:b'hunter2@host", "ftp://***@host"),
-    ("'hf_hunter2hunter2'", "'***'"),
-    ("x_hf_hunter2hunter2", "x_***"),
+    ("postgres://ada:h hunter2@host/db", "postgres://ada:***@host/db"),
+    ("//ada:hunter2@host/share", "//***@host/share"),
+    (f"'{TOKEN}'", "'***'"),
+    (f"x_{TOKEN}", "x_***"),
+    (f"/nowhere/{TOKEN}/x", "/nowhere/***/x"),
+    ("ghp_hunter2hunter2hunter2hunter2hunter2h", "***"),
+    ("github_pat_11ABC_hunter2hunter2hunter2", "***"),
+    ("glpat-hunter2-hunter2_hunter2", "***"),
+    ("sk-hunter2hunter2hunter2", "***"),
+    ("sk-proj-Hunter2-hunter2_hunter2", "***"),
+    ("eyJhunter2hunter2.eyJhunter2hunter2.hunter2hunter2", "***"),
+    ("AKIAHUNTER2HUNTER2AB", "***"),
     ("https://host/x?token=hunter2&a=1", "https://host/x?token=***&a=1"),
+    ("https://host/x#access_token=hunter2", "https://host/x#access_token=***"),
+    ("https://host/x?sv=1&sig=hunter2%2B&se=2", "https://host/x?sv=1&sig=***&se=2"),
+    (
+        "https://s3/x?X-Amz-Credential=hunter2/2026&X-Amz-Signature=hunter2&X-Amz-Security-Token=hunter2",
+        "https://s3/x?X-Amz-Credential=***&X-Amz-Signature=***&X-Amz-Security-Token=***",
+    ),
+    ("https://host/x?X-Goog-Signature=hunter2&X-Goog-Date=5", "https://host/x?X-Goog-Signature=***&X-Goog-Date=5"),
+    ("AccountName=x;AccountKey=hunter2==;", "AccountName=x;AccountKey=***;"),
+    ("api_key=hunter2", "api_key=***"),
+    ("--token=hunter2", "--token=***"),
+    ("{'password': 'hun ter2', 'x': 1}", "{'password': '***', 'x': 1}"),
+    ('{"client_secret": "hunter2"}', '{"client_secret": "***"}'),
     ("Authorization: Bearer hunter2hunter2", "Authorization: Bearer ***"),
+    ("Authorization: Basic hunter2hunter2==", "Authorization: Basic ***"),
 ]
 
 
@@ -318,9 +344,66 @@ def test_secrets_are_hidden(text: str, shown: str) -> None:
     assert redact(f"{text} and more") == f"{shown} and more"
 
 
-@pytest.mark.parametrize("text", ["https://host/path@v1", "http://host:8080/x", "mail ada@host.org", "a: b@c", "half_hf_ x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("https://host/path@v1", "http://host:8080/x", "mail ada@host.org", "a: b@c", "half_hf_ x", "/scratch:/teams:x/a@b/gpt2"),
+        *("/scratch/hf_checkpoints/gpt2", "out/hf_datasets", "hf_experiments", "hf_transformers_checkpoints_of_november_2026"),
+        *("sk-learn-experiments-of-the-last-week", "ghp_runs", "tokens=5", '"eos_token": "<|endoftext|>"', "key: 'value'"),
+    ],
+)
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == text
+
+
+LIKE_SECRETS = [TOKEN, "sk-hunter2hunter2hunter2", "AKIAHUNTER2HUNTER2AB", "run?key=5", "password=x y", "token=1"]
+
+
+@pytest.mark.parametrize("name", LIKE_SECRETS)
+def test_the_name_of_a_file_is_no_secret(name: str, tmp_path: Path) -> None:
+    """In messages, and in the settings that a run records."""
+    folder = tmp_path / "my files" / name
+    folder.mkdir(parents=True)
+    (folder / "a b").touch()
+    path = str(folder / "a b")
+    config = JobConfig(model=path, input=str(folder), output=path)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(config.to_yaml())
+    assert load_config(str(resolved), environment={}, options={}) == config
+    plain = tmp_path / name.replace(" ", "")
+    plain.mkdir()
+    message = f"in {plain}/x: no {plain}: '{plain}'"
+    assert redact(message) == message
+    plain.rmdir()
+    assert "***" in redact(f"{plain} and more")
+
+
+@pytest.mark.parametrize("value", ["environment-token", "environment-token\n", " environment-token\r\n"])
+@pytest.mark.parametrize("variable", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
+def test_the_token_of_the_environment_is_hidden(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    assert redact("get environment-token: no") == "get ***: no"
+
+
+HARD = [":/", "://", "://a:", "@:/", "https://a:b@", "x ://u:p q", "hf_", "sk-", "sk-a", "eyJ", "eyJaaaaaaaaaaaa.", "token=", "?key=a/"]
+HARD += ["'password': '", "a_", "a-", "a", "bearer ", "authorization: ", "//", "//a:", "//u:p@h ", "password", f"{TOKEN}/", "\0"]
+
+
+@pytest.mark.parametrize("unit", HARD)
+def test_hiding_takes_time_in_proportion_to_the_text(unit: str) -> None:
+    """Four times the text takes four times as long; 16 times where a pattern looks from every place to the end."""
+    seconds = []
+    for size in (25_000, 100_000):
+        text = unit * (size // len(unit))
+        began = time.process_time()
+        redact(text)
+        seconds.append(time.process_time() - began)
+    assert seconds[1] < 0.5 or seconds[1] < 9 * seconds[0]
+
+
+def test_a_message_has_lines_of_bounded_length(capfd: pytest.CaptureFixture[str]) -> None:
+    say("x" * 5000 + "\nshort")
+    assert capfd.readouterr().err == "gptbatch: " + "x" * 4000 + "... (5000 characters)\n  short\n"
 
 
 @pytest.mark.parametrize("secret", [text for text, _ in SECRETS])
