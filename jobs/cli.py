@@ -18,6 +18,7 @@ def main() -> None:
     """Run the command and exit with a documented code."""
     signals = Signals()
     try:
+        open_standard_files()
         signals.install()
         # torch and what comes with it are many objects that stay: to look through them for garbage again and again
         # while they are loaded, and a last time at the end, is a good part of a short run
@@ -28,6 +29,13 @@ def main() -> None:
     signals.finish()
     gc.disable()
     sys.exit(code)
+
+
+def open_standard_files() -> None:
+    """Put /dev/null where the caller has closed a standard file: the next file that is opened would take its place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -8,16 +8,31 @@ import logging
 import os
 import re
 import sys
+import traceback
+from contextlib import suppress
 
 import click
 
 from jobs.limits import out_of_memory, out_of_threads
-from jobs.messages import clean, say
-from pipeline.errors import GptbatchError, StoppedError, StorageError
+from jobs.messages import clean, is_from_echo, say
+from pipeline.errors import ConfigError, GptbatchError, StoppedError, StorageError
 
 BUG = 70
 MAX_QUOTED = 200
 MAX_CAUSES = 20
+MAX_LIBRARY_TEXT = 300
+COMPLETION = "_GPTBATCH_COMPLETE"  # set by the shell that asks click for completions
+OWN = ("jobs", "pipeline", "configs")
+# what the names of a library's environment variables begin with, besides its own name
+VARIABLES = {
+    "torch": ("PYTORCH_", "TORCHINDUCTOR_", "ATEN_"),
+    "transformers": ("HF_",),
+    "huggingface_hub": ("HF_", "HUGGING_FACE_HUB_", "HUGGINGFACE_"),
+    "datasets": ("HF_",),
+    "tokenizers": ("RAYON_",),
+    "pyarrow": ("ARROW_",),
+    "numpy": ("NPY_", "OPENBLAS_"),
+}
 
 logger = logging.getLogger("gptbatch")
 
@@ -39,8 +54,10 @@ def report(error: BaseException, signal_name: str | None) -> int:
     if isinstance(error, click.ClickException):
         say_usage(error)
         return error.exit_code
-    if isinstance(error, SystemExit):  # how click ends when the reader of our standard output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
+    if isinstance(error, SystemExit):
+        if COMPLETION in os.environ and isinstance(error.code, int):
+            return error.code
+        _drop_output()  # how click ends when the reader of our standard output has gone
         return StorageError.exit_code
     if not isinstance(error, StoppedError) and (shortage := find_shortage(error)) is not None:
         say(shortage)
@@ -49,8 +66,15 @@ def report(error: BaseException, signal_name: str | None) -> int:
         say(str(error))
         return error.exit_code
     if isinstance(error, OSError):
-        say(f"{error.filename or 'I/O'}: {error.strerror or error}")
+        if is_from_echo(error):
+            _drop_output()
+            say(f"standard output: cannot be written ({error.strerror or error})")
+        else:
+            say(f"{_short(error.filename) or 'I/O'}: {error.strerror or error}")
         return StorageError.exit_code
+    if (library := find_library(error)) is not None:
+        say(describe_library(library, error))
+        return ConfigError.exit_code
     logger.error("this is a bug in gptbatch; please report it with the lines below", exc_info=error)
     return BUG
 
@@ -60,7 +84,48 @@ def say_usage(error: click.ClickException) -> None:
     shown = io.StringIO()
     error.show(file=shown)
     text = re.sub(rf"\S{{{MAX_QUOTED + 1},}}", lambda found: f"{found[0][:MAX_QUOTED]}...", shown.getvalue().rstrip("\n"))
-    click.echo(clean(text, indent=""), err=True)
+    with suppress(OSError):  # nobody may be left to read it
+        click.echo(clean(text, indent=""), err=True)
+
+
+def _drop_output() -> None:
+    """Nothing is left to be flushed to standard output at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _short(name: object) -> str:
+    text = "" if name is None else os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}... ({len(text)} characters)"
+
+
+def find_library(error: BaseException) -> str | None:
+    """The library that failed while it was imported: broken, not installed, or with an environment that it does not accept."""
+    if not isinstance(error, Exception):
+        return None
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        name = error.name.partition(".")[0]
+        return None if name in OWN else name
+    library = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if name in OWN:
+            library = None
+        elif (library is not None or frame.f_code.co_name == "<module>") and name not in sys.stdlib_module_names:
+            library = name
+    return library
+
+
+def describe_library(library: str, error: BaseException) -> str:
+    """What the library says, and the environment variables that it may have read."""
+    prefixes = (f"{library.upper()}_", *VARIABLES.get(library, ()))
+    text = " ".join(str(error).split())
+    if len(text) > MAX_LIBRARY_TEXT:
+        text = f"{text[:MAX_LIBRARY_TEXT]}..."
+    found = sorted(name for name in os.environ if name.startswith(prefixes))
+    said = [f"{name}={_short(os.environ[name])}" for name in found]
+    advice = f"correct or unset what it reads from the environment: {', '.join(said)}" if said else "install it again"
+    return f"the library {library} cannot be imported ({type(error).__name__}: {text}); {advice}"
 
 
 def find_shortage(error: BaseException) -> str | None:

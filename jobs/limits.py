@@ -1,16 +1,17 @@
-"""Limits of the process that libraries meet badly: some crash or exit with 1 where memory or threads run out.
+"""Surroundings that libraries meet badly: no current folder, no standard output, too little memory, too few threads.
 
 Checked before anything heavy is imported.
 """
 
 from __future__ import annotations
 
+import os
 import resource
+import sys
 import threading
 from contextlib import suppress
-from pathlib import Path
 
-from pipeline.errors import ConfigError, OutOfMemoryError
+from pipeline.errors import ConfigError, InputNotFoundError, OutOfMemoryError, StorageError
 from pipeline.machine import cgroup_folders, cores
 
 GIB = 2**30
@@ -21,7 +22,21 @@ THREADS_PER_CPU, MORE_THREADS, MAX_THREADS = 2, 6, 48  # that the libraries star
 
 
 def check_limits(*, computes: bool) -> None:
-    """Raises ConfigError where the address space is too small, OutOfMemoryError where threads are."""
+    """Check where the process runs, before it does anything.
+
+    Raises:
+        InputNotFoundError: The current folder has been deleted.
+        StorageError: Standard output is closed, so that the result would be lost.
+        ConfigError: The address space is too small.
+        OutOfMemoryError: There are too few threads.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        reason = "no longer exists" if isinstance(error, FileNotFoundError) else f"cannot be used ({error.strerror})"
+        raise InputNotFoundError(f"the current folder {reason}; cd elsewhere") from None
+    if sys.stdout is None:
+        raise StorageError("standard output is closed, and the result goes there; redirect it, to /dev/null at least")
     cpus = cores().cpus
     check_address_space((COMPUTING_GIB if computes else READING_GIB) + GIB_PER_CPU * max(0, cpus - 2))
     check_threads(min(THREADS_PER_CPU * cpus + MORE_THREADS, MAX_THREADS))
@@ -79,5 +94,5 @@ def _pids_limits() -> list[int]:
     found = []
     for folder in cgroup_folders("pids"):
         with suppress(OSError, ValueError):  # "max", or no such file
-            found.append(int((Path(folder) / "pids.max").read_text(encoding="ascii")))
+            found.append(int((folder / "pids.max").read_text(encoding="ascii")))
     return found

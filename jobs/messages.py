@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from contextlib import suppress
 
 import click
@@ -22,6 +23,11 @@ def say(message: str) -> None:
 def echo(text: str) -> None:
     """Write text to standard output."""
     click.echo(clean(text, indent=""))
+
+
+def is_from_echo(error: BaseException) -> bool:
+    """Whether writing to standard output failed: `say` lets no error pass."""
+    return any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def clean(text: str, indent: str = "  ") -> str:

@@ -23,6 +23,7 @@ from pipeline.redact import redact
 
 ENVIRONMENT_PREFIX = "GPTBATCH_"
 MAX_PROBLEMS = 20
+_PATH_KEYS = ("model", "input", "dataset", "output")
 MAX_VALUE_CHARACTERS = 200
 # what Kubernetes and Docker set for a service or container called gptbatch or gptbatch-NAME, and the values that two of them have:
 # GPTBATCH_MODEL_NAME=gpt2 is a mistake
@@ -167,7 +168,7 @@ def load_config(file: str | None, *, environment: Mapping[str, str] = os.environ
         return JobConfig.model_validate(_nest(merged))
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        locations = [".".join(str(step) for step in problem["loc"]) for problem in problems]
+        locations = [_setting(".".join(str(step) for step in problem["loc"])) for problem in problems]
         keys = tuple(key for key in locations if source.get(key, "options") == "options")
         lines = [_explain(problem, source) for problem in problems[:MAX_PROBLEMS]]
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
@@ -181,13 +182,16 @@ def find_config(name: str) -> Path:
     except PathError as error:
         raise ConfigError(f"--config {name[:MAX_VALUE_CHARACTERS]}: {error}") from error
     try:
-        if path.is_file():
+        is_folder = path.is_dir()
+        if path.exists() and not is_folder:  # a pipe, as of <(envsubst < job.yaml), can be read once
             return path
     except OSError as error:
         raise ConfigError(f"{name[:80]}: cannot be a config file ({error.strerror})") from error
     bundled = locate(PREFIX).joinpath(f"{name}.yaml")
     if "/" not in name and bundled.is_file():
         return bundled
+    if is_folder:
+        raise ConfigError(f"{name}: is a folder; name the YAML file in it")
     known = ", ".join(sorted(entry.stem for entry in locate(PREFIX).glob("*.yaml")))
     raise ConfigError(f"{name}: no such config file, nor a bundled config ({known})")
 
@@ -242,7 +246,8 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     fields = config_fields()
     names = {environment_name(key): key for key in fields}
     values: dict[str, Any] = {}
-    for name, text in environment.items():
+    for name, value in environment.items():
+        text = value.rstrip("\r\n")  # of a file of variables with Windows line ends
         if not name.startswith(ENVIRONMENT_PREFIX) or text == "":
             continue
         if name not in names:
@@ -250,6 +255,8 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
                 continue
             raise ConfigError(f"environment variable {name}: no such setting{_nearest(name, list(names))}")
         key = names[name]
+        if key in _PATH_KEYS and text != text.strip() and not os.path.lexists(text):
+            raise ConfigError(f"environment variable {name}: {text!r} begins or ends with blanks; leave them out")
         if fields[key].annotation is str:  # checked with the config
             values[key] = text
             continue
@@ -270,8 +277,14 @@ def _explain(problem: ErrorDetails, source: Mapping[str, str]) -> str:
         return f"{key} is needed: give it as an option, in the config file or as {environment_name(key)}"
     if not key:
         return problem["msg"].removeprefix("Value error, ")
-    where = environment_name(key) if source.get(key) == "environment" else f"{source.get(key, 'config')}: {key}"
+    origin = source.get(_setting(key), "config")
+    where = environment_name(_setting(key)) if origin == "environment" else f"{origin}: {key}"
     return f"{where}: {_with_value(problem)}"
+
+
+def _setting(key: str) -> str:
+    """The config key of a problem: skip_row for its item skip_row.0."""
+    return re.sub(r"(\.\d+)+$", "", key)
 
 
 def _with_value(problem: ErrorDetails) -> str:
@@ -283,7 +296,14 @@ def _with_value(problem: ErrorDetails) -> str:
     if isinstance(problem.get("ctx", {}).get("error"), PathError):
         return f"{shown} {problem['ctx']['error']}"
     message = problem["msg"].removeprefix("Value error, ")
-    quoted = "; quote it to make it text" if problem["type"] == "string_type" and isinstance(value, int | float) else ""
+    quoted = ""
+    if isinstance(value, bool) and problem["type"] in ("string_type", "literal_error"):
+        words = ("on", "yes", "true") if value else ("off", "no", "false")
+        fitting = [word for word in words if problem["type"] == "string_type" or f"'{word}'" in message]
+        if fitting:
+            quoted = f"; YAML reads {', '.join(words[:2])} and {words[2]} without quotes so; if it is a word, quote it: '{fitting[0]}'"
+    elif problem["type"] == "string_type" and isinstance(value, int | float):
+        quoted = "; quote it to make it text"
     return f"{message[0].lower()}{message[1:]}, not {shown}{quoted}"
 
 

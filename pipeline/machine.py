@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ _LOADAVG = Path("/proc/loadavg")
 _STAT = Path("/proc/stat")
 MIN_OTHER_LOAD = 0.5  # processes beside our own threads, below which the cores count as ours
 MIN_STEAL = 0.05
+MAX_DIGITS = 20  # of a number of the kernel's
 MIN_TICKS = 20  # hundredths of a second of all CPUs, below which a share says nothing
 
 
@@ -49,10 +51,9 @@ def describe_cores(own_threads: int = 0) -> str:
     reasons = []
     if found.quota is not None and found.quota < found.cpus:
         reasons.append(f"the control group may use {found.quota:g} of {found.cpus} CPUs")
-    load = _read(_LOADAVG).split()
-    others = float(load[0]) - own_threads if load else 0.0
-    if others >= MIN_OTHER_LOAD:
-        reasons.append(f"other processes run or wait for them (load {load[0]} on {os.cpu_count()} CPUs)")
+    load = _load()
+    if load - own_threads >= MIN_OTHER_LOAD:
+        reasons.append(f"other processes run or wait for them (load {load:.2f} on {os.cpu_count()} CPUs)")
     if (steal := _steal()) >= MIN_STEAL:
         reasons.append(f"the host takes {steal:.0%} of their time (steal)")
     return "; ".join(reasons)
@@ -69,8 +70,8 @@ def free_memory_bytes() -> int | None:
 
 def _system_free() -> int | None:
     for line in _read(_MEMINFO).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+        if line.startswith("MemAvailable:") and (kib := _number(line.removeprefix("MemAvailable:").removesuffix("kB"))) is not None:
+            return kib * 1024
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -81,7 +82,9 @@ def cgroup_folders(controller: str) -> list[Path]:
     """Folders of this process's control group and of those around it: version 2, then version 1."""
     folders = []
     for line in _read(_OWN_CGROUP).splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not path.startswith("/"):
+            continue
         if controllers == "":
             folders += _up(_CGROUPS, path)
         elif controller in controllers.split(","):
@@ -98,11 +101,16 @@ def _cgroup_free() -> int | None:
 def _quota(folder: Path) -> float | None:
     """CPUs' worth of time that a control group may use; None without a limit."""
     words = _read(folder / "cpu.max").split() or [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
+    quota, period = [*map(_number, words), None, None][:2]  # "max" or -1 without a limit
+    return quota / period if quota and period else None
+
+
+def _load() -> float:
+    """Processes that run or wait for a CPU, over the last minute."""
     try:
-        quota, period = int(words[0]), int(words[1])
-    except (ValueError, IndexError):  # "max", or no such file
-        return None
-    return quota / period if quota > 0 and period > 0 else None
+        return float(_read(_LOADAVG).split()[0])
+    except (ValueError, IndexError):
+        return 0.0
 
 
 def _steal() -> float:
@@ -113,7 +121,7 @@ def _steal() -> float:
 
 def _cpu_times() -> list[int]:
     """User, nice, system, idle, iowait, irq, softirq and steal of all CPUs, in ticks."""
-    return [int(word) for word in _read(_STAT).partition("\n")[0].split()[1:9]]
+    return [_number(word) or 0 for word in _read(_STAT).partition("\n")[0].split()[1:9]]
 
 
 def _up(root: Path, path: str) -> list[Path]:
@@ -128,21 +136,25 @@ def _left_in(folder: Path) -> int | None:
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        try:
-            most, used = int(_read(folder / limit)), int(_read(folder / usage))
-            stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
-            return max(0, most - used + int(stat.get(cache, 0)))
-        except ValueError:  # "max", or no such file
-            continue
+        most, used = _number(_read(folder / limit)), _number(_read(folder / usage))
+        if most is not None and used is not None:
+            cached = re.search(rf"^{cache} (\d{{1,{MAX_DIGITS}}})$", _read(folder / "memory.stat"), re.ASCII | re.MULTILINE)
+            return max(0, most - used + (int(cached[1]) if cached else 0))
     return None
 
 
 def _read(path: Path) -> str:
-    """The text of a file of the kernel's; "" when it is not there."""
+    """The text of a file of the kernel's; "" when it is not there. Names of control groups may hold any byte."""
     try:
-        return path.read_text(encoding="ascii")
-    except OSError:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except (OSError, ValueError):  # ValueError: no name that a file can have
         return ""
+
+
+def _number(text: str) -> int | None:
+    """A count without a sign; None for anything else."""
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else None
 
 
 _TIMES_AT_IMPORT = _cpu_times()

@@ -14,7 +14,7 @@ _ONE_SLASH = re.compile(
     r"(s3[an]?|gs|gcs|r2|oss|az|adl|abfss?|wasbs?|hdfs|webhdfs|dbfs|file|hf|https?|s?ftp|ssh|github|memory):/", re.IGNORECASE
 )
 _HUB = re.compile(r"(?:https?://(?:huggingface\.co|hf\.co)|hf:/)/(?:(datasets|models)/)?([\w.-]+(?:/[\w.-]+)?)/?$")
-_VARIABLE = re.compile(r"\$\{[^}]*\}?|\$\([^)]*\)?|\$[A-Za-z_]\w*|\{\{.*?(?:\}\}|$)|\{%.*?(?:%\}|$)|%[A-Z][A-Z0-9_]*%")
+_VARIABLE = re.compile(r"\$\{[^}]*\}?|\$\([^)]*\)?|`[^`]*`|\$[A-Za-z_]\w*|\$[0-9@*]|\{\{.*?(?:\}\}|$)|\{%.*?(?:%\}|$)|%[A-Z][A-Z0-9_]*%")
 
 
 class PathError(ValueError):
@@ -39,6 +39,8 @@ def expand_path(text: str, *, writes: bool = False) -> str:
     if "\0" in text:
         raise PathError("is no name that a file can have: it holds a zero byte")
     exists = os.path.lexists(text)
+    if not exists and text.isspace():
+        raise PathError("is blank; name a file or folder")
     if text.startswith("~"):
         return _expand_home(text, exists=exists, writes=writes)
     if not exists:

@@ -61,6 +61,61 @@ def test_a_limit_above_what_there_is(system: Path) -> None:
     assert machine.free_memory_bytes() == 16 * GIB
 
 
+ODD = [
+    b"",
+    b"\n",
+    b"nonsense",
+    b"0::",
+    b"0:",
+    b"::::",
+    b"0::relative/path",
+    b"0::/caf\xc3\xa9",
+    b"0::/caf\xe9/\xff",
+    b"0::/a\0b",
+    b"\xff\xfe0\0:\0",
+]
+ODD += [b"0::/" + b"x" * 5000, b"9:memory,cpu\n5\n\n:x", b"0::/../../..", "٣:memory:/x".encode()]
+
+
+@pytest.mark.usefixtures("eight_cpus")
+@pytest.mark.parametrize("content", ODD)
+def test_odd_lines_about_control_groups_are_no_limit(system: Path, content: bytes) -> None:
+    (system.parent / "own").write_bytes(content)
+    assert machine.free_memory_bytes() == 16 * GIB
+    assert machine.cores() == machine.Cores(8, None)
+
+
+@pytest.mark.usefixtures("eight_cpus")
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff", b"-1 -1", b"0 0", b"5 0", b"9" * 5000, b"1e9 x", b"nan", "٣ ٣".encode()])
+def test_odd_files_of_the_kernel_are_no_limit(system: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    (system.parent / "own").write_text("0::/\n9:memory:/\n5:cpu:/\n")
+    for folder in (system, system / "memory", system / "cpu"):
+        folder.mkdir(exist_ok=True)
+        for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us", "memory.max", "memory.current", "memory.limit_in_bytes"):
+            (folder / name).write_bytes(content)
+    assert machine.free_memory_bytes() == 16 * GIB
+    assert machine.cores() == machine.Cores(8, None)
+    for name in ("_LOADAVG", "_STAT", "_MEMINFO"):
+        (system.parent / name).write_bytes(b"cpu MemAvailable: " + content + b" kB\nMemAvailable: " + content + b" kB\n")
+        monkeypatch.setattr(machine, name, system.parent / name)
+    machine.describe_cores()
+    machine.free_memory_bytes()
+
+
+def test_a_group_whose_name_is_not_utf8(system: Path) -> None:
+    (system.parent / "own").write_bytes(b"0::/caf\xe9\n")
+    limit(system / os.fsdecode(b"caf\xe9"), str(4 * GIB), GIB)
+    assert machine.free_memory_bytes() == 3 * GIB
+
+
+def test_a_limit_without_its_statistics(system: Path) -> None:
+    (system.parent / "own").write_text("0::/job\n")
+    limit(system / "job", str(4 * GIB), GIB)
+    for content in (b"", b"odd", b"inactive_file x\nanon", b"\xff\xff"):
+        (system / "job" / "memory.stat").write_bytes(content)
+        assert machine.free_memory_bytes() == 3 * GIB
+
+
 def test_a_group_that_is_full(system: Path) -> None:
     (system.parent / "own").write_text("0::/job\n")
     limit(system / "job", str(GIB), 2 * GIB)

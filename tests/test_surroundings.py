@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from click.testing import CliRunner
 from platformdirs import user_cache_path
 
 from jobs.cli import run_command
-from jobs.failures import find_shortage
+from jobs.failures import find_library, find_shortage
 from jobs.generate import generate
 from jobs.group import COMMANDS, cli
 from jobs.messages import LogFormatter, say
 from jobs.options import option_groups, option_name
 from pipeline.advice import describe_errors
-from pipeline.config import JobConfig, config_fields, environment_name, load_config
+from pipeline.config import JobConfig, config_fields, environment_name, find_config, load_config
 from pipeline.data.lock import OutputLock
 from pipeline.errors import ConfigError, ModelError
 from pipeline.openmp import limit_spinning
@@ -106,7 +107,22 @@ def test_the_command_takes_home(gptbatch: Command, checkpoint: Path, tmp_path: P
         assert code == 0, stderr
 
 
-UNEXPANDED = ["$HOME/x", "${X}", "runs/$RUN_ID/out", "a-${X:-b}", "$(date)", "{{ ds }}", "runs/{{ds_nodash}}", "{% x %}", "%USERPROFILE%/x"]
+UNEXPANDED = [
+    "`date`",
+    "runs/`date +%F`/x",
+    "$1/out",
+    "run-$2",
+    "$@",
+    "$HOME/x",
+    "${X}",
+    "runs/$RUN_ID/out",
+    "a-${X:-b}",
+    "$(date)",
+    "{{ ds }}",
+    "runs/{{ds_nodash}}",
+    "{% x %}",
+    "%USERPROFILE%/x",
+]
 
 
 @pytest.mark.parametrize("key", PATH_KEYS)
@@ -122,7 +138,7 @@ def test_variables_that_nothing_expanded_are_refused(text: str, key: str, tmp_pa
     load_config(None, environment={}, options=options)
 
 
-@pytest.mark.parametrize("text", ["cost$", "100%", "50%_of_it", "a{b}", "$5", "x$", "{a}", "a$-b", "50% off 20%"])
+@pytest.mark.parametrize("text", ["cost$", "100%", "50%_of_it", "a{b}", "x$", "{a}", "a$-b", "50% off 20%", "run-%Y-%m-%d", "it`s"])
 def test_names_with_such_characters_are_names(text: str) -> None:
     assert expand_path(text) == text
 
@@ -169,6 +185,15 @@ def test_a_file_under_a_urls_name_is_that_file(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s3:" / "bucket").mkdir(parents=True)
     assert expand_path("s3://bucket") == "s3://bucket"
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+@pytest.mark.parametrize("text", [" ", "   ", "\t", "\n"])
+def test_a_blank_path_is_refused(text: str, key: str) -> None:
+    options = {**NEEDED, key: text} if key != "dataset" else {"model": "m", "output": "o", "dataset": text}
+    with pytest.raises(ConfigError, match="is blank") as caught:
+        load_config(None, environment={}, options=options)
+    assert f"{key}: {text!r}" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["a\0b", "half \ud83d of a pair"])
@@ -232,6 +257,42 @@ def test_a_typo_is_an_error_with_the_nearest_name(name: str, nearest: str) -> No
         load_config(None, environment={name: "5"}, options=NEEDED)
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("seed", "5", 5),
+        ("temperature", "0.5", 0.5),
+        ("ignore_eos", "true", True),
+        ("engine.device", "cpu", "cpu"),
+        ("output", "out", "out"),
+        ("prompt_field", "text", "text"),
+        ("skip_row", '["a"]', ["a"]),
+        ("limit", "", None),
+    ],
+)
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+def test_line_ends_of_a_file_of_variables(key: str, text: str, value: Any, end: str) -> None:
+    options = {name: given for name, given in NEEDED.items() if name != key}
+    config = load_config(None, environment={environment_name(key): text + end}, options=options)
+    assert getattr(config.engine if key.startswith("engine.") else config, key.removeprefix("engine.")) == value
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+@pytest.mark.parametrize("text", [" x", "x ", "\tx", "  "])
+def test_blanks_around_a_path_in_the_environment(key: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = environment_name(key)
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, environment={name: text}, options={})
+    assert f"environment variable {name}: {text!r} begins or ends with blanks" in str(caught.value)
+    (tmp_path / text).touch()
+    assert getattr(load_config(None, environment={name: text}, options=_others(key)), key) == text
+
+
+def _others(key: str) -> dict[str, str]:
+    return {name: value for name, value in NEEDED.items() if name != key and (key, name) != ("dataset", "input")}
+
+
 # -- config files ------------------------------------------------------------------------------------------------------
 
 
@@ -243,13 +304,26 @@ def _bomb(levels: int) -> str:
 HOSTILE = [
     ('seed: !!int ""', "a number has 1 to 100 characters, not 0"),
     ('temperature: !!float ""', "a number has 1 to 100 characters, not 0"),
-    ('seed: !!int "-"', "not readable as YAML"),
-    ("temperature: !!float _", "not readable as YAML"),
-    ("output: !!timestamp 2001-99-99", "not readable as YAML"),
-    ("output: !!timestamp x", "not readable as YAML"),
+    ('seed: !!int "-"', "not readable as YAML (seed: '-' is no int, line 1, column 7)"),
+    ('top_k: 5\nengine:\n  threads: !!int "0x"', "not readable as YAML (threads: '0x' is no int, line 3, column 12)"),
+    ("skip_row: [a, !!int '+']", "not readable as YAML ('+' is no int, line 1, column 15)"),
+    ("ignore_eos: !!bool maybe", "not readable as YAML (ignore_eos: 'maybe' is no bool, line 1, column 13)"),
+    ("temperature: !!float _", "temperature: '_' is no float, line 1, column 14"),
+    ("output: !!timestamp 2001-99-99", "output: '2001-99-99' is no timestamp, line 1, column 9"),
+    ("output: !!timestamp x", "output: 'x' is no timestamp, line 1, column 9"),
+    ("seed: 010", "seed: 010 is octal in YAML 1.1 and decimal in YAML 1.2; write 10, or quote it to make it text, line 1, column 7"),
+    ("output: -0_17", "output: -0_17 is octal in YAML 1.1 and decimal in YAML 1.2; write -17"),
+    ("skip_row: [a, 00]", "00 is octal in YAML 1.1 and decimal in YAML 1.2; write 0, or quote it"),
+    ("seed: 1:30", "seed: input should be a valid integer, not '1:30'"),
+    ("temperature: 1:30.5", "temperature: input should be a valid number, not '1:30.5'"),
+    ("numerics: off", "numerics: input should be 'auto', 'exact' or 'off', not False; YAML reads off, no and false without quotes so"),
+    ("prompt_field: yes", "YAML reads on, yes and true without quotes so; if it is a word, quote it: 'on'"),
+    ("skip_row: [a, no]", "skip_row.1: input should be a valid string, not False; YAML reads off, no and false"),
+    ("skip_row: [a, 5]", "skip_row.1: input should be a valid string, not 5; quote it"),
+    ("metadata_field: [id, x]", "metadata_field.1: input should be 'id', "),
     ("seed: " + "9" * 5000, "a number has 1 to 100 characters, not 5000"),
     ("seed: 0x" + "f" * 5000, "a number has 1 to 100 characters"),
-    ("seed: " + ":".join(["59"] * 3000), "a number has 1 to 100 characters"),
+    ("seed: !!int " + ":".join(["59"] * 3000), "a number has 1 to 100 characters"),
     ("skip_row: " + "[" * 200 + "]" * 200, "nested deeper than 16 levels"),
     ("skip_row: " + "{a: " * 200 + "1" + "}" * 200, "nested deeper than 16 levels"),
     (_bomb(9), "the alias *a0 in line 2 is not supported; write the value out"),
@@ -294,6 +368,42 @@ def test_a_number_where_text_is_needed(tmp_path: Path) -> None:
     path.write_text("output: 7")
     with pytest.raises(ConfigError, match="output: input should be a valid string, not 7; quote it to make it text"):
         load_config(str(path), environment={}, options={"model": "m", "input": "i"})
+
+
+def test_words_and_times_of_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("numerics: 'off'\noutput: 1:30\nprompt_field: 12:30:45\nignore_eos: yes\nseed: 0\ntop_k: 0x1f\n")
+    config = load_config(str(path), environment={}, options={"model": "m", "input": "i"})
+    assert (config.numerics, config.output, config.prompt_field, config.ignore_eos) == ("off", "1:30", "12:30:45", True)
+    assert (config.seed, config.top_k) == (0, 31)
+
+
+def test_a_config_from_a_pipe(tmp_path: Path) -> None:
+    """As `--config <(envsubst < job.yaml)` and `--config /dev/stdin` give it, and a named pipe."""
+    content = b"model: m\ninput: i\noutput: o\nseed: 7\n"
+    read, write = os.pipe()
+    os.write(write, content)
+    os.close(write)
+    assert load_config(f"/dev/fd/{read}", environment={}, options={}).seed == 7
+    os.close(read)
+    fifo = tmp_path / "job.yaml"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_bytes, args=(content,))
+    writer.start()
+    assert load_config(str(fifo), environment={}, options={}).seed == 7
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [(".", "is a folder"), ("/dev", "is a folder"), ("/dev/zero", "more than 1024 KiB"), ("/dev/null", "")]
+)
+def test_configs_that_are_no_files(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(name, environment={}, options={})
+    assert message in str(caught.value)
+    (tmp_path / "demo").mkdir()
+    assert find_config("demo").name == "demo.yaml", "the bundled one"
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
@@ -462,6 +572,122 @@ def test_long_values_are_cut(option: str, gptbatch: Command) -> None:
     code, _, stderr = gptbatch("generate", option, "9" * 50_000)
     assert code == 2
     assert len(stderr) < 2000
+
+
+@pytest.mark.parametrize("length", [256, 5000])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_output_whose_name_is_too_long(length: int, dry: list[str], checkpoint: Path, gptbatch: Command, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
+    name = "r" * (length - 256) + "x" * 256
+    code, stdout, stderr = gptbatch("generate", "--model", checkpoint, "--input", "prompts.jsonl", "--output", name, *dry)
+    assert (code, stdout) == (73, "")
+    assert stderr == f"gptbatch: {name[:200]}... ({len(name)} characters): cannot be created: the name is too long\n"
+
+
+# -- standard output, the current folder, libraries --------------------------------------------------------------------
+
+CLOSED = "gptbatch: standard output is closed, and the result goes there; redirect it, to /dev/null at least\n"
+COMMAND_LINES = [["status", "x"], ["verify", "x"], ["generate", "--output", "/x"], ["diff", "x", "y"], ["generate", "--help"]]
+
+
+def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A shell in which `gptbatch` is this code."""
+    program = f'gptbatch() {{ "{sys.executable}" -m jobs "$@"; }}; {command}'
+    full = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    return subprocess.run(["bash", "-c", program], cwd=cwd, env=full, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", COMMAND_LINES)
+def test_the_current_folder_is_gone(arguments: list[str], gptbatch: Command, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    try:
+        assert gptbatch(*arguments) == (66, "", "gptbatch: the current folder no longer exists; cd elsewhere\n")
+    finally:
+        os.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("gptbatch generate --nope 2>/dev/full", 2, ""),
+        ("gptbatch status nowhere 2>/dev/full", 66, ""),
+        ("gptbatch generate --nope 2>&-", 2, ""),
+        ("gptbatch generate --help >/dev/full", 74, "gptbatch: standard output: cannot be written (No space left on device)\n"),
+        ("gptbatch --version >/dev/full", 74, "gptbatch: standard output: cannot be written (No space left on device)\n"),
+        (
+            "gptbatch status nowhere >&-",
+            74,
+            "gptbatch: standard output is closed, and the result goes there; redirect it, to /dev/null at least\n",
+        ),
+        ("gptbatch generate --help | true; exit ${PIPESTATUS[0]}", 74, ""),
+        ("_GPTBATCH_COMPLETE=bash_source gptbatch >/dev/null", 0, ""),
+        ("_GPTBATCH_COMPLETE=zsh_source gptbatch >/dev/null", 0, ""),
+    ],
+)
+def test_standard_files_that_are_full_or_closed(command: str, code: int, said: str, tmp_path: Path) -> None:
+    done = shell(command, tmp_path)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_the_result_of_a_run_is_not_lost_in_silence(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
+    line = f"gptbatch generate --model {checkpoint} --input prompts.jsonl --output out --dry-run"
+    done = shell(f"{line} >/dev/full", tmp_path)
+    assert (done.returncode, done.stderr) == (74, "gptbatch: standard output: cannot be written (No space left on device)\n")
+
+
+@pytest.mark.parametrize("closed", [(), (0,), (1,), (0, 1), (1, 2), (0, 1, 2)])
+def test_no_file_takes_the_place_of_a_standard_file(closed: tuple[int, ...]) -> None:
+    program = "import os; from jobs.cli import open_standard_files as o; o(); d = os.open('/dev/null', 0); os._exit(d if d > 2 else 100)"
+    command = f'exec "{sys.executable}" -c "{program}" ' + " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(["bash", "-c", command], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, timeout=60, check=False)
+    assert 3 <= done.returncode < 10
+
+
+LIBRARIES = [
+    ("tqdm", "TQDM_MININTERVAL", "raise ValueError(\"could not convert string to float: 'abc'\")"),
+    ("torch", "TORCH_LOGS", "raise ValueError('Invalid log settings: x\\n' + 'valid are many ' * 1000)"),
+    ("huggingface_hub", "HF_HUB_ETAG_TIMEOUT", "int('abc')"),
+    ("pyarrow", "ARROW_DEFAULT_MEMORY_POOL", "{}['abc']"),
+]
+
+
+@pytest.mark.parametrize(("library", "variable", "code"), LIBRARIES)
+def test_a_library_that_fails_while_it_is_imported(
+    library: str, variable: str, code: str, gptbatch: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that reads the environment badly is a matter of the environment, not a bug of ours."""
+    (tmp_path / f"{library}.py").write_text(f"def read():\n    {code}\n\n\nread()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, library, raising=False)
+    monkeypatch.setenv(variable, "a\nbc")
+    monkeypatch.setattr("jobs.generate.load_config", lambda *arguments, **settings: import_module(library))
+    exit_code, stdout, stderr = gptbatch("generate")
+    sys.modules.pop(library, None)
+    assert (exit_code, stdout) == (78, "")
+    assert stderr.startswith(f"gptbatch: the library {library} cannot be imported (")
+    assert "; correct or unset what it reads from the environment: " in stderr
+    assert f" {variable}=a" in stderr
+    assert len(stderr) < 1500
+    assert "Traceback" not in stderr
+
+
+def test_a_library_that_is_not_there_or_broken(gptbatch: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("jobs.generate.load_config", lambda *arguments, **settings: import_module("nowhere_to_be_found.x"))
+    code, _, stderr = gptbatch("generate")
+    assert code == 78
+    assert "the library nowhere_to_be_found cannot be imported (ModuleNotFoundError: " in stderr
+    assert "; install it again" in stderr
+
+
+def test_a_mistake_of_ours_is_a_bug(gptbatch: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Also in a module of ours that is imported, and in a library that is called."""
+    for error in (ImportError("cannot import name 'x'"), ModuleNotFoundError("No module named 'pipeline.x'", name="pipeline.x")):
+        assert find_library(error) is None
+    monkeypatch.setattr("jobs.generate.load_config", lambda *arguments, **settings: click.Choice(5))  # type: ignore[call-overload]
+    assert gptbatch("generate")[0] == 70
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ parts where it is lost. A folder without a part holds no job. Only files that ar
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -88,6 +89,11 @@ class OutputFolder:
                 mode = entry.lstat().st_mode
             except (FileNotFoundError, NotADirectoryError):
                 continue
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                name = str(self.path)
+                raise OutputCreationError(f"{name[:200]}... ({len(name)} characters): cannot be created: the name is too long") from error
             if stat.S_ISLNK(mode):
                 raise OutputConflictError(f"{entry}: is a symbolic link; name the real folder, so that nothing else is written over")
             if entry in files and not stat.S_ISREG(mode):

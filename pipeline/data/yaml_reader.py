@@ -2,7 +2,8 @@
 
 YAML can make a few bytes into gigabytes (aliases of aliases), and PyYAML lets errors of its
 constructors pass (IndexError for `!!int ""`). All that a mapping of settings needs is read here,
-the rest is refused at once. A date is text, as everything that is no number, boolean or null.
+the rest is refused at once. A date is text, as everything that is no number, boolean or null; so
+is 1:30, which YAML 1.1 takes for 90. 010, which it takes for 8 and YAML 1.2 for 10, is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ MAX_RECORDED_BYTES = 2**23  # of a file that a run wrote: skip_row may be long
 MAX_DEPTH = 16
 MAX_NUMBER_CHARACTERS = 100
 
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -83,6 +85,14 @@ def _line(event: yaml.Event) -> str:
 class _Settings(yaml.constructor.SafeConstructor):
     """A key twice is an error, where PyYAML takes the last; numbers are of bounded length."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            shown = repr(node.value[:80]) if isinstance(node, yaml.ScalarNode) else "this"
+            problem = f"{shown} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
@@ -92,7 +102,13 @@ class _Settings(yaml.constructor.SafeConstructor):
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {str(key)[:80]!r} stands twice", key_node.start_mark)
             seen.add(key)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        try:
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        except yaml.constructor.ConstructorError as error:
+            for key_node, value_node in node.value:
+                if value_node.start_mark is error.problem_mark:
+                    error.problem = f"{key_node.value[:80]}: {error.problem}"
+            raise
         return mapping
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
@@ -100,12 +116,20 @@ class _Settings(yaml.constructor.SafeConstructor):
         if is_number and not 0 < len(node.value) <= MAX_NUMBER_CHARACTERS:
             problem = f"a number has 1 to {MAX_NUMBER_CHARACTERS} characters, not {len(node.value)}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        if node.tag.endswith(":int") and _OCTAL.fullmatch(node.value):
+            decimal = int(node.value, 10)
+            problem = f"{node.value} is octal in YAML 1.1 and decimal in YAML 1.2; write {decimal}, or quote it to make it text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_scalar(node)
 
 
-# `2026-11-27` and `<<` resolve to text
+def _without_base_60(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
+    return re.compile(rf"(?!.*:)(?:{pattern.pattern})", re.VERBOSE) if tag.endswith((":int", ":float")) else pattern
+
+
+# `2026-11-27`, `<<` and `1:30` resolve to text
 _RESOLVERS = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":merge"))]
+    first: [(tag, _without_base_60(tag, pattern)) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
