@@ -15,6 +15,7 @@ import pytest
 from jobs.group import COMMANDS
 from jobs.signals import STOPPED, STOPPING, Signals
 from pipeline.gpt.kernels.build import SOURCES
+from tests.launcher import Launcher
 from tests.paths import REPOSITORY
 
 NAMES = [number.name for number in STOPPING]
@@ -113,24 +114,33 @@ def test_python_m_jobs(tmp_path: Path) -> None:
     assert "stopped by SIGHUP" in stderr
 
 
-def test_compilers_end_with_the_build(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("numbers", "codes"),
+    [
+        ([signal.SIGTERM], {STOPPED}),
+        ([signal.SIGKILL], {-signal.SIGKILL}),
+        ([signal.SIGTERM, signal.SIGINT], {128 + signal.SIGTERM, 128 + signal.SIGINT}),
+        ([signal.SIGTERM, signal.SIGKILL], {-signal.SIGKILL}),
+    ],
+    ids=lambda value: "+".join(number.name for number in value) if isinstance(value, list) else "",
+)
+def test_compilers_end_with_the_build(
+    launcher: Launcher, checkpoint: Path, tmp_path: Path, numbers: list[signal.Signals], codes: set[int]
+) -> None:
     """They have children of their own, which must end too. The fake one names both before it waits."""
-    compiler = tmp_path / "c++"
-    compiler.write_text(f"#!/bin/bash\nsleep 600 &\necho $$ $! >> {tmp_path / 'started'}\nwait\n")
+    compiler, started = tmp_path / "c++", tmp_path / "started"
+    compiler.write_text(f"#!/bin/bash\ntrap '' HUP INT TERM\nsleep 600 &\necho $$ $! >> {started}\nwait; wait\n")
     compiler.chmod(0o755)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs", "generate", "--model", str(checkpoint), "--input", "prompts.jsonl", "--output", "out"],
+    child = launcher.start(
+        *("generate", "--model", checkpoint, "--input", "prompts.jsonl", "--output", "out"),
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(compiler)},
-        stderr=subprocess.PIPE,
-        text=True,
+        env={"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(compiler)},
     )
-    started = tmp_path / "started"
     wait_for(lambda: started.exists() and len(started.read_text().split()) == 2 * len(SOURCES))
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == STOPPED, stderr
+    for number in numbers:
+        child.send_signal(number)
+    assert child.wait() in codes, child.stderr
     wait_for(lambda: not [pid for pid in started.read_text().split() if is_running(int(pid))])
 
 

@@ -4,7 +4,7 @@ A library is kept under a key of all that it depends on (source, flags, torch, t
 cache folder which machines share holds one for each kind, and under a hash of its content. It is compiled in a temporary folder
 and moved into place whole, under a file lock: a build that was killed leaves nothing that could be loaded, and the next one
 sweeps its folder. A library runs with the rights of the process, so it is loaded only where nobody else but root can have put
-it there. The compilers end with the build, however that ends.
+it there. Compilers end with the build, also where its process is killed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -37,6 +39,14 @@ HEADERS = ("common.h", "attention.h", "ending.h", "full_pages.h", "int8_pages.h"
 LOCK_TIMEOUT_S = 600.0  # another process that builds takes seconds; one that hangs must not stop us for ever
 BUILD_TIMEOUT_S = 600.0
 _TEMPORARY = "build-"
+# Waits for the end of its standard input, which the kernel closes when the build's process ends, and kills its process group.
+_GUARD = """
+import os, signal
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+os.read(0, 1)
+os.killpg(0, signal.SIGKILL)
+"""
 
 # by torch.backends.cpu.get_cpu_capability(): without these at::vec falls back to plain loops
 _CAPABILITY_FLAGS = {
@@ -174,37 +184,59 @@ def _build(compiler: list[str], folder: Path, key: str) -> Path:
         return target.replace(folder / _name(key, target))
 
 
+@contextmanager
+def _process_group() -> Iterator[int]:
+    """A process group of this session; all in it are killed at the end of the block or of this process, SIGKILL included.
+
+    A parent-death signal would end the compiler driver alone, not the compiler that it starts.
+    """
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _GUARD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    )
+    try:
+        yield guard.pid
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(guard.pid, signal.SIGKILL)
+        guard.wait()
+        if guard.stdin is not None:
+            guard.stdin.close()
+
+
 def _run_together(commands: list[list[str]], temporary: str) -> None:
     """Run compilers side by side, with their temporary files in `temporary`. Raises KernelError with the first error.
 
-    None outlives the call, which a signal may end. A compiler has processes of its own, so each is the leader of a group.
+    None outlives the call, nor this process.
     """
     deadline = time.monotonic() + BUILD_TIMEOUT_S
     running: list[subprocess.Popen[str]] = []
     try:
-        for command in commands:
-            running.append(
-                subprocess.Popen(
-                    command,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    errors="replace",
-                    env={**os.environ, "TMPDIR": temporary},
-                    start_new_session=True,
+        with _process_group() as group:
+            for command in commands:
+                running.append(
+                    subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                        errors="replace",
+                        env={**os.environ, "TMPDIR": temporary},
+                        process_group=group,
+                    )
                 )
-            )
-        for process in running:
-            _, said = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-            if process.returncode != 0:
-                lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines() or ["no message"]
-                raise KernelError(f"{commands[0][0]} cannot build it (exit code {process.returncode}): {lines[0][:300]}")
+            for process in running:
+                _, said = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+                if process.returncode != 0:
+                    lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines() or ["no message"]
+                    raise KernelError(f"{commands[0][0]} cannot build it (exit code {process.returncode}): {lines[0][:300]}")
     except subprocess.TimeoutExpired as error:
         raise KernelError(f"{commands[0][0]} has not ended after {BUILD_TIMEOUT_S:.0f} s") from error
     finally:
-        for process in [process for process in running if process.poll() is None]:  # all, before any is waited for
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
         for process in running:
             process.wait()
             if process.stderr is not None:
