@@ -35,6 +35,7 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     completions are never printed.
     """
     from pipeline.data.recorded import RecordedRun
+    from pipeline.data.stray_tables import describe_strays
     from pipeline.diff import diff_runs, settings_that_differ, summarize
     from pipeline.errors import InputNotFoundError
 
@@ -42,6 +43,8 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     for name, run in (("A", run_a), ("B", run_b)):
         if not run.complete:
             say(f"{name} ({run.path}) is not complete; compared are the {run.n_rows} rows that it holds")
+        if run.strays:
+            say(f"{name} ({run.path}): {describe_strays(run.strays)}")
     shown: list[RowDifference] = []
     summary = summarize(run_a, run_b, _collected(diff_runs(run_a, run_b), shown, limit, common))
     if common and not summary.common and (run_a.n_rows or run_b.n_rows):

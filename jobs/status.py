@@ -39,8 +39,10 @@ def _lines(found: OutputStatus) -> list[str]:
         f"{found.output}: {found.state}",
         f"rows     {found.rows_done} of {found.rows_total}" + (f", {found.rows_missing} missing" if found.rows_missing else ""),
         f"parts    {found.parts_done} of {found.parts_total}"
-        + (f", missing {_some(found.parts_missing)}" if found.parts_missing else "")
-        + (f", damaged {_some(found.parts_damaged)}: the next run does them again" if found.parts_damaged else ""),
+        + (f", missing {_some(found.parts_missing, found.n_parts_missing)}" if found.parts_missing else "")
+        + (
+            f", damaged {_some(found.parts_damaged, len(found.parts_damaged))}: the next run does them again" if found.parts_damaged else ""
+        ),
         f"errors   {sum(found.errors.values())}" + (f" ({kinds})" if kinds else ""),
         f"tokens   {found.prompt_tokens} of prompts, {found.completion_tokens} of completions",
     ]
@@ -51,6 +53,6 @@ def _lines(found: OutputStatus) -> list[str]:
     return lines
 
 
-def _some(numbers: list[int]) -> str:
+def _some(numbers: list[int], count: int) -> str:
     shown = ", ".join(map(str, numbers[:MOST_NAMED]))
-    return shown if len(numbers) <= MOST_NAMED else f"{shown} and {len(numbers) - MOST_NAMED} more"
+    return shown if count <= MOST_NAMED else f"{shown} and {count - MOST_NAMED} more"

@@ -41,17 +41,20 @@ def verify(
     end-of-text included. Where this machine computes the same bits as the one that ran, the answer is exact; elsewhere a
     recorded token that is within rounding of winning is a near tie, and no mismatch. Rows whose window slid cost a prefill a
     step. Its last line is a JSON object. Exits with 0 when all rows agree, with 1 when one does not, with 66 when there was none to
-    check (a complete run of no rows is fine).
+    check (a complete run of no rows is fine), with 74 when rows of a complete run are lost or other tables stand among its parts.
     """
     if all_rows and rows is not None:
         raise click.UsageError("--rows and --all cannot be given together")
 
     from pipeline.data.recorded import RecordedRun
-    from pipeline.errors import InputNotFoundError
+    from pipeline.data.stray_tables import describe_strays
+    from pipeline.errors import InputNotFoundError, StorageError
     from pipeline.reopen import Overrides, ReopenedRun
     from pipeline.verify import evenly_spaced, verify_rows
 
     run = RecordedRun(output)
+    if run.strays:
+        raise StorageError(f"{output}: {describe_strays(run.strays)}")
     if not run.complete:
         say(f"{output} is not complete; only the {run.n_rows} rows that it holds can be checked")
     overrides = Overrides(model=model, allow_pickle=allow_pickle, allow_other_weights=allow_other_weights, device=device, threads=threads)
@@ -94,6 +97,9 @@ def verify(
     if not checked and not (run.complete and run.n_rows == 0):
         what = f"all {outcomes['skipped']} rows looked at are error rows" if outcomes["skipped"] else "it holds no rows yet"
         raise InputNotFoundError(f"{output}: nothing was checked: {what}")
+    if run.marked_complete and not run.complete and not mismatches:
+        held = f"{run.n_rows} of {run.rows_promised} rows"
+        raise StorageError(f"{output}: is marked complete, but holds {held}; the same generate command makes the rest")
     return MISMATCH if mismatches else 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.data.folder_models import Part
-from pipeline.data.output_folder import FolderState, OutputFolder
+from pipeline.data.output_folder import FolderState, OutputFolder, refuse_strays
 from pipeline.data.parts import DEFAULT_PART_ROWS, FORMAT, FoundPart, PartPlan, count_parts
 from pipeline.data.prompts import InputSummary
 from pipeline.errors import OutputConflictError
@@ -56,6 +56,8 @@ def kept_state(config: JobConfig, folder: OutputFolder, identity: Callable[[], d
     """
     folder.refuse_links()
     state = folder.state()
+    if state is not None:
+        refuse_strays(folder.path, state.strays)
     if state is None or not state.holds_job or is_replaced(config, state, identity()):
         return None
     check_same_job(config, state, identity())

@@ -30,7 +30,7 @@ from pipeline.data.durable import sweep
 from pipeline.data.error_rows import write_error_rows
 from pipeline.data.folder_models import Part
 from pipeline.data.lock import OutputLock
-from pipeline.data.output_folder import ERRORS, FolderState, OutputFolder, facts_of
+from pipeline.data.output_folder import ERRORS, FolderState, OutputFolder, facts_of, refuse_strays
 from pipeline.data.parts import FORMAT, PartPlan, PartWriter
 from pipeline.data.progress_file import PROGRESS, ProgressFile, looks_alive
 from pipeline.data.rows import RowSource
@@ -78,6 +78,8 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
     folder = OutputFolder(Path(config.output))
     folder.refuse_links()
     state = folder.state()
+    if state is not None:
+        refuse_strays(folder.path, state.strays)
     memory = DigestMemory() if state is None else folder.memory()
     checkpoint = find_checkpoint(config.model, revision=config.revision, allow_pickle=config.allow_pickle, memory=memory)
     parse_config(checkpoint.config, str(checkpoint.config_path))  # before a tokenizer that takes seconds to make

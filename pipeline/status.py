@@ -5,8 +5,10 @@ Reads small files and footers, not the rows; of parts that are as the folder rem
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +18,20 @@ from pipeline.data.lock import is_held
 from pipeline.data.output_folder import CONFIG, MANIFEST, WORK, FolderState, OutputFolder
 from pipeline.data.parts import count_parts, part_number
 from pipeline.data.progress_file import read_progress
+from pipeline.data.stray_tables import describe_strays
 from pipeline.errors import InputNotFoundError, StorageError
 
 MAX_NAMED = 3
+MAX_LISTED = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputStatus:
     """state: complete; running, a process holds it now; unfinished, none does. rows_done: in parts of the folder's job.
 
-    parts_missing and parts_damaged: numbers of parts. errors: error rows by kind. tokens_per_s and seconds_left: of the run that is
-    going on, or the last; None when it has not said. problems: what is wrong with the folder, a line each.
+    parts_missing: numbers of the first MAX_LISTED of the `n_parts_missing`. parts_damaged: numbers. errors: error rows by kind.
+    tokens_per_s and seconds_left: of the run that is going on, or the last; None when it has not said. problems: what is wrong with
+    the folder, a line each.
     """
 
     output: str
@@ -36,6 +41,7 @@ class OutputStatus:
     rows_missing: int
     parts_total: int
     parts_done: int
+    n_parts_missing: int
     parts_missing: list[int]
     parts_damaged: list[int]
     errors: dict[str, int]
@@ -69,11 +75,12 @@ def output_status(path: Path) -> OutputStatus:
     numbers = {part.number for part in parts}
     unusable = [] if found is None else [(part_number(file.path.name), file) for file in found.unusable]
     damaged = sorted(number for number, file in unusable if number is not None and number < n_parts and file.state == "damaged")
-    taken = {number for number, _ in unusable}
+    there = numbers | {number for number, _ in unusable if number is not None}
+    missing = (number for number in range(n_parts) if number not in there)
     done = sum(part.rows for part in parts)
     complete = (
         (state is not None and state.marked_complete and found is not None)
-        and not (found.other_jobs or found.unusable)
+        and not (found.other_jobs or found.unusable or state.strays)
         and (len(parts), done) == (n_parts, rows)
     )
     running = not complete and is_held(folder.work)
@@ -85,7 +92,8 @@ def output_status(path: Path) -> OutputStatus:
         rows_missing=max(0, rows - done),
         parts_total=n_parts,
         parts_done=len(parts),
-        parts_missing=[number for number in range(n_parts) if number not in numbers and number not in taken],
+        n_parts_missing=n_parts - sum(number < n_parts for number in there),
+        parts_missing=list(islice(missing, MAX_LISTED)),
         parts_damaged=damaged,
         errors=_error_kinds(parts),
         prompt_tokens=sum(part.prompt_tokens for part in parts),
@@ -107,6 +115,8 @@ def _error_kinds(parts: list[Part]) -> dict[str, int]:
 
 def _problems(folder: OutputFolder, state: FolderState, found: FolderParts) -> list[str]:
     problems = [found.other_jobs] if found.other_jobs else []
+    if state.strays:
+        problems.append(describe_strays(state.strays))
     strangers = [file for file in found.unusable if file.state == "foreign"]
     problems += [f"{file.path.name}: is not a part of gptbatch ({file.problem})" for file in strangers[:MAX_NAMED]]
     if len(strangers) > MAX_NAMED:
@@ -114,6 +124,8 @@ def _problems(folder: OutputFolder, state: FolderState, found: FolderParts) -> l
     problems += [f"{file.path.name}: {file.problem}" for file in found.unusable if file.state == "damaged"][:MAX_NAMED]
     if state.manifest_lost:
         problems.append(f"{MANIFEST} is missing or damaged: this is what the footers of the parts say")
-    if state.parts and not (folder.work / CONFIG).exists():
+    if os.path.lexists(folder.work) and not folder.work.is_dir():
+        problems.append(f"{WORK} is not a folder: verify and replay need the settings in it")
+    elif state.parts and not (folder.work / CONFIG).exists():
         problems.append(f"a copy without {WORK}/{CONFIG}: verify and replay need it")
     return problems

@@ -6,12 +6,15 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -371,6 +374,126 @@ def test_parts_behind_links_are_read(output: Path, tmp_path: Path, command: Comm
         path.symlink_to(tmp_path / path.name)
     assert "7 of 7" in command("status", output)[1]
     assert RecordedRun(output).n_rows == 7
+
+
+# -- other tables beside the parts --------------------------------------------------------------------------------------
+
+STRAYS = [
+    "part-00000 (1).parquet",
+    "part-000000.parquet",
+    "part-00000.parquet.~1~",
+    "part-00000 (copy)",
+    "PART-00000.PARQUET",
+    "merged.parquet",
+    "old/part-00000.parquet",
+]
+HIDDEN = [".part-00000.parquet.Xa1", "_part-00000.parquet", ".stversions/part-00000.parquet", "_old/part-00000.parquet"]
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_a_table_that_readers_take_for_a_part_is_named(finished: Path, output: Path, command: Command, name: str) -> None:
+    stray = output / name
+    stray.parent.mkdir(exist_ok=True)
+    shutil.copy(output / "part-00000.parquet", stray)
+    assert len(pd.read_parquet(output)) == 7 + 3
+    message = f"readers will also read {name}, which is no part of the run"
+    found = output_status(output)
+    assert (found.state, found.rows_missing) == ("unfinished", 0)
+    assert any(problem.startswith(message) for problem in found.problems)
+    for arguments, expected in ((("verify", output), 74), (("diff", output, finished / "out"), 0), (("diff", finished / "out", output), 0)):
+        code, _, stderr = command(*arguments)
+        assert (code, stderr.count(message)) == (expected, 1), arguments
+    for settings in ({}, {"overwrite": True}):
+        with pytest.raises(OutputConflictError, match=re.escape(message)):
+            run_job(job(finished, output=str(output), **settings))
+    assert stray.exists()
+
+
+@pytest.mark.parametrize("name", [*HIDDEN, "notes.txt", "part-00000.parquet.sha256"])
+def test_files_that_readers_pass_over_are_no_matter(finished: Path, output: Path, command: Command, name: str) -> None:
+    path = output / name
+    path.parent.mkdir(exist_ok=True)
+    if name in HIDDEN:
+        shutil.copy(output / "part-00000.parquet", path)
+        assert len(pd.read_parquet(output)) == 7
+    else:
+        path.write_text("text")
+    assert output_status(output).state == "complete"
+    assert command("verify", output)[0] == 0
+    assert run_job(job(finished, output=str(output))).skipped == 7
+
+
+def test_another_programs_table_under_a_parts_name(output: Path, command: Command) -> None:
+    pq.write_table(pa.table({"a": [1]}), output / "part-00007.parquet")
+    code, _, stderr = command("verify", output)
+    assert (code, "readers will also read part-00007.parquet" in stderr) == (74, True)
+
+
+def test_many_are_counted(output: Path) -> None:
+    for number in range(9):
+        shutil.copy(output / "part-00000.parquet", output / f"copy {number}.parquet")
+    (problem,) = output_status(output).problems
+    assert problem == (
+        "readers will also read copy 0.parquet, copy 1.parquet, copy 2.parquet and 6 more, which are no parts of the run; move them away"
+    )
+
+
+def test_a_copy_that_appears_during_the_run_keeps_it_from_being_complete(tmp_path: Path) -> None:
+    mine, plan, facts = writer(tmp_path, 2)
+    OutputFolder(tmp_path).writer.work.mkdir()
+    OutputFolder(tmp_path).begin("seed: 0\n", facts, [])
+    part = add(mine, range(2))
+    shutil.copy(tmp_path / part.name, tmp_path / "part-00000 (1).parquet")
+    with pytest.raises(OutputConflictError, match=r"readers will also read part-00000 \(1\)\.parquet"):
+        OutputFolder(tmp_path).complete(facts, {0: part}, DigestMemory(), plan)
+    assert not (tmp_path / "_SUCCESS").exists()
+
+
+# -- a manifest that promises more, or is of another run --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [8, 10**9, 2**63 - 1])
+def test_a_manifest_that_promises_more_rows_than_there_are(output: Path, command: Command, rows: int) -> None:
+    change_json(output / "_manifest.json", lambda manifest: manifest["identity"].update(rows=rows))
+    for path in output.glob("part-*"):
+        change_footer(path, lambda footer: footer["identity"].update(rows=rows))
+    began = time.monotonic()
+    found = output_status(output)
+    assert time.monotonic() - began < 5
+    missing = -(-rows // 3) - 3
+    assert (found.state, found.rows_total, found.n_parts_missing) == ("unfinished", rows, missing)
+    assert found.parts_missing == list(range(3, 3 + min(missing, 1000)))
+    code, stdout, _ = command("status", output)
+    assert (code, len(stdout) < 1000) == (0, True)
+    code, stdout, stderr = command("verify", output)
+    assert (code, json.loads(stdout.splitlines()[-1])["complete"]) == (74, False)
+    assert f"is marked complete, but holds 7 of {rows} rows" in stderr
+
+
+@pytest.mark.parametrize("other", ["gptbatch-1", "gptbatch-99", "gptbatch-2-00000000"])
+def test_a_manifest_of_another_format_than_its_parts(output: Path, command: Command, other: str) -> None:
+    change_json(output / "_manifest.json", lambda manifest: manifest.update(format=other))
+    expected = f"format {other} / {FORMAT}"
+    code, stdout, _ = command("status", output)
+    assert (code, "holds no part of job" in stdout, expected in stdout) == (0, True, True)
+    for arguments in (("verify", output), ("diff", output, output)):
+        code, _, stderr = command(*arguments)
+        assert (code, expected in stderr) == (78, True)
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, bound_socket])
+def test_what_is_no_folder_in_place_of_the_work_folder(
+    finished: Path, output: Path, command: Command, make: Callable[[Path], None]
+) -> None:
+    shutil.rmtree(output / ".gptbatch")
+    make(output / ".gptbatch")
+    code, stdout, _ = command("status", output)
+    assert (code, ".gptbatch is not a folder" in stdout) == (0, True)
+    code, _, stderr = command("verify", output)
+    assert (code, ".gptbatch: is not a folder" in stderr) == (74, True)
+    for settings in ({}, {"overwrite": True}, {"seed": 1}):
+        with pytest.raises(OutputConflictError, match=r"\.gptbatch: is not a folder; move it away, or name another output"):
+            run_job(job(finished, output=str(output), **settings))
 
 
 # -- damage and trouble ------------------------------------------------------------------------------------------------

@@ -339,7 +339,7 @@ def test_another_job_is_refused_and_nothing_is_touched(
 def test_overwrite_replaces_our_files_and_no_others(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
     run(checkpoint, path, output, part_rows=2)
-    foreign = {"notes.txt": b"mine", "other.parquet": b"mine too"}
+    foreign = {"notes.txt": b"mine", "other.csv": b"mine too"}
     for name, content in foreign.items():
         (output / name).write_bytes(content)
     run(checkpoint, path, output, part_rows=4, overwrite=True, seed=1)

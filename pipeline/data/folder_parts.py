@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class FolderParts:
                 self.parts.append(file.part)
                 self.footers.append(file.footer)
         self.parts.sort(key=lambda part: part.number)
-        self.other_jobs = _describe(identity, self.parts, strangers) if strangers else ""
+        self.other_jobs = _describe(state.manifest, self.parts, strangers) if strangers else ""
 
 
 def recorded_state(path: Path) -> FolderState | None:
@@ -85,18 +86,26 @@ def _misplaced(part: Part, identity: dict[str, Any]) -> str:
     return f"it holds rows {part.first_row} to {part.first_row + part.rows - 1} of its run, not {first} to {first + most - 1}"
 
 
-def _describe(identity: dict[str, Any], parts: list[Part], strangers: list[FoundPart]) -> str:
+def _describe(manifest: dict[str, Any], parts: list[Part], strangers: list[FoundPart]) -> str:
     """`holds parts of 2 jobs: 8 of its own, 2 of 1a2b3c4d (part-00003.parquet, part-00007.parquet; seed 0 / 1)`."""
+    identity = manifest["identity"]
     names = {id(file.footer): file.path.name for file in strangers}
     jobs = group_by_job([file.footer for file in strangers if file.footer is not None])
-    described = [f"{len(parts)} of job {identity['fingerprint'][:8]}"]
+    described = []
     for job in jobs:
         theirs = job[0]["identity"]
+        pairs: dict[str, tuple[str, str]] = (
+            {"format": (manifest["format"], job[0]["format"])} if job[0]["format"] != manifest["format"] else {}
+        )
         keys = [key for key in differing_keys(identity, theirs) if key != "fingerprint"]
-        differences = ", ".join(f"{key} {_short(identity.get(key))} / {_short(theirs.get(key))}" for key in keys[:MAX_NAMED])
+        pairs |= {key: (_short(identity.get(key)), _short(theirs.get(key))) for key in keys}
+        differences = ", ".join(f"{key} {ours} / {others}" for key, (ours, others) in islice(pairs.items(), MAX_NAMED))
         shown = ", ".join(names[id(footer)] for footer in job[:MAX_NAMED]) + (", ..." if len(job) > MAX_NAMED else "")
         described.append(f"{len(job)} of job {theirs['fingerprint'][:8]} ({shown}{f'; {differences}' if differences else ''})")
-    return f"holds parts of {len(jobs) + bool(parts)} jobs: {', '.join(described if parts else described[1:])}"
+    own = identity["fingerprint"][:8]
+    if parts:
+        return f"holds parts of {len(jobs) + 1} jobs: {len(parts)} of job {own}, {', '.join(described)}"
+    return f"holds no part of job {own}, which {MANIFEST} names, but {', '.join(described)}"
 
 
 def _short(value: Any) -> str:

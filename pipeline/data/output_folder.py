@@ -32,6 +32,7 @@ from pipeline.data.lock import HOLDER, LOCK
 from pipeline.data.parts import FORMAT, FoundPart, PartPlan, differing_keys, inspect_part, part_number
 from pipeline.data.progress_file import PROGRESS
 from pipeline.data.regular_file import read_json
+from pipeline.data.stray_tables import describe_strays, stray_tables
 from pipeline.errors import OutputConflictError, OutputCreationError, StorageError
 
 MANIFEST = "_manifest.json"
@@ -53,7 +54,7 @@ class FolderState:
 
     manifest: what the folder says of it, its `identity` among that; where it is lost, what the footers of its parts say. parts:
     paths of all files under parts' names, by number. success: whether `_SUCCESS` is there. marked_complete: whether the manifest that
-    goes with it is, too. manifest_lost: whether it is missing or damaged.
+    goes with it is, too. manifest_lost: whether it is missing or damaged. strays: tables that are not its parts (stray_tables.py).
     """
 
     manifest: dict[str, Any]
@@ -61,6 +62,7 @@ class FolderState:
     success: bool
     marked_complete: bool
     manifest_lost: bool
+    strays: list[str]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -98,6 +100,8 @@ class OutputFolder:
                 raise OutputConflictError(f"{entry}: is a symbolic link; name the real folder, so that nothing else is written over")
             if entry in files and not stat.S_ISREG(mode):
                 raise OutputConflictError(f"{entry}: is not a regular file; move it away, or name another output")
+            if entry == self.work and not stat.S_ISDIR(mode):
+                raise OutputConflictError(f"{entry}: is not a folder; move it away, or name another output")
 
     @cached_property
     def writer(self) -> Writer:
@@ -119,7 +123,9 @@ class OutputFolder:
         except DamagedManifestError:
             if (manifest := self._manifest_from(parts)) is None:
                 raise
-            return FolderState(manifest=manifest, parts=parts, success=success, marked_complete=False, manifest_lost=True)
+            return FolderState(
+                manifest=manifest, parts=parts, success=success, marked_complete=False, manifest_lost=True, strays=stray_tables(self.path)
+            )
         complete = manifest is not None and manifest.get("complete") is True and success
         if lost := manifest is None:
             manifest = self._manifest_from(parts)
@@ -127,7 +133,14 @@ class OutputFolder:
             if all(entry.name == WORK for entry in self.path.iterdir()):
                 return None
             raise OutputConflictError(f"{self.path}: holds something that gptbatch did not write; name another output")
-        return FolderState(manifest=manifest, parts=parts, success=success, marked_complete=complete, manifest_lost=lost)
+        return FolderState(
+            manifest=manifest,
+            parts=parts,
+            success=success,
+            marked_complete=complete,
+            manifest_lost=lost,
+            strays=stray_tables(self.path),
+        )
 
     def inspect_parts(self, state: FolderState, memory: DigestMemory) -> dict[int, FoundPart]:
         """Look at every part, and read those whose size or times are not as remembered."""
@@ -233,7 +246,8 @@ class OutputFolder:
         raise StorageError(f"{target}: appears and disappears; is another program working in this folder?")
 
     def _check_parts(self, parts: dict[int, Part], memory: DigestMemory, plan: PartPlan) -> None:
-        """Raises unless the folder holds these parts of this job and no others."""
+        """Raises unless the folder holds these parts of this job, and no other table."""
+        refuse_strays(self.path, stray_tables(self.path))
         for number, path in (self._list_parts() | {number: self.path / part.name for number, part in parts.items()}).items():
             if number in parts and memory.same_part(path):
                 continue
@@ -281,6 +295,12 @@ def group_by_job(footers: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]
         else:
             jobs.append([footer])
     return jobs
+
+
+def refuse_strays(path: Path, names: list[str]) -> None:
+    """Raises OutputConflictError for tables that readers of the folder would add to the run's."""
+    if names:
+        raise OutputConflictError(f"{path}: {describe_strays(names)}, or name another output")
 
 
 def facts_of(content: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -27,7 +28,8 @@ class RecordedRun:
 
     manifest: what the folder says of the run, its identity among it. facts: what the run says of itself, model and profile among it.
     profiles: how the parts were made, each way once: a run that went on elsewhere has more than one. parts: the files of the table, in
-    order. n_rows: rows in them. complete: whether the run has ended and all of its parts are there.
+    order. n_rows: rows in them. marked_complete: whether the run has ended. complete: whether it has, and all of its rows are there.
+    rows_promised: rows of its input, None where an older version did not say. strays: names of tables that are not its parts.
 
     Raises InputNotFoundError when there is no folder or no run of ours in it, OutputConflictError when it holds parts of several
     jobs, StorageError when it cannot be read.
@@ -44,15 +46,20 @@ class RecordedRun:
             raise StorageError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
         self.manifest = state.manifest
         if found.other_jobs:
-            raise OutputConflictError(f"{path}: {found.other_jobs}; they are no run together: move those of one job away")
+            raise OutputConflictError(
+                f"{path}: {found.other_jobs}; they are no run together: move the parts of each job into a folder of their own"
+            )
         promised = {part["name"]: part["content_digest"] for part in self.manifest.get("parts", [])}
+        self.strays = list(state.strays)
         for part in found.unusable:
             # a file without a footer is damaged where the manifest promises a part, else a stranger's
             if part.footer is not None or part.path.name in promised:
                 raise StorageError(f"{part.path}: cannot be read ({part.problem}); the part is damaged")
+            self.strays.append(part.path.name)
         self.parts = [self.path / part.name for part in found.parts]
         there = {part.name: part.content_digest for part in found.parts}
-        self.complete = state.marked_complete and all(there.get(name) == digest for name, digest in promised.items())
+        self.marked_complete = state.marked_complete
+        self.rows_promised: int | None = state.identity.get("rows")
         self.facts = facts_of(self.manifest)
         self.profiles: list[dict[str, Any]] = []
         for footer in found.footers:
@@ -60,6 +67,11 @@ class RecordedRun:
                 self.profiles.append(profile)
         counts = [part.rows for part in found.parts]
         self.n_rows = sum(counts)
+        self.complete = (
+            state.marked_complete
+            and self.rows_promised in (None, self.n_rows)
+            and all(there.get(name) == digest for name, digest in promised.items())
+        )
         self._first_places = list(accumulate(counts[:-1], initial=0))
 
     @cached_property
@@ -72,7 +84,9 @@ class RecordedRun:
             if len(content) > MAX_RECORDED_BYTES:
                 raise YamlError(f"larger than {MAX_RECORDED_BYTES >> 20} MiB")
             return parse_yaml_mapping(content)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if os.path.lexists(path.parent) and not path.parent.is_dir():
+                raise StorageError(f"{path.parent}: is not a folder; it should hold the settings of the run; copy it again") from error
             raise StorageError(
                 f"{path}: missing: {self.path} is a copy without {path.parent.name}, which holds the settings of its run; "
                 "copy the whole folder"
