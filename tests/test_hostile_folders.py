@@ -26,6 +26,7 @@ from pipeline.data.digests import DigestMemory
 from pipeline.data.output_folder import OutputFolder
 from pipeline.data.parts import FOOTER_KEY, FORMAT, PartPlan, PartWriter, inspect_part
 from pipeline.data.recorded import RecordedRun
+from pipeline.data.stray_tables import stray_tables
 from pipeline.errors import OutOfMemoryError, OutputConflictError, StorageError
 from pipeline.status import output_status
 from tests.test_diff import FACTS, IDENTITY, completion, many, write_run
@@ -421,6 +422,18 @@ def test_files_that_readers_pass_over_are_no_matter(finished: Path, output: Path
     assert output_status(output).state == "complete"
     assert command("verify", output)[0] == 0
     assert run_job(job(finished, output=str(output))).skipped == 7
+
+
+@pytest.mark.parametrize("target", ["../elsewhere", "../elsewhere/deeper/.."])
+def test_a_link_to_a_folder_of_tables_is_followed(output: Path, tmp_path: Path, target: str) -> None:
+    """As readers follow it; links that lead back are no trouble."""
+    (tmp_path / "elsewhere/deeper").mkdir(parents=True)
+    shutil.copy(output / "part-00000.parquet", tmp_path / "elsewhere")
+    (output / "old").symlink_to(target)
+    assert len(pd.read_parquet(output)) == 7 + 3
+    (tmp_path / "elsewhere/loop").symlink_to(".")
+    (tmp_path / "elsewhere/self").symlink_to("self")
+    assert stray_tables(output) == ["old/part-00000.parquet"]
 
 
 def test_another_programs_table_under_a_parts_name(output: Path, command: Command) -> None:
