@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,13 +96,16 @@ class ArrowFile:
 def _reader(batch: pa.RecordBatch) -> Callable[[int], dict[str, Any]]:
     """Reads rows of a batch; a value that cannot be read, such as text that is not UTF-8, fails in its own row only."""
     columns = [(field.name, *_readable(field, batch.column(place))) for place, field in enumerate(batch.schema)]
-    try:
-        values = {name: [convert(value) for value in column.to_pylist()] for name, column, convert in columns}
-    except Exception:  # noqa: BLE001  (each row is read by itself, and says its own reason)
-        values = None
+
+    @cache
+    def all_values() -> dict[str, list[Any]] | None:
+        try:
+            return {name: [convert(value) for value in column.to_pylist()] for name, column, convert in columns}
+        except Exception:  # noqa: BLE001  (each row is read by itself, and says its own reason)
+            return None
 
     def read(offset: int) -> dict[str, Any]:
-        if values is not None:
+        if (values := all_values()) is not None:
             return {name: column[offset] for name, column in values.items()}
         fields = {}
         for name, column, convert in columns:

@@ -51,8 +51,10 @@ class CsvFile:
         records = _records(lines, delimiter, self.name)
         number, header = next(records, (1, []))
         columns = self._columns(number, header)
+        unnamed = {place for place, name in enumerate(columns) if not name}
+        names = [_free_name(place, columns) if place in unnamed else name for place, name in enumerate(columns)]
         for place, (number, cells) in enumerate(records):
-            yield RawRow(where=f"{self.name}:{number}", line=number, place=place, fields=partial(_fields, columns, cells))
+            yield RawRow(where=f"{self.name}:{number}", line=number, place=place, fields=partial(_fields, names, unnamed, cells))
 
     def _columns(self, number: int, header: list[str | None] | str) -> list[str]:
         where = f"{self.name}:{number}"
@@ -74,17 +76,27 @@ class CsvFile:
         return columns
 
 
-def _fields(columns: list[str], cells: list[str | None] | str) -> dict[str, Any]:
-    """Raises ValueError for a line that is not a row of this table."""
+def _free_name(place: int, columns: list[str]) -> str:
+    name = f"column {place + 1}"
+    while name in columns:
+        name += "'"
+    return name
+
+
+def _fields(names: list[str], unnamed: set[int], cells: list[str | None] | str) -> dict[str, Any]:
+    """Raises ValueError for a line that is not a row of this table. unnamed: places of columns that are left out where they are null."""
     if isinstance(cells, str):
         _bad(cells)
-    if len(cells) != len(columns):
-        _bad(f"{len(cells)} cells, but the header names {len(columns)} columns")
-    fields = {name: cell if cell is None else CellText(cell) for name, cell in zip(columns, cells, strict=True) if name}
+    if len(cells) != len(names):
+        _bad(f"{len(cells)} cells, but the header names {len(names)} columns")
+    fields = {name: cell if cell is None else CellText(cell) for name, cell in zip(names, cells, strict=True)}
+    if not any(cell is not None for cell in cells):
+        _bad("all cells are empty; delete the line")
     # Excel leaves empty columns behind, and pandas writes its index without a name
-    return fields | {
-        f"column {place}": CellText(cell) for place, cell in enumerate(cells, 1) if cell is not None and not columns[place - 1]
-    }
+    for place in unnamed:
+        if cells[place] is None:
+            del fields[names[place]]
+    return fields
 
 
 def _records(lines: Iterable[tuple[int, bytes | None]], delimiter: str, name: str) -> Iterator[tuple[int, list[str | None] | str]]:
@@ -113,7 +125,7 @@ def _records(lines: Iterable[tuple[int, bytes | None]], delimiter: str, name: st
                 _bad(f"the row is longer than {MAX_LINE_BYTES} bytes")
             if open_cells.add(_decode(line)):
                 if line.endswith(b"\n") and _line_end(line) != (line_end := line_end or _line_end(line)):
-                    _bad("the line end is not that of the header: CR may belong to the last cell or to the line")
+                    _bad("the line ends in another way than the header (CRLF, LF); make all lines end alike, as dos2unix does")
                 yield first, open_cells.cells
                 open_cells = None
         except ValueError as error:
@@ -168,7 +180,7 @@ class _Record:
             if not line[at:].rstrip("\r\n"):
                 return True
             if not line.startswith(self._delimiter, at):
-                _bad(f"text stands behind the closing quote of cell {len(self.cells)}")
+                _bad(f"text or a space stands behind the closing quote of cell {len(self.cells)}")
             at += 1
 
 

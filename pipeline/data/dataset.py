@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.data.bundled import locate
-from pipeline.data.dataset_files import suffix_of
+from pipeline.data.dataset_files import ARROW_SUFFIXES, TEXT_SUFFIXES, suffix_of, walk
 from pipeline.data.hub_dataset import hub_splits
 from pipeline.data.local_dataset import Splits, local_splits
 from pipeline.data.rows import RawRow
@@ -22,9 +22,8 @@ logger = logging.getLogger("gptbatch")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HIVE = re.compile(r"(prompt_id|id|seed|temperature|top_k|max_new_tokens)=[^/]*")
+_HIVE = re.compile(r"(?:^|/)((?:prompt_id|id|seed|temperature|top_k|max_new_tokens)=[^/]*)")
 _MAX_REMEMBERED_FILES = 10_000
-_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 
 
 class DatasetSplit:
@@ -51,8 +50,8 @@ class DatasetSplit:
         if path.is_file():
             return [path]
         if path.is_dir():
-            files = sorted(found for found in path.rglob("*") if found.is_file())
-            return files if len(files) <= _MAX_REMEMBERED_FILES else None
+            files = [path / name for name in islice(walk(path), _MAX_REMEMBERED_FILES + 1)]
+            return sorted(files) if len(files) <= _MAX_REMEMBERED_FILES else None
         return [] if self._revision is not None and _COMMIT.fullmatch(self._revision) else None
 
     def rows(self) -> Iterator[RawRow]:
@@ -80,9 +79,13 @@ class DatasetSplit:
         path = locate(self._dataset)
         if path.exists():
             if match := _HIVE.search(str(path)):
-                logger.warning("%s: %s in a folder's name is not read as a column", self.name, match[0])
+                logger.warning("%s: %s in a folder's name is not read as a column", self.name, match[1])
             return local_splits(path, self.name, self._config, self._delimiter)
-        looks_like_path = self._dataset.startswith((".", os.sep, "~")) or self._dataset.count("/") > 1 or suffix_of(path) in _FILE_SUFFIXES
+        looks_like_path = (
+            self._dataset.startswith((".", os.sep, "~"))
+            or self._dataset.count("/") > 1
+            or suffix_of(path) in (*TEXT_SUFFIXES, *ARROW_SUFFIXES)
+        )
         if looks_like_path or not _HUB_NAME.fullmatch(self._dataset):
             raise InputNotFoundError(f"{self._dataset}: no such file or folder")
         return hub_splits(self._dataset, self.name, self._config, self._revision, self._delimiter)

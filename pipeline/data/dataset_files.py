@@ -42,9 +42,13 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest
 _SEPARATORS = re.compile(r"[-._ 0-9]+")
 # files of a dataset repository, a clone or a cluster job that hold no rows
 _NO_DATA = re.compile(
-    r"readme.*|licen[cs]e.*|citation.*|dataset_infos\.json|dataset_dict\.json|_success|_manifest\.json|_(common_)?metadata|.*\.(md|py|lock|crc)",
+    r"(readme|licen[cs]e|citation)(\.(md|txt|rst|bib|cff))?|dataset_infos\.json|dataset_dict\.json|_success|_manifest\.json|_(common_)?metadata|.*\.(md|py|lock|crc)",
     re.IGNORECASE,
 )
+
+
+class NoDataFilesError(InputNotFoundError):
+    """A dataset without files of a format that is read here."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def find_files(path: Path, config: str | None) -> DatasetFiles:
     Raises:
         InputNotFoundError: there are no data files, or no such config.
     """
-    names = list(_walk(path))
+    names = list(walk(path))
     saved = sorted(
         folder for name in names if Path(name).name == "state.json" and f"{(folder := str(Path(name).parent))}/dataset_info.json" in names
     )
@@ -110,7 +114,7 @@ def arrange(where: str, names: list[str], card: str, config: str | None) -> Data
     if not splits:
         kinds = ", ".join(sorted({Path(name).suffix or name for name in left_out})[:5])
         known = ", ".join((*TEXT_SUFFIXES, *ARROW_SUFFIXES))
-        raise InputNotFoundError(f"{where}: holds no data files ({known}, compressed or not){f', only {kinds}' if kinds else ''}")
+        raise NoDataFilesError(f"{where}: holds no data files ({known}, compressed or not){f', only {kinds}' if kinds else ''}")
     return DatasetFiles(splits, left_out, delimiter)
 
 
@@ -186,7 +190,7 @@ def _split_in(name: str) -> str | None:
     return next((_SPLIT_OF_WORD[word] for word in _SEPARATORS.split(name.lower()) if word in _SPLIT_OF_WORD), None)
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def walk(folder: Path) -> Iterator[str]:
     """The names of all files but hidden ones. Links to folders are followed once."""
     seen: set[tuple[int, int]] = set()
     count = 0

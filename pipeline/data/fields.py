@@ -154,6 +154,8 @@ def _whole(value: NumberText | CellText | int | float | decimal.Decimal, name: s
 
 
 def _not_a_setting(value: Any, name: str) -> str:
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]+,[0-9]+", value):
+        return "; write a decimal point"
     return f"; if this field is no setting, keep it with --metadata-field {name}" if isinstance(value, (str, dict, list)) else ""
 
 
@@ -205,7 +207,7 @@ def take_prompt(fields: dict[str, Any], path: str) -> str:
 
 def _hint_for_type(value: Any, path: str) -> str:
     if value is None:
-        return '; an empty cell is null, and "" an empty prompt'
+        return '; in a CSV file, "" is an empty prompt and an empty cell is null'
     if isinstance(value, bytes):
         return "; cast the column to text"
     if not isinstance(value, dict):
@@ -227,6 +229,11 @@ def _hint_for_missing(fields: dict[str, Any], path: str) -> str:
     inside = [key for key, value in fields.items() if isinstance(value, dict) and isinstance(value.get(path), str)]
     if len(inside) == 1:
         return f" (--prompt-field {inside[0]}.{path} takes the text inside)"
+    if same := [key for key in fields if key.lower().strip() == path.lower()]:
+        return f" (--prompt-field '{same[0]}')"
+    if items := [key for key, value in fields.items() if isinstance(value, list) and value and isinstance(value[0], dict)]:
+        rows = f"jq -c '.{items[0]}[]' FILE makes a row of each item"
+        return f" ({rows}; --prompt-field {items[0]}.0.NAME takes one text inside)"
     if inside and len(inside) == len(fields):
         return " (a map of rows, not one row: jq -c 'to_entries[] | {id: .key} + .value' FILE > rows.jsonl)"
     return " (--prompt-field names the one to use)"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.dataset_card import CARD
-from pipeline.data.dataset_files import arrange
+from pipeline.data.dataset_files import NoDataFilesError, arrange
 from pipeline.data.local_dataset import FileSplits, Splits, local_splits
 from pipeline.data.rows import RawRow
 from pipeline.errors import InputNotFoundError, InputRowsError
@@ -50,7 +50,7 @@ def hub_splits(dataset: str, where: str, config: str | None, revision: str | Non
         raise InputNotFoundError(f"{where}: no such file or folder, and the hub does not give it ({_first_line(error)})") from error
     except Exception as error:
         if (cached := _cached(dataset, where, config, revision, delimiter)) is None:
-            raise InputNotFoundError(f"{where}: cannot be loaded: the hub cannot be reached ({_first_line(error)})") from error
+            raise InputNotFoundError(f"{where}: no such file or folder, and the hub cannot be reached ({_first_line(error)})") from error
         logger.warning("%s: the hub cannot be reached; its copy in the cache is read", where)
         return cached
 
@@ -64,9 +64,7 @@ def hub_splits(dataset: str, where: str, config: str | None, revision: str | Non
     card = fetch(CARD).read_text(encoding="utf-8", errors="replace") if CARD in names else ""
     try:
         files = arrange(where, names, card, config)
-    except InputNotFoundError as error:
-        if "holds no data files" not in str(error):
-            raise
+    except NoDataFilesError:
         return LibrarySplits(dataset, where, config, info.sha)
     return FileSplits(where, files, fetch, lambda name: f"{dataset}/{name}", delimiter)
 

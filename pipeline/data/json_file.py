@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.data.file_kind import describe_object, describe_text
 from pipeline.data.jsonl import DECODER, MAX_NESTING, SNIFFED_LINES, JsonlFile, json_type
 from pipeline.data.rows import RawRow
-from pipeline.data.text_file import MAX_LINE_BYTES, TextFile
+from pipeline.data.text_file import BOM, MAX_LINE_BYTES, TextFile
 from pipeline.errors import InputRowsError
 
 TEXT_FIELD = "text"
@@ -30,10 +30,12 @@ class JsonFile:
 
     def rows(self) -> Iterator[RawRow]:
         """Raises InputRowsError where the text is no JSON, since no row is told from the next behind that."""
-        head = [line or b"" for _, line in islice(TextFile(self.path, self.name).lines(), SNIFFED_LINES)]
-        if not b"".join(head).strip():
+        with TextFile(self.path, self.name).reading() as file:
+            first = next((byte for line in iter(lambda: file.read(4096), b"") if (byte := line.removeprefix(BOM).lstrip()[:1])), b"")
+        if not first:
             raise InputRowsError(f"{self.name}: is empty, which no JSON is; it was cut off")
-        if not b"".join(head).lstrip().startswith(b"["):
+        if first != b"[":
+            head = [line or b"" for _, line in islice(TextFile(self.path, self.name).lines(), SNIFFED_LINES)]
             if describe_text(head, self.name) is not None:
                 raise InputRowsError(f"{self.name}: is {describe_object(self._text(), self.name)}")
             yield from JsonlFile(self.path, self.name).rows()
@@ -60,7 +62,7 @@ class JsonFile:
             raise self._damaged(text, rest, "text stands behind the array")
 
     def _text(self) -> str:
-        with TextFile(self.path, self.name).open() as file:
+        with TextFile(self.path, self.name).reading() as file:
             content = file.read()
         try:
             return content.decode("utf-8-sig")

@@ -47,8 +47,12 @@ class FileSplits:
             logger.warning("%s: files that no split takes are not read: %s%s", where, ", ".join(left_out[:_MAX_NAMED_FILES]), more)
 
     def rows(self, split: str) -> Iterator[RawRow]:
+        names = self._of_split(split)
+        if len(names) == 1:
+            yield from read_rows(self._fetch(names[0]), self._shown(names[0]), self._delimiter)
+            return
         place = 0
-        for name in self._of_split(split):
+        for name in names:
             for row in read_rows(self._fetch(name), self._shown(name), self._delimiter):
                 yield RawRow(where=row.where, line=row.line, place=place, fields=row.fields)
                 place += 1

@@ -8,6 +8,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -15,7 +16,7 @@ from pipeline.data.file_kind import describe_binary
 from pipeline.errors import InputNotFoundError, InputRowsError, StorageError
 
 MAX_LINE_BYTES = 16 * 2**20
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 512
 _ZSTD_MAX_WINDOW_BYTES = 2**31  # `zstd --ultra --long=31`; the library's own limit is 2**27
 _READ_BYTES = 4096  # bounds what one call can expand to
@@ -32,6 +33,7 @@ class TextFile:
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
+        self._line = 0  # the last one that was read
 
     def lines(self) -> Iterator[tuple[int, bytes | None]]:
         """Yield (line number from 1, bytes with the line end).
@@ -44,27 +46,34 @@ class TextFile:
             InputNotFoundError: the file may not be read.
             StorageError: reading failed.
         """
-        number = 0
+        self._line = 0
+        with self.reading() as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                self._line += 1
+                if self._line == 1:
+                    line = line.removeprefix(BOM)
+                if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(MAX_LINE_BYTES)
+                    yield self._line, None
+                else:
+                    yield self._line, line
+
+    @contextmanager
+    def reading(self) -> Iterator[io.BufferedReader]:
+        """The decompressed content. Raises as `lines` does."""
         try:
             with self.open() as file:
                 if (kind := describe_binary(file.peek(_HEAD_BYTES)[:_HEAD_BYTES], self.name)) is not None:
                     raise InputRowsError(f"{self.name}: is {kind}")
-                while line := file.readline(MAX_LINE_BYTES + 1):
-                    number += 1
-                    if number == 1:
-                        line = line.removeprefix(_BOM)
-                    if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                        while line and not line.endswith(b"\n"):
-                            line = file.readline(MAX_LINE_BYTES)
-                        yield number, None
-                    else:
-                        yield number, line
+                yield file
         except (EOFError, gzip.BadGzipFile, zlib.error, _CompressionError) as error:
-            raise InputRowsError(f"{self.name}:{number + 1}: the compressed file is damaged or cut off ({error})") from error
+            where = f"{self.name}:{self._line + 1}" if self._line else self.name
+            raise InputRowsError(f"{where}: the compressed file is damaged or cut off ({error})") from error
         except PermissionError as error:
             raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
         except OSError as error:
-            raise StorageError(f"{self.name}: reading failed in line {number + 1} ({error.strerror or error})") from error
+            raise StorageError(f"{self.name}: reading failed behind line {self._line} ({error.strerror or error})") from error
 
     def open(self) -> io.BufferedReader:
         """The decompressed content as a stream of bytes."""
