@@ -167,5 +167,5 @@ def test_datasets_and_splits_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "rows.xml").write_text("x")
     with pytest.raises(InputNotFoundError, match=r"a file must end in \.jsonl"):
         read(tmp_path / "rows.xml")
-    with pytest.raises(InputNotFoundError, match="cannot be loaded|no such file or folder"):
+    with pytest.raises(InputNotFoundError, match=r"cannot be loaded|no such file or folder"):
         read("nobody/no-such-dataset")
