@@ -48,6 +48,8 @@ _THREADS = re.compile(
 
 def report(error: BaseException, signal_name: str | None) -> int:
     """Say what happened, and return the exit code. signal_name: the signal that has arrived, if one has."""
+    if isinstance(error, click.Abort) and isinstance(error.__cause__, EOFError):
+        error = error.__cause__  # which click takes for the end of what a user types
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         say(f"stopped{f' by {signal_name}' if signal_name else ''}; run the same command again")
         return StoppedError.exit_code

@@ -690,6 +690,16 @@ def test_a_mistake_of_ours_is_a_bug(gptbatch: Command, monkeypatch: pytest.Monke
     assert gptbatch("generate")[0] == 70
 
 
+def test_an_end_of_file_is_no_wish_to_stop(gptbatch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """click takes an EOFError for the end of what a user types, and 75 would be tried again for ever."""
+
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise EOFError("ended before the end-of-stream marker")
+
+    monkeypatch.setattr("jobs.generate.load_config", fail)
+    assert gptbatch("generate")[0] == 70
+
+
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 SHORTAGES: list[tuple[BaseException, str]] = [
