@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -87,6 +88,16 @@ def save_tokenizer(folder: Path, vocab_size: int = 300) -> None:
     """A byte-level BPE with end-of-text as token 0, in the Hugging Face format."""
     tokenizer = train_tokenizer(SENTENCES * 20, vocab_size)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(folder)
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """A command that runs in this process sets levels, which are restored."""
+    loggers = [logging.getLogger(name) for name in ("gptbatch", "gptbatch.kernels", "gptbatch.loading")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
