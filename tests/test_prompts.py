@@ -334,7 +334,9 @@ def test_any_bytes_are_rows_or_a_clear_error(tmp_path_factory: pytest.TempPathFa
     path.write_bytes(b"\n".join(lines))
     source = PromptReader(source=JsonlFile(path), defaults=DEFAULTS)
     begins_array = b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if begins_array or describe_binary(path.read_bytes()[:512]) or not any(is_object(line) for line in lines[:20]):
+    head = path.read_bytes()[:512]
+    is_compressed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")) or head[1:4] == b"\x2a\x4d\x18"
+    if is_compressed or begins_array or describe_binary(path.read_bytes()[:512]) or not any(is_object(line) for line in lines[:20]):
         with suppress(InputRowsError):  # the message may say what the file is instead
             list(source.rows())
         return
