@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.bench.networks import random_network
-from pipeline.bench.shapes import shape_config
-from pipeline.data.checkpoint import find_checkpoint
-from pipeline.gpt.attention import Backend, choose_backend
-from pipeline.gpt.config import parse_config
-from pipeline.gpt.model import GPT
-from pipeline.gpt.weights import load_gpt
+from gptbatch.pipeline.bench.networks import random_network
+from gptbatch.pipeline.bench.shapes import shape_config
+from gptbatch.pipeline.kv_cache.interface import Backend, choose_backend
+from gptbatch.pipeline.model.checkpoint import find_checkpoint
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.weights import load_gpt
 
 CPU = torch.device("cpu")
 SEQUENCES, TOKENS = 4, 200
@@ -44,7 +44,9 @@ def measure(make: Make, dtype: torch.dtype) -> dict[str, float]:
     backends: tuple[Backend, ...] = ("ragged", "padded")
     for attention in backends:
         model = make(attention, dtype)
-        idx = torch.randint(model.config.vocab_size, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
+        idx = torch.randint(
+            model.config.vocab_size, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0)
+        )
         for cache_dtype in ("auto", "int8"):
             model.cache_dtype = cache_dtype
             logits[attention, cache_dtype] = model(idx).float()

@@ -22,22 +22,32 @@ from typing import Any
 
 import torch
 
-from pipeline.bench.networks import write_random_checkpoint
-from pipeline.config import EngineConfig
-from pipeline.data.checkpoint import find_checkpoint
-from pipeline.data.tokenizer import PromptTokenizer
-from pipeline.data.tokenizer_files import load_tokenizer
-from pipeline.generation.engine import Engine
-from pipeline.gpt.config import parse_config
-from pipeline.network import load_network
-from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
+from gptbatch.pipeline.bench.networks import write_random_checkpoint
+from gptbatch.pipeline.config import EngineConfig
+from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.input.tokenizer import PromptTokenizer
+from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.model.checkpoint import find_checkpoint
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.loading import load_network
+from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
 
 PROMPT, NEW_TOKENS = " the" * 32, 128
-SAMPLING = ("--temperature", "0.8", "--top-k", "40", "--max-new-tokens", str(NEW_TOKENS), "--ignore-eos")
+SAMPLING = (
+    "--temperature",
+    "0.8",
+    "--top-k",
+    "40",
+    "--max-new-tokens",
+    str(NEW_TOKENS),
+    "--ignore-eos",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -48,24 +58,55 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_random_checkpoint(work / "model")
-        rows = (json.dumps({"id": f"row-{i}", "prompt": f"{i}{PROMPT}"}) + "\n" for i in range(args.rows))
+        rows = (
+            json.dumps({"id": f"row-{i}", "prompt": f"{i}{PROMPT}"}) + "\n"
+            for i in range(args.rows)
+        )
         (work / "prompts.jsonl").write_text("".join(rows), encoding="utf-8")
         alone = engine_alone(work / "model", args)
         for repeat in range(args.repeats):
             command_s.append(whole_command(work, f"out-{repeat}", args))
             engine_s.append(alone())
-            print(f"repeat {repeat}: the command {command_s[-1]:.2f} s, the engine alone {engine_s[-1]:.2f} s", flush=True)
-    ratio = statistics.median(command / engine for command, engine in zip(command_s, engine_s, strict=True))
-    report = {"rows": args.rows, "dtype": args.dtype, "threads": args.threads, "command_s": command_s, "engine_s": engine_s}
+            print(
+                f"repeat {repeat}: the command {command_s[-1]:.2f} s, the engine alone {engine_s[-1]:.2f} s",
+                flush=True,
+            )
+    ratio = statistics.median(
+        command / engine for command, engine in zip(command_s, engine_s, strict=True)
+    )
+    report = {
+        "rows": args.rows,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "command_s": command_s,
+        "engine_s": engine_s,
+    }
     print(json.dumps({**report, "ratio": round(ratio, 3)}))
 
 
 def whole_command(work: Path, output: str, args: argparse.Namespace) -> float:
     """Seconds from its start to its end, without the loading of the model."""
-    command = [sys.executable, "-m", "jobs", "generate", "--model", work / "model", "--input", work / "prompts.jsonl", "--output", output]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs",
+        "generate",
+        "--model",
+        work / "model",
+        "--input",
+        work / "prompts.jsonl",
+        "--output",
+        output,
+    ]
     command += ["--dtype", args.dtype, "--threads", str(args.threads), *SAMPLING]
     began = time.perf_counter()
-    done = subprocess.run([str(part) for part in command], cwd=work, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=work,
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     seconds = time.perf_counter() - began
     summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert summary["completion_tokens"] == args.rows * NEW_TOKENS
@@ -79,12 +120,20 @@ def engine_alone(model: Path, args: argparse.Namespace) -> Callable[[], float]:
     settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)
     network = load_network(checkpoint, config, settings, torch.device("cpu"), numerics="auto")
     texts = [f"{i}{PROMPT}" for i in range(args.rows)]
-    tokenizer = PromptTokenizer(load_tokenizer(checkpoint.folder), start_token=checkpoint.special_tokens.start)
+    tokenizer = PromptTokenizer(
+        load_tokenizer(checkpoint.folder), start_token=checkpoint.special_tokens.start
+    )
     token_ids = [prompt.token_ids for prompt in tokenizer.encode(texts)]
 
     def prompts() -> list[TokenizedPrompt]:
-        params = [SamplingParams(seed=i, temperature=0.8, top_k=40, max_new_tokens=NEW_TOKENS) for i in range(args.rows)]
-        rows = [Prompt(index=i, prompt_id=str(i), text="", params=params[i], metadata=None) for i in range(args.rows)]
+        params = [
+            SamplingParams(seed=i, temperature=0.8, top_k=40, max_new_tokens=NEW_TOKENS)
+            for i in range(args.rows)
+        ]
+        rows = [
+            Prompt(index=i, prompt_id=str(i), text="", params=params[i], metadata=None)
+            for i in range(args.rows)
+        ]
         return [
             TokenizedPrompt(prompt=row, token_ids=ids, tokens_dropped=0, read_s=time.monotonic())
             for row, ids in zip(rows, token_ids, strict=True)

@@ -31,10 +31,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.chart import check_matplotlib, draw_comparison
-from pipeline.bench.machine import describe_machine
-from pipeline.bench.shapes import SHAPES
-from pipeline.bench.workloads import WORKLOADS, make_workload
+from gptbatch.pipeline.bench.chart import check_matplotlib, draw_comparison
+from gptbatch.pipeline.bench.machine import describe_machine
+from gptbatch.pipeline.bench.shapes import SHAPES
+from gptbatch.pipeline.bench.workloads import WORKLOADS, make_workload
 
 HERE = Path(__file__).parent
 OURS = ["gptbatch", "gptbatch-int8-cache", "transformers"]  # in this environment
@@ -43,23 +43,46 @@ ENVIRONMENTS = {"openvino": "openvino", "openvino-full-cache": "openvino", "vllm
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--programs", nargs="+", default=OURS, choices=[*OURS, *ENVIRONMENTS])
-    parser.add_argument("--peers", type=Path, help="folder of the peers' environments; all that are found there take part")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        help="folder of the peers' environments; all that are found there take part",
+    )
     parser.add_argument("--only", action="store_true", help="just the programs that are named")
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--leave-out", nargs="*", default=[], metavar="PROGRAM:WORKLOAD", help="pairs that take too long")
+    parser.add_argument(
+        "--leave-out",
+        nargs="*",
+        default=[],
+        metavar="PROGRAM:WORKLOAD",
+        help="pairs that take too long",
+    )
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: gptbatch and transformers alone")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cuda: gptbatch and transformers alone",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("out/bench"), help="for the models and the workloads")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("out/bench"), help="for the models and the workloads"
+    )
     parser.add_argument("--chart", type=Path, help="PNG of the results")
     args = parser.parse_args()
     if args.device == "cuda" and (args.peers or set(args.programs) & set(ENVIRONMENTS)):
         parser.error("--device cuda is for gptbatch and transformers alone")
-    found = [name for name in PEERS if not args.only and args.peers and (args.peers / name / "bin" / "python").exists()]
+    found = [
+        name
+        for name in PEERS
+        if not args.only and args.peers and (args.peers / name / "bin" / "python").exists()
+    ]
     programs = list(dict.fromkeys([*args.programs, *found]))
     if args.chart:
         check_matplotlib()
@@ -89,10 +112,17 @@ def main() -> None:
             say(results[-len(seconds) :], seconds)
     import torch
 
-    machine = describe_machine(torch.device(args.device)) | {"threads": args.threads, "shape": args.shape}
+    machine = describe_machine(torch.device(args.device)) | {
+        "threads": args.threads,
+        "shape": args.shape,
+    }
     print(json.dumps({"machine": machine, "repeats": args.repeats, "results": results}), flush=True)
     if args.chart:
-        draw_comparison(results, args.chart, title=f"{args.shape}, random weights, {args.threads} threads of {machine['machine']}")
+        draw_comparison(
+            results,
+            args.chart,
+            title=f"{args.shape}, random weights, {args.threads} threads of {machine['machine']}",
+        )
 
 
 def end_all(*_: object) -> None:
@@ -108,12 +138,22 @@ def say(results: list[dict[str, Any]], seconds: dict[str, tuple[str, list[float]
         for ours in ("gptbatch", "gptbatch-int8-cache"):
             if ours in seconds and result["program"] not in OURS[:2]:
                 pairs = zip(seconds[ours][1], seconds[result["program"]][1], strict=True)
-                ratios.append(f"{ours} {statistics.median(theirs / own for own, theirs in pairs):.2f}")
-        print(line + (f"   times as fast, median of the pairs: {', '.join(ratios)}" if ratios else ""), flush=True)
+                ratios.append(
+                    f"{ours} {statistics.median(theirs / own for own, theirs in pairs):.2f}"
+                )
+        print(
+            line
+            + (f"   times as fast, median of the pairs: {', '.join(ratios)}" if ratios else ""),
+            flush=True,
+        )
 
 
 def run_in_turn(
-    programs: list[str], models: dict[str, Path], workload: Path, dtype: str, args: argparse.Namespace
+    programs: list[str],
+    models: dict[str, Path],
+    workload: Path,
+    dtype: str,
+    args: argparse.Namespace,
 ) -> dict[str, tuple[str, list[float]]]:
     """Versions and the seconds of each repeat, by program."""
     runners: dict[str, Runner] = {}
@@ -133,8 +173,14 @@ def run_in_turn(
 class Runner:
     """runner.py in a process group of its own, stopped between its turns."""
 
-    def __init__(self, program: str, model: Path, workload: Path, dtype: str, args: argparse.Namespace) -> None:
-        python = args.peers / ENVIRONMENTS[program] / "bin" / "python" if program in ENVIRONMENTS else sys.executable
+    def __init__(
+        self, program: str, model: Path, workload: Path, dtype: str, args: argparse.Namespace
+    ) -> None:
+        python = (
+            args.peers / ENVIRONMENTS[program] / "bin" / "python"
+            if program in ENVIRONMENTS
+            else sys.executable
+        )
         command = [python, HERE / "runner.py", program, model, workload, "--dtype", dtype]
         command += ["--device", args.device, "--threads", str(args.threads)]
         if workload.stem == "shared_prefix":
@@ -177,14 +223,16 @@ class Runner:
         for line in self.process.stdout:
             if line.startswith(word):
                 return line.removeprefix(word).strip()
-        raise SystemExit(f"{self.process.args!r} has ended; its messages are in the log beside the workload")
+        raise SystemExit(
+            f"{self.process.args!r} has ended; its messages are in the log beside the workload"
+        )
 
 
 def make_model(program: str, args: argparse.Namespace) -> Path:
     """The folder of the model that a program reads; made where it is not there."""
     folder: Path = args.folder / args.shape
     if not (folder / "model.safetensors").exists():
-        from pipeline.bench.networks import write_random_checkpoint
+        from gptbatch.pipeline.bench.networks import write_random_checkpoint
 
         n_layer, n_head, n_embd = SHAPES[args.shape]
         write_random_checkpoint(folder, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
@@ -192,9 +240,17 @@ def make_model(program: str, args: argparse.Namespace) -> Path:
         return folder
     exported: Path = args.folder / f"{args.shape}-openvino"
     if not (exported / "openvino_model.xml").exists():
-        command = [args.peers / "openvino" / "bin" / "optimum-cli", "export", "openvino", "--model", folder]
+        command = [
+            args.peers / "openvino" / "bin" / "optimum-cli",
+            "export",
+            "openvino",
+            "--model",
+            folder,
+        ]
         command += ["--task", "text-generation-with-past", "--weight-format", "fp32", exported]
-        subprocess.run([str(part) for part in command], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        subprocess.run(
+            [str(part) for part in command], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
     return exported
 
 

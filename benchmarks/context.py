@@ -17,16 +17,16 @@ import time
 
 import torch
 
-from pipeline.bench.measure import measure_reading
-from pipeline.bench.networks import random_network
-from pipeline.bench.shapes import shape_config
-from pipeline.config import EngineConfig
-from pipeline.generation.engine import STEP_TOKENS
-from pipeline.generation.next_tokens import next_tokens
-from pipeline.gpt.attention import KVCache
-from pipeline.gpt.model import GPT
-from pipeline.network import prepare_network
-from pipeline.records import SamplingParams
+from gptbatch.pipeline.bench.measure import measure_reading
+from gptbatch.pipeline.bench.networks import random_network
+from gptbatch.pipeline.bench.shapes import shape_config
+from gptbatch.pipeline.config import EngineConfig
+from gptbatch.pipeline.engine.engine import STEP_TOKENS
+from gptbatch.pipeline.engine.next_tokens import next_tokens
+from gptbatch.pipeline.kv_cache.interface import KVCache
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.loading import prepare_network
+from gptbatch.pipeline.types import SamplingParams
 
 CPU = torch.device("cpu")
 SMALLEST_MARGIN = 0.02  # of a row so far, as after some dozens of tokens
@@ -34,7 +34,9 @@ SMALLEST_MARGIN = 0.02  # of a row so far, as after some dozens of tokens
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--contexts", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -50,7 +52,9 @@ def main() -> None:
         network = prepare_network(
             settings,
             CPU,
-            lambda attention, dtype: random_network(shape_config("gpt2"), attention=attention, dtype=dtype, device=CPU),
+            lambda attention, dtype: random_network(
+                shape_config("gpt2"), attention=attention, dtype=dtype, device=CPU
+            ),
             numerics="off",
         )
         for cache_dtype in ("auto", "int8"):
@@ -58,22 +62,43 @@ def main() -> None:
             times = step_seconds(network.model, args.rows, sorted(args.contexts), args.repeats)
             for context, seconds in times.items():
                 growth = round(seconds / times[min(times)], 2)
-                n_bytes = network.model.capacity_of([context + 1] * args.rows) * network.model.cache_bytes_a_token
+                n_bytes = (
+                    network.model.capacity_of([context + 1] * args.rows)
+                    * network.model.cache_bytes_a_token
+                )
                 print(
                     f"{dtype:<9} cache {cache_dtype:<5} after {context:5d} tokens: {seconds * 1e3:7.1f} ms, {growth:.2f} times; "
                     f"reading {n_bytes / 1e9:.1f} GB alone {n_bytes / rate * 1e3:5.1f} ms",
                     flush=True,
                 )
-                step = {"context": context, "seconds": seconds, "growth": growth, "bytes": n_bytes, "reading_seconds": n_bytes / rate}
+                step = {
+                    "context": context,
+                    "seconds": seconds,
+                    "growth": growth,
+                    "bytes": n_bytes,
+                    "reading_seconds": n_bytes / rate,
+                }
                 results.append({"dtype": dtype, "cache_dtype": cache_dtype, **step})
-    print(json.dumps({"rows": args.rows, "threads": torch.get_num_threads(), "read_gb_per_s": rate / 1e9, "steps": results}))
+    print(
+        json.dumps(
+            {
+                "rows": args.rows,
+                "threads": torch.get_num_threads(),
+                "read_gb_per_s": rate / 1e9,
+                "steps": results,
+            }
+        )
+    )
 
 
 def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> dict[int, float]:
     """By context: the median time of a step that gives each row its next token."""
     cache = model.new_cache(n_rows, capacity=model.capacity_of([max(contexts) + 1] * n_rows))
     rng = random.Random(0)
-    params = [SamplingParams(seed=row, temperature=0.8, top_k=40, max_new_tokens=1) for row in range(n_rows)]
+    params = [
+        SamplingParams(seed=row, temperature=0.8, top_k=40, max_new_tokens=1)
+        for row in range(n_rows)
+    ]
     slots = list(range(n_rows))
     filled = 0
     times = {}
@@ -92,11 +117,15 @@ def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> 
     return times
 
 
-def prefill(model: GPT, cache: KVCache, slot: int, first: int, last: int, rng: random.Random) -> None:
+def prefill(
+    model: GPT, cache: KVCache, slot: int, first: int, last: int, rng: random.Random
+) -> None:
     for begin in range(first, last, STEP_TOKENS):
         positions = range(begin, min(last, begin + STEP_TOKENS))
         tokens = [rng.randrange(model.config.vocab_size) for _ in positions]
-        model.extend(cache, tokens=tokens, slots=[slot] * len(positions), positions=positions, wanted=[])
+        model.extend(
+            cache, tokens=tokens, slots=[slot] * len(positions), positions=positions, wanted=[]
+        )
 
 
 if __name__ == "__main__":

@@ -15,17 +15,19 @@ import time
 
 import torch
 
-from pipeline.bench.networks import random_network
-from pipeline.bench.shapes import shape_config
-from pipeline.bench.workloads import uniform_workload
-from pipeline.generation.engine import Engine
-from pipeline.generation.numerics import check_numerics
-from pipeline.gpt.attention import Backend, choose_backend
-from pipeline.gpt.model import GPT
+from gptbatch.pipeline.bench.networks import random_network
+from gptbatch.pipeline.bench.shapes import shape_config
+from gptbatch.pipeline.bench.workloads import uniform_workload
+from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.kv_cache.interface import Backend, choose_backend
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.self_test import check_numerics
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64)
@@ -35,10 +37,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = shape_config("gpt2")
-    work = uniform_workload(args.rows, args.prompt_tokens, args.new_tokens, vocab_size=config.vocab_size)
+    work = uniform_workload(
+        args.rows, args.prompt_tokens, args.new_tokens, vocab_size=config.vocab_size
+    )
 
     def network(attention: Backend) -> GPT:
-        return random_network(config, attention=attention, dtype=getattr(torch, args.dtype), device=torch.device("cpu"))
+        return random_network(
+            config,
+            attention=attention,
+            dtype=getattr(torch, args.dtype),
+            device=torch.device("cpu"),
+        )
 
     fastest = choose_backend("auto", torch.device("cpu"))
     models = {"exact": network(fastest), "off": network(fastest), "padded": network("padded")}
@@ -59,10 +68,16 @@ def main() -> None:
 
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(-1, args.repeats):
-        names = list(models) if repeat % 2 else list(reversed(models))  # who comes first, and after whom, must not matter
+        names = (
+            list(models) if repeat % 2 else list(reversed(models))
+        )  # who comes first, and after whom, must not matter
         for name in names:
             speed = tokens_per_s(models[name], repeat)
-            print(f"repeat {repeat}: {name:<7} {speed:7.0f} new tokens/s" + (" (not counted)" if repeat < 0 else ""), flush=True)
+            print(
+                f"repeat {repeat}: {name:<7} {speed:7.0f} new tokens/s"
+                + (" (not counted)" if repeat < 0 else ""),
+                flush=True,
+            )
             if repeat >= 0:
                 speeds[name].append(speed)
 
@@ -75,7 +90,9 @@ def main() -> None:
         "work": f"{args.rows} x ({args.prompt_tokens} + {args.new_tokens})",
         "attention": fastest,
         "linears": models["exact"].linear_kind,
-        "tokens_per_s": {name: round(statistics.median(values), 1) for name, values in speeds.items()},
+        "tokens_per_s": {
+            name: round(statistics.median(values), 1) for name, values in speeds.items()
+        },
         "exact_over_off": ratio("exact", "off"),
         "padded_over_exact": ratio("padded", "exact"),
         "check_s": check_s,

@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.generation.sampling import choose_tokens
-from pipeline.gpt.kernels.build import load_kernels
-from pipeline.records import SamplingParams
+from gptbatch.pipeline.engine.sampling import choose_tokens
+from gptbatch.pipeline.kernels.build import load_kernels
+from gptbatch.pipeline.types import SamplingParams
 
 LINEARS = {
     "attn_qkv": (768, 2304, 12),
@@ -51,8 +51,12 @@ def linears(dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
         ours = [torch.ops.gptbatch.pack(weight) for weight in weights]
         theirs = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
         calls: dict[str, Callable[[], object]] = {
-            "ours": lambda x=x, ours=ours, out=out_features: [torch.ops.gptbatch.linear(x, w, out, None, None, "none") for w in ours],
-            "oneDNN": lambda x=x, theirs=theirs: [torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for w in theirs],
+            "ours": lambda x=x, ours=ours, out=out_features: [
+                torch.ops.gptbatch.linear(x, w, out, None, None, "none") for w in ours
+            ],
+            "oneDNN": lambda x=x, theirs=theirs: [
+                torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for w in theirs
+            ],
         }
         for name, median in medians(calls, repeats).items():
             seconds[name] += median
@@ -63,7 +67,10 @@ def linears(dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
 def choice(dtype: torch.dtype, top_k: int, repeats: int) -> dict[str, float]:
     """Milliseconds for 64 rows."""
     logits = (torch.randn(64, 50257) / 2).to(dtype)
-    params = [SamplingParams(seed=row, temperature=0.8, top_k=top_k, max_new_tokens=1) for row in range(64)]
+    params = [
+        SamplingParams(seed=row, temperature=0.8, top_k=top_k, max_new_tokens=1)
+        for row in range(64)
+    ]
     calls: dict[str, Callable[[], object]] = {
         "ours": lambda: choose_tokens(logits, params, [0] * 64, [1e-3] * 64, native=True),
         "torch": lambda: choose_tokens(logits, params, [0] * 64, [1e-3] * 64),
@@ -73,7 +80,9 @@ def choice(dtype: torch.dtype, top_k: int, repeats: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
@@ -84,7 +93,9 @@ def main() -> None:
         name = str(dtype).removeprefix("torch.")
         if dtype == torch.float32 or torch.ops.gptbatch.has_bfloat16():
             for rows in (32, 64, 128):
-                report[f"linears of {rows} rows, {name}, GFLOP/s"] = linears(dtype, rows, args.repeats)
+                report[f"linears of {rows} rows, {name}, GFLOP/s"] = linears(
+                    dtype, rows, args.repeats
+                )
         for top_k in (40, 1000, 0):
             report[f"choice, top_k {top_k}, {name}, ms"] = choice(dtype, top_k, args.repeats)
     for what, found in report.items():

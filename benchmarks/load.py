@@ -17,18 +17,20 @@ from pathlib import Path
 
 import torch
 
-from pipeline.bench.networks import write_random_checkpoint
-from pipeline.config import EngineConfig
-from pipeline.data.checkpoint import find_checkpoint
-from pipeline.gpt.attention import choose_backend
-from pipeline.gpt.config import parse_config
-from pipeline.network import load_network
+from gptbatch.pipeline.bench.networks import write_random_checkpoint
+from gptbatch.pipeline.config import EngineConfig
+from gptbatch.pipeline.kv_cache.interface import choose_backend
+from gptbatch.pipeline.model.checkpoint import find_checkpoint
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.loading import load_network
 
 PROMPT = [5] * 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=3)
@@ -39,10 +41,16 @@ def main() -> None:
         results = {}
         for dtype in args.dtypes:
             engine = EngineConfig(device="cpu", dtype=dtype, threads=args.threads)
-            results[dtype] = statistics.median(first_token_s(Path(folder), engine) for _ in range(args.repeats))
+            results[dtype] = statistics.median(
+                first_token_s(Path(folder), engine) for _ in range(args.repeats)
+            )
     for dtype, seconds in results.items():
         print(f"{dtype:<9} {seconds:.2f} s to the first token")
-    print(json.dumps({"repeats": args.repeats, "threads": torch.get_num_threads(), "first_token_s": results}))
+    print(
+        json.dumps(
+            {"repeats": args.repeats, "threads": torch.get_num_threads(), "first_token_s": results}
+        )
+    )
 
 
 def first_token_s(folder: Path, engine: EngineConfig) -> float:
@@ -53,7 +61,9 @@ def first_token_s(folder: Path, engine: EngineConfig) -> float:
     with torch.inference_mode():
         cache = model.new_cache(1, capacity=model.capacity_of([len(PROMPT)]))
         count = len(PROMPT)
-        model.extend(cache, tokens=PROMPT, slots=[0] * count, positions=range(count), wanted=[count - 1]).argmax().item()
+        model.extend(
+            cache, tokens=PROMPT, slots=[0] * count, positions=range(count), wanted=[count - 1]
+        ).argmax().item()
     return time.perf_counter() - began
 
 

@@ -21,17 +21,25 @@ from typing import Any
 
 import torch
 
-from pipeline import JobConfig, run_job
-from pipeline.bench.networks import write_random_checkpoint
-from pipeline.data.attempts import Attempts
-from pipeline.data.output_folder import OutputFolder
-from pipeline.data.parts import PartWriter
-from pipeline.data.progress_file import ProgressFile
-from pipeline.data.prompts import PromptReader
-from pipeline.data.tokenizer import PromptTokenizer
-from pipeline.generation.engine import Engine
+from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline.bench.networks import write_random_checkpoint
+from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.input.prompts import PromptReader
+from gptbatch.pipeline.input.tokenizer import PromptTokenizer
+from gptbatch.pipeline.output.crash_journal import Attempts
+from gptbatch.pipeline.output.folder import OutputFolder
+from gptbatch.pipeline.output.parts import PartWriter
+from gptbatch.pipeline.output.progress_file import ProgressFile
 
-TINY = {"n_layer": 1, "n_head": 1, "n_embd": 16, "n_positions": 64, "vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 0}
+TINY = {
+    "n_layer": 1,
+    "n_head": 1,
+    "n_embd": 16,
+    "n_positions": 64,
+    "vocab_size": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"config": {}, "prompt": " the" * 32, "new_tokens": 128},
     "tiny": {"config": TINY, "prompt": " the", "new_tokens": 4},
@@ -47,7 +55,11 @@ DURABILITY = {
     "attempts": (Attempts, "note"),
     "progress file": (ProgressFile, "write"),
 }
-OTHERS = {"tokenize": (PromptTokenizer, "encode"), "decode text": (PromptTokenizer, "completion_text"), "add row": (PartWriter, "add")}
+OTHERS = {
+    "tokenize": (PromptTokenizer, "encode"),
+    "decode text": (PromptTokenizer, "completion_text"),
+    "add row": (PartWriter, "add"),
+}
 
 
 class Clock:
@@ -106,7 +118,9 @@ class Watch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -132,11 +146,15 @@ def main() -> None:
             top_k=40,
             ignore_eos=True,
         )
-        config = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": args.threads})})
+        config = config.model_copy(
+            update={"engine": config.engine.model_copy(update={"threads": args.threads})}
+        )
         summary = run_job(config, watch)
     durability_s = sum(clock.seconds[stage] for stage in DURABILITY)
     for stage, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
-        print(f"{stage:<22} {seconds:8.2f} s  {1e6 * seconds / args.rows:9.1f} us a row  {100 * seconds / summary.wall_s:6.2f} %")
+        print(
+            f"{stage:<22} {seconds:8.2f} s  {1e6 * seconds / args.rows:9.1f} us a row  {100 * seconds / summary.wall_s:6.2f} %"
+        )
     report = {
         "shape": args.shape,
         "rows": summary.rows,
@@ -144,7 +162,9 @@ def main() -> None:
         "tokens_per_s": summary.tokens_per_s,
         "durability_s": round(durability_s, 2),
         "durability_share": round(durability_s / summary.wall_s, 5),
-        "us_a_row": {stage: round(1e6 * seconds / args.rows, 1) for stage, seconds in clock.seconds.items()},
+        "us_a_row": {
+            stage: round(1e6 * seconds / args.rows, 1) for stage, seconds in clock.seconds.items()
+        },
         "first_mib": round(watch.points[0][1] / 2**20, 1),
         "last_mib": round(watch.points[-1][1] / 2**20, 1),
     }

@@ -29,28 +29,41 @@ Rows = list[dict[str, Any]]
 Generate = Callable[[Rows], None]
 
 
-def gptbatch(args: argparse.Namespace, cache_dtype: Literal["auto", "int8"] = "auto") -> tuple[Generate, str]:
+def gptbatch(
+    args: argparse.Namespace, cache_dtype: Literal["auto", "int8"] = "auto"
+) -> tuple[Generate, str]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import torch
 
-    from pipeline.bench.workloads import Row, Workload
-    from pipeline.config import EngineConfig
-    from pipeline.data.checkpoint import find_checkpoint
-    from pipeline.generation.engine import Engine
-    from pipeline.gpt.config import parse_config
-    from pipeline.network import load_network
+    from gptbatch.pipeline.bench.workloads import Row, Workload
+    from gptbatch.pipeline.config import EngineConfig
+    from gptbatch.pipeline.engine.engine import Engine
+    from gptbatch.pipeline.model.checkpoint import find_checkpoint
+    from gptbatch.pipeline.model.config import parse_config
+    from gptbatch.pipeline.model.loading import load_network
 
     checkpoint = find_checkpoint(args.model, revision=None, allow_pickle=False)
     config = parse_config(checkpoint.config, args.model)
-    settings = EngineConfig(device=args.device, dtype=args.dtype, cache_dtype=cache_dtype, threads=args.threads)
-    network = load_network(checkpoint, config, settings, torch.device(args.device), numerics="exact")
+    settings = EngineConfig(
+        device=args.device, dtype=args.dtype, cache_dtype=cache_dtype, threads=args.threads
+    )
+    network = load_network(
+        checkpoint, config, settings, torch.device(args.device), numerics="exact"
+    )
     memory = network.cache_memory_bytes(MEMORY_GIB if args.device == "cpu" else None)
-    engine = Engine(model=network.model, batch_size=ROWS_AT_A_TIME, end_tokens=(), memory_bytes=memory)
+    engine = Engine(
+        model=network.model, batch_size=ROWS_AT_A_TIME, end_tokens=(), memory_bytes=memory
+    )
 
     def generate(rows: Rows) -> None:
-        work = Workload("rows", tuple(Row(tuple(row["prompt_token_ids"]), row["max_new_tokens"]) for row in rows))
+        work = Workload(
+            "rows",
+            tuple(Row(tuple(row["prompt_token_ids"]), row["max_new_tokens"]) for row in rows),
+        )
         prompts = work.prompts(0, vocab_size=config.vocab_size)
-        ended = [completion for completions in engine.generate(prompts) for completion in completions]
+        ended = [
+            completion for completions in engine.generate(prompts) for completion in completions
+        ]
         assert sum(len(completion.token_ids) for completion in ended) == work.new_tokens
 
     return generate, f"gptbatch {version('gptbatch')}, torch {torch.__version__}"
@@ -65,7 +78,11 @@ def transformers(args: argparse.Namespace) -> tuple[Generate, str]:
     from transformers import GPT2LMHeadModel
 
     torch.set_num_threads(args.threads)
-    model = GPT2LMHeadModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval().to(args.device)
+    model = (
+        GPT2LMHeadModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+        .eval()
+        .to(args.device)
+    )
 
     @torch.inference_mode()
     def generate(rows: Rows) -> None:
@@ -106,7 +123,11 @@ def openvino(args: argparse.Namespace, **more: str) -> tuple[Generate, str]:
     settings.dynamic_split_fuse = True
     settings.enable_prefix_caching = args.share
     precision = "f32" if args.dtype == "float32" else "bf16"
-    properties = {"INFERENCE_NUM_THREADS": args.threads, "INFERENCE_PRECISION_HINT": precision, **more}
+    properties = {
+        "INFERENCE_NUM_THREADS": args.threads,
+        "INFERENCE_PRECISION_HINT": precision,
+        **more,
+    }
     pipeline = openvino_genai.ContinuousBatchingPipeline(args.model, settings, "CPU", properties)
 
     def config(index: int, row: dict[str, Any]) -> Any:
@@ -176,16 +197,26 @@ PROGRAMS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("model")
     parser.add_argument("workload", type=Path)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of gptbatch and transformers")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="of gptbatch and transformers"
+    )
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--share", action="store_true", help="let the program share prefixes, where that is a choice")
+    parser.add_argument(
+        "--share",
+        action="store_true",
+        help="let the program share prefixes, where that is a choice",
+    )
     args = parser.parse_args()
-    here = Path(__file__).resolve().parent  # what stands there is not to be taken for a program's own modules
+    here = (
+        Path(__file__).resolve().parent
+    )  # what stands there is not to be taken for a program's own modules
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
     rows = [json.loads(line) for line in args.workload.read_text(encoding="utf-8").splitlines()]
     generate, versions = PROGRAMS[args.program](args)
@@ -193,7 +224,9 @@ def main() -> None:
     def moved(repeat: int, most: int) -> Rows:
         return [
             {
-                "prompt_token_ids": [(token + 1009 * repeat) % VOCAB_SIZE for token in row["prompt_token_ids"]],
+                "prompt_token_ids": [
+                    (token + 1009 * repeat) % VOCAB_SIZE for token in row["prompt_token_ids"]
+                ],
                 "max_new_tokens": min(row["max_new_tokens"], most),
             }
             for row in rows

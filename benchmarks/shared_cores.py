@@ -45,7 +45,10 @@ def main() -> None:
                 for spin, threads in settings:
                     rate = tokens_per_s(Path(folder), load, spin, threads)
                     rates.setdefault((load, spin, threads), []).append(rate)
-                    print(f"repeat {repeat}: {load}, {spin}, {threads} threads: {rate:.0f}", flush=True)
+                    print(
+                        f"repeat {repeat}: {load}, {spin}, {threads} threads: {rate:.0f}",
+                        flush=True,
+                    )
     medians = {key: statistics.median(values) for key, values in rates.items()}
     print("| spin count | threads |" + "".join(f" {load} |" for load in args.loads))
     print("|---|---|" + "---|" * len(args.loads))

@@ -12,8 +12,21 @@ from airflow import DAG
 from airflow.exceptions import AirflowFailException
 from airflow.providers.standard.operators.python import PythonOperator
 
-COMMAND = ["gptbatch", "generate", "--config", "gpt2-cpu", "--input", "/data/prompts.jsonl", "--output", "/data/out"]
-TRY_AGAIN = (69, 74, 75)  # another run holds the output; an I/O error; stopped by a signal or out of memory
+COMMAND = [
+    "gptbatch",
+    "generate",
+    "--config",
+    "gpt2-cpu",
+    "--input",
+    "/data/prompts.jsonl",
+    "--output",
+    "/data/out",
+]
+TRY_AGAIN = (
+    69,
+    74,
+    75,
+)  # another run holds the output; an I/O error; stopped by a signal or out of memory
 
 
 def generate(command: list[str] = COMMAND) -> None:
@@ -34,4 +47,6 @@ def generate(command: list[str] = COMMAND) -> None:
 
 
 with DAG(dag_id="gptbatch", start_date=datetime(2026, 1, 1), schedule=None, catchup=False) as dag:
-    PythonOperator(task_id="generate", python_callable=generate, retries=20, retry_delay=timedelta(minutes=1))
+    PythonOperator(
+        task_id="generate", python_callable=generate, retries=20, retry_delay=timedelta(minutes=1)
+    )

@@ -10,31 +10,77 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.messages import echo
-from jobs.options import Group, ModelArgument, PathArgument
-from pipeline.bench.shapes import SHAPES, shape_config
-from pipeline.bench.workloads import WORKLOADS, make_workload
+from gptbatch.jobs.messages import echo
+from gptbatch.jobs.options import Group, ModelArgument, PathArgument
+from gptbatch.pipeline.bench.shapes import SHAPES, shape_config
+from gptbatch.pipeline.bench.workloads import WORKLOADS, make_workload
 
 if TYPE_CHECKING:
-    from pipeline.gpt.model import GPT
+    from gptbatch.pipeline.model.gpt import GPT
 
 
 @click.group(cls=Group, invoke_without_command=True)
-@click.option("--model", type=ModelArgument(), help="Folder of a checkpoint, or a hub name. Default: random weights of --shape.")
-@click.option("--shape", type=click.Choice(list(SHAPES)), default="gpt2", show_default=True, help="Size of the random network.")
-@click.option("--workload", type=click.Choice(WORKLOADS), default="uniform", show_default=True, help="What to generate.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option(
-    "--cache-dtype", type=click.Choice(["auto", "int8"]), default="auto", show_default=True, help="Type of the keys and values kept."
+    "--model",
+    type=ModelArgument(),
+    help="Folder of a checkpoint, or a hub name. Default: random weights of --shape.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--attention", type=click.Choice(["auto", "ragged", "padded"]), default="auto", show_default=True)
+@click.option(
+    "--shape",
+    type=click.Choice(list(SHAPES)),
+    default="gpt2",
+    show_default=True,
+    help="Size of the random network.",
+)
+@click.option(
+    "--workload",
+    type=click.Choice(WORKLOADS),
+    default="uniform",
+    show_default=True,
+    help="What to generate.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    show_default=True,
+    help="Type of the keys and values kept.",
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["auto", "ragged", "padded"]),
+    default="auto",
+    show_default=True,
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: what torch finds.")
-@click.option("--batch-size", type=click.IntRange(1), help="Most rows at a time. Default: that of `generate`.")
-@click.option("--step-tokens", type=click.IntRange(1), help="Most tokens of a step. Default: that of `generate`.")
-@click.option("--top-k", type=click.IntRange(0), default=40, show_default=True, help="0 keeps the whole vocabulary.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Most rows at a time. Default: that of `generate`."
+)
+@click.option(
+    "--step-tokens",
+    type=click.IntRange(1),
+    help="Most tokens of a step. Default: that of `generate`.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(0),
+    default=40,
+    show_default=True,
+    help="0 keeps the whole vocabulary.",
+)
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--no-sharing", is_flag=True, help="Compute prefixes that rows share once for each row.")
+@click.option(
+    "--no-sharing", is_flag=True, help="Compute prefixes that rows share once for each row."
+)
 @click.pass_context
 def bench(context: click.Context, /, **options: Any) -> None:
     """Measure new tokens per second on a workload: uniform (64 prompts of 32 tokens, 128 new ones each), ragged (256 of 4 to 640, 8 to
@@ -49,12 +95,16 @@ def bench(context: click.Context, /, **options: Any) -> None:
 
 
 def _bench(options: dict[str, Any]) -> None:
-    from pipeline.bench.measure import measure
-    from pipeline.generation.engine import STEP_TOKENS, Engine
+    from gptbatch.pipeline.bench.measure import measure
+    from gptbatch.pipeline.engine.engine import STEP_TOKENS, Engine
 
     network = _network(options)
     model = network.model
-    workload = make_workload(options["workload"], vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
+    workload = make_workload(
+        options["workload"],
+        vocab_size=model.config.vocab_size,
+        n_positions=model.config.n_positions,
+    )
     engine = Engine(
         model=model,
         batch_size=network.batch_size(options["batch_size"]),
@@ -66,11 +116,21 @@ def _bench(options: dict[str, Any]) -> None:
     found = measure(engine, workload, repeats=options["repeats"], top_k=options["top_k"], said=echo)
     limits = found.limits
     echo(f"new tokens      {found.tokens_per_s:8.0f} a second (median)")
-    echo(f"prompt tokens   {found.prompt_tokens_per_s:8.0f} a second, {found.prefix_share:.1%} of them reused from other rows")
+    echo(
+        f"prompt tokens   {found.prompt_tokens_per_s:8.0f} a second, {found.prefix_share:.1%} of them reused from other rows"
+    )
     echo(f"tokens a step   {found.tokens_per_step:8.0f}, and {found.padding_share:.1%} padding")
-    echo(f"ceiling         {found.ceiling_tokens_per_s:8.0f} new tokens a second, of which {found.ceiling_share:.0%} are reached")
-    head = "" if limits.head_gflops == limits.gemm_gflops else f", {limits.head_gflops:.0f} of the head's"
-    echo(f"                ({limits.gemm_gflops:.0f} GFLOP/s of matrix products{head}, {limits.read_gb_per_s:.0f} GB/s of memory)")
+    echo(
+        f"ceiling         {found.ceiling_tokens_per_s:8.0f} new tokens a second, of which {found.ceiling_share:.0%} are reached"
+    )
+    head = (
+        ""
+        if limits.head_gflops == limits.gemm_gflops
+        else f", {limits.head_gflops:.0f} of the head's"
+    )
+    echo(
+        f"                ({limits.gemm_gflops:.0f} GFLOP/s of matrix products{head}, {limits.read_gb_per_s:.0f} GB/s of memory)"
+    )
     echo("seconds of one repeat, under a profiler:")
     for part, seconds in found.seconds_by_part.items():
         echo(f"  {part:<12} {seconds:8.2f}")
@@ -88,8 +148,19 @@ def _bench(options: dict[str, Any]) -> None:
 
 
 @bench.command()
-@click.option("--output", type=PathArgument(writes=True), default=Path(), help="Folder for scaling.png and scaling.json.")
-@click.option("--points", type=click.IntRange(4), default=40, show_default=True, help="Steps at which the naive loop is measured.")
+@click.option(
+    "--output",
+    type=PathArgument(writes=True),
+    default=Path(),
+    help="Folder for scaling.png and scaling.json.",
+)
+@click.option(
+    "--points",
+    type=click.IntRange(4),
+    default=40,
+    show_default=True,
+    help="Steps at which the naive loop is measured.",
+)
 @click.pass_obj
 def scaling(options: dict[str, Any], output: Path, points: int) -> None:
     """Seconds for one more token as the context grows, from one token to beyond n_positions: the naive loop, the cached engine and
@@ -97,8 +168,8 @@ def scaling(options: dict[str, Any], output: Path, points: int) -> None:
 
     Options of the network stand before `scaling`; those of the work have no effect on it.
     """
-    from pipeline.bench.chart import check_matplotlib, draw_scaling
-    from pipeline.bench.scaling import measure_scaling
+    from gptbatch.pipeline.bench.chart import check_matplotlib, draw_scaling
+    from gptbatch.pipeline.bench.scaling import measure_scaling
 
     check_matplotlib()
     output.mkdir(parents=True, exist_ok=True)
@@ -108,13 +179,29 @@ def scaling(options: dict[str, Any], output: Path, points: int) -> None:
     cache = "" if described["cache_dtype"] == "auto" else f", {described['cache_dtype']} cache"
     title = f"{described['model']}, {described['dtype']}{cache}, {described['threads']} threads of {described['machine']}"
     draw_scaling(curves, output / "scaling.png", n_positions=model.config.n_positions, title=title)
-    (output / "scaling.json").write_text(json.dumps({**described, "curves": [asdict(curve) for curve in curves]}) + "\n", encoding="utf-8")
+    (output / "scaling.json").write_text(
+        json.dumps({**described, "curves": [asdict(curve) for curve in curves]}) + "\n",
+        encoding="utf-8",
+    )
     ends = {}
     for curve in curves:
-        first, last = (_at(curve.steps, curve.seconds, model.config.n_positions * share // 10) for share in (1, 9))
+        first, last = (
+            _at(curve.steps, curve.seconds, model.config.n_positions * share // 10)
+            for share in (1, 9)
+        )
         ends[curve.name] = round(last / first, 2)
-        echo(f"{curve.name:<7} {first * 1e3:8.2f} ms at a tenth of the context, {last * 1e3:8.2f} ms at nine tenths")
-    echo(json.dumps({**described, "growth_from_a_tenth_to_nine_tenths": ends, "picture": str(output / "scaling.png")}))
+        echo(
+            f"{curve.name:<7} {first * 1e3:8.2f} ms at a tenth of the context, {last * 1e3:8.2f} ms at nine tenths"
+        )
+    echo(
+        json.dumps(
+            {
+                **described,
+                "growth_from_a_tenth_to_nine_tenths": ends,
+                "picture": str(output / "scaling.png"),
+            }
+        )
+    )
 
 
 def _at(steps: list[int], seconds: list[float], step: int) -> float:
@@ -125,19 +212,23 @@ def _at(steps: list[int], seconds: list[float], step: int) -> float:
 
 def _network(options: dict[str, Any]) -> Any:
     """The network that the options name, or one of that shape, checked as `generate` does."""
-    from pipeline.bench.networks import random_network
-    from pipeline.config import EngineConfig
-    from pipeline.data.checkpoint import find_checkpoint
-    from pipeline.gpt.config import parse_config
-    from pipeline.network import load_network, prepare_network, resolve_device
+    from gptbatch.pipeline.bench.networks import random_network
+    from gptbatch.pipeline.config import EngineConfig
+    from gptbatch.pipeline.model.checkpoint import find_checkpoint
+    from gptbatch.pipeline.model.config import parse_config
+    from gptbatch.pipeline.model.loading import load_network, prepare_network, resolve_device
 
-    engine = EngineConfig(**{key: options[key] for key in ("device", "dtype", "cache_dtype", "attention", "threads")})
+    engine = EngineConfig(
+        **{key: options[key] for key in ("device", "dtype", "cache_dtype", "attention", "threads")}
+    )
     device = resolve_device(engine)
     if options["model"] is None:
         return prepare_network(
             engine,
             device,
-            lambda backend, dtype: random_network(shape_config(options["shape"]), attention=backend, dtype=dtype, device=device),
+            lambda backend, dtype: random_network(
+                shape_config(options["shape"]), attention=backend, dtype=dtype, device=device
+            ),
             numerics="auto",
         )
     checkpoint = find_checkpoint(options["model"], revision=None, allow_pickle=False)
@@ -146,7 +237,7 @@ def _network(options: dict[str, Any]) -> Any:
 
 
 def _described(options: dict[str, Any], model: GPT) -> dict[str, Any]:
-    from pipeline.bench.machine import describe_machine
+    from gptbatch.pipeline.bench.machine import describe_machine
 
     return {
         "model": options["model"] or f"{options['shape']} with random weights",

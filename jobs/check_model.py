@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.messages import echo
-from jobs.options import Command, ModelArgument
+from gptbatch.jobs.messages import echo
+from gptbatch.jobs.options import Command, ModelArgument
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-    from pipeline.data.checkpoint import Checkpoint
-    from pipeline.gpt.model import GPT
+    from gptbatch.pipeline.model.checkpoint import Checkpoint
+    from gptbatch.pipeline.model.gpt import GPT
 
-TOLERANCE = 1e-4  # largest logit difference in float32, relative to the largest logit where that is above 1
+TOLERANCE = (
+    1e-4  # largest logit difference in float32, relative to the largest logit where that is above 1
+)
 MAX_TOKENS = 64
 
 PROMPTS = (
@@ -32,8 +34,16 @@ PROMPTS = (
 @click.command("check-model", cls=Command)
 @click.argument("model", type=ModelArgument())
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin where there are no safetensors.")
-@click.option("--new-tokens", default=16, show_default=True, type=click.IntRange(1), help="Greedy tokens to compare per prompt.")
+@click.option(
+    "--allow-pickle", is_flag=True, help="Accept pytorch_model.bin where there are no safetensors."
+)
+@click.option(
+    "--new-tokens",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Greedy tokens to compare per prompt.",
+)
 def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens: int) -> None:
     """Compare our network and tokenizer with transformers on the checkpoint MODEL (a folder or a hub name), in float32 on CPU.
 
@@ -44,39 +54,59 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     """
     import torch
 
-    from jobs.tokenizer_check import compare_tokenizers
-    from pipeline.data.checkpoint import find_checkpoint
-    from pipeline.data.tokenizer import PromptTokenizer
-    from pipeline.data.tokenizer_files import load_tokenizer
-    from pipeline.errors import ModelError
-    from pipeline.gpt.config import parse_config
-    from pipeline.gpt.weights import load_gpt
-    from pipeline.network import threads_to_use
+    from gptbatch.jobs.tokenizer_check import compare_tokenizers
+    from gptbatch.pipeline.errors import ModelError
+    from gptbatch.pipeline.input.tokenizer import PromptTokenizer
+    from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+    from gptbatch.pipeline.model.checkpoint import find_checkpoint
+    from gptbatch.pipeline.model.config import parse_config
+    from gptbatch.pipeline.model.loading import threads_to_use
+    from gptbatch.pipeline.model.weights import load_gpt
 
     torch.set_num_threads(threads_to_use(None))
     checkpoint = find_checkpoint(model, revision=revision, allow_pickle=allow_pickle)
     config = parse_config(checkpoint.config, str(checkpoint.config_path))
-    ours = load_gpt(config, list(checkpoint.weights), dtype=torch.float32, device=torch.device("cpu"), pack=False)
+    ours = load_gpt(
+        config,
+        list(checkpoint.weights),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        pack=False,
+    )
     theirs = _load_with_transformers(checkpoint)
-    tokenizer = PromptTokenizer(load_tokenizer(checkpoint.folder), start_token=checkpoint.special_tokens.start)
-    prompts = [[token for token in prompt.token_ids if token < config.vocab_size] for prompt in tokenizer.encode(list(PROMPTS))]
+    tokenizer = PromptTokenizer(
+        load_tokenizer(checkpoint.folder), start_token=checkpoint.special_tokens.start
+    )
+    prompts = [
+        [token for token in prompt.token_ids if token < config.vocab_size]
+        for prompt in tokenizer.encode(list(PROMPTS))
+    ]
 
     our_count = ours.parameter_count()
-    their_count = sum(parameter.numel() for _, parameter in theirs.named_parameters(remove_duplicate=False))
-    echo(f"parameters, the head counted as its own: ours {our_count:,}, transformers {their_count:,}")
+    their_count = sum(
+        parameter.numel() for _, parameter in theirs.named_parameters(remove_duplicate=False)
+    )
+    echo(
+        f"parameters, the head counted as its own: ours {our_count:,}, transformers {their_count:,}"
+    )
     networks = _compare_networks(ours, theirs, prompts, new_tokens)
-    echo(f"largest logit difference: {networks.difference:.3g} (largest logit {networks.largest:.3g})")
+    echo(
+        f"largest logit difference: {networks.difference:.3g} (largest logit {networks.largest:.3g})"
+    )
     echo(f"greedy tokens equal: {networks.equal_tokens} of {networks.tokens}")
     compared = compare_tokenizers(checkpoint.folder)
     echo(
         f"tokenizer ({compared.way}): {compared.encodings} encodings, {compared.texts} decoded texts, "
-        f"{compared.special_tokens} special tokens: " + (f"differ in {compared.difference}" if compared.difference else "equal")
+        f"{compared.special_tokens} special tokens: "
+        + (f"differ in {compared.difference}" if compared.difference else "equal")
     )
     ends, unfollowed = checkpoint.special_tokens.ends, checkpoint.settings_not_followed
     their_ends = _end_tokens(theirs)
     missed_ends = {token for token in their_ends if 0 <= token < config.vocab_size} - set(ends)
     echo(f"end tokens: ours {list(ends)}, transformers {their_ends}")
-    echo(f"generation settings that are not followed: {json.dumps(unfollowed) if unfollowed else 'none'}")
+    echo(
+        f"generation settings that are not followed: {json.dumps(unfollowed) if unfollowed else 'none'}"
+    )
 
     agree = our_count == their_count and networks.agree and compared.agree and not missed_ends
     summary = {
@@ -94,7 +124,9 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     }
     echo(json.dumps(summary))
     if not agree:
-        differing = "tokenizer" if not compared.agree else "end tokens" if missed_ends else "network"
+        differing = (
+            "tokenizer" if not compared.agree else "end tokens" if missed_ends else "network"
+        )
         raise ModelError(f"{model}: our {differing} and transformers do not agree")
 
 
@@ -109,15 +141,20 @@ class _Networks:
 
     @property
     def agree(self) -> bool:
-        return self.difference <= TOLERANCE * max(1.0, self.largest) and self.equal_tokens == self.tokens
+        return (
+            self.difference <= TOLERANCE * max(1.0, self.largest)
+            and self.equal_tokens == self.tokens
+        )
 
 
-def _compare_networks(ours: GPT, theirs: GPT2LMHeadModel, prompts: list[list[int]], new_tokens: int) -> _Networks:
+def _compare_networks(
+    ours: GPT, theirs: GPT2LMHeadModel, prompts: list[list[int]], new_tokens: int
+) -> _Networks:
     """Compare logits and greedy tokens, step by step, of our network and of a copy of theirs in ours."""
     import torch
 
-    from pipeline.gpt.model import GPT
-    from pipeline.gpt.weights import copy_model
+    from gptbatch.pipeline.model.gpt import GPT
+    from gptbatch.pipeline.model.weights import copy_model
 
     copied = GPT(ours.config).eval()
     copy_model(copied, theirs)
@@ -130,7 +167,9 @@ def _compare_networks(ours: GPT, theirs: GPT2LMHeadModel, prompts: list[list[int
                 logits = theirs(idx).logits
                 found.largest = max(found.largest, logits.abs().max().item())
                 for network in (ours, copied):
-                    found.difference = max(found.difference, (network(idx) - logits).abs().max().item())
+                    found.difference = max(
+                        found.difference, (network(idx) - logits).abs().max().item()
+                    )
                 token = logits[0, -1].argmax()
                 found.tokens += 1
                 found.equal_tokens += int(ours(idx)[0, -1].argmax() == token)
@@ -146,11 +185,13 @@ def _load_with_transformers(checkpoint: Checkpoint) -> GPT2LMHeadModel:
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging as transformers_logging
 
-    from pipeline.errors import ModelError
+    from gptbatch.pipeline.errors import ModelError
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # its report of tensors that it leaves out
-    loaded: Any = GPT2LMHeadModel.from_pretrained(checkpoint.folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = GPT2LMHeadModel.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, output_loading_info=True
+    )
     model: GPT2LMHeadModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
         raise ModelError(

@@ -9,7 +9,7 @@ import gc
 import os
 import sys
 
-from jobs.signals import STOPPED, Signals
+from gptbatch.jobs.signals import STOPPED, Signals
 
 GARBAGE_THRESHOLD = 100_000  # new objects before the collector looks; Python's own is 700 to 2,000
 
@@ -46,13 +46,13 @@ def run_command(arguments: list[str]) -> int:
 
 def _run(arguments: list[str], signals: Signals) -> int:
     try:
-        from jobs.group import cli
+        from gptbatch.jobs.group import cli
 
         code = cli.main(args=arguments, prog_name="gptbatch", standalone_mode=False, obj=signals)
         return code if isinstance(code, int) else 0
     except BaseException as error:  # noqa: BLE001 (panics of Rust libraries are no Exceptions)
         try:
-            from jobs.failures import report
+            from gptbatch.jobs.failures import report
 
             return report(error, signals.requested())
         except MemoryError:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.messages import echo, say
-from jobs.options import Command, PathArgument
+from gptbatch.jobs.messages import echo, say
+from gptbatch.jobs.options import Command, PathArgument
 
 if TYPE_CHECKING:
-    from pipeline.diff import DiffSummary, RowDifference
+    from gptbatch.pipeline.audit.diff import DiffSummary, RowDifference
 
 DIFFERENT = 1
 
@@ -23,7 +23,13 @@ DIFFERENT = 1
 @click.command(cls=Command)
 @click.argument("a", type=PathArgument())
 @click.argument("b", type=PathArgument())
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(0), help="Most differences to print; 0 prints all.")
+@click.option(
+    "--limit",
+    default=20,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Most differences to print; 0 prints all.",
+)
 @click.option("--common", is_flag=True, help="Compare only the ids that both runs have.")
 def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     """Compare the runs in the output folders A and B, finished or not, row by row, joined by prompt_id.
@@ -34,21 +40,25 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     equal but whose logits were not, by min_margin and logits_digest, are counted as equal_from_other_logits. Prompts and
     completions are never printed.
     """
-    from pipeline.data.recorded import RecordedRun
-    from pipeline.data.stray_tables import describe_strays
-    from pipeline.diff import diff_runs, settings_that_differ, summarize
-    from pipeline.errors import InputNotFoundError
+    from gptbatch.pipeline.audit.diff import diff_runs, settings_that_differ, summarize
+    from gptbatch.pipeline.audit.run_reader import RecordedRun
+    from gptbatch.pipeline.errors import InputNotFoundError
+    from gptbatch.pipeline.output.stray_tables import describe_strays
 
     run_a, run_b = RecordedRun(a), RecordedRun(b)
     for name, run in (("A", run_a), ("B", run_b)):
         if not run.complete:
-            say(f"{name} ({run.path}) is not complete; compared are the {run.n_rows} rows that it holds")
+            say(
+                f"{name} ({run.path}) is not complete; compared are the {run.n_rows} rows that it holds"
+            )
         if run.strays:
             say(f"{name} ({run.path}): {describe_strays(run.strays)}")
     shown: list[RowDifference] = []
     summary = summarize(run_a, run_b, _collected(diff_runs(run_a, run_b), shown, limit, common))
     if common and not summary.common and (run_a.n_rows or run_b.n_rows):
-        raise InputNotFoundError(f"{a} and {b}: no id is in both; were the ids taken from the same field?")
+        raise InputNotFoundError(
+            f"{a} and {b}: no id is in both; were the ids taken from the same field?"
+        )
     for line in _summary_lines(summary, common):
         echo(line)
     settings = settings_that_differ(run_a, run_b)
@@ -59,11 +69,22 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     count = summary.different + (0 if common else summary.missing_in_a + summary.missing_in_b)
     if count > len(shown):
         echo(f"... and {count - len(shown)} more")
-    echo(json.dumps({**asdict(summary), "settings_that_differ": {setting.name: [setting.a, setting.b] for setting in settings}}))
+    echo(
+        json.dumps(
+            {
+                **asdict(summary),
+                "settings_that_differ": {
+                    setting.name: [setting.a, setting.b] for setting in settings
+                },
+            }
+        )
+    )
     return 0 if count == 0 else DIFFERENT
 
 
-def _collected(differences: Iterable[RowDifference], shown: list[RowDifference], limit: int, common: bool) -> Iterator[RowDifference]:
+def _collected(
+    differences: Iterable[RowDifference], shown: list[RowDifference], limit: int, common: bool
+) -> Iterator[RowDifference]:
     """Hands the differences on, and puts the first `limit` (0: all) into `shown`: rows that both runs have before the others."""
     most = limit or sys.maxsize
     only: list[RowDifference] = []
@@ -80,7 +101,11 @@ def _collected(differences: Iterable[RowDifference], shown: list[RowDifference],
 def _summary_lines(summary: DiffSummary, common: bool) -> Iterator[str]:
     kinds = ", ".join(f"{count} by {kind}" for kind, count in summary.kinds.items())
     differ = f"{summary.different} differ ({kinds})" if summary.different else "all are equal"
-    yield f"{summary.common} rows are in both runs: {differ}" if summary.common else "no row is in both runs"
+    yield (
+        f"{summary.common} rows are in both runs: {differ}"
+        if summary.common
+        else "no row is in both runs"
+    )
     for name, count in (("A", summary.missing_in_b), ("B", summary.missing_in_a)):
         if count:
             yield f"{count} rows are only in {name}" + (", and not compared" if common else "")
@@ -99,16 +124,23 @@ def _in_words(difference: RowDifference) -> str:
         case "error":
             return f"{_ending(difference.finish_reason_a)} in A, {_ending(difference.finish_reason_b)} in B"
         case "ending":
-            a, b = difference.stop_reason_a or difference.finish_reason_a, difference.stop_reason_b or difference.finish_reason_b
+            a, b = (
+                difference.stop_reason_a or difference.finish_reason_a,
+                difference.stop_reason_b or difference.finish_reason_b,
+            )
             return f"the same tokens end differently: {a} / {b}"
         case "text":
             return "the same tokens stand for different texts"
         case "bits":
             return "the same tokens from other logits"
         case "tokens":
-            tokens = " / ".join("end" if token is None else str(token) for token in (difference.token_a, difference.token_b))
+            tokens = " / ".join(
+                "end" if token is None else str(token)
+                for token in (difference.token_a, difference.token_b)
+            )
             margins = " / ".join(
-                "none" if margin is None else f"{margin:.3g}" for margin in (difference.min_margin_a, difference.min_margin_b)
+                "none" if margin is None else f"{margin:.3g}"
+                for margin in (difference.min_margin_a, difference.min_margin_b)
             )
             return f"token {difference.token_index} differs: {tokens} (min_margin {margins})"
 

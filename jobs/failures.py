@@ -13,16 +13,16 @@ from contextlib import suppress
 
 import click
 
-from jobs.limits import out_of_memory, out_of_threads
-from jobs.messages import clean, is_from_echo, say
-from pipeline.errors import ConfigError, GptbatchError, StoppedError, StorageError
+from gptbatch.jobs.limits import out_of_memory, out_of_threads
+from gptbatch.jobs.messages import clean, is_from_echo, say
+from gptbatch.pipeline.errors import ConfigError, GptbatchError, StoppedError, StorageError
 
 BUG = 70
 MAX_QUOTED = 200
 MAX_CAUSES = 20
 MAX_LIBRARY_TEXT = 300
 COMPLETION = "_GPTBATCH_COMPLETE"  # set by the shell that asks click for completions
-OWN = ("jobs", "pipeline", "configs")
+OWN = "gptbatch"
 # what the names of a library's environment variables begin with, besides its own name
 VARIABLES = {
     "torch": ("PYTORCH_", "TORCHINDUCTOR_", "ATEN_"),
@@ -42,7 +42,8 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _THREADS = re.compile(
-    r"can't start new thread|Resource temporarily unavailable|failed to spawn|os error 11\b|pthread_create", re.IGNORECASE
+    r"can't start new thread|Resource temporarily unavailable|failed to spawn|os error 11\b|pthread_create",
+    re.IGNORECASE,
 )
 
 
@@ -85,7 +86,11 @@ def say_usage(error: click.ClickException) -> None:
     """As click shows it: usage, hint, error; cleaned, and with long values cut."""
     shown = io.StringIO()
     error.show(file=shown)
-    text = re.sub(rf"\S{{{MAX_QUOTED + 1},}}", lambda found: f"{found[0][:MAX_QUOTED]}...", shown.getvalue().rstrip("\n"))
+    text = re.sub(
+        rf"\S{{{MAX_QUOTED + 1},}}",
+        lambda found: f"{found[0][:MAX_QUOTED]}...",
+        shown.getvalue().rstrip("\n"),
+    )
     with suppress(OSError):  # nobody may be left to read it
         click.echo(clean(text, indent=""), err=True)
 
@@ -107,13 +112,15 @@ def find_library(error: BaseException) -> str | None:
         return None
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         name = error.name.partition(".")[0]
-        return None if name in OWN else name
+        return None if name == OWN else name
     library = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         name = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if name in OWN:
+        if name == OWN:
             library = None
-        elif (library is not None or frame.f_code.co_name == "<module>") and name not in sys.stdlib_module_names:
+        elif (
+            library is not None or frame.f_code.co_name == "<module>"
+        ) and name not in sys.stdlib_module_names:
             library = name
     return library
 
@@ -126,7 +133,11 @@ def describe_library(library: str, error: BaseException) -> str:
         text = f"{text[:MAX_LIBRARY_TEXT]}..."
     found = sorted(name for name in os.environ if name.startswith(prefixes))
     said = [f"{name}={_short(os.environ[name])}" for name in found]
-    advice = f"correct or unset what it reads from the environment: {', '.join(said)}" if said else "install it again"
+    advice = (
+        f"correct or unset what it reads from the environment: {', '.join(said)}"
+        if said
+        else "install it again"
+    )
     return f"the library {library} cannot be imported ({type(error).__name__}: {text}); {advice}"
 
 
@@ -138,7 +149,11 @@ def find_shortage(error: BaseException) -> str | None:
             return None
         number = link.errno if isinstance(link, OSError) else None
         # torch, pyarrow and the Rust libraries (whose panics are no Exceptions) say it in words only
-        in_words = isinstance(link, (RuntimeError, ImportError)) or type(link) is Exception or not isinstance(link, Exception)
+        in_words = (
+            isinstance(link, (RuntimeError, ImportError))
+            or type(link) is Exception
+            or not isinstance(link, Exception)
+        )
         text = str(link) if in_words else ""
         if isinstance(link, MemoryError) or number == errno.ENOMEM or _MEMORY.search(text):
             return out_of_memory()

@@ -9,15 +9,15 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from jobs.limits import check_limits
-from jobs.messages import echo
-from jobs.options import GroupedCommand, config_options, option_name
-from jobs.progress import progress_for_terminal
-from jobs.signals import Signals
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.job import inspect_job
-from pipeline.run import run_job
+from gptbatch.jobs.limits import check_limits
+from gptbatch.jobs.messages import echo
+from gptbatch.jobs.options import GroupedCommand, config_options, option_name
+from gptbatch.jobs.progress import progress_for_terminal
+from gptbatch.jobs.signals import Signals
+from gptbatch.pipeline.config import load_config
+from gptbatch.pipeline.dry_run import inspect_job
+from gptbatch.pipeline.errors import ConfigError
+from gptbatch.pipeline.run import run_job
 
 EXAMPLES = """\
 gptbatch generate --model gpt2 --input prompts.jsonl --output out/mine --temperature 0.8 --top-k 40
@@ -30,13 +30,22 @@ class _Generate(GroupedCommand):
 
 @click.command(cls=_Generate)
 @click.option(
-    "--config", "config_file", metavar="FILE", help="YAML file, or the name of a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda."
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="YAML file, or the name of a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda.",
 )
 @config_options
 @click.option("--greedy", is_flag=True, help="The same as --temperature 0.")
-@click.option("--dry-run", is_flag=True, help="Check every row, print counts and token lengths; load no model, write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check every row, print counts and token lengths; load no model, write nothing.",
+)
 @click.pass_context
-def generate(context: click.Context, /, config_file: str | None, greedy: bool, dry_run: bool, **settings: Any) -> None:
+def generate(
+    context: click.Context, /, config_file: str | None, greedy: bool, dry_run: bool, **settings: Any
+) -> None:
     """Generate a completion for every prompt of an input and write them to a folder of Parquet files.
 
     Options win over GPTBATCH_... environment variables, these over the config file. The last line on standard output is

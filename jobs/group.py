@@ -8,14 +8,14 @@ import click
 
 # name -> its module, and what `gptbatch --help` says of it
 COMMANDS = {
-    "generate": ("jobs.generate", "Generate a completion for every prompt of an input."),
-    "status": ("jobs.status", "Say what an output folder holds."),
-    "verify": ("jobs.verify", "Check rows of a run against its weights."),
-    "replay": ("jobs.replay", "Generate one row of a run again, and say why."),
-    "diff": ("jobs.diff", "Compare two runs, row by row."),
-    "check-model": ("jobs.check_model", "Compare our network with transformers."),
-    "bench": ("jobs.bench", "Measure new tokens per second."),
-    "train-demo": ("jobs.train_demo", "Train the small GPT-2 of the demo."),
+    "generate": ("gptbatch.jobs.generate", "Generate a completion for every prompt of an input."),
+    "status": ("gptbatch.jobs.status", "Say what an output folder holds."),
+    "verify": ("gptbatch.jobs.verify", "Check rows of a run against its weights."),
+    "replay": ("gptbatch.jobs.replay", "Generate one row of a run again, and say why."),
+    "diff": ("gptbatch.jobs.diff", "Compare two runs, row by row."),
+    "check-model": ("gptbatch.jobs.check_model", "Compare our network with transformers."),
+    "bench": ("gptbatch.jobs.bench", "Measure new tokens per second."),
+    "train-demo": ("gptbatch.jobs.train_demo", "Train the small GPT-2 of the demo."),
 }
 # commands that always import torch; generate does when there is something to do
 COMPUTING = {"verify", "replay", "check-model", "bench", "train-demo"}
@@ -28,7 +28,7 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        from jobs.limits import check_limits
+        from gptbatch.jobs.limits import check_limits
 
         check_limits(computes=cmd_name in COMPUTING)
         module = import_module(COMMANDS[cmd_name][0])
@@ -40,7 +40,9 @@ class _Lazy(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(
+    cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
 @click.version_option(package_name="gptbatch", prog_name="gptbatch")
 @click.option("-v", "--verbose", is_flag=True, help="Log more to standard error.")
 def cli(verbose: bool) -> None:
@@ -52,6 +54,6 @@ def cli(verbose: bool) -> None:
     75 stopped by a signal, or out of memory: run it again; 78 bad config, model or machine, or an output folder that
     holds something else.
     """
-    from jobs.messages import set_up_logging
+    from gptbatch.jobs.messages import set_up_logging
 
     set_up_logging(verbose)

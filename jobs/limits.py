@@ -11,14 +11,18 @@ import sys
 import threading
 from contextlib import suppress
 
-from pipeline.errors import ConfigError, InputNotFoundError, OutOfMemoryError, StorageError
-from pipeline.machine import cgroup_folders, cores
+from gptbatch.pipeline.errors import ConfigError, InputNotFoundError, OutOfMemoryError, StorageError
+from gptbatch.pipeline.system.machine import cgroup_folders, cores
 
 GIB = 2**30
 READING_GIB = 0.75  # address space of a command that reads Parquet, on two CPUs
 COMPUTING_GIB = 1.5  # and of one that imports torch
 GIB_PER_CPU = 0.04  # stacks and buffers of threads, which the libraries start for each CPU
-THREADS_PER_CPU, MORE_THREADS, MAX_THREADS = 2, 6, 48  # that the libraries start, and that are tried
+THREADS_PER_CPU, MORE_THREADS, MAX_THREADS = (
+    2,
+    6,
+    48,
+)  # that the libraries start, and that are tried
 
 
 def check_limits(*, computes: bool) -> None:
@@ -33,12 +37,20 @@ def check_limits(*, computes: bool) -> None:
     try:
         os.getcwd()
     except OSError as error:
-        reason = "no longer exists" if isinstance(error, FileNotFoundError) else f"cannot be used ({error.strerror})"
+        reason = (
+            "no longer exists"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be used ({error.strerror})"
+        )
         raise InputNotFoundError(f"the current folder {reason}; cd elsewhere") from None
     if sys.stdout is None:
-        raise StorageError("standard output is closed, and the result goes there; redirect it, to /dev/null at least")
+        raise StorageError(
+            "standard output is closed, and the result goes there; redirect it, to /dev/null at least"
+        )
     cpus = cores().cpus
-    check_address_space((COMPUTING_GIB if computes else READING_GIB) + GIB_PER_CPU * max(0, cpus - 2))
+    check_address_space(
+        (COMPUTING_GIB if computes else READING_GIB) + GIB_PER_CPU * max(0, cpus - 2)
+    )
     check_threads(min(THREADS_PER_CPU * cpus + MORE_THREADS, MAX_THREADS))
 
 

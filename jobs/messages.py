@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import click
 
-from pipeline.redact import printable, redact
+from gptbatch.pipeline.system.redact import printable, redact
 
 MAX_LINE = 4000
 
@@ -27,7 +27,9 @@ def echo(text: str) -> None:
 
 def is_from_echo(error: BaseException) -> bool:
     """Whether writing to standard output failed: `say` lets no error pass."""
-    return any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def clean(text: str, indent: str = "  ") -> str:
@@ -38,7 +40,10 @@ def clean(text: str, indent: str = "  ") -> str:
 def cut(text: str) -> str:
     """Lines of bounded length: a library may say all that it was given."""
     lines = text.split("\n")
-    return "\n".join(line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}... ({len(line)} characters)" for line in lines)
+    return "\n".join(
+        line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}... ({len(line)} characters)"
+        for line in lines
+    )
 
 
 class LogFormatter(logging.Formatter):

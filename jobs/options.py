@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 
-from jobs.messages import say
-from pipeline.config import config_fields
-from pipeline.paths import PathError, expand_path
+from gptbatch.jobs.messages import say
+from gptbatch.pipeline.config import config_fields
+from gptbatch.pipeline.system.paths import PathError, expand_path
 
 if TYPE_CHECKING:
-    from pipeline.data.recorded import RecordedRun
+    from gptbatch.pipeline.audit.run_reader import RecordedRun
 
 _METAVARS = {
     "--model": "M",
@@ -40,7 +40,9 @@ class PathArgument(click.ParamType[Path]):
     def __init__(self, *, writes: bool = False) -> None:
         self._writes = writes
 
-    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+    def convert(
+        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path:
         try:
             return Path(expand_path(str(value), writes=self._writes))
         except PathError as error:
@@ -60,7 +62,14 @@ class ModelArgument(click.ParamType[str]):
 
 
 # the first config key of each group of options, in the order of the fields
-_GROUPS = {"model": "Model", "input": "Input", "output": "Output", "seed": "Sampling", "numerics": "Numerics", "engine.device": "Engine"}
+_GROUPS = {
+    "model": "Model",
+    "input": "Input",
+    "output": "Output",
+    "seed": "Sampling",
+    "numerics": "Numerics",
+    "engine.device": "Engine",
+}
 
 
 class Command(click.Command):
@@ -88,10 +97,14 @@ class GroupedCommand(Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         titles = option_groups()
-        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in [*_GROUPS.values(), "Run"]}
+        sections: dict[str, list[tuple[str, str]]] = {
+            title: [] for title in [*_GROUPS.values(), "Run"]
+        }
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
-                sections[titles.get((parameter.name or "").replace("__", "."), "Run")].append(record)
+                sections[titles.get((parameter.name or "").replace("__", "."), "Run")].append(
+                    record
+                )
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
@@ -118,7 +131,12 @@ def refuse_repeated_options(command: click.Command, ctx: click.Context, args: li
     except click.UsageError:  # said by the command's own parsing
         return
     for parameter in order:
-        repeated = isinstance(parameter, click.Option) and not parameter.multiple and not parameter.count and order.count(parameter) > 1
+        repeated = (
+            isinstance(parameter, click.Option)
+            and not parameter.multiple
+            and not parameter.count
+            and order.count(parameter) > 1
+        )
         if repeated:
             raise click.UsageError(f"{parameter.opts[0]} is given twice; it takes one value", ctx)
 
@@ -133,7 +151,11 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
     for key, field in reversed(config_fields().items()):
         name, kind = option_name(key), _click_type(field.annotation)
         many = get_origin(field.annotation) is list
-        default = "" if field.is_required() or field.default in (None, []) else f" [default: {_yaml(field.default)}]"
+        default = (
+            ""
+            if field.is_required() or field.default in (None, [])
+            else f" [default: {_yaml(field.default)}]"
+        )
         declaration = f"{name}/--no-{name[2:]}" if kind is click.BOOL else name
         description = (field.description or "").replace("null", "unset")
         command = click.option(
@@ -151,10 +173,26 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
 def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of how a recorded run is loaded again."""
     for option in (
-        click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. [default: what torch finds]"),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute. [default: as recorded]"),
-        click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin where there are no safetensors, whatever the run said."),
-        click.option("--allow-other-weights", is_flag=True, help="Go on with weights that are not the run's, by digest."),
+        click.option(
+            "--threads",
+            type=click.IntRange(1, 1024),
+            help="CPU threads. [default: what torch finds]",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            help="Where to compute. [default: as recorded]",
+        ),
+        click.option(
+            "--allow-pickle",
+            is_flag=True,
+            help="Read pytorch_model.bin where there are no safetensors, whatever the run said.",
+        ),
+        click.option(
+            "--allow-other-weights",
+            is_flag=True,
+            help="Go on with weights that are not the run's, by digest.",
+        ),
         click.option(
             "--model",
             type=ModelArgument(),
@@ -168,7 +206,7 @@ def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def say_model(run: RecordedRun, model: str | None) -> None:
     """Name the checkpoint that a run's folder names, before it is read: anybody may have written it."""
-    from pipeline.reopen import recorded_model
+    from gptbatch.pipeline.audit.reopen import recorded_model
 
     if model is None:
         say(f"reading the checkpoint {recorded_model(run)}, which {run.path} names")

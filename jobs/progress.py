@@ -16,13 +16,17 @@ class Bar:
     """A tqdm bar over rows, with tokens/s beside it."""
 
     def begin(self, total_rows: int, done_rows: int) -> None:
-        self._bar = tqdm(total=total_rows, initial=done_rows, unit="row", file=sys.stderr, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_rows, initial=done_rows, unit="row", file=sys.stderr, dynamic_ncols=True
+        )
         self._done = done_rows
         self._began = time.monotonic()
 
     def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
         speed = completion_tokens / max(time.monotonic() - self._began, 1e-9)
-        self._bar.set_postfix_str(f"{speed:.0f} tokens/s" + (f", {errors} errors" if errors else ""), refresh=False)
+        self._bar.set_postfix_str(
+            f"{speed:.0f} tokens/s" + (f", {errors} errors" if errors else ""), refresh=False
+        )
         self._bar.update(self._done + rows - self._bar.n)
 
     def end(self) -> None:
@@ -45,7 +49,10 @@ class Lines:
         done = self._done + rows
         left = f", about {elapsed / rows * (self._total - done):.0f} s left" if rows else ""
         with suppress(OSError):
-            click.echo(f"{done} of {self._total} rows, {errors} errors, {completion_tokens / elapsed:.0f} tokens/s{left}", err=True)
+            click.echo(
+                f"{done} of {self._total} rows, {errors} errors, {completion_tokens / elapsed:.0f} tokens/s{left}",
+                err=True,
+            )
 
     def end(self) -> None:
         pass

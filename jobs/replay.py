@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.messages import echo
-from jobs.options import Command, PathArgument, reopen_options, say_model
+from gptbatch.jobs.messages import echo
+from gptbatch.jobs.options import Command, PathArgument, reopen_options, say_model
 
 if TYPE_CHECKING:
-    from pipeline.generation.trace import Candidate, StepTrace
+    from gptbatch.pipeline.audit.trace import Candidate, StepTrace
 
 TokenText = Callable[[int], str]  # of a token in its place
 
@@ -22,12 +22,35 @@ TokenText = Callable[[int], str]  # of a token in its place
 @click.command(cls=Command)
 @click.argument("output", type=PathArgument())
 @click.option("--prompt-id", required=True, help="The id of the row.")
-@click.option("--trace", is_flag=True, help="Show each step: token, probability, rank, tokens kept, margin, runners-up.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON lines: a line for each step of the trace, then one for the row.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="What if the row seed were this one?")
-@click.option("--temperature", type=click.FloatRange(0, 1e300), help="What if the temperature were this one? The noise stays.")
-@click.option("--top-k", type=click.IntRange(0, 2**31 - 1), help="What if top_k were this one? The noise stays.")
-@click.option("--max-new-tokens", type=click.IntRange(1, 2**31 - 1), help="What if the row might have this many tokens?")
+@click.option(
+    "--trace",
+    is_flag=True,
+    help="Show each step: token, probability, rank, tokens kept, margin, runners-up.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print JSON lines: a line for each step of the trace, then one for the row.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), help="What if the row seed were this one?"
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 1e300),
+    help="What if the temperature were this one? The noise stays.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(0, 2**31 - 1),
+    help="What if top_k were this one? The noise stays.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1, 2**31 - 1),
+    help="What if the row might have this many tokens?",
+)
 @reopen_options
 def replay(
     output: Path,
@@ -48,22 +71,39 @@ def replay(
 
     Needs the folder and the weights, not the input. Exits with 0 whether the row is equal or not; verify judges.
     """
-    from pipeline.data.recorded import RecordedRun
-    from pipeline.errors import InputNotFoundError
-    from pipeline.reopen import Overrides, ReopenedRun, row_params
-    from pipeline.replay import replay_row
+    from gptbatch.pipeline.audit.reopen import Overrides, ReopenedRun, row_params
+    from gptbatch.pipeline.audit.replay import replay_row
+    from gptbatch.pipeline.audit.run_reader import RecordedRun
+    from gptbatch.pipeline.errors import InputNotFoundError
 
     run = RecordedRun(output)
     row = run.find(prompt_id)
     if row is None:
-        size = f"the run has {run.n_rows} rows" if run.complete else f"the run is not complete; it has {run.n_rows} rows so far"
+        size = (
+            f"the run has {run.n_rows} rows"
+            if run.complete
+            else f"the run is not complete; it has {run.n_rows} rows so far"
+        )
         raise InputNotFoundError(f"{output}: no row has the id {prompt_id!r}; {size}")
-    overrides = Overrides(model=model, allow_pickle=allow_pickle, allow_other_weights=allow_other_weights, device=device, threads=threads)
+    overrides = Overrides(
+        model=model,
+        allow_pickle=allow_pickle,
+        allow_other_weights=allow_other_weights,
+        device=device,
+        threads=threads,
+    )
     say_model(run, model)
     reopened = ReopenedRun(run, overrides)
-    asked = {"seed": seed, "temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    asked = {
+        "seed": seed,
+        "temperature": temperature,
+        "top_k": top_k,
+        "max_new_tokens": max_new_tokens,
+    }
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    replayed = replay_row(reopened, row, dataclasses.replace(row_params(row), **changes), trace=trace)
+    replayed = replay_row(
+        reopened, row, dataclasses.replace(row_params(row), **changes), trace=trace
+    )
     completion = replayed.completion
 
     def text_of_step(step: int) -> TokenText:
@@ -97,23 +137,49 @@ def replay(
         return
     if trace:
         echo("\n".join(_table(replayed.trace, text_of_step)) + "\n")
-    echo(f"{row['prompt']}{replayed.text if replayed.text is not None else f' [{completion.error}]'}\n")
-    echo(_verdict(replayed.first_difference, changes, reasons, len(completion.token_ids), completion.min_margin))
+    echo(
+        f"{row['prompt']}{replayed.text if replayed.text is not None else f' [{completion.error}]'}\n"
+    )
+    echo(
+        _verdict(
+            replayed.first_difference,
+            changes,
+            reasons,
+            len(completion.token_ids),
+            completion.min_margin,
+        )
+    )
 
 
-def _verdict(first_difference: int | None, changes: dict[str, Any], reasons: list[str], count: int, margin: float | None) -> str:
+def _verdict(
+    first_difference: int | None,
+    changes: dict[str, Any],
+    reasons: list[str],
+    count: int,
+    margin: float | None,
+) -> str:
     asked = ", ".join(f"{name} {value}" for name, value in changes.items())
     nearest = "" if margin is None else f", smallest margin {margin:.3g}"
     if first_difference is None:
         unsure = f"; bits may differ: {', '.join(reasons)}" if reasons else ""
         return f"equal to the recorded row{f' with {asked}' if asked else ''}: {count} tokens{nearest}{unsure}"
-    why = f" with {asked}" if asked else f" ({', '.join(reasons)})" if reasons else ", though this machine should give the same bits"
+    why = (
+        f" with {asked}"
+        if asked
+        else f" ({', '.join(reasons)})"
+        if reasons
+        else ", though this machine should give the same bits"
+    )
     return f"differs from the recorded row from token {first_difference} on{why}: {count} tokens{nearest}"
 
 
 def _step_in_json(step: StepTrace, text: TokenText) -> dict[str, Any]:
     def named(candidate: Candidate) -> dict[str, Any]:
-        return {"token": candidate.token, "text": text(candidate.token), "probability": candidate.probability}
+        return {
+            "token": candidate.token,
+            "text": text(candidate.token),
+            "probability": candidate.probability,
+        }
 
     return {
         "step": step.step,
@@ -129,9 +195,13 @@ def _table(steps: tuple[StepTrace, ...], text_of_step: Callable[[int], TokenText
     def text(step: StepTrace, candidate: Candidate) -> str:
         return json.dumps(text_of_step(step.step)(candidate.token), ensure_ascii=False)
 
-    lines = [f"{'step':>5} {'token':>6} {'text':<18} {'probability':>11} {'rank':>6} {'kept':>6} {'margin':>9}  runners-up"]
+    lines = [
+        f"{'step':>5} {'token':>6} {'text':<18} {'probability':>11} {'rank':>6} {'kept':>6} {'margin':>9}  runners-up"
+    ]
     for step in steps:
-        runners_up = ", ".join(f"{text(step, candidate)} {candidate.probability:.3g}" for candidate in step.runners_up)
+        runners_up = ", ".join(
+            f"{text(step, candidate)} {candidate.probability:.3g}" for candidate in step.runners_up
+        )
         margin = "" if step.margin is None else f"{step.margin:.3g}"
         lines.append(
             f"{step.step:>5} {step.candidate.token:>6} {text(step, step.candidate):<18} {step.candidate.probability:>11.3g} "

@@ -21,10 +21,19 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 STOPPED = 75  # errors.StoppedError.exit_code
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
+STOPPING = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGHUP,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 LOADING_PATIENCE_S = 2.0
 RUNNING_PATIENCE_S = 9.0  # a run that is asked to stop ends within 10 s
-ONE_SIGNAL_S = 0.2  # timeout(1) sends its signal to the process and to its group: within this it is one signal
+ONE_SIGNAL_S = (
+    0.2  # timeout(1) sends its signal to the process and to its group: within this it is one signal
+)
 _END = b"\0"
 
 
@@ -33,7 +42,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Turns signals into wishes (pipeline.loop.Stop).
+    """Turns signals into wishes (gptbatch.pipeline.output.part_runner.Stop).
 
     Only the main thread of a process has any. SIGHUP stays ignored where it is (nohup).
     As a context manager it restores the handlers at the end.
@@ -69,7 +78,9 @@ class Signals:
         os.set_blocking(self._write, False)
         self._before_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
-        with suppress(RuntimeError):  # no threads to be had: signals arrive between two instructions only
+        with suppress(
+            RuntimeError
+        ):  # no threads to be had: signals arrive between two instructions only
             watcher.start()
             self._watcher = watcher
 
@@ -83,7 +94,12 @@ class Signals:
         self.install()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._before:
             self._finished = True
             for number, handler in self._before.items():
@@ -107,14 +123,23 @@ class Signals:
         """In a thread of its own: the numbers of the signals arrive in a pipe at once, whatever the main thread is in."""
         first: tuple[int, float] | None = None
         while True:
-            patience = None if first is None else RUNNING_PATIENCE_S if self._deferred else LOADING_PATIENCE_S
+            patience = (
+                None
+                if first is None
+                else RUNNING_PATIENCE_S
+                if self._deferred
+                else LOADING_PATIENCE_S
+            )
             ready, _, _ = select.select([self._read], [], [], patience)
             if not ready:
                 if self._finished:
                     return
                 with suppress(OSError):  # nobody may be left to read it
                     if sys.__stderr__ is not None:
-                        os.write(sys.__stderr__.fileno(), b"gptbatch: stopped; run the same command again\n")
+                        os.write(
+                            sys.__stderr__.fileno(),
+                            b"gptbatch: stopped; run the same command again\n",
+                        )
                 os._exit(STOPPED)
             for number in os.read(self._read, 64):
                 if number == 0 or self._finished:

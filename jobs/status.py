@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from jobs.messages import echo
-from jobs.options import Command, PathArgument
-from pipeline.machine import cores, describe_cores
-from pipeline.status import OutputStatus, output_status
+from gptbatch.jobs.messages import echo
+from gptbatch.jobs.options import Command, PathArgument
+from gptbatch.pipeline.output.status import OutputStatus, output_status
+from gptbatch.pipeline.system.machine import cores, describe_cores
 
 MOST_NAMED = 10
 
@@ -37,11 +37,18 @@ def _lines(found: OutputStatus) -> list[str]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.errors.items())
     lines = [
         f"{found.output}: {found.state}",
-        f"rows     {found.rows_done} of {found.rows_total}" + (f", {found.rows_missing} missing" if found.rows_missing else ""),
+        f"rows     {found.rows_done} of {found.rows_total}"
+        + (f", {found.rows_missing} missing" if found.rows_missing else ""),
         f"parts    {found.parts_done} of {found.parts_total}"
-        + (f", missing {_some(found.parts_missing, found.n_parts_missing)}" if found.parts_missing else "")
         + (
-            f", damaged {_some(found.parts_damaged, len(found.parts_damaged))}: the next run does them again" if found.parts_damaged else ""
+            f", missing {_some(found.parts_missing, found.n_parts_missing)}"
+            if found.parts_missing
+            else ""
+        )
+        + (
+            f", damaged {_some(found.parts_damaged, len(found.parts_damaged))}: the next run does them again"
+            if found.parts_damaged
+            else ""
         ),
         f"errors   {sum(found.errors.values())}" + (f" ({kinds})" if kinds else ""),
         f"tokens   {found.prompt_tokens} of prompts, {found.completion_tokens} of completions",

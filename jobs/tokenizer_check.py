@@ -46,20 +46,38 @@ def compare_tokenizers(folder: Path) -> TokenizerComparison:
     """
     from transformers import AutoTokenizer
 
-    from pipeline.data.tokenizer import PromptTokenizer
-    from pipeline.data.tokenizer_files import load_tokenizer
+    from gptbatch.pipeline.input.tokenizer import PromptTokenizer
+    from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
 
-    theirs = AutoTokenizer.from_pretrained(str(folder.resolve()), trust_remote_code=False, local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(
+        str(folder.resolve()), trust_remote_code=False, local_files_only=True
+    )
     loaded = load_tokenizer(folder)
-    special = {content: theirs.convert_tokens_to_ids(content) for content in theirs.all_special_tokens}
+    special = {
+        content: theirs.convert_tokens_to_ids(content) for content in theirs.all_special_tokens
+    }
     texts = [*HARD_TEXTS, *(f"a{content} {content}b" for content in special)]
     encodings = decoded = 0
-    differences = [f"the special token {content!r}" for content, index in special.items() if loaded.backend.token_to_id(content) != index]
+    differences = [
+        f"the special token {content!r}"
+        for content, index in special.items()
+        if loaded.backend.token_to_id(content) != index
+    ]
     for parse_special in (False, True):
         for add_special_tokens in (True, False):
-            ours = PromptTokenizer(loaded, start_token=None, parse_special=parse_special, add_special_tokens=add_special_tokens)
+            ours = PromptTokenizer(
+                loaded,
+                start_token=None,
+                parse_special=parse_special,
+                add_special_tokens=add_special_tokens,
+            )
             for text, encoded in zip(texts, ours.encode(texts), strict=True):
-                token_ids = _encode(theirs, text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special)
+                token_ids = _encode(
+                    theirs,
+                    text,
+                    add_special_tokens=add_special_tokens,
+                    split_special_tokens=not parse_special,
+                )
                 encodings += 1
                 if token_ids is None or encoded.token_ids != token_ids:
                     if token_ids is not None or not encoded.problem:
@@ -79,7 +97,7 @@ def compare_tokenizers(folder: Path) -> TokenizerComparison:
 
 def _encode(tokenizer: Any, text: str, **options: bool) -> list[int] | None:
     """The token ids, None where the tokenizer cannot encode the text."""
-    from pipeline.data.panics import panics_as_errors
+    from gptbatch.pipeline.system.rust_panics import panics_as_errors
 
     try:
         with panics_as_errors():

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import Command
-from pipeline.errors import InputRowsError
+from gptbatch.jobs.options import Command
+from gptbatch.pipeline.errors import InputRowsError
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +30,32 @@ END_OF_TEXT = "<|endoftext|>"
 @click.command("train-demo", cls=Command)
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("output", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--steps", default=3600, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Sequences a step.")
-@click.option("--vocab-size", default=1024, show_default=True, type=click.IntRange(257, 2048), help="Tokens of the BPE.")
-@click.option("--n-positions", default=256, show_default=True, type=click.IntRange(1), help="Context length in tokens.")
+@click.option(
+    "--steps", default=3600, show_default=True, type=click.IntRange(1), help="Optimizer steps."
+)
+@click.option(
+    "--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Sequences a step."
+)
+@click.option(
+    "--vocab-size",
+    default=1024,
+    show_default=True,
+    type=click.IntRange(257, 2048),
+    help="Tokens of the BPE.",
+)
+@click.option(
+    "--n-positions",
+    default=256,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Context length in tokens.",
+)
 @click.option("--n-layer", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--n-head", default=6, show_default=True, type=click.IntRange(1))
 @click.option("--n-embd", default=192, show_default=True, type=click.IntRange(1))
-@click.option("--dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1, max_open=True))
+@click.option(
+    "--dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1, max_open=True)
+)
 @click.option("--learning-rate", default=2e-3, show_default=True, help="Peak, after the warm-up.")
 @click.option("--weight-decay", default=0.1, show_default=True)
 @click.option(
@@ -107,7 +125,9 @@ def train_demo(
     )
     model = GPT2LMHeadModel(config)
     parameters = sum(p.numel() for p in model.parameters())
-    click.echo(f"{parameters:,} parameters, {len(training_tokens):,} training tokens, {len(content[cut:]):,} validation characters")
+    click.echo(
+        f"{parameters:,} parameters, {len(training_tokens):,} training tokens, {len(content[cut:]):,} validation characters"
+    )
 
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     other = [p for p in model.parameters() if p.dim() < 2]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.messages import echo, say
-from jobs.options import Command, PathArgument, reopen_options, say_model
+from gptbatch.jobs.messages import echo, say
+from gptbatch.jobs.options import Command, PathArgument, reopen_options, say_model
 
 if TYPE_CHECKING:
-    from pipeline.verify import Verdict
+    from gptbatch.pipeline.audit.verify import Verdict
 
 MISMATCH = 1
 MOST_LINES = 20
@@ -22,7 +22,11 @@ MOST_LINES = 20
 
 @click.command(cls=Command)
 @click.argument("output", type=PathArgument())
-@click.option("--rows", type=click.IntRange(1), help="Rows to check, evenly spaced over the run. [default: 100]")
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    help="Rows to check, evenly spaced over the run. [default: 100]",
+)
 @click.option("--all", "all_rows", is_flag=True, help="Check every row.")
 @reopen_options
 def verify(
@@ -46,18 +50,24 @@ def verify(
     if all_rows and rows is not None:
         raise click.UsageError("--rows and --all cannot be given together")
 
-    from pipeline.data.recorded import RecordedRun
-    from pipeline.data.stray_tables import describe_strays
-    from pipeline.errors import InputNotFoundError, StorageError
-    from pipeline.reopen import Overrides, ReopenedRun
-    from pipeline.verify import evenly_spaced, verify_rows
+    from gptbatch.pipeline.audit.reopen import Overrides, ReopenedRun
+    from gptbatch.pipeline.audit.run_reader import RecordedRun
+    from gptbatch.pipeline.audit.verify import evenly_spaced, verify_rows
+    from gptbatch.pipeline.errors import InputNotFoundError, StorageError
+    from gptbatch.pipeline.output.stray_tables import describe_strays
 
     run = RecordedRun(output)
     if run.strays:
         raise StorageError(f"{output}: {describe_strays(run.strays)}")
     if not run.complete:
         say(f"{output} is not complete; only the {run.n_rows} rows that it holds can be checked")
-    overrides = Overrides(model=model, allow_pickle=allow_pickle, allow_other_weights=allow_other_weights, device=device, threads=threads)
+    overrides = Overrides(
+        model=model,
+        allow_pickle=allow_pickle,
+        allow_other_weights=allow_other_weights,
+        device=device,
+        threads=threads,
+    )
     say_model(run, model)
     reopened = ReopenedRun(run, overrides)
     wanted = run.rows() if all_rows else run.reader().take(evenly_spaced(rows or 100, run.n_rows))
@@ -79,7 +89,11 @@ def verify(
         f"{_count(checked, 'row')} checked, {_count(mismatches, 'mismatch', 'mismatches')}"
         + (f", {_count(outcomes['near_tie'], 'near tie')}" if reasons else "")
         + (f", {_count(outcomes['skipped'], 'error row')} skipped" if outcomes["skipped"] else "")
-        + (f"; judged by margin: {', '.join(reasons)}" if reasons else "; judged exactly, bit for bit")
+        + (
+            f"; judged by margin: {', '.join(reasons)}"
+            if reasons
+            else "; judged exactly, bit for bit"
+        )
         + ("; the run is complete and has no rows" if run.complete and run.n_rows == 0 else "")
     )
     summary = {
@@ -90,16 +104,23 @@ def verify(
         "error_rows_skipped": outcomes["skipped"],
         "judged": "by margin" if reasons else "exactly",
         "because": reasons,
-        "first_mismatch": first and {"prompt_id": first.prompt_id, "step": first.step, "margin": first.margin},
+        "first_mismatch": first
+        and {"prompt_id": first.prompt_id, "step": first.step, "margin": first.margin},
         "verify_s": round(time.monotonic() - began, 3),
     }
     echo(json.dumps(summary))
     if not checked and not (run.complete and run.n_rows == 0):
-        what = f"all {outcomes['skipped']} rows looked at are error rows" if outcomes["skipped"] else "it holds no rows yet"
+        what = (
+            f"all {outcomes['skipped']} rows looked at are error rows"
+            if outcomes["skipped"]
+            else "it holds no rows yet"
+        )
         raise InputNotFoundError(f"{output}: nothing was checked: {what}")
     if run.marked_complete and not run.complete and not mismatches:
         held = f"{run.n_rows} of {run.rows_promised} rows"
-        raise StorageError(f"{output}: is marked complete, but holds {held}; the same generate command makes the rest")
+        raise StorageError(
+            f"{output}: is marked complete, but holds {held}; the same generate command makes the rest"
+        )
     return MISMATCH if mismatches else 0
 
 

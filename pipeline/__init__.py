@@ -8,15 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pipeline.openmp import limit_spinning
+from gptbatch.pipeline.system.openmp import limit_spinning
 
 if TYPE_CHECKING:
-    from pipeline.config import EngineConfig, JobConfig, load_config
-    from pipeline.errors import GptbatchError
-    from pipeline.job import InputReport, inspect_job
-    from pipeline.loop import Progress, Stop
-    from pipeline.run import run_job
-    from pipeline.summary import RunSummary
+    from gptbatch.pipeline.config import EngineConfig, JobConfig, load_config
+    from gptbatch.pipeline.dry_run import InputReport, inspect_job
+    from gptbatch.pipeline.errors import GptbatchError
+    from gptbatch.pipeline.output.part_runner import Progress, Stop
+    from gptbatch.pipeline.output.summary import RunSummary
+    from gptbatch.pipeline.run import run_job
 
 __all__ = [
     "EngineConfig",
@@ -34,12 +34,12 @@ __all__ = [
 _MODULES = {
     "EngineConfig": "config",
     "GptbatchError": "errors",
-    "InputReport": "job",
+    "InputReport": "dry_run",
     "JobConfig": "config",
-    "Progress": "loop",
-    "RunSummary": "summary",
-    "Stop": "loop",
-    "inspect_job": "job",
+    "Progress": "output.part_runner",
+    "RunSummary": "output.summary",
+    "Stop": "output.part_runner",
+    "inspect_job": "dry_run",
     "load_config": "config",
     "run_job": "run",
 }

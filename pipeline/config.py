@@ -10,16 +10,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from pipeline.data.bundled import PREFIX, locate
-from pipeline.data.yaml_reader import YamlError, read_yaml_mapping
-from pipeline.errors import ConfigError
-from pipeline.paths import PathError, expand_path
-from pipeline.records import MAX_SEED, MAX_TEMPERATURE
-from pipeline.redact import redact
+from gptbatch.pipeline.errors import ConfigError
+from gptbatch.pipeline.system.bundled import PREFIX, locate
+from gptbatch.pipeline.system.paths import PathError, expand_path
+from gptbatch.pipeline.system.redact import redact
+from gptbatch.pipeline.system.yaml_reader import YamlError, read_yaml_mapping
+from gptbatch.pipeline.types import MAX_SEED, MAX_TEMPERATURE
 
 ENVIRONMENT_PREFIX = "GPTBATCH_"
 MAX_PROBLEMS = 20
@@ -28,7 +37,10 @@ MAX_VALUE_CHARACTERS = 200
 # what Kubernetes and Docker set for a service or container called gptbatch or gptbatch-NAME, and the values that two of them have:
 # GPTBATCH_MODEL_NAME=gpt2 is a mistake
 _SERVICE_VARIABLES = (
-    re.compile(r"GPTBATCH_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*", re.ASCII | re.DOTALL),
+    re.compile(
+        r"GPTBATCH_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*",
+        re.ASCII | re.DOTALL,
+    ),
     re.compile(r"GPTBATCH_(\w+_)?PORT=\w+://.*", re.ASCII | re.DOTALL),
     re.compile(r"GPTBATCH_(NAME=|(\w+_)?NAME=/|(\w+_)?ENV_\w+=).*", re.ASCII | re.DOTALL),
 )
@@ -53,7 +65,9 @@ InputPath = Annotated[str, _path_setting(writes=False)]
 OutputPath = Annotated[str, _path_setting(writes=True)]
 # "5" or "2.5%"; a YAML file may say 5 without quotes
 CountOrShare = Annotated[
-    str, BeforeValidator(lambda value: str(value) if type(value) is int else value), Field(pattern=r"^(\d+|\d{1,2}(\.\d+)?%|100%)$")
+    str,
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+    Field(pattern=r"^(\d+|\d{1,2}(\.\d+)?%|100%)$"),
 ]
 
 
@@ -64,73 +78,151 @@ class _Section(BaseModel):
 class EngineConfig(_Section):
     """How the work is done on this machine."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where there is a GPU")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of weights and activations; float16 needs cuda")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes cuda where there is a GPU"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="type of weights and activations; float16 needs cuda"
+    )
     cache_dtype: Literal["auto", "int8"] = Field(
-        "auto", description="type of keys and values that are kept: auto is dtype; int8 is faster with ragged attention, and coarser"
+        "auto",
+        description="type of keys and values that are kept: auto is dtype; int8 is faster with ragged attention, and coarser",
     )
     batch_size: int | None = Field(
-        None, ge=1, le=65536, description="most rows that run at a time; null takes 32 a CPU thread, from 64 to 512, as far as memory goes"
+        None,
+        ge=1,
+        le=65536,
+        description="most rows that run at a time; null takes 32 a CPU thread, from 64 to 512, as far as memory goes",
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null takes what torch finds, at most the CPU quota")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads; null takes what torch finds, at most the CPU quota",
+    )
     attention: Literal["auto", "ragged", "padded"] = Field(
-        "auto", description="ragged is for CPUs, with C++ kernels that are built on first use; auto takes it where they build, else padded"
+        "auto",
+        description="ragged is for CPUs, with C++ kernels that are built on first use; auto takes it where they build, else padded",
     )
-    memory_gib: float | None = Field(None, gt=0, le=2**20, description="GiB for the KV cache; null takes half of what is free")
+    memory_gib: float | None = Field(
+        None, gt=0, le=2**20, description="GiB for the KV cache; null takes half of what is free"
+    )
 
 
 class JobConfig(_Section):
     """One job. Paths are relative to the working directory; `bundled:demo/...` names files of the package."""
 
-    model: InputPath = Field(description="folder of a checkpoint, or a name on the Hugging Face hub")
+    model: InputPath = Field(
+        description="folder of a checkpoint, or a name on the Hugging Face hub"
+    )
     revision: Name | None = Field(None, description="branch, tag or commit of a hub model")
-    allow_pickle: bool = Field(False, description="accept pytorch_model.bin where there are no safetensors")
-    input: InputPath | None = Field(None, description="JSONL file, compressed or not; - is standard input")
-    dataset: InputPath | None = Field(None, description="instead of input: hub name, folder, file or save_to_disk folder of a dataset")
+    allow_pickle: bool = Field(
+        False, description="accept pytorch_model.bin where there are no safetensors"
+    )
+    input: InputPath | None = Field(
+        None, description="JSONL file, compressed or not; - is standard input"
+    )
+    dataset: InputPath | None = Field(
+        None,
+        description="instead of input: hub name, folder, file or save_to_disk folder of a dataset",
+    )
     dataset_config: Name | None = Field(None, description="configuration name of the dataset")
-    dataset_revision: Name | None = Field(None, description="branch, tag or commit of a hub dataset")
+    dataset_revision: Name | None = Field(
+        None, description="branch, tag or commit of a hub dataset"
+    )
     split: Name = Field("train", description="split of the dataset, slices such as train[:100] too")
     csv_delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
-        None, description="character between the cells of CSV files; null takes a comma, or a tab for .tsv"
+        None,
+        description="character between the cells of CSV files; null takes a comma, or a tab for .tsv",
     )
-    prompt_field: Name = Field("prompt", description="field that holds the prompt; dots lead inside, as prompt.text or turns.0")
+    prompt_field: Name = Field(
+        "prompt",
+        description="field that holds the prompt; dots lead inside, as prompt.text or turns.0",
+    )
     id_field: Name = Field("id", description="field that holds the row's id; dots lead inside")
     metadata_field: list[Literal["id", "seed", "temperature", "top_k", "max_new_tokens"]] = Field(
-        [], description="row fields of these names to keep as metadata instead of taking them as the row's id or settings"
+        [],
+        description="row fields of these names to keep as metadata instead of taking them as the row's id or settings",
     )
-    limit: int | None = Field(None, ge=0, le=2**63 - 1, description="rows to take from the front of the input; null takes all")
+    limit: int | None = Field(
+        None,
+        ge=0,
+        le=2**63 - 1,
+        description="rows to take from the front of the input; null takes all",
+    )
     output: OutputPath = Field(description="folder to write; created if missing")
     part_rows: int | None = Field(
-        None, ge=1, le=2**31 - 1, description="rows a Parquet file, which is what a kill can lose; null takes the output's, or 512"
+        None,
+        ge=1,
+        le=2**31 - 1,
+        description="rows a Parquet file, which is what a kill can lose; null takes the output's, or 512",
     )
-    overwrite: bool = Field(False, description="replace an earlier run in the output folder; an unfinished one of this job is continued")
+    overwrite: bool = Field(
+        False,
+        description="replace an earlier run in the output folder; an unfinished one of this job is continued",
+    )
     on_bad_row: Literal["fail", "record"] = Field(
-        "fail", description="a row that cannot be read or is invalid: stop before the model loads, or record it as an error row"
+        "fail",
+        description="a row that cannot be read or is invalid: stop before the model loads, or record it as an error row",
     )
-    max_row_errors: CountOrShare | None = Field(None, description="stop when more rows than N, or than P%, are errors; null never stops")
-    skip_row: list[Name] = Field([], description="ids of rows to record as errors instead of running them")
-    allow_other_profile: bool = Field(False, description="continue an output on a machine whose bits may differ from the recorded ones")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="run seed; rows without a seed derive theirs from it and their id")
-    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="divides the logits before softmax; 0 is greedy")
-    top_k: int = Field(0, ge=0, le=2**31 - 1, description="keep the k likeliest tokens and ties with the last; 0 keeps all")
-    max_new_tokens: int = Field(128, ge=1, le=2**31 - 1, description="most tokens to generate for a row")
+    max_row_errors: CountOrShare | None = Field(
+        None, description="stop when more rows than N, or than P%, are errors; null never stops"
+    )
+    skip_row: list[Name] = Field(
+        [], description="ids of rows to record as errors instead of running them"
+    )
+    allow_other_profile: bool = Field(
+        False,
+        description="continue an output on a machine whose bits may differ from the recorded ones",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        le=MAX_SEED,
+        description="run seed; rows without a seed derive theirs from it and their id",
+    )
+    temperature: float = Field(
+        1.0, ge=0, le=MAX_TEMPERATURE, description="divides the logits before softmax; 0 is greedy"
+    )
+    top_k: int = Field(
+        0,
+        ge=0,
+        le=2**31 - 1,
+        description="keep the k likeliest tokens and ties with the last; 0 keeps all",
+    )
+    max_new_tokens: int = Field(
+        128, ge=1, le=2**31 - 1, description="most tokens to generate for a row"
+    )
     ignore_eos: bool = Field(False, description="go on after end-of-text")
-    parse_special: bool = Field(False, description="take the text of a special token inside a prompt, as <|endoftext|>, as that token")
-    add_special_tokens: bool = Field(True, description="add what the tokenizer's template adds to a prompt, as <s>")
+    parse_special: bool = Field(
+        False,
+        description="take the text of a special token inside a prompt, as <|endoftext|>, as that token",
+    )
+    add_special_tokens: bool = Field(
+        True, description="add what the tokenizer's template adds to a prompt, as <s>"
+    )
     on_lost_text: Literal["error", "warn"] = Field(
-        "error", description="characters that the tokenizer drops: an error row, or a warning with the number of rows"
+        "error",
+        description="characters that the tokenizer drops: an error row, or a warning with the number of rows",
     )
     context_overflow: Literal["error", "truncate_left"] = Field(
-        "error", description="a prompt of more than n_positions tokens becomes an error row, or loses its front"
+        "error",
+        description="a prompt of more than n_positions tokens becomes an error row, or loses its front",
     )
     window_full: Literal["stop", "slide"] = Field(
-        "stop", description="when prompt and completion fill the context: end the row, or go on with the latest n_positions tokens"
+        "stop",
+        description="when prompt and completion fill the context: end the row, or go on with the latest n_positions tokens",
     )
     numerics: Literal["auto", "exact", "off"] = Field(
-        "auto", description="check that a row's bits do not depend on the batch; where they do, auto warns, exact stops; off skips it"
+        "auto",
+        description="check that a row's bits do not depend on the batch; where they do, auto warns, exact stops; off skips it",
     )
-    record_logits_digest: bool = Field(False, description="fill logits_digest, a hash of the bits of all logits of a row")
-    engine: EngineConfig = Field(default_factory=lambda: EngineConfig(), description="how the work is done on this machine")
+    record_logits_digest: bool = Field(
+        False, description="fill logits_digest, a hash of the bits of all logits of a row"
+    )
+    engine: EngineConfig = Field(
+        default_factory=lambda: EngineConfig(), description="how the work is done on this machine"
+    )
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
@@ -140,11 +232,15 @@ class JobConfig(_Section):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML, without secrets."""
-        text: str = yaml.safe_dump(_redacted(self.model_dump()), sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(
+            _redacted(self.model_dump()), sort_keys=False, allow_unicode=True
+        )
         return text
 
 
-def load_config(file: str | None, *, environment: Mapping[str, str] = os.environ, options: Mapping[str, Any]) -> JobConfig:
+def load_config(
+    file: str | None, *, environment: Mapping[str, str] = os.environ, options: Mapping[str, Any]
+) -> JobConfig:
     """Options > environment > file > defaults.
 
     file: a path, or the name of a bundled config (demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda). options: flat, "engine.dtype" for nested keys.
@@ -161,14 +257,18 @@ def load_config(file: str | None, *, environment: Mapping[str, str] = os.environ
     for name, values in layers:
         # a layer that names an input replaces the one below it, of either kind
         if values.get("input") is not None or values.get("dataset") is not None:
-            merged = {key: value for key, value in merged.items() if key not in ("input", "dataset")}
+            merged = {
+                key: value for key, value in merged.items() if key not in ("input", "dataset")
+            }
         for key, value in values.items():
             merged[key], source[key] = value, name
     try:
         return JobConfig.model_validate(_nest(merged))
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        locations = [_setting(".".join(str(step) for step in problem["loc"])) for problem in problems]
+        locations = [
+            _setting(".".join(str(step) for step in problem["loc"])) for problem in problems
+        ]
         keys = tuple(key for key in locations if source.get(key, "options") == "options")
         lines = [_explain(problem, source) for problem in problems[:MAX_PROBLEMS]]
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
@@ -183,7 +283,9 @@ def find_config(name: str) -> Path:
         raise ConfigError(f"--config {name[:MAX_VALUE_CHARACTERS]}: {error}") from error
     try:
         is_folder = path.is_dir()
-        if path.exists() and not is_folder:  # a pipe, as of <(envsubst < job.yaml), can be read once
+        if (
+            path.exists() and not is_folder
+        ):  # a pipe, as of <(envsubst < job.yaml), can be read once
             return path
     except OSError as error:
         raise ConfigError(f"{name[:80]}: cannot be a config file ({error.strerror})") from error
@@ -237,8 +339,14 @@ def _flatten(content: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {key: value for key, value in flat.items() if not key.startswith("engine.")}
-    engine = {key.removeprefix("engine."): value for key, value in flat.items() if key.startswith("engine.")}
+    nested: dict[str, Any] = {
+        key: value for key, value in flat.items() if not key.startswith("engine.")
+    }
+    engine = {
+        key.removeprefix("engine."): value
+        for key, value in flat.items()
+        if key.startswith("engine.")
+    }
     return nested | {"engine": engine}
 
 
@@ -253,19 +361,29 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if name not in names:
             if any(pattern.fullmatch(f"{name}={text}") for pattern in _SERVICE_VARIABLES):
                 continue
-            raise ConfigError(f"environment variable {name}: no such setting{_nearest(name, list(names))}")
+            raise ConfigError(
+                f"environment variable {name}: no such setting{_nearest(name, list(names))}"
+            )
         key = names[name]
         if key in _PATH_KEYS and text != text.strip() and not os.path.lexists(text):
-            raise ConfigError(f"environment variable {name}: {text!r} begins or ends with blanks; leave them out")
+            raise ConfigError(
+                f"environment variable {name}: {text!r} begins or ends with blanks; leave them out"
+            )
         if fields[key].annotation is str:  # checked with the config
             values[key] = text
             continue
         adapter: TypeAdapter[Any] = TypeAdapter(fields[key].annotation or str)
         try:
             # a list is given as JSON
-            values[key] = adapter.validate_json(text) if get_origin(fields[key].annotation) is list else adapter.validate_strings(text)
+            values[key] = (
+                adapter.validate_json(text)
+                if get_origin(fields[key].annotation) is list
+                else adapter.validate_strings(text)
+            )
         except ValidationError as error:
-            raise ConfigError(f"environment variable {name}: {_with_value(error.errors()[0])}") from error
+            raise ConfigError(
+                f"environment variable {name}: {_with_value(error.errors()[0])}"
+            ) from error
     return values
 
 
@@ -290,7 +408,11 @@ def _setting(key: str) -> str:
 def _with_value(problem: ErrorDetails) -> str:
     """What is wrong with a value, and the value."""
     value = problem["input"]
-    shown = repr(value) if isinstance(value, str | bytes | int | float | None) else f"{type(value).__name__} {value!r}"
+    shown = (
+        repr(value)
+        if isinstance(value, str | bytes | int | float | None)
+        else f"{type(value).__name__} {value!r}"
+    )
     if len(shown) > MAX_VALUE_CHARACTERS:
         shown = f"{shown[:MAX_VALUE_CHARACTERS]}... ({len(shown)} characters)"
     if isinstance(problem.get("ctx", {}).get("error"), PathError):
@@ -299,7 +421,9 @@ def _with_value(problem: ErrorDetails) -> str:
     quoted = ""
     if isinstance(value, bool) and problem["type"] in ("string_type", "literal_error"):
         words = ("on", "yes", "true") if value else ("off", "no", "false")
-        fitting = [word for word in words if problem["type"] == "string_type" or f"'{word}'" in message]
+        fitting = [
+            word for word in words if problem["type"] == "string_type" or f"'{word}'" in message
+        ]
         if fitting:
             quoted = f"; YAML reads {', '.join(words[:2])} and {words[2]} without quotes so; if it is a word, quote it: '{fitting[0]}'"
     elif problem["type"] == "string_type" and isinstance(value, int | float):

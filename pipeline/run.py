@@ -21,29 +21,39 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.advice import describe_errors
-from pipeline.config import EngineConfig, JobConfig
-from pipeline.data.attempts import Attempts
-from pipeline.data.checkpoint import find_checkpoint
-from pipeline.data.digests import DigestMemory
-from pipeline.data.durable import sweep
-from pipeline.data.error_rows import write_error_rows
-from pipeline.data.folder_models import Part
-from pipeline.data.lock import OutputLock
-from pipeline.data.output_folder import ERRORS, FolderState, OutputFolder, facts_of, refuse_strays
-from pipeline.data.parts import FORMAT, PartPlan, PartWriter
-from pipeline.data.progress_file import PROGRESS, ProgressFile, looks_alive
-from pipeline.data.rows import RowSource
-from pipeline.data.tokenizer_files import load_tokenizer
-from pipeline.errors import OutputBusyError, OutputConflictError, StoppedError, StorageError
-from pipeline.gpt.config import parse_config
-from pipeline.job import Job, find_source, job_identity
-from pipeline.loop import ErrorLimit, PartLoop, Progress, Stop
-from pipeline.machine import describe_cores
-from pipeline.network import Network, load_network, resolve_device, threads_to_use
-from pipeline.placement import check_placement
-from pipeline.redact import redact
-from pipeline.resume import (
+from gptbatch.pipeline.config import EngineConfig, JobConfig
+from gptbatch.pipeline.errors import (
+    OutputBusyError,
+    OutputConflictError,
+    StoppedError,
+    StorageError,
+)
+from gptbatch.pipeline.input.config_hash import job_identity
+from gptbatch.pipeline.input.job import Job, find_source
+from gptbatch.pipeline.input.rows import RowSource
+from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.model.checkpoint import find_checkpoint
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.loading import Network, load_network, resolve_device, threads_to_use
+from gptbatch.pipeline.output.atomic_write import sweep
+from gptbatch.pipeline.output.crash_journal import Attempts
+from gptbatch.pipeline.output.error_advice import describe_errors
+from gptbatch.pipeline.output.error_rows import write_error_rows
+from gptbatch.pipeline.output.file_hashes import DigestMemory
+from gptbatch.pipeline.output.folder import (
+    ERRORS,
+    FolderState,
+    OutputFolder,
+    facts_of,
+    refuse_strays,
+)
+from gptbatch.pipeline.output.folder_models import Part
+from gptbatch.pipeline.output.lock import OutputLock
+from gptbatch.pipeline.output.part_runner import ErrorLimit, PartLoop, Progress, Stop
+from gptbatch.pipeline.output.parts import FORMAT, PartPlan, PartWriter
+from gptbatch.pipeline.output.placement import check_placement
+from gptbatch.pipeline.output.progress_file import PROGRESS, ProgressFile, looks_alive
+from gptbatch.pipeline.output.resume import (
     Trusted,
     check_replaceable,
     check_same_input,
@@ -54,7 +64,9 @@ from pipeline.resume import (
     part_rows_of,
     trusted_parts,
 )
-from pipeline.summary import RunSummary, nothing_done
+from gptbatch.pipeline.output.summary import RunSummary, nothing_done
+from gptbatch.pipeline.system.machine import describe_cores
+from gptbatch.pipeline.system.redact import redact
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +83,9 @@ class _NobodyStops:
         return None
 
 
-def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | None = None) -> RunSummary:
+def run_job(
+    config: JobConfig, progress: Progress | None = None, stop: Stop | None = None
+) -> RunSummary:
     """Run a job to the end and say what was done. Raises GptbatchError (see errors.py for the kinds)."""
     began = time.monotonic()
     check_placement(config)
@@ -81,8 +95,12 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
     if state is not None:
         refuse_strays(folder.path, state.strays)
     memory = DigestMemory() if state is None else folder.memory()
-    checkpoint = find_checkpoint(config.model, revision=config.revision, allow_pickle=config.allow_pickle, memory=memory)
-    parse_config(checkpoint.config, str(checkpoint.config_path))  # before a tokenizer that takes seconds to make
+    checkpoint = find_checkpoint(
+        config.model, revision=config.revision, allow_pickle=config.allow_pickle, memory=memory
+    )
+    parse_config(
+        checkpoint.config, str(checkpoint.config_path)
+    )  # before a tokenizer that takes seconds to make
     tokenizer = load_tokenizer(checkpoint.folder)
     identity = job_identity(config, checkpoint, tokenizer)
     if state is not None and not is_replaced(config, state, identity):
@@ -94,7 +112,15 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
             if _is_done(config, source, state, memory):
                 return nothing_done(config, state.manifest, time.monotonic() - began)
             lock = stack.enter_context(OutputLock(folder.work)) if folder.work.is_dir() else None
-        run = _Run(config, folder, Job(config, checkpoint, source, tokenizer), identity, memory, began, stop or _NobodyStops())
+        run = _Run(
+            config,
+            folder,
+            Job(config, checkpoint, source, tokenizer),
+            identity,
+            memory,
+            began,
+            stop or _NobodyStops(),
+        )
         run.check_input(state)
         if lock is None:
             resolve_device(config.engine)  # before a folder is made for nothing
@@ -104,19 +130,36 @@ def run_job(config: JobConfig, progress: Progress | None = None, stop: Stop | No
 
 
 def _input_settings(config: JobConfig) -> dict[str, Any]:
-    keys = {"input", "dataset", "dataset_config", "dataset_revision", "split", "csv_delimiter", "limit", "on_bad_row", "skip_row"}
+    keys = {
+        "input",
+        "dataset",
+        "dataset_config",
+        "dataset_revision",
+        "split",
+        "csv_delimiter",
+        "limit",
+        "on_bad_row",
+        "skip_row",
+    }
     return config.model_dump(include=keys | {"prompt_field", "id_field", "metadata_field"})
 
 
-def _is_done(config: JobConfig, source: RowSource, state: FolderState, memory: DigestMemory) -> bool:
+def _is_done(
+    config: JobConfig, source: RowSource, state: FolderState, memory: DigestMemory
+) -> bool:
     """Whether nothing is left to do, as far as sizes and times of files say: the look that takes no time."""
     if not state.marked_complete:
         return False
     known = memory.same_input(_input_settings(config), source.files())
-    if known is None or known != {"rows": state.identity.get("rows"), "digest": state.identity.get("input_digest")}:
+    if known is None or known != {
+        "rows": state.identity.get("rows"),
+        "digest": state.identity.get("input_digest"),
+    }:
         return False
     recorded = [part["name"] for part in state.manifest.get("parts", [])]
-    return recorded == [path.name for path in state.parts.values()] and all(memory.same_part(path) for path in state.parts.values())
+    return recorded == [path.name for path in state.parts.values()] and all(
+        memory.same_part(path) for path in state.parts.values()
+    )
 
 
 class _Run:
@@ -143,9 +186,13 @@ class _Run:
         self.part_rows = part_rows_of(config, kept)
         counts = [] if kept is None else [kept.identity.get("rows", 0)]
         began_ns = time.time_ns()
-        self.summary = self.job.reader.check(part_rows=self.part_rows, counts=counts, must_hold=config.skip_row)
+        self.summary = self.job.reader.check(
+            part_rows=self.part_rows, counts=counts, must_hold=config.skip_row
+        )
         found = {"rows": self.summary.rows, "digest": self.summary.digest}
-        self.memory.remember_input(_input_settings(config), self.job.reader.source.files(), began_ns, found)
+        self.memory.remember_input(
+            _input_settings(config), self.job.reader.source.files(), began_ns, found
+        )
         self.identity = {
             **self.job_identity,
             "input_digest": self.summary.digest,
@@ -163,8 +210,14 @@ class _Run:
         state = folder.state()
         replaced = state is not None and is_replaced(config, state, self.job_identity)
         trusted = Trusted(parts={}, footer={})
-        if state is not None and not (lock.works or state.holds_job or is_same_job(state, self.job_identity)) and looks_alive(folder.work):
-            raise OutputBusyError(f"{config.output}: another job is beginning there, says {folder.work / PROGRESS}; name another output")
+        if (
+            state is not None
+            and not (lock.works or state.holds_job or is_same_job(state, self.job_identity))
+            and looks_alive(folder.work)
+        ):
+            raise OutputBusyError(
+                f"{config.output}: another job is beginning there, says {folder.work / PROGRESS}; name another output"
+            )
         if state is not None and replaced:
             check_replaceable(state, folder.inspect_parts(state, self.memory))
         elif state is not None:
@@ -179,14 +232,27 @@ class _Run:
         try:
             self._say_loading(device, trusted)
             load_began = time.monotonic()
-            network = load_network(self.job.checkpoint, self.job.gpt_config, self._engine_config(trusted), device, numerics=config.numerics)
+            network = load_network(
+                self.job.checkpoint,
+                self.job.gpt_config,
+                self._engine_config(trusted),
+                device,
+                numerics=config.numerics,
+            )
             check_same_profile(config, trusted, network.profile, network.numerics)
             load_s = time.monotonic() - load_began
             with self.stop.deferred():
                 if state is not None and replaced:
-                    folder.clear(state, keep_attempts=state.identity == self.identity and not state.holds_job)
+                    folder.clear(
+                        state, keep_attempts=state.identity == self.identity and not state.holds_job
+                    )
                 replaces = state.identity if state is not None and replaced else None
-                folder.begin(config.to_yaml(), self._facts(network), trusted.parts.values(), replaces=replaces)
+                folder.begin(
+                    config.to_yaml(),
+                    self._facts(network),
+                    trusted.parts.values(),
+                    replaces=replaces,
+                )
                 summary = self._generate(network, trusted, lock, progress, watch, load_s)
         except (StoppedError, KeyboardInterrupt):
             watch.write("stopped")
@@ -203,22 +269,40 @@ class _Run:
         """What is about to be loaded, and why the cores are not ours. It is the first line of a run."""
         config = self.config
         threads = threads_to_use(config.engine.threads)
-        where = f"cpu with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
+        where = (
+            f"cpu with {threads} thread{'s' if threads > 1 else ''}"
+            if device.type == "cpu"
+            else str(device)
+        )
         left = self.summary.rows - trusted.rows
-        loading_logger.info("loading %s as %s on %s for %d rows", redact(config.model), config.engine.dtype, where, left)
+        loading_logger.info(
+            "loading %s as %s on %s for %d rows",
+            redact(config.model),
+            config.engine.dtype,
+            where,
+            left,
+        )
         if device.type == "cpu" and (shared := describe_cores()):
             loading_logger.info("the cores are not this run's own: %s", shared)
 
     def _watch(self, trusted: Trusted) -> ProgressFile:
         folder = self.folder
-        return ProgressFile(folder.work, folder.writer, total=self.summary.rows, done=trusted.rows, failed=trusted.errors)
+        return ProgressFile(
+            folder.work,
+            folder.writer,
+            total=self.summary.rows,
+            done=trusted.rows,
+            failed=trusted.errors,
+        )
 
     def _trusted(self, state: FolderState) -> Trusted:
         """Looks at the folder under the lock: what was seen before it was had may have changed."""
         config = self.config
         check_same_job(config, state, self.job_identity)
         if part_rows_of(config, state) != self.part_rows:
-            raise OutputBusyError(f"{config.output}: another run began there while this one looked at the input; run it again")
+            raise OutputBusyError(
+                f"{config.output}: another run began there while this one looked at the input; run it again"
+            )
         check_same_input(config, state, self.summary)
         found = self.folder.inspect_parts(state, self.memory)
         trusted = trusted_parts(found, self.plan)
@@ -228,13 +312,17 @@ class _Run:
     def _finish(self, state: FolderState, trusted: Trusted, lock: OutputLock) -> RunSummary:
         """Every part is there: say so in the folder, unless it does already."""
         manifest = {**facts_of(trusted.footer), "format": FORMAT, "identity": self.identity}
-        with suppress(StorageError) if state.marked_complete else nullcontext():  # of a read-only folder, there is nothing to write
+        with (
+            suppress(StorageError) if state.marked_complete else nullcontext()
+        ):  # of a read-only folder, there is nothing to write
             if not state.marked_complete:
                 self.folder.create()
             if lock.works:
                 sweep(self.folder.work)
             if state.marked_complete and state.identity == self.identity:
-                self.memory.settle_parts(self.folder.path / part.name for part in trusted.parts.values())
+                self.memory.settle_parts(
+                    self.folder.path / part.name for part in trusted.parts.values()
+                )
                 self.folder.remember(self.memory)
             else:
                 self._leave(trusted.parts, attempts=None)
@@ -246,12 +334,22 @@ class _Run:
     def _engine_config(self, trusted: Trusted) -> EngineConfig:
         """auto takes the attention backend that the rows which are there were made with."""
         recorded = trusted.footer.get("profile", {}).get("attention")
-        if recorded is None or self.config.engine.attention != "auto" or self.config.allow_other_profile:
+        if (
+            recorded is None
+            or self.config.engine.attention != "auto"
+            or self.config.allow_other_profile
+        ):
             return self.config.engine
         return self.config.engine.model_copy(update={"attention": recorded})
 
     def _generate(
-        self, network: Network, trusted: Trusted, lock: OutputLock, progress: Progress | None, watch: ProgressFile, load_s: float
+        self,
+        network: Network,
+        trusted: Trusted,
+        lock: OutputLock,
+        progress: Progress | None,
+        watch: ProgressFile,
+        load_s: float,
     ) -> RunSummary:
         config, folder, summary = self.config, self.folder, self.summary
         facts = self._facts(network)
@@ -338,7 +436,9 @@ class _Run:
             "model_path": str(self.job.checkpoint.folder.resolve()),
             "model_digest": self.identity["model_digest"],
             "tokenizer_digest": self.identity["tokenizer_digest"],
-            "input": redact(config.input if config.input is not None else f"{config.dataset}[{config.split}]"),
+            "input": redact(
+                config.input if config.input is not None else f"{config.dataset}[{config.split}]"
+            ),
             "input_digest": self.identity["input_digest"],
             "dtype": config.engine.dtype,
             "device": network.model.device.type,
@@ -346,7 +446,10 @@ class _Run:
             "profile": network.profile,
             "versions": {
                 "python": platform.python_version(),
-                **{name: _version(name) for name in ("gptbatch", "torch", "tokenizers", "datasets", "pyarrow", "numpy")},
+                **{
+                    name: _version(name)
+                    for name in ("gptbatch", "torch", "tokenizers", "datasets", "pyarrow", "numpy")
+                },
             },
         }
 

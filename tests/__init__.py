@@ -1,3 +1,3 @@
 """Tests. Imported before any of them: the library sets how threads wait before torch is imported."""
 
-import pipeline  # noqa: F401
+import gptbatch.pipeline  # noqa: F401

@@ -17,17 +17,21 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from jobs.train_demo import END_OF_TEXT, train_tokenizer
-from pipeline.gpt.attention import Backend
-from pipeline.gpt.config import parse_config
-from pipeline.gpt.kernels.build import KernelError, load_kernels
-from pipeline.gpt.model import GPT
-from pipeline.gpt.weights import copy_model
-from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
+from gptbatch.jobs.train_demo import END_OF_TEXT, train_tokenizer
+from gptbatch.pipeline.kernels.build import KernelError, load_kernels
+from gptbatch.pipeline.kv_cache.interface import Backend
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.weights import copy_model
+from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
 from tests.launcher import Launcher
-from tests.paths import REPOSITORY
+from tests.paths import PYTHONPATH
 
-SENTENCES = ["The king is dead.", "Long live the king, and the queen.", "To be, or not to be: that is the question."]
+SENTENCES = [
+    "The king is dead.",
+    "Long live the king, and the queen.",
+    "To be, or not to be: that is the question.",
+]
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
@@ -42,7 +46,15 @@ def random_model(seed: int = 0, **shape: Any) -> GPT2LMHeadModel:
 
     Token 0 is end-of-text.
     """
-    settings = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 300, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+    settings = {
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 32,
+        "vocab_size": 300,
+        "n_positions": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     generator = torch.Generator().manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**{**settings, **shape}))
     with torch.no_grad():
@@ -54,11 +66,21 @@ def random_model(seed: int = 0, **shape: Any) -> GPT2LMHeadModel:
     return model
 
 
-def our_model(theirs: GPT2LMHeadModel, *, pack: bool = True, attention: Backend = "padded", dtype: torch.dtype = torch.float32) -> GPT:
+def our_model(
+    theirs: GPT2LMHeadModel,
+    *,
+    pack: bool = True,
+    attention: Backend = "padded",
+    dtype: torch.dtype = torch.float32,
+) -> GPT:
     """The same weights in our network, ready to run."""
     if attention == "ragged" and not has_kernels():
         pytest.skip("no C++ compiler")
-    gpt = GPT(parse_config(theirs.config.to_dict(), "config"), attention=attention).eval().requires_grad_(False)
+    gpt = (
+        GPT(parse_config(theirs.config.to_dict(), "config"), attention=attention)
+        .eval()
+        .requires_grad_(False)
+    )
     copy_model(gpt, theirs)
     gpt = gpt.to(dtype)
     if pack:
@@ -76,10 +98,21 @@ def has_kernels() -> bool:
 
 
 def tokenized(
-    index: int, token_ids: list[int], *, seed: int | None = None, temperature: float = 1.0, top_k: int = 0, max_new_tokens: int = 16
+    index: int,
+    token_ids: list[int],
+    *,
+    seed: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    max_new_tokens: int = 16,
 ) -> TokenizedPrompt:
     """A prompt as the engine takes it; the seed is the index unless one is given."""
-    params = SamplingParams(seed=index if seed is None else seed, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens)
+    params = SamplingParams(
+        seed=index if seed is None else seed,
+        temperature=temperature,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+    )
     prompt = Prompt(index=index, prompt_id=str(index), text="", params=params, metadata=None)
     return TokenizedPrompt(prompt=prompt, token_ids=token_ids, tokens_dropped=0, read_s=0.0)
 
@@ -87,13 +120,17 @@ def tokenized(
 def save_tokenizer(folder: Path, vocab_size: int = 300) -> None:
     """A byte-level BPE with end-of-text as token 0, in the Hugging Face format."""
     tokenizer = train_tokenizer(SENTENCES * 20, vocab_size)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+    ).save_pretrained(folder)
 
 
 @pytest.fixture(autouse=True)
 def log_levels() -> Iterator[None]:
     """A command that runs in this process sets levels, which are restored."""
-    loggers = [logging.getLogger(name) for name in ("gptbatch", "gptbatch.kernels", "gptbatch.loading")]
+    loggers = [
+        logging.getLogger(name) for name in ("gptbatch", "gptbatch.kernels", "gptbatch.loading")
+    ]
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels, strict=True):
@@ -122,7 +159,9 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
     def write(rows: Iterable[dict[str, Any] | str], name: str = "prompts.jsonl") -> Path:
         path = tmp_path / name
-        lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+        lines = (
+            row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows
+        )
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return path
 
@@ -144,12 +183,17 @@ class Ran:
         return summary
 
 
-def run_gptbatch(*arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, stdin: bytes | None = None) -> Ran:
+def run_gptbatch(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    stdin: bytes | None = None,
+) -> Ran:
     """`gptbatch ARGUMENTS...` in a child process, offline."""
     done = subprocess.run(
-        [sys.executable, "-m", "jobs", *map(str, arguments)],
+        [sys.executable, "-m", "gptbatch", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY), **(env or {})},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": PYTHONPATH, **(env or {})},
         input=stdin,
         capture_output=True,
         timeout=240,

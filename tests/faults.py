@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.data import durable
-from pipeline.data.output_folder import MANIFEST, SUCCESS, OutputFolder
+from gptbatch.pipeline.data import durable
+from gptbatch.pipeline.output.folder import MANIFEST, SUCCESS, OutputFolder
 
 STEPS = ("write", "close", "fsync", "replace", "folder", "manifest", "success")
 TARGETS = {"manifest": MANIFEST, "success": SUCCESS}
@@ -73,12 +73,16 @@ def install(step: str, kind: str) -> None:
     original_write, original_complete = durable.Writer.write, OutputFolder.complete
     completing: list[bool] = []
 
-    def write(self: durable.Writer, path: Path, content: Callable[[BinaryIO], None], **settings: Any) -> bool:
+    def write(
+        self: durable.Writer, path: Path, content: Callable[[BinaryIO], None], **settings: Any
+    ) -> bool:
         if step == "manifest" and not completing:
             return original_write(self, path, content, **settings)
         now.append(path)
         try:
-            written = original_write(self, path, around(content, lambda *_: step == "write"), **settings)
+            written = original_write(
+                self, path, around(content, lambda *_: step == "write"), **settings
+            )
             if step in ("manifest", "success") and kind == "kill" and path.name == target:
                 strike()
         finally:
@@ -96,13 +100,20 @@ def install(step: str, kind: str) -> None:
 
         def open_(self: Path, *arguments: Any, **settings: Any) -> Any:
             file = original_open(self, *arguments, **settings)
-            return FailingClose(file, strike) if now and now[-1].name == target and self.name.endswith(".tmp") else file
+            return (
+                FailingClose(file, strike)
+                if now and now[-1].name == target and self.name.endswith(".tmp")
+                else file
+            )
 
         Path.open = open_  # type: ignore[method-assign]
     if step == "fsync":
         durable._fsync = around(durable._fsync, lambda path: not path.is_dir())
     if step == "folder":
-        durable._fsync = around(durable._fsync, lambda path: path.is_dir() and (kind != "kill" or path.name == ".gptbatch"))
+        durable._fsync = around(
+            durable._fsync,
+            lambda path: path.is_dir() and (kind != "kill" or path.name == ".gptbatch"),
+        )
     if step == "replace" or (step in TARGETS and kind != "kill"):
         os.replace = around(os.replace, lambda *_: True)
         os.link = around(os.link, lambda *_: True)
@@ -113,7 +124,7 @@ def install(step: str, kind: str) -> None:
 
 def no_locks(kind: str) -> None:
     """Every lock fails with this errno."""
-    from pipeline.data import lock
+    from gptbatch.pipeline.data import lock
 
     class NoLock:
         def __init__(self, path: Path) -> None:
@@ -127,7 +138,7 @@ def no_locks(kind: str) -> None:
 
 def before_each_step(act: Callable[[Any, list[Any]], None]) -> None:
     """act(engine, chunks)."""
-    from pipeline.generation.engine import Engine
+    from gptbatch.pipeline.engine.engine import Engine
 
     original = Engine._step
 
@@ -149,7 +160,9 @@ def memory(times: str) -> None:
     def fail(engine: Any, chunks: list[Any]) -> None:
         if left[0] > 0:
             left[0] -= 1
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ...")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
+            )
 
     before_each_step(fail)
 
@@ -175,4 +188,10 @@ def cleared(kind: str) -> None:
     setattr(OutputFolder, "clear", clear)  # noqa: B010
 
 
-OTHERS = {"cleared": cleared, "no locks": no_locks, "slow step": slow_step, "memory": memory, "poison": poison}
+OTHERS = {
+    "cleared": cleared,
+    "no locks": no_locks,
+    "slow step": slow_step,
+    "memory": memory,
+    "poison": poison,
+}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tests.paths import REPOSITORY
+from tests.paths import PYTHONPATH, REPOSITORY
 
 POLL_S = 0.01
 WAIT_LIMIT_S = 240.0
@@ -47,7 +47,9 @@ class Child:
         while (code := self._poll()) is None:
             if time.monotonic() > deadline:
                 self.send_signal(signal.SIGKILL)
-                raise TimeoutError(f"{self.folder}: still running after {WAIT_LIMIT_S} s: {self.stderr[-500:]}")
+                raise TimeoutError(
+                    f"{self.folder}: still running after {WAIT_LIMIT_S} s: {self.stderr[-500:]}"
+                )
             time.sleep(POLL_S)
         return code
 
@@ -82,7 +84,12 @@ class Launcher:
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.launcher"],
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": PYTHONPATH,
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -150,9 +157,9 @@ def serve(requests: TextIO, answers: TextIO) -> None:
     import datasets  # noqa: F401
     import torch  # noqa: F401
 
-    import pipeline.generation.engine
-    import pipeline.gpt.weights
-    import pipeline.run  # noqa: F401
+    import gptbatch.pipeline.engine.engine
+    import gptbatch.pipeline.model.weights
+    import gptbatch.pipeline.run  # noqa: F401
 
     pids: dict[int, int] = {}  # of children that have not been waited for, by token
     codes: dict[int, int] = {}
@@ -177,7 +184,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def run_child(request: dict[str, Any]) -> NoReturn:
-    from jobs.cli import run_command
+    from gptbatch.jobs.cli import run_command
 
     code = 70
     try:
@@ -196,7 +203,11 @@ def prepare(request: dict[str, Any]) -> None:
 
     folder = Path(request["folder"])
     for number, (name, flags) in enumerate(
-        [(request["stdin"], os.O_RDONLY), (folder / "stdout", os.O_WRONLY | os.O_CREAT), (folder / "stderr", os.O_WRONLY | os.O_CREAT)]
+        [
+            (request["stdin"], os.O_RDONLY),
+            (folder / "stdout", os.O_WRONLY | os.O_CREAT),
+            (folder / "stderr", os.O_WRONLY | os.O_CREAT),
+        ]
     ):
         descriptor = os.open(name, flags, 0o644)
         os.dup2(descriptor, number)
@@ -205,7 +216,9 @@ def prepare(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     if request["file_size_limit"] is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size_limit"], request["file_size_limit"]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (request["file_size_limit"], request["file_size_limit"])
+        )
     if request["fault"] is not None:
         install(*request["fault"])
 

@@ -20,9 +20,9 @@ PROMPTS = OUTPUTS / "prompts.jsonl"
 
 
 def write_output(folder: Path) -> Path:
-    from pipeline import JobConfig, run_job
-    from pipeline.config import EngineConfig
-    from pipeline.data.parts import FORMAT
+    from gptbatch.pipeline import JobConfig, run_job
+    from gptbatch.pipeline.config import EngineConfig
+    from gptbatch.pipeline.output.parts import FORMAT
 
     shutil.copytree(MODEL, folder / MODEL.name, dirs_exist_ok=True)
     shutil.copy(PROMPTS, folder)
@@ -30,7 +30,13 @@ def write_output(folder: Path) -> Path:
     engine = EngineConfig(threads=1, attention="padded")
     run_job(
         JobConfig(
-            model=MODEL.name, input=PROMPTS.name, output=FORMAT, part_rows=3, max_new_tokens=6, record_logits_digest=True, engine=engine
+            model=MODEL.name,
+            input=PROMPTS.name,
+            output=FORMAT,
+            part_rows=3,
+            max_new_tokens=6,
+            record_logits_digest=True,
+            engine=engine,
         )
     )
     return folder / FORMAT

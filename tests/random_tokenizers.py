@@ -7,12 +7,37 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from tests.tiny_checkpoints import config_json
 
 LETTERS = "abcdehilorstw ▁.,'!0159éĠ中"
-WORDS = ("the", "he", "th", "is", "it", "hello", "world", "we", "ad", "123", "isn", "'t", ".", ",", "中")
+WORDS = (
+    "the",
+    "he",
+    "th",
+    "is",
+    "it",
+    "hello",
+    "world",
+    "we",
+    "ad",
+    "123",
+    "isn",
+    "'t",
+    ".",
+    ",",
+    "中",
+)
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>", "[CLS]", "[SEP]")
 TEXTS = (
     "",
@@ -30,17 +55,23 @@ TEXTS = (
 def write_random_tokenizer(folder: Path, seed: int) -> None:
     """Write config.json and the files of a tokenizer into an empty folder."""
     rng = Random(seed)
-    kind = rng.choices(("tokenizer.json", "gpt2", "vocab and merges", "vocab.txt", "saved"), (10, 4, 3, 1, 4))[0]
+    kind = rng.choices(
+        ("tokenizer.json", "gpt2", "vocab and merges", "vocab.txt", "saved"), (10, 4, 3, 1, 4)
+    )[0]
     model_config = config_json(vocab_size=2000)
     if _chance(rng, 0.1):
-        model_config["tokenizer_class"] = rng.choice(("GPT2Tokenizer", "BertTokenizer", "PreTrainedTokenizerFast"))
+        model_config["tokenizer_class"] = rng.choice(
+            ("GPT2Tokenizer", "BertTokenizer", "PreTrainedTokenizerFast")
+        )
     if _chance(rng, 0.1):
         del model_config["model_type"]
     _write(folder / "config.json", model_config)
     config = _random_config(rng)
     if kind == "tokenizer.json":
         _random_backend(rng).save(str(folder / "tokenizer.json"))
-        config.setdefault("tokenizer_class", rng.choice(("PreTrainedTokenizerFast", "TokenizersBackend")))
+        config.setdefault(
+            "tokenizer_class", rng.choice(("PreTrainedTokenizerFast", "TokenizersBackend"))
+        )
     elif kind == "gpt2":
         _gpt2_backend(rng).save(str(folder / "tokenizer.json"))
         config["tokenizer_class"] = rng.choice(("GPT2Tokenizer", "GPT2TokenizerFast", None))
@@ -49,29 +80,47 @@ def write_random_tokenizer(folder: Path, seed: int) -> None:
     elif kind == "vocab and merges":
         vocab, merges = _bpe_vocabulary(rng, byte_level=True)
         _write(folder / "vocab.json", vocab)
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
-        config["tokenizer_class"] = rng.choice(("GPT2Tokenizer", "GPT2TokenizerFast", None, "PreTrainedTokenizerFast"))
+        (folder / "merges.txt").write_text(
+            "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
+        )
+        config["tokenizer_class"] = rng.choice(
+            ("GPT2Tokenizer", "GPT2TokenizerFast", None, "PreTrainedTokenizerFast")
+        )
     elif kind == "vocab.txt":
         words = [*SPECIAL, "[UNK]", "[PAD]", "[MASK]", *_wordpieces()]
         (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": _chance(rng, 0.5), "clean_up_tokenization_spaces": _chance(rng, 0.5)}
+        config = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": _chance(rng, 0.5),
+            "clean_up_tokenization_spaces": _chance(rng, 0.5),
+        }
     else:
         _save_with_transformers(rng, folder)
         return
     if _chance(rng, 0.9):
-        _write(folder / "tokenizer_config.json", {key: value for key, value in config.items() if value is not None or _chance(rng, 0.1)})
+        _write(
+            folder / "tokenizer_config.json",
+            {key: value for key, value in config.items() if value is not None or _chance(rng, 0.1)},
+        )
     if _chance(rng, 0.15):
         names = rng.sample(("bos_token", "eos_token", "unk_token", "pad_token"), 2)
         tokens = [_token(rng) for _ in names]
         special: dict[str, Any] = {
-            name: rng.choice((token, {"content": token, "lstrip": _chance(rng, 0.2)})) for name, token in zip(names, tokens, strict=True)
+            name: rng.choice((token, {"content": token, "lstrip": _chance(rng, 0.2)}))
+            for name, token in zip(names, tokens, strict=True)
         }
         if _chance(rng, 0.5):
             special["additional_special_tokens"] = [rng.choice(("<user>", "<s>", "</s>"))]
         _write(folder / "special_tokens_map.json", special)
     if _chance(rng, 0.15):
         first = rng.choice((0, 300, 500))
-        _write(folder / "added_tokens.json", {token: first + i for i, token in enumerate(("<user>", "<extra>")[: rng.randint(1, 2)])})
+        _write(
+            folder / "added_tokens.json",
+            {
+                token: first + i
+                for i, token in enumerate(("<user>", "<extra>")[: rng.randint(1, 2)])
+            },
+        )
 
 
 def _write(path: Path, content: Any) -> None:
@@ -104,14 +153,19 @@ def _random_config(rng: Random) -> dict[str, Any]:
         "add_prefix_space": _chance(rng, 0.5),
         "add_bos_token": _chance(rng, 0.5),
         "add_eos_token": _chance(rng, 0.5),
-        "bos_token": rng.choice(("<s>", {"content": "<s>", "lstrip": False, "__type": "AddedToken"}, _token(rng))),
+        "bos_token": rng.choice(
+            ("<s>", {"content": "<s>", "lstrip": False, "__type": "AddedToken"}, _token(rng))
+        ),
         "eos_token": rng.choice(("</s>", _token(rng), None)),
         "unk_token": rng.choice(("<unk>", "<|endoftext|>", None)),
         "pad_token": rng.choice(("<pad>", "<s>", "<new>")),
         "additional_special_tokens": rng.choice((["<s>"], ["<user>"], ["<s>", "<new>"])),
         "extra_special_tokens": rng.choice((["<s>"], ["<extra>"], {"image_token": "<image>"})),
         "added_tokens_decoder": {
-            str(rng.choice((0, 1, 5, 400))): {"content": rng.choice(("<s>", "<user>", "</s>")), "special": _chance(rng, 0.5)}
+            str(rng.choice((0, 1, 5, 400))): {
+                "content": rng.choice(("<s>", "<user>", "</s>")),
+                "special": _chance(rng, 0.5),
+            }
         },
         "clean_up_tokenization_spaces": _chance(rng, 0.5),
         "split_special_tokens": _chance(rng, 0.5),
@@ -129,10 +183,21 @@ def _random_config(rng: Random) -> dict[str, Any]:
 
 
 def _wordpieces() -> list[str]:
-    return list(dict.fromkeys([*LETTERS, *(f"##{letter}" for letter in LETTERS), *WORDS, *(f"##{word}" for word in WORDS)]))
+    return list(
+        dict.fromkeys(
+            [
+                *LETTERS,
+                *(f"##{letter}" for letter in LETTERS),
+                *WORDS,
+                *(f"##{word}" for word in WORDS),
+            ]
+        )
+    )
 
 
-def _bpe_vocabulary(rng: Random, *, byte_level: bool, suffix: str = "") -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _bpe_vocabulary(
+    rng: Random, *, byte_level: bool, suffix: str = ""
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet()) if byte_level else sorted(set(LETTERS))
     tokens = [*(SPECIAL if _chance(rng, 0.7) else ("<|endoftext|>", "<s>")), *letters]
     if suffix:
@@ -154,8 +219,12 @@ def _gpt2_backend(rng: Random) -> Tokenizer:
     """As GPT-2's, or nearly."""
     vocab, merges = _bpe_vocabulary(rng, byte_level=True)
     unknown = rng.choice(({}, {}, {"unk_token": "<s>"}))
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=_chance(rng, 0.1), **unknown))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=_chance(rng, 0.2), use_regex=not _chance(rng, 0.1))
+    backend = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, ignore_merges=_chance(rng, 0.1), **unknown)
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=_chance(rng, 0.2), use_regex=not _chance(rng, 0.1)
+    )
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = _random_template(rng, vocab)
     if _chance(rng, 0.1):
@@ -165,18 +234,38 @@ def _gpt2_backend(rng: Random) -> Tokenizer:
 
 
 def _random_model(rng: Random) -> models.Model:
-    kind = rng.choice(("BPE", "BPE", "byte-level BPE", "BPE with suffix", "BPE with bytes", "WordLevel", "WordPiece", "Unigram"))
+    kind = rng.choice(
+        (
+            "BPE",
+            "BPE",
+            "byte-level BPE",
+            "BPE with suffix",
+            "BPE with bytes",
+            "WordLevel",
+            "WordPiece",
+            "Unigram",
+        )
+    )
     if kind == "WordLevel":
-        return models.WordLevel({token: i for i, token in enumerate((*SPECIAL, *WORDS))}, unk_token=rng.choice(("<unk>", "[UNK]")))
+        return models.WordLevel(
+            {token: i for i, token in enumerate((*SPECIAL, *WORDS))},
+            unk_token=rng.choice(("<unk>", "[UNK]")),
+        )
     if kind == "WordPiece":
-        return models.WordPiece({token: i for i, token in enumerate((*SPECIAL, *_wordpieces()))}, unk_token="<unk>")
+        return models.WordPiece(
+            {token: i for i, token in enumerate((*SPECIAL, *_wordpieces()))}, unk_token="<unk>"
+        )
     if kind == "Unigram":
         pieces = [
             *SPECIAL,
             *(f"<0x{byte:02X}>" for byte in range(256)),
             *dict.fromkeys((*LETTERS, *WORDS, *(f"▁{word}" for word in WORDS))),
         ]
-        return models.Unigram([(piece, -float(i % 7) - 1) for i, piece in enumerate(pieces)], rng.choice((2, 2, None)), _chance(rng, 0.5))
+        return models.Unigram(
+            [(piece, -float(i % 7) - 1) for i, piece in enumerate(pieces)],
+            rng.choice((2, 2, None)),
+            _chance(rng, 0.5),
+        )
     suffix = "</w>" if kind == "BPE with suffix" else ""
     vocab, merges = _bpe_vocabulary(rng, byte_level=kind == "byte-level BPE", suffix=suffix)
     if kind == "BPE with bytes":
@@ -213,15 +302,24 @@ def _random_pre_tokenizer(rng: Random) -> Any:
     some: tuple[Any, ...] = (
         pre_tokenizers.ByteLevel(add_prefix_space=_chance(rng, 0.5), use_regex=_chance(rng, 0.7)),
         pre_tokenizers.ByteLevel(add_prefix_space=_chance(rng, 0.5)),
-        pre_tokenizers.Metaspace(prepend_scheme=rng.choice(("always", "first", "never")), split=_chance(rng, 0.5)),
+        pre_tokenizers.Metaspace(
+            prepend_scheme=rng.choice(("always", "first", "never")), split=_chance(rng, 0.5)
+        ),
         pre_tokenizers.Metaspace(),
         pre_tokenizers.Whitespace(),
         pre_tokenizers.WhitespaceSplit(),
         pre_tokenizers.BertPreTokenizer(),
         pre_tokenizers.CharDelimiterSplit(","),
-        pre_tokenizers.Split(Regex(r"\s+|\w"), rng.choice(("isolated", "removed", "merged_with_next"))),
+        pre_tokenizers.Split(
+            Regex(r"\s+|\w"), rng.choice(("isolated", "removed", "merged_with_next"))
+        ),
         pre_tokenizers.Punctuation(rng.choice(("isolated", "removed"))),
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        ),
     )
     return None if _chance(rng, 0.1) else rng.choice(some)
 
@@ -235,7 +333,14 @@ def _random_decoder(rng: Random) -> Any:
         decoders.BPEDecoder(),
         decoders.CTC(pad_token="<pad>"),
         decoders.Fuse(),
-        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+        decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        ),
     )
     return None if _chance(rng, 0.15) else rng.choice(some)
 
@@ -249,23 +354,34 @@ def _random_template(rng: Random, vocab: dict[str, int]) -> Any:
         (
             processors.TemplateProcessing(single=template, special_tokens=[bos, eos]),
             processors.BertProcessing(eos, bos),
-            processors.RobertaProcessing(eos, bos, trim_offsets=_chance(rng, 0.5), add_prefix_space=False),
+            processors.RobertaProcessing(
+                eos, bos, trim_offsets=_chance(rng, 0.5), add_prefix_space=False
+            ),
         )
     )
 
 
 def _add_random_tokens(rng: Random, backend: Tokenizer) -> None:
     known = [token for token in SPECIAL if backend.token_to_id(token) is not None]
-    backend.add_special_tokens([AddedToken(token, normalized=_chance(rng, 0.1)) for token in known if _chance(rng, 0.85)])
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=_chance(rng, 0.1)) for token in known if _chance(rng, 0.85)]
+    )
     if _chance(rng, 0.3):
-        flags = {flag: _chance(rng, 0.3) for flag in ("lstrip", "rstrip", "single_word", "normalized", "special")}
+        flags = {
+            flag: _chance(rng, 0.3)
+            for flag in ("lstrip", "rstrip", "single_word", "normalized", "special")
+        }
         backend.add_tokens([AddedToken("<user>", **flags)])
 
 
 def _random_backend(rng: Random) -> Tokenizer:
     backend = Tokenizer(_random_model(rng))
     vocab = backend.get_vocab()
-    normalizer, pre_tokenizer, decoder = _random_normalizer(rng), _random_pre_tokenizer(rng), _random_decoder(rng)
+    normalizer, pre_tokenizer, decoder = (
+        _random_normalizer(rng),
+        _random_pre_tokenizer(rng),
+        _random_decoder(rng),
+    )
     template = _random_template(rng, vocab)
     if normalizer is not None:
         backend.normalizer = normalizer
@@ -279,7 +395,9 @@ def _random_backend(rng: Random) -> Tokenizer:
     if _chance(rng, 0.15):
         backend.enable_truncation(5)
     if _chance(rng, 0.15):
-        backend.enable_padding(pad_token=rng.choice(("<pad>", "[PAD]")), length=rng.choice((None, 16)))
+        backend.enable_padding(
+            pad_token=rng.choice(("<pad>", "[PAD]")), length=rng.choice((None, 16))
+        )
     return backend
 
 

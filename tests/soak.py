@@ -55,7 +55,9 @@ def main() -> None:
     from tests.launcher import Launcher
     from tests.test_durability import ROWS, Setting
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bench.workloads import WORKLOADS, make_workload, renumbered
-from pipeline.data.bundled import locate
+from gptbatch.pipeline.bench.workloads import WORKLOADS, make_workload, renumbered
+from gptbatch.pipeline.system.bundled import locate
 from tests.conftest import run_gptbatch
 
 DEMO = str(locate("bundled:demo/model"))
 
 
 def test_workloads_are_what_they_say() -> None:
-    uniform, ragged, shared = (make_workload(name, vocab_size=50257, n_positions=1024) for name in WORKLOADS)
+    uniform, ragged, shared = (
+        make_workload(name, vocab_size=50257, n_positions=1024) for name in WORKLOADS
+    )
     assert {(len(row.token_ids), row.new_tokens) for row in uniform.rows} == {(32, 128)}
     assert (len(uniform.rows), len(ragged.rows), len(shared.rows)) == (64, 256, 128)
     assert all(4 <= len(row.token_ids) <= 640 and 8 <= row.new_tokens <= 256 for row in ragged.rows)
@@ -33,13 +35,21 @@ def test_no_repeat_finds_a_prefix_of_another() -> None:
     assert all(0 <= token < 50257 for ids in seen for token in ids)
 
 
-@pytest.mark.parametrize("options", [("--workload", "uniform", "--top-k", "0"), ("--workload", "shared_prefix", "--attention", "padded")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--workload", "uniform", "--top-k", "0"),
+        ("--workload", "shared_prefix", "--attention", "padded"),
+    ],
+)
 def test_bench_prints_what_belongs_together(options: tuple[str, ...]) -> None:
     done = run_gptbatch("bench", "--model", DEMO, "--repeats", "1", "--batch-size", "32", *options)
     assert done.code == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["tokens_per_s"] == found["repeats_tokens_per_s"][0] > 0
-    assert found["ceiling_tokens_per_s"] * found["ceiling_share"] == pytest.approx(found["tokens_per_s"], rel=0.01)
+    assert found["ceiling_tokens_per_s"] * found["ceiling_share"] == pytest.approx(
+        found["tokens_per_s"], rel=0.01
+    )
     parts = found["seconds_by_part"]
     assert all(seconds >= 0 for seconds in parts.values()), parts
     assert parts["linears"] > 0
@@ -53,7 +63,10 @@ def test_scaling_draws_its_curves(tmp_path: Path) -> None:
     done = run_gptbatch("bench", "--model", DEMO, "scaling", "--points", "5", "--output", tmp_path)
     assert done.code == 0, done.stderr
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    curves = {curve["name"]: curve for curve in json.loads((tmp_path / "scaling.json").read_text())["curves"]}
+    curves = {
+        curve["name"]: curve
+        for curve in json.loads((tmp_path / "scaling.json").read_text())["curves"]
+    }
     assert set(curves) == {"naive", "cached", "slide"}
     n_positions = json.loads((Path(DEMO) / "config.json").read_text())["n_positions"]
     assert max(curves["slide"]["steps"]) > n_positions

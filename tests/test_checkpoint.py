@@ -19,16 +19,24 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from transformers import GPT2LMHeadModel
 
-from jobs.cli import run_command
-from pipeline import JobConfig, run_job
-from pipeline.config import EngineConfig
-from pipeline.data.checkpoint import find_checkpoint
-from pipeline.data.generation_config import SpecialTokens
-from pipeline.errors import ModelError, StorageError
-from pipeline.gpt.config import parse_config
-from pipeline.gpt.model import GPT
-from pipeline.gpt.weights import load_gpt
-from tests.tiny_checkpoints import HI, OTHER_STOP, STOP, VOCAB_SIZE, Tensors, random_tensors, write_checkpoint
+from gptbatch.jobs.cli import run_command
+from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline.config import EngineConfig
+from gptbatch.pipeline.errors import ModelError, StorageError
+from gptbatch.pipeline.model.checkpoint import find_checkpoint
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.generation_config import SpecialTokens
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.weights import load_gpt
+from tests.tiny_checkpoints import (
+    HI,
+    OTHER_STOP,
+    STOP,
+    VOCAB_SIZE,
+    Tensors,
+    random_tensors,
+    write_checkpoint,
+)
 
 DEFAULTS = 50256
 IDX = torch.arange(1, 41).view(2, 20)
@@ -37,7 +45,13 @@ IDX = torch.arange(1, 41).view(2, 20)
 def load(folder: Path) -> GPT:
     checkpoint = find_checkpoint(str(folder))
     config = parse_config(checkpoint.config, str(checkpoint.config_path))
-    return load_gpt(config, list(checkpoint.weights), dtype=torch.float32, device=torch.device("cpu"), pack=False)
+    return load_gpt(
+        config,
+        list(checkpoint.weights),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        pack=False,
+    )
 
 
 def expect_as_transformers(folder: Path) -> None:
@@ -52,7 +66,13 @@ def run(model: Path, folder: Path, prompts: list[str], **settings: Any) -> list[
     source = folder / "prompts.jsonl"
     source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     engine = EngineConfig(attention="padded", threads=1)
-    settings = {"temperature": 0.0, "max_new_tokens": 8, "numerics": "off", "engine": engine, **settings}
+    settings = {
+        "temperature": 0.0,
+        "max_new_tokens": 8,
+        "numerics": "off",
+        "engine": engine,
+        **settings,
+    }
     run_job(JobConfig(model=str(model), input=str(source), output=str(folder / "out"), **settings))
     rows: list[dict[str, Any]] = pq.read_table(folder / "out" / "part-00000.parquet").to_pylist()
     return rows
@@ -69,7 +89,12 @@ ENDS: dict[str, tuple[Any, dict[str, Any] | None, tuple[int, ...], tuple[int, ..
     "an empty list": ([], None, (), ()),
     "repeats": ([STOP, 0, STOP], {"eos_token_id": [0, STOP]}, (STOP, 0), ()),
     "one more in generation_config.json": (0, {"eos_token_id": STOP}, (0, STOP), ()),
-    "a list in generation_config.json": (0, {"eos_token_id": [0, STOP, OTHER_STOP]}, (0, STOP, OTHER_STOP), ()),
+    "a list in generation_config.json": (
+        0,
+        {"eos_token_id": [0, STOP, OTHER_STOP]},
+        (0, STOP, OTHER_STOP),
+        (),
+    ),
     "only in generation_config.json": (..., {"eos_token_id": STOP}, (STOP,), ()),
     "generation_config.json says null": (STOP, {"eos_token_id": None}, (STOP,), ()),
     "the defaults of GPT2Config": (DEFAULTS, {"eos_token_id": DEFAULTS}, (), (DEFAULTS,)),
@@ -82,8 +107,17 @@ ENDS: dict[str, tuple[Any, dict[str, Any] | None, tuple[int, ...], tuple[int, ..
 @pytest.mark.parametrize("name", ENDS)
 def test_end_tokens_are_those_of_both_files(tmp_path: Path, name: str) -> None:
     config_eos, generation, ends, left_out = ENDS[name]
-    checkpoint = find_checkpoint(str(write_checkpoint(tmp_path / "model", config={"eos_token_id": config_eos}, generation=generation)))
-    assert (checkpoint.special_tokens.ends, checkpoint.special_tokens.ends_left_out) == (ends, left_out)
+    checkpoint = find_checkpoint(
+        str(
+            write_checkpoint(
+                tmp_path / "model", config={"eos_token_id": config_eos}, generation=generation
+            )
+        )
+    )
+    assert (checkpoint.special_tokens.ends, checkpoint.special_tokens.ends_left_out) == (
+        ends,
+        left_out,
+    )
     warnings = checkpoint.generation_warnings
     assert len(warnings) == bool(left_out)
     for token in left_out:
@@ -95,24 +129,49 @@ def test_end_tokens_are_those_of_both_files(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("config_bos", "generation_bos", "start"),
-    [(0, ..., 0), (0, 3, 3), (None, ..., None), (5, None, 5), (DEFAULTS, ..., None), (7, DEFAULTS, 7), (-1, ..., None), (..., ..., None)],
+    [
+        (0, ..., 0),
+        (0, 3, 3),
+        (None, ..., None),
+        (5, None, 5),
+        (DEFAULTS, ..., None),
+        (7, DEFAULTS, 7),
+        (-1, ..., None),
+        (..., ..., None),
+    ],
 )
-def test_the_start_token(tmp_path: Path, config_bos: Any, generation_bos: Any, start: int | None) -> None:
+def test_the_start_token(
+    tmp_path: Path, config_bos: Any, generation_bos: Any, start: int | None
+) -> None:
     generation = {} if generation_bos is ... else {"bos_token_id": generation_bos}
-    folder = write_checkpoint(tmp_path / "model", config={"bos_token_id": config_bos}, generation=generation)
+    folder = write_checkpoint(
+        tmp_path / "model", config={"bos_token_id": config_bos}, generation=generation
+    )
     assert find_checkpoint(str(folder)).special_tokens.start == start
 
 
-@pytest.mark.parametrize(("vocab_size", "tokens"), [(50257, (DEFAULTS, (DEFAULTS,))), (50256, (None, ()))])
-def test_the_defaults_of_gpt2_where_nothing_is_said(tmp_path: Path, vocab_size: int, tokens: Any) -> None:
+@pytest.mark.parametrize(
+    ("vocab_size", "tokens"), [(50257, (DEFAULTS, (DEFAULTS,))), (50256, (None, ()))]
+)
+def test_the_defaults_of_gpt2_where_nothing_is_said(
+    tmp_path: Path, vocab_size: int, tokens: Any
+) -> None:
     config = {"vocab_size": vocab_size, "bos_token_id": ..., "eos_token_id": ...}
-    special = find_checkpoint(str(write_checkpoint(tmp_path / "model", config=config))).special_tokens
+    special = find_checkpoint(
+        str(write_checkpoint(tmp_path / "model", config=config))
+    ).special_tokens
     assert (special.start, special.ends) == tokens
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("eos_token_id", "2"), ("eos_token_id", True), ("eos_token_id", [1, 2.0]), ("eos_token_id", {"a": 1}), ("bos_token_id", [0])],
+    [
+        ("eos_token_id", "2"),
+        ("eos_token_id", True),
+        ("eos_token_id", [1, 2.0]),
+        ("eos_token_id", {"a": 1}),
+        ("bos_token_id", [0]),
+    ],
 )
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_what_is_no_token_id_is_named(tmp_path: Path, file: str, key: str, value: Any) -> None:
@@ -132,38 +191,66 @@ CHATS: dict[str, tuple[Any, dict[str, Any] | None]] = {
 @pytest.mark.parametrize("name", CHATS)
 def test_rows_end_where_transformers_ends_them(tmp_path: Path, name: str) -> None:
     eos, generation = CHATS[name]
-    folder = write_checkpoint(tmp_path / "model", config={"eos_token_id": eos}, generation=generation, script=[HI, HI, HI, STOP])
+    folder = write_checkpoint(
+        tmp_path / "model",
+        config={"eos_token_id": eos},
+        generation=generation,
+        script=[HI, HI, HI, STOP],
+    )
     row, longer = run(folder, tmp_path, ["hihi", "hihihi"])
-    assert (row["finish_reason"], row["stop_reason"], row["completion"]) == ("stop", "end_of_text", "hihi")
+    assert (row["finish_reason"], row["stop_reason"], row["completion"]) == (
+        "stop",
+        "end_of_text",
+        "hihi",
+    )
     assert row["completion_token_ids"] == [HI, HI, STOP]
     assert longer["completion_token_ids"] == [HI, STOP]
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     idx = torch.tensor([[HI, HI]])
-    out = theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=8, pad_token_id=0)[0]
+    out = theirs.generate(
+        idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=8, pad_token_id=0
+    )[0]
     assert out[2:].tolist() == row["completion_token_ids"]
 
 
 def test_ignore_eos_goes_on_after_every_end(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": [0, STOP]}, script=[HI, STOP])
+    folder = write_checkpoint(
+        tmp_path / "model", generation={"eos_token_id": [0, STOP]}, script=[HI, STOP]
+    )
     (row,) = run(folder, tmp_path, ["hi"], ignore_eos=True)
     assert row["completion_token_ids"] == [HI, STOP] * 4
     assert row["stop_reason"] == "max_new_tokens"
 
 
-@pytest.mark.parametrize("ids", [{"eos_token_id": DEFAULTS, "bos_token_id": DEFAULTS}, {"eos_token_id": VOCAB_SIZE}, {"eos_token_id": -1}])
-def test_ends_beyond_the_vocabulary_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, ids: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "ids",
+    [
+        {"eos_token_id": DEFAULTS, "bos_token_id": DEFAULTS},
+        {"eos_token_id": VOCAB_SIZE},
+        {"eos_token_id": -1},
+    ],
+)
+def test_ends_beyond_the_vocabulary_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, ids: dict[str, int]
+) -> None:
     folder = write_checkpoint(tmp_path / "model", config=ids)
     with caplog.at_level(logging.WARNING):
         (row,) = run(folder, tmp_path, ["hi"])
     assert row["completion_tokens"] == 8
-    (warning,) = [record.getMessage() for record in caplog.records if "eos_token_id" in record.getMessage()]
+    (warning,) = [
+        record.getMessage() for record in caplog.records if "eos_token_id" in record.getMessage()
+    ]
     assert f"eos_token_id {ids['eos_token_id']} is not in the vocabulary" in warning
 
 
 def test_another_end_is_another_job(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": 0, "temperature": 0.5}, script=[HI, STOP])
+    folder = write_checkpoint(
+        tmp_path / "model", generation={"eos_token_id": 0, "temperature": 0.5}, script=[HI, STOP]
+    )
     run(folder, tmp_path, ["hi"])
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "temperature": 0.7}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 0, "temperature": 0.7})
+    )
     run(folder, tmp_path, ["hi"])  # a setting that is not followed changes nothing
     assert run_command(["verify", str(tmp_path / "out")]) == 0
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": STOP}))
@@ -175,19 +262,46 @@ def test_another_end_is_another_job(tmp_path: Path) -> None:
 # -- generation settings that are not followed -----------------------------------------------------------------------
 
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] = {
-    "as the hub's gpt2": ({}, {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 0, "transformers_version": "4.26.0"}, {}),
-    "defaults written out": ({"top_k": 50, "max_length": 20, "do_sample": False}, {"temperature": 1.0, "suppress_tokens": []}, {}),
+    "as the hub's gpt2": (
+        {},
+        {
+            "_from_model_config": True,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "transformers_version": "4.26.0",
+        },
+        {},
+    ),
+    "defaults written out": (
+        {"top_k": 50, "max_length": 20, "do_sample": False},
+        {"temperature": 1.0, "suppress_tokens": []},
+        {},
+    ),
     "a chat model": (
         {},
         {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "use_cache": True},
         {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
     ),
-    "in config.json": ({"repetition_penalty": 1.2, "resid_pdrop": 0.1}, None, {"repetition_penalty": 1.2}),
+    "in config.json": (
+        {"repetition_penalty": 1.2, "resid_pdrop": 0.1},
+        None,
+        {"repetition_penalty": 1.2},
+    ),
     "generation_config.json wins": ({"top_p": 0.5}, {"top_p": 0.9}, {"top_p": 0.9}),
     "forced and suppressed": (
         {},
-        {"forced_bos_token_id": 3, "suppress_tokens": [1, 2], "begin_suppress_tokens": [220], "max_length": 64},
-        {"forced_bos_token_id": 3, "suppress_tokens": [1, 2], "begin_suppress_tokens": [220], "max_length": 64},
+        {
+            "forced_bos_token_id": 3,
+            "suppress_tokens": [1, 2],
+            "begin_suppress_tokens": [220],
+            "max_length": 64,
+        },
+        {
+            "forced_bos_token_id": 3,
+            "suppress_tokens": [1, 2],
+            "begin_suppress_tokens": [220],
+            "max_length": 64,
+        },
     ),
     "unknown": ({"my_key": 1}, {"a_later_setting": 2}, {"a_later_setting": 2}),
 }
@@ -196,7 +310,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_that_are_not_followed_are_named_in_one_line(tmp_path: Path, name: str) -> None:
     config, generation, expected = SETTINGS[name]
-    checkpoint = find_checkpoint(str(write_checkpoint(tmp_path / "model", config=config, generation=generation)))
+    checkpoint = find_checkpoint(
+        str(write_checkpoint(tmp_path / "model", config=config, generation=generation))
+    )
     assert checkpoint.settings_not_followed == expected
     warnings = checkpoint.generation_warnings
     assert len(warnings) == bool(expected)
@@ -228,9 +344,15 @@ HEADS: dict[str, tuple[Tensors, str, str]] = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_heads_beside_the_language_model_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+def test_heads_beside_the_language_model_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     extra, architecture, message = HEADS[name]
-    folder = write_checkpoint(tmp_path / "model", config={"architectures": [architecture]}, tensors=random_tensors() | extra)
+    folder = write_checkpoint(
+        tmp_path / "model",
+        config={"architectures": [architecture]},
+        tensors=random_tensors() | extra,
+    )
     expect_as_transformers(folder)
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "gptbatch"]
     assert re.search(f"heads beside the language model are left out: {message}", warning)
@@ -244,8 +366,13 @@ PREFIXES = (
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_prefixes_of_wrappers_are_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str) -> None:
-    tensors = {prefix + name.removeprefix("transformer."): tensor for name, tensor in random_tensors().items()}
+def test_prefixes_of_wrappers_are_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str
+) -> None:
+    tensors = {
+        prefix + name.removeprefix("transformer."): tensor
+        for name, tensor in random_tensors().items()
+    }
     with torch.inference_mode():
         ours = load(write_checkpoint(tmp_path / "model", tensors=tensors))(IDX)
         assert torch.equal(ours, load(write_checkpoint(tmp_path / "plain"))(IDX))
@@ -262,9 +389,15 @@ OTHER_PREFIXES = (
 def test_another_prefix_in_front_of_all_names_is_taken_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str
 ) -> None:
-    tensors = {prefix + name.removeprefix("transformer."): tensor for name, tensor in random_tensors().items()}
+    tensors = {
+        prefix + name.removeprefix("transformer."): tensor
+        for name, tensor in random_tensors().items()
+    }
     first = prefix.split("transformer.")[0]
-    tensors |= {f"{first}lm_head.weight": tensors[f"{prefix}wte.weight"].copy(), f"{first}v_head.weight": ONE}
+    tensors |= {
+        f"{first}lm_head.weight": tensors[f"{prefix}wte.weight"].copy(),
+        f"{first}v_head.weight": ONE,
+    }
     with torch.inference_mode():
         ours = load(write_checkpoint(tmp_path / "model", tensors=tensors))(IDX)
         assert torch.equal(ours, load(write_checkpoint(tmp_path / "plain"))(IDX))
@@ -279,7 +412,10 @@ def test_two_models_in_one_file_are_refused(tmp_path: Path) -> None:
         for name, tensor in random_tensors().items()
         for model in ("student", "teacher")
     }
-    with pytest.raises(ModelError, match=r"they are 2 models, student\.transformer and teacher\.transformer: save one of them alone"):
+    with pytest.raises(
+        ModelError,
+        match=r"they are 2 models, student\.transformer and teacher\.transformer: save one of them alone",
+    ):
         load(write_checkpoint(tmp_path / "model", tensors=tensors))
 
 
@@ -292,7 +428,10 @@ def test_a_prefix_of_some_names_is_no_wrapper(tmp_path: Path) -> None:
 
 
 def test_wrappers_inside_names(tmp_path: Path) -> None:
-    tensors = {name.replace("h.1.", "h.1._checkpoint_wrapped_module."): tensor for name, tensor in random_tensors().items()}
+    tensors = {
+        name.replace("h.1.", "h.1._checkpoint_wrapped_module."): tensor
+        for name, tensor in random_tensors().items()
+    }
     load(write_checkpoint(tmp_path / "model", tensors=tensors))
 
 
@@ -308,15 +447,25 @@ CONSTANTS: dict[str, Tensors] = {
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
-def test_constants_of_old_checkpoints_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
-    expect_as_transformers(write_checkpoint(tmp_path / "model", tensors=random_tensors() | CONSTANTS[name]))
+def test_constants_of_old_checkpoints_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    expect_as_transformers(
+        write_checkpoint(tmp_path / "model", tensors=random_tensors() | CONSTANTS[name])
+    )
     assert not [record for record in caplog.records if record.name == "gptbatch"]
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16])
 def test_other_float_types(tmp_path: Path, dtype: type[Any]) -> None:
     tensors = {name: tensor.astype(dtype) for name, tensor in random_tensors().items()}
-    expect_as_transformers(write_checkpoint(tmp_path / "model", config={"torch_dtype": "float16", "dtype": "float64"}, tensors=tensors))
+    expect_as_transformers(
+        write_checkpoint(
+            tmp_path / "model",
+            config={"torch_dtype": "float16", "dtype": "float64"},
+            tensors=tensors,
+        )
+    )
 
 
 def test_safetensors_without_metadata(tmp_path: Path) -> None:
@@ -342,10 +491,14 @@ def test_a_head_that_is_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture,
     tensors["lm_head.weight"] = embedding[::-1].copy() if head == "other" else embedding.copy()
     if head == "alone":
         del tensors["transformer.wte.weight"]
-    expect_as_transformers(write_checkpoint(tmp_path / "model", config={"tie_word_embeddings": tied}, tensors=tensors))
+    expect_as_transformers(
+        write_checkpoint(tmp_path / "model", config={"tie_word_embeddings": tied}, tensors=tensors)
+    )
     warnings = [record.getMessage() for record in caplog.records if record.name == "gptbatch"]
     assert len(warnings) == warns
-    assert all("lm_head.weight differs from wte.weight and is used" in warning for warning in warnings)
+    assert all(
+        "lm_head.weight differs from wte.weight and is used" in warning for warning in warnings
+    )
 
 
 # tensors that are added or (with None) left out, config.json -> what is said
@@ -369,33 +522,56 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_tensors_are_refused_by_name(tmp_path: Path, name: str) -> None:
     changes, config, message = REFUSED[name]
-    tensors = {key: tensor for key, tensor in (random_tensors() | changes).items() if tensor is not None}
+    tensors = {
+        key: tensor for key, tensor in (random_tensors() | changes).items() if tensor is not None
+    }
     with pytest.raises(ModelError, match=message):
         load(write_checkpoint(tmp_path / "model", config=config, tensors=tensors))
 
 
 # -- config.json without a model_type --------------------------------------------------------------------------------
 
-ARCHITECTURES = ["GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification", "GPT2HeadWithValueModel"]
+ARCHITECTURES = [
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "GPT2DoubleHeadsModel",
+    "GPT2ForSequenceClassification",
+    "GPT2HeadWithValueModel",
+]
 
 
 @pytest.mark.parametrize("architectures", [*([name] for name in ARCHITECTURES), None, ..., []])
 def test_no_model_type(tmp_path: Path, architectures: Any) -> None:
-    expect_as_transformers(write_checkpoint(tmp_path / "model", config={"model_type": ..., "architectures": architectures}))
+    expect_as_transformers(
+        write_checkpoint(
+            tmp_path / "model", config={"model_type": ..., "architectures": architectures}
+        )
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "gpt_neo"}, "model_type is 'gpt_neo': only GPT-2"),
-        ({"model_type": "llama", "architectures": ["GPT2LMHeadModel"]}, "model_type is 'llama': only GPT-2"),
-        ({"model_type": ..., "architectures": ["LlamaForCausalLM"]}, r"architectures is \['LlamaForCausalLM'\]: only GPT-2"),
-        ({"model_type": ..., "architectures": ["GPT2Tokenizer", 5]}, "architectures is .*: only GPT-2"),
+        (
+            {"model_type": "llama", "architectures": ["GPT2LMHeadModel"]},
+            "model_type is 'llama': only GPT-2",
+        ),
+        (
+            {"model_type": ..., "architectures": ["LlamaForCausalLM"]},
+            r"architectures is \['LlamaForCausalLM'\]: only GPT-2",
+        ),
+        (
+            {"model_type": ..., "architectures": ["GPT2Tokenizer", 5]},
+            "architectures is .*: only GPT-2",
+        ),
         ({"model_type": ..., "architectures": ..., "n_embd": ...}, "model_type is missing"),
         ({"model_type": 5}, "model_type is 5: only GPT-2"),
     ],
 )
-def test_other_architectures_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_other_architectures_are_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ModelError, match=message):
         load(write_checkpoint(tmp_path / "model", config=changes))
 
@@ -517,12 +693,19 @@ def test_git_lfs_pointers_are_named_whichever_file_it_is(tmp_path: Path, file: s
     elif file.endswith((".index.json", ".bin")):
         (folder / "model.safetensors").unlink()
     (folder / file).write_text(POINTER)
-    with pytest.raises(ModelError, match=f"{file}: a Git LFS pointer, not the file itself: run git lfs pull"):
+    with pytest.raises(
+        ModelError, match=f"{file}: a Git LFS pointer, not the file itself: run git lfs pull"
+    ):
         find_checkpoint(str(folder), allow_pickle=True)
 
 
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"])
-def test_a_pickle_that_is_a_pointer_is_named_before_it_is_allowed(tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    "file",
+    ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"],
+)
+def test_a_pickle_that_is_a_pointer_is_named_before_it_is_allowed(
+    tmp_path: Path, file: str
+) -> None:
     folder = write_checkpoint(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     (folder / file).write_text(POINTER)
@@ -538,13 +721,17 @@ def test_a_pointer_that_nobody_reads_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_a_pointer_for_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="a Git LFS pointer"):
-        find_checkpoint(str(write_files(tmp_path, {"model.safetensors": POINTER}) / "model.safetensors"))
+        find_checkpoint(
+            str(write_files(tmp_path, {"model.safetensors": POINTER}) / "model.safetensors")
+        )
 
 
 # -- disks that fail -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"]
+)
 def test_a_failing_disk_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
@@ -559,8 +746,21 @@ def test_a_failing_disk_names_the_file(
         def readinto(self, buffer: Any, /) -> int:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Path, "open", lambda path, *args, **kw: Failing(path) if path == folder / file else opened(path, *args, **kw))
-    arguments = ["--model", folder, "--input", tmp_path / "prompts.jsonl", "--output", tmp_path / "out"]
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, *args, **kw: (
+            Failing(path) if path == folder / file else opened(path, *args, **kw)
+        ),
+    )
+    arguments = [
+        "--model",
+        folder,
+        "--input",
+        tmp_path / "prompts.jsonl",
+        "--output",
+        tmp_path / "out",
+    ]
     assert run_command(["generate", *map(str, arguments)]) == 74
     assert f"{folder / file}: cannot be read (Input/output error)" in capsys.readouterr().err
 
@@ -569,10 +769,16 @@ def test_a_failing_disk_names_the_file(
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_check_model_compares_ends_and_names_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_check_model_compares_ends_and_names_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     eos, generation = CHATS[name]
     settings = {"do_sample": True, "top_p": 0.9}
-    folder = write_checkpoint(tmp_path / "model", config={"eos_token_id": eos}, generation=generation and generation | settings)
+    folder = write_checkpoint(
+        tmp_path / "model",
+        config={"eos_token_id": eos},
+        generation=generation and generation | settings,
+    )
     assert run_command(["check-model", str(folder), "--new-tokens", "2"]) == 0
     stdout = capsys.readouterr().out
     summary = json.loads(stdout.splitlines()[-1])
@@ -583,17 +789,28 @@ def test_check_model_compares_ends_and_names_settings(tmp_path: Path, capsys: py
     assert "end tokens: ours [0, 258], transformers [" in stdout
 
 
-def test_check_model_finds_an_end_that_we_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_model_finds_an_end_that_we_miss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": STOP})
-    monkeypatch.setattr("pipeline.data.checkpoint.read_special_tokens", lambda *args, **kw: SpecialTokens(start=0, ends=(0,)))
+    monkeypatch.setattr(
+        "gptbatch.pipeline.model.checkpoint.read_special_tokens",
+        lambda *args, **kw: SpecialTokens(start=0, ends=(0,)),
+    )
     assert run_command(["check-model", str(folder), "--new-tokens", "1"]) == 78
     assert "our end tokens and transformers do not agree" in capsys.readouterr().err
 
 
-def test_check_model_where_transformers_finds_no_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_checkpoint(tmp_path / "model", tensors=random_tensors(prefix="module.transformer."))
+def test_check_model_where_transformers_finds_no_tensors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_checkpoint(
+        tmp_path / "model", tensors=random_tensors(prefix="module.transformer.")
+    )
     assert run_command(["check-model", str(folder)]) == 78
-    assert re.search(r"transformers does not find \d+ tensors here, such as ", capsys.readouterr().err)
+    assert re.search(
+        r"transformers does not find \d+ tensors here, such as ", capsys.readouterr().err
+    )
 
 
 # -- files that are not what their names say -------------------------------------------------------------------------
@@ -616,19 +833,31 @@ def test_damaged_settings_are_named(tmp_path: Path, file: str, content: str, mes
         _ = find_checkpoint(str(folder)).special_tokens
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), SafetensorError("I/O error: Input/output error (os error 5)")])
-def test_a_disk_that_fails_while_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        SafetensorError("I/O error: Input/output error (os error 5)"),
+    ],
+)
+def test_a_disk_that_fails_while_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     folder = write_checkpoint(tmp_path / "model")
 
     def fail(*args: Any, **kw: Any) -> None:
         raise error
 
-    monkeypatch.setattr("pipeline.gpt.weights.safe_open", fail)
-    with pytest.raises(StorageError, match=r"model\.safetensors: cannot be read \(.*Input/output error"):
+    monkeypatch.setattr("gptbatch.pipeline.model.weights.safe_open", fail)
+    with pytest.raises(
+        StorageError, match=r"model\.safetensors: cannot be read \(.*Input/output error"
+    ):
         load(folder)
 
 
-def test_all_files_that_decide_are_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_that_decide_are_fetched_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": STOP})
     asked: list[str] = []
 
@@ -638,4 +867,10 @@ def test_all_files_that_decide_are_fetched_from_the_hub(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert find_checkpoint("someone/model").special_tokens.ends == (0, STOP)
-    assert {"config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "model.safetensors"} <= set(asked)
+    assert {
+        "config.json",
+        "generation_config.json",
+        "adapter_config.json",
+        "tokenizer.json",
+        "model.safetensors",
+    } <= set(asked)

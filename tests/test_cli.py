@@ -19,8 +19,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from jobs.cli import run_command
-from jobs.group import COMMANDS, cli
+from gptbatch.jobs.cli import run_command
+from gptbatch.jobs.group import COMMANDS, cli
 from tests.conftest import run_gptbatch
 from tests.paths import REPOSITORY
 
@@ -44,7 +44,19 @@ InProcess = Callable[..., tuple[int, str, str]]
 
 def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
     path = write_rows([{"prompt": f"secret {i}"} for i in range(5)])
-    command = ["generate", "--model", str(checkpoint), "--input", str(path), "--output", "out", "--max-new-tokens", "4", "--threads", "1"]
+    command = [
+        "generate",
+        "--model",
+        str(checkpoint),
+        "--input",
+        str(path),
+        "--output",
+        "out",
+        "--max-new-tokens",
+        "4",
+        "--threads",
+        "1",
+    ]
     ran = run_gptbatch(*command, cwd=tmp_path)
     assert ran.code == 0, ran.stderr
     assert len(ran.stdout.splitlines()) == 1
@@ -65,7 +77,12 @@ def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -
         "numerics",
         "fingerprint",
     ]
-    assert (ran.summary["output"], ran.summary["rows"], ran.summary["ok"], ran.summary["skipped"]) == ("out", 5, 5, 0)
+    assert (
+        ran.summary["output"],
+        ran.summary["rows"],
+        ran.summary["ok"],
+        ran.summary["skipped"],
+    ) == ("out", 5, 5, 0)
     completions = pq.read_table(tmp_path / "out" / "part-00000.parquet")["completion"].to_pylist()
     for text in ("secret", *(c for c in completions if len(c) > 3)):
         assert text not in ran.stdout + ran.stderr, "prompts and completions are never logged"
@@ -76,10 +93,17 @@ def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -
 def test_prompts_from_standard_input(checkpoint: Path, tmp_path: Path) -> None:
     rows = b'{"prompt": "The king"}\n{"prompt": "The queen"}\n'
     settings = ["--model", str(checkpoint), "--max-new-tokens", "3"]
-    ran = run_gptbatch("generate", *settings, "--output", tmp_path / "out", "--input", "-", stdin=rows)
+    ran = run_gptbatch(
+        "generate", *settings, "--output", tmp_path / "out", "--input", "-", stdin=rows
+    )
     assert ran.code == 0, ran.stderr
-    assert pq.read_table(tmp_path / "out" / "part-00000.parquet")["prompt"].to_pylist() == ["The king", "The queen"]
-    bad = run_gptbatch("generate", *settings, "--output", tmp_path / "other", "--input", "-", stdin=b"{}\n")
+    assert pq.read_table(tmp_path / "out" / "part-00000.parquet")["prompt"].to_pylist() == [
+        "The king",
+        "The queen",
+    ]
+    bad = run_gptbatch(
+        "generate", *settings, "--output", tmp_path / "other", "--input", "-", stdin=b"{}\n"
+    )
     assert bad.code == 65
     assert "<stdin>:1: there is no field 'prompt'" in bad.stderr
 
@@ -88,7 +112,17 @@ def test_a_dataset_split(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.csv").write_text("question,seed\nThe king,1\nThe queen,\n")
     ran = run_gptbatch(
-        *("generate", "--model", checkpoint, "--dataset", tmp_path / "data", "--split", "train[:1]", "--prompt-field", "question"),
+        *(
+            "generate",
+            "--model",
+            checkpoint,
+            "--dataset",
+            tmp_path / "data",
+            "--split",
+            "train[:1]",
+            "--prompt-field",
+            "question",
+        ),
         *("--output", tmp_path / "out", "--max-new-tokens", "3"),
         env={"HF_HOME": str(tmp_path / "hf")},
     )
@@ -96,31 +130,76 @@ def test_a_dataset_split(checkpoint: Path, tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "out" / "part-00000.parquet")["seed"].to_pylist() == [1]
 
 
-def test_a_dry_run_loads_no_model_and_writes_nothing(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
-    path = write_rows([{"prompt": ""}, {"prompt": "The king"}, {"prompt": "The king is dead. " * 60}])
+def test_a_dry_run_loads_no_model_and_writes_nothing(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    path = write_rows(
+        [{"prompt": ""}, {"prompt": "The king"}, {"prompt": "The king is dead. " * 60}]
+    )
     program = (
-        "import sys; from jobs.cli import run_command; code = run_command(sys.argv[1:]); "
+        "import sys; from gptbatch.jobs.cli import run_command; code = run_command(sys.argv[1:]); "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
     )
-    arguments = ["generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out", "--dry-run"]
-    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True)
+    arguments = [
+        "generate",
+        "--model",
+        checkpoint,
+        "--input",
+        path,
+        "--output",
+        tmp_path / "out",
+        "--dry-run",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["rows"], report["n_positions"], report["too_long"]) == (3, 64, 1)
-    assert report["prompt_tokens_min"] == 1 < report["prompt_tokens_median"] < 64 < report["prompt_tokens_max"]
-    assert report["prompt_tokens"] == 1 + report["prompt_tokens_median"] + report["prompt_tokens_max"]
+    assert (
+        report["prompt_tokens_min"]
+        == 1
+        < report["prompt_tokens_median"]
+        < 64
+        < report["prompt_tokens_max"]
+    )
+    assert (
+        report["prompt_tokens"] == 1 + report["prompt_tokens_median"] + report["prompt_tokens_max"]
+    )
     assert not (tmp_path / "out").exists()
     write_rows(["{}"])
-    bad = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True)
+    bad = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
     assert bad.returncode == 65
 
 
-def test_a_complete_output_is_recognised_without_torch(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_a_complete_output_is_recognised_without_torch(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     path = write_rows([{"prompt": "The king"}])
-    arguments = ["generate", "--model", str(checkpoint), "--input", str(path), "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    arguments = [
+        "generate",
+        "--model",
+        str(checkpoint),
+        "--input",
+        str(path),
+        "--output",
+        str(tmp_path / "out"),
+        "--max-new-tokens",
+        "2",
+    ]
     assert run_command(arguments) == 0
-    program = "import sys; from jobs.cli import run_command; run_command(sys.argv[1:]); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    program = "import sys; from gptbatch.jobs.cli import run_command; run_command(sys.argv[1:]); assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["skipped"] == 1
 
@@ -129,17 +208,33 @@ def test_a_complete_output_is_recognised_without_torch(checkpoint: Path, write_r
     ("options", "code", "message"),
     [
         (["--seed", "-1"], 2, "--seed: input should be greater than or equal to 0, not -1"),
-        (["--seed", str(2**63)], 2, "--seed: input should be less than or equal to 9223372036854775807"),
+        (
+            ["--seed", str(2**63)],
+            2,
+            "--seed: input should be less than or equal to 9223372036854775807",
+        ),
         (["--seed", "x"], 2, "'x' is not a valid integer"),
-        (["--temperature", "-0.5"], 2, "--temperature: input should be greater than or equal to 0, not -0.5"),
+        (
+            ["--temperature", "-0.5"],
+            2,
+            "--temperature: input should be greater than or equal to 0, not -0.5",
+        ),
         (["--temperature", "nan"], 2, "--temperature: input should be a finite number"),
         (["--temperature", "inf"], 2, "--temperature: input should be a finite number"),
         (["--top-k", "-1"], 2, "--top-k: input should be greater than or equal to 0, not -1"),
-        (["--max-new-tokens", "0"], 2, "--max-new-tokens: input should be greater than or equal to 1"),
+        (
+            ["--max-new-tokens", "0"],
+            2,
+            "--max-new-tokens: input should be greater than or equal to 1",
+        ),
         (["--limit", "9" * 30], 2, "--limit: input should be less than or equal to"),
         (["--batch-size", "0"], 2, "--batch-size: input should be greater than or equal to 1"),
         (["--dtype", "float64"], 2, "'float64' is not one of 'float32', 'bfloat16', 'float16'"),
-        (["--greedy", "--temperature", "1"], 2, "--greedy and --temperature cannot be given together"),
+        (
+            ["--greedy", "--temperature", "1"],
+            2,
+            "--greedy and --temperature cannot be given together",
+        ),
         (["--seed", "1", "--seed", "2"], 2, "--seed is given twice; it takes one value"),
         (["--ignore-eos", "--no-ignore-eos"], 2, "--ignore-eos is given twice"),
         (["--input", "a", "--input", "b"], 2, "--input is given twice"),
@@ -158,7 +253,13 @@ def test_a_complete_output_is_recognised_without_torch(checkpoint: Path, write_r
     ],
 )
 def test_options_that_cannot_be(
-    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess, options: list[str], code: int, message: str
+    checkpoint: Path,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    in_process: InProcess,
+    options: list[str],
+    code: int,
+    message: str,
 ) -> None:
     path = write_rows([{"prompt": "The king"}])
     base = {"--model": checkpoint, "--input": path, "--output": tmp_path / "out"}
@@ -170,19 +271,35 @@ def test_options_that_cannot_be(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_needed_and_missing(checkpoint: Path, in_process: InProcess, tmp_path: Path) -> None:
+def test_what_is_needed_and_missing(
+    checkpoint: Path, in_process: InProcess, tmp_path: Path
+) -> None:
     code, _, stderr = in_process("generate", "--model", checkpoint)
     assert code == 2
-    assert "output is needed: give it as an option, in the config file or as GPTBATCH_OUTPUT" in stderr
+    assert (
+        "output is needed: give it as an option, in the config file or as GPTBATCH_OUTPUT" in stderr
+    )
     code, _, stderr = in_process("generate", "--model", checkpoint, "--output", tmp_path / "out")
     assert code == 2
     assert "give either input or dataset" in stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none(checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess) -> None:
+def test_cuda_where_there_is_none(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess
+) -> None:
     path = write_rows([{"prompt": "The king"}])
-    code, _, stderr = in_process("generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out", "--device", "cuda")
+    code, _, stderr = in_process(
+        "generate",
+        "--model",
+        checkpoint,
+        "--input",
+        path,
+        "--output",
+        tmp_path / "out",
+        "--device",
+        "cuda",
+    )
     assert code == 78
     assert "engine.device is cuda, but torch finds no CUDA device here; use cpu or auto" in stderr
     assert not (tmp_path / "out").exists()
@@ -192,20 +309,33 @@ BAD_ROWS: list[tuple[list[dict[str, Any] | str], str]] = [
     ([{"prompt": "a"}, '{"prompt": "b"'], ":2: not valid JSON"),
     ([{"prompt": "a"}, {"text": "b"}], ":2: there is no field 'prompt'"),
     ([{"prompt": 7}], ":1: prompt must be a string, not a number"),
-    ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], ":2: id 'x' was already used on line 1; ids must be unique"),
+    (
+        [{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}],
+        ":2: id 'x' was already used on line 1; ids must be unique",
+    ),
     (['{"prompt": "a", "temperature": NaN}'], ":1: not valid JSON: NaN is no JSON number"),
     ([{"prompt": "a", "temperature": -1}], ":1: temperature must be 0 to 1e+300, not -1"),
     ([{"prompt": "a", "top_k": -1}], ":1: top_k must be 0 to 2147483647, not -1"),
-    ([{"prompt": "a", "seed": 2**63}], ":1: seed must be 0 to 9223372036854775807, not 9223372036854775808"),
+    (
+        [{"prompt": "a", "seed": 2**63}],
+        ":1: seed must be 0 to 9223372036854775807, not 9223372036854775808",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("rows", "message"), BAD_ROWS)
 def test_bad_rows_stop_the_run_before_anything_is_loaded(
-    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess, rows: list[dict[str, Any] | str], message: str
+    checkpoint: Path,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    in_process: InProcess,
+    rows: list[dict[str, Any] | str],
+    message: str,
 ) -> None:
     path = write_rows(rows)
-    code, stdout, stderr = in_process("generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out")
+    code, stdout, stderr = in_process(
+        "generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out"
+    )
     assert (code, stdout) == (65, "")
     assert f"{path}{message}" in stderr
     assert not (tmp_path / "out").exists()
@@ -220,13 +350,20 @@ def test_a_split_that_is_not_there(checkpoint: Path, tmp_path: Path, in_process:
     assert "[validation]: there is no split 'validation'" in stderr
 
 
-def test_a_folder_that_holds_something_else(checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess) -> None:
+def test_a_folder_that_holds_something_else(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
     path = write_rows([{"prompt": "a"}])
-    code, _, stderr = in_process("generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out")
+    code, _, stderr = in_process(
+        "generate", "--model", checkpoint, "--input", path, "--output", tmp_path / "out"
+    )
     assert code == 78
-    assert f"{tmp_path / 'out'}: holds something that gptbatch did not write; name another output" in stderr
+    assert (
+        f"{tmp_path / 'out'}: holds something that gptbatch did not write; name another output"
+        in stderr
+    )
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
@@ -251,20 +388,37 @@ def test_a_folder_that_holds_something_else(checkpoint: Path, write_rows: WriteR
     ],
 )
 def test_config_files_that_cannot_be(
-    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess, content: str, message: str
+    checkpoint: Path,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    in_process: InProcess,
+    content: str,
+    message: str,
 ) -> None:
     config = tmp_path / "job.yaml"
     config.write_text(content)
     path = write_rows([{"prompt": "a"}])
-    base = ["generate", "--config", config, "--model", checkpoint, "--input", path, "--output", tmp_path / "out"]
+    base = [
+        "generate",
+        "--config",
+        config,
+        "--model",
+        checkpoint,
+        "--input",
+        path,
+        "--output",
+        tmp_path / "out",
+    ]
     code, _, stderr = in_process(*base)
     assert code == 78
     assert str(config) in stderr
     assert message in stderr
 
 
-def test_an_unexpected_error_is_a_bug_with_a_traceback(in_process: InProcess, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr("jobs.generate.load_config", lambda *args, **kwargs: 1 / 0)
+def test_an_unexpected_error_is_a_bug_with_a_traceback(
+    in_process: InProcess, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr("gptbatch.jobs.generate.load_config", lambda *args, **kwargs: 1 / 0)
     code, _, _ = in_process("generate")
     assert code == 70
     assert "this is a bug in gptbatch" in caplog.text
@@ -277,7 +431,7 @@ def test_ctrl_c_says_to_run_again(checkpoint: Path, write_rows: WriteRows, tmp_p
         [
             sys.executable,
             "-m",
-            "jobs",
+            "gptbatch",
             "generate",
             "--model",
             checkpoint,
@@ -305,8 +459,10 @@ def test_ctrl_c_says_to_run_again(checkpoint: Path, write_rows: WriteRows, tmp_p
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
-def test_progress_is_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    from jobs import progress
+def test_progress_is_plain_lines_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from gptbatch.jobs import progress
 
     clock = iter([0.0, 1.0, 10.0, 11.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
@@ -315,7 +471,9 @@ def test_progress_is_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPa
     for rows in (1, 20, 30):
         lines.update(rows=rows, errors=2, completion_tokens=rows * 50)
     lines.end()
-    assert capfd.readouterr().err.splitlines() == ["20 of 100 rows, 2 errors, 100 tokens/s, about 40 s left"]
+    assert capfd.readouterr().err.splitlines() == [
+        "20 of 100 rows, 2 errors, 100 tokens/s, about 40 s left"
+    ]
 
 
 def test_check_model_agrees(checkpoint: Path) -> None:
@@ -325,11 +483,15 @@ def test_check_model_agrees(checkpoint: Path) -> None:
     assert ran.summary["parameters"] == ran.summary["parameters_transformers"]
     assert 0 < ran.summary["largest_logit_difference"] < 1e-4
     assert ran.summary["greedy_tokens_equal"] == ran.summary["greedy_tokens_compared"] > 60
-    assert re.search(r"parameters, the head counted as its own: ours ([\d,]+), transformers \1\n", ran.stdout)
+    assert re.search(
+        r"parameters, the head counted as its own: ours ([\d,]+), transformers \1\n", ran.stdout
+    )
 
 
-def test_check_model_notices_a_network_that_differs(checkpoint: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.gpt.config import GPTConfig
+def test_check_model_notices_a_network_that_differs(
+    checkpoint: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptbatch.pipeline.model.config import GPTConfig
 
     monkeypatch.setattr(GPTConfig, "attention_scale", lambda self, layer: 0.3)
     code, stdout, stderr = in_process("check-model", checkpoint)

@@ -8,18 +8,32 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from jobs.generate import generate
-from jobs.options import option_name
-from pipeline.config import EngineConfig, JobConfig, config_fields, environment_name, find_config, load_config
-from pipeline.errors import ConfigError
+from gptbatch.jobs.generate import generate
+from gptbatch.jobs.options import option_name
+from gptbatch.pipeline.config import (
+    EngineConfig,
+    JobConfig,
+    config_fields,
+    environment_name,
+    find_config,
+    load_config,
+)
+from gptbatch.pipeline.errors import ConfigError
 
 NEEDED = {"model": "m", "input": "i", "output": "o"}
 
 
 def test_options_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
-    path.write_text("{model: m, input: i, output: o, seed: 1, top_k: 1, max_new_tokens: 1, engine: {threads: 1, batch_size: 1}}")
-    environment = {"GPTBATCH_SEED": "2", "GPTBATCH_TOP_K": "2", "GPTBATCH_ENGINE_THREADS": "2", "HOME": "/"}
+    path.write_text(
+        "{model: m, input: i, output: o, seed: 1, top_k: 1, max_new_tokens: 1, engine: {threads: 1, batch_size: 1}}"
+    )
+    environment = {
+        "GPTBATCH_SEED": "2",
+        "GPTBATCH_TOP_K": "2",
+        "GPTBATCH_ENGINE_THREADS": "2",
+        "HOME": "/",
+    }
     config = load_config(str(path), environment=environment, options={"seed": 3})
     assert (config.seed, config.top_k, config.max_new_tokens, config.temperature) == (3, 2, 1, 1.0)
     assert (config.engine.threads, config.engine.batch_size) == (2, 1)
@@ -39,7 +53,11 @@ def test_an_input_replaces_a_dataset_below_it_and_the_other_way_round(tmp_path: 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("1", True)])
 def test_the_environment_is_text(text: str, value: bool) -> None:
-    config = load_config(None, environment={"GPTBATCH_IGNORE_EOS": text, "GPTBATCH_TEMPERATURE": "0.25"}, options=NEEDED)
+    config = load_config(
+        None,
+        environment={"GPTBATCH_IGNORE_EOS": text, "GPTBATCH_TEMPERATURE": "0.25"},
+        options=NEEDED,
+    )
     assert config.ignore_eos is value
     assert config.temperature == 0.25
 
@@ -47,9 +65,21 @@ def test_the_environment_is_text(text: str, value: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("GPTBATCH_SEED", "five", "environment variable GPTBATCH_SEED: input should be a valid integer"),
-        ("GPTBATCH_SEED", "-5", "GPTBATCH_SEED: input should be greater than or equal to 0, not -5"),
-        ("GPTBATCH_SEDE", "5", "environment variable GPTBATCH_SEDE: no such setting; did you mean GPTBATCH_SEED?"),
+        (
+            "GPTBATCH_SEED",
+            "five",
+            "environment variable GPTBATCH_SEED: input should be a valid integer",
+        ),
+        (
+            "GPTBATCH_SEED",
+            "-5",
+            "GPTBATCH_SEED: input should be greater than or equal to 0, not -5",
+        ),
+        (
+            "GPTBATCH_SEDE",
+            "5",
+            "environment variable GPTBATCH_SEDE: no such setting; did you mean GPTBATCH_SEED?",
+        ),
         ("GPTBATCH_ENGINE_DEVICE", "tpu", "environment variable GPTBATCH_ENGINE_DEVICE"),
     ],
 )
@@ -59,7 +89,10 @@ def test_environment_variables_that_cannot_be(name: str, text: str, message: str
 
 
 def test_the_library_takes_values_as_strictly() -> None:
-    assert JobConfig(model="m", input="i", output="o", engine=EngineConfig(threads=2)).engine.threads == 2
+    assert (
+        JobConfig(model="m", input="i", output="o", engine=EngineConfig(threads=2)).engine.threads
+        == 2
+    )
     assert JobConfig.model_validate({**NEEDED, "engine": {"threads": 2}}).engine.threads == 2
     for wrong in ({"seed": "5"}, {"seed": True}, {"sede": 5}, {"engine": {"threads": 0}}):
         with pytest.raises(ValidationError):
@@ -85,14 +118,21 @@ def test_bundled_configs_hold(name: str) -> None:
 def test_the_longest_bundled_config_shows_every_key_and_its_default() -> None:
     text = find_config("gpt2-cpu").read_text()
     body = text[text.index("\nmodel:") :]
-    uncommented = "\n".join(line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line for line in body.splitlines())
+    uncommented = "\n".join(
+        line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line
+        for line in body.splitlines()
+    )
     shown = yaml.safe_load(uncommented)
     engine = shown.pop("engine")
     assert shown.keys() | {f"engine.{key}" for key in engine} == config_fields().keys()
     chosen = yaml.safe_load(text)
     for key, field in config_fields().items():
         value = engine[key.removeprefix("engine.")] if key.startswith("engine.") else shown[key]
-        is_chosen = key.removeprefix("engine.") in chosen["engine"] if key.startswith("engine.") else key in chosen
+        is_chosen = (
+            key.removeprefix("engine.") in chosen["engine"]
+            if key.startswith("engine.")
+            else key in chosen
+        )
         if not is_chosen and not field.is_required():
             assert value == field.default, key
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.dataset import DatasetSplit
-from pipeline.data.prompts import PromptReader, RowDefaults, derive_seed
-from pipeline.errors import InputNotFoundError, InputRowsError
-from pipeline.records import Prompt
+from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
+from gptbatch.pipeline.input.dataset import DatasetSplit
+from gptbatch.pipeline.input.prompts import PromptReader, RowDefaults, derive_seed
+from gptbatch.pipeline.types import Prompt
 
 # the library does not close the file of a stream that was not read to its end
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -54,11 +54,17 @@ def write_folder(folder: Path, kind: str, split: str = "train") -> Path:
     return path
 
 
-def expect_rows(prompts: list[Prompt], start: int = 0, stop: int = 6, first_place: int | None = None) -> None:
+def expect_rows(
+    prompts: list[Prompt], start: int = 0, stop: int = 6, first_place: int | None = None
+) -> None:
     assert [p.text for p in prompts] == [f"prompt {i}" for i in range(start, stop)]
     assert [p.index for p in prompts] == list(range(stop - start))
     for i, prompt in zip(range(start, stop), prompts, strict=True):
-        assert prompt.params.seed == (i if i % 2 else derive_seed(0, str(i if first_place is None else i - start + first_place)))
+        assert prompt.params.seed == (
+            i
+            if i % 2
+            else derive_seed(0, str(i if first_place is None else i - start + first_place))
+        )
         assert prompt.metadata == json.dumps({"note": f"n{i}"})
 
 
@@ -76,14 +82,18 @@ def test_folders_made_by_save_to_disk(tmp_path: Path) -> None:
     whole.save_to_disk(tmp_path / "one")
     expect_rows(read(tmp_path / "one"))
     expect_rows(read(tmp_path / "one", split="train[:50%]"), 0, 3)
-    datasets.DatasetDict({"train": whole, "test": whole.select(range(2, 5))}).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict({"train": whole, "test": whole.select(range(2, 5))}).save_to_disk(
+        tmp_path / "two"
+    )
     expect_rows(read(tmp_path / "two", split="test"), 2, 5, first_place=0)
     assert len(read(tmp_path / "two", split="train+test")) == 9
     with pytest.raises(InputNotFoundError, match="validation"):
         read(tmp_path / "two", split="validation")
 
 
-def test_a_folder_named_like_a_loader_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_named_like_a_loader_of_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_folder(Path("csv"), "csv")
     Path("other.csv").write_text("prompt\nfrom outside\n")
@@ -92,7 +102,9 @@ def test_a_folder_named_like_a_loader_of_the_library(tmp_path: Path, monkeypatch
 
 
 def test_a_saved_format_hides_nothing(tmp_path: Path) -> None:
-    datasets.Dataset.from_list(ROWS).with_format("numpy", columns=["prompt"]).save_to_disk(tmp_path / "one")
+    datasets.Dataset.from_list(ROWS).with_format("numpy", columns=["prompt"]).save_to_disk(
+        tmp_path / "one"
+    )
     expect_rows(read(tmp_path / "one"))
     assert read(tmp_path / "one", split="train[10:20]") == []
 
@@ -112,9 +124,14 @@ def test_a_saved_format_hides_nothing(tmp_path: Path) -> None:
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, reason: str, split: str) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).write_bytes(content)
-    with pytest.raises(InputRowsError, match=re.escape(str(tmp_path / "data" / name)) + f".*{reason}"):
+    with pytest.raises(
+        InputRowsError, match=re.escape(str(tmp_path / "data" / name)) + f".*{reason}"
+    ):
         PromptReader(
-            source=DatasetSplit(dataset=str(tmp_path / "data"), config=None, split=split, revision=None), defaults=DEFAULTS
+            source=DatasetSplit(
+                dataset=str(tmp_path / "data"), config=None, split=split, revision=None
+            ),
+            defaults=DEFAULTS,
         ).check()
 
 
@@ -140,17 +157,26 @@ def test_values_that_json_has_no_form_for(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "data" / "train.parquet")
     first, second = read(tmp_path / "data")
     assert first.params.seed == 3, "a whole float is an integer here: CSV with gaps has no integers"
-    assert json.loads(first.metadata or "") == {"when": "1970-01-01 00:00:00.000Z", "score": None, "tags": ["x"]}
+    assert json.loads(first.metadata or "") == {
+        "when": "1970-01-01 00:00:00.000Z",
+        "score": None,
+        "tags": ["x"],
+    }
     assert json.loads(second.metadata or "")["score"] == 1.5
 
 
 def test_bad_rows_are_named_by_row(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    pq.write_table(pa.table({"prompt": ["a", None, "c"], "seed": [1.0, 2.0, 2.5]}), tmp_path / "data" / "train.parquet")
+    pq.write_table(
+        pa.table({"prompt": ["a", None, "c"], "seed": [1.0, 2.0, 2.5]}),
+        tmp_path / "data" / "train.parquet",
+    )
     source = DatasetSplit(dataset=str(tmp_path / "data"), config=None, split="train", revision=None)
     with pytest.raises(InputRowsError) as caught:
         PromptReader(source=source, defaults=DEFAULTS).check()
-    assert f"{tmp_path / 'data' / 'train.parquet'} row 1: prompt must be a string, not null" in str(caught.value)
+    assert f"{tmp_path / 'data' / 'train.parquet'} row 1: prompt must be a string, not null" in str(
+        caught.value
+    )
     assert "row 2: seed must be a whole number, not 2.5" in str(caught.value)
 
 

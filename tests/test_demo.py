@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from jobs.train_demo import train_demo
-from pipeline import JobConfig, load_config, run_job
-from pipeline.data.bundled import locate
+from gptbatch.jobs.train_demo import train_demo
+from gptbatch.pipeline import JobConfig, load_config, run_job
+from gptbatch.pipeline.system.bundled import locate
 from tests.conftest import SENTENCES, run_gptbatch
 
 
@@ -27,7 +27,9 @@ def test_the_demo_is_small_and_its_card_says_so() -> None:
 
 
 def test_the_prompts_are_many_and_mixed() -> None:
-    rows = [json.loads(line) for line in locate("bundled:demo/prompts.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in locate("bundled:demo/prompts.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 200
     lengths = sorted(len(row["prompt"]) for row in rows)
     assert lengths[0] == 0
@@ -41,7 +43,11 @@ def test_completions_read_as_lines_of_a_play(tmp_path: Path) -> None:
     summary = run_job(config)
     assert (summary.rows, summary.errors) == (200, 0)
     table = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
-    speaking = [row for row in table if any(line.endswith(":") and line[:1].isupper() for line in row["completion"].splitlines())]
+    speaking = [
+        row
+        for row in table
+        if any(line.endswith(":") and line[:1].isupper() for line in row["completion"].splitlines())
+    ]
     assert len(speaking) > 120
     twins = [row["completion"] for row in table if row["seed"] == 7]
     assert len(twins) == 2
@@ -59,7 +65,12 @@ def test_texts_that_cannot_be_trained_on(tmp_path: Path) -> None:
     for content, options, code, message in (
         (b"short", [], 65, "too short"),
         (b"\xff" * 1000, [], 65, "not UTF-8 at byte 1"),
-        (b"text " * 1000, ["--n-embd", "16", "--n-head", "3"], 2, "--n-embd 16 is not a multiple of --n-head 3"),
+        (
+            b"text " * 1000,
+            ["--n-embd", "16", "--n-head", "3"],
+            2,
+            "--n-embd 16 is not a multiple of --n-head 3",
+        ),
     ):
         (tmp_path / "text.txt").write_bytes(content)
         ran = run_gptbatch("train-demo", tmp_path / "text.txt", tmp_path / "model", *options)
@@ -72,12 +83,34 @@ def test_texts_that_cannot_be_trained_on(tmp_path: Path) -> None:
 def test_a_demo_model_can_be_trained_and_used(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"KING:\n{sentence}" for sentence in SENTENCES * 60))
-    small = ["--steps", "60", "--batch-size", "4", "--n-positions", "32", "--n-layer", "1", "--n-head", "2", "--n-embd", "32"]
-    result = CliRunner().invoke(train_demo, [str(text), str(tmp_path / "model"), *small, "--vocab-size", "300"])
+    small = [
+        "--steps",
+        "60",
+        "--batch-size",
+        "4",
+        "--n-positions",
+        "32",
+        "--n-layer",
+        "1",
+        "--n-head",
+        "2",
+        "--n-embd",
+        "32",
+    ]
+    result = CliRunner().invoke(
+        train_demo, [str(text), str(tmp_path / "model"), *small, "--vocab-size", "300"]
+    )
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
     assert 0 < summary["validation_nats_per_character"] < 1.8, "after one step it is 2.25"
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "KING:"}\n')
-    run = run_job(JobConfig(model=str(tmp_path / "model"), input=str(prompts), output=str(tmp_path / "out"), max_new_tokens=8))
+    run = run_job(
+        JobConfig(
+            model=str(tmp_path / "model"),
+            input=str(prompts),
+            output=str(tmp_path / "out"),
+            max_new_tokens=8,
+        )
+    )
     assert run.ok == 1

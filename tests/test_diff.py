@@ -13,29 +13,37 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-import pipeline.data.recorded
-import pipeline.diff
-from jobs.cli import run_command
-from pipeline.data.completions import COLUMNS
-from pipeline.data.digests import DigestMemory
-from pipeline.data.output_folder import OutputFolder
-from pipeline.data.parts import FORMAT, PartPlan, PartWriter, count_parts
-from pipeline.data.recorded import RecordedRun
-from pipeline.diff import RowDifference, diff_runs, settings_that_differ, summarize
-from pipeline.errors import InputNotFoundError, StorageError
-from pipeline.records import Completion, Prompt, RowError, SamplingParams, Timing
-from tests.paths import REPOSITORY
+import gptbatch.pipeline.audit.diff
+import gptbatch.pipeline.audit.run_reader
+from gptbatch.jobs.cli import run_command
+from gptbatch.pipeline.audit.diff import RowDifference, diff_runs, settings_that_differ, summarize
+from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.errors import InputNotFoundError, StorageError
+from gptbatch.pipeline.output.file_hashes import DigestMemory
+from gptbatch.pipeline.output.folder import OutputFolder
+from gptbatch.pipeline.output.parts import FORMAT, PartPlan, PartWriter, count_parts
+from gptbatch.pipeline.output.schema import COLUMNS
+from gptbatch.pipeline.types import Completion, Prompt, RowError, SamplingParams, Timing
 
 IDENTITY = {"fingerprint": "f" * 64, "dtype": "float32", "seed": 0, "input_digest": "1" * 64}
-FACTS = {"device": "cpu", "dtype": "float32", "numerics": "unverified", "profile": {"attention": "padded", "torch": "2.13.0"}}
+FACTS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "numerics": "unverified",
+    "profile": {"attention": "padded", "torch": "2.13.0"},
+}
 TIMING = Timing(queue_s=0.1, prefill_s=0.2, decode_s=0.3, mean_batch_size=2.0, started_at_s=1.7e9)
 
 
-def completion(prompt_id: str, token_ids: Sequence[int] = (5, 6, 7, 8), **changes: Any) -> Completion:
+def completion(
+    prompt_id: str, token_ids: Sequence[int] = (5, 6, 7, 8), **changes: Any
+) -> Completion:
     """A row that ran to its limit; the index is set when it is written."""
     params = SamplingParams(seed=1, temperature=1.0, top_k=0, max_new_tokens=len(token_ids))
     made = Completion(
-        prompt=Prompt(index=0, prompt_id=prompt_id, text=f"secret {prompt_id}", params=params, metadata=None),
+        prompt=Prompt(
+            index=0, prompt_id=prompt_id, text=f"secret {prompt_id}", params=params, metadata=None
+        ),
         prompt_tokens=3,
         prompt_tokens_dropped=0,
         token_ids=list(token_ids),
@@ -48,9 +56,19 @@ def completion(prompt_id: str, token_ids: Sequence[int] = (5, 6, 7, 8), **change
     return dataclasses.replace(made, **changes)
 
 
-def failed(prompt_id: str, reason: str = "the prompt has 99 tokens, more than n_positions (64)") -> Completion:
+def failed(
+    prompt_id: str, reason: str = "the prompt has 99 tokens, more than n_positions (64)"
+) -> Completion:
     error = RowError(kind="too_long", reason=reason)
-    return completion(prompt_id, (), finish_reason="error", stop_reason=None, error=error, timing=None, min_margin=None)
+    return completion(
+        prompt_id,
+        (),
+        finish_reason="error",
+        stop_reason=None,
+        error=error,
+        timing=None,
+        min_margin=None,
+    )
 
 
 def many(count: int) -> list[Completion]:
@@ -72,16 +90,22 @@ def write_run(
     identity = {**IDENTITY, "rows": len(completions), "part_rows": part_rows, **(identity or {})}
     facts = {"format": FORMAT, "identity": identity, **FACTS, **(facts or {})}
     folder.begin("seed: 0\nengine:\n  dtype: float32\n", facts, [])
-    plan = PartPlan(identity=identity, input_digests=["0" * 64] * count_parts(part_rows, len(completions)))
+    plan = PartPlan(
+        identity=identity, input_digests=["0" * 64] * count_parts(part_rows, len(completions))
+    )
     writer = PartWriter(path, folder.writer, DigestMemory(), plan=plan, facts=facts)
     parts = []
     for index, one in enumerate(completions[:first_rows]):
         placed = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, index=index))
-        parts.append(writer.add(placed, None if one.error is not None else f"private {one.prompt.prompt_id}"))
+        parts.append(
+            writer.add(placed, None if one.error is not None else f"private {one.prompt.prompt_id}")
+        )
     if not completions:
         parts.append(writer.add_empty())
     if first_rows is None:
-        folder.complete(facts, {part.number: part for part in parts if part is not None}, DigestMemory(), plan)
+        folder.complete(
+            facts, {part.number: part for part in parts if part is not None}, DigestMemory(), plan
+        )
     return path
 
 
@@ -94,7 +118,11 @@ def differences(a: Path, b: Path) -> list[RowDifference]:
 
 def test_a_run_is_read_back_in_order(tmp_path: Path) -> None:
     run = RecordedRun(write_run(tmp_path / "out", [*many(6), failed("x")], part_rows=3))
-    assert [path.name for path in run.parts] == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    assert [path.name for path in run.parts] == [
+        "part-00000.parquet",
+        "part-00001.parquet",
+        "part-00002.parquet",
+    ]
     assert (run.n_rows, run.complete) == (7, True)
     assert run.manifest["identity"]["fingerprint"] == "f" * 64
     assert run.facts == FACTS
@@ -104,7 +132,10 @@ def test_a_run_is_read_back_in_order(tmp_path: Path) -> None:
     assert list(rows[0]) == [column.name for column in COLUMNS]
     assert rows[4]["completion_token_ids"] == [4, 5, 6]
     assert rows[4]["started_at"].tzinfo is not None
-    assert list(run.rows(["finish_reason", "prompt_id"]))[6] == {"finish_reason": "error", "prompt_id": "x"}
+    assert list(run.rows(["finish_reason", "prompt_id"]))[6] == {
+        "finish_reason": "error",
+        "prompt_id": "x",
+    }
     with pytest.raises(ValueError, match="the table has no 'promt'"):
         list(run.rows(["promt"]))
 
@@ -112,13 +143,25 @@ def test_a_run_is_read_back_in_order(tmp_path: Path) -> None:
 def test_part_numbers_and_not_their_spelling_give_the_order(tmp_path: Path) -> None:
     """Sorted as text, part-100000 comes before part-99999."""
     out = write_run(tmp_path / "out", many(4), first_rows=0, identity={"rows": 200_004})
-    folder, plan = OutputFolder(out), PartPlan(identity={**IDENTITY, "rows": 200_004, "part_rows": 2}, input_digests=["0" * 64] * 100_002)
+    folder, plan = (
+        OutputFolder(out),
+        PartPlan(
+            identity={**IDENTITY, "rows": 200_004, "part_rows": 2},
+            input_digests=["0" * 64] * 100_002,
+        ),
+    )
     facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
     writer = PartWriter(out, folder.writer, DigestMemory(), plan=plan, facts=facts)
     for index in (200_000, 200_001, 0, 1, 199_998, 199_999):
         row = completion(f"id {index}")
-        writer.add(dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, index=index)), "")
-    assert [row["prompt_id"] for row in RecordedRun(out).rows(["prompt_id"])][1:4] == ["id 1", "id 199998", "id 199999"]
+        writer.add(
+            dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, index=index)), ""
+        )
+    assert [row["prompt_id"] for row in RecordedRun(out).rows(["prompt_id"])][1:4] == [
+        "id 1",
+        "id 199998",
+        "id 199999",
+    ]
 
 
 def test_one_row_is_found_by_its_id(tmp_path: Path) -> None:
@@ -129,19 +172,44 @@ def test_one_row_is_found_by_its_id(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 100])
-def test_rows_are_read_at_any_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> None:
-    monkeypatch.setattr(pipeline.data.recorded, "BATCH_ROWS", batch_rows)
+def test_rows_are_read_at_any_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
+) -> None:
+    monkeypatch.setattr(gptbatch.pipeline.audit.run_reader, "BATCH_ROWS", batch_rows)
     run = RecordedRun(write_run(tmp_path / "out", many(23), part_rows=5))
     reader = run.reader(["prompt_id"])
-    for places in ([0], [1, 2], [4, 5, 22], [], [3], [3], [21], [20, 22], [0, 6, 12, 18], list(range(23)), [10]):
+    for places in (
+        [0],
+        [1, 2],
+        [4, 5, 22],
+        [],
+        [3],
+        [3],
+        [21],
+        [20, 22],
+        [0, 6, 12, 18],
+        list(range(23)),
+        [10],
+    ):
         assert [row["prompt_id"] for row in reader.take(places)] == [f"id {i}" for i in places]
 
 
 def test_an_unfinished_run_is_read_as_far_as_it_is(tmp_path: Path) -> None:
     run = RecordedRun(write_run(tmp_path / "out", many(7), first_rows=5))
-    assert (run.n_rows, run.complete, run.facts, run.manifest["complete"]) == (4, False, FACTS, False)
+    assert (run.n_rows, run.complete, run.facts, run.manifest["complete"]) == (
+        4,
+        False,
+        FACTS,
+        False,
+    )
     none_yet = RecordedRun(write_run(tmp_path / "none yet", many(7), first_rows=0))
-    assert (none_yet.n_rows, none_yet.complete, none_yet.facts, none_yet.parts, list(none_yet.rows())) == (0, False, FACTS, [], [])
+    assert (
+        none_yet.n_rows,
+        none_yet.complete,
+        none_yet.facts,
+        none_yet.parts,
+        list(none_yet.rows()),
+    ) == (0, False, FACTS, [], [])
 
 
 def test_a_run_that_lost_a_part_is_not_complete(tmp_path: Path) -> None:
@@ -156,7 +224,9 @@ def test_a_table_of_an_older_version_has_none_where_it_lacks_a_column(tmp_path: 
     part = out / "part-00000.parquet"
     table = pq.read_table(part)
     pq.write_table(table.drop_columns(["min_margin", "logits_digest"]), part)
-    assert list(RecordedRun(out).rows(["min_margin", "prompt_id"])) == [{"min_margin": None, "prompt_id": f"id {i}"} for i in range(2)]
+    assert list(RecordedRun(out).rows(["min_margin", "prompt_id"])) == [
+        {"min_margin": None, "prompt_id": f"id {i}"} for i in range(2)
+    ]
     assert differences(out, write_run(tmp_path / "new", many(2))) == []
 
 
@@ -201,17 +271,15 @@ def test_a_config_that_is_gone_is_missed_only_when_it_is_asked_for(tmp_path: Pat
     (out / ".gptbatch" / "config.yaml").unlink()
     run = RecordedRun(out)
     assert run.n_rows == 2
-    with pytest.raises(StorageError, match=r"config\.yaml: missing: .* is a copy without \.gptbatch"):
+    with pytest.raises(
+        StorageError, match=r"config\.yaml: missing: .* is a copy without \.gptbatch"
+    ):
         _ = run.config
 
 
 def test_reading_and_comparing_import_no_torch() -> None:
-    """The modules themselves: the package in front of them is a stub, as its __init__ is free to import more."""
-    program = (
-        "import sys, types; package = types.ModuleType('pipeline'); package.__path__ = [sys.argv[1]]; sys.modules['pipeline'] = package; "
-        "import pipeline.diff; assert not {'torch', 'transformers', 'datasets', 'click'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", program, str(REPOSITORY / "pipeline")], check=True, timeout=60)
+    program = "import gptbatch.pipeline.audit.diff; assert not {'torch', 'transformers', 'datasets', 'click'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 # -- what is equal ---------------------------------------------------------------------------------------------------
@@ -226,14 +294,27 @@ def test_equal_runs(tmp_path: Path) -> None:
 
 def test_clocks_and_the_words_of_an_error_do_not_count(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", [completion("x"), failed("y")])
-    b = write_run(tmp_path / "b", [completion("x", timing=None, logits_digest="0" * 64), failed("y", "other words")])
+    b = write_run(
+        tmp_path / "b",
+        [completion("x", timing=None, logits_digest="0" * 64), failed("y", "other words")],
+    )
     assert differences(a, b) == []
 
 
-def test_equal_rows_from_other_logits_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = write_run(tmp_path / "a", [completion("x", logits_digest="0" * 64), completion("y"), completion("z")])
-    b = write_run(tmp_path / "b", [completion("x", logits_digest="1" * 64), completion("y", min_margin=0.5), completion("z")])
-    assert [(found.prompt_id, found.kind) for found in differences(a, b)] == [("x", "bits"), ("y", "bits")]
+def test_equal_rows_from_other_logits_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write_run(
+        tmp_path / "a", [completion("x", logits_digest="0" * 64), completion("y"), completion("z")]
+    )
+    b = write_run(
+        tmp_path / "b",
+        [completion("x", logits_digest="1" * 64), completion("y", min_margin=0.5), completion("z")],
+    )
+    assert [(found.prompt_id, found.kind) for found in differences(a, b)] == [
+        ("x", "bits"),
+        ("y", "bits"),
+    ]
     assert run_command(["diff", str(a), str(b)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "2 rows have equal tokens from logits of other bits" in lines
@@ -251,12 +332,19 @@ def test_equal_rows_from_other_logits_are_counted(tmp_path: Path, capsys: pytest
         ({}, ["bits"]),
     ],
 )
-def test_margins_are_compared_where_they_would_be_the_same(tmp_path: Path, settings: dict[str, Any], kinds: list[str]) -> None:
+def test_margins_are_compared_where_they_would_be_the_same(
+    tmp_path: Path, settings: dict[str, Any], kinds: list[str]
+) -> None:
     """min_margin also depends on how a row is sampled."""
     one = completion("x")
     params = dataclasses.replace(one.prompt.params, **settings)
     other = completion("x", min_margin=0.5, prompt=dataclasses.replace(one.prompt, params=params))
-    assert [found.kind for found in differences(write_run(tmp_path / "a", [one]), write_run(tmp_path / "b", [other]))] == kinds
+    assert [
+        found.kind
+        for found in differences(
+            write_run(tmp_path / "a", [one]), write_run(tmp_path / "b", [other])
+        )
+    ] == kinds
 
 
 def test_greedy_rows_have_the_same_margin_under_every_seed(tmp_path: Path) -> None:
@@ -265,20 +353,29 @@ def test_greedy_rows_have_the_same_margin_under_every_seed(tmp_path: Path) -> No
         params = dataclasses.replace(one.prompt.params, temperature=0.0, seed=seed, top_k=seed)
         return dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, params=params))
 
-    (found,) = differences(write_run(tmp_path / "a", [greedy(1, 0.25)]), write_run(tmp_path / "b", [greedy(2, 0.5)]))
+    (found,) = differences(
+        write_run(tmp_path / "a", [greedy(1, 0.25)]), write_run(tmp_path / "b", [greedy(2, 0.5)])
+    )
     assert found.kind == "bits"
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 2048])
-def test_part_sizes_and_the_order_of_rows_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> None:
-    monkeypatch.setattr(pipeline.data.recorded, "BATCH_ROWS", batch_rows)
-    monkeypatch.setattr(pipeline.diff, "BATCH_ROWS", batch_rows)
+def test_part_sizes_and_the_order_of_rows_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
+) -> None:
+    monkeypatch.setattr(gptbatch.pipeline.audit.run_reader, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(gptbatch.pipeline.audit.diff, "BATCH_ROWS", batch_rows)
     rows = many(31)
     shuffled = [rows[i * 12 % 31] for i in range(31)]
     assert shuffled != rows
-    a, b = write_run(tmp_path / "a", rows, part_rows=4), write_run(tmp_path / "b", shuffled, part_rows=7)
+    a, b = (
+        write_run(tmp_path / "a", rows, part_rows=4),
+        write_run(tmp_path / "b", shuffled, part_rows=7),
+    )
     assert differences(a, b) == differences(b, a) == []
-    assert [setting.name for setting in settings_that_differ(RecordedRun(a), RecordedRun(b))] == ["part_rows"]
+    assert [setting.name for setting in settings_that_differ(RecordedRun(a), RecordedRun(b))] == [
+        "part_rows"
+    ]
 
 
 def test_runs_without_rows_are_equal(tmp_path: Path) -> None:
@@ -291,21 +388,40 @@ def test_runs_without_rows_are_equal(tmp_path: Path) -> None:
 
 
 def test_a_changed_token_is_found_at_its_place(tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", [completion("x"), completion("y", [5, 6, 7, 8], min_margin=0.001), completion("z")])
-    b = write_run(tmp_path / "b", [completion("x"), completion("y", [5, 6, 9, 9], min_margin=0.002), completion("z")])
+    a = write_run(
+        tmp_path / "a",
+        [completion("x"), completion("y", [5, 6, 7, 8], min_margin=0.001), completion("z")],
+    )
+    b = write_run(
+        tmp_path / "b",
+        [completion("x"), completion("y", [5, 6, 9, 9], min_margin=0.002), completion("z")],
+    )
     (found,) = differences(a, b)
-    assert (found.prompt_id, found.kind, found.token_index, found.token_a, found.token_b) == ("y", "tokens", 2, 7, 9)
+    assert (found.prompt_id, found.kind, found.token_index, found.token_a, found.token_b) == (
+        "y",
+        "tokens",
+        2,
+        7,
+        9,
+    )
     assert (found.min_margin_a, found.min_margin_b) == (0.001, 0.002)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 2048])
-def test_changed_rows_are_found_in_another_order_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> None:
-    monkeypatch.setattr(pipeline.data.recorded, "BATCH_ROWS", batch_rows)
-    monkeypatch.setattr(pipeline.diff, "BATCH_ROWS", batch_rows)
+def test_changed_rows_are_found_in_another_order_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
+) -> None:
+    monkeypatch.setattr(gptbatch.pipeline.audit.run_reader, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(gptbatch.pipeline.audit.diff, "BATCH_ROWS", batch_rows)
     rows = [completion(f"id {i}", [i, i, 100 + i] if i % 3 else [i, i, i]) for i in range(31)]
     shuffled = [completion(f"id {i}", [i, i, i]) for i in (j * 12 % 31 for j in range(31))]
-    a, b = write_run(tmp_path / "a", rows, part_rows=4), write_run(tmp_path / "b", shuffled, part_rows=7)
-    found = [(one.prompt_id, one.token_index, one.token_a, one.token_b) for one in differences(a, b)]
+    a, b = (
+        write_run(tmp_path / "a", rows, part_rows=4),
+        write_run(tmp_path / "b", shuffled, part_rows=7),
+    )
+    found = [
+        (one.prompt_id, one.token_index, one.token_a, one.token_b) for one in differences(a, b)
+    ]
     assert found == [(f"id {i}", 2, 100 + i, i) for i in range(31) if i % 3]
 
 
@@ -318,9 +434,14 @@ def test_a_shorter_completion_parts_where_it_ends(tmp_path: Path) -> None:
     assert (found.kind, found.token_index, found.token_a, found.token_b) == ("tokens", 2, None, 7)
 
 
-@pytest.mark.parametrize("ending", [{"finish_reason": "stop", "stop_reason": "end_of_text"}, {"stop_reason": "window"}])
+@pytest.mark.parametrize(
+    "ending", [{"finish_reason": "stop", "stop_reason": "end_of_text"}, {"stop_reason": "window"}]
+)
 def test_the_same_tokens_that_end_differently(tmp_path: Path, ending: dict[str, Any]) -> None:
-    a, b = write_run(tmp_path / "a", [completion("x")]), write_run(tmp_path / "b", [completion("x", **ending)])
+    a, b = (
+        write_run(tmp_path / "a", [completion("x")]),
+        write_run(tmp_path / "b", [completion("x", **ending)]),
+    )
     (found,) = differences(a, b)
     assert (found.kind, found.token_index) == ("ending", None)
     assert (found.stop_reason_a, found.stop_reason_b) == ("max_new_tokens", ending["stop_reason"])
@@ -329,21 +450,36 @@ def test_the_same_tokens_that_end_differently(tmp_path: Path, ending: dict[str, 
 def test_an_error_in_one_run_only(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", [completion("x")]), write_run(tmp_path / "b", [failed("x")])
     (found,) = differences(a, b)
-    assert (found.kind, found.finish_reason_a, found.finish_reason_b) == ("error", "length", "error")
-    assert (found.token_index, found.token_a, found.token_b, found.min_margin_b) == (0, 5, None, None)
+    assert (found.kind, found.finish_reason_a, found.finish_reason_b) == (
+        "error",
+        "length",
+        "error",
+    )
+    assert (found.token_index, found.token_a, found.token_b, found.min_margin_b) == (
+        0,
+        5,
+        None,
+        None,
+    )
 
 
 def test_another_prompt_under_the_same_id(tmp_path: Path) -> None:
     one = completion("x")
     a = write_run(tmp_path / "a", [one])
-    b = write_run(tmp_path / "b", [dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, text="another"))])
+    b = write_run(
+        tmp_path / "b",
+        [dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, text="another"))],
+    )
     (found,) = differences(a, b)
     assert (found.kind, found.token_index) == ("prompt", None)
 
 
 def test_rows_that_only_one_run_has(tmp_path: Path) -> None:
     rows = many(9)
-    a, b = write_run(tmp_path / "a", rows[:3] + rows[4:8]), write_run(tmp_path / "b", rows[:5] + rows[6:])
+    a, b = (
+        write_run(tmp_path / "a", rows[:3] + rows[4:8]),
+        write_run(tmp_path / "b", rows[:5] + rows[6:]),
+    )
     found = [(difference.prompt_id, difference.kind) for difference in differences(a, b)]
     assert found == [("id 5", "only_in_a"), ("id 3", "only_in_b"), ("id 8", "only_in_b")]
     run_a, run_b = RecordedRun(a), RecordedRun(b)
@@ -363,16 +499,25 @@ def test_rows_that_only_one_run_has(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_is_compared_as_far_as_it_is(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", many(7)), write_run(tmp_path / "b", many(7), first_rows=5)
-    assert [(found.prompt_id, found.kind) for found in differences(a, b)] == [(f"id {i}", "only_in_a") for i in (4, 5, 6)]
-    assert [(found.prompt_id, found.kind) for found in differences(b, a)] == [(f"id {i}", "only_in_b") for i in (4, 5, 6)]
+    assert [(found.prompt_id, found.kind) for found in differences(a, b)] == [
+        (f"id {i}", "only_in_a") for i in (4, 5, 6)
+    ]
+    assert [(found.prompt_id, found.kind) for found in differences(b, a)] == [
+        (f"id {i}", "only_in_b") for i in (4, 5, 6)
+    ]
     assert settings_that_differ(RecordedRun(a), RecordedRun(b)) == []
     none_yet = write_run(tmp_path / "none yet", many(7), first_rows=0)
     assert len(differences(a, none_yet)) == 7
-    assert settings_that_differ(RecordedRun(a), RecordedRun(none_yet)) == [], "a run without parts does not say its device"
+    assert settings_that_differ(RecordedRun(a), RecordedRun(none_yet)) == [], (
+        "a run without parts does not say its device"
+    )
 
 
 def test_an_id_that_stands_twice_is_an_error(tmp_path: Path) -> None:
-    fine, double = write_run(tmp_path / "fine", many(4)), write_run(tmp_path / "double", [*many(4), completion("id 1")])
+    fine, double = (
+        write_run(tmp_path / "fine", many(4)),
+        write_run(tmp_path / "double", [*many(4), completion("id 1")]),
+    )
     for a, b in ((fine, double), (double, fine)):
         with pytest.raises(StorageError, match="double: holds the id 'id 1' twice"):
             differences(a, b)
@@ -384,9 +529,17 @@ def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None
         tmp_path / "b",
         many(2),
         identity={"dtype": "bfloat16", "seed": 3},
-        facts={"dtype": "bfloat16", "device": "cuda", "profile": {"attention": "padded", "torch": "2.9.1"}, "numerics": "other"},
+        facts={
+            "dtype": "bfloat16",
+            "device": "cuda",
+            "profile": {"attention": "padded", "torch": "2.9.1"},
+            "numerics": "other",
+        },
     )
-    found = {setting.name: (setting.a, setting.b) for setting in settings_that_differ(RecordedRun(a), RecordedRun(b))}
+    found = {
+        setting.name: (setting.a, setting.b)
+        for setting in settings_that_differ(RecordedRun(a), RecordedRun(b))
+    }
     assert found == {
         "device": ("cpu", "cuda"),
         "dtype": ("float32", "bfloat16"),
@@ -434,7 +587,10 @@ def test_the_command_on_equal_runs(tmp_path: Path, gptbatch_diff: Diff) -> None:
 
 
 def test_settings_alone_do_not_make_runs_differ(tmp_path: Path, gptbatch_diff: Diff) -> None:
-    a, b = write_run(tmp_path / "a", many(5)), write_run(tmp_path / "b", many(5), facts={"device": "cuda"})
+    a, b = (
+        write_run(tmp_path / "a", many(5)),
+        write_run(tmp_path / "b", many(5), facts={"device": "cuda"}),
+    )
     code, lines, _ = gptbatch_diff(a, b)
     assert code == 0
     assert lines[1] == 'setting device differs: "cpu" / "cuda"'
@@ -463,7 +619,9 @@ def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_dif
             completion("shorter", [1, 2, 3], min_margin=None),
             failed("fails"),
             completion("ends", stop_reason="window"),
-            dataclasses.replace(other, prompt=dataclasses.replace(other.prompt, text="secret, another")),
+            dataclasses.replace(
+                other, prompt=dataclasses.replace(other.prompt, text="secret, another")
+            ),
             completion("only b"),
         ],
     )
@@ -482,11 +640,18 @@ def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_dif
         "row 'only b': only in B",
     ]
     summary = json.loads(lines[-1])
-    assert (summary["equal"], summary["different"], summary["missing_in_a"], summary["missing_in_b"]) == (1, 5, 1, 1)
+    assert (
+        summary["equal"],
+        summary["different"],
+        summary["missing_in_a"],
+        summary["missing_in_b"],
+    ) == (1, 5, 1, 1)
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
-def test_one_missing_row_is_enough_for_exit_code_1(tmp_path: Path, gptbatch_diff: Diff, side: str) -> None:
+def test_one_missing_row_is_enough_for_exit_code_1(
+    tmp_path: Path, gptbatch_diff: Diff, side: str
+) -> None:
     a = write_run(tmp_path / "a", many(5)[: 4 if side == "a" else 5])
     b = write_run(tmp_path / "b", many(5)[: 4 if side == "b" else 5])
     code, lines, _ = gptbatch_diff(a, b)
@@ -495,20 +660,33 @@ def test_one_missing_row_is_enough_for_exit_code_1(tmp_path: Path, gptbatch_diff
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shown", "more"), [((), 20, 5), (("--limit", "3"), 3, 22), (("--limit", "25"), 25, 0), (("--limit", "0"), 25, 0)]
+    ("arguments", "shown", "more"),
+    [((), 20, 5), (("--limit", "3"), 3, 22), (("--limit", "25"), 25, 0), (("--limit", "0"), 25, 0)],
 )
-def test_limit(tmp_path: Path, gptbatch_diff: Diff, arguments: tuple[str, ...], shown: int, more: int) -> None:
-    a, b = write_run(tmp_path / "a", many(25)), write_run(tmp_path / "b", [completion(f"id {i}", [77]) for i in range(25)])
+def test_limit(
+    tmp_path: Path, gptbatch_diff: Diff, arguments: tuple[str, ...], shown: int, more: int
+) -> None:
+    a, b = (
+        write_run(tmp_path / "a", many(25)),
+        write_run(tmp_path / "b", [completion(f"id {i}", [77]) for i in range(25)]),
+    )
     code, lines, _ = gptbatch_diff(a, b, *arguments)
     assert code == 1
     assert sum(line.startswith("row ") for line in lines) == shown
-    assert [line for line in lines if line.startswith("...")] == ([f"... and {more} more"] if more else [])
+    assert [line for line in lines if line.startswith("...")] == (
+        [f"... and {more} more"] if more else []
+    )
     assert json.loads(lines[-1])["different"] == 25
 
 
-def test_rows_of_one_run_alone_come_last_and_can_be_left_out(tmp_path: Path, gptbatch_diff: Diff) -> None:
+def test_rows_of_one_run_alone_come_last_and_can_be_left_out(
+    tmp_path: Path, gptbatch_diff: Diff
+) -> None:
     a = write_run(tmp_path / "a", many(40))
-    b = write_run(tmp_path / "b", [completion("id 39", [1]), *many(39)[38:], *[completion(f"b {i}") for i in range(30)]])
+    b = write_run(
+        tmp_path / "b",
+        [completion("id 39", [1]), *many(39)[38:], *[completion(f"b {i}") for i in range(30)]],
+    )
     code, lines, _ = gptbatch_diff(a, b, "--limit", "3")
     assert code == 1
     assert lines[:7] == [
@@ -523,7 +701,9 @@ def test_rows_of_one_run_alone_come_last_and_can_be_left_out(tmp_path: Path, gpt
     assert lines[7] == "... and 66 more"
     code, lines, _ = gptbatch_diff(a, b, "--common")
     assert code == 1
-    assert [line for line in lines if line.startswith(("row", "..."))] == ["row 'id 39': token 0 differs: 39 / 1 (min_margin 0.25 / 0.25)"]
+    assert [line for line in lines if line.startswith(("row", "..."))] == [
+        "row 'id 39': token 0 differs: 39 / 1 (min_margin 0.25 / 0.25)"
+    ]
     assert lines[1] == "38 rows are only in A, and not compared"
     assert gptbatch_diff(a, write_run(tmp_path / "fewer", many(3)), "--common")[0] == 0
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.group import COMMANDS
-from jobs.options import option_name
-from pipeline import errors
-from pipeline.config import config_fields
-from pipeline.data.completions import COLUMNS
-from tests.paths import REPOSITORY
+from gptbatch.jobs.group import COMMANDS
+from gptbatch.jobs.options import option_name
+from gptbatch.pipeline import errors
+from gptbatch.pipeline.config import config_fields
+from gptbatch.pipeline.output.schema import COLUMNS
+from tests.paths import PYTHONPATH, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -32,7 +32,9 @@ def option_rows() -> list[str]:
             if field.default is None
             else f"`{str(field.default).replace('True', 'true').replace('False', 'false')}`"
         )
-        rows.append(f"| `{option_name(key)}` | `{key}` | {default} | {(field.description or '').replace('|', '&#124;')} |")
+        rows.append(
+            f"| `{option_name(key)}` | `{key}` | {default} | {(field.description or '').replace('|', '&#124;')} |"
+        )
     return rows
 
 
@@ -41,7 +43,9 @@ def column_rows() -> list[str]:
     rows = []
     for column in COLUMNS:
         type_, nullable = str(column.type).replace("item: ", ""), "yes" if column.nullable else "no"
-        rows.append(f"| `{column.name}` | `{type_}` | {nullable} | {column.unit} | {column.meaning} |")
+        rows.append(
+            f"| `{column.name}` | `{type_}` | {nullable} | {column.unit} | {column.meaning} |"
+        )
     return rows
 
 
@@ -63,7 +67,11 @@ def test_every_command_is_documented() -> None:
 
 
 def test_every_exit_code_is_documented() -> None:
-    codes = {error.exit_code for _, error in inspect.getmembers(errors, inspect.isclass) if issubclass(error, errors.GptbatchError)}
+    codes = {
+        error.exit_code
+        for _, error in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(error, errors.GptbatchError)
+    }
     for code in codes | {0, 2, 75}:
         assert re.search(rf"^\| {code} \|", README, re.MULTILINE), code
 
@@ -75,8 +83,8 @@ def blocks(language: str) -> list[str]:
 def test_the_python_examples_run(tmp_path: Path) -> None:
     """All of them, in order, in one empty folder that holds a run of the demo and a file of prompts."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "KING:"}\n')
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HOME": str(tmp_path / "hf")}
-    demo = [sys.executable, "-m", "jobs", "generate", "--config", "demo"]
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "HF_HOME": str(tmp_path / "hf")}
+    demo = [sys.executable, "-m", "gptbatch", "generate", "--config", "demo"]
     subprocess.run(demo, cwd=tmp_path, env=environment, check=True, capture_output=True)
     examples = blocks("python")
     assert len(examples) >= 3
@@ -88,7 +96,9 @@ def test_the_python_examples_run(tmp_path: Path) -> None:
             if "def test_" in example
             else [sys.executable, script.name]
         )
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, example + done.stdout + done.stderr
 
 

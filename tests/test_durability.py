@@ -14,25 +14,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.completions import DETERMINISTIC_COLUMNS
-from pipeline.data.durable import TEMPORARY_NAME
-from pipeline.data.parts import inspect_part
+from gptbatch.pipeline.output.atomic_write import TEMPORARY_NAME
+from gptbatch.pipeline.output.parts import inspect_part
+from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
 from tests.faults import STEPS
 from tests.launcher import Child, Launcher
 
 WriteRows = Callable[..., Path]
-ROWS: list[dict[str, Any]] = [{"id": f"r{i}", "prompt": "The king is dead. " * (i % 4), "note": i} for i in range(40)]
+ROWS: list[dict[str, Any]] = [
+    {"id": f"r{i}", "prompt": "The king is dead. " * (i % 4), "note": i} for i in range(40)
+]
 ROWS[7]["prompt"] = "king " * 200  # more than n_positions tokens: an error row
 
 
 class Setting:
     """A job, and what an undisturbed run of it writes."""
 
-    def __init__(self, launcher: Launcher, checkpoint: Path, folder: Path, rows: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, launcher: Launcher, checkpoint: Path, folder: Path, rows: list[dict[str, Any]]
+    ) -> None:
         self.launcher, self.folder = launcher, folder
         self.input = folder / "prompts.jsonl"
         self.write(rows)
-        self.arguments = ["generate", "--model", str(checkpoint), "--input", str(self.input), "--max-new-tokens", "12", "--part-rows", "6"]
+        self.arguments = [
+            "generate",
+            "--model",
+            str(checkpoint),
+            "--input",
+            str(self.input),
+            "--max-new-tokens",
+            "12",
+            "--part-rows",
+            "6",
+        ]
         self.arguments += ["--batch-size", "4", "--threads", "1"]
         code, child = self.run(folder / "undisturbed")
         assert code == 0, child.stderr
@@ -45,7 +59,9 @@ class Setting:
         """more: options, which replace those of the same name."""
         given = {argument.partition("=")[0] for argument in more}
         pairs = zip(self.arguments[1::2], self.arguments[2::2], strict=True)
-        kept = [argument for name, value in pairs if name not in given for argument in (name, value)]
+        kept = [
+            argument for name, value in pairs if name not in given for argument in (name, value)
+        ]
         return self.launcher.start("generate", *kept, "--output", output, *more, **settings)
 
     def run(self, output: Path, *more: str, **settings: Any) -> tuple[int, Child]:
@@ -69,7 +85,10 @@ class Setting:
 
 def table(output: Path) -> pa.Table:
     """The deterministic columns of all parts."""
-    parts = [pq.read_table(path, columns=DETERMINISTIC_COLUMNS) for path in sorted(output.glob("part-*.parquet"))]
+    parts = [
+        pq.read_table(path, columns=DETERMINISTIC_COLUMNS)
+        for path in sorted(output.glob("part-*.parquet"))
+    ]
     return pa.concat_tables(parts).combine_chunks()
 
 
@@ -80,7 +99,9 @@ def check_parts(output: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def setting(launcher: Launcher, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+def setting(
+    launcher: Launcher, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Setting:
     return Setting(launcher, checkpoint, tmp_path_factory.mktemp("setting"), ROWS)
 
 
@@ -118,8 +139,12 @@ CAN_FAIL = {
 }
 
 
-@pytest.mark.parametrize(("step", "kind"), [(step, kind) for step in STEPS for kind in ("kill", *CAN_FAIL[step])])
-def test_a_fault_at_a_step_of_a_commit(setting: Setting, tmp_path: Path, step: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "kind"), [(step, kind) for step in STEPS for kind in ("kill", *CAN_FAIL[step])]
+)
+def test_a_fault_at_a_step_of_a_commit(
+    setting: Setting, tmp_path: Path, step: str, kind: str
+) -> None:
     output = tmp_path / "out"
     code, child = setting.run(output, fault=(step, kind))
     assert code == (-signal.SIGKILL if kind == "kill" else 74), child.stderr
@@ -129,14 +154,18 @@ def test_a_fault_at_a_step_of_a_commit(setting: Setting, tmp_path: Path, step: s
         assert not [path for path in output.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
     check_parts(output)
     assert (output / "part-00000.parquet").exists()
-    assert (output / "part-00001.parquet").exists() == (step in ("manifest", "success", "folder") or (step, kind) == ("replace", "kill"))
+    assert (output / "part-00001.parquet").exists() == (
+        step in ("manifest", "success", "folder") or (step, kind) == ("replace", "kill")
+    )
     assert (output / "_SUCCESS").exists() == ((step, kind) == ("success", "kill"))
     before = {path: path.stat().st_mtime_ns for path in output.glob("part-*.parquet")}
     code, child = setting.run(output)
     assert code == 0, child.stderr
     setting.check_complete(output)
     assert child.summary["rows"] + child.summary["skipped"] == 40
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was written is not written again"
+    assert {path: path.stat().st_mtime_ns for path in before} == before, (
+        "what was written is not written again"
+    )
 
 
 # -- kills -----------------------------------------------------------------------------------------------------------------
@@ -192,7 +221,9 @@ def test_a_second_signal_ends_at_once(long: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     child = long.start(output, fault=("slow step", "30"))
     progress = output / ".gptbatch" / "progress.json"
-    wait_for(lambda: progress.exists() and json.loads(progress.read_text())["state"] == "running", "rows")
+    wait_for(
+        lambda: progress.exists() and json.loads(progress.read_text())["state"] == "running", "rows"
+    )
     child.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     began = time.monotonic()
@@ -212,7 +243,10 @@ def test_two_runs_at_once(long: Setting, tmp_path: Path) -> None:
     code, second = long.run(output)
     assert time.monotonic() - began < 10
     assert code == 69
-    assert f"another run is writing it (process {first.pid} on host {os.uname().nodename}, since " in second.stderr
+    assert (
+        f"another run is writing it (process {first.pid} on host {os.uname().nodename}, since "
+        in second.stderr
+    )
     assert first.wait() == 0, first.stderr
     long.check_complete(output)
 
@@ -244,13 +278,21 @@ def test_where_locks_do_not_work(long: Setting, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting_of_the_other", ["--seed=1", "--temperature=0.5", "--part-rows=7"])
-def test_two_jobs_at_once_where_locks_do_not_work(setting: Setting, tmp_path: Path, setting_of_the_other: str) -> None:
+def test_two_jobs_at_once_where_locks_do_not_work(
+    setting: Setting, tmp_path: Path, setting_of_the_other: str
+) -> None:
     """At most one of them succeeds, and then the table is its own; the other one says whose the folder is."""
     output = tmp_path / "out"
-    children = [setting.start(output, *more, fault=("no locks", "ENOLCK")) for more in ((), (setting_of_the_other,))]
+    children = [
+        setting.start(output, *more, fault=("no locks", "ENOLCK"))
+        for more in ((), (setting_of_the_other,))
+    ]
     codes = sorted(child.wait() for child in children)
     assert codes in ([0, 69], [0, 78], [78, 78]), [child.stderr for child in children]
-    fingerprints = {json.loads(pq.read_schema(path).metadata[b"gptbatch"])["identity"]["fingerprint"] for path in output.glob("part-*")}
+    fingerprints = {
+        json.loads(pq.read_schema(path).metadata[b"gptbatch"])["identity"]["fingerprint"]
+        for path in output.glob("part-*")
+    }
     assert (len(fingerprints) == 1) or codes == [78, 78]
     assert (output / "_SUCCESS").exists() == (0 in codes)
 
@@ -260,9 +302,14 @@ def test_an_input_that_changes_half_way(long: Setting, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in long.input.read_text().splitlines()]
     child = long.start(output, fault=SLOW)
     wait_for_parts(output, 2)
-    long.write([*rows[:290], {"id": "other", "prompt": "another"}, *rows[291:]])  # rows are read 256 at a time
+    long.write(
+        [*rows[:290], {"id": "other", "prompt": "another"}, *rows[291:]]
+    )  # rows are read 256 at a time
     assert child.wait() == 65
-    assert f"{long.input}: differs from what was checked, in rows 288 to 293; the input has changed since it was checked" in child.stderr
+    assert (
+        f"{long.input}: differs from what was checked, in rows 288 to 293; the input has changed since it was checked"
+        in child.stderr
+    )
     check_parts(output)
     assert not (output / "_SUCCESS").exists()
     before = {path: path.read_bytes() for path in output.glob("part-*.parquet")}
@@ -331,7 +378,9 @@ def test_a_lost_manifest_is_made_again(setting: Setting, tmp_path: Path) -> None
         setting.check_complete(output)
         assert json.loads((output / "_manifest.json").read_text()) == expected
         assert [json.loads(line)["id"] for line in errors.read_text().splitlines()] == ["r7"]
-        assert json.loads((output / ".gptbatch" / "progress.json").read_text())["state"] == "complete"
+        assert (
+            json.loads((output / ".gptbatch" / "progress.json").read_text())["state"] == "complete"
+        )
 
 
 def test_a_larger_limit_goes_on(setting: Setting, tmp_path: Path) -> None:
@@ -362,18 +411,28 @@ def test_an_input_that_has_grown_is_refused(setting: Setting, tmp_path: Path) ->
 
 def test_another_profile_is_refused(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert setting.start(output, "--attention", "padded", fault=("manifest", "kill")).wait() == -signal.SIGKILL
+    assert (
+        setting.start(output, "--attention", "padded", fault=("manifest", "kill")).wait()
+        == -signal.SIGKILL
+    )
     (output / "part-00003.parquet").unlink()
     code, child = setting.run(output, "--numerics", "off")
     assert code == 78
     assert "holds rows of another profile (probe_digest was " in child.stderr
     assert "numerics was exact, is off" in child.stderr
     code, child = setting.run(output, "--attention", "ragged")
-    assert (code, "holds a run with engine.attention padded, not ragged" in child.stderr) == (78, True)
+    assert (code, "holds a run with engine.attention padded, not ragged" in child.stderr) == (
+        78,
+        True,
+    )
     code, child = setting.run(output)
     assert code == 0, child.stderr
-    assert json.loads((output / "_manifest.json").read_text())["profile"]["attention"] == "padded", "auto takes what the output names"
-    code, child = setting.run(tmp_path / "mixed", "--attention", "padded", fault=("manifest", "kill"))
+    assert (
+        json.loads((output / "_manifest.json").read_text())["profile"]["attention"] == "padded"
+    ), "auto takes what the output names"
+    code, child = setting.run(
+        tmp_path / "mixed", "--attention", "padded", fault=("manifest", "kill")
+    )
     (tmp_path / "mixed" / "part-00003.parquet").unlink()
     code, child = setting.run(tmp_path / "mixed", "--numerics", "off", "--allow-other-profile")
     assert code == 0, child.stderr
@@ -418,17 +477,29 @@ def test_a_complete_output_imports_nothing_heavy(setting: Setting, tmp_path: Pat
     (data / "train.csv").write_text("prompt\nThe king\nThe queen\n")
     os.utime(data / "train.csv", (1.5e9, 1.5e9))
     time.sleep(0.1)
-    arguments = [*setting.arguments[:3], "--dataset", str(data), "--output", str(output), "--max-new-tokens", "2"]
+    arguments = [
+        *setting.arguments[:3],
+        "--dataset",
+        str(data),
+        "--output",
+        str(output),
+        "--max-new-tokens",
+        "2",
+    ]
     code, child = setting.launcher.run(*arguments, env={"HF_HOME": str(tmp_path / "hf")})
     assert code == 0, child.stderr
     time.sleep(0.1)
-    assert setting.launcher.run(*arguments, env={"HF_HOME": str(tmp_path / "hf")})[0] == 0  # looks at what was written a moment ago
+    assert (
+        setting.launcher.run(*arguments, env={"HF_HOME": str(tmp_path / "hf")})[0] == 0
+    )  # looks at what was written a moment ago
     program = (
-        "import sys, time; from jobs.cli import run_command; code = run_command(sys.argv[1:]); "
+        "import sys, time; from gptbatch.jobs.cli import run_command; code = run_command(sys.argv[1:]); "
         "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules); assert not heavy, heavy; "
         "assert time.process_time() < 2; sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["skipped"] == 2
     (data / "train.csv").write_text("prompt\nThe king\nThe Queen\n")
@@ -443,12 +514,18 @@ def test_a_complete_output_imports_nothing_heavy(setting: Setting, tmp_path: Pat
 def test_memory_that_runs_out(setting: Setting, tmp_path: Path, attention: str) -> None:
     """Half of the slots go on, as often as it takes: the same rows."""
     output = tmp_path / "out"
-    code, child = setting.run(output, "--attention", attention, "--batch-size", "16", fault=("memory", "3"))
+    code, child = setting.run(
+        output, "--attention", attention, "--batch-size", "16", fault=("memory", "3")
+    )
     assert code == 0, child.stderr
     assert "out of memory: going on with at most 8 rows at a time" in child.stderr
     assert "out of memory: going on with at most 2 rows at a time" in child.stderr
     assert json.loads((output / "_manifest.json").read_text())["memory_halvings"] == 3
-    assert table(output).column("completion_token_ids").equals(setting.expected.column("completion_token_ids"))
+    assert (
+        table(output)
+        .column("completion_token_ids")
+        .equals(setting.expected.column("completion_token_ids"))
+    )
 
 
 def test_a_row_that_does_not_fit_alone_is_named(setting: Setting, tmp_path: Path) -> None:
@@ -493,8 +570,18 @@ def test_a_small_memory_budget_is_kept(setting: Setting, tmp_path: Path) -> None
     """Room for one context of 64 positions: 2 layers x 2 x 4 heads x 32 numbers x 4 bytes each."""
     for attention in ("ragged", "padded"):
         output = tmp_path / attention
-        code, child = setting.run(output, "--attention", attention, "--memory-gib", str(64 * 2048 / 2**30))
+        code, child = setting.run(
+            output, "--attention", attention, "--memory-gib", str(64 * 2048 / 2**30)
+        )
         assert code == 0, child.stderr
-        assert table(output).column("completion_token_ids").equals(setting.expected.column("completion_token_ids"))
-        batch = pa.concat_tables(pq.read_table(path) for path in sorted(output.glob("part-*")))["mean_batch_size"].to_pylist()
-        assert max(size for size in batch if size is not None) < (4 if attention == "ragged" else 1.001)
+        assert (
+            table(output)
+            .column("completion_token_ids")
+            .equals(setting.expected.column("completion_token_ids"))
+        )
+        batch = pa.concat_tables(pq.read_table(path) for path in sorted(output.glob("part-*")))[
+            "mean_batch_size"
+        ].to_pylist()
+        assert max(size for size in batch if size is not None) < (
+            4 if attention == "ragged" else 1.001
+        )

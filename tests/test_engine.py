@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from pipeline.generation import reference
-from pipeline.generation.engine import Engine, WindowFull
-from pipeline.gpt import padded
-from pipeline.gpt.model import GPT
-from pipeline.gpt.padded import PaddedCache
-from pipeline.records import Completion, RowError, TokenizedPrompt
+from gptbatch.pipeline.engine.engine import Engine, WindowFull
+from gptbatch.pipeline.generation import reference
+from gptbatch.pipeline.gpt import padded
+from gptbatch.pipeline.kv_cache.padded import PaddedCache
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.types import Completion, RowError, TokenizedPrompt
 from tests.conftest import our_model, random_model, tokenized
 
 END_OF_TEXT = 0
@@ -24,13 +24,18 @@ def model(request: pytest.FixtureRequest) -> GPT:
     return our_model(random_model(), attention=request.param)
 
 
-def ragged_prompts(count: int, *, longest: int = 50, max_new_tokens: int = 24, greedy: bool = False) -> list[TokenizedPrompt]:
+def ragged_prompts(
+    count: int, *, longest: int = 50, max_new_tokens: int = 24, greedy: bool = False
+) -> list[TokenizedPrompt]:
     """Prompts of mixed lengths with parameters of their own."""
     rng = random.Random(count)
     return [
         tokenized(
             i,
-            [rng.randrange(1, 300) for _ in range(rng.choice([1, 2, 5, 17, rng.randint(1, longest)]))],
+            [
+                rng.randrange(1, 300)
+                for _ in range(rng.choice([1, 2, 5, 17, rng.randint(1, longest)]))
+            ],
             temperature=0.0 if greedy else rng.choice([0.0, 0.5, 1.0, 1.5]),
             top_k=rng.choice([0, 1, 5, 40, 300, 9999]),
             max_new_tokens=rng.randint(1, max_new_tokens),
@@ -49,16 +54,33 @@ def run(
     step_tokens: int = 4096,
 ) -> list[Completion]:
     """All completions, in the order of the prompts' indices."""
-    engine = Engine(model=model, batch_size=batch_size, end_tokens=end_tokens, window_full=window_full, step_tokens=step_tokens)
-    ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]
+    engine = Engine(
+        model=model,
+        batch_size=batch_size,
+        end_tokens=end_tokens,
+        window_full=window_full,
+        step_tokens=step_tokens,
+    )
+    ended = [
+        completion for completions in engine.generate(iter(prompts)) for completion in completions
+    ]
     assert len(ended) == len(prompts)
     return sorted(ended, key=lambda completion: completion.prompt.index)
 
 
 def expect(
-    model: GPT, prompts: Sequence[TokenizedPrompt], *, end_tokens: tuple[int, ...] = (END_OF_TEXT,), window_full: WindowFull = "stop"
+    model: GPT,
+    prompts: Sequence[TokenizedPrompt],
+    *,
+    end_tokens: tuple[int, ...] = (END_OF_TEXT,),
+    window_full: WindowFull = "stop",
 ) -> list[tuple[list[int], str]]:
-    return [reference.generate(model, p.token_ids, p.prompt.params, end_tokens=end_tokens, window_full=window_full) for p in prompts]
+    return [
+        reference.generate(
+            model, p.token_ids, p.prompt.params, end_tokens=end_tokens, window_full=window_full
+        )
+        for p in prompts
+    ]
 
 
 def outcome(completions: Sequence[Completion]) -> list[tuple[list[int], str | None]]:
@@ -69,13 +91,18 @@ def outcome(completions: Sequence[Completion]) -> list[tuple[list[int], str | No
 def test_engine_gives_the_tokens_of_the_reference(model: GPT, batch_size: int) -> None:
     prompts = ragged_prompts(40)
     # end tokens that some rows meet early: the two commonest tokens of a first run
-    counts = torch.bincount(torch.tensor([t for tokens, _ in expect(model, prompts, end_tokens=()) for t in tokens]))
+    counts = torch.bincount(
+        torch.tensor([t for tokens, _ in expect(model, prompts, end_tokens=()) for t in tokens])
+    )
     end_tokens = tuple(counts.topk(2).indices.tolist())
     expected = expect(model, prompts, end_tokens=end_tokens)
     assert {reason for _, reason in expected} >= {"end_of_text", "max_new_tokens"}
     assert outcome(run(model, prompts, batch_size=batch_size, end_tokens=end_tokens)) == expected
     random.Random(1).shuffle(prompts)
-    assert outcome(run(model, prompts, batch_size=batch_size, end_tokens=end_tokens, step_tokens=60)) == expected
+    assert (
+        outcome(run(model, prompts, batch_size=batch_size, end_tokens=end_tokens, step_tokens=60))
+        == expected
+    )
 
 
 @pytest.mark.parametrize("window_full", ["stop", "slide"])
@@ -93,7 +120,13 @@ def test_windows_that_fill(model: GPT, batch_size: int, window_full: WindowFull)
         if reason == "window":
             assert len(tokens) == 64 - len(prompt.token_ids) + 1
     if window_full == "slide":
-        assert max(len(p.token_ids) + len(tokens) for p, (tokens, _) in zip(prompts, expected, strict=True)) > 64
+        assert (
+            max(
+                len(p.token_ids) + len(tokens)
+                for p, (tokens, _) in zip(prompts, expected, strict=True)
+            )
+            > 64
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
@@ -114,7 +147,9 @@ def test_greedy_tokens_are_those_of_transformers(batch_size: int) -> None:
                 pad_token_id=0,
             )
             assert completion.token_ids == expected[0, idx.shape[1] :].tolist()
-    assert len({tuple(completion.token_ids) for completion in completions}) > 32, "rows that are all alike show little"
+    assert len({tuple(completion.token_ids) for completion in completions}) > 32, (
+        "rows that are all alike show little"
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
@@ -123,7 +158,13 @@ def test_greedy_tokens_are_those_of_transformers_on_the_gpt2_shape(batch_size: i
     theirs = random_model(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024)
     rng = random.Random(0)
     prompts = [
-        tokenized(i, [rng.randrange(50257) for _ in range(rng.choice([1, 3, 9, 30]))], temperature=0, max_new_tokens=4) for i in range(64)
+        tokenized(
+            i,
+            [rng.randrange(50257) for _ in range(rng.choice([1, 3, 9, 30]))],
+            temperature=0,
+            max_new_tokens=4,
+        )
+        for i in range(64)
     ]
     completions = run(our_model(theirs), prompts, batch_size=batch_size, end_tokens=())
     with torch.inference_mode():
@@ -138,10 +179,15 @@ def test_a_row_with_nan_logits_is_an_error_and_harms_nobody() -> None:
     theirs = random_model()
     with torch.no_grad():
         theirs.transformer.wte.weight[13] = float("nan")
-        theirs.lm_head.weight = torch.nn.Parameter(theirs.transformer.wte.weight.detach().clone().nan_to_num())
+        theirs.lm_head.weight = torch.nn.Parameter(
+            theirs.transformer.wte.weight.detach().clone().nan_to_num()
+        )
     theirs.config.tie_word_embeddings = False
     broken = our_model(theirs)
-    healthy = [tokenized(i, [1 + i % 12] * (1 + i % 30), max_new_tokens=20, temperature=0) for i in range(30)]
+    healthy = [
+        tokenized(i, [1 + i % 12] * (1 + i % 30), max_new_tokens=20, temperature=0)
+        for i in range(30)
+    ]
     sick = [tokenized(100 + i, [5] * (3 * i) + [13] + [6] * 5) for i in range(6)]
     prompts = healthy + sick
     random.Random(0).shuffle(prompts)
@@ -151,7 +197,9 @@ def test_a_row_with_nan_logits_is_an_error_and_harms_nobody() -> None:
     assert outcome(completions[:30]) == expected
     for completion in completions[30:]:
         assert completion.finish_reason == "error"
-        assert completion.error == RowError(kind="not_finite", reason="the logits of new token 0 hold NaN or infinity")
+        assert completion.error == RowError(
+            kind="not_finite", reason="the logits of new token 0 hold NaN or infinity"
+        )
         assert completion.token_ids == []
 
 
@@ -197,21 +245,29 @@ def test_engine_on_cuda_gives_the_tokens_of_the_reference_on_cuda(window_full: W
 
 
 @pytest.mark.parametrize("window_full", ["stop", "slide"])
-def test_a_padded_cache_may_grow_while_rows_run(window_full: WindowFull, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_padded_cache_may_grow_while_rows_run(
+    window_full: WindowFull, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is first made for a few new tokens; rows then retire, and move, in what it grew to."""
     monkeypatch.setattr(padded, "RESERVE_TOKENS", 2)
     model = our_model(random_model(), attention="padded")
     prompts = ragged_prompts(20, longest=20, max_new_tokens=60)
-    assert outcome(run(model, prompts, batch_size=8, window_full=window_full)) == expect(model, prompts, window_full=window_full)
+    assert outcome(run(model, prompts, batch_size=8, window_full=window_full)) == expect(
+        model, prompts, window_full=window_full
+    )
 
 
 @pytest.mark.parametrize("failures", [1, 3])
-def test_memory_that_runs_out_while_rows_are_admitted_halves_the_slots(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_while_rows_are_admitted_halves_the_slots(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even before any row runs: what fails is room for all slots."""
     left = failures
     original = PaddedCache.admit
 
-    def admit(self: PaddedCache, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
+    def admit(
+        self: PaddedCache, slot: int, token_ids: Sequence[int], length: int, *, share: bool
+    ) -> int | None:
         nonlocal left
         if left:
             left -= 1
@@ -223,6 +279,8 @@ def test_memory_that_runs_out_while_rows_are_admitted_halves_the_slots(failures:
     expected = outcome(run(model, prompts, batch_size=8))
     monkeypatch.setattr(PaddedCache, "admit", admit)
     engine = Engine(model=model, batch_size=8, end_tokens=(END_OF_TEXT,))
-    ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]
+    ended = [
+        completion for completions in engine.generate(iter(prompts)) for completion in completions
+    ]
     assert outcome(sorted(ended, key=lambda completion: completion.prompt.index)) == expected
     assert (engine.batch_size, engine.stats.halvings) == (8 >> failures, failures)

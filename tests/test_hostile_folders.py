@@ -19,16 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cli import run_command
-from pipeline import JobConfig, run_job
-from pipeline.data import parts
-from pipeline.data.digests import DigestMemory
-from pipeline.data.output_folder import OutputFolder
-from pipeline.data.parts import FOOTER_KEY, FORMAT, PartPlan, PartWriter, inspect_part
-from pipeline.data.recorded import RecordedRun
-from pipeline.data.stray_tables import stray_tables
-from pipeline.errors import OutOfMemoryError, OutputConflictError, StorageError
-from pipeline.status import output_status
+from gptbatch.jobs.cli import run_command
+from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.data import parts
+from gptbatch.pipeline.errors import OutOfMemoryError, OutputConflictError, StorageError
+from gptbatch.pipeline.output.file_hashes import DigestMemory
+from gptbatch.pipeline.output.folder import OutputFolder
+from gptbatch.pipeline.output.parts import FOOTER_KEY, FORMAT, PartPlan, PartWriter, inspect_part
+from gptbatch.pipeline.output.status import output_status
+from gptbatch.pipeline.output.stray_tables import stray_tables
 from tests.test_diff import FACTS, IDENTITY, completion, many, write_run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -75,7 +75,10 @@ def command(capfd: pytest.CaptureFixture[str]) -> Command:
         code = run_command([str(argument) for argument in arguments])
         captured = capfd.readouterr()
         assert "Traceback" not in captured.err
-        assert not any(ord(character) < 32 and character not in "\n\r\t" for character in captured.out + captured.err)
+        assert not any(
+            ord(character) < 32 and character not in "\n\r\t"
+            for character in captured.out + captured.err
+        )
         return code, captured.out, captured.err
 
     return run
@@ -128,7 +131,9 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_a_manifest_of_other_types_is_made_again_from_the_parts(output: Path, command: Command, name: str) -> None:
+def test_a_manifest_of_other_types_is_made_again_from_the_parts(
+    output: Path, command: Command, name: str
+) -> None:
     manifest = output / "_manifest.json"
     change_json(manifest, MANIFESTS[name])
     code, stdout, _ = command("status", output)
@@ -137,14 +142,31 @@ def test_a_manifest_of_other_types_is_made_again_from_the_parts(output: Path, co
     assert RecordedRun(output).n_rows == 7
     for part in output.glob("part-*"):
         part.unlink()
-    for arguments in (("status", output), ("verify", output), ("diff", output, output), ("replay", output, "--prompt-id", "r1")):
+    for arguments in (
+        ("status", output),
+        ("verify", output),
+        ("diff", output, output),
+        ("replay", output, "--prompt-id", "r1"),
+    ):
         code, _, stderr = command(*arguments)
         assert code == 66
         assert "_manifest.json is damaged, or not ours: " in stderr
 
 
 @pytest.mark.parametrize(
-    "content", ["", "null", "5", "[]", '"gptbatch-2"', "{", DEEP, '{"format": "gptbatch-2"}', '{"format": ' + DEEP + "}", "\ufffe"]
+    "content",
+    [
+        "",
+        "null",
+        "5",
+        "[]",
+        '"gptbatch-2"',
+        "{",
+        DEEP,
+        '{"format": "gptbatch-2"}',
+        '{"format": ' + DEEP + "}",
+        "\ufffe",
+    ],
 )
 def test_a_manifest_of_other_content(output: Path, command: Command, content: str) -> None:
     (output / "_manifest.json").write_text(content)
@@ -213,7 +235,9 @@ SMALL_CONTENTS = {
 
 
 @pytest.mark.parametrize("content", SMALL_CONTENTS.values(), ids=SMALL_CONTENTS)
-def test_small_files_that_are_damaged_are_none(finished: Path, output: Path, command: Command, content: str) -> None:
+def test_small_files_that_are_damaged_are_none(
+    finished: Path, output: Path, command: Command, content: str
+) -> None:
     for name in SMALL_FILES:
         (output / ".gptbatch" / name).write_text(content)
     code, stdout, _ = command("status", output)
@@ -237,20 +261,33 @@ def test_small_files_that_are_damaged_are_none(finished: Path, output: Path, com
         (f"seed: {'9' * 5000}", 74, "config.yaml: "),
     ],
 )
-def test_recorded_settings_that_cannot_be_read(output: Path, command: Command, content: str, code: int, message: str) -> None:
+def test_recorded_settings_that_cannot_be_read(
+    output: Path, command: Command, content: str, code: int, message: str
+) -> None:
     path = output / ".gptbatch" / "config.yaml"
-    path.write_text(path.read_text().replace("seed: 0\n", content + "\n") if content.startswith(("seed", "nonsense")) else content)
+    path.write_text(
+        path.read_text().replace("seed: 0\n", content + "\n")
+        if content.startswith(("seed", "nonsense"))
+        else content
+    )
     for arguments in (("verify", output), ("replay", output, "--prompt-id", "r1")):
         found, _, stderr = command(*arguments)
         assert (found, "config.yaml" in stderr, message in stderr) == (code, True, True), stderr
         assert len(stderr) < 1000
 
 
-def change_column(path: Path, name: str, values: list[Any], type_: pa.DataType | None = None) -> None:
+def change_column(
+    path: Path, name: str, values: list[Any], type_: pa.DataType | None = None
+) -> None:
     table = pq.read_table(path)
     place = table.schema.get_field_index(name)
     column = pa.array(values, type_ or table.schema.field(name).type)
-    pq.write_table(table.set_column(place, pa.field(name, column.type), column).replace_schema_metadata(table.schema.metadata), path)
+    pq.write_table(
+        table.set_column(place, pa.field(name, column.type), column).replace_schema_metadata(
+            table.schema.metadata
+        ),
+        path,
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,18 +295,30 @@ def change_column(path: Path, name: str, values: list[Any], type_: pa.DataType |
     [
         ("seed", [None, 1, 2], 74, "seed is null in a row"),
         ("prompt_id", [None] * 3, 74, "prompt_id is null in a row"),
-        ("completion_token_ids", [[1, None], [1], [2]], 74, "completion_token_ids is null in a row"),
+        (
+            "completion_token_ids",
+            [[1, None], [1], [2]],
+            74,
+            "completion_token_ids is null in a row",
+        ),
         ("completion_token_ids", ["a", "b", "c"], 74, "part-00000.parquet: cannot be read"),
         ("seed", [-1] * 3, 1, "its seed is -1"),
         ("temperature", [float("nan")] * 3, 1, "its temperature is nan"),
         ("top_k", [-7] * 3, 1, "its top_k is -7"),
         ("max_new_tokens", [0] * 3, 1, "its max_new_tokens is 0"),
         ("prompt", [None] * 3, 1, "it has no prompt"),
-        ("completion_token_ids", [[2**31 - 1] * 4] * 3, 1, "which the model (vocab_size 300) does not have"),
+        (
+            "completion_token_ids",
+            [[2**31 - 1] * 4] * 3,
+            1,
+            "which the model (vocab_size 300) does not have",
+        ),
         ("prompt_tokens_dropped", [-5] * 3, 1, "its prompt_tokens_dropped is -5"),
     ],
 )
-def test_rows_that_no_run_writes(output: Path, command: Command, name: str, values: list[Any], code: int, message: str) -> None:
+def test_rows_that_no_run_writes(
+    output: Path, command: Command, name: str, values: list[Any], code: int, message: str
+) -> None:
     type_ = pa.string() if isinstance(values[0], str) else None
     change_column(output / "part-00000.parquet", name, values, type_)
     found, stdout, stderr = command("verify", output, "--all")
@@ -278,7 +327,9 @@ def test_rows_that_no_run_writes(output: Path, command: Command, name: str, valu
     assert command("replay", output, "--prompt-id", "r0")[0] in (0, 66, 74)
 
 
-def test_a_pickle_is_read_only_where_the_user_says_so(output: Path, tmp_path: Path, command: Command, checkpoint: Path) -> None:
+def test_a_pickle_is_read_only_where_the_user_says_so(
+    output: Path, tmp_path: Path, command: Command, checkpoint: Path
+) -> None:
     """Whoever wrote the folder may have written another model_path, and allow_pickle, into it."""
     model = tmp_path / "pickled"
     shutil.copytree(checkpoint, model)
@@ -295,10 +346,18 @@ def test_a_pickle_is_read_only_where_the_user_says_so(output: Path, tmp_path: Pa
         assert "not where it was" not in stderr
 
 
-def test_the_model_of_the_settings_is_named_where_its_folder_is_gone(output: Path, tmp_path: Path, command: Command) -> None:
-    change_json(output / "_manifest.json", lambda manifest: manifest.update(model_path=str(tmp_path / "gone")))
+def test_the_model_of_the_settings_is_named_where_its_folder_is_gone(
+    output: Path, tmp_path: Path, command: Command
+) -> None:
+    change_json(
+        output / "_manifest.json",
+        lambda manifest: manifest.update(model_path=str(tmp_path / "gone")),
+    )
     config = output / ".gptbatch" / "config.yaml"
-    lines = [f"model: {tmp_path / 'elsewhere'}" if line.startswith("model: ") else line for line in config.read_text().splitlines()]
+    lines = [
+        f"model: {tmp_path / 'elsewhere'}" if line.startswith("model: ") else line
+        for line in config.read_text().splitlines()
+    ]
     config.write_text("\n".join(lines) + "\n")
     code, _, stderr = command("verify", output)
     assert code == 78
@@ -308,11 +367,21 @@ def test_the_model_of_the_settings_is_named_where_its_folder_is_gone(output: Pat
 
 # -- links, FIFOs, sockets ---------------------------------------------------------------------------------------------
 
-WORK_FILES = ["config.yaml", "digests.json", "progress.json", "errors.jsonl", "attempts.json", "lock", "holder.json"]
+WORK_FILES = [
+    "config.yaml",
+    "digests.json",
+    "progress.json",
+    "errors.jsonl",
+    "attempts.json",
+    "lock",
+    "holder.json",
+]
 
 
 @pytest.mark.parametrize("name", WORK_FILES)
-def test_no_file_of_ours_is_written_through_a_link(finished: Path, output: Path, tmp_path: Path, name: str) -> None:
+def test_no_file_of_ours_is_written_through_a_link(
+    finished: Path, output: Path, tmp_path: Path, name: str
+) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     path = output / ".gptbatch" / name
@@ -326,9 +395,18 @@ def test_no_file_of_ours_is_written_through_a_link(finished: Path, output: Path,
 
 
 @pytest.mark.parametrize(
-    "name", ["_manifest.json", ".gptbatch/digests.json", ".gptbatch/progress.json", ".gptbatch/lock", ".gptbatch/config.yaml"]
+    "name",
+    [
+        "_manifest.json",
+        ".gptbatch/digests.json",
+        ".gptbatch/progress.json",
+        ".gptbatch/lock",
+        ".gptbatch/config.yaml",
+    ],
 )
-def test_a_fifo_in_place_of_a_file_of_ours(finished: Path, output: Path, command: Command, name: str) -> None:
+def test_a_fifo_in_place_of_a_file_of_ours(
+    finished: Path, output: Path, command: Command, name: str
+) -> None:
     (output / name).unlink()
     os.mkfifo(output / name)
     with pytest.raises(OutputConflictError, match="is not a regular file"):
@@ -354,7 +432,9 @@ def device(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, bound_socket, Path.mkdir, device])
-def test_what_is_no_file_is_no_part(finished: Path, output: Path, command: Command, make: Callable[[Path], None]) -> None:
+def test_what_is_no_file_is_no_part(
+    finished: Path, output: Path, command: Command, make: Callable[[Path], None]
+) -> None:
     path = output / "part-00001.parquet"
     path.unlink()
     make(path)
@@ -388,11 +468,18 @@ STRAYS = [
     "merged.parquet",
     "old/part-00000.parquet",
 ]
-HIDDEN = [".part-00000.parquet.Xa1", "_part-00000.parquet", ".stversions/part-00000.parquet", "_old/part-00000.parquet"]
+HIDDEN = [
+    ".part-00000.parquet.Xa1",
+    "_part-00000.parquet",
+    ".stversions/part-00000.parquet",
+    "_old/part-00000.parquet",
+]
 
 
 @pytest.mark.parametrize("name", STRAYS)
-def test_a_table_that_readers_take_for_a_part_is_named(finished: Path, output: Path, command: Command, name: str) -> None:
+def test_a_table_that_readers_take_for_a_part_is_named(
+    finished: Path, output: Path, command: Command, name: str
+) -> None:
     stray = output / name
     stray.parent.mkdir(exist_ok=True)
     shutil.copy(output / "part-00000.parquet", stray)
@@ -401,7 +488,11 @@ def test_a_table_that_readers_take_for_a_part_is_named(finished: Path, output: P
     found = output_status(output)
     assert (found.state, found.rows_missing) == ("unfinished", 0)
     assert any(problem.startswith(message) for problem in found.problems)
-    for arguments, expected in ((("verify", output), 74), (("diff", output, finished / "out"), 0), (("diff", finished / "out", output), 0)):
+    for arguments, expected in (
+        (("verify", output), 74),
+        (("diff", output, finished / "out"), 0),
+        (("diff", finished / "out", output), 0),
+    ):
         code, _, stderr = command(*arguments)
         assert (code, stderr.count(message)) == (expected, 1), arguments
     for settings in ({}, {"overwrite": True}):
@@ -411,7 +502,9 @@ def test_a_table_that_readers_take_for_a_part_is_named(finished: Path, output: P
 
 
 @pytest.mark.parametrize("name", [*HIDDEN, "notes.txt", "part-00000.parquet.sha256"])
-def test_files_that_readers_pass_over_are_no_matter(finished: Path, output: Path, command: Command, name: str) -> None:
+def test_files_that_readers_pass_over_are_no_matter(
+    finished: Path, output: Path, command: Command, name: str
+) -> None:
     path = output / name
     path.parent.mkdir(exist_ok=True)
     if name in HIDDEN:
@@ -425,7 +518,9 @@ def test_files_that_readers_pass_over_are_no_matter(finished: Path, output: Path
 
 
 @pytest.mark.parametrize("target", ["../elsewhere", "../elsewhere/deeper/.."])
-def test_a_link_to_a_folder_of_tables_is_followed(output: Path, tmp_path: Path, target: str) -> None:
+def test_a_link_to_a_folder_of_tables_is_followed(
+    output: Path, tmp_path: Path, target: str
+) -> None:
     """As readers follow it; links that lead back are no trouble."""
     (tmp_path / "elsewhere/deeper").mkdir(parents=True)
     shutil.copy(output / "part-00000.parquet", tmp_path / "elsewhere")
@@ -457,7 +552,9 @@ def test_a_copy_that_appears_during_the_run_keeps_it_from_being_complete(tmp_pat
     OutputFolder(tmp_path).begin("seed: 0\n", facts, [])
     part = add(mine, range(2))
     shutil.copy(tmp_path / part.name, tmp_path / "part-00000 (1).parquet")
-    with pytest.raises(OutputConflictError, match=r"readers will also read part-00000 \(1\)\.parquet"):
+    with pytest.raises(
+        OutputConflictError, match=r"readers will also read part-00000 \(1\)\.parquet"
+    ):
         OutputFolder(tmp_path).complete(facts, {0: part}, DigestMemory(), plan)
     assert not (tmp_path / "_SUCCESS").exists()
 
@@ -466,7 +563,9 @@ def test_a_copy_that_appears_during_the_run_keeps_it_from_being_complete(tmp_pat
 
 
 @pytest.mark.parametrize("rows", [8, 10**9, 2**63 - 1])
-def test_a_manifest_that_promises_more_rows_than_there_are(output: Path, command: Command, rows: int) -> None:
+def test_a_manifest_that_promises_more_rows_than_there_are(
+    output: Path, command: Command, rows: int
+) -> None:
     change_json(output / "_manifest.json", lambda manifest: manifest["identity"].update(rows=rows))
     for path in output.glob("part-*"):
         change_footer(path, lambda footer: footer["identity"].update(rows=rows))
@@ -484,7 +583,9 @@ def test_a_manifest_that_promises_more_rows_than_there_are(output: Path, command
 
 
 @pytest.mark.parametrize("other", ["gptbatch-1", "gptbatch-99", "gptbatch-2-00000000"])
-def test_a_manifest_of_another_format_than_its_parts(output: Path, command: Command, other: str) -> None:
+def test_a_manifest_of_another_format_than_its_parts(
+    output: Path, command: Command, other: str
+) -> None:
     change_json(output / "_manifest.json", lambda manifest: manifest.update(format=other))
     expected = f"format {other} / {FORMAT}"
     code, stdout, _ = command("status", output)
@@ -505,7 +606,10 @@ def test_what_is_no_folder_in_place_of_the_work_folder(
     code, _, stderr = command("verify", output)
     assert (code, ".gptbatch: is not a folder" in stderr) == (74, True)
     for settings in ({}, {"overwrite": True}, {"seed": 1}):
-        with pytest.raises(OutputConflictError, match=r"\.gptbatch: is not a folder; move it away, or name another output"):
+        with pytest.raises(
+            OutputConflictError,
+            match=r"\.gptbatch: is not a folder; move it away, or name another output",
+        ):
             run_job(job(finished, output=str(output), **settings))
 
 
@@ -523,26 +627,40 @@ TROUBLE: list[tuple[Exception, type[Exception], str]] = [
 
 @pytest.mark.parametrize(("error", "kind", "message"), TROUBLE, ids=lambda value: str(value)[:20])
 def test_trouble_is_no_damage(
-    finished: Path, output: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+    finished: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[Exception],
+    message: str,
 ) -> None:
     """The part is whole: it is neither done again nor called damaged."""
 
     def fail(*arguments: Any, **settings: Any) -> None:
         raise error
 
-    monkeypatch.setattr("pipeline.data.parts.pq.read_metadata", fail)
+    monkeypatch.setattr("gptbatch.pipeline.output.parts.pq.read_metadata", fail)
     with pytest.raises(kind, match=rf"part-00000\.parquet: cannot be read.*{message}"):
         inspect_part(output / "part-00000.parquet")
     with pytest.raises(kind, match=rf"part-0000.\.parquet: cannot be read.*{message}"):
         RecordedRun(output)
 
 
-@pytest.mark.parametrize("error", [pa.ArrowInvalid("bad magic"), OSError("Corrupt snappy data"), pa.ArrowNotImplementedError("codec")])
-def test_damage_keeps_its_cause(output: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        pa.ArrowInvalid("bad magic"),
+        OSError("Corrupt snappy data"),
+        pa.ArrowNotImplementedError("codec"),
+    ],
+)
+def test_damage_keeps_its_cause(
+    output: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(*arguments: Any, **settings: Any) -> None:
         raise error
 
-    monkeypatch.setattr("pipeline.data.parts.pq.read_metadata", fail)
+    monkeypatch.setattr("gptbatch.pipeline.output.parts.pq.read_metadata", fail)
     found = inspect_part(output / "part-00000.parquet")
     assert (found.state, found.problem) == ("damaged", str(error))
 
@@ -564,8 +682,10 @@ class BrokenDisk:
 
 
 @pytest.mark.parametrize("name", ["_manifest.json", ".gptbatch/config.yaml"])
-def test_a_disk_that_fails_is_named_with_the_file(output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    from pipeline.data import recorded, regular_file
+def test_a_disk_that_fails_is_named_with_the_file(
+    output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from gptbatch.pipeline.data import recorded, regular_file
 
     opened = regular_file.open_regular
 
@@ -579,7 +699,7 @@ def test_a_disk_that_fails_is_named_with_the_file(output: Path, command: Command
 
 
 def test_a_failing_hash_names_the_file(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.data.digests import file_sha256
+    from gptbatch.pipeline.output.file_hashes import file_sha256
 
     def fail(*arguments: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -589,17 +709,23 @@ def test_a_failing_hash_names_the_file(output: Path, monkeypatch: pytest.MonkeyP
         file_sha256(output / "part-00000.parquet")
 
 
-def test_a_part_that_reads_back_otherwise_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_reads_back_otherwise_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(path: Path, **settings: Any) -> parts.FoundPart:
         return parts.FoundPart(path=path, state="damaged", problem="page 3: CRC differs")
 
     monkeypatch.setattr(parts, "inspect_part", fail)
-    with pytest.raises(StorageError, match=r"reads back otherwise \(page 3: CRC differs\); is the disk failing\?"):
+    with pytest.raises(
+        StorageError, match=r"reads back otherwise \(page 3: CRC differs\); is the disk failing\?"
+    ):
         write_run(tmp_path / "out", many(2))
     assert not list((tmp_path / "out").glob("part-*"))
 
 
-@pytest.mark.parametrize("name", ["run:1", "nightly-2026-11-27T02:55", "a b", "100%", "s=1", "ä", "x#y?z"])
+@pytest.mark.parametrize(
+    "name", ["run:1", "nightly-2026-11-27T02:55", "a b", "100%", "s=1", "ä", "x#y?z"]
+)
 def test_every_name_of_a_folder_is_a_name(tmp_path: Path, name: str) -> None:
     out = write_run(tmp_path / name, many(3))
     assert (RecordedRun(out).n_rows, output_status(out).state) == (3, "complete")
@@ -612,10 +738,15 @@ OTHER = {"fingerprint": "e" * 64, "seed": 1}
 
 def writer(path: Path, count: int, **identity: Any) -> tuple[PartWriter, PartPlan, dict[str, Any]]:
     plan = PartPlan(
-        identity={**IDENTITY, "rows": count, "part_rows": 2, **identity}, input_digests=[identity.get("digest", "0" * 64)] * (count // 2)
+        identity={**IDENTITY, "rows": count, "part_rows": 2, **identity},
+        input_digests=[identity.get("digest", "0" * 64)] * (count // 2),
     )
     facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
-    return PartWriter(path, OutputFolder(path).writer, DigestMemory(), plan=plan, facts=facts), plan, facts
+    return (
+        PartWriter(path, OutputFolder(path).writer, DigestMemory(), plan=plan, facts=facts),
+        plan,
+        facts,
+    )
 
 
 def add(part_writer: PartWriter, indices: range, token: int = 5) -> Any:
@@ -637,7 +768,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         def refuse(*arguments: Any) -> None:
             raise OSError(errno.EPERM, "Operation not permitted")
 
-        monkeypatch.setattr("pipeline.data.durable.os.link", refuse)
+        monkeypatch.setattr("gptbatch.pipeline.output.atomic_write.os.link", refuse)
     OutputFolder(tmp_path / "out").create()
     return tmp_path / "out"
 
@@ -651,7 +782,9 @@ def test_a_part_of_another_job_is_never_replaced(folder: Path, other: dict[str, 
     first = {"record_logits_digest": False}
     mine = add(writer(folder, 4, **first)[0], range(2))
     before = (folder / mine.name).read_bytes()
-    with pytest.raises(OutputConflictError, match=r"part-00000\.parquet: is a part of another (job|input)"):
+    with pytest.raises(
+        OutputConflictError, match=r"part-00000\.parquet: is a part of another (job|input)"
+    ):
         add(writer(folder, 4, **{**first, **other})[0], range(2))
     assert (folder / mine.name).read_bytes() == before
     assert not list((folder / ".gptbatch").glob("*.tmp"))
@@ -672,9 +805,15 @@ def test_a_part_of_this_job_that_is_not_whole_is_replaced(folder: Path, damage: 
     path = folder / whole.name
     if damage == "shorter":  # of a smaller limit
         path.unlink()
-        plan = PartPlan(identity={**IDENTITY, "rows": 1, "part_rows": 2, "input_digest": "2" * 64}, input_digests=["3" * 64])
+        plan = PartPlan(
+            identity={**IDENTITY, "rows": 1, "part_rows": 2, "input_digest": "2" * 64},
+            input_digests=["3" * 64],
+        )
         facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
-        add(PartWriter(folder, OutputFolder(folder).writer, DigestMemory(), plan=plan, facts=facts), range(1))
+        add(
+            PartWriter(folder, OutputFolder(folder).writer, DigestMemory(), plan=plan, facts=facts),
+            range(1),
+        )
     elif damage == "misplaced":
         add(writer(folder, 4)[0], range(2, 4))
         path.unlink()
@@ -692,11 +831,17 @@ def test_nobody_finishes_a_folder_with_a_part_of_another_job(folder: Path) -> No
     done = {part.number: part for part in (add(mine, range(2)), add(mine, range(2, 4)))}
     (folder / "part-00001.parquet").unlink()
     add(writer(folder, 4, **OTHER)[0], range(2, 4))
-    with pytest.raises(OutputConflictError, match=r"part-00001\.parquet: is a part of another job \(fingerprint, seed differ\)"):
+    with pytest.raises(
+        OutputConflictError,
+        match=r"part-00001\.parquet: is a part of another job \(fingerprint, seed differ\)",
+    ):
         OutputFolder(folder).complete(facts, done, DigestMemory(), plan)
     assert not (folder / "_SUCCESS").exists()
     assert json.loads((folder / "_manifest.json").read_text())["complete"] is False
-    assert "holds parts of 2 jobs: 1 of job ffffffff, 1 of job eeeeeeee (part-00001.parquet; seed 0 / 1)" in output_status(folder).problems
+    assert (
+        "holds parts of 2 jobs: 1 of job ffffffff, 1 of job eeeeeeee (part-00001.parquet; seed 0 / 1)"
+        in output_status(folder).problems
+    )
     with pytest.raises(OutputConflictError, match="holds parts of 2 jobs"):
         RecordedRun(folder)
 
@@ -711,7 +856,10 @@ def test_the_manifest_is_claimed_once(folder: Path) -> None:
         lambda: OutputFolder(folder).write_manifest(other, [], complete=False),
     ]
     for act in acts:
-        with pytest.raises(OutputConflictError, match=r"another job has begun there since \(fingerprint, seed differ\)"):
+        with pytest.raises(
+            OutputConflictError,
+            match=r"another job has begun there since \(fingerprint, seed differ\)",
+        ):
             act()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     OutputFolder(folder).begin("seed: 0\n", facts, [])
@@ -727,10 +875,17 @@ def test_parts_copied_together_are_no_run(tmp_path: Path, command: Command) -> N
         shutil.copy(path, mixed)
     code, stdout, _ = command("status", mixed)
     assert code == 0
-    assert "holds parts of 2 jobs: 2 of job ffffffff, 1 of job eeeeeeee (part-00002.parquet; seed 0 / 1)" in stdout
+    assert (
+        "holds parts of 2 jobs: 2 of job ffffffff, 1 of job eeeeeeee (part-00002.parquet; seed 0 / 1)"
+        in stdout
+    )
     assert "a copy without .gptbatch/config.yaml" in stdout
     assert "rows     4 of 8, 4 missing" in stdout
-    for arguments in (("verify", mixed), ("diff", mixed, a), ("replay", mixed, "--prompt-id", "id 0")):
+    for arguments in (
+        ("verify", mixed),
+        ("diff", mixed, a),
+        ("replay", mixed, "--prompt-id", "id 0"),
+    ):
         code, _, stderr = command(*arguments)
         assert (code, "holds parts of 2 jobs" in stderr) == (78, True)
 
@@ -741,17 +896,22 @@ def test_a_part_with_more_rows_than_its_name_says_is_not_counted(tmp_path: Path)
     shutil.copy(a / "part-00000.parquet", a / "part-00001.parquet")
     found = output_status(a)
     assert (found.rows_done, found.rows_missing, found.state) == (2, 0, "unfinished")
-    assert any("part-00001.parquet: it holds rows 0 to 1 of its run" in problem for problem in found.problems)
+    assert any(
+        "part-00001.parquet: it holds rows 0 to 1 of its run" in problem
+        for problem in found.problems
+    )
 
 
 # -- failed runs, empty runs, other versions -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"part_rows": 2}, {"max_new_tokens": 2}, {"limit": 2}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"part_rows": 2}, {"max_new_tokens": 2}, {"limit": 2}]
+)
 def test_a_run_that_failed_before_its_first_part_is_no_obstacle(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    from pipeline.loop import PartLoop
+    from gptbatch.pipeline.output.part_runner import PartLoop
 
     def fail(self: PartLoop, numbers: list[int]) -> None:
         raise StorageError("no")
@@ -765,7 +925,9 @@ def test_a_run_that_failed_before_its_first_part_is_no_obstacle(
     assert run_job(job(finished, output=str(output), **change)).rows == change.get("limit", 7)
 
 
-def test_verify_of_nothing_is_no_success(finished: Path, tmp_path: Path, output: Path, command: Command) -> None:
+def test_verify_of_nothing_is_no_success(
+    finished: Path, tmp_path: Path, output: Path, command: Command
+) -> None:
     for part in output.glob("part-*"):
         part.unlink()
     code, _, stderr = command("verify", output)
@@ -778,13 +940,19 @@ def test_verify_of_nothing_is_no_success(finished: Path, tmp_path: Path, output:
     empty.write_text(json.dumps({"prompt": "king " * 300}) + "\n")
     run_job(job(finished, output=str(tmp_path / "errors"), input=str(empty)))
     code, _, stderr = command("verify", tmp_path / "errors")
-    assert (code, "nothing was checked: all 1 rows looked at are error rows" in stderr) == (66, True)
+    assert (code, "nothing was checked: all 1 rows looked at are error rows" in stderr) == (
+        66,
+        True,
+    )
 
 
 def test_another_format_is_not_continued(finished: Path, output: Path) -> None:
     for path in [output / "_manifest.json"]:
         change_json(path, lambda manifest: manifest.update(format="gptbatch-1"))
-    with pytest.raises(OutputConflictError, match=rf"holds a run of format gptbatch-1, and this version writes {FORMAT}.*gptbatch 0\.1\.0"):
+    with pytest.raises(
+        OutputConflictError,
+        match=rf"holds a run of format gptbatch-1, and this version writes {FORMAT}.*gptbatch 0\.1\.0",
+    ):
         run_job(job(finished, output=str(output)))
     change_json(output / "_manifest.json", lambda manifest: manifest.update(format=FORMAT))
     change_footer(output / "part-00001.parquet", lambda footer: footer.update(format="gptbatch-1"))
@@ -792,15 +960,32 @@ def test_another_format_is_not_continued(finished: Path, output: Path) -> None:
         run_job(job(finished, output=str(output)))
 
 
-def test_error_rows_are_said_at_the_end(finished: Path, tmp_path: Path, command: Command, caplog: pytest.LogCaptureFixture) -> None:
+def test_error_rows_are_said_at_the_end(
+    finished: Path, tmp_path: Path, command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "king " * (300 if i < 2 else 1)}) + "\n" for i in range(5)))
-    arguments = ["generate", "--model", finished / "model", "--input", path, "--output", tmp_path / "out", "--max-new-tokens", "2"]
+    path.write_text(
+        "".join(json.dumps({"prompt": "king " * (300 if i < 2 else 1)}) + "\n" for i in range(5))
+    )
+    arguments = [
+        "generate",
+        "--model",
+        finished / "model",
+        "--input",
+        path,
+        "--output",
+        tmp_path / "out",
+        "--max-new-tokens",
+        "2",
+    ]
     said = "2 of 5 rows are errors: 2 too_long (context_overflow: truncate_left keeps the end of such prompts)"
     for more in (["--dry-run"], []):
         caplog.clear()
         code, stdout, _ = command(*arguments, *more)
-        assert (code, [said in record.message for record in caplog.records if record.levelname == "WARNING"]) == (0, [True])
+        assert (
+            code,
+            [said in record.message for record in caplog.records if record.levelname == "WARNING"],
+        ) == (0, [True])
         summary = json.loads(stdout.splitlines()[-1])
         assert (summary["error_kinds"] == {"too_long": 2}) if more else (summary["errors"] == 2)
 
@@ -810,25 +995,56 @@ def test_error_rows_are_said_at_the_end(finished: Path, tmp_path: Path, command:
     [
         (lambda output: None, ["--seed", "1"], 78),
         (lambda output: (output / "_manifest.json").write_text("{}"), [], 78),
-        (lambda output: (output / ".gptbatch" / "lock").symlink_to("x") if not (output / ".gptbatch" / "lock").unlink() else None, [], 78),
+        (
+            lambda output: (
+                (output / ".gptbatch" / "lock").symlink_to("x")
+                if not (output / ".gptbatch" / "lock").unlink()
+                else None
+            ),
+            [],
+            78,
+        ),
         (lambda output: None, ["--seed", "1", "--overwrite"], 0),
         (lambda output: None, [], 0),
     ],
 )
 def test_a_dry_run_looks_at_the_output(
-    finished: Path, output: Path, command: Command, prepare: Callable[[Path], object], settings: list[str], code: int
+    finished: Path,
+    output: Path,
+    command: Command,
+    prepare: Callable[[Path], object],
+    settings: list[str],
+    code: int,
 ) -> None:
     prepare(output)
     before = sorted(output.rglob("*"))
-    arguments = ["generate", "--model", finished / "model", "--input", finished / "prompts.jsonl", "--output", output]
+    arguments = [
+        "generate",
+        "--model",
+        finished / "model",
+        "--input",
+        finished / "prompts.jsonl",
+        "--output",
+        output,
+    ]
     found = command(*arguments, "--max-new-tokens", "4", "--part-rows", "3", "--dry-run", *settings)
     assert found[0] == code, found[2]
     assert sorted(output.rglob("*")) == before
 
 
-def test_a_dry_run_finds_an_output_that_cannot_be_made(finished: Path, tmp_path: Path, command: Command) -> None:
+def test_a_dry_run_finds_an_output_that_cannot_be_made(
+    finished: Path, tmp_path: Path, command: Command
+) -> None:
     (tmp_path / "file").write_text("mine")
-    arguments = ["generate", "--model", finished / "model", "--input", finished / "prompts.jsonl", "--dry-run", "--output"]
+    arguments = [
+        "generate",
+        "--model",
+        finished / "model",
+        "--input",
+        finished / "prompts.jsonl",
+        "--dry-run",
+        "--output",
+    ]
     assert command(*arguments, tmp_path / "file" / "out")[0] == 73
     assert command(*arguments, tmp_path / "file")[0] == 78
     assert command(*arguments, tmp_path / "new" / "out")[0] == 0

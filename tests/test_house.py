@@ -18,21 +18,31 @@ from tests.paths import REPOSITORY
 # a room -> what it may import of ours; a longer name wins
 MAY_IMPORT = {
     "pipeline/errors.py": set[str](),
-    "pipeline/records.py": set[str](),
-    "pipeline/redact.py": set[str](),
-    "pipeline/machine.py": set[str](),
-    "pipeline/paths.py": set[str](),
+    "pipeline/types.py": set[str](),
+    "pipeline/system/redact.py": set[str](),
+    "pipeline/system/machine.py": set[str](),
+    "pipeline/system/paths.py": set[str](),
     "pipeline/config.py": {
-        "pipeline.data.bundled",
-        "pipeline.data.yaml_reader",
-        "pipeline.errors",
-        "pipeline.paths",
-        "pipeline.records",
-        "pipeline.redact",
+        "gptbatch.pipeline.system.bundled",
+        "gptbatch.pipeline.system.yaml_reader",
+        "gptbatch.pipeline.errors",
+        "gptbatch.pipeline.system.paths",
+        "gptbatch.pipeline.types",
+        "gptbatch.pipeline.system.redact",
     },
-    "pipeline/gpt/": {"pipeline.errors", "pipeline.records", "pipeline.gpt"},
-    "pipeline/generation/": {"pipeline.errors", "pipeline.records", "pipeline.gpt", "pipeline.generation"},
-    "pipeline/data/": {"pipeline.errors", "pipeline.records", "pipeline.redact", "pipeline.data"},
+    "pipeline/gpt/": {"gptbatch.pipeline.errors", "gptbatch.pipeline.types", "pipeline.gpt"},
+    "pipeline/generation/": {
+        "gptbatch.pipeline.errors",
+        "gptbatch.pipeline.types",
+        "pipeline.gpt",
+        "pipeline.generation",
+    },
+    "pipeline/data/": {
+        "gptbatch.pipeline.errors",
+        "gptbatch.pipeline.types",
+        "gptbatch.pipeline.system.redact",
+        "pipeline.data",
+    },
     "pipeline/": {"pipeline"},
     "jobs/": {"pipeline", "jobs"},
     "configs/": set[str](),
@@ -40,26 +50,30 @@ MAY_IMPORT = {
 NO_TORCH = (
     "pipeline/data/",
     "pipeline/config.py",
-    "pipeline/records.py",
+    "pipeline/types.py",
     "pipeline/errors.py",
-    "pipeline/gpt/config.py",
-    "pipeline/gpt/pages.py",
-    "pipeline/generation/scheduler.py",
+    "pipeline/model/config.py",
+    "pipeline/kv_cache/block_pool.py",
+    "pipeline/engine/scheduler.py",
     "pipeline/bench/shapes.py",
     "pipeline/bench/workloads.py",
     "pipeline/run.py",
-    "pipeline/loop.py",
-    "pipeline/summary.py",
-    "pipeline/resume.py",
-    "pipeline/status.py",
-    "pipeline/job.py",
-    "pipeline/network.py",
-    "pipeline/reopen.py",
-    "pipeline/verify.py",
-    "pipeline/replay.py",
-    "pipeline/diff.py",
+    "pipeline/output/part_runner.py",
+    "pipeline/output/summary.py",
+    "pipeline/output/resume.py",
+    "pipeline/output/status.py",
+    "pipeline/input/job.py",
+    "pipeline/model/loading.py",
+    "pipeline/audit/reopen.py",
+    "pipeline/audit/verify.py",
+    "pipeline/audit/replay.py",
+    "pipeline/audit/diff.py",
 )
-SOURCES = [path for folder in ("jobs", "pipeline", "configs") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+SOURCES = [
+    path
+    for folder in ("jobs", "pipeline", "configs")
+    for path in sorted((REPOSITORY / folder).rglob("*.py"))
+]
 
 
 def imports(path: Path) -> set[tuple[str, bool]]:
@@ -93,7 +107,9 @@ def test_each_floor_imports_only_floors_below(path: Path) -> None:
         if module.split(".")[0] in ("jobs", "pipeline", "configs", "tests"):
             assert is_below(module, MAY_IMPORT[room]), f"{name} imports {module}"
         if name.startswith(NO_TORCH) and at_import:
-            assert module.split(".")[0] not in ("torch", "transformers", "datasets"), f"{name} imports {module}"
+            assert module.split(".")[0] not in ("torch", "transformers", "datasets"), (
+                f"{name} imports {module}"
+            )
         if name.startswith("pipeline/"):
             assert module.split(".")[0] not in ("click", "tqdm"), f"{name} imports {module}"
 
@@ -101,8 +117,14 @@ def test_each_floor_imports_only_floors_below(path: Path) -> None:
 def test_the_library_never_prints() -> None:
     for path in SOURCES:
         if "pipeline" in path.parts:
-            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-            assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], path
+            calls = [
+                node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+            ]
+            assert not [
+                call
+                for call in calls
+                if isinstance(call.func, ast.Name) and call.func.id == "print"
+            ], path
 
 
 @pytest.mark.slow
@@ -114,7 +136,17 @@ def test_the_wheel_works_from_any_folder(tmp_path: Path) -> None:
         shutil.copytree(REPOSITORY / name, source / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+    ]
     subprocess.run([*build, str(source)], check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("gptbatch-*.whl")
     site, work = tmp_path / "site", tmp_path / "work"
@@ -123,7 +155,7 @@ def test_the_wheel_works_from_any_folder(tmp_path: Path) -> None:
         archive.extractall(site)
     program = (
         "import sys, jobs, pipeline, configs; assert all(m.__file__.startswith(sys.argv[1]) for m in (jobs, pipeline, configs)); "
-        "from jobs.cli import run_command; sys.exit(run_command(sys.argv[2:]))"
+        "from gptbatch.jobs.cli import run_command; sys.exit(run_command(sys.argv[2:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(site), "generate", "--config", "demo", "--limit", "20"],

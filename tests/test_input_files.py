@@ -24,16 +24,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from jobs.cli import run_command
-from pipeline.data.dataset import DatasetSplit
-from pipeline.data.dataset_files import find_files
-from pipeline.data.hub_dataset import LibrarySplits
-from pipeline.data.jsonl import JsonlFile
-from pipeline.data.prompts import PromptReader, RowDefaults
-from pipeline.data.rows import RawRow
-from pipeline.data.split import parse_split
-from pipeline.errors import InputNotFoundError, InputRowsError
-from pipeline.records import MAX_SEED, Prompt
+from gptbatch.jobs.cli import run_command
+from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
+from gptbatch.pipeline.input.dataset import DatasetSplit
+from gptbatch.pipeline.input.dataset_files import find_files
+from gptbatch.pipeline.input.hub_dataset import LibrarySplits
+from gptbatch.pipeline.input.jsonl import JsonlFile
+from gptbatch.pipeline.input.prompts import PromptReader, RowDefaults
+from gptbatch.pipeline.input.rows import RawRow
+from gptbatch.pipeline.input.split import parse_split
+from gptbatch.pipeline.types import MAX_SEED, Prompt
 from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -43,8 +43,18 @@ def reader(path: Path, **settings: Any) -> PromptReader:
     """Of a dataset; with input=True of a JSONL file."""
     source_settings = {key: settings.pop(key, None) for key in ("delimiter", "config")}
     split, is_input = settings.pop("split", "train"), settings.pop("input", False)
-    source = JsonlFile(path) if is_input else DatasetSplit(dataset=str(path), split=split, revision=None, **source_settings)
-    fields = {"prompt_field": "prompt", "seed": 0, "temperature": 1.0, "top_k": 0, "max_new_tokens": 4}
+    source = (
+        JsonlFile(path)
+        if is_input
+        else DatasetSplit(dataset=str(path), split=split, revision=None, **source_settings)
+    )
+    fields = {
+        "prompt_field": "prompt",
+        "seed": 0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "max_new_tokens": 4,
+    }
     return PromptReader(source=source, defaults=RowDefaults(**{**fields, **settings}))
 
 
@@ -61,7 +71,9 @@ def problem(path: Path, **settings: Any) -> str:
 
 def write_lines(path: Path, rows: Iterable[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -73,7 +85,24 @@ def metadata(prompt: Prompt) -> Any:
 
 
 @pytest.mark.parametrize(
-    "cell", ["None", "NA", "null", "nan", "", "1984", "1.0", "007", "true", "2024-01-02", " padded ", "#N/A", "-", "a'b", "5\\n"]
+    "cell",
+    [
+        "None",
+        "NA",
+        "null",
+        "nan",
+        "",
+        "1984",
+        "1.0",
+        "007",
+        "true",
+        "2024-01-02",
+        " padded ",
+        "#N/A",
+        "-",
+        "a'b",
+        "5\\n",
+    ],
 )
 def test_cells_of_a_csv_file_are_text(tmp_path: Path, cell: str) -> None:
     (tmp_path / "rows.csv").write_text(f'id,prompt,note\n"x{cell}","{cell}","{cell}"\n')
@@ -111,13 +140,22 @@ def test_cells_of_a_tsv_file_are_between_tabs(tmp_path: Path) -> None:
         ("prompt,seed\na,1,2\n", ":2: 3 cells, but the header names 2 columns"),
         ("prompt,seed\na\n", ":2: 1 cells, but the header names 2 columns"),
         ('prompt,seed\n"a"b,1\n', ":2: text or a space stands behind the closing quote of cell 1"),
-        ('prompt,seed\nx,1\n"a,1\nb,2\n', ":3: a quoted cell is opened and not closed, so that the rows behind it"),
+        (
+            'prompt,seed\nx,1\n"a,1\nb,2\n',
+            ":3: a quoted cell is opened and not closed, so that the rows behind it",
+        ),
         ("prompt,seed\n\na,1\n", ":2: the line is empty"),
-        ("prompt,seed\n,1\n", ':2: prompt must be a string, not null; in a CSV file, "" is an empty prompt'),
+        (
+            "prompt,seed\n,1\n",
+            ':2: prompt must be a string, not null; in a CSV file, "" is an empty prompt',
+        ),
         ("prompt,seed\na,x\n", ":2: seed must be a whole number, not the string 'x'"),
         ("prompt,seed\na,-1\n", ":2: seed must be 0 to"),
         ("prompt,seed\na,1.5\n", ":2: seed must be a whole number, not the string '1.5'"),
-        ("prompt,seed\na,1.0386425806429194e+18\n", ":2: seed is the float 1.0386425806429194e+18, which may have lost digits"),
+        (
+            "prompt,seed\na,1.0386425806429194e+18\n",
+            ":2: seed is the float 1.0386425806429194e+18, which may have lost digits",
+        ),
         ("prompt,seed\na,9007199254740992.0\n", "which may have lost digits"),
         ("prompt,seed\na,1\n,\n", ":3: all cells are empty; delete the line"),
         ('prompt,temperature\na,"0,7"\n', "not the string '0,7'; write a decimal point"),
@@ -179,10 +217,18 @@ def test_digits_of_seeds_and_ids_are_kept_beside_gaps(tmp_path: Path, kind: str)
     assert [int(metadata(prompt)["note"]) for prompt in prompts[:4]] == BIG
 
 
-@pytest.mark.parametrize(("type_", "largest"), [(pa.float16(), 2**11 - 1), (pa.float32(), 2**24 - 1), (pa.float64(), 2**53 - 1)])
-def test_floats_of_every_width_are_whole_numbers_as_far_as_they_are_exact(tmp_path: Path, type_: pa.DataType, largest: int) -> None:
+@pytest.mark.parametrize(
+    ("type_", "largest"),
+    [(pa.float16(), 2**11 - 1), (pa.float32(), 2**24 - 1), (pa.float64(), 2**53 - 1)],
+)
+def test_floats_of_every_width_are_whole_numbers_as_far_as_they_are_exact(
+    tmp_path: Path, type_: pa.DataType, largest: int
+) -> None:
     for value, is_exact in ((largest, True), (largest + 1, False)):
-        columns = {"prompt": ["a", "b"], "id": pa.array([float(value), None], pa.float64()).cast(type_)}
+        columns = {
+            "prompt": ["a", "b"],
+            "id": pa.array([float(value), None], pa.float64()).cast(type_),
+        }
         pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
         if is_exact:
             assert read(tmp_path / "rows.parquet")[0].prompt_id == str(value)
@@ -192,10 +238,14 @@ def test_floats_of_every_width_are_whole_numbers_as_far_as_they_are_exact(tmp_pa
 
 @pytest.mark.parametrize("field", ["id", "seed", "top_k"])
 @pytest.mark.parametrize("value", [float(2**53), 1e18, 1.5, float("inf")])
-def test_a_float_that_may_be_another_number_is_refused(tmp_path: Path, field: str, value: float) -> None:
+def test_a_float_that_may_be_another_number_is_refused(
+    tmp_path: Path, field: str, value: float
+) -> None:
     pq.write_table(pa.table({"prompt": ["a"], field: [value]}), tmp_path / "rows.parquet")
     assert f"row 0: {field} " in problem(tmp_path / "rows.parquet")
-    pq.write_table(pa.table({"prompt": ["a", "b"], field: [float(2**31 - 1), None]}), tmp_path / "rows.parquet")
+    pq.write_table(
+        pa.table({"prompt": ["a", "b"], field: [float(2**31 - 1), None]}), tmp_path / "rows.parquet"
+    )
     assert len(read(tmp_path / "rows.parquet")) == 2
 
 
@@ -228,7 +278,9 @@ def test_a_float_that_may_be_another_number_is_refused(tmp_path: Path, field: st
         (["prompts [v2].jsonl", "a#b/x?.jsonl", "100%/*.jsonl"], {"train": ["100%/*.jsonl", "a#b/x?.jsonl", "prompts [v2].jsonl"]}, []),
     ],
 )  # fmt: skip
-def test_the_split_of_each_file(tmp_path: Path, names: list[str], splits: dict[str, list[str]], left_out: list[str]) -> None:
+def test_the_split_of_each_file(
+    tmp_path: Path, names: list[str], splits: dict[str, list[str]], left_out: list[str]
+) -> None:
     for name in names:
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name).touch()
@@ -236,14 +288,18 @@ def test_the_split_of_each_file(tmp_path: Path, names: list[str], splits: dict[s
     assert (found.splits, found.left_out) == (splits, left_out)
 
 
-def test_files_that_no_split_takes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_no_split_takes_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("train_part", "more_part", "other_part"):
         write_lines(tmp_path / "mixed" / f"{name}.jsonl", [{"prompt": name}])
     with caplog.at_level(logging.WARNING, "gptbatch"):
         assert [prompt.text for prompt in read(tmp_path / "mixed")] == ["train_part"]
     (message,) = caplog.messages
     assert "files that no split takes are not read: more_part.jsonl, other_part.jsonl" in message
-    assert "there is no split 'test'; there are train (train_part.jsonl)" in problem(tmp_path / "mixed", split="test")
+    assert "there is no split 'test'; there are train (train_part.jsonl)" in problem(
+        tmp_path / "mixed", split="test"
+    )
 
 
 PLAIN = b'{"prompt": "plain"}\n'
@@ -261,20 +317,29 @@ PLAIN = b'{"prompt": "plain"}\n'
         (gzip.compress(PLAIN) + PLAIN, None),
     ],
 )
-def test_nothing_behind_a_compressed_stream_is_lost(tmp_path: Path, content: bytes, rows: int | None) -> None:
+def test_nothing_behind_a_compressed_stream_is_lost(
+    tmp_path: Path, content: bytes, rows: int | None
+) -> None:
     (tmp_path / "rows.jsonl").write_bytes(content)
     if rows is None:
-        assert "the compressed file is damaged or cut off" in problem(tmp_path / "rows.jsonl", input=True)
+        assert "the compressed file is damaged or cut off" in problem(
+            tmp_path / "rows.jsonl", input=True
+        )
     else:
         assert len(read(tmp_path / "rows.jsonl", input=True)) == rows
 
 
-def test_headers_that_excel_and_pandas_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_headers_that_excel_and_pandas_write(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("sep=;\nid;prompt\nx;a, b\n")
     assert [(prompt.prompt_id, prompt.text) for prompt in read(path)] == [("x", "a, b")]
     path.write_text(",prompt,,\n0,a,,\n1,b,,x\n")
-    assert [metadata(prompt) for prompt in read(path)] == [{"column 1": "0"}, {"column 1": "1", "column 4": "x"}]
+    assert [metadata(prompt) for prompt in read(path)] == [
+        {"column 1": "0"},
+        {"column 1": "1", "column 4": "x"},
+    ]
     path.write_text("prompt\n")
     with caplog.at_level(logging.WARNING, "gptbatch"):
         assert read(path) == []
@@ -286,15 +351,24 @@ def test_an_unnamed_column_takes_no_other_name(tmp_path: Path) -> None:
     assert metadata(read(tmp_path / "rows.csv")[0]) == {"column 2'": "x", "column 2": "y"}
 
 
-def test_a_json_array_longer_than_a_line_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.text_file.MAX_LINE_BYTES", 1000)
-    (tmp_path / "rows.json").write_text("\ufeff \n" + json.dumps([{"prompt": f"p{i}"} for i in range(500)]))
+def test_a_json_array_longer_than_a_line_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptbatch.pipeline.input.text_file.MAX_LINE_BYTES", 1000)
+    (tmp_path / "rows.json").write_text(
+        "\ufeff \n" + json.dumps([{"prompt": f"p{i}"} for i in range(500)])
+    )
     assert len(read(tmp_path / "rows.json")) == 500
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
 def test_a_json_array_that_is_cut_off_while_compressed(tmp_path: Path, suffix: str) -> None:
-    pack: Any = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}[suffix]
+    pack: Any = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": zstandard.compress,
+    }[suffix]
     content = json.dumps([{"prompt": f"p{i * i * 7919}"} for i in range(20_000)], indent=1).encode()
     (tmp_path / f"rows.json.{suffix}").write_bytes(pack(content)[:-20])
     assert "the compressed file is damaged or cut off" in problem(tmp_path / f"rows.json.{suffix}")
@@ -315,17 +389,25 @@ def test_files_about_citations_are_data(tmp_path: Path) -> None:
     assert len(read(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "rows.csv", "rows.jsonl", "rows.json", "rows.txt"])
+@pytest.mark.parametrize(
+    "name", ["rows.parquet", "rows.arrow", "rows.csv", "rows.jsonl", "rows.json", "rows.txt"]
+)
 def test_an_lfs_pointer_is_named_whatever_it_is_called(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 5\n")
+    (tmp_path / name).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 5\n"
+    )
     assert "is a Git LFS pointer" in problem(tmp_path / name)
 
 
 def test_shards_of_the_split_that_is_read(tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "train-00000-of-00002.jsonl", [{"prompt": "a"}])
     write_lines(tmp_path / "data" / "test-00001-of-00002.jsonl", [{"prompt": "b"}])
-    (tmp_path / "data" / "test-00002-of-00002.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "c"}\n'))
-    assert [prompt.text for prompt in read(tmp_path, split="test")] == ["b", "c"], "numbered from 1, one of them compressed"
+    (tmp_path / "data" / "test-00002-of-00002.jsonl.gz").write_bytes(
+        gzip.compress(b'{"prompt": "c"}\n')
+    )
+    assert [prompt.text for prompt in read(tmp_path, split="test")] == ["b", "c"], (
+        "numbered from 1, one of them compressed"
+    )
     assert "1 of 2 shards are missing" in problem(tmp_path)
 
 
@@ -336,7 +418,10 @@ def test_a_delta_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_nan_is_a_gap(tmp_path: Path) -> None:
-    columns = {name: [float("nan"), 7.0] for name in ("id", "seed", "temperature", "top_k", "max_new_tokens")}
+    columns = {
+        name: [float("nan"), 7.0]
+        for name in ("id", "seed", "temperature", "top_k", "max_new_tokens")
+    }
     pq.write_table(pa.table({"prompt": ["a", "b"], **columns}), tmp_path / "rows.parquet")
     first, second = read(tmp_path / "rows.parquet")
     assert (first.prompt_id, first.params.temperature, first.params.top_k) == ("0", 1.0, 0)
@@ -352,7 +437,9 @@ def test_saved_datasets_in_a_folder_are_named(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "train-00000-of-00003.jsonl", [{"prompt": "a"}])
     write_lines(tmp_path / "data" / "train-00002-of-00003.jsonl", [{"prompt": "a"}])
-    assert "1 of 3 shards are missing, the first data/train-00001-of-00003.jsonl" in problem(tmp_path)
+    assert "1 of 3 shards are missing, the first data/train-00001-of-00003.jsonl" in problem(
+        tmp_path
+    )
 
 
 README = """---
@@ -385,18 +472,25 @@ def test_configs_of_a_dataset_card(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "left.csv" in caplog.text
     assert [prompt.text for prompt in read(tmp_path, split="odd")] == ["b [x].csv", "c/e/f/d.csv"]
     assert [prompt.text for prompt in read(tmp_path, config="semicolons")] == ["a,b"]
-    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf" + README.replace("a/*.csv", "gone.csv").encode())
+    (tmp_path / "README.md").write_bytes(
+        b"\xef\xbb\xbf" + README.replace("a/*.csv", "gone.csv").encode()
+    )
     assert "config 'plain' names gone.csv, which is not there" in problem(tmp_path)
     assert "sets skiprows, which is not followed" in problem(tmp_path, config="strange")
     assert "there is none; it names plain, semicolons, strange" in problem(tmp_path, config="none")
 
 
-@pytest.mark.parametrize("folder", ["[exp 3] data", "what?", "a#b", "a::b", "100%", "{x,y}", "a!b", "seed=1", "~", "ünï"])
+@pytest.mark.parametrize(
+    "folder", ["[exp 3] data", "what?", "a#b", "a::b", "100%", "{x,y}", "a!b", "seed=1", "~", "ünï"]
+)
 def test_names_with_special_characters_are_names(tmp_path: Path, folder: str) -> None:
     write_lines(tmp_path / folder / "rows [v1] (2)*.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     assert [prompt.text for prompt in read(tmp_path / folder)] == ["a", "b"]
     assert [prompt.text for prompt in read(tmp_path / folder, split="train[50%:]")] == ["b"]
-    assert [prompt.text for prompt in read(tmp_path / folder / "rows [v1] (2)*.jsonl")] == ["a", "b"]
+    assert [prompt.text for prompt in read(tmp_path / folder / "rows [v1] (2)*.jsonl")] == [
+        "a",
+        "b",
+    ]
 
 
 def test_shards_of_other_types_are_rows(tmp_path: Path) -> None:
@@ -418,7 +512,12 @@ def test_shards_of_other_types_are_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [{"messages": [{"role": "user"}]}, {"type": "task", "cwd": "/", "version": 3}, {"__index__": 1, "label": 0}]
+    "keys",
+    [
+        {"messages": [{"role": "user"}]},
+        {"type": "task", "cwd": "/", "version": 3},
+        {"__index__": 1, "label": 0},
+    ],
 )
 def test_nothing_is_guessed_from_keys(tmp_path: Path, keys: dict[str, Any]) -> None:
     write_lines(tmp_path / "rows.jsonl", [{"id": "x", "prompt": "a", **keys}] * 1)
@@ -453,13 +552,17 @@ def test_rows_of_a_slice_keep_their_ids(tmp_path: Path, split: str, places: Iter
     assert [p.index for p in found] == list(range(len(found)))
 
 
-@pytest.mark.parametrize("split", ["train[", "train[a:b]", "train[:5", "train[::2]", "", "train[200%:]", "train test"])
+@pytest.mark.parametrize(
+    "split", ["train[", "train[a:b]", "train[:5", "train[::2]", "", "train[200%:]", "train test"]
+)
 def test_splits_that_are_none(tmp_path: Path, split: str) -> None:
     write_lines(tmp_path / "rows.jsonl", [{"prompt": "a"}])
     assert "rows.jsonl[" in problem(tmp_path / "rows.jsonl", split=split)
 
 
-@pytest.mark.parametrize("text", ["train[33%:66%]", "train[:-10%]", "train[1%:]", "train[10%:30%](pct1_dropremainder)"])
+@pytest.mark.parametrize(
+    "text", ["train[33%:66%]", "train[:-10%]", "train[1%:]", "train[10%:30%](pct1_dropremainder)"]
+)
 @pytest.mark.parametrize("length", [0, 1, 99, 100, 1234])
 def test_slices_are_those_of_the_datasets_library(text: str, length: int) -> None:
     if "pct1" in text and length < 100:
@@ -473,17 +576,41 @@ def test_slices_are_those_of_the_datasets_library(text: str, length: int) -> Non
 
 ROWS = [{"instruction": f"Say {i}.", "input": ""} for i in range(30)]
 KINDS: dict[str, tuple[bytes, str]] = {
-    "array.json": (json.dumps(ROWS, indent=4).encode(), "is a JSON array, not JSON lines: read it with --dataset"),
-    "array-in-a-line.json": (json.dumps(ROWS).encode(), "is a JSON array, not JSON lines: read it with --dataset"),
-    "array-a-row-a-line.json": (b"[\n" + b",\n".join(json.dumps(row).encode() for row in ROWS) + b"\n]", "is a JSON array"),
-    "object.json": (json.dumps({"data": ROWS}, indent=1).encode(), "is JSON over several lines, not JSON lines: jq -c ."),
-    "pretty.jsonl": (b"".join(json.dumps(row, indent=2).encode() + b"\n" for row in ROWS), "is JSON over several lines"),
-    "prompts.txt": (b"KING:\nQUEEN:\n", "is plain text, not JSON lines: read a prompt per line with --dataset"),
+    "array.json": (
+        json.dumps(ROWS, indent=4).encode(),
+        "is a JSON array, not JSON lines: read it with --dataset",
+    ),
+    "array-in-a-line.json": (
+        json.dumps(ROWS).encode(),
+        "is a JSON array, not JSON lines: read it with --dataset",
+    ),
+    "array-a-row-a-line.json": (
+        b"[\n" + b",\n".join(json.dumps(row).encode() for row in ROWS) + b"\n]",
+        "is a JSON array",
+    ),
+    "object.json": (
+        json.dumps({"data": ROWS}, indent=1).encode(),
+        "is JSON over several lines, not JSON lines: jq -c .",
+    ),
+    "pretty.jsonl": (
+        b"".join(json.dumps(row, indent=2).encode() + b"\n" for row in ROWS),
+        "is JSON over several lines",
+    ),
+    "prompts.txt": (
+        b"KING:\nQUEEN:\n",
+        "is plain text, not JSON lines: read a prompt per line with --dataset",
+    ),
     "rows.csv": (b"id,prompt\n1,a\n2,b\n", "is CSV, not JSON lines: read it with --dataset"),
     "rows.tsv": (b"id\tprompt\n1\ta\n2\tb\n", "is TSV, not JSON lines: read it with --dataset"),
-    "excel.csv": (b"id;prompt\n1;a\n2;b\n", "is CSV with semicolons, not JSON lines: read it with --dataset"),
+    "excel.csv": (
+        b"id;prompt\n1;a\n2;b\n",
+        "is CSV with semicolons, not JSON lines: read it with --dataset",
+    ),
     "page.jsonl": (b"<!DOCTYPE html>\n<html>\n", "is HTML or XML"),
-    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "is a Git LFS pointer"),
+    "pointer.jsonl": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+        "is a Git LFS pointer",
+    ),
     "book.xlsx": (b"PK\x03\x04" + bytes(100), "is a ZIP archive (or an Excel workbook)"),
     "rows.tar": (b"rows.jsonl" + bytes(247) + b"ustar\x0000" + bytes(300), "is a tar archive"),
     "rows.pkl": (b"\x80\x04\x95" + bytes(20), "is a Python pickle, which is never loaded"),
@@ -501,26 +628,52 @@ def test_a_file_without_json_lines_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [json.dumps(ROWS), json.dumps(ROWS, indent=4), "\n".join(map(json.dumps, ROWS)), json.dumps(ROWS, indent="\t")]
+    "text",
+    [
+        json.dumps(ROWS),
+        json.dumps(ROWS, indent=4),
+        "\n".join(map(json.dumps, ROWS)),
+        json.dumps(ROWS, indent="\t"),
+    ],
 )
 def test_json_arrays_and_json_lines_under_the_name_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "rows.json").write_text(text)
-    assert [prompt.text for prompt in read(tmp_path / "rows.json", prompt_field="instruction")] == [row["instruction"] for row in ROWS]
+    assert [prompt.text for prompt in read(tmp_path / "rows.json", prompt_field="instruction")] == [
+        row["instruction"] for row in ROWS
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ('[{"prompt": "a"}, {"prompt": "b"', ":1: not valid JSON"),
-        ('[{"prompt": "a"} {"prompt": "b"}]', ":1: not valid JSON: a comma or the end of the array is needed"),
-        ('[\n{"prompt": "a"}\n]\n{"prompt": "b"}', ":4: not valid JSON: text stands behind the array"),
+        (
+            '[{"prompt": "a"} {"prompt": "b"}]',
+            ":1: not valid JSON: a comma or the end of the array is needed",
+        ),
+        (
+            '[\n{"prompt": "a"}\n]\n{"prompt": "b"}',
+            ":4: not valid JSON: text stands behind the array",
+        ),
         ('[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' stands twice"),
         ('[\n{"prompt": NaN}]', ":2: not valid JSON: NaN"),
         ('["a", {"prompt": "b"}]', "row 0: a JSON object is needed, not a string"),
-        (json.dumps({"data": ROWS}, indent=1), "is one JSON object, with arrays of rows under 'data' (30 items): jq -c '.data[]'"),
-        (json.dumps({"prompt": {"0": "a"}, "id": {"0": 1}}, indent=1), "is one JSON object of columns, not rows: pandas.read_json("),
-        (json.dumps({"prompt": ["a"], "id": [1]}, indent=1), "is one JSON object of columns, not rows"),
-        (json.dumps({"q1": {"prompt": "a"}, "q2": {"prompt": "b"}}, indent=1), "is a map of rows, not an array: jq -c 'to_entries[]"),
+        (
+            json.dumps({"data": ROWS}, indent=1),
+            "is one JSON object, with arrays of rows under 'data' (30 items): jq -c '.data[]'",
+        ),
+        (
+            json.dumps({"prompt": {"0": "a"}, "id": {"0": 1}}, indent=1),
+            "is one JSON object of columns, not rows: pandas.read_json(",
+        ),
+        (
+            json.dumps({"prompt": ["a"], "id": [1]}, indent=1),
+            "is one JSON object of columns, not rows",
+        ),
+        (
+            json.dumps({"q1": {"prompt": "a"}, "q2": {"prompt": "b"}}, indent=1),
+            "is a map of rows, not an array: jq -c 'to_entries[]",
+        ),
         (json.dumps({"a": 1}, indent=1), "is one JSON object, not an array of rows"),
     ],
 )
@@ -530,8 +683,13 @@ def test_json_files_that_are_refused(tmp_path: Path, text: str, reason: str) -> 
 
 
 def test_numbers_of_a_json_array_stay_as_they_are_written(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text('[{"prompt": "a", "x": 1.10, "y": 1e400, "z": 123456789012345678901234567890}]')
-    assert read(tmp_path / "rows.json")[0].metadata == '{"x": 1.10, "y": 1e400, "z": 123456789012345678901234567890}'
+    (tmp_path / "rows.json").write_text(
+        '[{"prompt": "a", "x": 1.10, "y": 1e400, "z": 123456789012345678901234567890}]'
+    )
+    assert (
+        read(tmp_path / "rows.json")[0].metadata
+        == '{"x": 1.10, "y": 1e400, "z": 123456789012345678901234567890}'
+    )
 
 
 # -- fields --------------------------------------------------------------------------------------------------------------------
@@ -542,9 +700,19 @@ def test_numbers_of_a_json_array_stay_as_they_are_written(tmp_path: Path) -> Non
     [
         ({"prompt": {"text": "a", "score": 1}}, "prompt.text", "a", {"prompt": {"score": 1}}),
         ({"prompt": {"text": "a"}, "x": 1}, "prompt.text", "a", {"x": 1}),
-        ({"prompt.text": "a", "prompt": {"text": "b"}}, "prompt.text", "a", {"prompt": {"text": "b"}}),
+        (
+            {"prompt.text": "a", "prompt": {"text": "b"}},
+            "prompt.text",
+            "a",
+            {"prompt": {"text": "b"}},
+        ),
         ({"turns": ["a", "b"]}, "turns.0", "a", {"turns": ["a", "b"]}),
-        ({"conversations": [{"from": "x", "value": "a"}]}, "conversations.0.value", "a", {"conversations": [{"from": "x", "value": "a"}]}),
+        (
+            {"conversations": [{"from": "x", "value": "a"}]},
+            "conversations.0.value",
+            "a",
+            {"conversations": [{"from": "x", "value": "a"}]},
+        ),
         ({"a": {"b": {"c": {"d": "a"}}}}, "a.b.c.d", "a", None),
     ],
 )
@@ -556,35 +724,78 @@ def test_dotted_paths(tmp_path: Path, row: dict[str, Any], path: str, text: str,
 @pytest.mark.parametrize(
     ("row", "settings", "reason"),
     [
-        ({"prompt": {"text": "a"}}, {}, "prompt must be a string, not an object (--prompt-field prompt.text takes the text inside)"),
-        ({"question": "a", "answer": "b"}, {}, "there is no field 'prompt'; the row has 'question', 'answer' (--prompt-field names"),
-        ({"body": {"prompt": "a"}, "x": 1}, {}, "(--prompt-field body.prompt takes the text inside)"),
+        (
+            {"prompt": {"text": "a"}},
+            {},
+            "prompt must be a string, not an object (--prompt-field prompt.text takes the text inside)",
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            {},
+            "there is no field 'prompt'; the row has 'question', 'answer' (--prompt-field names",
+        ),
+        (
+            {"body": {"prompt": "a"}, "x": 1},
+            {},
+            "(--prompt-field body.prompt takes the text inside)",
+        ),
         (
             {"custom_id": "r", "body": {"prompt": "a"}},
             {},
             "(requests of OpenAI's batch API: --prompt-field body.prompt --id-field custom_id",
         ),
         ({"custom_id": "r", "body": {"messages": []}}, {}, "(chat requests of OpenAI's batch API"),
-        ({"prompt": {"0": "a", "1": "b"}}, {}, "(columns, not rows: pandas writes rows with orient='records'"),
-        ({"q1": {"prompt": "a"}, "q2": {"prompt": "b"}}, {}, "(a map of rows, not one row: jq -c 'to_entries[]"),
+        (
+            {"prompt": {"0": "a", "1": "b"}},
+            {},
+            "(columns, not rows: pandas writes rows with orient='records'",
+        ),
+        (
+            {"q1": {"prompt": "a"}, "q2": {"prompt": "b"}},
+            {},
+            "(a map of rows, not one row: jq -c 'to_entries[]",
+        ),
         ({"turns": ["a"]}, {"prompt_field": "turns.1"}, "there is no field 'turns.1'"),
         ({"turns": ["a"]}, {"prompt_field": "turns.x"}, "there is no field 'turns.x'"),
-        ({"prompt": "a", "task": 1}, {"id_field": "task_id"}, "there is no field 'task_id', which id_field names; the row has 'task'"),
-        ({"prompt": "a", "seed": "tasks/7"}, {}, "if this field is no setting, keep it with --metadata-field seed"),
-        ({"prompt": "a", "temperature": "12 C"}, {}, "if this field is no setting, keep it with --metadata-field temperature"),
-        ({"prompt": "a", "top_k": [1]}, {}, "if this field is no setting, keep it with --metadata-field top_k"),
+        (
+            {"prompt": "a", "task": 1},
+            {"id_field": "task_id"},
+            "there is no field 'task_id', which id_field names; the row has 'task'",
+        ),
+        (
+            {"prompt": "a", "seed": "tasks/7"},
+            {},
+            "if this field is no setting, keep it with --metadata-field seed",
+        ),
+        (
+            {"prompt": "a", "temperature": "12 C"},
+            {},
+            "if this field is no setting, keep it with --metadata-field temperature",
+        ),
+        (
+            {"prompt": "a", "top_k": [1]},
+            {},
+            "if this field is no setting, keep it with --metadata-field top_k",
+        ),
     ],
 )
-def test_a_field_that_is_not_there_names_those_that_are(tmp_path: Path, row: dict[str, Any], settings: dict[str, Any], reason: str) -> None:
+def test_a_field_that_is_not_there_names_those_that_are(
+    tmp_path: Path, row: dict[str, Any], settings: dict[str, Any], reason: str
+) -> None:
     assert reason in problem(write_lines(tmp_path / "rows.jsonl", [row]), input=True, **settings)
 
 
 def test_ids_from_another_field_and_reserved_names_as_metadata(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "rows.jsonl",
-        [{"task": {"id": "t/0"}, "id": "same", "prompt": "a", "seed": "x"}, {"task": {"id": 7}, "id": "same", "prompt": "b"}],
+        [
+            {"task": {"id": "t/0"}, "id": "same", "prompt": "a", "seed": "x"},
+            {"task": {"id": 7}, "id": "same", "prompt": "b"},
+        ],
     )
-    first, second = read(path, input=True, id_field="task.id", metadata_fields=frozenset({"id", "seed"}))
+    first, second = read(
+        path, input=True, id_field="task.id", metadata_fields=frozenset({"id", "seed"})
+    )
     assert (first.prompt_id, second.prompt_id) == ("t/0", "7")
     assert metadata(first) == {"id": "same", "seed": "x"}
     by_place = read(path, input=True, metadata_fields=frozenset({"id", "seed"}))
@@ -599,13 +810,27 @@ def test_ids_from_another_field_and_reserved_names_as_metadata(tmp_path: Path) -
         ({"temprature": 0}, "'temprature' in 2 rows (did you mean temperature?)"),
         ({"max_new_token": 1}, "'max_new_token' in 2 rows (did you mean max_new_tokens?)"),
         ({"topk": 1, "top-p": 0.9}, "'topk' in 2 rows (did you mean top_k?); 'top-p' in 2 rows"),
-        ({"stop": ["x"], "n": 2, "do_sample": True}, "'stop' in 2 rows; 'n' in 2 rows; 'do_sample' in 2 rows"),
+        (
+            {"stop": ["x"], "n": 2, "do_sample": True},
+            "'stop' in 2 rows; 'n' in 2 rows; 'do_sample' in 2 rows",
+        ),
         (
             {"parameters": {"max_new_tokens": 5}, "options": {"until": "x"}},
             "'parameters.max_new_tokens' in 2 rows; 'options.until' in 2 rows",
         ),
         ({"options": ["A", "B"], "config": {"lang": "en"}}, ""),
-        ({"speed": 1, "topic": "x", "stopped": 1, "model": "m", "nn": 1, "text": "t", "length": 3}, ""),
+        (
+            {
+                "speed": 1,
+                "topic": "x",
+                "stopped": 1,
+                "model": "m",
+                "nn": 1,
+                "text": "t",
+                "length": 3,
+            },
+            "",
+        ),
     ],
 )
 def test_fields_that_look_like_settings_are_named_once(
@@ -622,26 +847,52 @@ def test_fields_that_look_like_settings_are_named_once(
 
 def png() -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header, pixels = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0), zlib.compress(bytes(4))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
 
 
 def picture_table() -> pa.Table:
     binary = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"prompt": ["a", "b"], "image": pa.array([{"bytes": png(), "path": f"{i}.png"} for i in range(2)], binary)})
+    table = pa.table(
+        {
+            "prompt": ["a", "b"],
+            "image": pa.array([{"bytes": png(), "path": f"{i}.png"} for i in range(2)], binary),
+        }
+    )
     features = {"prompt": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}}
-    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    return table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
 
 
-def test_values_without_a_json_form_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_values_without_a_json_form_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pq.write_table(picture_table(), tmp_path / "pictures.parquet")
     with caplog.at_level(logging.WARNING, "gptbatch"):
-        assert [metadata(prompt) for prompt in read(tmp_path / "pictures.parquet")] == [{"image": {"path": f"{i}.png"}} for i in range(2)]
-    assert "values without a JSON form are left out of metadata: 'image.bytes' (2 times in 2 rows)" in caplog.text
+        assert [metadata(prompt) for prompt in read(tmp_path / "pictures.parquet")] == [
+            {"image": {"path": f"{i}.png"}} for i in range(2)
+        ]
+    assert (
+        "values without a JSON form are left out of metadata: 'image.bytes' (2 times in 2 rows)"
+        in caplog.text
+    )
     caplog.clear()
-    table = pa.table({"prompt": ["a"], "raw": [b"\x00"], "list": [[b"x", None]], "inf": [float("inf")], "nan": [float("nan")]})
+    table = pa.table(
+        {
+            "prompt": ["a"],
+            "raw": [b"\x00"],
+            "list": [[b"x", None]],
+            "inf": [float("inf")],
+            "nan": [float("nan")],
+        }
+    )
     pq.write_table(table, tmp_path / "raw.parquet")
     with caplog.at_level(logging.WARNING, "gptbatch"):
         assert metadata(read(tmp_path / "raw.parquet")[0]) == {"list": [None, None], "nan": None}
@@ -678,7 +929,9 @@ def test_text_that_is_not_utf8_fails_in_its_own_row(tmp_path: Path) -> None:
     texts = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffc"))
     pq.write_table(pa.table({"prompt": texts}), tmp_path / "rows.parquet")
     assert "1 bad of 3 rows" in problem(tmp_path / "rows.parquet")
-    assert "row 1: column 'prompt' cannot be read (UnicodeDecodeError" in problem(tmp_path / "rows.parquet")
+    assert "row 1: column 'prompt' cannot be read (UnicodeDecodeError" in problem(
+        tmp_path / "rows.parquet"
+    )
 
 
 # -- saved datasets and the hub --------------------------------------------------------------------------------------------------
@@ -686,12 +939,18 @@ def test_text_that_is_not_utf8_fails_in_its_own_row(tmp_path: Path) -> None:
 
 def test_damage_anywhere_in_a_saved_dataset_is_an_error_or_rows(tmp_path: Path) -> None:
     """Flipped bits and cuts of the Arrow file: never a crash, never an exception of a library."""
-    datasets.Dataset.from_list([{"prompt": f"prompt {i}", "n": i} for i in range(50)]).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list([{"prompt": f"prompt {i}", "n": i} for i in range(50)]).save_to_disk(
+        tmp_path / "saved"
+    )
     (arrow,) = (tmp_path / "saved").glob("*.arrow")
     whole = arrow.read_bytes()
     outcomes = set()
     for place in range(0, len(whole), 7):
-        arrow.write_bytes(whole[:place] if place % 2 else whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        arrow.write_bytes(
+            whole[:place]
+            if place % 2
+            else whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]
+        )
         try:
             read(tmp_path / "saved")
             outcomes.add("rows")
@@ -703,7 +962,11 @@ def test_damage_anywhere_in_a_saved_dataset_is_an_error_or_rows(tmp_path: Path) 
 def test_a_saved_dataset_of_another_kind(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"prompt": "a"}]).save_to_disk(tmp_path / "saved")
     state = json.loads((tmp_path / "saved" / "state.json").read_text())
-    for change in ({"_data_files": [{"filename": "gone.arrow"}]}, {"_data_files": 5}, {"_indices_data_files": [{"filename": "x"}]}):
+    for change in (
+        {"_data_files": [{"filename": "gone.arrow"}]},
+        {"_data_files": 5},
+        {"_indices_data_files": [{"filename": "x"}]},
+    ):
         (tmp_path / "saved" / "state.json").write_text(json.dumps({**state, **change}))
         assert str(tmp_path / "saved") in problem(tmp_path / "saved")
 
@@ -752,7 +1015,9 @@ ON_THE_HUB = {
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A dataset on the hub and in its cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")
+    )
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "hub" / "datasets--acme--prompts"
@@ -765,7 +1030,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def found_rows(split: str) -> list[tuple[str, str, Any]]:
-    return [(prompt.prompt_id, prompt.text, metadata(prompt)) for prompt in read(Path("acme/prompts"), split=split)]
+    return [
+        (prompt.prompt_id, prompt.text, metadata(prompt))
+        for prompt in read(Path("acme/prompts"), split=split)
+    ]
 
 
 @pytest.mark.parametrize("reach", ["online", "offline", "out of reach"])
@@ -777,7 +1045,9 @@ def test_a_dataset_on_the_hub_gives_the_same_rows_online_and_from_its_cache(
     def info(self: Any, name: str, revision: str | None = None) -> Any:
         if reach != "online" or name != "acme/prompts":
             raise ConnectionError("the hub is out of reach")
-        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=file) for file in ON_THE_HUB])
+        return SimpleNamespace(
+            sha=COMMIT, siblings=[SimpleNamespace(rfilename=file) for file in ON_THE_HUB]
+        )
 
     def download(name: str, file: str, *, repo_type: str, revision: str) -> str:
         assert (name, repo_type, revision) == ("acme/prompts", "dataset", COMMIT)
@@ -792,11 +1062,16 @@ def test_a_dataset_on_the_hub_gives_the_same_rows_online_and_from_its_cache(
     assert found_rows("train[1:]") == whole[1:]
     assert found_rows("test") == [("0", "c", {"x": 1.1})]
     assert ("the hub cannot be reached" in caplog.text) == (reach == "out of reach")
-    assert re.search("cannot be loaded|no such file or folder, and the hub cannot be reached", problem(Path("acme/others")))
+    assert re.search(
+        "cannot be loaded|no such file or folder, and the hub cannot be reached",
+        problem(Path("acme/others")),
+    )
     if reach == "online":
         fetched.clear()
         assert [prompt.text for prompt in reader_prompts(limit=1)] == ["a"]
-        assert set(fetched) == {"README.md", "data/train-00000-of-00002.csv"}, "files are fetched when they are reached"
+        assert set(fetched) == {"README.md", "data/train-00000-of-00002.csv"}, (
+            "files are fetched when they are reached"
+        )
 
 
 def reader_prompts(limit: int) -> list[Prompt]:
@@ -805,15 +1080,30 @@ def reader_prompts(limit: int) -> list[Prompt]:
 
 
 @pytest.mark.parametrize("name", ["json", "csv", "text", "parquet", "imagefolder"])
-def test_a_loader_of_the_library_is_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_loader_of_the_library_is_no_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """The library would read every file of the current folder."""
     write_lines(tmp_path / "rows.jsonl", [{"prompt": "a"}])
     monkeypatch.chdir(tmp_path)
     assert "no such file or folder" in problem(Path(name))
 
 
-@pytest.mark.parametrize("name", ["./rows", "/no/where", "rows.jsonl", "data/train/rows.csv", "prompts [v2].jsonl", "a b", "x?y"])
-def test_names_that_are_no_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./rows",
+        "/no/where",
+        "rows.jsonl",
+        "data/train/rows.csv",
+        "prompts [v2].jsonl",
+        "a b",
+        "x?y",
+    ],
+)
+def test_names_that_are_no_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputNotFoundError) as caught:
         list(DatasetSplit(dataset=name, config=None, split="train", revision=None).rows())
@@ -827,13 +1117,43 @@ REQUEST = {"model": "gpt2", "prompt": "p", "max_tokens": 5}
 ARGUMENTS = {"gen_args_0": {"arg_0": "Q: x", "arg_1": {"until": []}}}
 # kind -> file name, its one row or its text, and the id and prompt that come out
 WELL_KNOWN: dict[str, tuple[str, Any, str, str]] = {
-    "HumanEval": ("HumanEval.jsonl.gz", {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": ""}, "HumanEval/0", "def f():\n"),
-    "RealToxicityPrompts": ("prompts.jsonl", {"filename": "1.txt", "prompt": {"text": "a b", "toxicity": 0.1}}, "0", "a b"),
-    "Alpaca": ("alpaca_data.json", {"instruction": "Say a.", "input": "", "output": "a"}, "0", "Say a."),
+    "HumanEval": (
+        "HumanEval.jsonl.gz",
+        {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": ""},
+        "HumanEval/0",
+        "def f():\n",
+    ),
+    "RealToxicityPrompts": (
+        "prompts.jsonl",
+        {"filename": "1.txt", "prompt": {"text": "a b", "toxicity": 0.1}},
+        "0",
+        "a b",
+    ),
+    "Alpaca": (
+        "alpaca_data.json",
+        {"instruction": "Say a.", "input": "", "output": "a"},
+        "0",
+        "Say a.",
+    ),
     "ShareGPT": ("sharegpt.json", {"id": "x_0", "conversations": DIALOGUE}, "x_0", "hi"),
-    "MT-bench": ("question.jsonl", {"question_id": 81, "category": "writing", "turns": ["one", "two"]}, "81", "one"),
-    "requests of OpenAI's batch API": ("batch.jsonl", {"custom_id": "r-0", "url": "/v1/completions", "body": REQUEST}, "r-0", "p"),
-    "sample log of lm-evaluation-harness": ("samples.jsonl", {"doc_id": 3, "doc": {"q": 1}, "arguments": ARGUMENTS}, "3", "Q: x"),
+    "MT-bench": (
+        "question.jsonl",
+        {"question_id": 81, "category": "writing", "turns": ["one", "two"]},
+        "81",
+        "one",
+    ),
+    "requests of OpenAI's batch API": (
+        "batch.jsonl",
+        {"custom_id": "r-0", "url": "/v1/completions", "body": REQUEST},
+        "r-0",
+        "p",
+    ),
+    "sample log of lm-evaluation-harness": (
+        "samples.jsonl",
+        {"doc_id": 3, "doc": {"q": 1}, "arguments": ARGUMENTS},
+        "3",
+        "Q: x",
+    ),
     "a spreadsheet with semicolons": ("prompts.csv", "id;prompt\ns1;a, b\n", "s1", "a, b"),
     "a prompt per line of text": ("prompts.txt", "a line\n", "0", "a line"),
 }
@@ -841,29 +1161,82 @@ COMMAND = re.compile(r"^\| ([^|`]+) \| `(--(?:input|dataset) [^`]+)` \|$", re.MU
 
 
 def test_the_documented_command_of_each_well_known_file(
-    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     documented = dict(COMMAND.findall((REPOSITORY / "README.md").read_text()))
     assert documented.keys() == WELL_KNOWN.keys()
     monkeypatch.chdir(tmp_path)
     for number, (kind, (name, content, prompt_id, text)) in enumerate(WELL_KNOWN.items()):
-        raw = content if isinstance(content, str) else json.dumps([content], indent=1) if name.endswith(".json") else json.dumps(content)
-        Path(name).write_bytes(gzip.compress(raw.encode()) if name.endswith(".gz") else raw.encode())
-        command = ["generate", *shlex.split(documented[kind]), "--model", str(checkpoint), "--output", f"out/{number}"]
-        assert run_command([*command, "--max-new-tokens", "1", "--numerics", "off", "--attention", "padded"]) == 0, kind
+        raw = (
+            content
+            if isinstance(content, str)
+            else json.dumps([content], indent=1)
+            if name.endswith(".json")
+            else json.dumps(content)
+        )
+        Path(name).write_bytes(
+            gzip.compress(raw.encode()) if name.endswith(".gz") else raw.encode()
+        )
+        command = [
+            "generate",
+            *shlex.split(documented[kind]),
+            "--model",
+            str(checkpoint),
+            "--output",
+            f"out/{number}",
+        ]
+        assert (
+            run_command(
+                [*command, "--max-new-tokens", "1", "--numerics", "off", "--attention", "padded"]
+            )
+            == 0
+        ), kind
         (row,) = pd.read_parquet(f"out/{number}")[["prompt_id", "prompt"]].to_dict("records")
         assert (row["prompt_id"], row["prompt"]) == (prompt_id, text), kind
 
 
-def test_error_rows_are_an_input_of_the_same_settings(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_rows_are_an_input_of_the_same_settings(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """errors.jsonl keeps id, prompt and metadata under the names that the run was told."""
     monkeypatch.chdir(tmp_path)
-    row = {"task": "t/0", "id": "other", "prompt": {"text": "a king " * 200, "score": 1}, "seed": "x"}
+    row = {
+        "task": "t/0",
+        "id": "other",
+        "prompt": {"text": "a king " * 200, "score": 1},
+        "seed": "x",
+    }
     write_lines(Path("rows.jsonl"), [row])
-    run = ["generate", "--model", str(checkpoint), "--prompt-field", "prompt.text", "--id-field", "task", "--metadata-field", "seed"]
+    run = [
+        "generate",
+        "--model",
+        str(checkpoint),
+        "--prompt-field",
+        "prompt.text",
+        "--id-field",
+        "task",
+        "--metadata-field",
+        "seed",
+    ]
     run += ["--max-new-tokens", "2", "--numerics", "off", "--attention", "padded"]
     assert run_command([*run, "--input", "rows.jsonl", "--output", "out/1"]) == 0
-    assert run_command([*run, "--input", "out/1/.gptbatch/errors.jsonl", "--output", "out/2", "--context-overflow", "truncate_left"]) == 0
+    assert (
+        run_command(
+            [
+                *run,
+                "--input",
+                "out/1/.gptbatch/errors.jsonl",
+                "--output",
+                "out/2",
+                "--context-overflow",
+                "truncate_left",
+            ]
+        )
+        == 0
+    )
     (first,), (second,) = (pd.read_parquet(out).to_dict("records") for out in ("out/1", "out/2"))
     assert (first["finish_reason"], second["finish_reason"]) == ("error", "length")
     for name in ("prompt_id", "prompt", "seed"):

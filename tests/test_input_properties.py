@@ -17,13 +17,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InputRowsError
+from gptbatch.pipeline.errors import InputRowsError
 from tests.test_input_files import metadata, read
 
 Row = dict[str, Any]
 
 texts = st.one_of(
-    st.sampled_from(["", "NA", "None", "null", "nan", "007", "1984", "1.0", "true", "2024-01-02", " a ", "a,b"]),
+    st.sampled_from(
+        ["", "NA", "None", "null", "nan", "007", "1984", "1.0", "true", "2024-01-02", " a ", "a,b"]
+    ),
     st.sampled_from(['say "a"', '"', "a\nb", "a\r\nb", "'", "\\"]),
     st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8),
 )
@@ -42,9 +44,17 @@ typed_notes: list[st.SearchStrategy[Any]] = [
 def tables(draw: st.DrawFn, typed: bool) -> list[Row]:
     """Rows of one type each in prompt, seed and note; ids are unique, or missing from all rows."""
     note = draw(st.sampled_from(typed_notes)) if typed else notes
-    rows = draw(st.lists(st.fixed_dictionaries({"prompt": texts, "seed": seeds, "note": note}), min_size=1, max_size=4))
+    rows = draw(
+        st.lists(
+            st.fixed_dictionaries({"prompt": texts, "seed": seeds, "note": note}),
+            min_size=1,
+            max_size=4,
+        )
+    )
     if draw(st.booleans()):
-        ids = draw(st.lists(texts.filter(bool), min_size=len(rows), max_size=len(rows), unique=True))
+        ids = draw(
+            st.lists(texts.filter(bool), min_size=len(rows), max_size=len(rows), unique=True)
+        )
         rows = [{"id": name, **row} for name, row in zip(ids, rows, strict=True)]
     return rows
 
@@ -84,13 +94,24 @@ TEXT_WRITERS: dict[str, tuple[str, Callable[[list[Row], Path], Any]]] = {
     "csv module": ("rows.csv", by_csv_module),
     "pandas csv": ("rows.csv", lambda rows, path: frame(rows).to_csv(path, index=False)),
     "pandas tsv": ("rows.tsv", lambda rows, path: frame(rows).to_csv(path, index=False, sep="\t")),
-    "pandas csv, compressed": ("rows.csv.gz", lambda rows, path: frame(rows).to_csv(path, index=False)),
+    "pandas csv, compressed": (
+        "rows.csv.gz",
+        lambda rows, path: frame(rows).to_csv(path, index=False),
+    ),
     "polars csv": ("rows.csv", lambda rows, path: polars_frame(rows).write_csv(path)),
 }
 TYPED_WRITERS: dict[str, tuple[str, Callable[[list[Row], Path], Any]]] = {
     "json array": ("rows.json", lambda rows, path: path.write_text(json.dumps(rows))),
-    "json lines": ("rows.jsonl", lambda rows, path: path.write_text("".join(json.dumps(row) + "\n" for row in rows))),
-    "pandas jsonl": ("rows.jsonl", lambda rows, path: frame(rows).to_json(path, orient="records", lines=True, double_precision=15)),
+    "json lines": (
+        "rows.jsonl",
+        lambda rows, path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)),
+    ),
+    "pandas jsonl": (
+        "rows.jsonl",
+        lambda rows, path: frame(rows).to_json(
+            path, orient="records", lines=True, double_precision=15
+        ),
+    ),
     "polars jsonl": ("rows.ndjson", lambda rows, path: polars_frame(rows).write_ndjson(path)),
     "pandas parquet": ("rows.parquet", lambda rows, path: frame(rows).to_parquet(path)),
     "polars parquet": ("rows.parquet", lambda rows, path: polars_frame(rows).write_parquet(path)),
@@ -101,7 +122,9 @@ TYPED_WRITERS: dict[str, tuple[str, Callable[[list[Row], Path], Any]]] = {
 }
 
 
-def written(rows: list[Row], path: Path, write: Callable[[list[Row], Path], Any]) -> list[tuple[Any, ...]] | None:
+def written(
+    rows: list[Row], path: Path, write: Callable[[list[Row], Path], Any]
+) -> list[tuple[Any, ...]] | None:
     """(id, prompt, seed, note) of each row as it is read; None for a refusal."""
     path.unlink(missing_ok=True)
     write(rows, path)
@@ -111,16 +134,26 @@ def written(rows: list[Row], path: Path, write: Callable[[list[Row], Path], Any]
         return None
     has_seed = [row["seed"] is not None for row in rows]
     return [
-        (prompt.prompt_id, prompt.text, prompt.params.seed if own else None, (metadata(prompt) or {}).get("note"))
+        (
+            prompt.prompt_id,
+            prompt.text,
+            prompt.params.seed if own else None,
+            (metadata(prompt) or {}).get("note"),
+        )
         for prompt, own in zip(prompts, has_seed, strict=True)
     ]
 
 
 def expected(rows: list[Row]) -> list[tuple[Any, ...]]:
-    return [(row.get("id", str(place)), row["prompt"], row["seed"], row["note"]) for place, row in enumerate(rows)]
+    return [
+        (row.get("id", str(place)), row["prompt"], row["seed"], row["note"])
+        for place, row in enumerate(rows)
+    ]
 
 
-PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.mark.parametrize("name", TEXT_WRITERS)

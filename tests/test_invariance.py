@@ -23,23 +23,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.data.bundled import locate
-from pipeline.data.checkpoint import find_checkpoint
-from pipeline.data.tokenizer import PromptTokenizer
-from pipeline.data.tokenizer_files import load_tokenizer
-from pipeline.generation import reference
-from pipeline.generation.engine import Engine, WindowFull, logits_bytes
-from pipeline.generation.numerics import check_numerics
-from pipeline.gpt.attention import Attention, Backend, KVCache
-from pipeline.gpt.blocks import Block
-from pipeline.gpt.cache_dtype import CacheDtype
-from pipeline.gpt.config import parse_config
-from pipeline.gpt.linear import AS_THEY_COME, ROW_PLANS, Projection, RowPlan
-from pipeline.gpt.model import GPT
-from pipeline.gpt.pages import IDLE_SHARE
-from pipeline.gpt.ragged import PagedCache, RaggedAttention
-from pipeline.gpt.weights import load_gpt
-from pipeline.records import Completion, TokenizedPrompt
+from gptbatch.pipeline.engine.engine import Engine, WindowFull, logits_bytes
+from gptbatch.pipeline.generation import reference
+from gptbatch.pipeline.input.tokenizer import PromptTokenizer
+from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.kv_cache.block_pool import IDLE_SHARE
+from gptbatch.pipeline.kv_cache.interface import Attention, Backend, KVCache
+from gptbatch.pipeline.kv_cache.paged import PagedCache, RaggedAttention
+from gptbatch.pipeline.kv_cache.quantization import CacheDtype
+from gptbatch.pipeline.model.blocks import Block
+from gptbatch.pipeline.model.checkpoint import find_checkpoint
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.linear import AS_THEY_COME, ROW_PLANS, Projection, RowPlan
+from gptbatch.pipeline.model.self_test import check_numerics
+from gptbatch.pipeline.model.weights import load_gpt
+from gptbatch.pipeline.system.bundled import locate
+from gptbatch.pipeline.types import Completion, TokenizedPrompt
 from tests.conftest import has_kernels, our_model, random_model, tokenized
 
 BATCH_SIZES = (1, 2, 3, 5, 8, 17, 64)
@@ -51,7 +51,12 @@ Outcome = tuple[list[int], str | None, float | None, str | None]
 def outcome(completion: Completion) -> Outcome:
     """Tokens, ending, margin and the hash of the bits of all logits."""
     assert completion.logits_digest is not None
-    return completion.token_ids, completion.stop_reason, completion.min_margin, completion.logits_digest
+    return (
+        completion.token_ids,
+        completion.stop_reason,
+        completion.min_margin,
+        completion.logits_digest,
+    )
 
 
 def run(
@@ -71,7 +76,9 @@ def run(
         step_tokens=step_tokens,
         record_logits=True,
     )
-    ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]
+    ended = [
+        completion for completions in engine.generate(iter(prompts)) for completion in completions
+    ]
     assert len(ended) == len(prompts)
     return {completion.prompt.index: outcome(completion) for completion in ended}
 
@@ -105,7 +112,15 @@ def demo(backend: Backend, dtype: torch.dtype) -> GPT:
     """The bundled model."""
     checkpoint = find_checkpoint("bundled:demo/model")
     config = parse_config(checkpoint.config, "config")
-    return checked(load_gpt(config, list(checkpoint.weights), dtype=dtype, device=torch.device("cpu"), attention=backend))
+    return checked(
+        load_gpt(
+            config,
+            list(checkpoint.weights),
+            dtype=dtype,
+            device=torch.device("cpu"),
+            attention=backend,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -128,19 +143,31 @@ def demo_prompts(count: int, *, max_new_tokens: int = 12) -> list[TokenizedPromp
     lines = Path(locate("bundled:demo/prompts.jsonl")).read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["prompt"] for line in lines[:count]]
     rng = random.Random(7)
-    return [with_parameters(i, prompt.token_ids, rng, max_new_tokens) for i, prompt in enumerate(tokenizer.encode(texts))]
+    return [
+        with_parameters(i, prompt.token_ids, rng, max_new_tokens)
+        for i, prompt in enumerate(tokenizer.encode(texts))
+    ]
 
 
-def random_prompts(count: int, vocab_size: int, *, longest: int, max_new_tokens: int, first_index: int = 0) -> list[TokenizedPrompt]:
+def random_prompts(
+    count: int, vocab_size: int, *, longest: int, max_new_tokens: int, first_index: int = 0
+) -> list[TokenizedPrompt]:
     rng = random.Random(count)
     lengths = [rng.choice([1, 2, 9, 30, rng.randint(1, longest)]) for _ in range(count)]
     return [
-        with_parameters(first_index + i, [rng.randrange(1, vocab_size) for _ in range(length)], rng, max_new_tokens)
+        with_parameters(
+            first_index + i,
+            [rng.randrange(1, vocab_size) for _ in range(length)],
+            rng,
+            max_new_tokens,
+        )
         for i, length in enumerate(lengths)
     ]
 
 
-def with_parameters(index: int, token_ids: list[int], rng: random.Random, max_new_tokens: int) -> TokenizedPrompt:
+def with_parameters(
+    index: int, token_ids: list[int], rng: random.Random, max_new_tokens: int
+) -> TokenizedPrompt:
     return tokenized(
         index,
         token_ids,
@@ -156,7 +183,9 @@ def with_parameters(index: int, token_ids: list[int], rng: random.Random, max_ne
 def test_batch_sizes_and_orders(demo: GPT) -> None:
     prompts = demo_prompts(66, max_new_tokens=8)
     expected = run(demo, prompts, batch_size=1)
-    assert len({digest for *_, digest in expected.values()}) == 66, "rows that are alike show little"
+    assert len({digest for *_, digest in expected.values()}) == 66, (
+        "rows that are alike show little"
+    )
     for batch_size in BATCH_SIZES:
         random.Random(batch_size).shuffle(prompts)
         assert run(demo, prompts, batch_size=batch_size) == expected, batch_size
@@ -165,7 +194,9 @@ def test_batch_sizes_and_orders(demo: GPT) -> None:
 @pytest.mark.parametrize("fillers", [1, 4, 60, 200])
 def test_a_needle_among_fillers(demo: GPT, fillers: int) -> None:
     """Neighbours of other lengths, seeds, temperatures and top_k, which come and go and end early."""
-    needle = tokenized(10_000, [5, 77, 300, 41, 8, 900], seed=3, temperature=0.9, top_k=20, max_new_tokens=20)
+    needle = tokenized(
+        10_000, [5, 77, 300, 41, 8, 900], seed=3, temperature=0.9, top_k=20, max_new_tokens=20
+    )
     alone = run(demo, [needle], batch_size=1)[10_000]
     rng = random.Random(fillers)
     others = random_prompts(fillers, 1024, longest=60, max_new_tokens=5)
@@ -199,7 +230,16 @@ def test_windows_that_slide(demo: GPT) -> None:
     prompts = [tokenized(i, [3 + i] * (250 + 2 * i), max_new_tokens=8 + i) for i in range(4)]
     expected = run(demo, prompts, batch_size=1, end_tokens=(), window_full="slide")
     assert {len(tokens) for tokens, *_ in expected.values()} == {8, 9, 10, 11}
-    assert run(demo, [*prompts[::-1], *demo_prompts(10)[4:]], batch_size=5, end_tokens=(), window_full="slide").items() >= expected.items()
+    assert (
+        run(
+            demo,
+            [*prompts[::-1], *demo_prompts(10)[4:]],
+            batch_size=5,
+            end_tokens=(),
+            window_full="slide",
+        ).items()
+        >= expected.items()
+    )
 
 
 def test_the_reference_gives_the_same_bits(demo: GPT) -> None:
@@ -207,7 +247,9 @@ def test_the_reference_gives_the_same_bits(demo: GPT) -> None:
     prompts = demo_prompts(8, max_new_tokens=8)
     for index, (token_ids, stop_reason, _, digest) in run(demo, prompts, batch_size=8).items():
         prompt = prompts[index]
-        assert reference.generate(demo, prompt.token_ids, prompt.prompt.params, end_tokens=(0,)) == (token_ids, stop_reason)
+        assert reference.generate(
+            demo, prompt.token_ids, prompt.prompt.params, end_tokens=(0,)
+        ) == (token_ids, stop_reason)
         assert digest == reference_digest(demo, prompt.token_ids, token_ids)
 
 
@@ -236,12 +278,16 @@ ODD_SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["packed", "plain"])
 @pytest.mark.parametrize("name", ODD_SHAPES)
-def test_odd_shapes(name: str, onednn: bool, backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_shapes(
+    name: str, onednn: bool, backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With oneDNN and as on a machine without it; our own kernels are there with ragged attention."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     model = our_model(random_model(**ODD_SHAPES[name]), attention=backend, dtype=dtype)
     assert (model.linear_kind == "plain") == (not onednn and backend == "padded")
-    if not (report := check_numerics(model)).exact:  # such shapes are promised where the start-up check passes
+    if not (
+        report := check_numerics(model)
+    ).exact:  # such shapes are promised where the start-up check passes
         pytest.skip(f"this machine is not exact: {report.failures}")
     prompts = random_prompts(20, 300, longest=40, max_new_tokens=6)
     with threads(1):
@@ -271,10 +317,16 @@ def check_chunks(model: GPT, sequences: list[list[int]], seed: int) -> None:
     same bits at every position."""
     rng = random.Random(seed)
     with torch.inference_mode():
-        alone = [model.extend(model.new_cache(1), tokens=s, slots=[0] * len(s), positions=range(len(s))) for s in sequences]
+        alone = [
+            model.extend(model.new_cache(1), tokens=s, slots=[0] * len(s), positions=range(len(s)))
+            for s in sequences
+        ]
         cache = model.new_cache(1)
         for position, token in enumerate(sequences[0]):
-            assert torch.equal(model.extend(cache, tokens=[token], slots=[0], positions=[position])[0], alone[0][position])
+            assert torch.equal(
+                model.extend(cache, tokens=[token], slots=[0], positions=[position])[0],
+                alone[0][position],
+            )
         cache = model.new_cache(len(sequences) + 3)
         slots = rng.sample(range(len(sequences) + 3), len(sequences))
         done = [0] * len(sequences)
@@ -294,12 +346,19 @@ def check_chunks(model: GPT, sequences: list[list[int]], seed: int) -> None:
                     wanted=wanted,
                 )
                 assert len(logits) == len(wanted)
-                assert all(torch.equal(row, alone[batch[at][0]][batch[at][1]]) for row, at in zip(logits, wanted, strict=True))
+                assert all(
+                    torch.equal(row, alone[batch[at][0]][batch[at][1]])
+                    for row, at in zip(logits, wanted, strict=True)
+                )
 
 
 def test_prefill_decode_and_chunks(demo: GPT) -> None:
     rng = random.Random(0)
-    check_chunks(demo, [[rng.randrange(1024) for _ in range(length)] for length in (60, 1, 17, 33, 100)], seed=1)
+    check_chunks(
+        demo,
+        [[rng.randrange(1024) for _ in range(length)] for length in (60, 1, 17, 33, 100)],
+        seed=1,
+    )
 
 
 def test_a_growing_cache_keeps_what_it_holds(backend: Backend) -> None:
@@ -308,7 +367,10 @@ def test_a_growing_cache_keeps_what_it_holds(backend: Backend) -> None:
     with torch.inference_mode():
         whole = model.extend(model.new_cache(1), tokens=tokens, slots=[0] * 60, positions=range(60))
         cache = model.new_cache(3)
-        rows = [model.extend(cache, tokens=[t] * 3, slots=[0, 1, 2], positions=[p] * 3)[1] for p, t in enumerate(tokens)]
+        rows = [
+            model.extend(cache, tokens=[t] * 3, slots=[0, 1, 2], positions=[p] * 3)[1]
+            for p, t in enumerate(tokens)
+        ]
     assert torch.equal(torch.stack(rows), whole)
 
 
@@ -321,13 +383,19 @@ def test_what_a_cleared_slot_held_reaches_nobody(backend: Backend, cache_dtype: 
 
         def both(cache: KVCache) -> Tensor:
             tokens = [7, 8, 9, *[10] * 35]
-            return healthy.extend(cache, tokens=tokens, slots=[0] * 3 + [1] * 35, positions=[*range(3), *range(35)])
+            return healthy.extend(
+                cache, tokens=tokens, slots=[0] * 3 + [1] * 35, positions=[*range(3), *range(35)]
+            )
 
         expected = both(healthy.new_cache(2))
         used = healthy.new_cache(2)
         attention = used.step([0] * 40 + [1] * 30, [*range(40), *range(30)])
         for layer in range(2):
-            attention(layer, torch.full((70, 3, healthy.config.n_head, healthy.config.head_size), float("nan")), 1.0)
+            attention(
+                layer,
+                torch.full((70, 3, healthy.config.n_head, healthy.config.head_size), float("nan")),
+                1.0,
+            )
         used.clear(0)
         used.move(1, 0)
         used.clear(0)
@@ -351,8 +419,12 @@ def test_pages_are_given_back() -> None:
 # -- an int8 cache ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [{}, {"n_embd": 100, "n_head": 1}, {"n_embd": 30, "n_head": 10}], ids=["8", "100", "3"])
-def test_an_int8_cache_is_as_exact(shape: dict[str, int], backend: Backend, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "shape", [{}, {"n_embd": 100, "n_head": 1}, {"n_embd": 30, "n_head": 10}], ids=["8", "100", "3"]
+)
+def test_an_int8_cache_is_as_exact(
+    shape: dict[str, int], backend: Backend, dtype: torch.dtype
+) -> None:
     """Other logits than with a full cache, and not far from them; but the same whatever the batch, in chunks and alone."""
     model = our_model(random_model(n_positions=160, **shape), attention=backend, dtype=dtype)
     prompts = random_prompts(20, 300, longest=140, max_new_tokens=6)
@@ -365,7 +437,9 @@ def test_an_int8_cache_is_as_exact(shape: dict[str, int], backend: Backend, dtyp
     assert 0 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
     assert check_numerics(model).exact
     expected = run(model, prompts, batch_size=1)
-    assert {digest for *_, digest in expected.values()}.isdisjoint({digest for *_, digest in full.values()})
+    assert {digest for *_, digest in expected.values()}.isdisjoint(
+        {digest for *_, digest in full.values()}
+    )
     for batch_size, step_tokens in ((3, 7), (20, 64)):
         assert run(model, prompts, batch_size=batch_size, step_tokens=step_tokens) == expected
     check_chunks(model, [prompt.token_ids for prompt in prompts[:6]], seed=3)
@@ -376,7 +450,9 @@ def test_both_backends_keep_the_same_int8() -> None:
     count, heads = 200, 2
     caches = []
     for attention in ("ragged", "padded"):
-        model = our_model(random_model(n_embd=80, n_head=heads, n_positions=256), attention=attention)
+        model = our_model(
+            random_model(n_embd=80, n_head=heads, n_positions=256), attention=attention
+        )
         model.cache_dtype = "int8"
         caches.append(model.new_cache(2))
     qkv = torch.randn(count, 3, heads, 40, generator=torch.Generator().manual_seed(0))
@@ -391,11 +467,19 @@ def test_both_backends_keep_the_same_int8() -> None:
     v[20] *= 1e4
     v[150] *= 1e4
     ours, theirs = (
-        torch.cat([cache.step([1] * count, range(count))(0, qkv, 0.3), cache.step([0] * 5, range(5))(0, qkv[:5], 0.3)]) for cache in caches
+        torch.cat(
+            [
+                cache.step([1] * count, range(count))(0, qkv, 0.3),
+                cache.step([0] * 5, range(5))(0, qkv[:5], 0.3),
+            ]
+        )
+        for cache in caches
     )
     seen = torch.ones(count, count, dtype=torch.bool).tril()
     weights = (torch.einsum("qhd,khd->hqk", q, k) * 0.3).where(seen, -math.inf).softmax(-1)
-    size = torch.einsum("hqk,khd->qhd", weights, v.abs().amax(-1, keepdim=True))[..., 0]  # of what a query sums
+    size = torch.einsum("hqk,khd->qhd", weights, v.abs().amax(-1, keepdim=True))[
+        ..., 0
+    ]  # of what a query sums
     apart = (ours - theirs).view(count + 5, heads, 40).abs().amax(-1)
     assert (apart <= 3e-4 * torch.cat([size, size[:5]])).all()
     assert apart.max() > 0
@@ -455,10 +539,15 @@ def test_gpt2_threads(gpt2: GPT) -> None:
 def test_gpt2_chunks_and_the_reference(gpt2: GPT) -> None:
     """One sequence beyond 192 positions, where products of other shapes have been seen to change their order of summing."""
     rng = random.Random(0)
-    check_chunks(gpt2, [[rng.randrange(50257) for _ in range(length)] for length in (12, 210, 40)], seed=2)
+    check_chunks(
+        gpt2, [[rng.randrange(50257) for _ in range(length)] for length in (12, 210, 40)], seed=2
+    )
     prompt = random_prompts(1, 50257, longest=30, max_new_tokens=3)[0]
     token_ids, stop_reason, _, digest = run(gpt2, [prompt], batch_size=1)[0]
-    assert reference.generate(gpt2, prompt.token_ids, prompt.prompt.params, end_tokens=(0,)) == (token_ids, stop_reason)
+    assert reference.generate(gpt2, prompt.token_ids, prompt.prompt.params, end_tokens=(0,)) == (
+        token_ids,
+        stop_reason,
+    )
     assert digest == reference_digest(gpt2, prompt.token_ids, token_ids)
 
 
@@ -482,7 +571,9 @@ class FlashCache:
 
     def step(self, slots: Sequence[int], positions: Sequence[int]) -> Attention:
         batch, length = max(slots) + 1, max(positions) + 1
-        place = torch.tensor([slot * length + position for slot, position in zip(slots, positions, strict=True)])
+        place = torch.tensor(
+            [slot * length + position for slot, position in zip(slots, positions, strict=True)]
+        )
 
         class FlashAttention:
             def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
@@ -502,10 +593,14 @@ class FlashCache:
 
 def test_the_comparison_has_teeth() -> None:
     """Plain linears at as many rows as there are, and flash attention: the same sequences alone and together differ in bits."""
-    model = our_model(random_model(n_layer=2, n_head=4, n_embd=256, vocab_size=1000, n_positions=128), pack=False)
+    model = our_model(
+        random_model(n_layer=2, n_head=4, n_embd=256, vocab_size=1000, n_positions=128), pack=False
+    )
     model.use_rows(AS_THEY_COME)
     rng = random.Random(0)
-    sequences = [[rng.randrange(1000) for _ in range(length)] for length in (1, 2, 3, 5, 6, 7, 9, 40, 41, 90)]
+    sequences = [
+        [rng.randrange(1000) for _ in range(length)] for length in (1, 2, 3, 5, 6, 7, 9, 40, 41, 90)
+    ]
     with torch.inference_mode():
         together = model.extend(
             FlashCache(model),
@@ -516,7 +611,9 @@ def test_the_comparison_has_teeth() -> None:
         first, differing = 0, 0
         for sequence in sequences:
             count = len(sequence)
-            alone = model.extend(FlashCache(model), tokens=sequence, slots=[0] * count, positions=range(count))
+            alone = model.extend(
+                FlashCache(model), tokens=sequence, slots=[0] * count, positions=range(count)
+            )
             assert torch.allclose(alone, together[first : first + count], atol=1e-4)
             differing += not torch.equal(alone, together[first : first + count])
             first += count
@@ -533,8 +630,16 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
     if not has_kernels():
         pytest.skip("no C++ compiler")
     width = n_head * head_size
-    others: dict[str, Any] = {"activation_function": "relu", "layer_norm_epsilon": 1e-3, "scale_attn_by_inverse_layer_idx": True}
-    model = our_model(random_model(n_embd=width, n_head=n_head, n_positions=512, **others), attention="ragged", dtype=dtype)
+    others: dict[str, Any] = {
+        "activation_function": "relu",
+        "layer_norm_epsilon": 1e-3,
+        "scale_attn_by_inverse_layer_idx": True,
+    }
+    model = our_model(
+        random_model(n_embd=width, n_head=n_head, n_positions=512, **others),
+        attention="ragged",
+        dtype=dtype,
+    )
     model.cache_dtype = cache_dtype
     if not model.blocks.in_one_call:
         pytest.skip("this CPU has no linear of ours in this dtype")
@@ -542,24 +647,51 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
     assert isinstance(together, PagedCache)
     assert isinstance(separate, PagedCache)
     rng, lengths = random.Random(0), [0] * 12
-    with threads(n_threads), torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for most in (1, 40, 1, 300, 1, 1, 5, 1):  # tokens of a slot: prefill in chunks, decode, and both
+    with (
+        threads(n_threads),
+        torch.inference_mode(),
+        profile(activities=[ProfilerActivity.CPU]) as profiler,
+    ):
+        for most in (
+            1,
+            40,
+            1,
+            300,
+            1,
+            1,
+            5,
+            1,
+        ):  # tokens of a slot: prefill in chunks, decode, and both
             counts = [rng.choice([0, 1, most]) if slot else most for slot in range(12)]
             slots = [slot for slot, count in enumerate(counts) for _ in range(count)]
-            positions = [p for count, length in zip(counts, lengths, strict=True) for p in range(length, length + count)]
+            positions = [
+                p
+                for count, length in zip(counts, lengths, strict=True)
+                for p in range(length, length + count)
+            ]
             lengths = [length + count for count, length in zip(counts, lengths, strict=True)]
-            wanted = None if most == 5 else torch.tensor(sorted(rng.sample(range(len(slots)), rng.randint(1, len(slots)))))
+            wanted = (
+                None
+                if most == 5
+                else torch.tensor(sorted(rng.sample(range(len(slots)), rng.randint(1, len(slots)))))
+            )
             x = torch.randn(len(slots) + 3, width, dtype=dtype)
             y, attention = x, separate.step(slots, positions)
             for block in model.blocks:
                 y = block(y, attention, wanted if block is model.blocks[-1] else None)
             assert torch.equal(model.blocks(x, together.step(slots, positions), wanted), y)
-            assert all(torch.equal(*pages) for pages in zip(together.layers, separate.layers, strict=True))
+            assert all(
+                torch.equal(*pages) for pages in zip(together.layers, separate.layers, strict=True)
+            )
     assert max(lengths) > 300
     names = {event.key for event in profiler.key_averages()}
     assert {"gptbatch::blocks", "gptbatch::attend", "gptbatch::linear", "gptbatch::norm"} <= names
     rounds = -(-n_head // n_threads)
-    by_head = rounds > 1 and rounds * n_threads <= 1.1 * n_head and 3 * head_size % torch.ops.gptbatch.pack(torch.zeros(1, 1)).shape[2] == 0
+    by_head = (
+        rounds > 1
+        and rounds * n_threads <= 1.1 * n_head
+        and 3 * head_size % torch.ops.gptbatch.pack(torch.zeros(1, 1)).shape[2] == 0
+    )
     assert ("gptbatch::project_and_attend" in names) == by_head
 
 
@@ -567,27 +699,47 @@ def test_rows_that_belong_to_nobody_get_no_attention() -> None:
     if not has_kernels():
         pytest.skip("no C++ compiler")
     model = our_model(random_model(n_embd=64, n_head=4), attention="ragged")
-    attention, projection = model.new_cache(1).step([0, 0], [0, 1]), model.blocks[0].get_submodule("attn_qkv")
+    attention, projection = (
+        model.new_cache(1).step([0, 0], [0, 1]),
+        model.blocks[0].get_submodule("attn_qkv"),
+    )
     assert isinstance(attention, RaggedAttention)
     assert isinstance(projection, Projection)
     x = torch.randn(5, 64)
-    for out in (attention(0, projection(x), 0.2), project_and_attend(attention, x, projection, 0.2)):
+    for out in (
+        attention(0, projection(x), 0.2),
+        project_and_attend(attention, x, projection, 0.2),
+    ):
         assert out[:2].all()
         assert not out[2:].any()
 
 
-def project_and_attend(attention: RaggedAttention, x: Tensor, projection: Projection, scale: float) -> Tensor:
+def project_and_attend(
+    attention: RaggedAttention, x: Tensor, projection: Projection, scale: float
+) -> Tensor:
     cache = attention.cache
     of_call = (cache.table, attention.slots, attention.positions, scale)
-    out: Tensor = torch.ops.gptbatch.project_and_attend(x, projection.packed, projection.bias, cache.layers[0], *of_call)
+    out: Tensor = torch.ops.gptbatch.project_and_attend(
+        x, projection.packed, projection.bias, cache.layers[0], *of_call
+    )
     return out
 
 
 def test_the_last_block_leaves_out_what_nobody_wants(backend: Backend) -> None:
     model = our_model(random_model(), attention=backend)
-    linears = ("gptbatch::linear", "gptbatch::project_and_attend", "mkldnn::_linear_pointwise", "aten::addmm")
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        model.hidden(model.new_cache(1), tokens=[5] * 40, slots=[0] * 40, positions=range(40), wanted=[3, 39])
+    linears = (
+        "gptbatch::linear",
+        "gptbatch::project_and_attend",
+        "mkldnn::_linear_pointwise",
+        "aten::addmm",
+    )
+    with (
+        torch.inference_mode(),
+        profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler,
+    ):
+        model.hidden(
+            model.new_cache(1), tokens=[5] * 40, slots=[0] * 40, positions=range(40), wanted=[3, 39]
+        )
     rows = [event.input_shapes[0][0] for event in profiler.events() if event.name in linears]
     few = model.row_plan.rows(2)
     assert rows == [40] * 5 + [few] * 3, "four linears of each block, and keys and values for all"
@@ -601,7 +753,9 @@ def test_two_threads_work_in_the_kernel(projected: bool) -> None:
         pytest.skip("no C++ compiler")
     if (os.cpu_count() or 1) < 2:
         pytest.skip("one CPU")
-    model = our_model(random_model(n_layer=1, n_head=12, n_embd=768, n_positions=512), attention="ragged")
+    model = our_model(
+        random_model(n_layer=1, n_head=12, n_embd=768, n_positions=512), attention="ragged"
+    )
     slots = [slot for slot in range(16) for _ in range(512)]
     x, qkv = torch.randn(len(slots), 768), torch.randn(len(slots), 3, 12, 64)
     block = model.blocks[0]
@@ -611,7 +765,9 @@ def test_two_threads_work_in_the_kernel(projected: bool) -> None:
         assert isinstance(attention, RaggedAttention)
 
         def attend() -> None:
-            project_and_attend(attention, x, block.attn_qkv, 0.1) if projected else attention(0, qkv, 0.1)
+            project_and_attend(attention, x, block.attn_qkv, 0.1) if projected else attention(
+                0, qkv, 0.1
+            )
 
         attend()
         before = cpu_times()
@@ -624,7 +780,10 @@ def test_two_threads_work_in_the_kernel(projected: bool) -> None:
 
 def cpu_times() -> dict[str, int]:
     """Nanoseconds on a CPU of each thread of this process."""
-    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()}
+    return {
+        task.name: int((task / "schedstat").read_text().split()[0])
+        for task in Path("/proc/self/task").iterdir()
+    }
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
@@ -632,7 +791,11 @@ def test_the_kernel_shares_the_threads_of_torch() -> None:
     """A second OpenMP runtime would have threads of its own, which wait spinning beside those of torch."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
-    libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line or "libomp" in line}
+    libraries = {
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "libgomp" in line or "libomp" in line
+    }
     assert len(libraries) == 1
 
 

@@ -17,18 +17,18 @@ import torch
 from filelock import FileLock
 from torch.nn import functional as F
 
-from pipeline.errors import DeviceError
-from pipeline.generation.sampling import choose_tokens
-from pipeline.gpt.attention import choose_backend
-from pipeline.gpt.config import Activation
-from pipeline.gpt.kernels import build
-from pipeline.gpt.kernels.build import KernelError, build_kernels
-from pipeline.gpt.linear import ACTIVATIONS, use_threads
-from pipeline.records import SamplingParams
+from gptbatch.pipeline.engine.sampling import choose_tokens
+from gptbatch.pipeline.errors import DeviceError
+from gptbatch.pipeline.gpt.kernels import build
+from gptbatch.pipeline.kernels.build import KernelError, build_kernels
+from gptbatch.pipeline.kv_cache.interface import choose_backend
+from gptbatch.pipeline.model.config import Activation
+from gptbatch.pipeline.model.linear import ACTIVATIONS, use_threads
+from gptbatch.pipeline.types import SamplingParams
 from tests.conftest import has_kernels, run_gptbatch
-from tests.paths import REPOSITORY
+from tests.paths import PYTHONPATH
 
-BUILD = "import sys; from pathlib import Path; from pipeline.gpt.kernels.build import build_kernels; build_kernels(Path(sys.argv[1]))"
+BUILD = "import sys; from pathlib import Path; from gptbatch.pipeline.kernels.build import build_kernels; build_kernels(Path(sys.argv[1]))"
 
 
 def needs_compiler() -> None:
@@ -37,8 +37,12 @@ def needs_compiler() -> None:
 
 
 def build_in_child(folder: Path, compiler: str | None = None) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)} | ({} if compiler is None else {"CXX": compiler})
-    return subprocess.Popen([sys.executable, "-c", BUILD, str(folder)], env=environment, start_new_session=True)
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH} | (
+        {} if compiler is None else {"CXX": compiler}
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(folder)], env=environment, start_new_session=True
+    )
 
 
 def script(path: Path, text: str) -> str:
@@ -82,7 +86,9 @@ def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
 @pytest.mark.parametrize("cpu", ["AVX512 with AMX", "AVX2", "DEFAULT"])
-def test_they_build_for_other_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: str) -> None:
+def test_they_build_for_other_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: str
+) -> None:
     """Compiled and linked, whatever this machine has; a CPU without the instructions could not load it."""
     needs_compiler()
     capability, _, amx = cpu.partition(" with ")
@@ -128,7 +134,9 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ),
     ],
 )
-def test_compilers_that_fail_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
+def test_compilers_that_fail_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
     monkeypatch.setenv("CXX", script(tmp_path / "bad-c++", text))
     with pytest.raises(KernelError, match="bad-c\\+\\+") as caught:
         build_kernels(tmp_path / "kernels")
@@ -136,7 +144,9 @@ def test_compilers_that_fail_are_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.glob("kernels/*.so")) + list(tmp_path.glob("kernels/build-*"))
 
 
-def test_a_lock_that_never_opens_and_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_never_opens_and_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CXX", script(tmp_path / "c++", "exit 0"))
     monkeypatch.setattr(build, "LOCK_TIMEOUT_S", 0.2)
     folder = tmp_path / "kernels"
@@ -148,10 +158,18 @@ def test_a_lock_that_never_opens_and_a_folder_that_cannot_be_written(tmp_path: P
         build_kernels(tmp_path / "file" / "kernels")
 
 
-def test_compilers_end_with_a_build_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilers_end_with_a_build_that_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their children too: g++ starts others."""
     pids = tmp_path / "pids"
-    monkeypatch.setenv("CXX", script(tmp_path / "c++", f"trap '' TERM\nsleep 600 &\necho $! >> {pids}; echo $$ >> {pids}\nwait; wait"))
+    monkeypatch.setenv(
+        "CXX",
+        script(
+            tmp_path / "c++",
+            f"trap '' TERM\nsleep 600 &\necho $! >> {pids}; echo $$ >> {pids}\nwait; wait",
+        ),
+    )
     started = 2 * len(build.SOURCES)
 
     def interrupt(number: int, frame: object) -> None:
@@ -191,13 +209,23 @@ def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757, None], ids=["for all", "for the group", "for others", "of another user"])
+@pytest.mark.parametrize(
+    "mode",
+    [0o777, 0o775, 0o757, None],
+    ids=["for all", "for the group", "for others", "of another user"],
+)
 @pytest.mark.parametrize("where", ["kernels", "its parent"])
 def test_a_cache_that_others_may_write_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, mode: int | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+    mode: int | None,
 ) -> None:
     """The library that lies there is not loaded; one is built elsewhere, and is gone afterwards."""
-    monkeypatch.setenv("CXX", script(tmp_path / "c++", 'while [ "$1" != -o ]; do shift; done; echo ok > "$2"'))
+    monkeypatch.setenv(
+        "CXX", script(tmp_path / "c++", 'while [ "$1" != -o ]; do shift; done; echo ok > "$2"')
+    )
     monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
     loaded: list[Path] = []
     monkeypatch.setattr(build, "_load", loaded.append)
@@ -221,10 +249,15 @@ def test_a_cache_that_others_may_write_is_not_used(
 
 @pytest.mark.parametrize("mode", [0o777, None])
 def test_a_library_that_others_may_have_changed_is_built_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: int | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    mode: int | None,
 ) -> None:
     calls = tmp_path / "calls"
-    fake = script(tmp_path / "c++", f'echo x >> {calls}\nwhile [ "$1" != -o ]; do shift; done; echo ok > "$2"')
+    fake = script(
+        tmp_path / "c++", f'echo x >> {calls}\nwhile [ "$1" != -o ]; do shift; done; echo ok > "$2"'
+    )
     monkeypatch.setenv("CXX", fake)
     library = build_kernels(tmp_path / "kernels")
     if mode is None:
@@ -239,8 +272,12 @@ def test_a_library_that_others_may_have_changed_is_built_again(
     assert "not trusted; building it again" in caplog.text
 
 
-def test_folders_are_private_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", script(tmp_path / "c++", 'while [ "$1" != -o ]; do shift; done; echo ok > "$2"'))
+def test_folders_are_private_whatever_the_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "CXX", script(tmp_path / "c++", 'while [ "$1" != -o ]; do shift; done; echo ok > "$2"')
+    )
     before = os.umask(0)
     try:
         library = build_kernels(tmp_path / "cache" / "gptbatch" / "kernels")
@@ -252,7 +289,16 @@ def test_folders_are_private_whatever_the_umask(tmp_path: Path, monkeypatch: pyt
 def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
     """One warning that says how to get it; asked for by name it is an error."""
     environment = {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    ran = run_gptbatch("generate", "--config", "demo", "--limit", "20", "--output", tmp_path / "out", env=environment)
+    ran = run_gptbatch(
+        "generate",
+        "--config",
+        "demo",
+        "--limit",
+        "20",
+        "--output",
+        tmp_path / "out",
+        env=environment,
+    )
     assert ran.code == 0, ran.stderr
     assert ran.stderr.count("WARNING") == 1
     assert "install g++ or clang++" in ran.stderr
@@ -261,7 +307,16 @@ def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
     assert verified.code == 0, verified.stderr
     assert verified.summary["judged"] == "exactly"
     refused = run_gptbatch(
-        "generate", "--config", "demo", "--limit", "2", "--attention", "ragged", "--output", tmp_path / "other", env=environment
+        "generate",
+        "--config",
+        "demo",
+        "--limit",
+        "2",
+        "--attention",
+        "ragged",
+        "--output",
+        tmp_path / "other",
+        env=environment,
     )
     assert refused.code == 78
     assert "no-such-compiler" in refused.stderr
@@ -270,14 +325,31 @@ def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
 def test_ragged_is_for_cpus() -> None:
     with pytest.raises(DeviceError, match="CPU only"):
         choose_backend("ragged", torch.device("cuda"))
-    assert choose_backend("auto", torch.device("cuda")) == choose_backend("padded", torch.device("cpu")) == "padded"
+    assert (
+        choose_backend("auto", torch.device("cuda"))
+        == choose_backend("padded", torch.device("cpu"))
+        == "padded"
+    )
 
 
 @pytest.mark.slow
-def test_the_first_run_says_what_it_builds_and_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+def test_the_first_run_says_what_it_builds_and_a_damaged_library_is_built_again(
+    tmp_path: Path,
+) -> None:
     needs_compiler()
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    arguments = ("generate", "--config", "demo", "--limit", "2", "--max-new-tokens", "2", "--attention", "ragged", "--output")
+    arguments = (
+        "generate",
+        "--config",
+        "demo",
+        "--limit",
+        "2",
+        "--max-new-tokens",
+        "2",
+        "--attention",
+        "ragged",
+        "--output",
+    )
     first = run_gptbatch(*arguments, tmp_path / "a", env=environment)
     assert first.code == 0, first.stderr
     assert "building the kernels" in first.stderr
@@ -291,39 +363,59 @@ def test_the_first_run_says_what_it_builds_and_a_damaged_library_is_built_again(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (5, 47), (33, 48), (64, 49), (768, 100), (301, 500)])
-def test_linears_are_those_of_torch_and_rows_do_not_know_each_other(in_features: int, out_features: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(1, 1), (5, 47), (33, 48), (64, 49), (768, 100), (301, 500)]
+)
+def test_linears_are_those_of_torch_and_rows_do_not_know_each_other(
+    in_features: int, out_features: int, dtype: torch.dtype
+) -> None:
     needs_compiler()
     if dtype == torch.bfloat16 and not torch.ops.gptbatch.has_bfloat16():
         pytest.skip("this CPU does not compute in bfloat16")
     generator = torch.Generator().manual_seed(in_features)
-    weight = torch.randn(out_features, in_features, generator=generator).to(dtype) / in_features**0.5
+    weight = (
+        torch.randn(out_features, in_features, generator=generator).to(dtype) / in_features**0.5
+    )
     bias = torch.randn(out_features, generator=generator)
-    x, residual = (torch.randn(300, size, generator=generator).to(dtype) for size in (in_features, out_features))
+    x, residual = (
+        torch.randn(300, size, generator=generator).to(dtype)
+        for size in (in_features, out_features)
+    )
     packed = torch.ops.gptbatch.pack(weight)
     whole = torch.ops.gptbatch.linear(x, packed, out_features, bias, residual, "none")
     expected = F.linear(x.double(), weight.double(), bias.double()) + residual.double()
     assert (whole.double() - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 0.04)
     for threads in (1, 2, 3, 4):
         with use_threads(threads):
-            for first, rows in [(0, 300), *((rows % 7, rows) for rows in (1, 2, 3, 5, 8, 13, 33, 64, 129, 257))]:
+            for first, rows in [
+                (0, 300),
+                *((rows % 7, rows) for rows in (1, 2, 3, 5, 8, 13, 33, 64, 129, 257)),
+            ]:
                 part = slice(first, first + rows)
-                y = torch.ops.gptbatch.linear(x[part], packed, out_features, bias, residual[part], "none")
+                y = torch.ops.gptbatch.linear(
+                    x[part], packed, out_features, bias, residual[part], "none"
+                )
                 assert torch.equal(y, whole[part])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_are_those_of_torch(activation: Activation) -> None:
     needs_compiler()
-    x = torch.cat([torch.linspace(-12, 12, 499), torch.tensor([-1e4, -90.0, -0.0, 0.0, 90.0, 1e4])])[:, None]
-    y = torch.ops.gptbatch.linear(x, torch.ops.gptbatch.pack(torch.eye(1)), 1, None, None, activation)
+    x = torch.cat(
+        [torch.linspace(-12, 12, 499), torch.tensor([-1e4, -90.0, -0.0, 0.0, 90.0, 1e4])]
+    )[:, None]
+    y = torch.ops.gptbatch.linear(
+        x, torch.ops.gptbatch.pack(torch.eye(1)), 1, None, None, activation
+    )
     expected = ACTIVATIONS[activation](x.double())
     assert ((y.double() - expected).abs() <= 1e-6 * expected.abs().clamp(min=1)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [1, 5, 16, 33, 100, 768])
-def test_norms_are_those_of_torch_and_rows_do_not_know_each_other(width: int, dtype: torch.dtype) -> None:
+def test_norms_are_those_of_torch_and_rows_do_not_know_each_other(
+    width: int, dtype: torch.dtype
+) -> None:
     needs_compiler()
     torch.manual_seed(0)
     x = (torch.randn(300, width) * torch.logspace(-3, 3, 300)[:, None] + 5).to(dtype)
@@ -332,13 +424,19 @@ def test_norms_are_those_of_torch_and_rows_do_not_know_each_other(width: int, dt
     y = torch.ops.gptbatch.norm(x, weight, bias, 1e-5)
     exact = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
     # what rounding x - mean leaves is stretched where a row hardly varies
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5 * (1 + 5 / x.float().std(dim=1, correction=0, keepdim=True).clamp(min=3e-3))
+    tolerance = (
+        1e-2
+        if dtype == torch.bfloat16
+        else 1e-5 * (1 + 5 / x.float().std(dim=1, correction=0, keepdim=True).clamp(min=3e-3))
+    )
     assert ((y.double() - exact).abs() <= tolerance * (1 + exact.abs())).all()
     assert torch.equal(y[7], bias), "a row without variance"
     for count in (1, 2, 3):
         with use_threads(count):
             for part in (slice(0, 1), slice(7, 8), slice(3, 200), slice(299, 300)):
-                assert torch.equal(torch.ops.gptbatch.norm(x[part].clone(), weight, bias, 1e-5), y[part])
+                assert torch.equal(
+                    torch.ops.gptbatch.norm(x[part].clone(), weight, bias, 1e-5), y[part]
+                )
     x[3, 0] = math.nan
     spoilt = torch.ops.gptbatch.norm(x, weight, bias, 1e-5)
     assert spoilt.isnan().any(1).nonzero().flatten().tolist() == [3]
@@ -350,7 +448,9 @@ def test_linears_say_what_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         torch.ops.gptbatch.linear(torch.zeros(2, 3), packed, 500, None, None, "none")
     with pytest.raises(RuntimeError, match="types"):
-        torch.ops.gptbatch.linear(torch.zeros(2, 3, dtype=torch.float64), packed, 5, None, None, "none")
+        torch.ops.gptbatch.linear(
+            torch.zeros(2, 3, dtype=torch.float64), packed, 5, None, None, "none"
+        )
     with pytest.raises(RuntimeError, match="no activation selu"):
         torch.ops.gptbatch.linear(torch.zeros(2, 3), packed, 5, None, None, "selu")
     with pytest.raises(RuntimeError, match="norm: the shapes or types do not fit"):
@@ -376,20 +476,31 @@ def test_attention_says_what_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match="attend: the shapes do not fit each other"):
         attend(torch.zeros(2, 1, 2 * 16 * 32), slots=torch.zeros(2, dtype=torch.long))
     with pytest.raises(RuntimeError, match=r"qkv is to be \(R, 3, H, D\)"):
-        torch.ops.gptbatch.attend(torch.zeros(1, 3 * 2 * 16), torch.zeros(2, 1, 2 * 16 * 32), table, one, one, 1.0)
+        torch.ops.gptbatch.attend(
+            torch.zeros(1, 3 * 2 * 16), torch.zeros(2, 1, 2 * 16 * 32), table, one, one, 1.0
+        )
 
 
 def test_blocks_say_what_does_not_fit() -> None:
     needs_compiler()
-    weights = [torch.zeros(8), torch.zeros(8), torch.ops.gptbatch.pack(torch.zeros(24, 8)), *[torch.zeros(24)] * 9]
+    weights = [
+        torch.zeros(8),
+        torch.zeros(8),
+        torch.ops.gptbatch.pack(torch.zeros(24, 8)),
+        *[torch.zeros(24)] * 9,
+    ]
     table, one = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.long)
 
     def run(weights: list[torch.Tensor], n_head: int, scales: list[float]) -> None:
         caches = [torch.zeros(n_head, 1, 2 * 16 * 32)]
-        torch.ops.gptbatch.blocks(torch.zeros(1, 8), weights, 1e-5, "relu", caches, scales, table, one, one, None)
+        torch.ops.gptbatch.blocks(
+            torch.zeros(1, 8), weights, 1e-5, "relu", caches, scales, table, one, one, None
+        )
 
     for some, scales in ((weights[1:], [1.0]), (weights, [])):
-        with pytest.raises(RuntimeError, match=r"weights, 1 caches and . scales do not fit each other"):
+        with pytest.raises(
+            RuntimeError, match=r"weights, 1 caches and . scales do not fit each other"
+        ):
             run(some, 1, scales)
     for n_head in (0, 7):
         with pytest.raises(RuntimeError, match="the heads of the cache do not fit the projection"):
@@ -398,7 +509,9 @@ def test_blocks_say_what_does_not_fit() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [1, 2, 5, 31, 32, 33, 65, 700, 5003])
-def test_the_kernel_chooses_the_tokens_that_torch_chooses(vocab_size: int, dtype: torch.dtype) -> None:
+def test_the_kernel_chooses_the_tokens_that_torch_chooses(
+    vocab_size: int, dtype: torch.dtype
+) -> None:
     """Ties, infinities, NaN, any parameters; margins agree but for the last bits of their logarithms."""
     needs_compiler()
     rng = random.Random(vocab_size)
@@ -409,7 +522,12 @@ def test_the_kernel_chooses_the_tokens_that_torch_chooses(vocab_size: int, dtype
         logits[0] = logits[0].round()
         logits[1] = 0
         if vocab_size > 2:
-            logits[2, 1], logits[3, 0], logits[4, -1], logits[5, 1] = -math.inf, math.nan, math.nan, math.inf
+            logits[2, 1], logits[3, 0], logits[4, -1], logits[5, 1] = (
+                -math.inf,
+                math.nan,
+                math.nan,
+                math.inf,
+            )
             logits[6, :-1] = -math.inf
         logits[7] = -math.inf
         rows = [
@@ -423,10 +541,14 @@ def test_the_kernel_chooses_the_tokens_that_torch_chooses(vocab_size: int, dtype
         ]
         steps = [rng.randrange(1000) for _ in range(60)]
         bounds = [rng.choice([math.inf, 0.01, 1.0]) for _ in range(60)]
-        theirs, ours = (choose_tokens(logits, rows, steps, bounds, native=native) for native in (False, True))
+        theirs, ours = (
+            choose_tokens(logits, rows, steps, bounds, native=native) for native in (False, True)
+        )
         assert [choice.token for choice in ours] == [choice.token for choice in theirs]
         for row, a, b in zip(rows, ours, theirs, strict=True):
-            assert a.margin == b.margin or a.margin == pytest.approx(b.margin, rel=1e-9, abs=1e-9 * max(1, row.temperature))
+            assert a.margin == b.margin or a.margin == pytest.approx(
+                b.margin, rel=1e-9, abs=1e-9 * max(1, row.temperature)
+            )
         with use_threads(3):
             assert choose_tokens(logits, rows, steps, bounds, native=True) == ours
         differing += len({choice.token for choice in ours})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import machine
+from gptbatch.pipeline import machine
 
 GIB = 2**30
 
@@ -16,7 +16,9 @@ GIB = 2**30
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A system with 16 GiB to take and no limits; its folder of control groups."""
     meminfo = tmp_path / "meminfo"
-    meminfo.write_text(f"MemTotal:       33554432 kB\nMemFree:         1000 kB\nMemAvailable:   {16 * 2**20} kB\n")
+    meminfo.write_text(
+        f"MemTotal:       33554432 kB\nMemFree:         1000 kB\nMemAvailable:   {16 * 2**20} kB\n"
+    )
     groups = tmp_path / "cgroup"
     groups.mkdir()
     monkeypatch.setattr(machine, "_MEMINFO", meminfo)
@@ -27,10 +29,16 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def limit(folder: Path, most: str, used: int, cached: int = 0, *, version: int = 2) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    names = (
+        ("memory.max", "memory.current")
+        if version == 2
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    )
     (folder / names[0]).write_text(f"{most}\n")
     (folder / names[1]).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{'' if version == 2 else 'total_'}inactive_file {cached}\n")
+    (folder / "memory.stat").write_text(
+        f"anon 5\n{'' if version == 2 else 'total_'}inactive_file {cached}\n"
+    )
 
 
 def test_a_system_without_limits(system: Path) -> None:
@@ -48,10 +56,17 @@ def test_a_container(system: Path) -> None:
 def test_a_slurm_job(system: Path, version: int) -> None:
     """The limit is that of a group around the process's own."""
     path = "system.slice/slurmstepd.scope/job_17"
-    (system.parent / "own").write_text(f"0::/{path}/step_0\n" if version == 2 else f"5:cpu:/\n9:memory,hugetlb:/{path}/step_0\n")
+    (system.parent / "own").write_text(
+        f"0::/{path}/step_0\n" if version == 2 else f"5:cpu:/\n9:memory,hugetlb:/{path}/step_0\n"
+    )
     root = system if version == 2 else system / "memory"
     limit(root / path, str(8 * GIB), 2 * GIB, version=version)
-    limit(root / path / "step_0", "max" if version == 2 else str(2**63 - 4096), 2 * GIB, version=version)
+    limit(
+        root / path / "step_0",
+        "max" if version == 2 else str(2**63 - 4096),
+        2 * GIB,
+        version=version,
+    )
     assert machine.free_memory_bytes() == 6 * GIB
 
 
@@ -86,17 +101,42 @@ def test_odd_lines_about_control_groups_are_no_limit(system: Path, content: byte
 
 
 @pytest.mark.usefixtures("eight_cpus")
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff", b"-1 -1", b"0 0", b"5 0", b"9" * 5000, b"1e9 x", b"nan", "٣ ٣".encode()])
-def test_odd_files_of_the_kernel_are_no_limit(system: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"nonsense",
+        b"\xff",
+        b"-1 -1",
+        b"0 0",
+        b"5 0",
+        b"9" * 5000,
+        b"1e9 x",
+        b"nan",
+        "٣ ٣".encode(),
+    ],
+)
+def test_odd_files_of_the_kernel_are_no_limit(
+    system: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (system.parent / "own").write_text("0::/\n9:memory:/\n5:cpu:/\n")
     for folder in (system, system / "memory", system / "cpu"):
         folder.mkdir(exist_ok=True)
-        for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us", "memory.max", "memory.current", "memory.limit_in_bytes"):
+        for name in (
+            "cpu.max",
+            "cpu.cfs_quota_us",
+            "cpu.cfs_period_us",
+            "memory.max",
+            "memory.current",
+            "memory.limit_in_bytes",
+        ):
             (folder / name).write_bytes(content)
     assert machine.free_memory_bytes() == 16 * GIB
     assert machine.cores() == machine.Cores(8, None)
     for name in ("_LOADAVG", "_STAT", "_MEMINFO"):
-        (system.parent / name).write_bytes(b"cpu MemAvailable: " + content + b" kB\nMemAvailable: " + content + b" kB\n")
+        (system.parent / name).write_bytes(
+            b"cpu MemAvailable: " + content + b" kB\nMemAvailable: " + content + b" kB\n"
+        )
         monkeypatch.setattr(machine, name, system.parent / name)
     machine.describe_cores()
     machine.free_memory_bytes()
@@ -146,11 +186,18 @@ def test_cpus_without_a_quota(system: Path) -> None:
 
 @pytest.mark.usefixtures("eight_cpus")
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(("quotas", "threads"), [(["200000"], 2), (["150000"], 1), (["50000"], 1), (["max"], 8), (["1600000"], 8)])
+@pytest.mark.parametrize(
+    ("quotas", "threads"),
+    [(["200000"], 2), (["150000"], 1), (["50000"], 1), (["max"], 8), (["1600000"], 8)],
+)
 @pytest.mark.parametrize("place", ["/", "/docker/0123"])
-def test_a_container_with_a_quota(system: Path, version: int, quotas: list[str], threads: int, place: str) -> None:
+def test_a_container_with_a_quota(
+    system: Path, version: int, quotas: list[str], threads: int, place: str
+) -> None:
     """In a container its own group is the root of what it sees, whatever /proc/self/cgroup calls it."""
-    (system.parent / "own").write_text(f"0::{place}\n" if version == 2 else f"9:memory:{place}\n5:cpu,cpuacct:{place}\n")
+    (system.parent / "own").write_text(
+        f"0::{place}\n" if version == 2 else f"9:memory:{place}\n5:cpu,cpuacct:{place}\n"
+    )
     quota(system if version == 2 else system / "cpu", quotas[0], version=version)
     assert machine.cores().threads == threads
 
@@ -160,7 +207,9 @@ def test_a_container_with_a_quota(system: Path, version: int, quotas: list[str],
 def test_the_least_of_nested_quotas(system: Path, version: int) -> None:
     root = system if version == 2 else system / "cpu"
     path = "kubepods/burstable/pod7"
-    (system.parent / "own").write_text(f"0::/{path}/main\n" if version == 2 else f"5:cpu:/{path}/main\n")
+    (system.parent / "own").write_text(
+        f"0::/{path}/main\n" if version == 2 else f"5:cpu:/{path}/main\n"
+    )
     quota(root / path, "300000", version=version)
     quota(root / path / "main", "max", version=version)
     assert (machine.cores().quota, machine.cores().threads) == (3.0, 3)
@@ -189,7 +238,13 @@ def test_affinity_is_a_limit_too(system: Path, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_cores_that_are_not_the_runs_own(
-    system: Path, monkeypatch: pytest.MonkeyPatch, load: str, own_threads: int, steal: int, quota_us: str, said: str
+    system: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    load: str,
+    own_threads: int,
+    steal: int,
+    quota_us: str,
+    said: str,
 ) -> None:
     (system.parent / "own").write_text("0::/\n")
     quota(system, quota_us)
@@ -197,6 +252,8 @@ def test_cores_that_are_not_the_runs_own(
     monkeypatch.setattr(machine, "_LOADAVG", system.parent / "loadavg")
     monkeypatch.setattr(machine, "_STAT", system.parent / "stat")
     monkeypatch.setattr(machine, "_TIMES_AT_IMPORT", [100, 0, 50, 800, 0, 0, 0, 7])
-    (system.parent / "stat").write_text(f"cpu {150 - steal} 0 80 820 0 0 0 {7 + steal} 0 0\ncpu0 1 1 1\n")
+    (system.parent / "stat").write_text(
+        f"cpu {150 - steal} 0 80 820 0 0 0 {7 + steal} 0 0\ncpu0 1 1 1\n"
+    )
     found = machine.describe_cores(own_threads)
     assert found.startswith(said) if said else found == ""

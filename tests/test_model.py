@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from pipeline.gpt.blocks import Block
-from pipeline.gpt.config import parse_config
-from pipeline.gpt.linear import ROW_PLANS, RowPlan
-from pipeline.gpt.model import GPT
-from pipeline.gpt.weights import copy_block, copy_model, copy_parameter
+from gptbatch.pipeline.model.blocks import Block
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.linear import ROW_PLANS, RowPlan
+from gptbatch.pipeline.model.weights import copy_block, copy_model, copy_parameter
 from tests.conftest import our_model, random_model
 
 SWITCHES: dict[str, dict[str, Any]] = {  # each changes the numbers
@@ -45,7 +45,9 @@ def largest_difference(theirs: GPT2LMHeadModel, ours: GPT, idx: torch.Tensor) ->
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_agree_with_transformers(name: str, pack: bool) -> None:
     theirs = random_model(**SHAPES[name])
-    idx = torch.randint(0, theirs.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+    idx = torch.randint(
+        0, theirs.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1)
+    )
     assert largest_difference(theirs, our_model(theirs, pack=pack), idx) <= TOLERANCE
 
 
@@ -80,7 +82,10 @@ def test_parameter_count_is_that_of_transformers() -> None:
 @pytest.mark.parametrize("length", [0, 65, 1000])
 def test_sequences_that_do_not_fit_are_refused(length: int) -> None:
     ours = our_model(random_model())
-    with pytest.raises(ValueError, match=f"a sequence of {length} tokens does not fit: 1 to n_positions \\(64\\) do"):
+    with pytest.raises(
+        ValueError,
+        match=f"a sequence of {length} tokens does not fit: 1 to n_positions \\(64\\) do",
+    ):
         ours(torch.zeros(1, length, dtype=torch.long))
     assert ours(torch.zeros(1, 64, dtype=torch.long)).shape == (1, 64, 300)
 
@@ -93,7 +98,9 @@ def test_every_parameter_matters_to_the_logits() -> None:
         ours = our_model(theirs)
         with torch.no_grad():
             kept = parameter.clone()
-            parameter.mul_(1.5).add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+            parameter.mul_(1.5).add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+            )
         if not name.endswith("c_attn.bias"):  # of which the keys' third cancels in softmax
             assert largest_difference(theirs, ours, idx) > TOLERANCE, name
         with torch.no_grad():
@@ -124,7 +131,9 @@ def test_copy_block_copies_one_block() -> None:
 
 def test_row_counts_are_few_and_waste_little() -> None:
     rounded, more, constant = ([plan.rows(rows) for rows in range(1, 4097)] for plan in ROW_PLANS)
-    assert all(rows <= up <= max(rows + 7, rows * 9 / 8) for rows, up in enumerate(rounded, start=1))
+    assert all(
+        rows <= up <= max(rows + 7, rows * 9 / 8) for rows, up in enumerate(rounded, start=1)
+    )
     assert len(set(rounded)) < 60
     assert more[40:] == rounded[40:]
     assert min(more) == 32
@@ -148,6 +157,8 @@ def test_rows_that_fill_up_a_batch_change_no_number(plan: RowPlan, pack: bool) -
 def test_logits_on_cuda_agree_with_transformers_on_cpu(name: str) -> None:
     theirs = random_model(**SHAPES[name])
     ours = our_model(theirs, pack=False).to("cuda")
-    idx = torch.randint(0, theirs.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+    idx = torch.randint(
+        0, theirs.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1)
+    )
     with torch.inference_mode():
         assert (theirs(idx).logits - ours(idx.cuda()).cpu()).abs().max() <= TOLERANCE

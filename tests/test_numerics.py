@@ -15,19 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import JobConfig, run_job
-from pipeline.data.recorded import RecordedRun
-from pipeline.errors import DeviceError, OutputConflictError
-from pipeline.generation import numerics
-from pipeline.generation.numerics import NumericsReport, check_numerics
-from pipeline.gpt import padded
-from pipeline.gpt.attention import Backend
-from pipeline.gpt.blocks import Block
-from pipeline.gpt.linear import ROW_PLANS, Linear, use_threads
-from pipeline.gpt.model import GPT
-from pipeline.gpt.padded import PaddedAttention, PaddedCache
+from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.errors import DeviceError, OutputConflictError
+from gptbatch.pipeline.generation import numerics
+from gptbatch.pipeline.gpt import padded
+from gptbatch.pipeline.kv_cache.interface import Backend
+from gptbatch.pipeline.kv_cache.padded import PaddedAttention, PaddedCache
+from gptbatch.pipeline.model.blocks import Block
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.linear import ROW_PLANS, Linear, use_threads
+from gptbatch.pipeline.model.self_test import NumericsReport, check_numerics
 from tests.conftest import our_model, random_model
-from tests.paths import REPOSITORY
+from tests.paths import PYTHONPATH
 
 
 class RowCounting(Linear):
@@ -61,7 +61,10 @@ def test_this_machine_passes(attention: Backend) -> None:
     assert report.exact, report.failures
     assert report.row_plan == model.row_plan_name
     assert report == check_numerics(model), "the digest is that of the weights and the machine"
-    assert check_numerics(our_model(random_model(seed=1), attention=attention)).probe_digest != report.probe_digest
+    assert (
+        check_numerics(our_model(random_model(seed=1), attention=attention)).probe_digest
+        != report.probe_digest
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -70,16 +73,19 @@ def test_the_digest_tells_environments_apart(dtype: torch.dtype, seed: int) -> N
     """Two attention backends sum in other orders. In 16 bits the logits of a few tokens are equal all the same."""
     theirs = random_model(seed=seed)
     backends: tuple[Backend, ...] = ("ragged", "padded")
-    digests = {check_numerics(our_model(theirs, attention=attention, dtype=dtype)).probe_digest for attention in backends}
+    digests = {
+        check_numerics(our_model(theirs, attention=attention, dtype=dtype)).probe_digest
+        for attention in backends
+    }
     assert len(digests) == 2
 
 
 DIGEST = """
 import torch
-from pipeline.data.checkpoint import find_checkpoint
-from pipeline.generation.numerics import check_numerics
-from pipeline.gpt.config import parse_config
-from pipeline.gpt.weights import load_gpt
+from gptbatch.pipeline.model.checkpoint import find_checkpoint
+from gptbatch.pipeline.model.self_test import check_numerics
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.weights import load_gpt
 demo = find_checkpoint("bundled:demo/model")
 config = parse_config(demo.config, "config.json")
 print(check_numerics(load_gpt(config, list(demo.weights), dtype=torch.bfloat16, device=torch.device("cpu"))).probe_digest)
@@ -87,17 +93,28 @@ print(check_numerics(load_gpt(config, list(demo.weights), dtype=torch.bfloat16, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the CPU has generic instructions only")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="the CPU has generic instructions only",
+)
 def test_the_digest_tells_vector_instructions_apart() -> None:
     found: set[str] = set()
     for changes in ({}, {"ATEN_CPU_CAPABILITY": "default"}):
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **changes}
-        done = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True)
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH, **changes}
+        done = subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         found.add(done.stdout)
     assert len(found) == 2
 
 
-@pytest.mark.parametrize(("harmless", "step", "plan"), [(0, 7, "rounded"), (32, 7, "more"), (10**9, 64, "constant")])
+@pytest.mark.parametrize(
+    ("harmless", "step", "plan"), [(0, 7, "rounded"), (32, 7, "more"), (10**9, 64, "constant")]
+)
 def test_row_plans_are_tried_in_turn(harmless: int, step: int, plan: str) -> None:
     model = with_row_counting(our_model(random_model()), harmless=harmless, step=step)
     report = check_numerics(model)
@@ -119,7 +136,9 @@ def test_a_linear_that_needs_fewer_rows_gets_them_alone() -> None:
     for threads in (1, 2):
         with use_threads(threads):
             report = check_numerics(model)
-            assert (report.exact, report.row_plan) == (True, "constant, mlp_out 32"), "whatever threads the run has"
+            assert (report.exact, report.row_plan) == (True, "constant, mlp_out 32"), (
+                "whatever threads the run has"
+            )
     assert {block.get_submodule("mlp_out").constant_rows for block in model.blocks} == {32}
     assert model.lm_head.constant_rows == 64
 
@@ -153,19 +172,23 @@ class FaultyCache(PaddedCache):
         attention = super().step(slots, positions)
         if len(set(slots)) > 1 and max(positions) > 60:
             for i, now in enumerate(attention.rounds):
-                attention.rounds[i] = dataclasses.replace(now, hidden=now.hidden.clone().index_fill_(-1, torch.tensor([0]), True))
+                attention.rounds[i] = dataclasses.replace(
+                    now, hidden=now.hidden.clone().index_fill_(-1, torch.tensor([0]), True)
+                )
         return attention
 
 
 def test_a_fault_that_needs_a_wide_cache_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.gpt.attention.PaddedCache", FaultyCache)
+    monkeypatch.setattr("gptbatch.pipeline.kv_cache.interface.PaddedCache", FaultyCache)
     report = check_numerics(our_model(random_model()))
     assert "attention beside others" in report.failures
     assert not {"attention alone", "attention in chunks"} & set(report.failures)
 
 
 @pytest.mark.parametrize("harmless", [1, 20])
-def test_products_that_depend_on_the_batch_are_replaced(harmless: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_depend_on_the_batch_are_replaced(
+    harmless: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Matrix products that see how many sequences there are, two or more than 20, as those of some GPUs do; sums of neighbours do not."""
     attend = padded._attend
 
@@ -194,7 +217,9 @@ def test_a_fault_at_many_rows_or_with_other_threads_is_found(part: str) -> None:
 
     class Threads(Linear):
         def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
-            return super()._apply_to(x, residual) + (1e-3 if x.shape[0] > 100 and torch.get_num_threads() == 1 else 0.0)
+            return super()._apply_to(x, residual) + (
+                1e-3 if x.shape[0] > 100 and torch.get_num_threads() == 1 else 0.0
+            )
 
     for kind in (ManyRows, Threads):
         model = our_model(random_model())
@@ -206,7 +231,9 @@ def test_a_fault_at_many_rows_or_with_other_threads_is_found(part: str) -> None:
             report = check_numerics(model)
         finally:
             torch.set_num_threads(before)
-        assert (report.exact, report.row_plan) == (True, "constant"), "64 rows at a time mend it, once it is found"
+        assert (report.exact, report.row_plan) == (True, "constant"), (
+            "64 rows at a time mend it, once it is found"
+        )
 
 
 def test_threads_are_left_as_they_were() -> None:
@@ -218,14 +245,28 @@ def test_threads_are_left_as_they_were() -> None:
 @pytest.fixture
 def config(checkpoint: Path, tmp_path: Path) -> dict[str, str | int]:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "To be"}\n')
-    return {"model": str(checkpoint), "input": str(tmp_path / "prompts.jsonl"), "output": str(tmp_path / "out"), "max_new_tokens": 5}
+    return {
+        "model": str(checkpoint),
+        "input": str(tmp_path / "prompts.jsonl"),
+        "output": str(tmp_path / "out"),
+        "max_new_tokens": 5,
+    }
 
 
 def test_the_answer_is_recorded(config: dict[str, str | int], tmp_path: Path) -> None:
     assert run_job(JobConfig.model_validate(config)).numerics == "exact"
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     profile = manifest["profile"]
-    assert set(profile) == {"attention", "products", "linears", "row_plan", "torch", "device_class", "noise_version", "probe_digest"}
+    assert set(profile) == {
+        "attention",
+        "products",
+        "linears",
+        "row_plan",
+        "torch",
+        "device_class",
+        "noise_version",
+        "probe_digest",
+    }
     assert len(profile["probe_digest"]) == 64
     assert manifest["numerics"] == "exact"
 
@@ -238,11 +279,17 @@ def test_off_skips_the_check(config: dict[str, str | int], monkeypatch: pytest.M
     assert run_job(JobConfig.model_validate({**config, "numerics": "off"})).numerics == "off"
 
 
-def test_a_machine_that_fails(config: dict[str, str | int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_machine_that_fails(
+    config: dict[str, str | int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """auto goes on with one warning and says unverified, exact stops and leaves no rows."""
 
     def failing(model: GPT) -> NumericsReport:
-        return NumericsReport(failures=("rows of mlp_in", "logits among others"), row_plan="rounded", probe_digest="0" * 64)
+        return NumericsReport(
+            failures=("rows of mlp_in", "logits among others"),
+            row_plan="rounded",
+            probe_digest="0" * 64,
+        )
 
     monkeypatch.setattr(numerics, "check_numerics", failing)
     with pytest.raises(DeviceError, match=r"rows of mlp_in, logits among others differ") as caught:
@@ -256,10 +303,15 @@ def test_a_machine_that_fails(config: dict[str, str | int], monkeypatch: pytest.
 
 
 def test_a_complete_run_is_not_taken_for_an_exact_one(config: dict[str, str | int]) -> None:
-    run_job(JobConfig.model_validate({**config, "numerics": "off", "engine": {"attention": "padded"}}))
+    run_job(
+        JobConfig.model_validate({**config, "numerics": "off", "engine": {"attention": "padded"}})
+    )
     assert run_job(JobConfig.model_validate(config)).skipped == 2
     with pytest.raises(OutputConflictError, match="whose numerics are off, not exact"):
         run_job(JobConfig.model_validate({**config, "numerics": "exact"}))
     with pytest.raises(OutputConflictError, match="attention padded, not ragged"):
         run_job(JobConfig.model_validate({**config, "engine": {"attention": "ragged"}}))
-    assert run_job(JobConfig.model_validate({**config, "engine": {"attention": "padded"}})).skipped == 2
+    assert (
+        run_job(JobConfig.model_validate({**config, "engine": {"attention": "padded"}})).skipped
+        == 2
+    )

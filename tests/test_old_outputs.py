@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import run_command
-from pipeline import JobConfig, run_job
-from pipeline.data.completions import SCHEMA
-from pipeline.data.parts import FORMAT
-from pipeline.data.recorded import RecordedRun
-from pipeline.errors import OutputConflictError
+from gptbatch.jobs.cli import run_command
+from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.errors import OutputConflictError
+from gptbatch.pipeline.output.parts import FORMAT
+from gptbatch.pipeline.output.schema import SCHEMA
 from tests.old_outputs import MODEL, OUTPUTS, PROMPTS
 
 FORMATS = sorted(path.name for path in OUTPUTS.glob("gptbatch-*"))
@@ -35,14 +35,23 @@ def test_an_old_output_is_read(output: Path, capsys: pytest.CaptureFixture[str])
     assert list(rows[0]) == SCHEMA.names
     assert run_command(["status", str(output), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
-    assert (status["state"], status["rows_done"], status["errors"], status["problems"]) == ("complete", 5, {"too_long": 1}, [])
+    assert (status["state"], status["rows_done"], status["errors"], status["problems"]) == (
+        "complete",
+        5,
+        {"too_long": 1},
+        [],
+    )
 
 
-def test_an_old_output_is_verified_replayed_and_compared(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_output_is_verified_replayed_and_compared(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command(["verify", str(output), "--all", "--model", str(MODEL)]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["complete"], summary["rows_checked"], summary["mismatches"]) == (True, 4, 0)
-    assert run_command(["replay", str(output), "--prompt-id", "sampled", "--model", str(MODEL)]) == 0
+    assert (
+        run_command(["replay", str(output), "--prompt-id", "sampled", "--model", str(MODEL)]) == 0
+    )
     assert "equal to the recorded row" in capsys.readouterr().out
     newest = OUTPUTS / FORMAT
     assert run_command(["diff", str(output), str(newest)]) == 0
@@ -54,6 +63,17 @@ def test_an_old_output_is_not_continued(output: Path) -> None:
         pytest.skip("it is of this version")
     (output / "_SUCCESS").unlink()
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    with pytest.raises(OutputConflictError, match=f"holds a run of format {output.name}, and this version writes {FORMAT}"):
-        run_job(JobConfig(model=str(MODEL), input=str(PROMPTS), output=str(output), part_rows=3, max_new_tokens=6))
+    with pytest.raises(
+        OutputConflictError,
+        match=f"holds a run of format {output.name}, and this version writes {FORMAT}",
+    ):
+        run_job(
+            JobConfig(
+                model=str(MODEL),
+                input=str(PROMPTS),
+                output=str(output),
+                part_rows=3,
+                max_new_tokens=6,
+            )
+        )
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before

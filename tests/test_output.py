@@ -18,16 +18,24 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from pipeline import JobConfig, run_job
-from pipeline.data.completions import COLUMNS, DETERMINISTIC_COLUMNS, SCHEMA, content_digest
-from pipeline.data.parts import read_footer
-from pipeline.errors import InputRowsError, OutputConflictError, OutputCreationError
-from pipeline.summary import RunSummary
+from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline.errors import InputRowsError, OutputConflictError, OutputCreationError
+from gptbatch.pipeline.output.parts import read_footer
+from gptbatch.pipeline.output.schema import COLUMNS, DETERMINISTIC_COLUMNS, SCHEMA, content_digest
+from gptbatch.pipeline.output.summary import RunSummary
 from tests.conftest import random_model
 
 WriteRows = Callable[..., Path]
 ROWS: list[dict[str, Any]] = [
-    {"prompt": "The king", "id": "a", "seed": 5, "temperature": 0.5, "top_k": 3, "max_new_tokens": 6, "note": 1.50},
+    {
+        "prompt": "The king",
+        "id": "a",
+        "seed": 5,
+        "temperature": 0.5,
+        "top_k": 3,
+        "max_new_tokens": 6,
+        "note": 1.50,
+    },
     {"prompt": ""},
     {"prompt": "To be, or not to be: that is the question. " * 40, "id": "too long"},
     {"prompt": "Long live the queen \u00e9\u4e2d"},
@@ -38,7 +46,12 @@ ROWS: list[dict[str, Any]] = [
 
 
 def job(checkpoint: Path, path: Path, output: Path, **settings: Any) -> JobConfig:
-    return JobConfig(model=str(checkpoint), input=str(path), output=str(output), **{"max_new_tokens": 8, **settings})
+    return JobConfig(
+        model=str(checkpoint),
+        input=str(path),
+        output=str(output),
+        **{"max_new_tokens": 8, **settings},
+    )
 
 
 def read(output: Path) -> pa.Table:
@@ -50,23 +63,40 @@ def deterministic(output: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_a_run_writes_every_row_once_and_in_order(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_a_run_writes_every_row_once_and_in_order(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     summary = run_job(job(checkpoint, write_rows(ROWS), tmp_path / "out", part_rows=3))
     rows = deterministic(tmp_path / "out")
     assert [row["prompt_index"] for row in rows] == list(range(7))
     assert [row["prompt_id"] for row in rows] == ["a", "1", "too long", "3", "4", "5", "6"]
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS]
     first, empty, long = rows[:3]
-    assert (first["seed"], first["temperature"], first["top_k"], first["max_new_tokens"]) == (5, 0.5, 3, 6)
+    assert (first["seed"], first["temperature"], first["top_k"], first["max_new_tokens"]) == (
+        5,
+        0.5,
+        3,
+        6,
+    )
     assert first["metadata"] == '{"note": 1.5}'
     assert (empty["prompt_tokens"], empty["metadata"], empty["error"]) == (1, None, None)
     assert long["finish_reason"] == "error"
-    assert long["error"] == f"the prompt has {long['prompt_tokens']} tokens, more than n_positions (64)"
-    assert (long["completion"], long["completion_token_ids"], long["completion_tokens"], long["stop_reason"]) == (None, [], 0, None)
+    assert (
+        long["error"]
+        == f"the prompt has {long['prompt_tokens']} tokens, more than n_positions (64)"
+    )
+    assert (
+        long["completion"],
+        long["completion_token_ids"],
+        long["completion_tokens"],
+        long["stop_reason"],
+    ) == (None, [], 0, None)
     for row in rows:
         assert row["completion_tokens"] == len(row["completion_token_ids"]) <= row["max_new_tokens"]
         if row["finish_reason"] != "error":
-            assert row["stop_reason"] == ("end_of_text" if row["finish_reason"] == "stop" else "max_new_tokens")
+            assert row["stop_reason"] == (
+                "end_of_text" if row["finish_reason"] == "stop" else "max_new_tokens"
+            )
             assert (row["completion_token_ids"][-1] == 0) == (row["finish_reason"] == "stop")
             assert "<|endoftext|>" not in row["completion"]
     assert (summary.rows, summary.ok, summary.errors, summary.skipped) == (7, 6, 1, 0)
@@ -74,7 +104,9 @@ def test_a_run_writes_every_row_once_and_in_order(checkpoint: Path, write_rows: 
     assert summary.prompt_tokens == sum(row["prompt_tokens"] for row in rows)
 
 
-def test_the_table_has_the_schema_and_its_words(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_the_table_has_the_schema_and_its_words(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     run_job(job(checkpoint, write_rows(ROWS), tmp_path / "out", part_rows=3))
     for path in sorted((tmp_path / "out").glob("part-*.parquet")):
         schema = pq.read_schema(path)
@@ -101,7 +133,9 @@ def test_timings_of_rows(checkpoint: Path, write_rows: WriteRows, tmp_path: Path
         assert row["started_at"].tzinfo is not None
         assert 0 <= row["cached_tokens"] < max(1, row["prompt_tokens"])
         if row["completion_tokens"] > 1:
-            assert row["tokens_per_s"] == pytest.approx((row["completion_tokens"] - 1) / row["decode_s"])
+            assert row["tokens_per_s"] == pytest.approx(
+                (row["completion_tokens"] - 1) / row["decode_s"]
+            )
         else:
             assert row["tokens_per_s"] is None
 
@@ -113,19 +147,54 @@ def test_footers_and_manifest(checkpoint: Path, write_rows: WriteRows, tmp_path:
     assert (output / "_SUCCESS").is_file()
     assert manifest["complete"] is True
     assert (manifest["rows"], manifest["errors"]) == (7, 1)
-    assert [part["name"] for part in manifest["parts"]] == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    assert [part["name"] for part in manifest["parts"]] == [
+        "part-00000.parquet",
+        "part-00001.parquet",
+        "part-00002.parquet",
+    ]
     for part, first, rows in zip(manifest["parts"], (0, 3, 6), (3, 3, 1), strict=True):
         footer = read_footer(output / part["name"])
         assert footer is not None
-        assert (footer["first_row"], footer["rows"]) == (part["first_row"], part["rows"]) == (first, rows)
-        assert footer["content_digest"] == part["content_digest"] == content_digest(pq.read_table(output / part["name"]))
+        assert (
+            (footer["first_row"], footer["rows"])
+            == (part["first_row"], part["rows"])
+            == (first, rows)
+        )
+        assert (
+            footer["content_digest"]
+            == part["content_digest"]
+            == content_digest(pq.read_table(output / part["name"]))
+        )
         assert footer["fingerprint"] == manifest["fingerprint"] == summary.fingerprint
-        for key in ("model", "model_digest", "tokenizer_digest", "input_digest", "dtype", "device", "profile", "versions", "numerics"):
+        for key in (
+            "model",
+            "model_digest",
+            "tokenizer_digest",
+            "input_digest",
+            "dtype",
+            "device",
+            "profile",
+            "versions",
+            "numerics",
+        ):
             assert footer[key] == manifest[key]
-        assert footer["profile"].keys() >= {"attention", "linears", "torch", "device_class", "noise_version"}
+        assert footer["profile"].keys() >= {
+            "attention",
+            "linears",
+            "torch",
+            "device_class",
+            "noise_version",
+        }
         assert footer["versions"]["torch"]
     names = {path.name for path in output.iterdir()}
-    assert names == {"part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "_manifest.json", "_SUCCESS", ".gptbatch"}
+    assert names == {
+        "part-00000.parquet",
+        "part-00001.parquet",
+        "part-00002.parquet",
+        "_manifest.json",
+        "_SUCCESS",
+        ".gptbatch",
+    }
     work = {path.name for path in (output / ".gptbatch").iterdir()}
     assert work == {"config.yaml", "digests.json", "errors.jsonl", "lock", "progress.json"}
 
@@ -141,13 +210,29 @@ def test_page_checksums_are_on(checkpoint: Path, write_rows: WriteRows, tmp_path
         pq.read_table(path, page_checksum_verification=True)
 
 
-def test_the_same_job_gives_the_same_rows(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_the_same_job_gives_the_same_rows(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     rows = [{"prompt": f"The king {i}"} for i in range(40)]
     path = write_rows(rows)
     digests = []
-    for name, settings in (("a", {}), ("b", {}), ("c", {"batch_size": 3}), ("other seed", {"seed": 1})):
+    for name, settings in (
+        ("a", {}),
+        ("b", {}),
+        ("c", {"batch_size": 3}),
+        ("other seed", {"seed": 1}),
+    ):
         batch_size = settings.pop("batch_size", 64)
-        run_job(job(checkpoint, path, tmp_path / name, part_rows=40, engine={"batch_size": batch_size}, **settings))
+        run_job(
+            job(
+                checkpoint,
+                path,
+                tmp_path / name,
+                part_rows=40,
+                engine={"batch_size": batch_size},
+                **settings,
+            )
+        )
         digests.append(content_digest(read(tmp_path / name)))
     assert digests[0] == digests[1] == digests[2] != digests[3]
     tokens = [row["completion_token_ids"] for row in deterministic(tmp_path / "a")]
@@ -155,15 +240,24 @@ def test_the_same_job_gives_the_same_rows(checkpoint: Path, write_rows: WriteRow
     assert sum(a != b for a, b in zip(tokens, other, strict=True)) > 30
 
 
-def test_equal_seeds_share_noise_and_derived_ones_do_not(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
-    rows = [{"prompt": "The king", "seed": 9}, {"prompt": "The king", "seed": 9}, {"prompt": "The king"}, {"prompt": "The king"}]
+def test_equal_seeds_share_noise_and_derived_ones_do_not(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "The king", "seed": 9},
+        {"prompt": "The king", "seed": 9},
+        {"prompt": "The king"},
+        {"prompt": "The king"},
+    ]
     run_job(job(checkpoint, write_rows(rows), tmp_path / "out"))
     a, b, c, d = (row["completion_token_ids"] for row in deterministic(tmp_path / "out"))
     assert a == b
     assert len({tuple(a), tuple(c), tuple(d)}) == 3
 
 
-def test_special_tokens_are_plain_text_unless_they_are_asked_for(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_special_tokens_are_plain_text_unless_they_are_asked_for(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     path = write_rows([{"prompt": "a<|endoftext|>b"}])
     run_job(job(checkpoint, path, tmp_path / "plain"))
     run_job(job(checkpoint, path, tmp_path / "special", parse_special=True))
@@ -171,27 +265,57 @@ def test_special_tokens_are_plain_text_unless_they_are_asked_for(checkpoint: Pat
     assert special["prompt_tokens"] == 3 < plain["prompt_tokens"]
 
 
-def test_long_prompts_lose_their_front_where_that_is_asked_for(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_long_prompts_lose_their_front_where_that_is_asked_for(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     text = "The king is dead. Long live the king, and the queen. " * 12
-    rows = [{"prompt": text, "max_new_tokens": n} for n in (8, 1, 1000)] + [{"prompt": "The king", "max_new_tokens": 8}]
-    run_job(job(checkpoint, write_rows(rows), tmp_path / "out", context_overflow="truncate_left", ignore_eos=True, temperature=0.0))
+    rows = [{"prompt": text, "max_new_tokens": n} for n in (8, 1, 1000)] + [
+        {"prompt": "The king", "max_new_tokens": 8}
+    ]
+    run_job(
+        job(
+            checkpoint,
+            write_rows(rows),
+            tmp_path / "out",
+            context_overflow="truncate_left",
+            ignore_eos=True,
+            temperature=0.0,
+        )
+    )
     some, one, many, short = deterministic(tmp_path / "out")
     total = some["prompt_tokens"] + some["prompt_tokens_dropped"]
     assert total > 64
     assert [row["prompt_tokens"] for row in (some, one, many)] == [64 - 8 + 1, 64, 1]
     assert [row["completion_tokens"] for row in (some, one, many)] == [8, 1, 64]
-    assert [row["stop_reason"] for row in (some, one, many)] == ["max_new_tokens", "max_new_tokens", "window"]
+    assert [row["stop_reason"] for row in (some, one, many)] == [
+        "max_new_tokens",
+        "max_new_tokens",
+        "window",
+    ]
     assert short["prompt_tokens_dropped"] == 0
     assert all(row["prompt"] == text for row in (some, one, many))
 
 
 @pytest.mark.parametrize("rows", [0, 4, 12], ids=["no rows", "one part", "three parts"])
-def test_everyone_reads_it(checkpoint: Path, write_rows: WriteRows, tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everyone_reads_it(
+    checkpoint: Path,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     output = tmp_path / "out"
-    run_job(job(checkpoint, write_rows([{"prompt": f"row {i}"} for i in range(rows)]), output, part_rows=4))
+    run_job(
+        job(
+            checkpoint,
+            write_rows([{"prompt": f"row {i}"} for i in range(rows)]),
+            output,
+            part_rows=4,
+        )
+    )
     assert len(list(output.glob("part-*.parquet"))) == max(1, rows // 4)
     expected = [str(i) for i in range(rows)]
     columns = [column.name for column in COLUMNS]
@@ -205,7 +329,9 @@ def test_everyone_reads_it(checkpoint: Path, write_rows: WriteRows, tmp_path: Pa
     assert lazy.columns == columns
     assert lazy["prompt_id"].to_list() == expected
 
-    relation = duckdb.sql(f"SELECT prompt_id, completion FROM '{output}/part-*.parquet' ORDER BY prompt_index")
+    relation = duckdb.sql(
+        f"SELECT prompt_id, completion FROM '{output}/part-*.parquet' ORDER BY prompt_index"
+    )
     assert relation is not None
     found = relation.fetchall()
     assert [prompt_id for prompt_id, _ in found] == expected
@@ -226,10 +352,15 @@ def run(checkpoint: Path, path: Path, output: Path, **settings: Any) -> RunSumma
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     """All but what is remembered of digests, which is only there to save time."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "digests.json"]
-    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in files
+    }
 
 
-def test_a_complete_output_is_left_as_it_is(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_a_complete_output_is_left_as_it_is(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
     first = run(checkpoint, path, output)
     before = snapshot(output)
@@ -253,11 +384,15 @@ def damage_part(path: Path, damage: str) -> None:
         case "no footer":
             del content[-40:]
         case "a bit of a page":
-            column = pq.read_metadata(path).row_group(0).column(DETERMINISTIC_COLUMNS.index("prompt"))
+            column = (
+                pq.read_metadata(path).row_group(0).column(DETERMINISTIC_COLUMNS.index("prompt"))
+            )
             content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
         case "another row":
             table = pq.read_table(path)
-            changed = table.set_column(0, table.schema.field(0), pa.array(["mine"] * table.num_rows))
+            changed = table.set_column(
+                0, table.schema.field(0), pa.array(["mine"] * table.num_rows)
+            )
             pq.write_table(changed, path)
             return
         case "a part of other rows":
@@ -268,23 +403,40 @@ def damage_part(path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing", "emptied", "truncated", "no footer", "a bit of a page", "another row", "a part of other rows"]
+    "damage",
+    [
+        "missing",
+        "emptied",
+        "truncated",
+        "no footer",
+        "a bit of a page",
+        "another row",
+        "a part of other rows",
+    ],
 )
-def test_an_output_that_lost_a_part_gets_it_again(checkpoint: Path, write_rows: WriteRows, tmp_path: Path, damage: str) -> None:
+def test_an_output_that_lost_a_part_gets_it_again(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, damage: str
+) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
     run(checkpoint, path, output, part_rows=3)
     expected = deterministic(output)
     lost = output / "part-00001.parquet"
-    before = {path: path.stat().st_mtime_ns for path in output.glob("part-*.parquet") if path != lost}
+    before = {
+        path: path.stat().st_mtime_ns for path in output.glob("part-*.parquet") if path != lost
+    }
     damage_part(lost, damage)
     again = run(checkpoint, path, output)
     assert (again.rows, again.skipped) == (3, 4)
     assert deterministic(output) == expected
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "the other parts are left as they are"
+    assert {path: path.stat().st_mtime_ns for path in before} == before, (
+        "the other parts are left as they are"
+    )
     assert run(checkpoint, path, output).rows == 0
 
 
-def test_an_input_that_changes_while_it_is_read_never_succeeds(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_an_input_that_changes_while_it_is_read_never_succeeds(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     class Meddler:
         def begin(self, total_rows: int, done_rows: int) -> None:
             write_rows([{"prompt": "another"}] * 7)
@@ -300,7 +452,9 @@ def test_an_input_that_changes_while_it_is_read_never_succeeds(checkpoint: Path,
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
-def test_an_incomplete_output_is_continued(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_an_incomplete_output_is_continued(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
     run(checkpoint, path, output, part_rows=3)
     expected = deterministic(output)
@@ -336,7 +490,9 @@ def test_another_job_is_refused_and_nothing_is_touched(
     assert snapshot(output) == before
 
 
-def test_overwrite_replaces_our_files_and_no_others(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_overwrite_replaces_our_files_and_no_others(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
     run(checkpoint, path, output, part_rows=2)
     foreign = {"notes.txt": b"mine", "other.csv": b"mine too"}
@@ -347,13 +503,22 @@ def test_overwrite_replaces_our_files_and_no_others(checkpoint: Path, write_rows
     assert [row["prompt_index"] for row in deterministic(output)] == list(range(7))
 
 
-def test_a_folder_that_holds_something_else_is_refused(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_else_is_refused(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
     output.mkdir()
-    for name, content in (("notes.txt", "mine"), ("_manifest.json", '{"format": "another"}'), ("_manifest.json", "{")):
+    for name, content in (
+        ("notes.txt", "mine"),
+        ("_manifest.json", '{"format": "another"}'),
+        ("_manifest.json", "{"),
+    ):
         (output / name).write_text(content)
         for settings in ({}, {"overwrite": True}):
-            with pytest.raises(OutputConflictError, match=r"holds something that gptbatch did not write|_manifest\.json: damaged"):
+            with pytest.raises(
+                OutputConflictError,
+                match=r"holds something that gptbatch did not write|_manifest\.json: damaged",
+            ):
                 run(checkpoint, path, output, **settings)
         assert [p.name for p in output.iterdir()] == [name]
         (output / name).unlink()
@@ -371,7 +536,9 @@ def test_an_empty_folder_is_fine(checkpoint: Path, write_rows: WriteRows, tmp_pa
     assert run(checkpoint, write_rows(ROWS), tmp_path / "out").rows == 7
 
 
-def test_a_token_that_the_model_does_not_have(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_a_token_that_the_model_does_not_have(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     """Fine-tuned checkpoints often have a padding token beyond the vocabulary: only a prompt that holds it is in error."""
     model = tmp_path / "model"
     shutil.copytree(checkpoint, model)
@@ -381,14 +548,19 @@ def test_a_token_that_the_model_does_not_have(checkpoint: Path, write_rows: Writ
     config = json.loads((model / "config.json").read_text())
     vocab_size = tokenizer.get_vocab_size() - 1
     tokenizer.save(str(model / "tokenizer.json"))
-    random_model(vocab_size=vocab_size, **{key: config[key] for key in ("n_layer", "n_head", "n_embd")}).save_pretrained(model)
+    random_model(
+        vocab_size=vocab_size, **{key: config[key] for key in ("n_layer", "n_head", "n_embd")}
+    ).save_pretrained(model)
     path = write_rows([{"prompt": "The king"}, {"prompt": "The [PAD] king"}])
     run_job(job(model, path, tmp_path / "plain"))
     assert [row["error"] for row in deterministic(tmp_path / "plain")] == [None, None]
     run_job(job(model, path, tmp_path / "special", parse_special=True))
     fine, wrong = deterministic(tmp_path / "special")
     assert fine["error"] is None
-    assert wrong["error"] == f"the prompt holds token {vocab_size}, which the model (vocab_size {vocab_size}) does not have"
+    assert (
+        wrong["error"]
+        == f"the prompt holds token {vocab_size}, which the model (vocab_size {vocab_size}) does not have"
+    )
 
 
 @pytest.mark.cuda

@@ -19,19 +19,27 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import jsonl, text_file
-from pipeline.data.file_kind import describe_binary
-from pipeline.data.jsonl import JsonlFile, parse_object, to_json
-from pipeline.data.prompts import BadRow, InputSummary, PromptReader, RowDefaults, derive_seed
-from pipeline.errors import InputNotFoundError, InputRowsError
-from pipeline.records import MAX_SEED, Prompt
+from gptbatch.pipeline.data import jsonl, text_file
+from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
+from gptbatch.pipeline.input.file_kind import describe_binary
+from gptbatch.pipeline.input.jsonl import JsonlFile, parse_object, to_json
+from gptbatch.pipeline.input.prompts import (
+    BadRow,
+    InputSummary,
+    PromptReader,
+    RowDefaults,
+    derive_seed,
+)
+from gptbatch.pipeline.types import MAX_SEED, Prompt
 
 DEFAULTS = RowDefaults(prompt_field="prompt", seed=3, temperature=0.7, top_k=5, max_new_tokens=9)
 WriteRows = Callable[..., Path]
 
 
 def reader(path: Path, *, limit: int | None = None, prompt_field: str = "prompt") -> PromptReader:
-    defaults = RowDefaults(prompt_field=prompt_field, seed=3, temperature=0.7, top_k=5, max_new_tokens=9)
+    defaults = RowDefaults(
+        prompt_field=prompt_field, seed=3, temperature=0.7, top_k=5, max_new_tokens=9
+    )
     return PromptReader(source=JsonlFile(path), defaults=defaults, limit=limit)
 
 
@@ -53,18 +61,51 @@ def test_rows_take_the_defaults_and_win_over_them(write_rows: WriteRows) -> None
     path = write_rows(
         [
             {"prompt": "plain"},
-            {"prompt": "own", "id": "a", "seed": MAX_SEED, "temperature": 0, "top_k": 0, "max_new_tokens": 1},
-            {"prompt": "null is absent", "id": None, "seed": None, "temperature": None, "top_k": None, "max_new_tokens": None},
+            {
+                "prompt": "own",
+                "id": "a",
+                "seed": MAX_SEED,
+                "temperature": 0,
+                "top_k": 0,
+                "max_new_tokens": 1,
+            },
+            {
+                "prompt": "null is absent",
+                "id": None,
+                "seed": None,
+                "temperature": None,
+                "top_k": None,
+                "max_new_tokens": None,
+            },
             {"prompt": "", "id": 17, "temperature": 1.5, "seed": 0},
         ]
     )
     plain, own, null, last = read(path)
     assert (plain.index, plain.prompt_id, plain.text, plain.metadata) == (0, "0", "plain", None)
     assert plain.params.seed == derive_seed(3, "0")
-    assert (plain.params.temperature, plain.params.top_k, plain.params.max_new_tokens) == (0.7, 5, 9)
-    assert (own.prompt_id, own.params.seed, own.params.temperature, own.params.top_k, own.params.max_new_tokens) == ("a", MAX_SEED, 0, 0, 1)
-    assert (null.prompt_id, null.params.seed, null.params.temperature) == ("2", derive_seed(3, "2"), 0.7)
-    assert (last.prompt_id, last.text, last.params.seed, last.params.temperature) == ("17", "", 0, 1.5)
+    assert (plain.params.temperature, plain.params.top_k, plain.params.max_new_tokens) == (
+        0.7,
+        5,
+        9,
+    )
+    assert (
+        own.prompt_id,
+        own.params.seed,
+        own.params.temperature,
+        own.params.top_k,
+        own.params.max_new_tokens,
+    ) == ("a", MAX_SEED, 0, 0, 1)
+    assert (null.prompt_id, null.params.seed, null.params.temperature) == (
+        "2",
+        derive_seed(3, "2"),
+        0.7,
+    )
+    assert (last.prompt_id, last.text, last.params.seed, last.params.temperature) == (
+        "17",
+        "",
+        0,
+        1.5,
+    )
 
 
 def test_other_fields_are_kept_as_they_are_written(write_rows: WriteRows) -> None:
@@ -76,7 +117,10 @@ def test_other_fields_are_kept_as_they_are_written(write_rows: WriteRows) -> Non
         ]
     )
     metadata = [prompt.metadata for prompt in read(path)]
-    assert metadata[0] == '{"a": 1.10, "b": [1e999, -0, 123456789012345678901234567890, null, true], "c": {"d": "éé\\n"}}'
+    assert (
+        metadata[0]
+        == '{"a": 1.10, "b": [1e999, -0, 123456789012345678901234567890, null, true], "c": {"d": "éé\\n"}}'
+    )
     assert metadata[1:] == ['{"date": "2024-01-01"}', None]
 
 
@@ -85,7 +129,10 @@ def test_another_field_can_be_the_prompt(write_rows: WriteRows) -> None:
     (prompt,) = read(path, prompt_field="text")
     assert (prompt.text, prompt.metadata) == ("yes", '{"prompt": "no"}')
     said = problems(path, prompt_field="question")
-    assert "there is no field 'question'; the row has 'text', 'prompt' (--prompt-field names the one to use)" in said
+    assert (
+        "there is no field 'question'; the row has 'text', 'prompt' (--prompt-field names the one to use)"
+        in said
+    )
 
 
 def test_limit_takes_rows_from_the_front(write_rows: WriteRows) -> None:
@@ -104,8 +151,14 @@ def test_line_endings_and_blank_last_lines(tmp_path: Path, ending: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_compressed_files_and_a_byte_order_mark(tmp_path: Path, suffix: str) -> None:
-    content = b"\xef\xbb\xbf" + b"".join(json.dumps({"prompt": f"row {i} \u2028 \x00"}).encode() + b"\n" for i in range(5000))
-    pack: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+    content = b"\xef\xbb\xbf" + b"".join(
+        json.dumps({"prompt": f"row {i} \u2028 \x00"}).encode() + b"\n" for i in range(5000)
+    )
+    pack: dict[str, Callable[[bytes], bytes]] = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".zst": zstandard.ZstdCompressor().compress,
+    }
     path = tmp_path / f"prompts.jsonl{suffix}"
     path.write_bytes(pack[suffix](content))
     prompts = read(path)
@@ -115,8 +168,12 @@ def test_compressed_files_and_a_byte_order_mark(tmp_path: Path, suffix: str) -> 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_compressed_files_that_are_cut_off(tmp_path: Path, suffix: str) -> None:
-    content = b"".join(json.dumps({"prompt": f"row {i * i * 7919}"}).encode() + b"\n" for i in range(5000))
-    whole = gzip.compress(content) if suffix == ".gz" else zstandard.ZstdCompressor().compress(content)
+    content = b"".join(
+        json.dumps({"prompt": f"row {i * i * 7919}"}).encode() + b"\n" for i in range(5000)
+    )
+    whole = (
+        gzip.compress(content) if suffix == ".gz" else zstandard.ZstdCompressor().compress(content)
+    )
     path = tmp_path / f"prompts.jsonl{suffix}"
     path.write_bytes(whole[: len(whole) // 2])
     assert "damaged or cut off" in problems(path)
@@ -126,7 +183,12 @@ def test_compressed_files_that_are_cut_off(tmp_path: Path, suffix: str) -> None:
     assert "holds 3 bytes, which no compressed file is" in problems(path)
 
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "zst": zstandard.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+}
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.JSONL.GZ", "prompts.jsonl.zst"])
@@ -134,13 +196,20 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zsta
 def test_compression_is_told_by_content(tmp_path: Path, name: str, kind: str) -> None:
     content = b'{"prompt": "a"}\n{"prompt": "b"}\n'
     pack = PACKERS.get(kind, bytes)
-    (tmp_path / name).write_bytes(pack(content) + (pack(content) if kind else b""))  # files of two members, too
+    (tmp_path / name).write_bytes(
+        pack(content) + (pack(content) if kind else b"")
+    )  # files of two members, too
     assert [prompt.text for prompt in read(tmp_path / name)] == ["a", "b"] * (2 if kind else 1)
 
 
 def zstd_frame(content: bytes, window_log: int) -> bytes:
     """Uncompressed blocks under a header that asks for a window of 2^window_log bytes, as `zstd --long` writes it."""
-    return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3]) + struct.pack("<I", len(content) << 3 | 1)[:3] + content
+    return (
+        b"\x28\xb5\x2f\xfd\x00"
+        + bytes([(window_log - 10) << 3])
+        + struct.pack("<I", len(content) << 3 | 1)[:3]
+        + content
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +255,10 @@ BAD_LINES = [  # a line, and what is said of it
     ('{"prompt": "a", "id": ""}', "id must not be empty"),
     ('{"prompt": "a", "id": ["x"]}', "id must be a string or a whole number, not an array"),
     ('{"prompt": "a", "seed": -1}', f"seed must be 0 to {MAX_SEED}, not -1"),
-    ('{"prompt": "a", "seed": 9223372036854775808}', f"seed must be 0 to {MAX_SEED}, not 9223372036854775808"),
+    (
+        '{"prompt": "a", "seed": 9223372036854775808}',
+        f"seed must be 0 to {MAX_SEED}, not 9223372036854775808",
+    ),
     ('{"prompt": "a", "seed": "5"}', "seed must be a whole number, not the string '5'"),
     ('{"prompt": "a", "seed": 5.0}', "seed must be a whole number, not 5.0"),
     ('{"prompt": "a", "seed": 5e0}', "seed must be a whole number, not 5e0"),
@@ -201,11 +273,16 @@ BAD_LINES = [  # a line, and what is said of it
     ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens must be 1 to 2147483647, not 0"),
     ('{"prompt": "a", "x": ' + "[" * 200 + "]" * 200 + "}", "nested deeper than 100 levels"),
     ('{"prompt": "a", "x": ' + "[" * 700 + "]" * 700 + "}", "nested deeper than 100 levels"),
-    ('{"prompt": "a", "x": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested deeper than 100 levels"),
+    (
+        '{"prompt": "a", "x": ' + "[" * 200_000 + "]" * 200_000 + "}",
+        "nested deeper than 100 levels",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=[line[:40] or "empty" for line, _ in BAD_LINES])
+@pytest.mark.parametrize(
+    ("line", "message"), BAD_LINES, ids=[line[:40] or "empty" for line, _ in BAD_LINES]
+)
 def test_bad_lines_are_named(write_rows: WriteRows, line: str, message: str) -> None:
     path = write_rows([{"prompt": "good"}, line, {"prompt": "good too"}])
     said = problems(path)
@@ -229,11 +306,21 @@ def test_lines_over_the_cap_are_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(exact) == 1001
     path.write_bytes(exact + b'{"prompt": "' + b"x" * 5000 + b'"}\n{"prompt": "a"}\n')
     said = problems(path)
-    assert said == f"1 bad of 3 rows; nothing was generated\n{path}:2: the line is longer than 1000 bytes"
+    assert (
+        said
+        == f"1 bad of 3 rows; nothing was generated\n{path}:2: the line is longer than 1000 bytes"
+    )
 
 
 def test_repeated_ids_name_both_lines(write_rows: WriteRows) -> None:
-    path = write_rows([{"prompt": "a"}, {"prompt": "b", "id": "x"}, {"prompt": "c", "id": 0}, {"prompt": "d", "id": "x"}])
+    path = write_rows(
+        [
+            {"prompt": "a"},
+            {"prompt": "b", "id": "x"},
+            {"prompt": "c", "id": 0},
+            {"prompt": "d", "id": "x"},
+        ]
+    )
     said = problems(path)
     assert f"{path}:3: id '0' was already used on line 1; ids must be unique" in said
     assert f"{path}:4: id 'x' was already used on line 2; ids must be unique" in said
@@ -259,7 +346,13 @@ def test_the_first_20_reasons_are_named_in_order(write_rows: WriteRows) -> None:
 
 
 def test_messages_show_no_prompt(write_rows: WriteRows) -> None:
-    path = write_rows(['{"prompt": "my secret" x}', '{"prompt": "my secret", "seed": -1}', '{"prompt": ["my secret"]}'])
+    path = write_rows(
+        [
+            '{"prompt": "my secret" x}',
+            '{"prompt": "my secret", "seed": -1}',
+            '{"prompt": ["my secret"]}',
+        ]
+    )
     assert "secret" not in problems(path)
 
 
@@ -273,12 +366,17 @@ def test_an_input_that_is_not_there(tmp_path: Path) -> None:
 def test_a_pipe_is_read_once_and_kept(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    thread = threading.Thread(target=pipe.write_bytes, args=(b'{"prompt": "a"}\n{"prompt": "b"}\n',))
+    thread = threading.Thread(
+        target=pipe.write_bytes, args=(b'{"prompt": "a"}\n{"prompt": "b"}\n',)
+    )
     thread.start()
     source = PromptReader(source=JsonlFile(pipe), defaults=DEFAULTS)
     thread.join()
     assert source.source.files() is None
-    assert [row.text for row in source.prompts(source.check()) if isinstance(row, Prompt)] == ["a", "b"]
+    assert [row.text for row in source.prompts(source.check()) if isinstance(row, Prompt)] == [
+        "a",
+        "b",
+    ]
     assert PromptReader(source=JsonlFile("/dev/null"), defaults=DEFAULTS).check().rows == 0
 
 
@@ -291,7 +389,12 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
 def test_an_input_that_changes_between_check_and_run(write_rows: WriteRows) -> None:
     source = reader(write_rows([{"prompt": "a"}, {"prompt": "b"}]))
     checked = source.check()
-    for changed in (["broken"], [{"prompt": "a"}], [{"prompt": "a"}, {"prompt": "B"}], [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]):
+    for changed in (
+        ["broken"],
+        [{"prompt": "a"}],
+        [{"prompt": "a"}, {"prompt": "B"}],
+        [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}],
+    ):
         write_rows(changed)
         with pytest.raises(InputRowsError, match="the input has changed since it was checked"):
             list(source.prompts(checked))
@@ -313,8 +416,15 @@ def test_the_digest_follows_what_a_run_takes(write_rows: WriteRows) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(codec="utf-8")),
-    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(st.characters(codec="utf-8")), children, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8")),
+    lambda children: (
+        st.lists(children, max_size=4)
+        | st.dictionaries(st.text(st.characters(codec="utf-8")), children, max_size=4)
+    ),
     max_leaves=20,
 )
 
@@ -329,21 +439,37 @@ def test_any_json_object_survives(value: dict[str, Any]) -> None:
 
 @given(st.lists(st.binary(max_size=40) | st.just(b'{"prompt": "a"}'), max_size=8))
 @settings(deadline=None, max_examples=200)
-def test_any_bytes_are_rows_or_a_clear_error(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
+def test_any_bytes_are_rows_or_a_clear_error(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
+) -> None:
     path = tmp_path_factory.mktemp("bytes") / "prompts.jsonl"
     path.write_bytes(b"\n".join(lines))
     source = PromptReader(source=JsonlFile(path), defaults=DEFAULTS)
     begins_array = b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     head = path.read_bytes()[:512]
-    is_compressed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")) or head[1:4] == b"\x2a\x4d\x18"
-    if is_compressed or begins_array or describe_binary(path.read_bytes()[:512]) or not any(is_object(line) for line in lines[:20]):
+    is_compressed = (
+        head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
+        or head[1:4] == b"\x2a\x4d\x18"
+    )
+    if (
+        is_compressed
+        or begins_array
+        or describe_binary(path.read_bytes()[:512])
+        or not any(is_object(line) for line in lines[:20])
+    ):
         with suppress(InputRowsError):  # the message may say what the file is instead
             list(source.rows())
         return
     rows = list(source.rows())
     assert all(isinstance(row, BadRow) or row.prompt.index < len(rows) for row in rows)
-    lines_with_content = b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").rstrip(b" \t\r\n").count(b"\n") + 1
-    assert len(rows) == (lines_with_content if b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n") else 0)
+    lines_with_content = (
+        b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").rstrip(b" \t\r\n").count(b"\n") + 1
+    )
+    assert len(rows) == (
+        lines_with_content
+        if b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n")
+        else 0
+    )
 
 
 def is_object(line: bytes) -> bool:

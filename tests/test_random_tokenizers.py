@@ -14,15 +14,21 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.panics import panics_as_errors
-from pipeline.data.tokenizer import PromptTokenizer
-from pipeline.data.tokenizer_files import load_tokenizer
-from pipeline.errors import ModelError
+from gptbatch.pipeline.errors import ModelError
+from gptbatch.pipeline.input.tokenizer import PromptTokenizer
+from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.system.rust_panics import panics_as_errors
 from tests.random_tokenizers import TEXTS, write_random_tokenizer
 
 FEW, ALL = 40, 200
 # in messages about tokenizers that transformers makes
-REFUSALS = ("auto_map", "written in Python", "in Python before", "a made-up vocabulary", "no tokens but special ones")
+REFUSALS = (
+    "auto_map",
+    "written in Python",
+    "in Python before",
+    "a made-up vocabulary",
+    "no tokens but special ones",
+)
 
 
 def compare(folder: Path, seed: int) -> str:
@@ -42,13 +48,27 @@ def compare(folder: Path, seed: int) -> str:
         if theirs is None:
             return "refused: transformers fails, too"
         return f"refused: {next(key for key in REFUSALS if key in message)}"
-    assert theirs is not None, f"seed {seed}: loaded by {loaded.way}, but transformers fails: {failure}"
+    assert theirs is not None, (
+        f"seed {seed}: loaded by {loaded.way}, but transformers fails: {failure}"
+    )
     for parse_special in (False, True):
         for add_special_tokens in (True, False):
-            ours = PromptTokenizer(loaded, start_token=None, parse_special=parse_special, add_special_tokens=add_special_tokens)
+            ours = PromptTokenizer(
+                loaded,
+                start_token=None,
+                parse_special=parse_special,
+                add_special_tokens=add_special_tokens,
+            )
             for text, encoded in zip(TEXTS, ours.encode(list(TEXTS)), strict=True):
-                expected = encode(theirs, text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special)
-                where = f"seed {seed}, {loaded.way}, {text!r}, {parse_special=}, {add_special_tokens=}"
+                expected = encode(
+                    theirs,
+                    text,
+                    add_special_tokens=add_special_tokens,
+                    split_special_tokens=not parse_special,
+                )
+                where = (
+                    f"seed {seed}, {loaded.way}, {text!r}, {parse_special=}, {add_special_tokens=}"
+                )
                 if expected is None:
                     assert encoded.problem, where
                     continue
@@ -80,7 +100,10 @@ def encode(tokenizer: Any, text: str, **options: bool) -> list[int] | None:
     return token_ids
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[] if seed < FEW else pytest.mark.slow) for seed in range(ALL)])
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(seed, marks=[] if seed < FEW else pytest.mark.slow) for seed in range(ALL)],
+)
 def test_a_random_tokenizer_is_as_in_transformers(tmp_path: Path, seed: int) -> None:
     compare(tmp_path, seed)
 

@@ -9,21 +9,25 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.data.prompts import derive_seed
-from pipeline.generation.noise import gumbel, philox4x32, random_bits
-from pipeline.generation.reference import choose_token
-from pipeline.generation.sampling import Choice, choose_tokens
-from pipeline.records import MAX_SEED, SamplingParams
+from gptbatch.pipeline.engine.noise import gumbel, philox4x32, random_bits
+from gptbatch.pipeline.engine.reference import choose_token
+from gptbatch.pipeline.engine.sampling import Choice, choose_tokens
+from gptbatch.pipeline.input.prompts import derive_seed
+from gptbatch.pipeline.types import MAX_SEED, SamplingParams
 
 DRAWS = 20_000
-FALSE_ALARM = 1e-6  # of each chi-square test, were its seeds random; they are fixed, so a pass stays a pass
+FALSE_ALARM = (
+    1e-6  # of each chi-square test, were its seeds random; they are fixed, so a pass stays a pass
+)
 
 
 def params(seed: int, *, temperature: float = 1.0, top_k: int = 0) -> SamplingParams:
     return SamplingParams(seed=seed, temperature=temperature, top_k=top_k, max_new_tokens=1)
 
 
-def tokens_of(logits: torch.Tensor, rows: Sequence[SamplingParams], steps: Sequence[int]) -> list[int | None]:
+def tokens_of(
+    logits: torch.Tensor, rows: Sequence[SamplingParams], steps: Sequence[int]
+) -> list[int | None]:
     return [choice.token for choice in choose_tokens(logits, rows, steps)]
 
 
@@ -40,7 +44,9 @@ def tokens_of(logits: torch.Tensor, rows: Sequence[SamplingParams], steps: Seque
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_philox_gives_the_published_answers(counter: list[int], key: list[int], expected: str, device: str) -> None:
+def test_philox_gives_the_published_answers(
+    counter: list[int], key: list[int], expected: str, device: str
+) -> None:
     c0, c1, c2, c3 = (torch.tensor([word], device=device) for word in counter)
     k0, k1 = (torch.tensor([word], device=device) for word in key)
     words = philox4x32((c0, c1, c2, c3), (k0, k1))
@@ -52,12 +58,21 @@ def test_noise_version_1_is_pinned() -> None:
     seeds = torch.tensor([0, 1, MAX_SEED, 7])
     steps = torch.tensor([0, 3, 1000, 7])
     token_ids = torch.tensor([0, 5, 50256, 8])
-    words = philox4x32((torch.tensor([2]), torch.tensor([3]), torch.tensor([0]), torch.tensor([0])), (torch.tensor([1]), torch.tensor([0])))
+    words = philox4x32(
+        (torch.tensor([2]), torch.tensor([3]), torch.tensor([0]), torch.tensor([0])),
+        (torch.tensor([1]), torch.tensor([0])),
+    )
     bits = random_bits(seeds, steps, token_ids)
-    assert bits[0] == (0x6627E8D5 << 20) | (0xE169C58D >> 12), "token 0: words 0 and 1 of the block of counter 0"
-    assert bits[1] == (int(words[2]) << 20) | (int(words[3]) >> 12), "an odd token takes words 2 and 3 of the block"
+    assert bits[0] == (0x6627E8D5 << 20) | (0xE169C58D >> 12), (
+        "token 0: words 0 and 1 of the block of counter 0"
+    )
+    assert bits[1] == (int(words[2]) << 20) | (int(words[3]) >> 12), (
+        "an odd token takes words 2 and 3 of the block"
+    )
     u = (int(bits[0]) + 0.5) / 2**52
-    assert gumbel(seeds, steps, token_ids)[0].item() == pytest.approx(-math.log(-math.log(u)), rel=1e-14)
+    assert gumbel(seeds, steps, token_ids)[0].item() == pytest.approx(
+        -math.log(-math.log(u)), rel=1e-14
+    )
 
 
 def test_noise_is_finite_at_both_ends() -> None:
@@ -73,7 +88,9 @@ def test_draws_follow_softmax(top_k: int, temperature: float) -> None:
     """Chi-square over seeds as users have them: derived from prompt ids."""
     logits = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.0, -0.3, -0.5, -1.0, -1.1, -1.2, 0.4, 0.1, -2.0])
     kept = min(top_k, len(logits)) or len(logits)
-    rows = [params(derive_seed(0, str(i)), temperature=temperature, top_k=top_k) for i in range(DRAWS)]
+    rows = [
+        params(derive_seed(0, str(i)), temperature=temperature, top_k=top_k) for i in range(DRAWS)
+    ]
     tokens = tokens_of(logits.expand(DRAWS, -1), rows, [0] * DRAWS)
     order = logits.argsort(descending=True)[:kept]
     expected = torch.softmax(logits[order].double() / temperature, 0) * DRAWS
@@ -91,14 +108,22 @@ def test_draws_of_one_seed_over_steps_follow_softmax_too() -> None:
     logits = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0])
     tokens = tokens_of(logits.expand(DRAWS, -1), [params(42)] * DRAWS, list(range(DRAWS)))
     counts = torch.bincount(torch.tensor(tokens), minlength=5).double()
-    assert stats.chisquare(counts.numpy(), (torch.softmax(logits.double(), 0) * DRAWS).numpy()).pvalue > FALSE_ALARM
+    assert (
+        stats.chisquare(counts.numpy(), (torch.softmax(logits.double(), 0) * DRAWS).numpy()).pvalue
+        > FALSE_ALARM
+    )
 
 
 def test_the_chi_square_test_has_teeth() -> None:
     logits = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0])
-    tokens = tokens_of(logits.expand(DRAWS, -1), [params(s, temperature=1.1) for s in range(DRAWS)], [0] * DRAWS)
+    tokens = tokens_of(
+        logits.expand(DRAWS, -1), [params(s, temperature=1.1) for s in range(DRAWS)], [0] * DRAWS
+    )
     counts = torch.bincount(torch.tensor(tokens), minlength=5).double()
-    assert stats.chisquare(counts.numpy(), (torch.softmax(logits.double(), 0) * DRAWS).numpy()).pvalue < FALSE_ALARM
+    assert (
+        stats.chisquare(counts.numpy(), (torch.softmax(logits.double(), 0) * DRAWS).numpy()).pvalue
+        < FALSE_ALARM
+    )
 
 
 def test_neighbouring_seeds_steps_and_tokens_are_uncorrelated() -> None:
@@ -118,12 +143,18 @@ def test_neighbouring_seeds_steps_and_tokens_are_uncorrelated() -> None:
 def test_seeds_that_differ_in_their_high_half_alone_differ() -> None:
     token_ids = torch.arange(64)
     low, high = torch.tensor(5), torch.tensor(5 + 2**40)
-    assert not torch.equal(random_bits(low, torch.tensor(0), token_ids), random_bits(high, torch.tensor(0), token_ids))
+    assert not torch.equal(
+        random_bits(low, torch.tensor(0), token_ids), random_bits(high, torch.tensor(0), token_ids)
+    )
 
 
 def test_derived_seeds_never_meet() -> None:
     """200,000 ids of three run seeds; the chance that any two meet by accident is 2e-8."""
-    seeds = {derive_seed(run_seed, str(index)) for run_seed in (0, 1, MAX_SEED) for index in range(200_000)}
+    seeds = {
+        derive_seed(run_seed, str(index))
+        for run_seed in (0, 1, MAX_SEED)
+        for index in range(200_000)
+    }
     assert len(seeds) == 600_000
     assert min(seeds) >= 0
     assert max(seeds) <= MAX_SEED
@@ -133,7 +164,9 @@ def test_derived_seeds_never_meet() -> None:
 def test_greedy_takes_the_largest_and_the_smallest_id_of_ties() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 3.0, 3.0, 5.0], [-1.0, -2.0, -3.0, -1.5]])
     for top_k in (0, 1, 3):
-        assert tokens_of(logits, [params(s, temperature=0, top_k=top_k) for s in range(3)], [0, 1, 2]) == [1, 0, 0]
+        assert tokens_of(
+            logits, [params(s, temperature=0, top_k=top_k) for s in range(3)], [0, 1, 2]
+        ) == [1, 0, 0]
 
 
 def test_every_tie_at_the_kth_logit_is_kept() -> None:
@@ -146,12 +179,24 @@ def test_rows_keep_their_own_parameters() -> None:
     """A row's choice is the one that it makes alone, whatever its neighbours ask for."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 97, generator=generator) * 3
-    rows = [params(s, temperature=(0, 0.5, 1, 3)[s % 4], top_k=(0, 1, 7, 97, 500)[s % 5]) for s in range(40)]
+    rows = [
+        params(s, temperature=(0, 0.5, 1, 3)[s % 4], top_k=(0, 1, 7, 97, 500)[s % 5])
+        for s in range(40)
+    ]
     steps = [s % 3 for s in range(40)]
     together = tokens_of(logits, rows, steps)
-    assert together == [tokens_of(logits[i : i + 1], rows[i : i + 1], steps[i : i + 1])[0] for i in range(40)]
     assert together == [
-        choose_token(logits[i], temperature=p.temperature, sample=p.temperature > 0, top_k=p.top_k, seed=p.seed, step=steps[i])
+        tokens_of(logits[i : i + 1], rows[i : i + 1], steps[i : i + 1])[0] for i in range(40)
+    ]
+    assert together == [
+        choose_token(
+            logits[i],
+            temperature=p.temperature,
+            sample=p.temperature > 0,
+            top_k=p.top_k,
+            seed=p.seed,
+            step=steps[i],
+        )
         for i, p in enumerate(rows)
     ]
 
@@ -160,14 +205,21 @@ def test_rows_keep_their_own_parameters() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_that_are_not_numbers_have_no_token(top_k: int, temperature: float) -> None:
     nan, inf = float("nan"), float("inf")
-    logits = torch.tensor([[0.0, nan, 1.0], [0.0, inf, 1.0], [-inf, -inf, -inf], [-inf, 2.0, -inf], [0.0, 1.0, 2.0]])
-    tokens = tokens_of(logits, [params(s, temperature=temperature, top_k=top_k) for s in range(5)], [0] * 5)
+    logits = torch.tensor(
+        [[0.0, nan, 1.0], [0.0, inf, 1.0], [-inf, -inf, -inf], [-inf, 2.0, -inf], [0.0, 1.0, 2.0]]
+    )
+    tokens = tokens_of(
+        logits, [params(s, temperature=temperature, top_k=top_k) for s in range(5)], [0] * 5
+    )
     assert tokens[:4] == [None, None, None, 1]
     assert tokens[4] is not None
 
 
 def test_a_vocabulary_of_one() -> None:
-    assert choose_tokens(torch.zeros(2, 1), [params(0), params(1, temperature=0)], [0, 5]) == [Choice(0, None)] * 2
+    assert (
+        choose_tokens(torch.zeros(2, 1), [params(0), params(1, temperature=0)], [0, 5])
+        == [Choice(0, None)] * 2
+    )
 
 
 def test_bfloat16_logits_are_widened_before_the_noise_is_added() -> None:
@@ -184,10 +236,16 @@ def naive_margin(logits: torch.Tensor, p: SamplingParams, step: int) -> float | 
     scores = logits.double() + p.temperature * gumbel(torch.tensor(p.seed), torch.tensor(step), ids)
     kth = torch.sort(logits, descending=True).values[(min(p.top_k, len(logits)) or len(logits)) - 1]
     kept = logits >= kth
-    winner = choose_token(logits, temperature=p.temperature, sample=True, top_k=p.top_k, seed=p.seed, step=step)
+    winner = choose_token(
+        logits, temperature=p.temperature, sample=True, top_k=p.top_k, seed=p.seed, step=step
+    )
     distances = [(scores[winner] - scores[j]).item() for j in ids if kept[j] and j != winner]
     distances += [(logits[winner].double() - logits[j].double()).item() for j in ids if not kept[j]]
-    distances += [(kth.double() - logits[j].double()).item() for j in ids if not kept[j] and scores[j] > scores[winner]]
+    distances += [
+        (kth.double() - logits[j].double()).item()
+        for j in ids
+        if not kept[j] and scores[j] > scores[winner]
+    ]
     return min(distances)
 
 
@@ -195,17 +253,26 @@ def naive_margin(logits: torch.Tensor, p: SamplingParams, step: int) -> float | 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_margins_are_as_defined(vocab_size: int, dtype: torch.dtype) -> None:
     """bfloat16 makes ties at the k-th logit, wide temperatures make tokens that were not kept win often."""
-    logits = (torch.randn(300, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 3).to(dtype)
-    rows = [params(s, temperature=(0, 0.5, 1, 5)[s % 4], top_k=(0, 1, 2, 5, 100, 500)[s % 6]) for s in range(300)]
+    logits = (
+        torch.randn(300, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 3
+    ).to(dtype)
+    rows = [
+        params(s, temperature=(0, 0.5, 1, 5)[s % 4], top_k=(0, 1, 2, 5, 100, 500)[s % 6])
+        for s in range(300)
+    ]
     expected = [naive_margin(logits[i], p, i % 3) for i, p in enumerate(rows)]
     choices = choose_tokens(logits, rows, [i % 3 for i in range(300)])
     assert [choice.margin for choice in choices] == expected
     assert len({choice.margin for choice in choices}) > (20 if dtype == torch.bfloat16 else 200)
     # a bound may hide larger margins only
     bounds = [0.4] * 300
-    bounded = [choice.margin for choice in choose_tokens(logits, rows, [i % 3 for i in range(300)], bounds)]
+    bounded = [
+        choice.margin for choice in choose_tokens(logits, rows, [i % 3 for i in range(300)], bounds)
+    ]
     few = [(p.top_k not in (0, 500) and p.top_k < vocab_size) or p.temperature == 0 for p in rows]
-    assert [m for m, f in zip(bounded, few, strict=True) if f] == [min(m or 0, 0.4) for m, f in zip(expected, few, strict=True) if f]
+    assert [m for m, f in zip(bounded, few, strict=True) if f] == [
+        min(m or 0, 0.4) for m, f in zip(expected, few, strict=True) if f
+    ]
 
 
 def test_no_change_of_less_than_half_the_margin_changes_the_token() -> None:
@@ -221,7 +288,9 @@ def test_no_change_of_less_than_half_the_margin_changes_the_token() -> None:
     changed = 0
     for _ in range(20):
         signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
-        assert tokens_of(logits + 0.499 * margins * signs, rows, [0] * 400) == [choice.token for choice in choices]
+        assert tokens_of(logits + 0.499 * margins * signs, rows, [0] * 400) == [
+            choice.token for choice in choices
+        ]
         wide = tokens_of(logits + 1.5 * margins * signs, rows, [0] * 400)
         changed += sum(a != b.token for a, b in zip(wide, choices, strict=True))
     assert changed > 400
@@ -229,7 +298,11 @@ def test_no_change_of_less_than_half_the_margin_changes_the_token() -> None:
 
 @pytest.mark.cuda
 def test_cpu_and_cuda_agree_on_the_integers() -> None:
-    seeds, steps, token_ids = torch.arange(100)[:, None] * 2**50, torch.arange(100)[:, None], torch.arange(1000)[None]
+    seeds, steps, token_ids = (
+        torch.arange(100)[:, None] * 2**50,
+        torch.arange(100)[:, None],
+        torch.arange(1000)[None],
+    )
     cpu = random_bits(seeds, steps, token_ids)
     assert torch.equal(random_bits(seeds.cuda(), steps.cuda(), token_ids.cuda()).cpu(), cpu)
 

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.generation import reference
-from pipeline.generation.engine import Engine
-from pipeline.generation.scheduler import LEAST_PREFILL_TOKENS, MOST_PASSES, Scheduler
-from pipeline.gpt.cache_dtype import PAGE_SIZES
-from pipeline.gpt.model import GPT
-from pipeline.gpt.pages import IDLE_SHARE, PagePool, n_pages_of
-from pipeline.gpt.ragged import PagedCache
-from pipeline.records import TokenizedPrompt
+from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.engine.scheduler import LEAST_PREFILL_TOKENS, MOST_PASSES, Scheduler
+from gptbatch.pipeline.generation import reference
+from gptbatch.pipeline.kv_cache.block_pool import IDLE_SHARE, PagePool, n_pages_of
+from gptbatch.pipeline.kv_cache.paged import PagedCache
+from gptbatch.pipeline.kv_cache.quantization import PAGE_SIZES
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.types import TokenizedPrompt
 from tests.conftest import has_kernels, our_model, random_model, tokenized
 
 N_POSITIONS = 96
@@ -42,7 +42,9 @@ class Model:
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self.content: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, place) -> the tokens up to there
+        self.content: dict[
+            tuple[int, int], tuple[int, ...]
+        ] = {}  # (page, place) -> the tokens up to there
 
     def step(self, slot: int, first: int, tokens: list[int], context: list[int]) -> None:
         for position in range(first, first + len(tokens)):
@@ -53,7 +55,9 @@ class Model:
         for position in range(last):
             page, new = self.pool.page_of(slot, position)
             assert not new
-            assert self.content[page, position % self.pool.page_size] == tuple(context[: position + 1])
+            assert self.content[page, position % self.pool.page_size] == tuple(
+                context[: position + 1]
+            )
 
 
 @settings(max_examples=150, deadline=None)
@@ -68,23 +72,41 @@ class Model:
     spread=st.booleans(),
 )
 def test_every_row_once_and_no_page_is_lost(
-    prompts: list[TokenizedPrompt], n_slots: int, page_size: int, more_pages: int, step_tokens: int, window: int, share: bool, spread: bool
+    prompts: list[TokenizedPrompt],
+    n_slots: int,
+    page_size: int,
+    more_pages: int,
+    step_tokens: int,
+    window: int,
+    share: bool,
+    spread: bool,
 ) -> None:
     n_pages = n_pages_of(N_POSITIONS, page_size) + more_pages
     pool = PagePool(n_slots, n_pages, page_size)
     model = Model(pool)
-    scheduler = Scheduler(cache=pool, n_slots=n_slots, n_positions=N_POSITIONS, step_tokens=step_tokens, spread=spread, share=share)
+    scheduler = Scheduler(
+        cache=pool,
+        n_slots=n_slots,
+        n_positions=N_POSITIONS,
+        step_tokens=step_tokens,
+        spread=spread,
+        share=share,
+    )
     incoming, ended = iter(prompts), []
     reused = 0
     while True:
-        while len(scheduler.running) + len(scheduler.waiting) < n_slots + window and (source := next(incoming, None)):
+        while len(scheduler.running) + len(scheduler.waiting) < n_slots + window and (
+            source := next(incoming, None)
+        ):
             scheduler.add(source)
         if not scheduler.running and not scheduler.waiting:
             break
         chunks = scheduler.plan()
         assert chunks, "something moves in every step"
         assert len({chunk.slot for chunk in chunks}) == len(chunks) <= n_slots
-        assert sum(len(chunk.tokens) for chunk in chunks) <= max(step_tokens, n_slots + LEAST_PREFILL_TOKENS) + (n_slots if spread else 0)
+        assert sum(len(chunk.tokens) for chunk in chunks) <= max(
+            step_tokens, n_slots + LEAST_PREFILL_TOKENS
+        ) + (n_slots if spread else 0)
         for chunk in chunks:  # all is written before anything is read, as in attention
             model.step(chunk.slot, chunk.first, chunk.tokens, chunk.sequence.tokens)
         for chunk in chunks:
@@ -92,7 +114,10 @@ def test_every_row_once_and_no_page_is_lost(
             model.check(chunk.slot, chunk.first + len(chunk.tokens), sequence.tokens)
             if chunk.ends:
                 sequence.tokens.append(sum(sequence.tokens) % 3)
-                if sequence.new_tokens == sequence.source.prompt.params.max_new_tokens or len(sequence.tokens) > N_POSITIONS:
+                if (
+                    sequence.new_tokens == sequence.source.prompt.params.max_new_tokens
+                    or len(sequence.tokens) > N_POSITIONS
+                ):
                     sequence.stop_reason = "max_new_tokens"
         assert pool.in_use + pool.idle <= n_pages
         for sequence in scheduler.retire():
@@ -131,12 +156,18 @@ def test_rows_that_arrive_together_share_what_is_not_computed_yet() -> None:
     for index in range(3):
         scheduler.add(tokenized(index, [*header, 100 + index], max_new_tokens=5))
     chunks = scheduler.plan()
-    assert [(chunk.first, len(chunk.tokens)) for chunk in chunks] == [(0, 41), (32, 9), (32, 9)], "in the same step, whole pages"
-    small = Scheduler(cache=PagePool(3, 30, PAGE), n_slots=3, n_positions=N_POSITIONS, step_tokens=32)
+    assert [(chunk.first, len(chunk.tokens)) for chunk in chunks] == [(0, 41), (32, 9), (32, 9)], (
+        "in the same step, whole pages"
+    )
+    small = Scheduler(
+        cache=PagePool(3, 30, PAGE), n_slots=3, n_positions=N_POSITIONS, step_tokens=32
+    )
     for index in range(3):
         small.add(tokenized(index, [*header, *range(100 + index, 120)], max_new_tokens=5))
     assert [(chunk.slot, len(chunk.tokens)) for chunk in small.plan()] == [(0, 32)]
-    assert [(chunk.slot, chunk.first) for chunk in small.plan()] == [(0, 32), (1, 32)], "the others come once the prefix is there"
+    assert [(chunk.slot, chunk.first) for chunk in small.plan()] == [(0, 32), (1, 32)], (
+        "the others come once the prefix is there"
+    )
 
 
 def test_idle_prefixes_are_kept_and_those_that_nobody_shared_go_first() -> None:
@@ -161,15 +192,30 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
     if not has_kernels():
         pytest.skip("no C++ compiler")
     rng = random.Random(seed)
-    model: GPT = our_model(random_model(n_positions=N_POSITIONS), attention="ragged", dtype=rng.choice([torch.float32, torch.bfloat16]))
+    model: GPT = our_model(
+        random_model(n_positions=N_POSITIONS),
+        attention="ragged",
+        dtype=rng.choice([torch.float32, torch.bfloat16]),
+    )
     model.cache_dtype = rng.choice(["auto", "int8"])
     vocab_size = model.config.vocab_size
     header = [rng.randrange(vocab_size) for _ in range(80)]
     prompts = []
     for index in range(25):
-        token_ids = header[: rng.choice([rng.randrange(80), 70])] + [rng.randrange(vocab_size) for _ in range(rng.randint(1, 12))]
-        prompts.append(tokenized(index, token_ids, max_new_tokens=rng.randint(1, 30), top_k=rng.choice([0, 1, 5])))
-    expected = [reference.generate(model, p.token_ids, p.prompt.params, end_tokens=(7,), window_full="slide") for p in prompts]
+        token_ids = header[: rng.choice([rng.randrange(80), 70])] + [
+            rng.randrange(vocab_size) for _ in range(rng.randint(1, 12))
+        ]
+        prompts.append(
+            tokenized(
+                index, token_ids, max_new_tokens=rng.randint(1, 30), top_k=rng.choice([0, 1, 5])
+            )
+        )
+    expected = [
+        reference.generate(
+            model, p.token_ids, p.prompt.params, end_tokens=(7,), window_full="slide"
+        )
+        for p in prompts
+    ]
     engine = Engine(
         model=model,
         batch_size=rng.randint(1, 12),
@@ -180,10 +226,16 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
         memory_bytes=rng.randint(8, 60) * PAGE_SIZES[model.cache_dtype] * model.cache_bytes_a_token,
     )
     for _ in range(2):  # the second time with what the first has left in the cache
-        ended = [completion for completions in engine.generate(iter(prompts)) for completion in completions]
+        ended = [
+            completion
+            for completions in engine.generate(iter(prompts))
+            for completion in completions
+        ]
         assert len(ended) == len(prompts)
         for completion in ended:
-            assert (completion.token_ids, completion.stop_reason) == expected[completion.prompt.index]
+            assert (completion.token_ids, completion.stop_reason) == expected[
+                completion.prompt.index
+            ]
     assert engine.stats.cached_tokens > 0 or engine.batch_size == 1
     cache = engine._cache
     assert isinstance(cache, PagedCache)

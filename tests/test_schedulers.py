@@ -19,9 +19,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from jobs.group import cli
-from pipeline.errors import GptbatchError, OutputBusyError, StoppedError, StorageError
-from tests.paths import REPOSITORY
+from gptbatch.jobs.group import cli
+from gptbatch.pipeline.errors import GptbatchError, OutputBusyError, StoppedError, StorageError
+from tests.paths import REPOSITORY, SOURCE
 
 CONFIGS = REPOSITORY / "configs"
 STAND_IN = """#!/bin/bash
@@ -48,9 +48,20 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     write_program(tmp_path / "bin" / "gptbatch", STAND_IN)
 
     def start(*arguments: str, code: str = "") -> subprocess.Popen[str]:
-        environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "1"}
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "17",
+            "SLURM_CPUS_PER_TASK": "1",
+        }
         command = ["bash", str(CONFIGS / "slurm.sbatch"), *arguments]
-        return subprocess.Popen(command, cwd=tmp_path, env={**environment, "CODE": code}, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**environment, "CODE": code},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     return start
 
@@ -63,7 +74,9 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", ["0", "65", "69", "75", "78"])
-def test_slurm_requeues_on_75_only(slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, code: str) -> None:
+def test_slurm_requeues_on_75_only(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, code: str
+) -> None:
     process = slurm("--config", "demo", code=code)
     process.communicate(timeout=30)
     assert process.returncode == int(code)
@@ -72,7 +85,9 @@ def test_slurm_requeues_on_75_only(slurm: Callable[..., subprocess.Popen[str]], 
 
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
-def test_slurm_hands_signals_on(slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str) -> None:
+def test_slurm_hands_signals_on(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
+) -> None:
     process = slurm()
     wait_for(tmp_path / "started")
     process.send_signal(signal.Signals[f"SIG{name}"])
@@ -83,16 +98,22 @@ def test_slurm_hands_signals_on(slurm: Callable[..., subprocess.Popen[str]], tmp
 
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
-def test_slurm_hands_on_a_signal_that_comes_first(slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str) -> None:
+def test_slurm_hands_on_a_signal_that_comes_first(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
+) -> None:
     """gptbatch sends it to the shell and is ended by it: the script, in whose trap it arrives, sends it to a program without handlers."""
-    write_program(tmp_path / "bin" / "gptbatch", f"#!/bin/bash\nkill -{name} $PPID\nexec sleep 60\n")
+    write_program(
+        tmp_path / "bin" / "gptbatch", f"#!/bin/bash\nkill -{name} $PPID\nexec sleep 60\n"
+    )
     process = slurm()
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
-def test_slurm_does_not_requeue_what_the_system_killed(slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_slurm_does_not_requeue_what_the_system_killed(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
     write_program(tmp_path / "bin" / "gptbatch", "#!/bin/bash\nkill -KILL $$\n")
     process = slurm()
     process.communicate(timeout=60)
@@ -101,11 +122,28 @@ def test_slurm_does_not_requeue_what_the_system_killed(slurm: Callable[..., subp
 
 
 def test_slurm_with_the_real_program(
-    slurm: Callable[..., subprocess.Popen[str]], checkpoint: Path, write_rows: Callable[..., Path], tmp_path: Path
+    slurm: Callable[..., subprocess.Popen[str]],
+    checkpoint: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     path = write_rows([{"prompt": f"{i} The king"} for i in range(2000)])
-    write_program(tmp_path / "bin" / "gptbatch", f'#!/bin/bash\nPYTHONPATH={REPOSITORY} exec {sys.executable} -m jobs "$@"\n')
-    arguments = ["--model", str(checkpoint), "--input", str(path), "--output", "out", "--max-new-tokens", "12", "--part-rows", "50"]
+    write_program(
+        tmp_path / "bin" / "gptbatch",
+        f'#!/bin/bash\nPYTHONPATH={SOURCE} exec {sys.executable} -m gptbatch "$@"\n',
+    )
+    arguments = [
+        "--model",
+        str(checkpoint),
+        "--input",
+        str(path),
+        "--output",
+        "out",
+        "--max-new-tokens",
+        "12",
+        "--part-rows",
+        "50",
+    ]
     process = slurm(*arguments)
     wait_for(tmp_path / "out" / "part-00001.parquet")
     process.send_signal(signal.SIGUSR1)
@@ -122,7 +160,11 @@ def test_every_code_has_its_place_in_the_kubernetes_job() -> None:
     job = yaml.safe_load((CONFIGS / "kubernetes-job.yml").read_text())
     assert (job["kind"], job["spec"]["template"]["spec"]["restartPolicy"]) == ("Job", "Never")
     assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 10
-    rules = {rule["action"]: rule["onExitCodes"]["values"] for rule in job["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in rule}
+    rules = {
+        rule["action"]: rule["onExitCodes"]["values"]
+        for rule in job["spec"]["podFailurePolicy"]["rules"]
+        if "onExitCodes" in rule
+    }
     assert rules["Count"] == [OutputBusyError.exit_code, StoppedError.exit_code]
     every = {error.exit_code for error in all_errors(GptbatchError)} | {2}
     assert set(rules["FailJob"]) == every - set(rules["Count"]) - {StorageError.exit_code}
@@ -143,7 +185,11 @@ def check_command(words: list[str]) -> None:
 
 
 def test_the_crontab_line_is_a_command() -> None:
-    lines = [line for line in (CONFIGS / "crontab").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (CONFIGS / "crontab").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     (line,) = [line for line in lines if not line.startswith("PATH=")]
     *times, command = line.split(maxsplit=5)
     assert len(times) == 5
@@ -176,7 +222,9 @@ def airflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "airflow.providers": {},
         "airflow.providers.standard": {},
         "airflow.providers.standard.operators": {},
-        "airflow.providers.standard.operators.python": {"PythonOperator": lambda **settings: tasks.append(settings)},
+        "airflow.providers.standard.operators.python": {
+            "PythonOperator": lambda **settings: tasks.append(settings)
+        },
     }
     for name, content in names.items():
         module = types.ModuleType(name)
@@ -194,7 +242,9 @@ def test_the_airflow_task(airflow: dict[str, Any]) -> None:
         with pytest.raises(RuntimeError, match=f"exited with {code}; the next try goes on"):
             generate(["sh", "-c", f"exit {code}"])
     for code in (2, 65, 78):
-        with pytest.raises(airflow["Failed"], match=f"exited with {code}; trying again changes nothing"):
+        with pytest.raises(
+            airflow["Failed"], match=f"exited with {code}; trying again changes nothing"
+        ):
             generate(["sh", "-c", f"exit {code}"])
     check_command(airflow["COMMAND"])
 

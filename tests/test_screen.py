@@ -15,16 +15,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.generation.engine import Engine
-from pipeline.generation.next_tokens import next_tokens
-from pipeline.generation.numerics import check_numerics
-from pipeline.generation.sampling import Choice, choose_tokens
-from pipeline.gpt.config import parse_config
-from pipeline.gpt.model import GPT
-from pipeline.gpt.screen import GRACE, Screen
-from pipeline.gpt.weights import load_gpt
-from pipeline.records import SamplingParams
-from tests.conftest import SENTENCES, has_kernels, our_model, random_model, run_gptbatch, save_tokenizer, tokenized
+from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.engine.next_tokens import next_tokens
+from gptbatch.pipeline.engine.sampling import Choice, choose_tokens
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.lm_head import GRACE, Screen
+from gptbatch.pipeline.model.self_test import check_numerics
+from gptbatch.pipeline.model.weights import load_gpt
+from gptbatch.pipeline.types import SamplingParams
+from tests.conftest import (
+    SENTENCES,
+    has_kernels,
+    our_model,
+    random_model,
+    run_gptbatch,
+    save_tokenizer,
+    tokenized,
+)
 
 VOCAB_SIZE = 12007
 WIDTH = 48
@@ -56,7 +64,13 @@ def hidden_states(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def from_all(model: GPT, hidden: torch.Tensor, params: list[SamplingParams], steps: list[int], bounds: list[float]) -> list[Choice]:
+def from_all(
+    model: GPT,
+    hidden: torch.Tensor,
+    params: list[SamplingParams],
+    steps: list[int],
+    bounds: list[float],
+) -> list[Choice]:
     return choose_tokens(model.logits(hidden), params, steps, bounds, native=True)
 
 
@@ -69,13 +83,17 @@ def from_all(model: GPT, hidden: torch.Tensor, params: list[SamplingParams], ste
 )
 @settings(max_examples=60, deadline=None)
 @torch.inference_mode()
-def test_logits_of_at_least_the_floor_are_exact(only_model: GPT, seed: int, kept: int, slack: float, scale: float, outlier: bool) -> None:
+def test_logits_of_at_least_the_floor_are_exact(
+    only_model: GPT, seed: int, kept: int, slack: float, scale: float, outlier: bool
+) -> None:
     model = only_model
     screen, hidden = screen_of(model), hidden_states(3, seed) * scale
     if outlier:
         hidden[:, seed % WIDTH] *= 50
     exact, logits = model.logits(hidden), screen.rough(hidden)
-    floors = screen.settle(logits, hidden, torch.full((3,), kept), torch.full((3,), slack * scale, dtype=torch.float64))
+    floors = screen.settle(
+        logits, hidden, torch.full((3,), kept), torch.full((3,), slack * scale, dtype=torch.float64)
+    )
     if kept <= 5 and slack < 0.1 and scale > 1e-25 and not outlier:
         assert bool(floors.isfinite().all())
     for row, floor in enumerate(floors.tolist()):
@@ -92,7 +110,9 @@ def test_few_logits_are_computed_exactly(model: GPT) -> None:
     screen, hidden = screen_of(model), hidden_states(64)
     exact, rough = model.logits(hidden), screen.rough(hidden).clone()
     logits = rough.clone()
-    floors = screen.settle(logits, hidden, torch.full((64,), 5), torch.full((64,), 0.05, dtype=torch.float64))
+    floors = screen.settle(
+        logits, hidden, torch.full((64,), 5), torch.full((64,), 0.05, dtype=torch.float64)
+    )
     assert bool(floors.isfinite().all())
     assert 5 * 64 <= int((logits != rough).sum()) < VOCAB_SIZE * 64 // 20
     assert not torch.equal(rough, exact)
@@ -105,11 +125,18 @@ def test_choices_and_margins_are_those_of_all_logits(model: GPT, bound: float) -
     rows = 300  # several pieces
     hidden = hidden_states(rows)
     params = [
-        SamplingParams(seed=i, temperature=rng.choice([0.0, 0.3, 0.8, 2.0]), top_k=rng.choice([1, 2, 5, 12]), max_new_tokens=1)
+        SamplingParams(
+            seed=i,
+            temperature=rng.choice([0.0, 0.3, 0.8, 2.0]),
+            top_k=rng.choice([1, 2, 5, 12]),
+            max_new_tokens=1,
+        )
         for i in range(rows)
     ]
     steps, bounds = [i % 7 for i in range(rows)], [bound] * rows
-    assert next_tokens(model, hidden, params, steps, bounds) == from_all(model, hidden, params, steps, bounds)
+    assert next_tokens(model, hidden, params, steps, bounds) == from_all(
+        model, hidden, params, steps, bounds
+    )
     assert screen_of(model).rows >= rows
     assert screen_of(model).missed < rows // 4
 
@@ -119,9 +146,19 @@ def test_rows_that_keep_much_of_the_vocabulary_need_all_logits(model: GPT) -> No
     hidden = hidden_states(8)
     for top_k in (0, 500, VOCAB_SIZE):
         for keeping_much in ({3}, set(range(8))):
-            params = [SamplingParams(seed=i, temperature=1.0, top_k=top_k if i in keeping_much else 5, max_new_tokens=1) for i in range(8)]
+            params = [
+                SamplingParams(
+                    seed=i,
+                    temperature=1.0,
+                    top_k=top_k if i in keeping_much else 5,
+                    max_new_tokens=1,
+                )
+                for i in range(8)
+            ]
             screen_of(model).rows = 0
-            assert next_tokens(model, hidden, params, [0] * 8, [0.1] * 8) == from_all(model, hidden, params, [0] * 8, [0.1] * 8)
+            assert next_tokens(model, hidden, params, [0] * 8, [0.1] * 8) == from_all(
+                model, hidden, params, [0] * 8, [0.1] * 8
+            )
             assert screen_of(model).rows == 8 - len(keeping_much)
 
 
@@ -134,7 +171,9 @@ def test_a_row_that_is_not_finite_harms_no_other(model: GPT, value: float) -> No
     hidden[2, 7] = value
     choices = next_tokens(model, hidden, params, [0] * 8, [1.0] * 8)
     assert choices == from_all(model, hidden, params, [0] * 8, [1.0] * 8)
-    assert [choice for row, choice in enumerate(choices) if row != 2] == [choice for row, choice in enumerate(healthy) if row != 2]
+    assert [choice for row, choice in enumerate(choices) if row != 2] == [
+        choice for row, choice in enumerate(healthy) if row != 2
+    ]
 
 
 @torch.inference_mode()
@@ -150,8 +189,12 @@ def test_where_too_many_logits_are_close_a_screen_gives_up() -> None:
         pytest.skip("no instructions for bfloat16")
     rows = 2 * GRACE
     hidden = hidden_states(rows)
-    params = [SamplingParams(seed=i, temperature=1.0, top_k=5, max_new_tokens=1) for i in range(rows)]
-    assert next_tokens(model, hidden, params, [0] * rows, [1.0] * rows) == from_all(model, hidden, params, [0] * rows, [1.0] * rows)
+    params = [
+        SamplingParams(seed=i, temperature=1.0, top_k=5, max_new_tokens=1) for i in range(rows)
+    ]
+    assert next_tokens(model, hidden, params, [0] * rows, [1.0] * rows) == from_all(
+        model, hidden, params, [0] * rows, [1.0] * rows
+    )
     screen = model.screen
     assert screen.missed == screen.rows < rows
     assert not screen.worthwhile
@@ -159,7 +202,13 @@ def test_where_too_many_logits_are_close_a_screen_gives_up() -> None:
 
 def test_a_run_is_the_same_with_and_without(model: GPT) -> None:
     prompts = [
-        tokenized(i, [(7 * i + j) % VOCAB_SIZE for j in range(3 + i % 5)], temperature=i % 3 / 2, top_k=1 + i % 20, max_new_tokens=12)
+        tokenized(
+            i,
+            [(7 * i + j) % VOCAB_SIZE for j in range(3 + i % 5)],
+            temperature=i % 3 / 2,
+            top_k=1 + i % 20,
+            max_new_tokens=12,
+        )
         for i in range(40)
     ]
 
@@ -187,7 +236,9 @@ def test_threads_do_not_disturb_each_other(model: GPT) -> None:
         assert list(pool.map(choose, hidden)) == alone
 
 
-def test_a_loaded_checkpoint_has_one_and_verifies(tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+def test_a_loaded_checkpoint_has_one_and_verifies(
+    tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
     """From files, by the command: a run with it and one by padded attention, which has none, each verified."""
     if not has_kernels() or not torch.ops.gptbatch.has_bfloat16():
         pytest.skip("no instructions for bfloat16")
@@ -202,10 +253,23 @@ def test_a_loaded_checkpoint_has_one_and_verifies(tmp_path: Path, write_rows: Ca
         attention="ragged",
     )
     assert loaded.screen is not None
-    prompts = write_rows([{"prompt": sentence, "max_new_tokens": 9 + i} for i, sentence in enumerate(SENTENCES * 5)])
+    prompts = write_rows(
+        [{"prompt": sentence, "max_new_tokens": 9 + i} for i, sentence in enumerate(SENTENCES * 5)]
+    )
     for options in ((), ("--record-logits-digest",)):
         output = tmp_path / f"out{len(options)}"
-        done = run_gptbatch("generate", "--model", folder, "--input", prompts, "--output", output, "--top-k", "12", *options)
+        done = run_gptbatch(
+            "generate",
+            "--model",
+            folder,
+            "--input",
+            prompts,
+            "--output",
+            output,
+            "--top-k",
+            "12",
+            *options,
+        )
         assert done.code == 0, done.stderr
         checked = run_gptbatch("verify", output, "--all")
         assert checked.code == 0, checked.stdout
@@ -213,7 +277,10 @@ def test_a_loaded_checkpoint_has_one_and_verifies(tmp_path: Path, write_rows: Ca
         assert checked.summary["mismatches"] == 0
     same = run_gptbatch("diff", tmp_path / "out0", tmp_path / "out1")
     assert "record_logits_digest" in same.stdout
-    tables = [pq.read_table(tmp_path / name, columns=["completion_token_ids", "min_margin"]) for name in ("out0", "out1")]
+    tables = [
+        pq.read_table(tmp_path / name, columns=["completion_token_ids", "min_margin"])
+        for name in ("out0", "out1")
+    ]
     assert tables[0].equals(tables[1])
 
 
@@ -234,6 +301,9 @@ def test_networks_that_have_none() -> None:
         pytest.skip("no C++ compiler")
     large = {"vocab_size": VOCAB_SIZE, "n_embd": WIDTH}
     assert our_model(random_model(**large), attention="ragged", dtype=torch.bfloat16).screen is None
-    assert our_model(random_model(**large, tie_word_embeddings=False), attention="ragged").screen is None
+    assert (
+        our_model(random_model(**large, tie_word_embeddings=False), attention="ragged").screen
+        is None
+    )
     assert our_model(random_model(**large)).screen is None  # padded
     assert our_model(random_model(), attention="ragged").screen is None  # small

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.group import COMMANDS
-from jobs.signals import STOPPED, STOPPING, Signals
-from pipeline.gpt.kernels.build import SOURCES
+from gptbatch.jobs.group import COMMANDS
+from gptbatch.jobs.signals import STOPPED, STOPPING, Signals
+from gptbatch.pipeline.kernels.build import SOURCES
 from tests.launcher import Launcher
-from tests.paths import REPOSITORY
+from tests.paths import PYTHONPATH
 
 NAMES = [number.name for number in STOPPING]
 
@@ -35,7 +35,7 @@ def importing(name, *rest, **more):
         strike()
     return original(name, *rest, **more)
 builtins.__import__ = importing
-from jobs.cli import main
+from gptbatch.jobs.cli import main
 if moment == "exit":
     import atexit
     atexit.register(strike)
@@ -44,8 +44,8 @@ if moment == "teardown":
         def __del__(self, kill=os.kill, pid=os.getpid(), number=number):
             kill(pid, number)
     late = Late()
-    import jobs.signals
-    jobs.signals.late = late
+    import gptbatch.jobs.signals
+    gptbatch.jobs.signals.late = late
     late.itself = late
     del late
 main()
@@ -58,7 +58,7 @@ def run_struck(tmp_path: Path) -> Callable[..., tuple[int, str]]:
         done = subprocess.run(
             [sys.executable, "-c", program, moment, str(int(number)), *arguments],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
             timeout=120,
@@ -69,8 +69,10 @@ def run_struck(tmp_path: Path) -> Callable[..., tuple[int, str]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("moment", ["jobs.group", "click"])
-def test_while_the_program_is_imported(name: str, moment: str, run_struck: Callable[..., tuple[int, str]]) -> None:
+@pytest.mark.parametrize("moment", ["gptbatch.jobs.group", "click"])
+def test_while_the_program_is_imported(
+    name: str, moment: str, run_struck: Callable[..., tuple[int, str]]
+) -> None:
     code, stderr = run_struck(moment, signal.Signals[name], "status", "nowhere")
     assert code == STOPPED, stderr
     assert stderr.strip() == f"gptbatch: stopped by {name}; run the same command again"
@@ -79,14 +81,29 @@ def test_while_the_program_is_imported(name: str, moment: str, run_struck: Calla
 @pytest.mark.parametrize("command", COMMANDS)
 def test_in_every_command(command: str, run_struck: Callable[..., tuple[int, str]]) -> None:
     """While its module is imported."""
-    code, stderr = run_struck("jobs.options", signal.SIGTERM, command, "--help")
-    assert (code, stderr.strip()) == (STOPPED, "gptbatch: stopped by SIGTERM; run the same command again")
+    code, stderr = run_struck("gptbatch.jobs.options", signal.SIGTERM, command, "--help")
+    assert (code, stderr.strip()) == (
+        STOPPED,
+        "gptbatch: stopped by SIGTERM; run the same command again",
+    )
 
 
 @pytest.mark.parametrize("moment", ["pydantic", "torch"])
-def test_while_libraries_are_imported(moment: str, checkpoint: Path, tmp_path: Path, run_struck: Callable[..., tuple[int, str]]) -> None:
+def test_while_libraries_are_imported(
+    moment: str, checkpoint: Path, tmp_path: Path, run_struck: Callable[..., tuple[int, str]]
+) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
-    code, stderr = run_struck(moment, signal.SIGUSR2, "generate", "--model", str(checkpoint), "--input", "prompts.jsonl", "--output", "out")
+    code, stderr = run_struck(
+        moment,
+        signal.SIGUSR2,
+        "generate",
+        "--model",
+        str(checkpoint),
+        "--input",
+        "prompts.jsonl",
+        "--output",
+        "out",
+    )
     assert code == STOPPED, stderr
     assert "stopped by SIGUSR2; run the same command again" in stderr
     assert not list(tmp_path.glob("out/part-*"))
@@ -94,7 +111,9 @@ def test_while_libraries_are_imported(moment: str, checkpoint: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("moment", ["exit", "teardown"])
-def test_after_the_last_line(name: str, moment: str, run_struck: Callable[..., tuple[int, str]]) -> None:
+def test_after_the_last_line(
+    name: str, moment: str, run_struck: Callable[..., tuple[int, str]]
+) -> None:
     """The exit code was decided: the signal changes nothing."""
     code, stderr = run_struck(moment, signal.Signals[name], "status", "nowhere")
     assert code == 66, stderr
@@ -103,10 +122,25 @@ def test_after_the_last_line(name: str, moment: str, run_struck: Callable[..., t
 def test_python_m_jobs(tmp_path: Path) -> None:
     """A FIFO as a config's name holds the command up where a signal must end it; the text on standard error says that it is there."""
     os.mkfifo(tmp_path / "prompts.jsonl")
-    command = [sys.executable, "-m", "jobs", "generate", "--model", "bundled:demo/model", "--input", "prompts.jsonl", "--output", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    writer = os.open(tmp_path / "prompts.jsonl", os.O_WRONLY)  # returns when the command has opened it
+    command = [
+        sys.executable,
+        "-m",
+        "gptbatch",
+        "generate",
+        "--model",
+        "bundled:demo/model",
+        "--input",
+        "prompts.jsonl",
+        "--output",
+        "out",
+    ]
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    writer = os.open(
+        tmp_path / "prompts.jsonl", os.O_WRONLY
+    )  # returns when the command has opened it
     process.send_signal(signal.SIGHUP)
     _, stderr = process.communicate(timeout=60)
     os.close(writer)
@@ -125,11 +159,17 @@ def test_python_m_jobs(tmp_path: Path) -> None:
     ids=lambda value: "+".join(number.name for number in value) if isinstance(value, list) else "",
 )
 def test_compilers_end_with_the_build(
-    launcher: Launcher, checkpoint: Path, tmp_path: Path, numbers: list[signal.Signals], codes: set[int]
+    launcher: Launcher,
+    checkpoint: Path,
+    tmp_path: Path,
+    numbers: list[signal.Signals],
+    codes: set[int],
 ) -> None:
     """They have children of their own, which must end too. The fake one names both before it waits."""
     compiler, started = tmp_path / "c++", tmp_path / "started"
-    compiler.write_text(f"#!/bin/bash\ntrap '' HUP INT TERM\nsleep 600 &\necho $$ $! >> {started}\nwait; wait\n")
+    compiler.write_text(
+        f"#!/bin/bash\ntrap '' HUP INT TERM\nsleep 600 &\necho $$ $! >> {started}\nwait; wait\n"
+    )
     compiler.chmod(0o755)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
     child = launcher.start(
@@ -159,19 +199,30 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def test_nohup_keeps_a_run_alive(tmp_path: Path, run_struck: Callable[..., tuple[int, str]]) -> None:
+def test_nohup_keeps_a_run_alive(
+    tmp_path: Path, run_struck: Callable[..., tuple[int, str]]
+) -> None:
     program = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{PROGRAM}"
     code, stderr = run_struck("click", signal.SIGHUP, "--version", program=program)
     assert (code, stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_signal_sent_twice_at_once_is_one(name: str, run_struck: Callable[..., tuple[int, str]]) -> None:
+def test_a_signal_sent_twice_at_once_is_one(
+    name: str, run_struck: Callable[..., tuple[int, str]]
+) -> None:
     """As timeout(1) does: to the process, and to its group."""
-    twice = PROGRAM.replace("    os.kill(os.getpid(), number)", "    [os.kill(os.getpid(), number) for _ in range(2)]", 1)
+    twice = PROGRAM.replace(
+        "    os.kill(os.getpid(), number)",
+        "    [os.kill(os.getpid(), number) for _ in range(2)]",
+        1,
+    )
     assert twice != PROGRAM
     code, stderr = run_struck("click", signal.Signals[name], "status", "nowhere", program=twice)
-    assert (code, stderr.strip()) == (STOPPED, f"gptbatch: stopped by {name}; run the same command again")
+    assert (code, stderr.strip()) == (
+        STOPPED,
+        f"gptbatch: stopped by {name}; run the same command again",
+    )
 
 
 @pytest.fixture

@@ -21,22 +21,28 @@ import pytest
 from click.testing import CliRunner
 from platformdirs import user_cache_path
 
-from jobs.cli import run_command
-from jobs.failures import find_library, find_shortage
-from jobs.generate import generate
-from jobs.group import COMMANDS, cli
-from jobs.messages import LogFormatter, say
-from jobs.options import option_groups, option_name
-from pipeline.advice import describe_errors
-from pipeline.config import JobConfig, config_fields, environment_name, find_config, load_config
-from pipeline.data.lock import OutputLock
-from pipeline.errors import ConfigError, ModelError
-from pipeline.openmp import limit_spinning
-from pipeline.paths import PathError, expand_path
-from pipeline.placement import check_placement
-from pipeline.redact import redact
+from gptbatch.jobs.cli import run_command
+from gptbatch.jobs.failures import find_library, find_shortage
+from gptbatch.jobs.generate import generate
+from gptbatch.jobs.group import COMMANDS, cli
+from gptbatch.jobs.messages import LogFormatter, say
+from gptbatch.jobs.options import option_groups, option_name
+from gptbatch.pipeline.config import (
+    JobConfig,
+    config_fields,
+    environment_name,
+    find_config,
+    load_config,
+)
+from gptbatch.pipeline.errors import ConfigError, ModelError
+from gptbatch.pipeline.output.error_advice import describe_errors
+from gptbatch.pipeline.output.lock import OutputLock
+from gptbatch.pipeline.output.placement import check_placement
+from gptbatch.pipeline.system.openmp import limit_spinning
+from gptbatch.pipeline.system.paths import PathError, expand_path
+from gptbatch.pipeline.system.redact import redact
 from tests.launcher import Launcher
-from tests.paths import REPOSITORY
+from tests.paths import PYTHONPATH
 
 NEEDED = {"model": "m", "input": "i", "output": "o"}
 PATH_KEYS = ("model", "input", "dataset", "output")
@@ -45,7 +51,9 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def gptbatch(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def gptbatch(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Command:
     """`gptbatch ARGUMENTS...` in this process, in an empty folder that is home too: code, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(user_cache_path()))  # where the kernels are
@@ -64,13 +72,26 @@ def gptbatch(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("source", ["file", "environment", "options"])
 @pytest.mark.parametrize("key", PATH_KEYS)
-def test_a_tilde_is_home_in_every_path_setting(key: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_home_in_every_path_setting(
+    key: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/users/ada")
-    settings = {"model": "m", "output": "o", **({} if key == "dataset" else {"input": "i"}), key: "~/some/where"}
+    settings = {
+        "model": "m",
+        "output": "o",
+        **({} if key == "dataset" else {"input": "i"}),
+        key: "~/some/where",
+    }
     (tmp_path / "job.yaml").write_text(json.dumps(settings))
     file = str(tmp_path / "job.yaml") if source == "file" else None
-    environment = {environment_name(name): value for name, value in settings.items()} if source == "environment" else {}
-    config = load_config(file, environment=environment, options=settings if source == "options" else {})
+    environment = (
+        {environment_name(name): value for name, value in settings.items()}
+        if source == "environment"
+        else {}
+    )
+    config = load_config(
+        file, environment=environment, options=settings if source == "options" else {}
+    )
     assert getattr(config, key) == "/users/ada/some/where"
 
 
@@ -85,7 +106,9 @@ def test_home_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     (tmp_path / "~").mkdir()
     (tmp_path / "~" / "x").touch()
     assert expand_path("~/x") == "~/x", "only the literal file exists"
-    assert expand_path("~/x", writes=True) == str(tmp_path / "home" / "x"), "an output goes home all the same"
+    assert expand_path("~/x", writes=True) == str(tmp_path / "home" / "x"), (
+        "an output goes home all the same"
+    )
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "x").touch()
     assert expand_path("~/x") == str(tmp_path / "home" / "x")
@@ -96,13 +119,19 @@ def test_the_command_takes_home(gptbatch: Command, checkpoint: Path, tmp_path: P
     home = tmp_path / "home"
     home.mkdir()
     (home / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
-    (home / "job.yaml").write_text(f"model: {checkpoint}\ninput: ~/prompts.jsonl\noutput: ~/runs/one\nmax_new_tokens: 2\n")
+    (home / "job.yaml").write_text(
+        f"model: {checkpoint}\ninput: ~/prompts.jsonl\noutput: ~/runs/one\nmax_new_tokens: 2\n"
+    )
     code, _, stderr = gptbatch("generate", "--config", "~/job.yaml")
     assert code == 0, stderr
     assert (home / "runs" / "one" / "_SUCCESS").is_file()
     assert not (tmp_path / "~").exists()
     assert gptbatch("generate", "--config", "~/job.yaml", "--output=~/runs/two")[0] == 0
-    for command in (["status", "~/runs/one"], ["diff", "~/runs/one", "~/runs/two"], ["verify", "~/runs/one"]):
+    for command in (
+        ["status", "~/runs/one"],
+        ["diff", "~/runs/one", "~/runs/two"],
+        ["verify", "~/runs/one"],
+    ):
         code, _, stderr = gptbatch(*command)
         assert code == 0, stderr
 
@@ -127,9 +156,15 @@ UNEXPANDED = [
 
 @pytest.mark.parametrize("key", PATH_KEYS)
 @pytest.mark.parametrize("text", UNEXPANDED)
-def test_variables_that_nothing_expanded_are_refused(text: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_nothing_expanded_are_refused(
+    text: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    options = {**NEEDED, key: text} if key != "dataset" else {"model": "m", "output": "o", "dataset": text}
+    options = (
+        {**NEEDED, key: text}
+        if key != "dataset"
+        else {"model": "m", "output": "o", "dataset": text}
+    )
     with pytest.raises(ConfigError, match="which nothing has expanded") as caught:
         load_config(None, environment={}, options=options)
     assert caught.value.keys == (key,)
@@ -138,7 +173,21 @@ def test_variables_that_nothing_expanded_are_refused(text: str, key: str, tmp_pa
     load_config(None, environment={}, options=options)
 
 
-@pytest.mark.parametrize("text", ["cost$", "100%", "50%_of_it", "a{b}", "x$", "{a}", "a$-b", "50% off 20%", "run-%Y-%m-%d", "it`s"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cost$",
+        "100%",
+        "50%_of_it",
+        "a{b}",
+        "x$",
+        "{a}",
+        "a$-b",
+        "50% off 20%",
+        "run-%Y-%m-%d",
+        "it`s",
+    ],
+)
 def test_names_with_such_characters_are_names(text: str) -> None:
     assert expand_path(text) == text
 
@@ -161,9 +210,17 @@ URLS = [
 
 @pytest.mark.parametrize("key", PATH_KEYS)
 @pytest.mark.parametrize(("text", "advice"), URLS)
-def test_urls_are_refused_at_once(text: str, advice: str, key: str, gptbatch: Command, tmp_path: Path) -> None:
-    options = {**NEEDED, key: text} if key != "dataset" else {"model": "m", "output": "o", "dataset": text}
-    code, stdout, stderr = gptbatch("generate", *[word for name, value in options.items() for word in (f"--{name}", value)])
+def test_urls_are_refused_at_once(
+    text: str, advice: str, key: str, gptbatch: Command, tmp_path: Path
+) -> None:
+    options = (
+        {**NEEDED, key: text}
+        if key != "dataset"
+        else {"model": "m", "output": "o", "dataset": text}
+    )
+    code, stdout, stderr = gptbatch(
+        "generate", *[word for name, value in options.items() for word in (f"--{name}", value)]
+    )
     assert (code, stdout) == (2, "")
     assert f"--{key}: {text!r} is a URL" in stderr.replace("***", "c")
     assert advice in stderr
@@ -176,12 +233,16 @@ def test_a_config_behind_a_url(gptbatch: Command) -> None:
     assert "is a URL" in stderr
 
 
-@pytest.mark.parametrize("text", ["run:1", "nightly-2026-11-27T02:55", "a::b", "c:drive", "x:/y", "mailto:you"])
+@pytest.mark.parametrize(
+    "text", ["run:1", "nightly-2026-11-27T02:55", "a::b", "c:drive", "x:/y", "mailto:you"]
+)
 def test_a_colon_makes_no_url(text: str) -> None:
     assert expand_path(text, writes=True) == expand_path(text) == text
 
 
-def test_a_file_under_a_urls_name_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_under_a_urls_name_is_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s3:" / "bucket").mkdir(parents=True)
     assert expand_path("s3://bucket") == "s3://bucket"
@@ -190,7 +251,11 @@ def test_a_file_under_a_urls_name_is_that_file(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("key", PATH_KEYS)
 @pytest.mark.parametrize("text", [" ", "   ", "\t", "\n"])
 def test_a_blank_path_is_refused(text: str, key: str) -> None:
-    options = {**NEEDED, key: text} if key != "dataset" else {"model": "m", "output": "o", "dataset": text}
+    options = (
+        {**NEEDED, key: text}
+        if key != "dataset"
+        else {"model": "m", "output": "o", "dataset": text}
+    )
     with pytest.raises(ConfigError, match="is blank") as caught:
         load_config(None, environment={}, options=options)
     assert f"{key}: {text!r}" in str(caught.value)
@@ -226,7 +291,9 @@ SERVICE = {
 
 @pytest.mark.parametrize("name", SERVICE)
 def test_variables_of_a_service_called_gptbatch_are_passed_over(name: str) -> None:
-    assert load_config(None, environment={name: SERVICE[name]}, options=NEEDED) == load_config(None, environment={}, options=NEEDED)
+    assert load_config(None, environment={name: SERVICE[name]}, options=NEEDED) == load_config(
+        None, environment={}, options=NEEDED
+    )
 
 
 def test_no_setting_is_passed_over() -> None:
@@ -239,7 +306,9 @@ def test_no_setting_is_passed_over() -> None:
 
 @pytest.mark.parametrize("name", [environment_name(key) for key in config_fields()])
 def test_an_empty_variable_is_unset(name: str) -> None:
-    assert load_config(None, environment={name: ""}, options=NEEDED) == load_config(None, environment={}, options=NEEDED)
+    assert load_config(None, environment={name: ""}, options=NEEDED) == load_config(
+        None, environment={}, options=NEEDED
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,7 +322,9 @@ def test_an_empty_variable_is_unset(name: str) -> None:
     ],
 )
 def test_a_typo_is_an_error_with_the_nearest_name(name: str, nearest: str) -> None:
-    with pytest.raises(ConfigError, match=f"environment variable {name}: no such setting.*{nearest}"):
+    with pytest.raises(
+        ConfigError, match=f"environment variable {name}: no such setting.*{nearest}"
+    ):
         load_config(None, environment={name: "5"}, options=NEEDED)
 
 
@@ -274,12 +345,17 @@ def test_a_typo_is_an_error_with_the_nearest_name(name: str, nearest: str) -> No
 def test_line_ends_of_a_file_of_variables(key: str, text: str, value: Any, end: str) -> None:
     options = {name: given for name, given in NEEDED.items() if name != key}
     config = load_config(None, environment={environment_name(key): text + end}, options=options)
-    assert getattr(config.engine if key.startswith("engine.") else config, key.removeprefix("engine.")) == value
+    assert (
+        getattr(config.engine if key.startswith("engine.") else config, key.removeprefix("engine."))
+        == value
+    )
 
 
 @pytest.mark.parametrize("key", PATH_KEYS)
 @pytest.mark.parametrize("text", [" x", "x ", "\tx", "  "])
-def test_blanks_around_a_path_in_the_environment(key: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blanks_around_a_path_in_the_environment(
+    key: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     name = environment_name(key)
     with pytest.raises(ConfigError) as caught:
@@ -290,7 +366,11 @@ def test_blanks_around_a_path_in_the_environment(key: str, text: str, tmp_path: 
 
 
 def _others(key: str) -> dict[str, str]:
-    return {name: value for name, value in NEEDED.items() if name != key and (key, name) != ("dataset", "input")}
+    return {
+        name: value
+        for name, value in NEEDED.items()
+        if name != key and (key, name) != ("dataset", "input")
+    }
 
 
 # -- config files ------------------------------------------------------------------------------------------------------
@@ -298,27 +378,47 @@ def _others(key: str) -> dict[str, str]:
 
 def _bomb(levels: int) -> str:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    return "\n".join(lines + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)])
+    return "\n".join(
+        lines + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    )
 
 
 HOSTILE = [
     ('seed: !!int ""', "a number has 1 to 100 characters, not 0"),
     ('temperature: !!float ""', "a number has 1 to 100 characters, not 0"),
     ('seed: !!int "-"', "not readable as YAML (seed: '-' is no int, line 1, column 7)"),
-    ('top_k: 5\nengine:\n  threads: !!int "0x"', "not readable as YAML (threads: '0x' is no int, line 3, column 12)"),
+    (
+        'top_k: 5\nengine:\n  threads: !!int "0x"',
+        "not readable as YAML (threads: '0x' is no int, line 3, column 12)",
+    ),
     ("skip_row: [a, !!int '+']", "not readable as YAML ('+' is no int, line 1, column 15)"),
-    ("ignore_eos: !!bool maybe", "not readable as YAML (ignore_eos: 'maybe' is no bool, line 1, column 13)"),
+    (
+        "ignore_eos: !!bool maybe",
+        "not readable as YAML (ignore_eos: 'maybe' is no bool, line 1, column 13)",
+    ),
     ("temperature: !!float _", "temperature: '_' is no float, line 1, column 14"),
     ("output: !!timestamp 2001-99-99", "output: '2001-99-99' is no timestamp, line 1, column 9"),
     ("output: !!timestamp x", "output: 'x' is no timestamp, line 1, column 9"),
-    ("seed: 010", "seed: 010 is octal in YAML 1.1 and decimal in YAML 1.2; write 10, or quote it to make it text, line 1, column 7"),
+    (
+        "seed: 010",
+        "seed: 010 is octal in YAML 1.1 and decimal in YAML 1.2; write 10, or quote it to make it text, line 1, column 7",
+    ),
     ("output: -0_17", "output: -0_17 is octal in YAML 1.1 and decimal in YAML 1.2; write -17"),
     ("skip_row: [a, 00]", "00 is octal in YAML 1.1 and decimal in YAML 1.2; write 0, or quote it"),
     ("seed: 1:30", "seed: input should be a valid integer, not '1:30'"),
     ("temperature: 1:30.5", "temperature: input should be a valid number, not '1:30.5'"),
-    ("numerics: off", "numerics: input should be 'auto', 'exact' or 'off', not False; YAML reads off, no and false without quotes so"),
-    ("prompt_field: yes", "YAML reads on, yes and true without quotes so; if it is a word, quote it: 'on'"),
-    ("skip_row: [a, no]", "skip_row.1: input should be a valid string, not False; YAML reads off, no and false"),
+    (
+        "numerics: off",
+        "numerics: input should be 'auto', 'exact' or 'off', not False; YAML reads off, no and false without quotes so",
+    ),
+    (
+        "prompt_field: yes",
+        "YAML reads on, yes and true without quotes so; if it is a word, quote it: 'on'",
+    ),
+    (
+        "skip_row: [a, no]",
+        "skip_row.1: input should be a valid string, not False; YAML reads off, no and false",
+    ),
     ("skip_row: [a, 5]", "skip_row.1: input should be a valid string, not 5; quote it"),
     ("metadata_field: [id, x]", "metadata_field.1: input should be 'id', "),
     ("seed: " + "9" * 5000, "a number has 1 to 100 characters, not 5000"),
@@ -347,7 +447,9 @@ def test_hostile_configs_are_refused_at_once(text: str, message: str, tmp_path: 
     began = time.process_time()
     with pytest.raises(ConfigError) as caught:
         load_config(str(path), environment={}, options=NEEDED)
-    assert time.process_time() - began < 10, "seconds of this process, not of the clock; the bomb takes for ever"
+    assert time.process_time() - began < 10, (
+        "seconds of this process, not of the clock; the bomb takes for ever"
+    )
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
     lines = str(caught.value).splitlines()
@@ -366,15 +468,24 @@ def test_a_config_in_any_unicode(encoding: str, tmp_path: Path) -> None:
 def test_a_number_where_text_is_needed(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("output: 7")
-    with pytest.raises(ConfigError, match="output: input should be a valid string, not 7; quote it to make it text"):
+    with pytest.raises(
+        ConfigError, match="output: input should be a valid string, not 7; quote it to make it text"
+    ):
         load_config(str(path), environment={}, options={"model": "m", "input": "i"})
 
 
 def test_words_and_times_of_yaml(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
-    path.write_text("numerics: 'off'\noutput: 1:30\nprompt_field: 12:30:45\nignore_eos: yes\nseed: 0\ntop_k: 0x1f\n")
+    path.write_text(
+        "numerics: 'off'\noutput: 1:30\nprompt_field: 12:30:45\nignore_eos: yes\nseed: 0\ntop_k: 0x1f\n"
+    )
     config = load_config(str(path), environment={}, options={"model": "m", "input": "i"})
-    assert (config.numerics, config.output, config.prompt_field, config.ignore_eos) == ("off", "1:30", "12:30:45", True)
+    assert (config.numerics, config.output, config.prompt_field, config.ignore_eos) == (
+        "off",
+        "1:30",
+        "12:30:45",
+        True,
+    )
     assert (config.seed, config.top_k) == (0, 31)
 
 
@@ -395,9 +506,17 @@ def test_a_config_from_a_pipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [(".", "is a folder"), ("/dev", "is a folder"), ("/dev/zero", "more than 1024 KiB"), ("/dev/null", "")]
+    ("name", "message"),
+    [
+        (".", "is a folder"),
+        ("/dev", "is a folder"),
+        ("/dev/zero", "more than 1024 KiB"),
+        ("/dev/null", ""),
+    ],
 )
-def test_configs_that_are_no_files(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs_that_are_no_files(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         load_config(name, environment={}, options={})
@@ -438,7 +557,10 @@ SECRETS = [
         "https://s3/x?X-Amz-Credential=hunter2/2026&X-Amz-Signature=hunter2&X-Amz-Security-Token=hunter2",
         "https://s3/x?X-Amz-Credential=***&X-Amz-Signature=***&X-Amz-Security-Token=***",
     ),
-    ("https://host/x?X-Goog-Signature=hunter2&X-Goog-Date=5", "https://host/x?X-Goog-Signature=***&X-Goog-Date=5"),
+    (
+        "https://host/x?X-Goog-Signature=hunter2&X-Goog-Date=5",
+        "https://host/x?X-Goog-Signature=***&X-Goog-Date=5",
+    ),
     ("AccountName=x;AccountKey=hunter2==;", "AccountName=x;AccountKey=***;"),
     ("api_key=hunter2", "api_key=***"),
     ("--token=hunter2", "--token=***"),
@@ -457,16 +579,41 @@ def test_secrets_are_hidden(text: str, shown: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("https://host/path@v1", "http://host:8080/x", "mail ada@host.org", "a: b@c", "half_hf_ x", "/scratch:/teams:x/a@b/gpt2"),
-        *("/scratch/hf_checkpoints/gpt2", "out/hf_datasets", "hf_experiments", "hf_transformers_checkpoints_of_november_2026"),
-        *("sk-learn-experiments-of-the-last-week", "ghp_runs", "tokens=5", '"eos_token": "<|endoftext|>"', "key: 'value'"),
+        *(
+            "https://host/path@v1",
+            "http://host:8080/x",
+            "mail ada@host.org",
+            "a: b@c",
+            "half_hf_ x",
+            "/scratch:/teams:x/a@b/gpt2",
+        ),
+        *(
+            "/scratch/hf_checkpoints/gpt2",
+            "out/hf_datasets",
+            "hf_experiments",
+            "hf_transformers_checkpoints_of_november_2026",
+        ),
+        *(
+            "sk-learn-experiments-of-the-last-week",
+            "ghp_runs",
+            "tokens=5",
+            '"eos_token": "<|endoftext|>"',
+            "key: 'value'",
+        ),
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == text
 
 
-LIKE_SECRETS = [TOKEN, "sk-hunter2hunter2hunter2", "AKIAHUNTER2HUNTER2AB", "run?key=5", "password=x y", "token=1"]
+LIKE_SECRETS = [
+    TOKEN,
+    "sk-hunter2hunter2hunter2",
+    "AKIAHUNTER2HUNTER2AB",
+    "run?key=5",
+    "password=x y",
+    "token=1",
+]
 
 
 @pytest.mark.parametrize("name", LIKE_SECRETS)
@@ -488,15 +635,46 @@ def test_the_name_of_a_file_is_no_secret(name: str, tmp_path: Path) -> None:
     assert "***" in redact(f"{plain} and more")
 
 
-@pytest.mark.parametrize("value", ["environment-token", "environment-token\n", " environment-token\r\n"])
+@pytest.mark.parametrize(
+    "value", ["environment-token", "environment-token\n", " environment-token\r\n"]
+)
 @pytest.mark.parametrize("variable", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
-def test_the_token_of_the_environment_is_hidden(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_of_the_environment_is_hidden(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(variable, value)
     assert redact("get environment-token: no") == "get ***: no"
 
 
-HARD = [":/", "://", "://a:", "@:/", "https://a:b@", "x ://u:p q", "hf_", "sk-", "sk-a", "eyJ", "eyJaaaaaaaaaaaa.", "token=", "?key=a/"]
-HARD += ["'password': '", "a_", "a-", "a", "bearer ", "authorization: ", "//", "//a:", "//u:p@h ", "password", f"{TOKEN}/", "\0"]
+HARD = [
+    ":/",
+    "://",
+    "://a:",
+    "@:/",
+    "https://a:b@",
+    "x ://u:p q",
+    "hf_",
+    "sk-",
+    "sk-a",
+    "eyJ",
+    "eyJaaaaaaaaaaaa.",
+    "token=",
+    "?key=a/",
+]
+HARD += [
+    "'password': '",
+    "a_",
+    "a-",
+    "a",
+    "bearer ",
+    "authorization: ",
+    "//",
+    "//a:",
+    "//u:p@h ",
+    "password",
+    f"{TOKEN}/",
+    "\0",
+]
 
 
 @pytest.mark.parametrize("unit", HARD)
@@ -517,7 +695,10 @@ def test_a_message_has_lines_of_bounded_length(capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("secret", [text for text, _ in SECRETS])
-@pytest.mark.parametrize("option", ["--temperature", "--device", "--seed", "--max-row-errors", "--model", "--output", "--unknown"])
+@pytest.mark.parametrize(
+    "option",
+    ["--temperature", "--device", "--seed", "--max-row-errors", "--model", "--output", "--unknown"],
+)
 def test_option_errors_hide_secrets(option: str, secret: str, gptbatch: Command) -> None:
     code, stdout, stderr = gptbatch("generate", "--input", "nowhere.jsonl", option, secret)
     assert (code, stdout) == (2, "")
@@ -525,7 +706,16 @@ def test_option_errors_hide_secrets(option: str, secret: str, gptbatch: Command)
     assert "ter2" not in stderr
 
 
-CONTROL = ["\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "a\ngptbatch: all is well", "a\rb", "\u202egnp.exe", "\x7f", "b\x08"]
+CONTROL = [
+    "\x1b]0;title\x07",
+    "\x1b[2J",
+    "\x9b2J",
+    "a\ngptbatch: all is well",
+    "a\rb",
+    "\u202egnp.exe",
+    "\x7f",
+    "b\x08",
+]
 
 
 @pytest.mark.parametrize("text", CONTROL)
@@ -541,7 +731,9 @@ def test_control_characters_do_not_reach_the_terminal(text: str, gptbatch: Comma
     ):
         code, _, stderr = gptbatch(*arguments)
         assert code in (2, 66, 78), stderr
-        assert not [character for character in stderr if character != "\n" and not character.isprintable()]
+        assert not [
+            character for character in stderr if character != "\n" and not character.isprintable()
+        ]
         assert not [line for line in stderr.splitlines()[1:] if line.startswith("gptbatch: ")]
 
 
@@ -549,7 +741,9 @@ def test_a_log_record_is_cleaned(caplog: pytest.LogCaptureFixture) -> None:
     try:
         raise RuntimeError("https://ada:hunter2@host \x1b[2J")
     except RuntimeError:
-        record = logging.LogRecord("gptbatch", logging.ERROR, "x.py", 1, "a tensor \x1b]0;x\x07", None, sys.exc_info())
+        record = logging.LogRecord(
+            "gptbatch", logging.ERROR, "x.py", 1, "a tensor \x1b]0;x\x07", None, sys.exc_info()
+        )
     shown = LogFormatter().format(record)
     assert "hunter2" not in shown
     assert "\x1b" not in shown
@@ -557,9 +751,20 @@ def test_a_log_record_is_cleaned(caplog: pytest.LogCaptureFixture) -> None:
     assert all(line.startswith("  ") for line in shown.splitlines()[1:])
 
 
-def test_what_a_folder_says_of_itself_is_cleaned(checkpoint: Path, gptbatch: Command, tmp_path: Path) -> None:
+def test_what_a_folder_says_of_itself_is_cleaned(
+    checkpoint: Path, gptbatch: Command, tmp_path: Path
+) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
-    options = ["--model", checkpoint, "--input", "prompts.jsonl", "--output", "out", "--max-new-tokens", "2"]
+    options = [
+        "--model",
+        checkpoint,
+        "--input",
+        "prompts.jsonl",
+        "--output",
+        "out",
+        "--max-new-tokens",
+        "2",
+    ]
     assert gptbatch("generate", *options)[0] == 0
     progress = tmp_path / "out" / ".gptbatch" / "progress.json"
     progress.write_text(json.dumps(json.loads(progress.read_text()) | {"updated_at": "\x1b[2J"}))
@@ -567,7 +772,9 @@ def test_what_a_folder_says_of_itself_is_cleaned(checkpoint: Path, gptbatch: Com
     assert "\x1b" not in stdout + stderr
 
 
-@pytest.mark.parametrize("option", ["--seed", "--temperature", "--device", "--on-bad-row", "--threads"])
+@pytest.mark.parametrize(
+    "option", ["--seed", "--temperature", "--device", "--on-bad-row", "--threads"]
+)
 def test_long_values_are_cut(option: str, gptbatch: Command) -> None:
     code, _, stderr = gptbatch("generate", option, "9" * 50_000)
     assert code == 2
@@ -576,34 +783,55 @@ def test_long_values_are_cut(option: str, gptbatch: Command) -> None:
 
 @pytest.mark.parametrize("length", [256, 5000])
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_an_output_whose_name_is_too_long(length: int, dry: list[str], checkpoint: Path, gptbatch: Command, tmp_path: Path) -> None:
+def test_an_output_whose_name_is_too_long(
+    length: int, dry: list[str], checkpoint: Path, gptbatch: Command, tmp_path: Path
+) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
     name = "r" * (length - 256) + "x" * 256
-    code, stdout, stderr = gptbatch("generate", "--model", checkpoint, "--input", "prompts.jsonl", "--output", name, *dry)
+    code, stdout, stderr = gptbatch(
+        "generate", "--model", checkpoint, "--input", "prompts.jsonl", "--output", name, *dry
+    )
     assert (code, stdout) == (73, "")
-    assert stderr == f"gptbatch: {name[:200]}... ({len(name)} characters): cannot be created: the name is too long\n"
+    assert (
+        stderr
+        == f"gptbatch: {name[:200]}... ({len(name)} characters): cannot be created: the name is too long\n"
+    )
 
 
 # -- standard output, the current folder, libraries --------------------------------------------------------------------
 
 CLOSED = "gptbatch: standard output is closed, and the result goes there; redirect it, to /dev/null at least\n"
-COMMAND_LINES = [["status", "x"], ["verify", "x"], ["generate", "--output", "/x"], ["diff", "x", "y"], ["generate", "--help"]]
+COMMAND_LINES = [
+    ["status", "x"],
+    ["verify", "x"],
+    ["generate", "--output", "/x"],
+    ["diff", "x", "y"],
+    ["generate", "--help"],
+]
 
 
 def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A shell in which `gptbatch` is this code."""
-    program = f'gptbatch() {{ "{sys.executable}" -m jobs "$@"; }}; {command}'
-    full = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
-    return subprocess.run(["bash", "-c", program], cwd=cwd, env=full, capture_output=True, text=True, timeout=120)
+    program = f'gptbatch() {{ "{sys.executable}" -m gptbatch "$@"; }}; {command}'
+    full = {**os.environ, "PYTHONPATH": PYTHONPATH, **environment}
+    return subprocess.run(
+        ["bash", "-c", program], cwd=cwd, env=full, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("arguments", COMMAND_LINES)
-def test_the_current_folder_is_gone(arguments: list[str], gptbatch: Command, tmp_path: Path) -> None:
+def test_the_current_folder_is_gone(
+    arguments: list[str], gptbatch: Command, tmp_path: Path
+) -> None:
     (tmp_path / "gone").mkdir()
     os.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     try:
-        assert gptbatch(*arguments) == (66, "", "gptbatch: the current folder no longer exists; cd elsewhere\n")
+        assert gptbatch(*arguments) == (
+            66,
+            "",
+            "gptbatch: the current folder no longer exists; cd elsewhere\n",
+        )
     finally:
         os.chdir(tmp_path)
 
@@ -614,8 +842,16 @@ def test_the_current_folder_is_gone(arguments: list[str], gptbatch: Command, tmp
         ("gptbatch generate --nope 2>/dev/full", 2, ""),
         ("gptbatch status nowhere 2>/dev/full", 66, ""),
         ("gptbatch generate --nope 2>&-", 2, ""),
-        ("gptbatch generate --help >/dev/full", 74, "gptbatch: standard output: cannot be written (No space left on device)\n"),
-        ("gptbatch --version >/dev/full", 74, "gptbatch: standard output: cannot be written (No space left on device)\n"),
+        (
+            "gptbatch generate --help >/dev/full",
+            74,
+            "gptbatch: standard output: cannot be written (No space left on device)\n",
+        ),
+        (
+            "gptbatch --version >/dev/full",
+            74,
+            "gptbatch: standard output: cannot be written (No space left on device)\n",
+        ),
         (
             "gptbatch status nowhere >&-",
             74,
@@ -626,7 +862,9 @@ def test_the_current_folder_is_gone(arguments: list[str], gptbatch: Command, tmp
         ("_GPTBATCH_COMPLETE=zsh_source gptbatch >/dev/null", 0, ""),
     ],
 )
-def test_standard_files_that_are_full_or_closed(command: str, code: int, said: str, tmp_path: Path) -> None:
+def test_standard_files_that_are_full_or_closed(
+    command: str, code: int, said: str, tmp_path: Path
+) -> None:
     done = shell(command, tmp_path)
     assert (done.returncode, done.stderr) == (code, said)
 
@@ -635,20 +873,34 @@ def test_the_result_of_a_run_is_not_lost_in_silence(checkpoint: Path, tmp_path: 
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
     line = f"gptbatch generate --model {checkpoint} --input prompts.jsonl --output out --dry-run"
     done = shell(f"{line} >/dev/full", tmp_path)
-    assert (done.returncode, done.stderr) == (74, "gptbatch: standard output: cannot be written (No space left on device)\n")
+    assert (done.returncode, done.stderr) == (
+        74,
+        "gptbatch: standard output: cannot be written (No space left on device)\n",
+    )
 
 
 @pytest.mark.parametrize("closed", [(), (0,), (1,), (0, 1), (1, 2), (0, 1, 2)])
 def test_no_file_takes_the_place_of_a_standard_file(closed: tuple[int, ...]) -> None:
-    program = "import os; from jobs.cli import open_standard_files as o; o(); d = os.open('/dev/null', 0); os._exit(d if d > 2 else 100)"
-    command = f'exec "{sys.executable}" -c "{program}" ' + " ".join(f"{number}>&-" for number in closed)
-    done = subprocess.run(["bash", "-c", command], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, timeout=60, check=False)
+    program = "import os; from gptbatch.jobs.cli import open_standard_files as o; o(); d = os.open('/dev/null', 0); os._exit(d if d > 2 else 100)"
+    command = f'exec "{sys.executable}" -c "{program}" ' + " ".join(
+        f"{number}>&-" for number in closed
+    )
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+        timeout=60,
+        check=False,
+    )
     assert 3 <= done.returncode < 10
 
 
 LIBRARIES = [
     ("tqdm", "TQDM_MININTERVAL", "raise ValueError(\"could not convert string to float: 'abc'\")"),
-    ("torch", "TORCH_LOGS", "raise ValueError('Invalid log settings: x\\n' + 'valid are many ' * 1000)"),
+    (
+        "torch",
+        "TORCH_LOGS",
+        "raise ValueError('Invalid log settings: x\\n' + 'valid are many ' * 1000)",
+    ),
     ("huggingface_hub", "HF_HUB_ETAG_TIMEOUT", "int('abc')"),
     ("pyarrow", "ARROW_DEFAULT_MEMORY_POOL", "{}['abc']"),
 ]
@@ -656,14 +908,21 @@ LIBRARIES = [
 
 @pytest.mark.parametrize(("library", "variable", "code"), LIBRARIES)
 def test_a_library_that_fails_while_it_is_imported(
-    library: str, variable: str, code: str, gptbatch: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    library: str,
+    variable: str,
+    code: str,
+    gptbatch: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A library that reads the environment badly is a matter of the environment, not a bug of ours."""
     (tmp_path / f"{library}.py").write_text(f"def read():\n    {code}\n\n\nread()\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, library, raising=False)
     monkeypatch.setenv(variable, "a\nbc")
-    monkeypatch.setattr("jobs.generate.load_config", lambda *arguments, **settings: import_module(library))
+    monkeypatch.setattr(
+        "gptbatch.jobs.generate.load_config", lambda *arguments, **settings: import_module(library)
+    )
     exit_code, stdout, stderr = gptbatch("generate")
     sys.modules.pop(library, None)
     assert (exit_code, stdout) == (78, "")
@@ -674,29 +933,44 @@ def test_a_library_that_fails_while_it_is_imported(
     assert "Traceback" not in stderr
 
 
-def test_a_library_that_is_not_there_or_broken(gptbatch: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("jobs.generate.load_config", lambda *arguments, **settings: import_module("nowhere_to_be_found.x"))
+def test_a_library_that_is_not_there_or_broken(
+    gptbatch: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "gptbatch.jobs.generate.load_config",
+        lambda *arguments, **settings: import_module("nowhere_to_be_found.x"),
+    )
     code, _, stderr = gptbatch("generate")
     assert code == 78
     assert "the library nowhere_to_be_found cannot be imported (ModuleNotFoundError: " in stderr
     assert "; install it again" in stderr
 
 
-def test_a_mistake_of_ours_is_a_bug(gptbatch: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mistake_of_ours_is_a_bug(
+    gptbatch: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also in a module of ours that is imported, and in a library that is called."""
-    for error in (ImportError("cannot import name 'x'"), ModuleNotFoundError("No module named 'pipeline.x'", name="pipeline.x")):
+    for error in (
+        ImportError("cannot import name 'x'"),
+        ModuleNotFoundError("No module named 'gptbatch.pipeline.x'", name="gptbatch.pipeline.x"),
+    ):
         assert find_library(error) is None
-    monkeypatch.setattr("jobs.generate.load_config", lambda *arguments, **settings: click.style("x", fg="no colour"))
+    monkeypatch.setattr(
+        "gptbatch.jobs.generate.load_config",
+        lambda *arguments, **settings: click.style("x", fg="no colour"),
+    )
     assert gptbatch("generate")[0] == 70
 
 
-def test_an_end_of_file_is_no_wish_to_stop(gptbatch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_of_file_is_no_wish_to_stop(
+    gptbatch: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """click takes an EOFError for the end of what a user types, and 75 would be tried again for ever."""
 
     def fail(*arguments: Any, **settings: Any) -> None:
         raise EOFError("ended before the end-of-stream marker")
 
-    monkeypatch.setattr("jobs.generate.load_config", fail)
+    monkeypatch.setattr("gptbatch.jobs.generate.load_config", fail)
     assert gptbatch("generate")[0] == 70
 
 
@@ -705,7 +979,9 @@ def test_an_end_of_file_is_no_wish_to_stop(gptbatch: Command, monkeypatch: pytes
 SHORTAGES: list[tuple[BaseException, str]] = [
     (MemoryError(), "out of memory"),
     (
-        RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory"
+        ),
         "out of memory",
     ),
     (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory"),
@@ -714,13 +990,19 @@ SHORTAGES: list[tuple[BaseException, str]] = [
     (RuntimeError("can't start new thread"), "no more threads"),
     (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more threads"),
     (
-        Exception("The global thread pool has not been initialized: ThreadPoolBuildError { kind: IOError(Os { code: 11 }) } os error 11"),
+        Exception(
+            "The global thread pool has not been initialized: ThreadPoolBuildError { kind: IOError(Os { code: 11 }) } os error 11"
+        ),
         "no more",
     ),
 ]
 
 
-@pytest.mark.parametrize(("error", "message"), SHORTAGES, ids=[type(error).__name__ + str(n) for n, (error, _) in enumerate(SHORTAGES)])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    SHORTAGES,
+    ids=[type(error).__name__ + str(n) for n, (error, _) in enumerate(SHORTAGES)],
+)
 def test_memory_and_threads_that_run_out_say_so(
     error: BaseException, message: str, gptbatch: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -736,7 +1018,7 @@ def test_memory_and_threads_that_run_out_say_so(
             raise ModelError("the weights cannot be read") from cause
 
     for stand_in in (fail, blame):
-        monkeypatch.setattr("jobs.generate.load_config", stand_in)
+        monkeypatch.setattr("gptbatch.jobs.generate.load_config", stand_in)
         code, _, stderr = gptbatch("generate")
         assert code == 75
         assert stderr.startswith(f"gptbatch: {message}")
@@ -744,17 +1026,32 @@ def test_memory_and_threads_that_run_out_say_so(
 
 
 def test_other_errors_are_no_shortage() -> None:
-    for error in (ValueError("out of memory"), OSError(errno.ENOSPC, "full"), ModelError("out of memory"), RuntimeError("x")):
+    for error in (
+        ValueError("out of memory"),
+        OSError(errno.ENOSPC, "full"),
+        ModelError("out of memory"),
+        RuntimeError("x"),
+    ):
         assert find_shortage(error) is None
 
 
 @pytest.mark.parametrize(
-    ("limit_kib", "arguments"), [(300_000, ["status", "out"]), (1_000_000, ["verify", "out"]), (150_000, ["generate"])]
+    ("limit_kib", "arguments"),
+    [(300_000, ["status", "out"]), (1_000_000, ["verify", "out"]), (150_000, ["generate"])],
 )
-def test_a_small_address_space_is_named(limit_kib: int, arguments: list[str], tmp_path: Path) -> None:
-    command = f'ulimit -v {limit_kib}; exec "{sys.executable}" -m jobs {" ".join(arguments)}'
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+def test_a_small_address_space_is_named(
+    limit_kib: int, arguments: list[str], tmp_path: Path
+) -> None:
+    command = f'ulimit -v {limit_kib}; exec "{sys.executable}" -m gptbatch {" ".join(arguments)}'
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 78, done.stderr
     assert f"the address space is limited to {limit_kib / 2**20:.2f} GiB (ulimit -v)" in done.stderr
 
@@ -780,7 +1077,9 @@ def test_too_few_threads_are_named(gptbatch: Command, monkeypatch: pytest.Monkey
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
     ],
 )
-def test_threads_spin_for_a_moment_only(before: dict[str, str], after: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_spin_for_a_moment_only(
+    before: dict[str, str], after: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(sys.modules, "torch")
     environment = dict(before)
     limit_spinning(environment)
@@ -795,35 +1094,69 @@ def test_nothing_is_set_once_torch_is_there() -> None:
 
 def test_the_library_sets_it_and_imports_nothing_heavy() -> None:
     program = (
-        "import sys, os, pipeline; assert os.environ['GOMP_SPINCOUNT'] == '1000'; assert 'pydantic' not in sys.modules; "
+        "import sys, os, gptbatch.pipeline as pipeline; assert os.environ['GOMP_SPINCOUNT'] == '1000'; assert 'pydantic' not in sys.modules; "
         "pipeline.run_job, pipeline.JobConfig, pipeline.load_config; assert 'torch' not in sys.modules; assert 'run_job' in dir(pipeline)"
     )
-    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    subprocess.run([sys.executable, "-c", program], env={**environment, "PYTHONPATH": str(REPOSITORY)}, check=True, timeout=120)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, "PYTHONPATH": PYTHONPATH},
+        check=True,
+        timeout=120,
+    )
 
 
 def test_a_run_says_what_it_loads_and_that_the_cores_are_shared(
     launcher: Launcher, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "The queen"}\n')
-    options: list[str | Path] = ["--model", checkpoint, "--input", tmp_path / "prompts.jsonl", "--max-new-tokens", "2", "--threads", "1"]
+    options: list[str | Path] = [
+        "--model",
+        checkpoint,
+        "--input",
+        tmp_path / "prompts.jsonl",
+        "--max-new-tokens",
+        "2",
+        "--threads",
+        "1",
+    ]
     code, child = launcher.run("generate", *options, "--output", "out")
     assert code == 0, child.stderr
-    assert f"gptbatch.loading INFO: loading {checkpoint} as float32 on cpu with 1 thread for 2 rows\n" in child.stderr
+    assert (
+        f"gptbatch.loading INFO: loading {checkpoint} as float32 on cpu with 1 thread for 2 rows\n"
+        in child.stderr
+    )
 
 
 def test_status_says_that_cores_are_shared_while_a_run_goes_on(
     checkpoint: Path, gptbatch: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
-    options = ["--model", checkpoint, "--input", "prompts.jsonl", "--output", "out", "--max-new-tokens", "2"]
+    options = [
+        "--model",
+        checkpoint,
+        "--input",
+        "prompts.jsonl",
+        "--output",
+        "out",
+        "--max-new-tokens",
+        "2",
+    ]
     assert gptbatch("generate", *options)[0] == 0
-    monkeypatch.setattr("jobs.status.describe_cores", lambda own_threads: "other processes run or wait for them")
+    monkeypatch.setattr(
+        "gptbatch.jobs.status.describe_cores",
+        lambda own_threads: "other processes run or wait for them",
+    )
     assert "cores " not in gptbatch("status", "out")[1]
     (tmp_path / "out" / "_SUCCESS").unlink()
     with OutputLock(tmp_path / "out" / ".gptbatch"):
         assert (
-            "cores    not the run's own, if it runs on this machine: other processes run or wait for them\n" in gptbatch("status", "out")[1]
+            "cores    not the run's own, if it runs on this machine: other processes run or wait for them\n"
+            in gptbatch("status", "out")[1]
         )
 
 
@@ -832,7 +1165,19 @@ def test_status_says_that_cores_are_shared_while_a_run_goes_on(
 
 def test_the_help_of_generate_has_a_heading_for_every_option() -> None:
     shown = CliRunner().invoke(cli, ["generate", "--help"]).output
-    places = [shown.index(f"\n{title}:\n") for title in ("Model", "Input", "Output", "Sampling", "Numerics", "Engine", "Run", "Examples")]
+    places = [
+        shown.index(f"\n{title}:\n")
+        for title in (
+            "Model",
+            "Input",
+            "Output",
+            "Sampling",
+            "Numerics",
+            "Engine",
+            "Run",
+            "Examples",
+        )
+    ]
     assert places == sorted(places)
     assert set(option_groups()) == set(config_fields())
     assert all(option_groups().values())
@@ -855,16 +1200,27 @@ def test_an_option_given_twice_is_an_error_in_every_command(name: str, gptbatch:
             code, stdout, stderr = gptbatch(name, *words, *words)
             assert (code, stdout) == (2, "")
             assert f"{parameter.opts[0]} is given twice" in stderr
-    assert gptbatch("generate", "--skip-row", "a", "--skip-row", "b")[0] == 2, "may be given many times; what it lacks is a model"
+    assert gptbatch("generate", "--skip-row", "a", "--skip-row", "b")[0] == 2, (
+        "may be given many times; what it lacks is a model"
+    )
 
 
 # -- error rows --------------------------------------------------------------------------------------------------------
 
 
-def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(launcher: Launcher, checkpoint: Path, tmp_path: Path) -> None:
+def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(
+    launcher: Launcher, checkpoint: Path, tmp_path: Path
+) -> None:
     rows = [{"prompt": "The king"}, {"prompt": "king " * 100}, {"prompt": "queen " * 100}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options: list[str | Path] = ["--model", checkpoint, "--input", tmp_path / "prompts.jsonl", "--max-new-tokens", "2"]
+    options: list[str | Path] = [
+        "--model",
+        checkpoint,
+        "--input",
+        tmp_path / "prompts.jsonl",
+        "--max-new-tokens",
+        "2",
+    ]
     options += ["--output", tmp_path / "out"]
     said = "2 of 3 rows are errors: 2 too_long (context_overflow: truncate_left keeps the end of such prompts)"
     code, child = launcher.run("generate", *options, "--dry-run")
@@ -872,7 +1228,9 @@ def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(launcher: Launcher
     code, child = launcher.run("generate", *options)
     assert (code, child.stderr.count(said)) == (0, 1)
     assert child.summary["errors"] == 2
-    code, child = launcher.run("generate", *options, "--context-overflow", "truncate_left", "--output", tmp_path / "other")
+    code, child = launcher.run(
+        "generate", *options, "--context-overflow", "truncate_left", "--output", tmp_path / "other"
+    )
     assert code == 2, "given twice"
     options[-1] = tmp_path / "other"
     code, child = launcher.run("generate", *options, "--context-overflow", "truncate_left")
@@ -884,8 +1242,16 @@ def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(launcher: Launcher
     [
         ({}, 5, ""),
         ({"too_long": 0}, 5, ""),
-        ({"not_finite": 1}, 1, "1 of 1 row is an error: 1 not_finite (dtype: float32 has the widest range)"),
-        ({"new_kind": 2, "bad_row": 1}, 9, "3 of 9 rows are errors: 1 bad_row (mend them in the input), 2 new_kind"),
+        (
+            {"not_finite": 1},
+            1,
+            "1 of 1 row is an error: 1 not_finite (dtype: float32 has the widest range)",
+        ),
+        (
+            {"new_kind": 2, "bad_row": 1},
+            9,
+            "3 of 9 rows are errors: 1 bad_row (mend them in the input), 2 new_kind",
+        ),
     ],
 )
 def test_the_sentence_about_error_rows(kinds: dict[str, int], rows: int, said: str) -> None:
@@ -903,13 +1269,17 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("output", ["data", "data/out", "data/runs/../deeper/out", "link/out", "./data/../data/x"])
+@pytest.mark.parametrize(
+    "output", ["data", "data/out", "data/runs/../deeper/out", "link/out", "./data/../data/x"]
+)
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_an_output_inside_its_own_dataset_is_refused(
     output: str, dry: list[str], data: Path, checkpoint: Path, gptbatch: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "link").symlink_to(data)
-    code, stdout, stderr = gptbatch("generate", "--model", checkpoint, "--dataset", "data", "--output", output, *dry)
+    code, stdout, stderr = gptbatch(
+        "generate", "--model", checkpoint, "--dataset", "data", "--output", output, *dry
+    )
     assert (code, stdout) == (78, "")
     assert f"{output}: lies inside the folder of its own dataset (data)" in stderr
     assert [path.name for path in data.iterdir()] == ["rows.jsonl"]
@@ -931,9 +1301,13 @@ def test_an_output_beside_its_dataset_is_none_of_it(output: str, data: Path) -> 
         ("=", ""),
     ],
 )
-def test_a_folder_named_as_a_column_is_warned_of(output: str, warned: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_named_as_a_column_is_warned_of(
+    output: str, warned: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     check_placement(JobConfig(model="m", input="i", output=str(tmp_path / output)))
-    assert [f"folder name {warned} for a column" in record.getMessage() for record in caplog.records] == ([True] if warned else [])
+    assert [
+        f"folder name {warned} for a column" in record.getMessage() for record in caplog.records
+    ] == ([True] if warned else [])
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -943,18 +1317,35 @@ NAMES = [LATIN, "run:1", "nightly-2026-11-27T02:55", "a::b", "50% [v2] {x} 'quot
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_name_for_model_input_and_output(name: str, checkpoint: Path, launcher: Launcher, tmp_path: Path) -> None:
+def test_any_name_for_model_input_and_output(
+    name: str, checkpoint: Path, launcher: Launcher, tmp_path: Path
+) -> None:
     folder = tmp_path / name
     folder.mkdir()
     shutil.copytree(checkpoint, folder / f"model {name}")
     (folder / f"{name}.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "The queen"}\n')
-    arguments = ["--model", f"model {name}", "--input", f"{name}.jsonl", "--output", name, "--max-new-tokens", "2", "--threads", "1"]
+    arguments = [
+        "--model",
+        f"model {name}",
+        "--input",
+        f"{name}.jsonl",
+        "--output",
+        name,
+        "--max-new-tokens",
+        "2",
+        "--threads",
+        "1",
+    ]
     code, child = launcher.run("generate", *arguments, cwd=folder)
     assert code == 0, child.stderr
     assert "�" not in child.stderr
     code, child = launcher.run("generate", *arguments, cwd=folder)
     assert (code, child.summary["skipped"]) == (0, 2)
-    for command in (["status", name], ["verify", name, "--all"], ["replay", name, "--prompt-id", "1"]):
+    for command in (
+        ["status", name],
+        ["verify", name, "--all"],
+        ["replay", name, "--prompt-id", "1"],
+    ):
         code, child = launcher.run(*command, cwd=folder)
         assert code == 0, child.stderr
     manifest = json.loads((folder / name / "_manifest.json").read_bytes())

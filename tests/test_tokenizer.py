@@ -12,29 +12,55 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
-from jobs.cli import run_command
-from pipeline import JobConfig, inspect_job, run_job
-from pipeline.config import EngineConfig
-from pipeline.data.recorded import RecordedRun
-from pipeline.data.tokenizer import PromptTokenizer
-from pipeline.data.tokenizer_files import load_tokenizer
-from pipeline.errors import ModelError, OutputConflictError
-from pipeline.job import Job
-from pipeline.reopen import Overrides, ReopenedRun
-from pipeline.verify import verify_rows
+from gptbatch.jobs.cli import run_command
+from gptbatch.pipeline import JobConfig, inspect_job, run_job
+from gptbatch.pipeline.audit.reopen import Overrides, ReopenedRun
+from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.audit.verify import verify_rows
+from gptbatch.pipeline.config import EngineConfig
+from gptbatch.pipeline.errors import ModelError, OutputConflictError
+from gptbatch.pipeline.input.job import Job
+from gptbatch.pipeline.input.tokenizer import PromptTokenizer
+from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
 from tests.test_random_tokenizers import auto_tokenizer
-from tests.tiny_checkpoints import END_OF_TEXT, HI, VOCAB_SIZE, byte_tokenizer, random_tensors, write_checkpoint
+from tests.tiny_checkpoints import (
+    END_OF_TEXT,
+    HI,
+    VOCAB_SIZE,
+    byte_tokenizer,
+    random_tensors,
+    write_checkpoint,
+)
 
 LETTERS = "ABCDEFGH"
 
 
-def checkpoint(folder: Path, tokenizer: Tokenizer | None = None, *, script: list[int] | None = None, **files: Any) -> Path:
+def checkpoint(
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    script: list[int] | None = None,
+    **files: Any,
+) -> Path:
     """A tiny checkpoint with this tokenizer.json (None leaves it out), and JSON files by stem."""
     size = VOCAB_SIZE if tokenizer is None else max(VOCAB_SIZE, tokenizer.get_vocab_size())
     config = {"vocab_size": size} | files.pop("config", {})
-    write_checkpoint(folder, config=config, tensors=random_tensors(vocab_size=config["vocab_size"], script=script or []))
+    write_checkpoint(
+        folder,
+        config=config,
+        tensors=random_tensors(vocab_size=config["vocab_size"], script=script or []),
+    )
     (folder / "tokenizer.json").unlink()
     if tokenizer is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -62,23 +88,33 @@ def run(model: Path, prompts: list[str], **changes: Any) -> list[dict[str, Any]]
     """The rows of a greedy run of four tokens."""
     config = settings(model, prompts, **changes)
     run_job(config)
-    rows: list[dict[str, Any]] = pq.read_table(Path(config.output) / "part-00000.parquet").to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(
+        Path(config.output) / "part-00000.parquet"
+    ).to_pylist()
     return rows
 
 
 def encoded(model: Path, prompts: list[str], **changes: Any) -> list[list[int]]:
     """The tokens of prompts, as a run of this checkpoint takes them."""
-    return [prompt.token_ids for prompt in Job(settings(model, prompts, **changes)).tokenizer.encode(prompts)]
+    return [
+        prompt.token_ids
+        for prompt in Job(settings(model, prompts, **changes)).tokenizer.encode(prompts)
+    ]
 
 
 def expect_as_transformers(model: Path, prompts: list[str], **changes: Any) -> None:
     """Tokens of prompts, and the text that recorded tokens add to them."""
     theirs = auto_tokenizer(model)
-    expected = [theirs(prompt, split_special_tokens=not changes.get("parse_special", False))["input_ids"] for prompt in prompts]
+    expected = [
+        theirs(prompt, split_special_tokens=not changes.get("parse_special", False))["input_ids"]
+        for prompt in prompts
+    ]
     assert encoded(model, prompts, **changes) == expected
     for row, token_ids in zip(run(model, prompts, **changes), expected, strict=True):
         assert row["prompt_tokens"] == len(token_ids)
-        assert theirs.decode(token_ids) + row["completion"] == theirs.decode(token_ids + row["completion_token_ids"])
+        assert theirs.decode(token_ids) + row["completion"] == theirs.decode(
+            token_ids + row["completion_token_ids"]
+        )
 
 
 def verify(model: Path) -> set[str]:
@@ -97,22 +133,46 @@ def gpt2_files(folder: Path, *, size: int = VOCAB_SIZE, **files: Any) -> Path:
 
 
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
-BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "ing"), "king", "中"]
+BERT = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"abcdefghijklmnopqrstuvwxyz",
+    *(f"##{letter}" for letter in "ing"),
+    "king",
+    "中",
+]
 
 # -- which files decide ----------------------------------------------------------------------------------------------
 
 USER, BOT = VOCAB_SIZE, VOCAB_SIZE + 1
 ADDED = {"<|user|>": USER, "<|bot|>": BOT}
-DECODER = {str(index): {"content": token, "special": token == "<|bot|>"} for token, index in ADDED.items()}
+DECODER = {
+    str(index): {"content": token, "special": token == "<|bot|>"} for token, index in ADDED.items()
+}
 
 
 @pytest.mark.parametrize(
     "files",
     [
         {"added_tokens": ADDED},
-        {"added_tokens": ADDED, "special_tokens_map": {"additional_special_tokens": list(ADDED), "bos_token": END_OF_TEXT}},
+        {
+            "added_tokens": ADDED,
+            "special_tokens_map": {
+                "additional_special_tokens": list(ADDED),
+                "bos_token": END_OF_TEXT,
+            },
+        },
         {"tokenizer_config": {"added_tokens_decoder": DECODER}},
-        {"tokenizer_config": {"added_tokens_decoder": DECODER, "tokenizer_class": "GPT2Tokenizer", "pad_token": "<|user|>"}},
+        {
+            "tokenizer_config": {
+                "added_tokens_decoder": DECODER,
+                "tokenizer_class": "GPT2Tokenizer",
+                "pad_token": "<|user|>",
+            }
+        },
         {"tokenizer_config": {"extra_special_tokens": ["<|user|>"]}},
     ],
     ids=["added", "added-and-map", "decoder", "decoder-and-pad", "extra"],
@@ -120,14 +180,21 @@ DECODER = {str(index): {"content": token, "special": token == "<|bot|>"} for tok
 @pytest.mark.parametrize("parse_special", [False, True])
 def test_added_tokens(tmp_path: Path, files: dict[str, Any], parse_special: bool) -> None:
     model = gpt2_files(tmp_path / "model", size=VOCAB_SIZE + 2, script=[HI, USER], **files)
-    expect_as_transformers(model, ["<|user|>hi<|bot|>", "<|user|> hi hi", f"hi{END_OF_TEXT}"], parse_special=parse_special)
+    expect_as_transformers(
+        model,
+        ["<|user|>hi<|bot|>", "<|user|> hi hi", f"hi{END_OF_TEXT}"],
+        parse_special=parse_special,
+    )
     assert encoded(model, ["<|user|>"], parse_special=True) == [[USER]]
     assert verify(model) == {"equal"}
 
 
 def test_added_tokens_beside_a_tokenizer_json(tmp_path: Path) -> None:
     model = checkpoint(
-        tmp_path / "model", byte_tokenizer(), config={"vocab_size": VOCAB_SIZE + 2}, tokenizer_config={"added_tokens_decoder": DECODER}
+        tmp_path / "model",
+        byte_tokenizer(),
+        config={"vocab_size": VOCAB_SIZE + 2},
+        tokenizer_config={"added_tokens_decoder": DECODER},
     )
     expect_as_transformers(model, ["<|user|>hi<|bot|>"], parse_special=True)
 
@@ -138,7 +205,9 @@ def test_prefix_space(tmp_path: Path, name: str) -> None:
     if name == "files":
         model = gpt2_files(tmp_path / "model", tokenizer_config=config)
     elif name == "class":
-        model = gpt2_files(tmp_path / "model", tokenizer_config=config | {"tokenizer_class": "GPT2TokenizerFast"})
+        model = gpt2_files(
+            tmp_path / "model", tokenizer_config=config | {"tokenizer_class": "GPT2TokenizerFast"}
+        )
     else:
         tokenizer = byte_tokenizer()
         if name == "own tokenizer.json":  # its own setting counts, as transformers has it
@@ -149,19 +218,39 @@ def test_prefix_space(tmp_path: Path, name: str) -> None:
     assert len(encoded(model, ["hi"])[0]) == 2
 
 
-@pytest.mark.parametrize("config", [{}, {"model_max_length": 2}, {"chat_template": "x", "padding_side": "left", "pad_token": END_OF_TEXT}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"model_max_length": 2},
+        {"chat_template": "x", "padding_side": "left", "pad_token": END_OF_TEXT},
+    ],
+)
 def test_harmless_keys_need_no_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
-    model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config=config, special_tokens_map={"eos_token": END_OF_TEXT})
+    model = checkpoint(
+        tmp_path / "model",
+        byte_tokenizer(),
+        tokenizer_config=config,
+        special_tokens_map={"eos_token": END_OF_TEXT},
+    )
     assert load_tokenizer(model).way == "direct"
 
 
 @pytest.mark.parametrize(
     "config",
-    [{"add_prefix_space": True}, {"pad_token": "[PAD]"}, {"added_tokens_decoder": DECODER}, {"some_new_key": 1}, {"unk_token": "<unk>"}],
+    [
+        {"add_prefix_space": True},
+        {"pad_token": "[PAD]"},
+        {"added_tokens_decoder": DECODER},
+        {"some_new_key": 1},
+        {"unk_token": "<unk>"},
+    ],
     ids=lambda config: next(iter(config)),
 )
 def test_other_keys_are_for_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
-    model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config=config, config={"vocab_size": 300})
+    model = checkpoint(
+        tmp_path / "model", byte_tokenizer(), tokenizer_config=config, config={"vocab_size": 300}
+    )
     assert load_tokenizer(model).way == "transformers"
     expect_as_transformers(model, ["hi", "[PAD]hi"])
 
@@ -171,32 +260,57 @@ def test_gpt2_needs_no_transformers(tmp_path: Path, name: str) -> None:
     if name == "vocab and merges":
         model = gpt2_files(tmp_path / "model", tokenizer_config={"model_max_length": 64})
     else:
-        model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config={"model_max_length": 64})
+        model = checkpoint(
+            tmp_path / "model", byte_tokenizer(), tokenizer_config={"model_max_length": 64}
+        )
         if name == "older tokenizer.json":
             content = json.loads((model / "tokenizer.json").read_text())
-            del content["model"]["type"], content["model"]["ignore_merges"], content["pre_tokenizer"]["use_regex"]
-            content["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": "", "merges": ["h i"]}
-            content["added_tokens"] = [entry | {"normalized": True} for entry in content["added_tokens"]]
+            del (
+                content["model"]["type"],
+                content["model"]["ignore_merges"],
+                content["pre_tokenizer"]["use_regex"],
+            )
+            content["model"] |= {
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "merges": ["h i"],
+            }
+            content["added_tokens"] = [
+                entry | {"normalized": True} for entry in content["added_tokens"]
+            ]
             (model / "tokenizer.json").write_text(json.dumps(content))
     assert load_tokenizer(model).way == "direct"
-    expect_as_transformers(model, ["hi", " hi hi", f"hi{END_OF_TEXT}hi", "é 中 \U0001f469\u200d\U0001f467\r\n"], parse_special=True)
+    expect_as_transformers(
+        model,
+        ["hi", " hi hi", f"hi{END_OF_TEXT}hi", "é 中 \U0001f469\u200d\U0001f467\r\n"],
+        parse_special=True,
+    )
 
 
 @pytest.mark.parametrize("part", ["pre-tokenizer", "normalizer", "decoder"])
-def test_a_tokenizer_json_that_transformers_rebuilds_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str) -> None:
+def test_a_tokenizer_json_that_transformers_rebuilds_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
     """Without a tokenizer_config.json, transformers 5 makes a GPT2Tokenizer of it."""
     tokenizer = byte_tokenizer()
     if part == "pre-tokenizer":
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]
+        )
     elif part == "normalizer":
         tokenizer.normalizer = normalizers.Lowercase()
     else:
         tokenizer.decoder = decoders.Fuse()
     model = checkpoint(tmp_path / "model", tokenizer)
     expect_as_transformers(model, ["Hi 12"])
-    assert any(f"transformers replaces the {part} by the rules of its tokenizer class" in message for message in caplog.messages)
+    assert any(
+        f"transformers replaces the {part} by the rules of its tokenizer class" in message
+        for message in caplog.messages
+    )
     caplog.clear()
-    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     expect_as_transformers(model, ["Hi 12"], overwrite=True)
     assert not [message for message in caplog.messages if "transformers replaces" in message]
 
@@ -218,7 +332,9 @@ def test_every_file_that_decides_makes_another_job(tmp_path: Path, change: str) 
 def test_a_key_that_decides_nothing_is_the_same_job(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", byte_tokenizer())
     run(model, ["hi"])
-    (model / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 5, "chat_template": "x"}))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": 5, "chat_template": "x"})
+    )
     (model / "merges.txt").write_text("beside a tokenizer.json, nobody reads it")
     assert run_job(settings(model, ["hi"])).skipped == 1
     assert verify(model) == {"equal"}
@@ -227,12 +343,22 @@ def test_a_key_that_decides_nothing_is_the_same_job(tmp_path: Path) -> None:
 def test_a_run_of_an_earlier_version_is_verified(tmp_path: Path) -> None:
     """It recorded the digest of three files, and knew no template."""
     tokenizer = byte_tokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])
-    model = checkpoint(tmp_path / "model", tokenizer, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    model = checkpoint(
+        tmp_path / "model",
+        tokenizer,
+        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
     run(model, ["hi", ""], add_special_tokens=False)
     config = model.parent / "model-out" / ".gptbatch" / "config.yaml"
     lines = config.read_text().splitlines(keepends=True)
-    config.write_text("".join(line for line in lines if not line.startswith(("add_special_tokens", "on_lost_text"))))
+    config.write_text(
+        "".join(
+            line for line in lines if not line.startswith(("add_special_tokens", "on_lost_text"))
+        )
+    )
     assert verify(model) == {"equal"}
 
 
@@ -242,22 +368,35 @@ def test_a_run_of_an_earlier_version_is_verified(tmp_path: Path) -> None:
 def with_template(template: str, *, post_processor: Any = None) -> Tokenizer:
     tokenizer = byte_tokenizer()
     special = [("<|stop|>", 258), ("<|other|>", 259)]
-    tokenizer.post_processor = post_processor or processors.TemplateProcessing(single=template, special_tokens=special)
+    tokenizer.post_processor = post_processor or processors.TemplateProcessing(
+        single=template, special_tokens=special
+    )
     return tokenizer
 
 
-@pytest.mark.parametrize("template", ["<|stop|> $A", "<|stop|> $A <|other|>", "$A <|other|>", "bert", "bytes"])
+@pytest.mark.parametrize(
+    "template", ["<|stop|> $A", "<|stop|> $A <|other|>", "$A <|other|>", "bert", "bytes"]
+)
 def test_templates(tmp_path: Path, template: str) -> None:
-    special = {"bert": processors.BertProcessing(("<|other|>", 259), ("<|stop|>", 258)), "bytes": processors.ByteLevel()}
+    special = {
+        "bert": processors.BertProcessing(("<|other|>", 259), ("<|stop|>", 258)),
+        "bytes": processors.ByteLevel(),
+    }
     tokenizer = with_template(template, post_processor=special.get(template))
-    model = checkpoint(tmp_path / "model", tokenizer, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    model = checkpoint(
+        tmp_path / "model",
+        tokenizer,
+        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
     expect_as_transformers(model, ["hi", "<|stop|>hi", "a b"])
     assert encoded(model, ["hi"], add_special_tokens=False) == [[HI]]
     assert encoded(model, [""]) == [auto_tokenizer(model)("")["input_ids"] or [0]]
 
 
 def test_add_bos_token_of_the_config(tmp_path: Path) -> None:
-    model = gpt2_files(tmp_path / "model", tokenizer_config={"add_bos_token": True, "bos_token": "<|stop|>"})
+    model = gpt2_files(
+        tmp_path / "model", tokenizer_config={"add_bos_token": True, "bos_token": "<|stop|>"}
+    )
     expect_as_transformers(model, ["hi", ""])
     assert encoded(model, ["hi"]) == [[258, HI]]
 
@@ -277,7 +416,9 @@ def test_the_template_is_part_of_the_job(tmp_path: Path) -> None:
         ({"bos_token_id": None, "eos_token_id": 7}, None, 7),
     ],
 )
-def test_an_empty_prompt_without_a_template_starts_from_bos(tmp_path: Path, config: Any, bos_token: str | None, start: int) -> None:
+def test_an_empty_prompt_without_a_template_starts_from_bos(
+    tmp_path: Path, config: Any, bos_token: str | None, start: int
+) -> None:
     model = checkpoint(
         tmp_path / "model",
         byte_tokenizer(),
@@ -287,59 +428,125 @@ def test_an_empty_prompt_without_a_template_starts_from_bos(tmp_path: Path, conf
     assert encoded(model, [""]) == [[start]]
 
 
-def test_a_template_that_ends_prompts_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_template_that_ends_prompts_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = checkpoint(tmp_path / "model", with_template("<|stop|> $A <|other|>"))
     run(model, ["hi", "a"])
-    assert [message for message in caplog.messages if "add_special_tokens" in message and ": 2;" in message]
+    assert [
+        message
+        for message in caplog.messages
+        if "add_special_tokens" in message and ": 2;" in message
+    ]
 
 
 # -- completions -----------------------------------------------------------------------------------------------------
 
-WORDS = ["<s>", "</s>", "<unk>", "▁", *"abcdehlorw.", "▁hello", "▁world", "##hello", "hello", "world", "hello</w>", "world</w>", "n't", "."]
+WORDS = [
+    "<s>",
+    "</s>",
+    "<unk>",
+    "▁",
+    *"abcdehlorw.",
+    "▁hello",
+    "▁world",
+    "##hello",
+    "hello",
+    "world",
+    "hello</w>",
+    "world</w>",
+    "n't",
+    ".",
+]
 
 
 def word_level(pre_tokenizer: Any, decoder: Any = None) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(WORDS))}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {word: i for i, word in enumerate(dict.fromkeys(WORDS))}, unk_token="<unk>"
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizer
     if decoder is not None:
         tokenizer.decoder = decoder
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<s>", "</s>", "<unk>")])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False) for token in ("<s>", "</s>", "<unk>")]
+    )
     return tokenizer
 
 
-LLAMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+LLAMA = decoders.Sequence(
+    [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
+)
 
 
 @pytest.mark.parametrize(
     ("pre_tokenizer", "decoder", "new", "completion"),
     [
-        (pre_tokenizers.Metaspace(), decoders.Metaspace(), ["▁world", "▁hello"], " world hello world hello"),
+        (
+            pre_tokenizers.Metaspace(),
+            decoders.Metaspace(),
+            ["▁world", "▁hello"],
+            " world hello world hello",
+        ),
         (pre_tokenizers.Metaspace(), LLAMA, ["▁world", "▁hello"], " world hello world hello"),
-        (pre_tokenizers.Whitespace(), decoders.WordPiece(cleanup=True), ["##hello", "world", "."], "hello world.hello"),
+        (
+            pre_tokenizers.Whitespace(),
+            decoders.WordPiece(cleanup=True),
+            ["##hello", "world", "."],
+            "hello world.hello",
+        ),
         (pre_tokenizers.Whitespace(), None, ["world", "hello"], " world hello world hello"),
-        (pre_tokenizers.Whitespace(), decoders.BPEDecoder(), ["world</w>", "hello</w>"], "world hello world hello"),
+        (
+            pre_tokenizers.Whitespace(),
+            decoders.BPEDecoder(),
+            ["world</w>", "hello</w>"],
+            "world hello world hello",
+        ),
     ],
     ids=["metaspace", "llama", "wordpiece", "none", "bpe"],
 )
 def test_a_completion_is_what_its_tokens_add(
-    tmp_path: Path, pre_tokenizer: Any, decoder: Any, new: list[str], completion: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    pre_tokenizer: Any,
+    decoder: Any,
+    new: list[str],
+    completion: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tokenizer = word_level(pre_tokenizer, decoder)
     ids = [tokenizer.get_vocab()[token] for token in new]
-    model = checkpoint(tmp_path / "model", tokenizer, script=ids, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    model = checkpoint(
+        tmp_path / "model",
+        tokenizer,
+        script=ids,
+        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
     prompts = ["hello", "hello world hello"]
     expect_as_transformers(model, prompts)
     (row,) = run(model, ["hello"], overwrite=True)
     assert row["completion"] == completion
     assert verify(model) == {"equal"}
-    assert run_command(["replay", str(model.parent / "model-out"), "--prompt-id", "0", "--trace", "--json"]) == 0
+    assert (
+        run_command(
+            ["replay", str(model.parent / "model-out"), "--prompt-id", "0", "--trace", "--json"]
+        )
+        == 0
+    )
     steps = [json.loads(line) for line in capsys.readouterr().out.splitlines()[:-1]]
     assert "".join(step["text"] for step in steps) == completion
 
 
 def test_tokens_without_text_add_nothing(tmp_path: Path) -> None:
     """An embedding padded to a multiple of 64."""
-    model = checkpoint(tmp_path / "model", byte_tokenizer(), script=[HI, 310], config={"vocab_size": 320})
+    model = checkpoint(
+        tmp_path / "model", byte_tokenizer(), script=[HI, 310], config={"vocab_size": 320}
+    )
     (row,) = run(model, ["hi"])
     assert row["completion"] == "hihi"
     assert row["completion_token_ids"] == [HI, 310, HI, 310]
@@ -348,7 +555,10 @@ def test_tokens_without_text_add_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("clean_up", [True, False])
 def test_clean_up_of_spaces(tmp_path: Path, clean_up: bool) -> None:
     tokenizer = word_level(pre_tokenizers.Whitespace())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": clean_up}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": clean_up,
+    }
     ids = [tokenizer.get_vocab()[token] for token in (".", "hello")]
     model = checkpoint(tmp_path / "model", tokenizer, script=ids, tokenizer_config=config)
     expect_as_transformers(model, ["hello", "hello world"])
@@ -360,7 +570,9 @@ def test_clean_up_of_spaces(tmp_path: Path, clean_up: bool) -> None:
 def vocabulary_files(folder: Path, tokenizer_class: str | None, **names: str) -> Path:
     """A checkpoint with files of a tokenizer under these names, and a class where one is given."""
     model = gpt2_files(folder)
-    contents = {name: (model / name).read_text() for name in ("vocab.json", "merges.txt")} | {"vocab.txt": "\n".join(BERT)}
+    contents = {name: (model / name).read_text() for name in ("vocab.json", "merges.txt")} | {
+        "vocab.txt": "\n".join(BERT)
+    }
     for name in ("vocab.json", "merges.txt"):
         (model / name).unlink()
     for key, name in names.items():
@@ -368,11 +580,16 @@ def vocabulary_files(folder: Path, tokenizer_class: str | None, **names: str) ->
         path.parent.mkdir(exist_ok=True)
         path.write_text(contents.get(key.replace("_", "."), "x"))
     if tokenizer_class is not None:
-        (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+        (model / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": tokenizer_class})
+        )
     return model
 
 
-TXT, JSON, MERGES, SPIECE = ({name.replace(".", "_"): name} for name in ("vocab.txt", "vocab.json", "merges.txt", "spiece.model"))
+TXT, JSON, MERGES, SPIECE = (
+    {name.replace(".", "_"): name}
+    for name in ("vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+)
 # class of the tokenizer, its files -> what is said
 MADE_UP: dict[str, tuple[str | None, dict[str, str], str]] = {
     "GPT2-Chinese": (
@@ -411,7 +628,10 @@ def test_an_empty_vocabulary_is_refused(tmp_path: Path, special: list[str], kind
     tokenizer = Tokenizer(models.BPE())
     tokenizer.add_special_tokens(special)
     model = checkpoint(tmp_path / "model", tokenizer, tokenizer_config={"tokenizer_class": kind})
-    with pytest.raises(ModelError, match=rf"tokenizer\.json: its vocabulary holds no tokens but special ones \({len(special)}\)"):
+    with pytest.raises(
+        ModelError,
+        match=rf"tokenizer\.json: its vocabulary holds no tokens but special ones \({len(special)}\)",
+    ):
         load_tokenizer(model)
 
 
@@ -419,24 +639,38 @@ def test_a_vocabulary_of_added_tokens_alone(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.add_tokens(["a", "b"])
     expect_as_transformers(
-        checkpoint(tmp_path / "model", tokenizer, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"}), ["ab"]
+        checkpoint(
+            tmp_path / "model",
+            tokenizer,
+            tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"},
+        ),
+        ["ab"],
     )
 
 
 @pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b"\xff\xfe"], ids=["UTF-8", "UTF-16"])
 @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"])
 def test_a_byte_order_mark_is_named(tmp_path: Path, file: str, mark: bytes) -> None:
-    model = checkpoint(tmp_path / "model", byte_tokenizer()) if file == "tokenizer.json" else gpt2_files(tmp_path / "model")
+    model = (
+        checkpoint(tmp_path / "model", byte_tokenizer())
+        if file == "tokenizer.json"
+        else gpt2_files(tmp_path / "model")
+    )
     if file == "vocab.txt":
         model = vocabulary_files(tmp_path / "words", "BertTokenizer", **TXT)
     (model / file).write_bytes(mark + (model / file).read_bytes())
-    with pytest.raises(ModelError, match=rf"{file}: begins with a byte order mark \(BOM\); save it as UTF-8 without one"):
+    with pytest.raises(
+        ModelError,
+        match=rf"{file}: begins with a byte order mark \(BOM\); save it as UTF-8 without one",
+    ):
         load_tokenizer(model)
 
 
 @pytest.mark.parametrize("file", ["config", "tokenizer_config"])
 def test_a_byte_order_mark_that_only_transformers_refuses(tmp_path: Path, file: str) -> None:
-    model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config={"model_max_length": 5})
+    model = checkpoint(
+        tmp_path / "model", byte_tokenizer(), tokenizer_config={"model_max_length": 5}
+    )
     path = model / f"{file}.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load_tokenizer(model).way == "direct"
@@ -447,12 +681,17 @@ def test_a_byte_order_mark_that_only_transformers_refuses(tmp_path: Path, file: 
 
 @pytest.mark.parametrize("kind", ["T5Tokenizer", "XLNetTokenizer", "AlbertTokenizer"])
 def test_a_class_that_cannot_read_the_tokenizer_json(tmp_path: Path, kind: str) -> None:
-    model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config={"tokenizer_class": kind})
+    model = checkpoint(
+        tmp_path / "model", byte_tokenizer(), tokenizer_config={"tokenizer_class": kind}
+    )
     with pytest.raises(
-        ModelError, match=rf'none of {kind}: .*; "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config\.json takes'
+        ModelError,
+        match=rf'none of {kind}: .*; "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config\.json takes',
     ):
         load_tokenizer(model)
-    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     load_tokenizer(model)
 
 
@@ -461,24 +700,43 @@ def test_a_class_that_cannot_read_the_tokenizer_json(tmp_path: Path, kind: str) 
 
 def letters(model: Any = None, *, pre_tokenizer: Any = None, normalizer: Any = None) -> Tokenizer:
     """One token a letter, none for what is unknown."""
-    tokenizer = Tokenizer(model or models.BPE(vocab={token: i for i, token in enumerate([END_OF_TEXT, *LETTERS])}, merges=[]))
+    tokenizer = Tokenizer(
+        model
+        or models.BPE(
+            vocab={token: i for i, token in enumerate([END_OF_TEXT, *LETTERS])}, merges=[]
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.Split(Regex("."), "isolated")
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     return tokenizer
 
 
-WORD_LEVEL = models.WordLevel({token: i for i, token in enumerate([END_OF_TEXT, *LETTERS])}, unk_token="[UNK]")
+WORD_LEVEL = models.WordLevel(
+    {token: i for i, token in enumerate([END_OF_TEXT, *LETTERS])}, unk_token="[UNK]"
+)
 UNIGRAM = models.Unigram([(token, -1.0) for token in [END_OF_TEXT, *LETTERS]], None, False)
 DROPS_DIGITS = normalizers.Replace(Regex("[0-9]"), "")
 # tokenizer, prompts that lose characters or cannot be encoded, prompts that can
 LOSSY: dict[str, tuple[Callable[[], Tokenizer], list[str], list[str]]] = {
     "bpe": (letters, ["ABX", "abc", "A\nB", "é", "AXB", "中A", " "], ["ABC", ""]),
-    "word-level": (lambda: letters(WORD_LEVEL, pre_tokenizer=pre_tokenizers.WhitespaceSplit()), ["A X", "AB", "x"], ["A B", " A\tB\n"]),
+    "word-level": (
+        lambda: letters(WORD_LEVEL, pre_tokenizer=pre_tokenizers.WhitespaceSplit()),
+        ["A X", "AB", "x"],
+        ["A B", " A\tB\n"],
+    ),
     "unigram": (lambda: letters(UNIGRAM), ["AX", "x"], ["AB"]),
     "normalizer": (lambda: letters(normalizer=DROPS_DIGITS), ["A1B", "1A", "A1", "12"], ["AB"]),
-    "control-characters": (lambda: letters(normalizer=normalizers.BertNormalizer(lowercase=False)), ["A\x00B", "A\u200bB"], ["AB"]),
-    "pre-tokenizer": (lambda: letters(pre_tokenizer=pre_tokenizers.CharDelimiterSplit(",")), ["A,B", ",", "A B"], ["AB"]),
+    "control-characters": (
+        lambda: letters(normalizer=normalizers.BertNormalizer(lowercase=False)),
+        ["A\x00B", "A\u200bB"],
+        ["AB"],
+    ),
+    "pre-tokenizer": (
+        lambda: letters(pre_tokenizer=pre_tokenizers.CharDelimiterSplit(",")),
+        ["A,B", ",", "A B"],
+        ["AB"],
+    ),
     "half-an-alphabet": (lambda: letters(pre_tokenizer=BYTE_LEVEL), ["Aé", "A B"], ["AB"]),
 }
 
@@ -486,11 +744,16 @@ LOSSY: dict[str, tuple[Callable[[], Tokenizer], list[str], list[str]]] = {
 @pytest.mark.parametrize("name", LOSSY)
 def test_lost_text_is_an_error_row(tmp_path: Path, name: str) -> None:
     make, bad, good = LOSSY[name]
-    model = checkpoint(tmp_path / "model", make(), tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    model = checkpoint(
+        tmp_path / "model", make(), tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"}
+    )
     rows = run(model, [*bad, *good])
     for row in rows[: len(bad)]:
         assert row["finish_reason"] == "error"
-        assert re.search("cannot be encoded|the tokenizer drops [0-9]+ of the prompt's [0-9]+ characters", row["error"]), row
+        assert re.search(
+            "cannot be encoded|the tokenizer drops [0-9]+ of the prompt's [0-9]+ characters",
+            row["error"],
+        ), row
     assert all(row["error"] is None for row in rows[len(bad) :])
     report = inspect_job(settings(model, [*bad, *good]))
     assert report.error_kinds == {"unencodable": len(bad)}
@@ -499,12 +762,24 @@ def test_lost_text_is_an_error_row(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "prompts", "tokens"),
-    [("bpe", ["ABX", "xAy"], [[1, 2], [1]]), ("normalizer", ["A1B"], [[1, 2]]), ("pre-tokenizer", ["A,B"], [[1, 2]])],
+    [
+        ("bpe", ["ABX", "xAy"], [[1, 2], [1]]),
+        ("normalizer", ["A1B"], [[1, 2]]),
+        ("pre-tokenizer", ["A,B"], [[1, 2]]),
+    ],
 )
 def test_lost_text_may_be_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, prompts: list[str], tokens: list[list[int]]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    prompts: list[str],
+    tokens: list[list[int]],
 ) -> None:
-    model = checkpoint(tmp_path / "model", LOSSY[name][0](), tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    model = checkpoint(
+        tmp_path / "model",
+        LOSSY[name][0](),
+        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
     expect_as_transformers(model, prompts, on_lost_text="warn")
     assert encoded(model, prompts) == tokens
     expected = f"prompts with characters that the tokenizer drops: {len(prompts)}; they run without these (on_lost_text: warn)"
@@ -513,8 +788,14 @@ def test_lost_text_may_be_a_warning(
 
 def test_a_prompt_of_lost_characters_alone_is_always_an_error(tmp_path: Path) -> None:
     tokenizer = letters()
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])
-    model = checkpoint(tmp_path / "model", tokenizer, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    model = checkpoint(
+        tmp_path / "model",
+        tokenizer,
+        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
     rows = run(model, ["xyz", "", "A"], on_lost_text="warn")
     assert [row["error"] is None for row in rows] == [False, True, True]
 
@@ -523,19 +804,43 @@ def test_a_prompt_of_lost_characters_alone_is_always_an_error(tmp_path: Path) ->
     "tokenizer",
     [
         letters(models.BPE(vocab={"?": 0, "A": 1}, merges=[], unk_token="?")),
-        letters(models.WordPiece({"[UNK]": 0, "A": 1}, unk_token="[UNK]"), pre_tokenizer=pre_tokenizers.BertPreTokenizer()),
-        letters(models.Unigram([("<unk>", 0.0), ("A", -1.0)], 0, False), pre_tokenizer=pre_tokenizers.Metaspace()),
+        letters(
+            models.WordPiece({"[UNK]": 0, "A": 1}, unk_token="[UNK]"),
+            pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        ),
+        letters(
+            models.Unigram([("<unk>", 0.0), ("A", -1.0)], 0, False),
+            pre_tokenizer=pre_tokenizers.Metaspace(),
+        ),
     ],
     ids=["bpe", "wordpiece", "unigram"],
 )
-def test_unknown_text_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, tokenizer: Tokenizer) -> None:
-    model = checkpoint(tmp_path / "model", tokenizer, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+def test_unknown_text_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tokenizer: Tokenizer
+) -> None:
+    model = checkpoint(
+        tmp_path / "model",
+        tokenizer,
+        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
     expect_as_transformers(model, ["A", "x", "A y"])
-    assert [message for message in caplog.messages if message.startswith("prompts with text that the tokenizer has no token for")]
+    assert [
+        message
+        for message in caplog.messages
+        if message.startswith("prompts with text that the tokenizer has no token for")
+    ]
 
 
-PRECISE = letters(models.BPE(vocab={token: i for i, token in enumerate([*"helo", "ll", "llo"])}, merges=[("l", "l"), ("ll", "o")]))
-BYTES = letters(models.BPE(vocab={token: i for i, token in enumerate("helo")}, merges=[]), pre_tokenizer=BYTE_LEVEL)
+PRECISE = letters(
+    models.BPE(
+        vocab={token: i for i, token in enumerate([*"helo", "ll", "llo"])},
+        merges=[("l", "l"), ("ll", "o")],
+    )
+)
+BYTES = letters(
+    models.BPE(vocab={token: i for i, token in enumerate("helo")}, merges=[]),
+    pre_tokenizer=BYTE_LEVEL,
+)
 WORDS_WITHOUT_DIGITS = letters(
     models.BPE(vocab={token: i for i, token in enumerate("helo")}, merges=[]),
     pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
@@ -543,10 +848,19 @@ WORDS_WITHOUT_DIGITS = letters(
 )
 
 
-@pytest.mark.parametrize("tokenizer", [PRECISE, BYTES, WORDS_WITHOUT_DIGITS], ids=["words", "bytes", "digits"])
+@pytest.mark.parametrize(
+    "tokenizer", [PRECISE, BYTES, WORDS_WITHOUT_DIGITS], ids=["words", "bytes", "digits"]
+)
 @pytest.mark.parametrize(
     ("text", "lost"),
-    [("H\u00e9llo", 2), ("\u4e2d\u6587hello", 2), ("hXel\U0001f600lo", 2), ("hello!", 1), ("\u00e9hello\u00e9", 2), ("lol", 0)],
+    [
+        ("H\u00e9llo", 2),
+        ("\u4e2d\u6587hello", 2),
+        ("hXel\U0001f600lo", 2),
+        ("hello!", 1),
+        ("\u00e9hello\u00e9", 2),
+        ("lol", 0),
+    ],
 )
 def test_lost_characters_are_counted(tokenizer: Tokenizer, text: str, lost: int) -> None:
     if tokenizer is PRECISE:
@@ -555,35 +869,67 @@ def test_lost_characters_are_counted(tokenizer: Tokenizer, text: str, lost: int)
     assert [prompt.lost for prompt in load(tokenizer).encode([text])] == [lost]
 
 
-COMPOSED = ["café", "cafe\u0301", "e\u0301\u0301", "\u1112\u1161\u11ab", "ﬁ", "a  b", " a\t\n", "\U0001f469\u200d\U0001f467", "x" * 3000]
+COMPOSED = [
+    "café",
+    "cafe\u0301",
+    "e\u0301\u0301",
+    "\u1112\u1161\u11ab",
+    "ﬁ",
+    "a  b",
+    " a\t\n",
+    "\U0001f469\u200d\U0001f467",
+    "x" * 3000,
+]
 
 
 @pytest.mark.parametrize(
     "normalizer",
-    [normalizers.NFC(), normalizers.NFKC(), normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()]), normalizers.Strip()],
+    [
+        normalizers.NFC(),
+        normalizers.NFKC(),
+        normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()]),
+        normalizers.Strip(),
+    ],
     ids=["NFC", "NFKC", "NFD", "Strip"],
 )
-@pytest.mark.parametrize("pre_tokenizer", [pre_tokenizers.ByteLevel(), pre_tokenizers.Metaspace(), pre_tokenizers.WhitespaceSplit()])
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [pre_tokenizers.ByteLevel(), pre_tokenizers.Metaspace(), pre_tokenizers.WhitespaceSplit()],
+)
 def test_composed_letters_and_separators_are_not_lost(normalizer: Any, pre_tokenizer: Any) -> None:
     """Nor are they with byte fallback, an unknown token or a template that trims offsets."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     for model in (
-        models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[], unk_token=alphabet[0]),
-        models.BPE(vocab={f"<0x{byte:02X}>": byte for byte in range(256)}, merges=[], byte_fallback=True),
+        models.BPE(
+            vocab={token: i for i, token in enumerate(alphabet)}, merges=[], unk_token=alphabet[0]
+        ),
+        models.BPE(
+            vocab={f"<0x{byte:02X}>": byte for byte in range(256)}, merges=[], byte_fallback=True
+        ),
         models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"),
     ):
         tokenizer = letters(model, pre_tokenizer=pre_tokenizer, normalizer=normalizer)
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
         loaded = load(tokenizer)
-        assert [(prompt.lost, prompt.problem) for prompt in loaded.encode(COMPOSED)] == [(0, "")] * len(COMPOSED)
+        assert [(prompt.lost, prompt.problem) for prompt in loaded.encode(COMPOSED)] == [
+            (0, "")
+        ] * len(COMPOSED)
 
 
 def load(tokenizer: Tokenizer) -> PromptTokenizer:
-    from pipeline.data.tokenizer_files import LoadedTokenizer
+    from gptbatch.pipeline.input.tokenizer_files import LoadedTokenizer
 
     decode = tokenizer.decode
     return PromptTokenizer(
-        LoadedTokenizer(backend=tokenizer, decode=decode, cleans_up=False, way="direct", bos_token=None, digest=""), start_token=None
+        LoadedTokenizer(
+            backend=tokenizer,
+            decode=decode,
+            cleans_up=False,
+            way="direct",
+            bos_token=None,
+            digest="",
+        ),
+        start_token=None,
     )
 
 
@@ -591,7 +937,9 @@ def load(tokenizer: Tokenizer) -> PromptTokenizer:
 
 
 @pytest.mark.parametrize("token", [END_OF_TEXT, "<|stop|>", "<|other|>"])
-def test_special_tokens_in_prompts_are_text_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, token: str) -> None:
+def test_special_tokens_in_prompts_are_text_and_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, token: str
+) -> None:
     model = checkpoint(tmp_path / "model", byte_tokenizer())
     prompts = [f"How are you?{token}", f"Hi!{token}Hello.{token}", "Hi", "<|", "<|x|>"]
     expect_as_transformers(model, prompts)
@@ -616,16 +964,30 @@ def test_a_tokenizer_may_be_larger_than_the_model(tmp_path: Path) -> None:
     assert inspect_job(settings(model, ["hi", "a", "zz"])).error_kinds == {"unknown_token": 1}
 
 
-@pytest.mark.parametrize("kind", ["BartTokenizer", "RobertaTokenizerFast", "BertTokenizer", "template"])
-def test_a_template_with_tokens_that_the_model_lacks_stops_the_run(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["BartTokenizer", "RobertaTokenizerFast", "BertTokenizer", "template"]
+)
+def test_a_template_with_tokens_that_the_model_lacks_stops_the_run(
+    tmp_path: Path, kind: str
+) -> None:
     tokenizer = byte_tokenizer()
     if kind == "template":
         tokenizer.add_special_tokens(["<end>"])
-        tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", VOCAB_SIZE)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <end>", special_tokens=[("<end>", VOCAB_SIZE)]
+        )
     name = "PreTrainedTokenizerFast" if kind == "template" else kind
-    model = checkpoint(tmp_path / "model", tokenizer, config={"vocab_size": VOCAB_SIZE}, tokenizer_config={"tokenizer_class": name})
+    model = checkpoint(
+        tmp_path / "model",
+        tokenizer,
+        config={"vocab_size": VOCAB_SIZE},
+        tokenizer_config={"tokenizer_class": name},
+    )
     for start in (run_job, inspect_job):
-        with pytest.raises(ModelError, match=r"template adds '.+' \(token 26\d\) to every prompt, .*; add_special_tokens: false leaves"):
+        with pytest.raises(
+            ModelError,
+            match=r"template adds '.+' \(token 26\d\) to every prompt, .*; add_special_tokens: false leaves",
+        ):
             start(settings(model, ["hi"]))
     assert not (tmp_path / "model-out").exists()
     if kind != "BertTokenizer":
@@ -649,9 +1011,18 @@ def test_a_vocabulary_of_words(tmp_path: Path, where: str, model_type: Any) -> N
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer_config": {"auto_map": {"AutoTokenizer": ["own.Own", None]}}}, "auto_map names a tokenizer in code"),
-        ({"tokenizer_config": {"auto_map": ["own.Own", None]}}, "auto_map names a tokenizer in code"),
-        ({"tokenizer_config": {"tokenizer_class": "ByT5Tokenizer"}}, "ByT5Tokenizer, which is written in Python"),
+        (
+            {"tokenizer_config": {"auto_map": {"AutoTokenizer": ["own.Own", None]}}},
+            "auto_map names a tokenizer in code",
+        ),
+        (
+            {"tokenizer_config": {"auto_map": ["own.Own", None]}},
+            "auto_map names a tokenizer in code",
+        ),
+        (
+            {"tokenizer_config": {"tokenizer_class": "ByT5Tokenizer"}},
+            "ByT5Tokenizer, which is written in Python",
+        ),
         ({"tokenizer_config": {"tokenizer_class": 5}}, "transformers cannot make the tokenizer"),
         ({"tokenizer_config": []}, "tokenizer_config.json: a JSON object is needed"),
         ({"added_tokens": "x"}, "added_tokens.json: a JSON object is needed"),
@@ -664,7 +1035,11 @@ def test_what_is_refused_is_named(tmp_path: Path, files: dict[str, Any], message
 
 
 def test_code_of_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
-    model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config={"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}})
+    model = checkpoint(
+        tmp_path / "model",
+        byte_tokenizer(),
+        tokenizer_config={"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}},
+    )
     (model / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     with pytest.raises(ModelError, match="remove auto_map"):
         load_tokenizer(model)
@@ -676,12 +1051,16 @@ def test_a_sentencepiece_model_says_what_it_needs(tmp_path: Path, name: str) -> 
     model = checkpoint(tmp_path / "model", tokenizer_config={"tokenizer_class": "T5Tokenizer"})
     (model / name).write_bytes(b"abc")
     needs = "" if find_spec("sentencepiece") else "sentencepiece and protobuf must be installed"
-    with pytest.raises(ModelError, match=f"transformers cannot make the tokenizer .*{needs}.*; where it loads"):
+    with pytest.raises(
+        ModelError, match=f"transformers cannot make the tokenizer .*{needs}.*; where it loads"
+    ):
         load_tokenizer(model)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no tokenizer: neither tokenizer.json nor any of vocab.json"):
+    with pytest.raises(
+        ModelError, match=r"no tokenizer: neither tokenizer.json nor any of vocab.json"
+    ):
         load_tokenizer(checkpoint(tmp_path / "model"))
 
 
@@ -697,8 +1076,12 @@ def changed(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], object]) ->
 @pytest.mark.parametrize("dropout", [0.5, 0.1, 1.0])
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
 def test_dropout_is_refused(tmp_path: Path, dropout: float, kind: str) -> None:
-    model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config={"tokenizer_class": kind})
-    (model / "tokenizer.json").write_text(changed(byte_tokenizer(), lambda content: content["model"].update(dropout=dropout)))
+    model = checkpoint(
+        tmp_path / "model", byte_tokenizer(), tokenizer_config={"tokenizer_class": kind}
+    )
+    (model / "tokenizer.json").write_text(
+        changed(byte_tokenizer(), lambda content: content["model"].update(dropout=dropout))
+    )
     with pytest.raises(ModelError, match=f"tokenizer.json: dropout is {dropout}"):
         load_tokenizer(model)
 
@@ -711,19 +1094,36 @@ def charsmap(data: bytes) -> dict[str, Any]:
     "content",
     [
         changed(byte_tokenizer(), lambda content: content.update(normalizer=charsmap(b"\0\0\0"))),
-        changed(byte_tokenizer(), lambda content: content.update(normalizer=charsmap(b"\xff\xff\xff\x7f" + b"\0" * 30))),
-        changed(byte_tokenizer(), lambda content: content.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}})),
+        changed(
+            byte_tokenizer(),
+            lambda content: content.update(normalizer=charsmap(b"\xff\xff\xff\x7f" + b"\0" * 30)),
+        ),
+        changed(
+            byte_tokenizer(),
+            lambda content: content.update(
+                pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}}
+            ),
+        ),
         "{}",
         "",
         '{"model": ' + "[" * 100_000,
     ],
     ids=["charsmap", "charsmap-size", "regex", "empty", "nothing", "deep"],
 )
-def test_a_damaged_tokenizer_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str) -> None:
+def test_a_damaged_tokenizer_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str
+) -> None:
     model = checkpoint(tmp_path / "model", byte_tokenizer())
     (model / "tokenizer.json").write_text(content)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi"}\n')
-    arguments = ["--model", model, "--input", tmp_path / "prompts.jsonl", "--output", tmp_path / "out"]
+    arguments = [
+        "--model",
+        model,
+        "--input",
+        tmp_path / "prompts.jsonl",
+        "--output",
+        tmp_path / "out",
+    ]
     assert run_command(["generate", *map(str, arguments)]) == 78
     said = capfd.readouterr().err
     assert f"{model / 'tokenizer.json'}: cannot be read as a tokenizer" in said
@@ -733,15 +1133,32 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, capfd: pytest.CaptureFix
 
 RUNS_OUT = Regex(r"((a|a)+)+$|[\s\S]")
 PANICS: dict[str, tuple[Callable[[], Tokenizer], str, str]] = {
-    "split": (lambda: letters(pre_tokenizer=pre_tokenizers.Split(RUNS_OUT, "isolated")), "a" * 60 + "!", "runs out of steps"),
-    "replace": (lambda: letters(normalizer=normalizers.Replace(RUNS_OUT, "A")), "a" * 60 + "!", "runs out of steps"),
+    "split": (
+        lambda: letters(pre_tokenizer=pre_tokenizers.Split(RUNS_OUT, "isolated")),
+        "a" * 60 + "!",
+        "runs out of steps",
+    ),
+    "replace": (
+        lambda: letters(normalizer=normalizers.Replace(RUNS_OUT, "A")),
+        "a" * 60 + "!",
+        "runs out of steps",
+    ),
     "sequence": (
-        lambda: letters(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Split(RUNS_OUT, "isolated"), BYTE_LEVEL])),
+        lambda: letters(
+            pre_tokenizer=pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(RUNS_OUT, "isolated"), BYTE_LEVEL]
+            )
+        ),
         "a" * 60 + "!",
         "runs out of steps",
     ),
     "charsmap": (
-        lambda: Tokenizer.from_str(changed(letters(), lambda content: content.update(normalizer=charsmap(b"\x08\0\0\0" + b"\xff" * 8)))),
+        lambda: Tokenizer.from_str(
+            changed(
+                letters(),
+                lambda content: content.update(normalizer=charsmap(b"\x08\0\0\0" + b"\xff" * 8)),
+            )
+        ),
         "\u00e9",
         "fails on it",
     ),
@@ -749,9 +1166,13 @@ PANICS: dict[str, tuple[Callable[[], Tokenizer], str, str]] = {
 
 
 @pytest.mark.parametrize("name", PANICS)
-def test_a_prompt_on_which_the_library_panics_is_an_error_row(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_prompt_on_which_the_library_panics_is_an_error_row(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
     make, prompt, reason = PANICS[name]
-    model = checkpoint(tmp_path / "model", make(), tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    model = checkpoint(
+        tmp_path / "model", make(), tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"}
+    )
     good = [] if name == "charsmap" else ["A", "AB"]
     rows = run(model, [prompt, *good])
     assert reason in rows[0]["error"]
@@ -762,7 +1183,12 @@ def test_a_prompt_on_which_the_library_panics_is_an_error_row(tmp_path: Path, ca
 def test_a_decoder_that_panics_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tokenizer = letters(models.WordLevel({"A": 0, "a" * 60 + "!": 1}, unk_token="A"))
     tokenizer.decoder = decoders.Replace(RUNS_OUT, "")
-    model = checkpoint(tmp_path / "model", tokenizer, script=[1], tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    model = checkpoint(
+        tmp_path / "model",
+        tokenizer,
+        script=[1],
+        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
     with pytest.raises(ModelError, match="the tokenizer's decoder fails on new tokens"):
         run(model, ["A"])
     assert "panicked" not in capfd.readouterr().err
@@ -772,21 +1198,30 @@ def test_a_decoder_that_panics_is_named(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("name", ["bytes", "words", "added"])
-def test_check_model_compares_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_check_model_compares_tokenizers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     if name == "added":
         model = gpt2_files(tmp_path / "model", size=VOCAB_SIZE + 2, added_tokens=ADDED)
     else:
-        model = checkpoint(tmp_path / "model", byte_tokenizer() if name == "bytes" else word_level(pre_tokenizers.Metaspace(), LLAMA))
+        model = checkpoint(
+            tmp_path / "model",
+            byte_tokenizer() if name == "bytes" else word_level(pre_tokenizers.Metaspace(), LLAMA),
+        )
     assert run_command(["check-model", str(model), "--new-tokens", "2"]) == 0
     out = capsys.readouterr().out
     assert "special tokens: equal" in out
     assert json.loads(out.splitlines()[-1])["tokenizer_difference"] == ""
 
 
-def test_check_model_finds_another_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.data import tokenizer_files
+def test_check_model_finds_another_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gptbatch.pipeline.data import tokenizer_files
 
-    model = checkpoint(tmp_path / "model", byte_tokenizer(), tokenizer_config={"add_prefix_space": True})
+    model = checkpoint(
+        tmp_path / "model", byte_tokenizer(), tokenizer_config={"add_prefix_space": True}
+    )
     monkeypatch.setattr(tokenizer_files, "_reason_against_direct", lambda backend, files, names: "")
     assert run_command(["check-model", str(model), "--new-tokens", "1"]) == 78
     captured = capsys.readouterr()
@@ -795,7 +1230,20 @@ def test_check_model_finds_another_tokenizer(tmp_path: Path, monkeypatch: pytest
 
 
 def test_every_file_is_fetched_from_the_hub() -> None:
-    from pipeline.data.checkpoint import TOKENIZER_FILES
-    from pipeline.data.tokenizer_problems import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCABULARY_FILES
+    from gptbatch.pipeline.input.tokenizer_problems import (
+        ADDED_TOKENS,
+        SPECIAL_TOKENS_MAP,
+        TOKENIZER_CONFIG,
+        TOKENIZER_JSON,
+        VOCABULARY_FILES,
+    )
+    from gptbatch.pipeline.model.checkpoint import TOKENIZER_FILES
 
-    assert {TOKENIZER_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, "merges.txt", *VOCABULARY_FILES} <= set(TOKENIZER_FILES)
+    assert {
+        TOKENIZER_JSON,
+        TOKENIZER_CONFIG,
+        SPECIAL_TOKENS_MAP,
+        ADDED_TOKENS,
+        "merges.txt",
+        *VOCABULARY_FILES,
+    } <= set(TOKENIZER_FILES)

@@ -13,23 +13,25 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs.cli import run_command
-from pipeline import JobConfig, run_job
-from pipeline.config import EngineConfig
-from pipeline.data.recorded import RecordedRun
-from pipeline.data.tokenizer import PromptTokenizer
-from pipeline.data.tokenizer_files import load_tokenizer
-from pipeline.generation.trace import explain_step
-from pipeline.gpt.kernels.build import KernelError
-from pipeline.records import SamplingParams
-from pipeline.verify import evenly_spaced
+from gptbatch.jobs.cli import run_command
+from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.audit.trace import explain_step
+from gptbatch.pipeline.audit.verify import evenly_spaced
+from gptbatch.pipeline.config import EngineConfig
+from gptbatch.pipeline.input.tokenizer import PromptTokenizer
+from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.kernels.build import KernelError
+from gptbatch.pipeline.types import SamplingParams
 from tests.conftest import has_kernels, random_model, run_gptbatch, save_tokenizer
 
 ROWS = 30
 
 
 @pytest.fixture(scope="module", params=["ragged", "padded"])
-def finished(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run of 30 rows in parts of 8: own parameters, early end-of-text, an error row, full windows; and its checkpoint."""
     if request.param == "ragged" and not has_kernels():
         pytest.skip("no C++ compiler")
@@ -37,7 +39,12 @@ def finished(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory:
     shutil.copytree(checkpoint, folder / "model")
     texts = ["The king", "To be, or not", "Long live the queen", "", "is dead."]
     rows: list[dict[str, Any]] = [
-        {"id": f"r{i}", "prompt": texts[i % 5] * (1 + i % 3), "temperature": (0, 0.8, 1.5)[i % 3], "top_k": (0, 7)[i % 2]}
+        {
+            "id": f"r{i}",
+            "prompt": texts[i % 5] * (1 + i % 3),
+            "temperature": (0, 0.8, 1.5)[i % 3],
+            "top_k": (0, 7)[i % 2],
+        }
         for i in range(ROWS)
     ]
     rows[4]["prompt"] = "king " * 200  # more than n_positions tokens: an error row
@@ -95,7 +102,11 @@ def change(output: Path, prompt_id: str, edit: Callable[[dict[str, Any]], None])
 
 def long_row(output: Path) -> str:
     """The id of a row of at least 12 tokens."""
-    return next(str(row["prompt_id"]) for row in RecordedRun(output).rows() if row["completion_tokens"] >= 12)
+    return next(
+        str(row["prompt_id"])
+        for row in RecordedRun(output).rows()
+        if row["completion_tokens"] >= 12
+    )
 
 
 # -- verify ----------------------------------------------------------------------------------------------------------------
@@ -105,7 +116,11 @@ def test_an_untouched_run(output: Path, command: Command) -> None:
     code, lines = command("verify", output, "--all")
     summary = json.loads(lines[-1])
     assert code == 0
-    assert (summary["rows_checked"], summary["mismatches"], summary["error_rows_skipped"]) == (ROWS - 1, 0, 1)
+    assert (summary["rows_checked"], summary["mismatches"], summary["error_rows_skipped"]) == (
+        ROWS - 1,
+        0,
+        1,
+    )
     assert summary["judged"] == "exactly"
     reasons = {row["stop_reason"] for row in RecordedRun(output).rows(["stop_reason"])}
     assert {"max_new_tokens", "window", None} <= reasons
@@ -135,17 +150,28 @@ def test_a_changed_token_is_named(output: Path, command: Command) -> None:
     ("edit", "message"),
     [
         (
-            lambda row: row.update(completion_token_ids=row["completion_token_ids"][:-2], completion_tokens=-2),
+            lambda row: row.update(
+                completion_token_ids=row["completion_token_ids"][:-2], completion_tokens=-2
+            ),
             "but completion_tokens is -2",
         ),
         (lambda row: row.update(completion_token_ids=[], completion_tokens=0), "it has no tokens"),
-        (lambda row: row.update(completion_token_ids=[300] * 3, completion_tokens=3), "token 300, which the model (vocab_size 300)"),
+        (
+            lambda row: row.update(completion_token_ids=[300] * 3, completion_tokens=3),
+            "token 300, which the model (vocab_size 300)",
+        ),
         (lambda row: row.update(stop_reason="window"), "it ended by max_new_tokens, not by window"),
-        (lambda row: row.update(finish_reason="stop"), "it ended by max_new_tokens, not by max_new_tokens (stop)"),
+        (
+            lambda row: row.update(finish_reason="stop"),
+            "it ended by max_new_tokens, not by max_new_tokens (stop)",
+        ),
         (lambda row: row.update(max_new_tokens=10), "it should have ended with token 9"),
         (lambda row: row.update(max_new_tokens=99), "it should go on after token 19"),
         (lambda row: row.update(completion="x"), "its text is not that of its tokens"),
-        (lambda row: row.update(min_margin=row["min_margin"] * (1 + 1e-15)), "its min_margin is not"),
+        (
+            lambda row: row.update(min_margin=row["min_margin"] * (1 + 1e-15)),
+            "its min_margin is not",
+        ),
         (lambda row: row.update(min_margin=row["min_margin"] / 2), "its min_margin is not"),
         (lambda row: row.update(logits_digest="0" * 64), "the bits of its logits differ"),
         (lambda row: row.update(logits_digest=None), "the bits of its logits differ"),
@@ -154,8 +180,14 @@ def test_a_changed_token_is_named(output: Path, command: Command) -> None:
         (lambda row: row.update(prompt=row["prompt"] + " and more"), "but prompt_tokens is"),
     ],
 )
-def test_whatever_else_was_changed_is_named(output: Path, command: Command, edit: Callable[[dict[str, Any]], None], message: str) -> None:
-    changed = next(row["prompt_id"] for row in RecordedRun(output).rows() if row["stop_reason"] == "max_new_tokens")
+def test_whatever_else_was_changed_is_named(
+    output: Path, command: Command, edit: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    changed = next(
+        row["prompt_id"]
+        for row in RecordedRun(output).rows()
+        if row["stop_reason"] == "max_new_tokens"
+    )
     change(output, changed, edit)
     code, lines = command("verify", output, "--all")
     assert code == 1
@@ -197,7 +229,9 @@ def on_another_machine(output: Path) -> None:
     (output / "_manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_tie_is_a_mismatch_where_bits_are_the_same_and_a_near_tie_elsewhere(twins: Path, command: Command) -> None:
+def test_a_tie_is_a_mismatch_where_bits_are_the_same_and_a_near_tie_elsewhere(
+    twins: Path, command: Command
+) -> None:
     """The last token becomes its twin, with as large a logit and a larger id; only the rule for ties tells them apart."""
     model = PromptTokenizer(load_tokenizer(twins.parent / "model"), start_token=0)
 
@@ -208,7 +242,10 @@ def test_a_tie_is_a_mismatch_where_bits_are_the_same_and_a_near_tie_elsewhere(tw
 
     change(twins, "x", to_twin)
     code, lines = command("verify", twins, "--all")
-    assert (code, json.loads(lines[-1])["first_mismatch"]) == (1, {"prompt_id": "x", "step": 5, "margin": 0.0})
+    assert (code, json.loads(lines[-1])["first_mismatch"]) == (
+        1,
+        {"prompt_id": "x", "step": 5, "margin": 0.0},
+    )
     on_another_machine(twins)
     code, lines = command("verify", twins, "--all")
     assert (code, json.loads(lines[-1])["near_ties"]) == (0, 1)
@@ -235,7 +272,9 @@ def test_windows_that_slide_are_verified(finished: Path, tmp_path: Path, command
     assert (code, json.loads(lines[-1])["first_mismatch"]["step"]) == (1, 25)
 
 
-def test_other_weights_are_refused_unless_allowed(finished: Path, output: Path, tmp_path: Path, command: Command) -> None:
+def test_other_weights_are_refused_unless_allowed(
+    finished: Path, output: Path, tmp_path: Path, command: Command
+) -> None:
     copy = Path(shutil.copytree(finished / "model", tmp_path / "copy"))
     (finished / "model").rename(finished / "moved")
     try:
@@ -263,18 +302,26 @@ def test_on_another_machine_rows_are_judged_by_margin(output: Path, command: Com
     on_another_machine(output)
     code, lines = command("verify", output, "--all")
     summary = json.loads(lines[-1])
-    assert (code, summary["judged"], summary["because"]) == (0, "by margin", ["device_class differs"])
+    assert (code, summary["judged"], summary["because"]) == (
+        0,
+        "by margin",
+        ["device_class differs"],
+    )
     change(output, long_row(output), lambda row: row["completion_token_ids"].__setitem__(3, 299))
     code, lines = command("verify", output, "--all")
     assert (code, json.loads(lines[-1])["mismatches"]) == (1, 1)
 
 
-def test_a_run_with_an_int8_cache(checkpoint: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_an_int8_cache(
+    checkpoint: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Exactly where it was made; by margin where attention is another, which keeps the same int8."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": "To be, or not to be"[: 3 + i]}) + "\n" for i in range(16)))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": "To be, or not to be"[: 3 + i]}) + "\n" for i in range(16))
+    )
     config = JobConfig(
         model=str(checkpoint),
         input=str(prompts),
@@ -284,25 +331,44 @@ def test_a_run_with_an_int8_cache(checkpoint: Path, tmp_path: Path, command: Com
     )
     run_job(config)
     code, lines = command("verify", tmp_path / "out", "--all")
-    assert (code, json.loads(lines[-1])["judged"], json.loads(lines[-1])["rows_checked"]) == (0, "exactly", 16)
-    run_job(config.model_copy(update={"output": str(tmp_path / "full"), "engine": EngineConfig(attention="ragged")}))
-    assert 'setting cache_dtype differs: "int8" / "auto"' in command("diff", tmp_path / "out", tmp_path / "full")[1]
+    assert (code, json.loads(lines[-1])["judged"], json.loads(lines[-1])["rows_checked"]) == (
+        0,
+        "exactly",
+        16,
+    )
+    run_job(
+        config.model_copy(
+            update={"output": str(tmp_path / "full"), "engine": EngineConfig(attention="ragged")}
+        )
+    )
+    assert (
+        'setting cache_dtype differs: "int8" / "auto"'
+        in command("diff", tmp_path / "out", tmp_path / "full")[1]
+    )
 
     def no_kernels() -> None:
         raise KernelError("none here")
 
-    monkeypatch.setattr("pipeline.gpt.attention.load_kernels", no_kernels)
+    monkeypatch.setattr("gptbatch.pipeline.kv_cache.interface.load_kernels", no_kernels)
     code, lines = command("verify", tmp_path / "out", "--all")
     summary = json.loads(lines[-1])
     assert (code, summary["judged"], summary["mismatches"]) == (0, "by margin", 0)
     assert "attention differs" in summary["because"]
 
 
-def test_a_run_that_was_not_checked_is_judged_by_margin(finished: Path, tmp_path: Path, command: Command) -> None:
-    config = RecordedRun(finished / "out").config | {"output": str(tmp_path / "off"), "numerics": "off"}
+def test_a_run_that_was_not_checked_is_judged_by_margin(
+    finished: Path, tmp_path: Path, command: Command
+) -> None:
+    config = RecordedRun(finished / "out").config | {
+        "output": str(tmp_path / "off"),
+        "numerics": "off",
+    }
     run_job(JobConfig.model_validate(config))
     code, lines = command("verify", tmp_path / "off", "--all")
-    assert (code, json.loads(lines[-1])["because"]) == (0, ["the run skipped the start-up check (numerics: off)"])
+    assert (code, json.loads(lines[-1])["because"]) == (
+        0,
+        ["the run skipped the start-up check (numerics: off)"],
+    )
     assert command("diff", finished / "out", tmp_path / "off")[0] == 0
 
 
@@ -323,7 +389,9 @@ def test_rows_are_spread_evenly() -> None:
 # -- replay ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_is_replayed_from_the_folder_alone(finished: Path, output: Path, command: Command) -> None:
+def test_a_row_is_replayed_from_the_folder_alone(
+    finished: Path, output: Path, command: Command
+) -> None:
     (finished / "prompts.jsonl").rename(finished / "gone")
     try:
         row = RecordedRun(output).find("r7")
@@ -333,13 +401,26 @@ def test_a_row_is_replayed_from_the_folder_alone(finished: Path, output: Path, c
         assert code == 0
         assert summary["equal"]
         assert summary["completion"] == row["completion"]
-        assert summary["completion_token_ids"] == row["completion_token_ids"] == [step["token"] for step in steps]
+        assert (
+            summary["completion_token_ids"]
+            == row["completion_token_ids"]
+            == [step["token"] for step in steps]
+        )
         assert summary["min_margin"] == row["min_margin"] == min(step["margin"] for step in steps)
         assert all(step["kept"] == (7 if row["top_k"] else 300) for step in steps)
         assert all(step["rank"] <= step["kept"] and 0 < step["probability"] <= 1 for step in steps)
         assert all(len(step["runners_up"]) == 3 for step in steps)
         code, lines = command("replay", output, "--prompt-id", "r7", "--trace")
-        assert lines[0].split() == ["step", "token", "text", "probability", "rank", "kept", "margin", "runners-up"]
+        assert lines[0].split() == [
+            "step",
+            "token",
+            "text",
+            "probability",
+            "rank",
+            "kept",
+            "margin",
+            "runners-up",
+        ]
         assert lines[-1].startswith("equal to the recorded row")
     finally:
         (finished / "gone").rename(finished / "prompts.jsonl")
@@ -348,9 +429,21 @@ def test_a_row_is_replayed_from_the_folder_alone(finished: Path, output: Path, c
 def test_what_if(output: Path, command: Command) -> None:
     row = RecordedRun(output).find("r7")
     assert row is not None
-    code, lines = command("replay", output, "--prompt-id", "r7", "--temperature", str(row["temperature"]), "--json")
+    code, lines = command(
+        "replay", output, "--prompt-id", "r7", "--temperature", str(row["temperature"]), "--json"
+    )
     assert json.loads(lines[-1])["equal"], "the same parameters give the same row"
-    code, lines = command("replay", output, "--prompt-id", "r7", "--temperature", "0", "--max-new-tokens", "4", "--json")
+    code, lines = command(
+        "replay",
+        output,
+        "--prompt-id",
+        "r7",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    )
     summary = json.loads(lines[-1])
     assert code == 0
     assert summary["changed"] == {"temperature": 0.0, "max_new_tokens": 4}
@@ -384,7 +477,13 @@ def test_a_step_explained() -> None:
     params = SamplingParams(seed=0, temperature=0.0, top_k=2, max_new_tokens=1)
     logits = torch.tensor([1.0, 3.0, 2.0, 0.5])
     won = explain_step(logits, params, 0, 1)
-    assert (won.rank, won.kept, won.distance, won.margin, won.candidate.probability) == (1, 2, 0.0, 1.0, 1.0)
+    assert (won.rank, won.kept, won.distance, won.margin, won.candidate.probability) == (
+        1,
+        2,
+        0.0,
+        1.0,
+        1.0,
+    )
     assert [candidate.token for candidate in won.runners_up] == [2]
     lost = explain_step(logits, params, 0, 0)
     assert (lost.rank, lost.distance, lost.candidate.probability) == (3, 2.0, 0.0)
@@ -404,8 +503,21 @@ def test_the_columns_of_a_run(finished: Path) -> None:
 def test_verify_replay_and_diff_as_commands(tmp_path: Path) -> None:
     """From another folder than the run's, with other batches and threads; a null logits_digest unless it is asked for."""
     settings = ["generate", "--config", "demo", "--limit", "40", "--max-new-tokens", "16"]
-    first = run_gptbatch(*settings, "--output", "a", "--batch-size", "3", "--part-rows", "7", "--threads", "2", cwd=tmp_path)
-    second = run_gptbatch(*settings, "--output", "b", "--batch-size", "64", "--threads", "1", cwd=tmp_path)
+    first = run_gptbatch(
+        *settings,
+        "--output",
+        "a",
+        "--batch-size",
+        "3",
+        "--part-rows",
+        "7",
+        "--threads",
+        "2",
+        cwd=tmp_path,
+    )
+    second = run_gptbatch(
+        *settings, "--output", "b", "--batch-size", "64", "--threads", "1", cwd=tmp_path
+    )
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
     assert first.summary["numerics"] == second.summary["numerics"] == "exact"
     assert pq.read_table(tmp_path / "b")["logits_digest"].null_count == 40
@@ -415,5 +527,7 @@ def test_verify_replay_and_diff_as_commands(tmp_path: Path) -> None:
     verified = run_gptbatch("verify", tmp_path / "a", "--all")
     assert verified.code == 0, verified.stdout + verified.stderr
     assert verified.summary["rows_checked"] == 40
-    replayed = run_gptbatch("replay", tmp_path / "a", "--prompt-id", "demo-005", "--json", env={"PYTHONUTF8": "1"})
+    replayed = run_gptbatch(
+        "replay", tmp_path / "a", "--prompt-id", "demo-005", "--json", env={"PYTHONUTF8": "1"}
+    )
     assert replayed.summary["equal"], replayed.stdout

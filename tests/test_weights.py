@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2LMHeadModel, GPT2Model
 
-from pipeline.data.checkpoint import find_checkpoint
-from pipeline.errors import ModelError
-from pipeline.gpt.config import parse_config
-from pipeline.gpt.model import GPT
-from pipeline.gpt.weights import load_gpt
+from gptbatch.pipeline.errors import ModelError
+from gptbatch.pipeline.model.checkpoint import find_checkpoint
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.weights import load_gpt
 from tests.conftest import random_model
 from tests.paths import REPOSITORY
 
@@ -35,7 +35,9 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, allow_pickle: bool
     return load_gpt(config, list(checkpoint.weights), dtype=dtype, device=torch.device("cpu"))
 
 
-def expect_logits(folder: Path, theirs: GPT2LMHeadModel, *, tolerance: float = 1e-5, **settings: Any) -> None:
+def expect_logits(
+    folder: Path, theirs: GPT2LMHeadModel, *, tolerance: float = 1e-5, **settings: Any
+) -> None:
     with torch.inference_mode():
         assert (load(folder, **settings)(IDX).float() - theirs(IDX).logits).abs().max() <= tolerance
 
@@ -70,9 +72,15 @@ def test_as_transformers_saves_it(folder: Path, theirs: GPT2LMHeadModel) -> None
     expect_logits(folder, theirs)
 
 
-def test_without_the_prefix_and_with_mask_buffers_as_the_first_gpt2_files_are(folder: Path, theirs: GPT2LMHeadModel) -> None:
+def test_without_the_prefix_and_with_mask_buffers_as_the_first_gpt2_files_are(
+    folder: Path, theirs: GPT2LMHeadModel
+) -> None:
     def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+        bare = {
+            name.removeprefix("transformer."): tensor
+            for name, tensor in tensors.items()
+            if name != "lm_head.weight"
+        }
         for layer in range(2):
             bare[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
             bare[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
@@ -83,7 +91,12 @@ def test_without_the_prefix_and_with_mask_buffers_as_the_first_gpt2_files_are(fo
 
 
 def test_mask_buffers_under_the_prefix_and_as_bytes(folder: Path, theirs: GPT2LMHeadModel) -> None:
-    rewrite(folder, lambda tensors: tensors | {"transformer.h.1.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8)})
+    rewrite(
+        folder,
+        lambda tensors: (
+            tensors | {"transformer.h.1.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8)}
+        ),
+    )
     expect_logits(folder, theirs)
 
 
@@ -106,7 +119,9 @@ def test_sharded_files(tmp_path: Path, theirs: GPT2LMHeadModel) -> None:
 
 
 @pytest.mark.parametrize(("stored", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
-def test_half_precision_files_are_cast(folder: Path, theirs: GPT2LMHeadModel, stored: torch.dtype, tolerance: float) -> None:
+def test_half_precision_files_are_cast(
+    folder: Path, theirs: GPT2LMHeadModel, stored: torch.dtype, tolerance: float
+) -> None:
     rewrite(folder, lambda tensors: {name: tensor.to(stored) for name, tensor in tensors.items()})
     loaded = load(folder)
     assert loaded.dtype == torch.float32
@@ -119,18 +134,24 @@ def test_half_precision_files_are_cast(folder: Path, theirs: GPT2LMHeadModel, st
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_pickled_weights_only_where_they_are_allowed(folder: Path, theirs: GPT2LMHeadModel, sharded: bool) -> None:
+def test_pickled_weights_only_where_they_are_allowed(
+    folder: Path, theirs: GPT2LMHeadModel, sharded: bool
+) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     if sharded:
         names = list(tensors)
         weight_map = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
         for shard in set(weight_map.values()):
-            torch.save({name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard)
+            torch.save(
+                {name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard
+            )
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     else:
         torch.save(tensors, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"the weights are pickled \(pytorch_model\.bin\), which is refused"):
+    with pytest.raises(
+        ModelError, match=r"the weights are pickled \(pytorch_model\.bin\), which is refused"
+    ):
         load(folder)
     expect_logits(folder, theirs, allow_pickle=True)
 
@@ -166,11 +187,15 @@ PICKLES: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("oldest", [False, True])
 @pytest.mark.parametrize("name", PICKLES)
-def test_pickles_of_other_things_say_how_to_save_the_weights(folder: Path, name: str, oldest: bool) -> None:
+def test_pickles_of_other_things_say_how_to_save_the_weights(
+    folder: Path, name: str, oldest: bool
+) -> None:
     content, message = PICKLES[name]
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path, _use_new_zipfile_serialization=not oldest)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(
+        content, path, _use_new_zipfile_serialization=not oldest
+    )
     with pytest.raises(ModelError, match=message) as caught:
         load(folder, allow_pickle=True)
     assert str(caught.value).isprintable()
@@ -193,8 +218,14 @@ def spoil(name: str, value: float) -> Callable[[dict[str, Tensor]], dict[str, Te
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "missing": (drop("transformer.h.1.mlp.c_fc.bias"), r"lacks the tensors h\.1\.mlp\.c_fc\.bias"),
-    "extra": (lambda t: t | {"transformer.h.2.ln_1.bias": torch.zeros(32)}, r"has no tensors h\.2\.ln_1\.bias"),
-    "nearly a mask buffer": (lambda t: t | {"transformer.h.1.attn.bias_": torch.zeros(1)}, r"has no tensors h\.1\.attn\.bias_"),
+    "extra": (
+        lambda t: t | {"transformer.h.2.ln_1.bias": torch.zeros(32)},
+        r"has no tensors h\.2\.ln_1\.bias",
+    ),
+    "nearly a mask buffer": (
+        lambda t: t | {"transformer.h.1.attn.bias_": torch.zeros(1)},
+        r"has no tensors h\.1\.attn\.bias_",
+    ),
     "misshapen": (
         lambda t: t | {"transformer.wpe.weight": torch.zeros(63, 32)},
         r"tensor wpe\.weight has shape \(63, 32\); config\.json asks for \(64, 32\)",
@@ -203,9 +234,18 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
         lambda t: t | {"transformer.h.0.mlp.c_fc.weight": t["transformer.h.0.mlp.c_fc.weight"].t()},
         r"tensor h\.0\.mlp\.c_fc\.weight has shape \(128, 32\); config\.json asks for \(32, 128\)",
     ),
-    "nan": (spoil("transformer.h.1.attn.c_proj.weight", float("nan")), r"tensor h\.1\.attn\.c_proj\.weight holds NaN or infinity"),
-    "infinity": (spoil("transformer.ln_f.bias", float("inf")), r"tensor ln_f\.bias holds NaN or infinity"),
-    "integers": (lambda t: t | {"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int32)}, r"tensor ln_f\.bias holds torch\.int32"),
+    "nan": (
+        spoil("transformer.h.1.attn.c_proj.weight", float("nan")),
+        r"tensor h\.1\.attn\.c_proj\.weight holds NaN or infinity",
+    ),
+    "infinity": (
+        spoil("transformer.ln_f.bias", float("inf")),
+        r"tensor ln_f\.bias holds NaN or infinity",
+    ),
+    "integers": (
+        lambda t: t | {"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int32)},
+        r"tensor ln_f\.bias holds torch\.int32",
+    ),
     "twice": (lambda t: t | {"ln_f.bias": torch.zeros(32)}, r"tensor ln_f\.bias is also in"),
 }
 
@@ -241,11 +281,20 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model_type": "llama"}, "model_type is 'llama': only GPT-2"),
     "code": ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map is .* refused"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config is .* not supported"),
-    "cross-attention": ({"add_cross_attention": True}, "add_cross_attention is True: cross-attention is not supported"),
-    "activation": ({"activation_function": "mish"}, "activation_function is 'mish': known are gelu"),
+    "cross-attention": (
+        {"add_cross_attention": True},
+        "add_cross_attention is True: cross-attention is not supported",
+    ),
+    "activation": (
+        {"activation_function": "mish"},
+        "activation_function is 'mish': known are gelu",
+    ),
     "heads": ({"n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
     "text for a number": ({"n_layer": "2"}, "n_layer is '2': a whole number"),
-    "null for a switch": ({"scale_attn_weights": None}, "scale_attn_weights is None: true or false"),
+    "null for a switch": (
+        {"scale_attn_weights": None},
+        "scale_attn_weights is None: true or false",
+    ),
     "epsilon": ({"layer_norm_epsilon": -1}, "layer_norm_epsilon is -1"),
     "no text": ({"activation_function": ["gelu"]}, r"activation_function is \['gelu'\]"),
     "a size beyond sense": ({"n_layer": 10**30}, "n_layer is 10+: a whole number from 1 to 4096"),
@@ -264,12 +313,17 @@ def test_configs_that_are_refused(folder: Path, name: str) -> None:
 def test_other_names_for_the_shape(folder: Path, theirs: GPT2LMHeadModel) -> None:
     path = folder / "config.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**{k: v for k, v in content.items() if k != "n_embd"}, "hidden_size": 32}))
+    path.write_text(
+        json.dumps({**{k: v for k, v in content.items() if k != "n_embd"}, "hidden_size": 32})
+    )
     expect_logits(folder, theirs)
 
 
 def test_folders_that_are_no_checkpoint(folder: Path, tmp_path: Path) -> None:
-    for name, message in ((tmp_path / "no" / "where", "no such folder"), (folder / "config.json", "a file; name the folder")):
+    for name, message in (
+        (tmp_path / "no" / "where", "no such folder"),
+        (folder / "config.json", "a file; name the folder"),
+    ):
         with pytest.raises(ModelError, match=message):
             find_checkpoint(str(name))
     (folder / "model.safetensors").unlink()
@@ -304,13 +358,21 @@ def test_an_index_brings_no_pickle_in(tmp_path: Path, theirs: GPT2LMHeadModel) -
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "weights.bin")
     names = list(load_file(tmp_path / "model.safetensors"))
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "weights.bin")}))
-    with pytest.raises(ModelError, match=r"'weights\.bin' is not the plain name of a \.safetensors file"):
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "weights.bin")})
+    )
+    with pytest.raises(
+        ModelError, match=r"'weights\.bin' is not the plain name of a \.safetensors file"
+    ):
         load(tmp_path)
 
 
 def test_pickles_of_the_oldest_format(folder: Path, theirs: GPT2LMHeadModel) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        load_file(folder / "model.safetensors"),
+        folder / "pytorch_model.bin",
+        _use_new_zipfile_serialization=False,
+    )
     (folder / "model.safetensors").unlink()
     expect_logits(folder, theirs, allow_pickle=True)
     for content in ({1: torch.zeros(1)}, [torch.zeros(1)]):
@@ -335,8 +397,8 @@ def test_loading_holds_no_second_copy(tmp_path: Path, stored: str) -> None:
     program = f"""
 import json, torch
 from pathlib import Path
-from pipeline.gpt.config import parse_config
-from pipeline.gpt.weights import load_gpt
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.weights import load_gpt
 def memory(key):  # of this process alone: ru_maxrss would count what its parent had
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 torch.ones(100, 100) @ torch.ones(100, 100)
@@ -346,7 +408,9 @@ model = load_gpt(parse_config(json.loads((folder / "config.json").read_text()), 
                  dtype=torch.float32, device=torch.device("cpu"))
 print(json.dumps([before, memory("VmRSS"), memory("VmHWM")]))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     before, after, peak = json.loads(done.stdout)
     assert after - before > 100e6, "the model is resident"
     assert peak - before <= 1.3 * (after - before)
@@ -372,12 +436,16 @@ def cache_model(cache: Path, name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "someone/a-model"])
-def test_a_hub_name_that_has_been_fetched(hub_cache: Path, folder: Path, theirs: GPT2LMHeadModel, name: str) -> None:
+def test_a_hub_name_that_has_been_fetched(
+    hub_cache: Path, folder: Path, theirs: GPT2LMHeadModel, name: str
+) -> None:
     cache_model(hub_cache, name, folder)
     checkpoint = find_checkpoint(name)
     assert checkpoint.name == name
     config = parse_config(checkpoint.config, "config")
-    gpt = load_gpt(config, list(checkpoint.weights), dtype=torch.float32, device=torch.device("cpu"))
+    gpt = load_gpt(
+        config, list(checkpoint.weights), dtype=torch.float32, device=torch.device("cpu")
+    )
     with torch.inference_mode():
         assert (gpt(IDX) - theirs(IDX).logits).abs().max() <= 1e-5
 
@@ -388,11 +456,16 @@ def test_a_hub_model_with_pickled_weights_only(hub_cache: Path, folder: Path) ->
     cache_model(hub_cache, "someone/pickled", folder)
     with pytest.raises(ModelError, match="which is refused"):
         find_checkpoint("someone/pickled")
-    assert find_checkpoint("someone/pickled", allow_pickle=True).weights[0].name == "pytorch_model.bin"
+    assert (
+        find_checkpoint("someone/pickled", allow_pickle=True).weights[0].name == "pytorch_model.bin"
+    )
 
 
 def test_a_hub_name_that_cannot_be_fetched(hub_cache: Path, folder: Path) -> None:
-    with pytest.raises(ModelError, match="someone/nothing: no such folder, and the hub does not give a model of that name"):
+    with pytest.raises(
+        ModelError,
+        match="someone/nothing: no such folder, and the hub does not give a model of that name",
+    ):
         find_checkpoint("someone/nothing")
     cache_model(hub_cache, "someone/a-model", folder)
     with pytest.raises(ModelError, match="the hub does not give a model"):

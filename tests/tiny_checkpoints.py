@@ -35,7 +35,9 @@ def config_json(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not ...}
 
 
-def random_tensors(*, vocab_size: int = VOCAB_SIZE, prefix: str = "transformer.", script: Sequence[int] = ()) -> Tensors:
+def random_tensors(
+    *, vocab_size: int = VOCAB_SIZE, prefix: str = "transformer.", script: Sequence[int] = ()
+) -> Tensors:
     """The tensors of a GPT-2 by name.
 
     script: greedy, after p tokens of context, the network gives script[(p - 1) % len(script)]; empty makes it random.
@@ -55,9 +57,15 @@ def random_tensors(*, vocab_size: int = VOCAB_SIZE, prefix: str = "transformer."
             ("mlp.c_proj", 4 * N_EMBD, N_EMBD),
         ):
             factor = 0 if script and name.endswith("c_proj") else 1
-            tensors |= {f"{block}{name}.weight": factor * normal(inputs, outputs), f"{block}{name}.bias": factor * normal(outputs)}
+            tensors |= {
+                f"{block}{name}.weight": factor * normal(inputs, outputs),
+                f"{block}{name}.bias": factor * normal(outputs),
+            }
     for norm in (*(f"h.{layer}.ln_{i}" for layer in range(N_LAYER) for i in (1, 2)), "ln_f"):
-        tensors |= {f"{norm}.weight": np.ones(N_EMBD, np.float32), f"{norm}.bias": np.zeros(N_EMBD, np.float32)}
+        tensors |= {
+            f"{norm}.weight": np.ones(N_EMBD, np.float32),
+            f"{norm}.bias": np.zeros(N_EMBD, np.float32),
+        }
     if script:
         dimensions = {token: dimension for dimension, token in enumerate(dict.fromkeys(script))}
         tensors["wte.weight"] *= 0.1
@@ -71,11 +79,24 @@ def random_tensors(*, vocab_size: int = VOCAB_SIZE, prefix: str = "transformer."
 
 def byte_tokenizer() -> Tokenizer:
     """A byte-level BPE of VOCAB_SIZE tokens."""
-    tokens = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet()), "hi", "<|stop|>", "<|other|>"]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[("h", "i")]))
+    tokens = [
+        END_OF_TEXT,
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "hi",
+        "<|stop|>",
+        "<|other|>",
+    ]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[("h", "i")])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (END_OF_TEXT, "<|stop|>", "<|other|>")])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(text, special=True, normalized=False)
+            for text in (END_OF_TEXT, "<|stop|>", "<|other|>")
+        ]
+    )
     return tokenizer
 
 
@@ -92,6 +113,10 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(config_json(**(config or {}))))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    save_file(random_tensors(script=script) if tensors is None else tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        random_tensors(script=script) if tensors is None else tensors,
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder

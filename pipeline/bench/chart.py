@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.bench.scaling import Curve
-from pipeline.errors import ConfigError
+from gptbatch.pipeline.bench.scaling import Curve
+from gptbatch.pipeline.errors import ConfigError
 
 COLOURS = {"naive": "tab:red", "cached": "tab:blue", "slide": "tab:green"}
 
@@ -41,11 +41,33 @@ def draw_scaling(curves: Sequence[Curve], path: Path, *, n_positions: int, title
             continue
         x = np.linspace(1, n_positions, 200)
         for fit, style in (("linear", "--"), ("quadratic", "-")):
-            axes.plot(x, np.polyval(getattr(curve, fit), x), style, linewidth=1, color=colour, alpha=0.7, label=f"{curve.name}, {fit} fit")
-    axes.set_ylim(bottom=min(min(curve.seconds) for curve in curves) / 2)  # a linear fit may come down to nothing
+            axes.plot(
+                x,
+                np.polyval(getattr(curve, fit), x),
+                style,
+                linewidth=1,
+                color=colour,
+                alpha=0.7,
+                label=f"{curve.name}, {fit} fit",
+            )
+    axes.set_ylim(
+        bottom=min(min(curve.seconds) for curve in curves) / 2
+    )  # a linear fit may come down to nothing
     axes.axvline(n_positions, color="grey", linewidth=0.8)
-    axes.annotate("n_positions", (n_positions, axes.get_ylim()[1]), ha="right", va="top", rotation=90, fontsize=8)
-    axes.set(xlabel="step (tokens before this one)", ylabel="seconds for the token", title=title, yscale="log")
+    axes.annotate(
+        "n_positions",
+        (n_positions, axes.get_ylim()[1]),
+        ha="right",
+        va="top",
+        rotation=90,
+        fontsize=8,
+    )
+    axes.set(
+        xlabel="step (tokens before this one)",
+        ylabel="seconds for the token",
+        title=title,
+        yscale="log",
+    )
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -57,10 +79,19 @@ def draw_comparison(results: Sequence[dict[str, Any]], path: Path, *, title: str
     figure, axes = _figure(10, 5)
     width = 0.8 / len(programs)
     for number, program in enumerate(programs):
-        found = {(r["workload"], r["dtype"]): r["tokens_per_s"] for r in results if r["program"] == program}
+        found = {
+            (r["workload"], r["dtype"]): r["tokens_per_s"]
+            for r in results
+            if r["program"] == program
+        }
         places = [i for i, group in enumerate(groups) if group in found]
         heights = [found[groups[i]] for i in places]
-        bars = axes.bar([i + (number - (len(programs) - 1) / 2) * width for i in places], heights, width, label=program)
+        bars = axes.bar(
+            [i + (number - (len(programs) - 1) / 2) * width for i in places],
+            heights,
+            width,
+            label=program,
+        )
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
     axes.set_xticks(range(len(groups)), [f"{workload}\n{dtype}" for workload, dtype in groups])
     axes.set(ylabel="new tokens per second", title=title)

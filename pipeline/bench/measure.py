@@ -15,18 +15,30 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.bench.workloads import TOP_K, Workload
-from pipeline.generation.engine import Engine, EngineStats
-from pipeline.gpt.blocks import Block
-from pipeline.gpt.linear import Linear
-from pipeline.gpt.model import GPT
-from pipeline.gpt.screen import HEAD, HEAD_ROWS
+from gptbatch.pipeline.bench.workloads import TOP_K, Workload
+from gptbatch.pipeline.engine.engine import Engine, EngineStats
+from gptbatch.pipeline.model.blocks import Block
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.linear import Linear
+from gptbatch.pipeline.model.lm_head import HEAD, HEAD_ROWS
 
 WARM_UP_TOKENS = 4
 GEMM_ROWS = (64, 128, 256)
 PARTS = {  # of a step, by the names of torch's operators
-    "linears": ("gptbatch::linear", "gptbatch::widened_linear", "gptbatch::screen", "mkldnn::_linear_pointwise", "aten::addmm", "aten::mm"),
-    "attention": ("gptbatch::attend", "gptbatch::project_and_attend", "aten::bmm", "aten::_softmax"),
+    "linears": (
+        "gptbatch::linear",
+        "gptbatch::widened_linear",
+        "gptbatch::screen",
+        "mkldnn::_linear_pointwise",
+        "aten::addmm",
+        "aten::mm",
+    ),
+    "attention": (
+        "gptbatch::attend",
+        "gptbatch::project_and_attend",
+        "aten::bmm",
+        "aten::_softmax",
+    ),
     "sampling": ("gptbatch::choose", "aten::topk", "aten::sort"),
 }
 
@@ -61,14 +73,27 @@ class Measurement:
     ceiling_share: float
 
 
-def measure(engine: Engine, workload: Workload, *, repeats: int, top_k: int = TOP_K, said: Callable[[str], None]) -> Measurement:
+def measure(
+    engine: Engine,
+    workload: Workload,
+    *,
+    repeats: int,
+    top_k: int = TOP_K,
+    said: Callable[[str], None],
+) -> Measurement:
     """Run the workload `repeats` times after a warm-up. said: is told of each repeat."""
     vocab_size = engine.model.config.vocab_size
 
     def run(repeat: int, most_new_tokens: int | None = None) -> float:
         engine.stats = EngineStats()
         began = time.perf_counter()
-        rows = workload.prompts(repeat, vocab_size=vocab_size, most_new_tokens=most_new_tokens, top_k=top_k, read_s=time.monotonic())
+        rows = workload.prompts(
+            repeat,
+            vocab_size=vocab_size,
+            most_new_tokens=most_new_tokens,
+            top_k=top_k,
+            read_s=time.monotonic(),
+        )
         for _ in engine.generate(rows):
             pass
         return time.perf_counter() - began
@@ -124,12 +149,21 @@ def measure_limits(model: GPT) -> Limits:
             for linear in (block.attn_qkv, block.mlp_in, block.mlp_out):
                 x = torch.randn(rows, linear.in_features, dtype=model.dtype, device=model.device)
                 seconds = min(_time(lambda linear=linear, x=x: linear(x)) for _ in range(20))  # type: ignore[misc]
-                best = max(best, 2 * rows * linear.in_features * linear.out_features / seconds / 1e9)
+                best = max(
+                    best, 2 * rows * linear.in_features * linear.out_features / seconds / 1e9
+                )
         head = best
         if (screen := model.screen) is not None and screen.rows and screen.worthwhile:
             hidden = torch.randn(HEAD_ROWS, model.config.n_embd)
             seconds = min(_time(lambda: screen.rough(hidden)) for _ in range(20))
-            head = 2 * len(hidden) * model.lm_head.in_features * model.lm_head.out_features / seconds / 1e9
+            head = (
+                2
+                * len(hidden)
+                * model.lm_head.in_features
+                * model.lm_head.out_features
+                / seconds
+                / 1e9
+            )
     return Limits(gemm_gflops=best, head_gflops=head, read_gb_per_s=measure_reading(model.device))
 
 
@@ -153,15 +187,26 @@ def _ceiling_s(model: GPT, workload: Workload, stats: EngineStats, limits: Limit
     last = model.blocks[-1]
     assert isinstance(last, Block)
     weights, qkv, of_last = (
-        sum(module.in_features * module.out_features for module in part.modules() if isinstance(module, Linear))
+        sum(
+            module.in_features * module.out_features
+            for module in part.modules()
+            if isinstance(module, Linear)
+        )
         for part in (model.blocks, last.attn_qkv, last)
     )
     head = model.lm_head.in_features * model.lm_head.out_features
     tokens = stats.prefilled_tokens + stats.decoded_tokens
     # after its attention the last block computes those alone that a new token follows
-    products_s = 2 * (weights * tokens - (of_last - qkv) * (tokens - stats.new_tokens)) / (limits.gemm_gflops * 1e9)
+    products_s = (
+        2
+        * (weights * tokens - (of_last - qkv) * (tokens - stats.new_tokens))
+        / (limits.gemm_gflops * 1e9)
+    )
     products_s += 2 * head * stats.new_tokens / (limits.head_gflops * 1e9)
     # a prefix that rows share is read once for all of them, which is next to nothing
     reused = stats.cached_tokens / len(workload.rows)
-    positions = sum((row.new_tokens - 1) * (len(row.token_ids) - reused + row.new_tokens / 2) for row in workload.rows)
+    positions = sum(
+        (row.new_tokens - 1) * (len(row.token_ids) - reused + row.new_tokens / 2)
+        for row in workload.rows
+    )
     return products_s + positions * model.cache_bytes_a_token / (limits.read_gb_per_s * 1e9)

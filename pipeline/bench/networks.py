@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.data.bundled import locate
-from pipeline.gpt.attention import Backend
-from pipeline.gpt.config import GPTConfig
-from pipeline.gpt.linear import Linear
-from pipeline.gpt.model import GPT
+from gptbatch.pipeline.kv_cache.interface import Backend
+from gptbatch.pipeline.model.config import GPTConfig
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.linear import Linear
+from gptbatch.pipeline.system.bundled import locate
 
 
-def random_network(config: GPTConfig, *, attention: Backend, dtype: torch.dtype, device: torch.device) -> GPT:
+def random_network(
+    config: GPTConfig, *, attention: Backend, dtype: torch.dtype, device: torch.device
+) -> GPT:
     """The same weights in every process, normal with GPT-2's standard deviation of 0.02, ready to run."""
     torch.manual_seed(0)
     model = GPT(config, attention=attention).eval().requires_grad_(False)

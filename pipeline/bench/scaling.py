@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.bench.workloads import TEMPERATURE, TOP_K
-from pipeline.generation import reference
-from pipeline.generation.engine import Engine
-from pipeline.gpt.model import GPT
-from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
+from gptbatch.pipeline.bench.workloads import TEMPERATURE, TOP_K
+from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.generation import reference
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
 
 BEYOND = 24  # steps beyond n_positions
 
@@ -37,7 +37,12 @@ def measure_scaling(model: GPT, *, points: int) -> list[Curve]:
     """The three curves; the naive one at about `points` steps, since it takes so long."""
     n_positions = model.config.n_positions
     last = n_positions + BEYOND
-    wanted = sorted({*np.linspace(1, n_positions, points).round().astype(int).tolist(), *range(n_positions + 1, last + 1, 6)})
+    wanted = sorted(
+        {
+            *np.linspace(1, n_positions, points).round().astype(int).tolist(),
+            *range(n_positions + 1, last + 1, 6),
+        }
+    )
     return [
         _curve("naive", wanted, [_naive_s(model, step) for step in wanted], n_positions),
         _curve("cached", *_engine_s(model, n_positions - 1, slide=False), n_positions),
@@ -58,7 +63,11 @@ def _naive_s(model: GPT, step: int) -> float:
 
 def _engine_s(model: GPT, last: int, *, slide: bool) -> tuple[list[int], list[float]]:
     engine = Engine(
-        model=model, batch_size=1, end_tokens=(), window_full="slide" if slide else "stop", step_tokens=model.config.n_positions
+        model=model,
+        batch_size=1,
+        end_tokens=(),
+        window_full="slide" if slide else "stop",
+        step_tokens=model.config.n_positions,
     )
     params = SamplingParams(seed=0, temperature=TEMPERATURE, top_k=TOP_K, max_new_tokens=last)
     prompt = Prompt(index=0, prompt_id="0", text="", params=params, metadata=None)

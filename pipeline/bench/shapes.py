@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.gpt.config import GPTConfig, parse_config
+from gptbatch.pipeline.model.config import GPTConfig, parse_config
 
 SHAPES = {  # n_layer, n_head, n_embd
     "distilgpt2": (6, 12, 768),
@@ -15,5 +15,11 @@ SHAPES = {  # n_layer, n_head, n_embd
 
 def shape_config(shape: str) -> GPTConfig:
     n_layer, n_head, n_embd = SHAPES[shape]
-    sizes = {"vocab_size": 50257, "n_positions": 1024, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    sizes = {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_embd": n_embd,
+    }
     return parse_config({"model_type": "gpt2", **sizes}, shape)

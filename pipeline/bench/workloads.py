@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.records import Prompt, SamplingParams, TokenizedPrompt
+from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
 
 TEMPERATURE, TOP_K = 0.8, 40
 
@@ -41,7 +41,13 @@ class Workload:
         return sum(len(row.token_ids) for row in self.rows)
 
     def prompts(
-        self, repeat: int, *, vocab_size: int, most_new_tokens: int | None = None, top_k: int = TOP_K, read_s: float = 0.0
+        self,
+        repeat: int,
+        *,
+        vocab_size: int,
+        most_new_tokens: int | None = None,
+        top_k: int = TOP_K,
+        read_s: float = 0.0,
     ) -> Iterator[TokenizedPrompt]:
         """The rows as the engine takes them; each repeat has its own token ids."""
         for index, row in enumerate(self.rows):
@@ -51,7 +57,9 @@ class Workload:
                     index=index,
                     prompt_id=str(index),
                     text="",
-                    params=SamplingParams(seed=index, temperature=TEMPERATURE, top_k=top_k, max_new_tokens=new_tokens),
+                    params=SamplingParams(
+                        seed=index, temperature=TEMPERATURE, top_k=top_k, max_new_tokens=new_tokens
+                    ),
                     metadata=None,
                 ),
                 token_ids=renumbered(row.token_ids, repeat, vocab_size),
@@ -61,7 +69,10 @@ class Workload:
 
     def write(self, path: Path) -> None:
         """As JSON lines, for the runners of other programs."""
-        lines = (json.dumps({"prompt_token_ids": row.token_ids, "max_new_tokens": row.new_tokens}) + "\n" for row in self.rows)
+        lines = (
+            json.dumps({"prompt_token_ids": row.token_ids, "max_new_tokens": row.new_tokens}) + "\n"
+            for row in self.rows
+        )
         path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -96,16 +107,40 @@ WORKLOADS = tuple(_LENGTHS)
 def make_workload(name: str, *, vocab_size: int, n_positions: int, seed: int = 0) -> Workload:
     """One of WORKLOADS for a network of that vocabulary and context, to which long rows are cut."""
     rng = random.Random(f"{name}-{seed}")
-    return _make(name, rng, _LENGTHS[name](rng), 384 if name == "shared_prefix" else 0, vocab_size=vocab_size, n_positions=n_positions)
+    return _make(
+        name,
+        rng,
+        _LENGTHS[name](rng),
+        384 if name == "shared_prefix" else 0,
+        vocab_size=vocab_size,
+        n_positions=n_positions,
+    )
 
 
-def uniform_workload(rows: int, prompt_tokens: int, new_tokens: int, *, vocab_size: int) -> Workload:
+def uniform_workload(
+    rows: int, prompt_tokens: int, new_tokens: int, *, vocab_size: int
+) -> Workload:
     """As `uniform`, of other sizes."""
     lengths = [(prompt_tokens, new_tokens)] * rows
-    return _make("uniform", random.Random(0), lengths, 0, vocab_size=vocab_size, n_positions=prompt_tokens + new_tokens)
+    return _make(
+        "uniform",
+        random.Random(0),
+        lengths,
+        0,
+        vocab_size=vocab_size,
+        n_positions=prompt_tokens + new_tokens,
+    )
 
 
-def _make(name: str, rng: random.Random, lengths: list[tuple[int, int]], shared: int, *, vocab_size: int, n_positions: int) -> Workload:
+def _make(
+    name: str,
+    rng: random.Random,
+    lengths: list[tuple[int, int]],
+    shared: int,
+    *,
+    vocab_size: int,
+    n_positions: int,
+) -> Workload:
     """Rows of these numbers of prompt and new tokens, of which the first `shared` tokens are the same."""
     prefix = [rng.randrange(vocab_size) for _ in range(shared)]
     rows = []

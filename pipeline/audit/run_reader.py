@@ -1,0 +1,218 @@
+"""A run that has been written, finished or not: its settings and its rows, for reading only. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError, StorageError
+from gptbatch.pipeline.output.folder import CONFIG, OutputFolder, facts_of
+from gptbatch.pipeline.output.folder_parts import FolderParts, recorded_state
+from gptbatch.pipeline.output.parts import is_damage, open_parquet, reading_error
+from gptbatch.pipeline.output.schema import SCHEMA
+from gptbatch.pipeline.system.regular_file import named_in_errors, open_regular
+from gptbatch.pipeline.system.yaml_reader import MAX_RECORDED_BYTES, YamlError, parse_yaml_mapping
+
+BATCH_ROWS = 2048
+
+
+class RecordedRun:
+    """The run in an output folder. What it holds is looked up once: parts that appear later are not seen.
+
+    manifest: what the folder says of the run, its identity among it. facts: what the run says of itself, model and profile among it.
+    profiles: how the parts were made, each way once: a run that went on elsewhere has more than one. parts: the files of the table, in
+    order. n_rows: rows in them. marked_complete: whether the run has ended. complete: whether it has, and all of its rows are there.
+    rows_promised: rows of its input, None where an older version did not say. strays: names of tables that are not its parts.
+
+    Raises InputNotFoundError when there is no folder or no run of ours in it, OutputConflictError when it holds parts of several
+    jobs, StorageError when it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            state = recorded_state(path)
+            if state is None:
+                raise InputNotFoundError(
+                    f"{path}: holds no run of gptbatch (it is empty); name the output folder of a run"
+                )
+            found = FolderParts(state)
+        except OSError as error:
+            raise StorageError(
+                f"{error.filename or path}: cannot be read ({error.strerror or error})"
+            ) from error
+        self.manifest = state.manifest
+        if found.other_jobs:
+            raise OutputConflictError(
+                f"{path}: {found.other_jobs}; they are no run together: move the parts of each job into a folder of their own"
+            )
+        promised = {part["name"]: part["content_digest"] for part in self.manifest.get("parts", [])}
+        self.strays = list(state.strays)
+        for part in found.unusable:
+            # a file without a footer is damaged where the manifest promises a part, else a stranger's
+            if part.footer is not None or part.path.name in promised:
+                raise StorageError(
+                    f"{part.path}: cannot be read ({part.problem}); the part is damaged"
+                )
+            self.strays.append(part.path.name)
+        self.parts = [self.path / part.name for part in found.parts]
+        there = {part.name: part.content_digest for part in found.parts}
+        self.marked_complete = state.marked_complete
+        self.rows_promised: int | None = state.identity.get("rows")
+        self.facts = facts_of(self.manifest)
+        self.profiles: list[dict[str, Any]] = []
+        for footer in found.footers:
+            if (
+                profile := {**footer.get("profile", {}), "numerics": footer.get("numerics")}
+            ) not in self.profiles:
+                self.profiles.append(profile)
+        counts = [part.rows for part in found.parts]
+        self.n_rows = sum(counts)
+        self.complete = (
+            state.marked_complete
+            and self.rows_promised in (None, self.n_rows)
+            and all(there.get(name) == digest for name, digest in promised.items())
+        )
+        self._first_places = list(accumulate(counts[:-1], initial=0))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved config that the run was started with. Raises StorageError when it is missing or damaged."""
+        path = OutputFolder(self.path).work / CONFIG
+        try:
+            with named_in_errors(path), open_regular(path) as file:
+                content = file.read(MAX_RECORDED_BYTES + 1)
+            if len(content) > MAX_RECORDED_BYTES:
+                raise YamlError(f"larger than {MAX_RECORDED_BYTES >> 20} MiB")
+            return parse_yaml_mapping(content)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if os.path.lexists(path.parent) and not path.parent.is_dir():
+                raise StorageError(
+                    f"{path.parent}: is not a folder; it should hold the settings of the run; copy it again"
+                ) from error
+            raise StorageError(
+                f"{path}: missing: {self.path} is a copy without {path.parent.name}, which holds the settings of its run; "
+                "copy the whole folder"
+            ) from error
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except YamlError as error:
+            raise StorageError(f"{path}: {error}; the settings of the run are lost") from error
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """All rows, part after part, a batch in memory at a time. Raises StorageError when a part cannot be read.
+
+        columns: names of the schema; None takes all. A column that an older version did not write is None.
+        """
+        for batch in self._batches(_names(columns), first_part=0):
+            yield from batch.to_pylist()
+
+    def reader(self, columns: Sequence[str] | None = None) -> RowReader:
+        """For rows at places; columns as in `rows`."""
+        return RowReader(self, _names(columns))
+
+    def find(self, prompt_id: str) -> dict[str, Any] | None:
+        """The row of that id, all of its columns; None when there is none. Reads the ids up to it."""
+        for place, row in enumerate(self.rows(["prompt_id"])):
+            if row["prompt_id"] == prompt_id:
+                return next(self.reader().take([place]))
+        return None
+
+    def _batches(self, names: list[str], *, first_part: int) -> Iterator[pa.RecordBatch]:
+        for path in self.parts[first_part:]:
+            try:
+                with open_parquet(path) as file:
+                    present = set(file.schema_arrow.names)
+                    for batch in file.iter_batches(
+                        BATCH_ROWS,
+                        columns=[name for name in names if name in present],
+                        use_threads=False,
+                    ):
+                        arrays = [
+                            _column(batch, name) if name in present else _nulls(batch, name)
+                            for name in names
+                        ]
+                        yield pa.RecordBatch.from_arrays(arrays, names=names)
+            except Exception as error:
+                if is_damage(error) or isinstance(error, FileNotFoundError):
+                    raise StorageError(
+                        f"{path}: cannot be read ({error}); the part is damaged or gone"
+                    ) from error
+                raise reading_error(path, error) from error
+
+    def _part_at(self, place: int) -> tuple[int, int]:
+        """The part that holds a place, and the place of its first row."""
+        number = bisect_right(self._first_places, place) - 1
+        return number, self._first_places[number]
+
+
+class RowReader:
+    """Rows of a run by their places: 0 is the first row of the first part.
+
+    It goes on from where it is when it can, so that places that rise from call to call cost one pass over the table.
+    """
+
+    def __init__(self, run: RecordedRun, names: list[str]) -> None:
+        self._run, self._names = run, names
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: pa.RecordBatch | None = None
+        self._first = self._end = 0  # the places of _batch
+
+    def take(self, places: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The rows at `places`, which rise and are 0 to n_rows - 1. Raises StorageError when a part cannot be read."""
+        done = 0
+        while done < len(places):
+            batch = self._seek(places[done])
+            stop = bisect_left(places, self._end, lo=done)
+            yield from batch.take(
+                pa.array([place - self._first for place in places[done:stop]], pa.int64())
+            ).to_pylist()
+            done = stop
+
+    def _seek(self, place: int) -> pa.RecordBatch:
+        part, first_of_part = self._run._part_at(place)
+        if self._batch is None or place < self._first or first_of_part > self._end:
+            self._batches = self._run._batches(self._names, first_part=part)
+            self._first = self._end = first_of_part
+        while self._batch is None or place >= self._end:
+            self._batch = next(self._batches, None)
+            if self._batch is None:
+                raise StorageError(
+                    f"{self._run.path}: holds fewer rows than a moment ago; is a run writing to it?"
+                )
+            self._first, self._end = self._end, self._end + len(self._batch)
+        return self._batch
+
+
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """The column in the type of this version's schema. Raises pa.ArrowException or ValueError for values that have no place in it."""
+    array, field = batch[name], SCHEMA.field(name)
+    if array.type != field.type:
+        array = array.cast(field.type)
+    if not field.nullable and (
+        array.null_count or (pa.types.is_list(field.type) and array.flatten().null_count)
+    ):
+        raise ValueError(f"{name} is null in a row")
+    return array
+
+
+def _nulls(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """A column that an older version did not write."""
+    return pa.nulls(len(batch), SCHEMA.field(name).type)
+
+
+def _names(columns: Sequence[str] | None) -> list[str]:
+    names = SCHEMA.names if columns is None else list(columns)
+    unknown = [name for name in names if name not in SCHEMA.names]
+    if unknown:
+        raise ValueError(
+            f"columns: the table has no {', '.join(map(repr, unknown))}; its columns are {', '.join(SCHEMA.names)}"
+        )
+    return list(names)

@@ -1,0 +1,97 @@
+"""The dry run: every row checked and its tokens counted. Loads no model and writes nothing."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptbatch.pipeline.config import JobConfig
+from gptbatch.pipeline.input.config_hash import job_identity
+from gptbatch.pipeline.input.job import Job
+from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.model.checkpoint import find_checkpoint
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.output.error_advice import describe_errors
+from gptbatch.pipeline.output.folder import OutputFolder
+from gptbatch.pipeline.output.placement import check_placement
+from gptbatch.pipeline.output.resume import check_same_input, kept_state, part_rows_of
+from gptbatch.pipeline.types import Completion
+
+logger = logging.getLogger("gptbatch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputReport:
+    """What a dry run says of an input. Prompt lengths are in tokens; too_long counts prompts above n_positions.
+
+    bad_rows: rows that on_bad_row records as errors. error_kinds: rows that end as errors before the network sees them, by kind.
+    """
+
+    rows: int
+    bad_rows: int
+    error_kinds: dict[str, int]
+    prompt_tokens: int
+    prompt_tokens_min: int
+    prompt_tokens_median: int
+    prompt_tokens_max: int
+    n_positions: int
+    too_long: int
+    max_new_tokens: int
+    input_digest: str
+
+
+def inspect_job(config: JobConfig) -> InputReport:
+    """A dry run: check the output, and every row, and count its tokens. Loads no model and writes nothing.
+
+    Raises what the run would raise before it loads the model.
+    """
+    check_placement(config)
+    folder = OutputFolder(Path(config.output))
+    folder.check_creatable()
+    checkpoint = find_checkpoint(
+        config.model, revision=config.revision, allow_pickle=config.allow_pickle
+    )
+    parse_config(
+        checkpoint.config, str(checkpoint.config_path)
+    )  # before a tokenizer that takes seconds to make
+    tokenizer = load_tokenizer(checkpoint.folder)
+    job = Job(config, checkpoint, tokenizer=tokenizer)
+    kept = kept_state(config, folder, lambda: job_identity(config, checkpoint, tokenizer))
+    counts = [] if kept is None else [kept.identity.get("rows") or 0]
+    summary = job.reader.check(
+        part_rows=part_rows_of(config, kept), counts=counts, must_hold=config.skip_row
+    )
+    if kept is not None:
+        check_same_input(config, kept, summary)
+    lengths = array("q")
+    errors: Counter[str] = Counter()
+
+    def reject(completion: Completion) -> None:
+        assert completion.error is not None
+        lengths.append(completion.prompt_tokens)
+        errors[completion.error.kind] += 1
+
+    for prompt in job.tokenized(summary, reject=reject):
+        if prompt is not None:
+            lengths.append(len(prompt.token_ids) + prompt.tokens_dropped)
+    if said := describe_errors(errors, summary.rows):
+        logger.warning("a run would record errors: %s", said)
+    job.warn_of_texts()
+    ordered = sorted(lengths)
+    n_positions = job.gpt_config.n_positions
+    return InputReport(
+        rows=summary.rows,
+        bad_rows=summary.bad_rows,
+        error_kinds=dict(sorted(errors.items())),
+        prompt_tokens=sum(ordered),
+        prompt_tokens_min=ordered[0] if ordered else 0,
+        prompt_tokens_median=ordered[len(ordered) // 2] if ordered else 0,
+        prompt_tokens_max=ordered[-1] if ordered else 0,
+        n_positions=n_positions,
+        too_long=sum(length > n_positions for length in ordered),
+        max_new_tokens=config.max_new_tokens,
+        input_digest=summary.digest,
+    )

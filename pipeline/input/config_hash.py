@@ -1,0 +1,62 @@
+"""The config hash: one digest of all that decides the tokens of a given row. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from gptbatch.pipeline.config import JobConfig
+from gptbatch.pipeline.input.tokenizer_files import LoadedTokenizer
+from gptbatch.pipeline.model.checkpoint import Checkpoint
+from gptbatch.pipeline.model.generation_config import SpecialTokens
+from gptbatch.pipeline.types import NOISE_VERSION
+
+# config keys that change tokens, besides the checkpoint and the input
+_TOKEN_KEYS = (
+    "seed",
+    "temperature",
+    "top_k",
+    "max_new_tokens",
+    "ignore_eos",
+    "prompt_field",
+    "id_field",
+    "metadata_field",
+    "parse_special",
+    "add_special_tokens",
+    "on_lost_text",
+    "context_overflow",
+    "window_full",
+)
+
+
+def job_identity(
+    config: JobConfig, checkpoint: Checkpoint, tokenizer: LoadedTokenizer
+) -> dict[str, Any]:
+    """All that makes two runs the same job, its input aside; `fingerprint` hashes the part of it that changes tokens of a given row."""
+    tokens = {
+        "model_digest": checkpoint.model_digest,
+        "tokenizer_digest": tokenizer.digest,
+        **special_token_identity(checkpoint, tokenizer),
+        "dtype": config.engine.dtype,
+        "cache_dtype": config.engine.cache_dtype,
+        "noise_version": NOISE_VERSION,
+    } | {key: getattr(config, key) for key in _TOKEN_KEYS}
+    fingerprint = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
+    return {
+        "fingerprint": fingerprint,
+        **tokens,
+        "record_logits_digest": config.record_logits_digest,
+    }
+
+
+def special_token_identity(checkpoint: Checkpoint, tokenizer: LoadedTokenizer) -> dict[str, Any]:
+    """The start token and the end tokens, by their names in the identity of a job."""
+    special = checkpoint.special_tokens
+    return {"start_token": start_token(special, tokenizer), "end_tokens": list(special.ends)}
+
+
+def start_token(special_tokens: SpecialTokens, tokenizer: LoadedTokenizer) -> int | None:
+    """What an empty prompt starts from: BOS as the model's files name it, else as the tokenizer's do, else the first end token."""
+    candidates = (special_tokens.start, tokenizer.bos_token, *special_tokens.ends)
+    return next((token for token in candidates if token is not None), None)

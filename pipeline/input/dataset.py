@@ -1,0 +1,107 @@
+"""Rows of a split of a dataset: local files, a `save_to_disk` folder, or a dataset of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from gptbatch.pipeline.errors import InputNotFoundError
+from gptbatch.pipeline.input.dataset_files import ARROW_SUFFIXES, TEXT_SUFFIXES, suffix_of, walk
+from gptbatch.pipeline.input.hub_dataset import hub_splits
+from gptbatch.pipeline.input.local_dataset import Splits, local_splits
+from gptbatch.pipeline.input.rows import RawRow
+from gptbatch.pipeline.input.split import SplitPart, parse_split
+from gptbatch.pipeline.system.bundled import locate
+
+logger = logging.getLogger("gptbatch")
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HIVE = re.compile(r"(?:^|/)((?:prompt_id|id|seed|temperature|top_k|max_new_tokens)=[^/]*)")
+_MAX_REMEMBERED_FILES = 10_000
+
+
+class DatasetSplit:
+    """One split of a dataset, or slices and sums of splits. A row's place is its place in its split, whatever the slice.
+
+    Args:
+        dataset: a file, a folder, or a name on the hub.
+        config: name of a configuration of the dataset; None takes its default.
+        split: as `train`, `train[50%:]`, `train+test`. Rows of several splits are numbered through.
+        revision: branch, tag or commit of a hub dataset.
+        delimiter: between the cells of CSV files; None takes a comma, or a tab for `.tsv`.
+
+    Raises:
+        InputNotFoundError: when rows are first asked for, if there is no such dataset, configuration or split.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: str,
+        config: str | None,
+        split: str,
+        revision: str | None,
+        delimiter: str | None = None,
+    ) -> None:
+        self.name = f"{dataset}[{split}]"
+        self._dataset, self._config, self._split, self._revision, self._delimiter = (
+            dataset,
+            config,
+            split,
+            revision,
+            delimiter,
+        )
+
+    def files(self) -> list[Path] | None:
+        """All files of a local dataset; none for a commit of the hub, which never changes."""
+        path = locate(self._dataset)
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            files = [path / name for name in islice(walk(path), _MAX_REMEMBERED_FILES + 1)]
+            return sorted(files) if len(files) <= _MAX_REMEMBERED_FILES else None
+        return [] if self._revision is not None and _COMMIT.fullmatch(self._revision) else None
+
+    def rows(self) -> Iterator[RawRow]:
+        try:
+            parts = parse_split(self._split)
+        except ValueError as error:
+            raise InputNotFoundError(f"{self.name}: {error}") from error
+        several = len({part.name for part in parts}) > 1
+        count = 0
+        for part in parts:
+            for row in self._slice(part):
+                place = count if several else row.place
+                yield RawRow(where=row.where, line=place, place=place, fields=row.fields)
+                count += 1
+
+    def _slice(self, part: SplitPart) -> Iterator[RawRow]:
+        if part.is_whole:
+            return iter(self._backend.rows(part.name))
+        length = self._backend.length(part.name) if part.needs_length else 2**63 - 1
+        start, stop = part.bounds(length)
+        return islice(self._backend.rows(part.name), start, stop)
+
+    @cached_property
+    def _backend(self) -> Splits:
+        path = locate(self._dataset)
+        if path.exists():
+            if match := _HIVE.search(str(path)):
+                logger.warning(
+                    "%s: %s in a folder's name is not read as a column", self.name, match[1]
+                )
+            return local_splits(path, self.name, self._config, self._delimiter)
+        looks_like_path = (
+            self._dataset.startswith((".", os.sep, "~"))
+            or self._dataset.count("/") > 1
+            or suffix_of(path) in (*TEXT_SUFFIXES, *ARROW_SUFFIXES)
+        )
+        if looks_like_path or not _HUB_NAME.fullmatch(self._dataset):
+            raise InputNotFoundError(f"{self._dataset}: no such file or folder")
+        return hub_splits(self._dataset, self.name, self._config, self._revision, self._delimiter)

@@ -1,0 +1,190 @@
+"""Reads special tokens and generation settings from config.json and generation_config.json.
+
+transformers keeps both in generation_config.json, and in config.json in older checkpoints. Only the start token and the end
+tokens are followed; sampling is set by the job.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gptbatch.pipeline.errors import ModelError
+
+DEFAULT_TOKEN = 50256  # GPT2Config's bos_token_id and eos_token_id where neither file has the key
+
+# transformers' defaults: a setting of this value changes nothing. None and empty lists are neutral for every key.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "begin_suppress_tokens": (),
+    "bad_words_ids": (),
+    "constraints": (),
+    "diversity_penalty": (0,),
+    "do_sample": (False,),
+    "dola_layers": (),
+    "early_stopping": (False,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_decoder_ids": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "length_penalty": (1,),
+    "max_length": (20,),
+    "max_new_tokens": (),
+    "max_time": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "min_p": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "repetition_penalty": (1,),
+    "sequence_bias": (),
+    "stop_strings": (),
+    "suppress_tokens": (),
+    "temperature": (1,),
+    "token_healing": (False,),
+    "top_h": (),
+    "top_k": (0, 50),
+    "top_p": (1,),
+    "typical_p": (1,),
+    "watermarking_config": (),
+}
+# keys of generation_config.json that do not decide which tokens come out of a decoder-only model
+# fmt: off
+_HARMLESS = frozenset({
+    "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight",
+    "assistant_lookbehind", "bos_token_id", "cache_config", "cache_implementation",
+    "compile_config", "continuous_batching_config", "decoder_start_token_id", "disable_compile",
+    "eos_token_id", "is_assistant", "low_memory", "max_cache_len", "max_matching_ngram_size",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "output_attentions",
+    "output_hidden_states", "output_logits", "output_scores", "pad_token_id", "prefill_chunk_size",
+    "prompt_lookup_num_tokens", "remove_invalid_values", "renormalize_logits",
+    "return_dict_in_generate", "speculation_type", "target_lookbehind", "transformers_version",
+    "use_cache", "use_mtp",
+})
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialTokens:
+    """The start token and the end tokens of a checkpoint, all within its vocabulary.
+
+    start: begins an empty prompt; None where neither file names one.
+    ends: each ends a row, in the order of the files and without repeats; empty where none does.
+    ends_left_out: end tokens that the vocabulary does not have.
+    """
+
+    start: int | None
+    ends: tuple[int, ...]
+    ends_left_out: tuple[int, ...] = ()
+
+
+def read_special_tokens(
+    config: Mapping[str, Any], generation: Mapping[str, Any], *, vocab_size: int, where: str
+) -> SpecialTokens:
+    """Join what both files say.
+
+    The end tokens are those of both files; transformers takes those of generation_config.json alone where it is there. The start
+    token is that of generation_config.json, else that of config.json.
+
+    Args:
+        config: the content of config.json.
+        generation: the content of generation_config.json, empty where there is none.
+        vocab_size: token ids from 0 to vocab_size - 1 are in the vocabulary.
+        where: the folder, for messages.
+
+    Raises:
+        ModelError: a value is not a token id, or for eos_token_id a list of them.
+    """
+    named = [
+        *_token_ids("eos_token_id", config, f"{where}/config.json"),
+        *_token_ids("eos_token_id", generation, f"{where}/generation_config.json"),
+    ]
+    if (
+        "eos_token_id" not in config
+        and "eos_token_id" not in generation
+        and vocab_size > DEFAULT_TOKEN
+    ):
+        named = [DEFAULT_TOKEN]
+    starts = [
+        *_token_ids("bos_token_id", generation, f"{where}/generation_config.json"),
+        *_token_ids("bos_token_id", config, f"{where}/config.json"),
+    ]
+    if "bos_token_id" not in config and "bos_token_id" not in generation:
+        starts = [DEFAULT_TOKEN]
+    named = list(dict.fromkeys(named))
+    return SpecialTokens(
+        start=next((token for token in starts if 0 <= token < vocab_size), None),
+        ends=tuple(token for token in named if 0 <= token < vocab_size),
+        ends_left_out=tuple(token for token in named if not 0 <= token < vocab_size),
+    )
+
+
+def _token_ids(key: str, content: Mapping[str, Any], path: str) -> list[int]:
+    value = content.get(key)
+    token_ids = (
+        []
+        if value is None
+        else value
+        if isinstance(value, list) and key == "eos_token_id"
+        else [value]
+    )
+    if not all(type(token) is int for token in token_ids):
+        needed = (
+            "a token id, a list of them or null" if key == "eos_token_id" else "a token id or null"
+        )
+        raise ModelError(f"{path}: {key} is {value!r:.200}: {needed} is needed")
+    return token_ids
+
+
+def settings_not_followed(
+    config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Settings of generation in both files that gptbatch does not follow and that differ from transformers' defaults.
+
+    A key of generation_config.json that is unknown here is among them: a later transformers may have added it.
+    """
+    found = {key: value for key, value in config.items() if key in _NEUTRAL}
+    found |= {
+        key: value
+        for key, value in generation.items()
+        if key not in _HARMLESS and not key.startswith("_")
+    }
+    return {
+        key: value
+        for key, value in found.items()
+        if value not in (None, [], {}) and value not in _NEUTRAL.get(key, ())
+    }
+
+
+def generation_warnings(
+    special_tokens: SpecialTokens, unfollowed: Mapping[str, Any], *, vocab_size: int, where: str
+) -> list[str]:
+    """What a run says once of end tokens that it leaves out and of settings that it does not follow, a line each."""
+    warnings = []
+    if left_out := special_tokens.ends_left_out:
+        ends = ", ".join(map(str, special_tokens.ends))
+        warnings.append(
+            f"{where}: eos_token_id {', '.join(map(str, left_out))} is not in the vocabulary (vocab_size {vocab_size}) and is left out; "
+            + (f"rows end at {ends}" if ends else "no token ends a row")
+        )
+    if unfollowed:
+        shown = ", ".join(f"{key} {_short(value)}" for key, value in sorted(unfollowed.items()))
+        warnings.append(
+            f"{where}: generation settings of the checkpoint are not followed, the job's decide: {shown}"
+        )
+    return warnings
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

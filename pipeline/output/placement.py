@@ -1,0 +1,42 @@
+"""Where an output may stand. Looked at before anything is loaded, and by the dry run; writes nothing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from gptbatch.pipeline.config import JobConfig
+from gptbatch.pipeline.errors import OutputConflictError
+from gptbatch.pipeline.output.schema import COLUMNS
+from gptbatch.pipeline.system.bundled import locate
+
+logger = logging.getLogger("gptbatch")
+
+
+def check_placement(config: JobConfig) -> None:
+    """Refuse an output inside its own dataset, and warn of a folder whose name readers take for a column.
+
+    Raises:
+        OutputConflictError: The next run would read the output as rows of the dataset.
+    """
+    output = Path(config.output).resolve()
+    if config.dataset is not None and (dataset := locate(config.dataset)).is_dir():
+        folder = dataset.resolve()
+        if output == folder or folder in output.parents:
+            raise OutputConflictError(
+                f"{config.output}: lies inside the folder of its own dataset ({config.dataset}), so that the next run would read "
+                "it as input; name an output outside it"
+            )
+    named = {column.name.lower() for column in COLUMNS}
+    hive = [
+        part
+        for part in Path(config.output).absolute().parts
+        if "=" in part and part.partition("=")[0].lower() in named
+    ]
+    if hive:
+        logger.warning(
+            "%s: readers of Parquet take the folder name %s for a column, in place of the table's own or as a conflict; "
+            "a name without = has no such effect",
+            config.output,
+            ", ".join(hive),
+        )

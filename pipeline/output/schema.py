@@ -1,0 +1,231 @@
+"""The table that a run writes: one fixed schema, and the row that a completion becomes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gptbatch.pipeline.types import Completion
+
+Kind = Literal["deterministic", "observed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column. unit is "" where there is none."""
+
+    name: str
+    type: pa.DataType
+    nullable: bool
+    kind: Kind
+    unit: str
+    meaning: str
+
+    @property
+    def field(self) -> pa.Field:
+        metadata = {"kind": self.kind, "unit": self.unit, "meaning": self.meaning}
+        return pa.field(self.name, self.type, nullable=self.nullable, metadata=metadata)
+
+
+def _fixed(
+    name: str, type_: pa.DataType, meaning: str, *, nullable: bool = False, unit: str = ""
+) -> Column:
+    return Column(name, type_, nullable, "deterministic", unit, meaning)
+
+
+def _observed(name: str, type_: pa.DataType, meaning: str, *, unit: str = "s") -> Column:
+    return Column(name, type_, True, "observed", unit, meaning)
+
+
+COLUMNS = (
+    _fixed(
+        "prompt_id", pa.string(), "the row's id; the row index as text where the input gave none"
+    ),
+    _fixed("prompt_index", pa.int64(), "the row's place in the input, from 0"),
+    _fixed("prompt", pa.string(), "the prompt as it was read", nullable=True),
+    _fixed(
+        "completion",
+        pa.string(),
+        "the generated text, without the prompt and a closing end-of-text; null for an error",
+        nullable=True,
+    ),
+    _fixed(
+        "completion_token_ids",
+        pa.list_(pa.int32()),
+        "the generated tokens, a closing end-of-text included; empty for an error",
+    ),
+    _fixed("finish_reason", pa.string(), "stop (end-of-text), length or error"),
+    _fixed(
+        "stop_reason",
+        pa.string(),
+        "end_of_text, max_new_tokens or window (the context was full); null for an error",
+        nullable=True,
+    ),
+    _fixed(
+        "error", pa.string(), "why there is no completion; null when there is one", nullable=True
+    ),
+    _fixed(
+        "prompt_tokens",
+        pa.int32(),
+        "tokens of the prompt, without those that were dropped",
+        unit="tokens",
+    ),
+    _fixed("completion_tokens", pa.int32(), "length of completion_token_ids", unit="tokens"),
+    _fixed(
+        "prompt_tokens_dropped",
+        pa.int32(),
+        "tokens cut off the prompt's front by truncate_left",
+        unit="tokens",
+    ),
+    _fixed(
+        "seed",
+        pa.int64(),
+        "the row seed that was used: the row's own, or derived from the run seed and prompt_id",
+    ),
+    _fixed("temperature", pa.float64(), "0 is greedy"),
+    _fixed("top_k", pa.int32(), "0 is off", unit="tokens"),
+    _fixed(
+        "max_new_tokens", pa.int32(), "the most tokens that the row might generate", unit="tokens"
+    ),
+    _fixed(
+        "metadata",
+        pa.string(),
+        "the row's other fields as JSON text; null when there are none",
+        nullable=True,
+    ),
+    _fixed(
+        "min_margin",
+        pa.float64(),
+        "how far the row is from other tokens under other rounding; null without a step",
+        nullable=True,
+        unit="logits",
+    ),
+    _fixed(
+        "logits_digest",
+        pa.string(),
+        "SHA-256 over the bits of every step's logits, with record_logits_digest; else null",
+        nullable=True,
+    ),
+    _observed("queue_s", pa.float64(), "from reading the row to its first token entering a step"),
+    _observed("prefill_s", pa.float64(), "from there to its first new token"),
+    _observed("decode_s", pa.float64(), "from its first new token to its last"),
+    _observed("total_s", pa.float64(), "queue_s + prefill_s + decode_s"),
+    _observed("time_to_first_token_s", pa.float64(), "queue_s + prefill_s"),
+    _observed(
+        "tokens_per_s",
+        pa.float64(),
+        "(completion_tokens - 1) / decode_s; null below 2 tokens",
+        unit="tokens/s",
+    ),
+    _observed(
+        "mean_batch_size", pa.float64(), "mean rows a step while the row was running", unit="rows"
+    ),
+    _observed(
+        "started_at",
+        pa.timestamp("us", tz="UTC"),
+        "wall clock when the row was admitted to the batch",
+        unit="UTC",
+    ),
+    _observed(
+        "cached_tokens",
+        pa.int32(),
+        "tokens of the prompt that another row with the same beginning had computed",
+        unit="tokens",
+    ),
+)
+SCHEMA = pa.schema([column.field for column in COLUMNS])
+DETERMINISTIC_COLUMNS = [column.name for column in COLUMNS if column.kind == "deterministic"]
+# Changes with every name, type, nullability and kind of a column, so that no part can join those of another schema.
+SCHEMA_DIGEST = hashlib.sha256(
+    "\n".join(
+        f"{column.name} {column.type} {column.nullable} {column.kind}" for column in COLUMNS
+    ).encode()
+).hexdigest()[:8]
+
+
+def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
+    """The row of a completion; `text` is its decoded new tokens, None for an error."""
+    prompt, params, timing = completion.prompt, completion.prompt.params, completion.timing
+    count = len(completion.token_ids)
+    return {
+        "prompt_id": prompt.prompt_id,
+        "prompt_index": prompt.index,
+        "prompt": prompt.text,
+        "completion": text,
+        "completion_token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "error": completion.error and completion.error.reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": count,
+        "prompt_tokens_dropped": completion.prompt_tokens_dropped,
+        "seed": params.seed,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "max_new_tokens": params.max_new_tokens,
+        "metadata": prompt.metadata,
+        "min_margin": completion.min_margin,
+        "logits_digest": completion.logits_digest,
+        "queue_s": timing and timing.queue_s,
+        "prefill_s": timing and timing.prefill_s,
+        "decode_s": timing and timing.decode_s,
+        "total_s": timing and timing.total_s,
+        "time_to_first_token_s": timing and timing.time_to_first_token_s,
+        "tokens_per_s": (count - 1) / timing.decode_s
+        if timing and count > 1 and timing.decode_s > 0
+        else None,
+        "mean_batch_size": timing and timing.mean_batch_size,
+        "started_at": timing and datetime.fromtimestamp(timing.started_at_s, UTC),
+        "cached_tokens": timing and timing.cached_tokens,
+    }
+
+
+def to_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows in the order given, in the schema."""
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def content_digest(table: pa.Table) -> str:
+    """SHA-256 over the deterministic columns in canonical form: equal for equal work, whoever did it, when, and however it is stored.
+
+    For each of these columns in the order of the schema, one SHA-256 each over a byte a row (1 for null), over the length of each row
+    as int64 (of text and lists; 0 for null), and over the values one after the other (text as UTF-8, numbers as they lie in
+    memory, little-endian; a null number is 0). The digest is the SHA-256 of all of these.
+    """
+    whole = hashlib.sha256(str(table.num_rows).encode())
+    for name in DETERMINISTIC_COLUMNS:
+        nulls, lengths, values = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+        for chunk in table.column(name).chunks:
+            nulls.update(_bytes(chunk.is_null().cast(pa.uint8())))
+            if pa.types.is_string(chunk.type):
+                chunk = chunk.fill_null("")
+                lengths.update(_bytes(pc.binary_length(chunk).cast(pa.int64())))
+                values.update(_text_bytes(chunk))
+            elif pa.types.is_list(chunk.type):
+                lengths.update(_bytes(pc.list_value_length(chunk).cast(pa.int64()).fill_null(0)))
+                values.update(_bytes(chunk.flatten()))
+            else:
+                values.update(_bytes(chunk.fill_null(0)))
+        for part in (nulls, lengths, values):
+            whole.update(part.digest())
+    return whole.hexdigest()
+
+
+def _bytes(numbers: pa.Array) -> bytes:
+    array = numbers.to_numpy(zero_copy_only=False)
+    return bytes(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+
+
+def _text_bytes(texts: pa.Array) -> bytes:
+    """The bytes of all texts, one after the other."""
+    if not len(texts):
+        return b""
+    _, offsets, data = texts.buffers()
+    ends = memoryview(offsets).cast("i")
+    first, last = ends[texts.offset], ends[texts.offset + len(texts)]
+    return b"" if data is None else memoryview(data)[first:last].tobytes()

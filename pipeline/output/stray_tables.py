@@ -1,0 +1,81 @@
+"""Tables in an output folder that are not its parts, and that readers of the folder would add to it.
+
+Such files are copies: of sync programs (`part-00000 (1).parquet`), of editors and rsync (`part-00000.parquet.~1~`), of hand.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gptbatch.pipeline.output.parts import part_number
+from gptbatch.pipeline.system.regular_file import open_regular
+
+MAX_NAMED = 3
+MAX_SEARCHED = 10_000  # files of subfolders: one may be a link to a data lake
+PARQUET_MAGIC = b"PAR1"
+_HIDDEN = (
+    ".",
+    "_",
+)  # pandas, pyarrow, Spark and datasets pass over files and folders of such names
+
+
+def stray_tables(folder: Path) -> list[str]:
+    """Return the paths of stray tables, relative to `folder`, sorted.
+
+    A table is a file that is named `*.parquet`, or that begins as Parquet files do under any other name. Subfolders and links to
+    folders are searched as readers search them, each folder once, up to MAX_SEARCHED files.
+    """
+    found = []
+    seen: set[tuple[int, int]] = set()
+    searched = 0
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(_HIDDEN) and _is_new(Path(parent, name), seen)
+        ]
+        at_top = parent == str(folder)
+        searched += 0 if at_top else len(names)
+        if searched > MAX_SEARCHED:
+            break
+        for name in names:
+            path = Path(parent, name)
+            if not (
+                name.startswith(_HIDDEN) or (at_top and part_number(name) is not None)
+            ) and _is_table(path):
+                found.append(str(path.relative_to(folder)))
+    return sorted(found)
+
+
+def describe_strays(names: list[str]) -> str:
+    """Return `readers will also read A, B, C and 2 more, which are no parts of the run; move them away`."""
+    shown = ", ".join(names[:MAX_NAMED]) + (
+        f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    )
+    if len(names) == 1:
+        return f"readers will also read {shown}, which is no part of the run; move it away"
+    return f"readers will also read {shown}, which are no parts of the run; move them away"
+
+
+def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    """Add the folder to those seen. False when it is there already, as where a link points back to it, or cannot be reached."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return False
+    key = (status.st_dev, status.st_ino)
+    if key in seen:
+        return False
+    seen.add(key)
+    return True
+
+
+def _is_table(path: Path) -> bool:
+    if path.name.lower().endswith(".parquet"):
+        return True
+    try:
+        with open_regular(path) as file:
+            return file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+    except OSError:
+        return False

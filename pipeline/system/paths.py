@@ -1,0 +1,105 @@
+"""Paths in settings: `~` is home, and what cannot be a path is refused before anything is loaded.
+
+A file that exists under the name as it stands is that file, whatever the name holds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# schemes that people also write with one slash; another name with a colon is a name
+_ONE_SLASH = re.compile(
+    r"(s3[an]?|gs|gcs|r2|oss|az|adl|abfss?|wasbs?|hdfs|webhdfs|dbfs|file|hf|https?|s?ftp|ssh|github|memory):/",
+    re.IGNORECASE,
+)
+_HUB = re.compile(
+    r"(?:https?://(?:huggingface\.co|hf\.co)|hf:/)/(?:(datasets|models)/)?([\w.-]+(?:/[\w.-]+)?)/?$"
+)
+_VARIABLE = re.compile(
+    r"\$\{[^}]*\}?|\$\([^)]*\)?|`[^`]*`|\$[A-Za-z_]\w*|\$[0-9@*]|\{\{.*?(?:\}\}|$)|\{%.*?(?:%\}|$)|%[A-Z][A-Z0-9_]*%"
+)
+
+
+class PathError(ValueError):
+    """The text is no path. The message says what was seen and what to do; it does not repeat the path."""
+
+
+def expand_path(text: str, *, writes: bool = False) -> str:
+    """The path that a setting means: `~` and `~user` are folders of users.
+
+    Args:
+        writes: The path is an output, which need not exist: `~` is home even where a file of the
+            same literal name exists.
+
+    Raises:
+        PathError: The text is a URL, holds a variable that nothing has expanded, or is no name
+            that a file can have.
+    """
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise PathError(
+            "is no name that a file can have: it holds half of a surrogate pair"
+        ) from None
+    if "\0" in text:
+        raise PathError("is no name that a file can have: it holds a zero byte")
+    exists = os.path.lexists(text)
+    if not exists and text.isspace():
+        raise PathError("is blank; name a file or folder")
+    if text.startswith("~"):
+        return _expand_home(text, exists=exists, writes=writes)
+    if not exists:
+        _refuse_url(text, writes=writes)
+        _refuse_variable(text)
+    return text
+
+
+def _expand_home(text: str, *, exists: bool, writes: bool) -> str:
+    expanded = os.path.expanduser(text)
+    user = text[1:].partition("/")[0]
+    if expanded == text:
+        if exists:
+            return text
+        why = f"there is no user {user!r}" if user else "HOME is not set"
+        raise PathError(
+            f"begins with {text.partition('/')[0]}, but {why}; write ./~ for a name that begins so"
+        )
+    _refuse_variable(expanded)
+    return text if exists and not (writes or os.path.lexists(expanded)) else expanded
+
+
+def _refuse_url(text: str, *, writes: bool) -> None:
+    found = _URL.match(text) or _ONE_SLASH.match(text)
+    if found is None:
+        return
+    scheme = found[1].lower()
+    if (hub := _HUB.match(text)) is not None:
+        option = "--dataset" if hub[1] == "datasets" else "--model"
+        advice = f"name it as the hub does: {option} {hub[2]}"
+    elif scheme == "file":
+        advice = f"give the path: {text[len('file:') :].replace('//', '', 1) or '/'}"
+    elif scheme == "dbfs":
+        advice = "give the path under which it is mounted: /dbfs/..."
+    elif writes:
+        advice = "write to a local folder and copy it there when the run is complete"
+    else:
+        advice = "fetch it, and give the local path"
+    raise PathError(f"is a URL ({scheme}:), which is not supported; {advice}")
+
+
+def _refuse_variable(text: str) -> None:
+    for found in _VARIABLE.finditer(text):
+        if os.path.lexists(_through_component(text, found.end())):
+            continue
+        raise PathError(
+            f"holds {found[0][:80]}, which nothing has expanded (a shell does so outside single quotes, a YAML file never does); "
+            "give the real path, or create the folder first where it is really called so"
+        )
+
+
+def _through_component(text: str, position: int) -> str:
+    """The path up to the end of the component that holds a position."""
+    end = text.find("/", position)
+    return text if end < 0 else text[:end]

@@ -1,0 +1,75 @@
+"""Reads files that anybody may have put there: regular files only, of bounded size and depth, with errors that name the file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+MAX_JSON_BYTES = 1 << 28  # a manifest of 500,000 parts
+MAX_JSON_DEPTH = 32
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Give every OSError from inside the file's name: `read` of a broken disk raises one without."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading.
+
+    Raises:
+        OSError: It cannot be opened, or it is a folder, FIFO, socket or device; these are never opened.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    # O_NONBLOCK: the open returns at once even if a FIFO has taken the file's place since
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: It cannot be read; the error names it.
+        ValueError: It is larger than MAX_JSON_BYTES, or `parse_json` refuses it.
+    """
+    with named_in_errors(path), open_regular(path) as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
+    return parse_json(content)
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Parse JSON. Raises ValueError when it is none, holds NaN or Infinity, or nests deeper than MAX_JSON_DEPTH."""
+    try:
+        value = json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}") from error
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"holds {name}, which is no JSON")

@@ -1,0 +1,112 @@
+"""The nouns that travel between the rooms: frozen records, no torch, no files.
+
+Prompt -> (tokenizer) -> TokenizedPrompt -> (engine) -> Completion -> (data) -> one row of a part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "error"]
+# bad_row: could not be read, or holds invalid values. too_long: more tokens than the context. empty_prompt: nothing to start from.
+# unknown_token: the model lacks a token of the prompt. unencodable: the prompt holds text that no
+# token stands for. not_finite: the logits hold NaN or infinity. skipped: the user named it.
+ErrorKind = Literal[
+    "bad_row", "too_long", "empty_prompt", "unknown_token", "unencodable", "not_finite", "skipped"
+]
+StopReason = Literal["end_of_text", "max_new_tokens", "window"]
+
+MAX_SEED = 2**63 - 1
+DEFAULT_PART_ROWS = 512  # about a minute of gpt2 on a CPU: what a kill can cost
+MAX_TEMPERATURE = 1e300  # noise is below 37, so that no score overflows
+NOISE_VERSION = 1  # the layout of generation/noise.py; another layout gives other completions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """What chooses the tokens of one row besides its prompt and the weights.
+
+    seed: 0 to 2^63-1, the row seed. temperature: 0 is greedy. top_k: 0 is off.
+    """
+
+    seed: int
+    temperature: float
+    top_k: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One input row, its parameters resolved. `metadata` is the JSON text of its other fields, None without any."""
+
+    index: int
+    prompt_id: str
+    text: str
+    params: SamplingParams
+    metadata: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowError:
+    """Why a row has no completion. `reason` is what the table says; it never quotes the prompt."""
+
+    kind: ErrorKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedPrompt:
+    """A prompt that is ready for the engine. `read_s` is the monotonic clock when its row was read."""
+
+    prompt: Prompt
+    token_ids: list[int]
+    tokens_dropped: int
+    read_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Observed seconds of a monotonic clock; rows of a batch share time, so sums over rows exceed the run's.
+
+    queue_s: from reading the row to its first token entering a step. prefill_s: from there to its first new token known
+    on the host. decode_s: from there to its last. mean_batch_size: mean rows a step while the row was resident.
+    started_at_s: wall clock (seconds since 1970) at admission. cached_tokens: of the prompt, what another row had computed.
+    """
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    mean_batch_size: float
+    started_at_s: float
+    cached_tokens: int = 0
+
+    @property
+    def total_s(self) -> float:
+        return self.queue_s + self.prefill_s + self.decode_s
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        return self.queue_s + self.prefill_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """How one prompt ended. An error has its reason and no tokens; `timing` is None when it never entered the engine.
+
+    prompt_token_ids: what the engine took, [] when it took nothing. min_margin: the smallest margin
+    of its steps (see sampling.py), None without a step. logits_digest: hexadecimal SHA-256 of the
+    bits of every step's logits, None unless it was asked for.
+    """
+
+    prompt: Prompt
+    prompt_tokens: int
+    prompt_tokens_dropped: int
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: StopReason | None
+    error: RowError | None
+    timing: Timing | None
+    prompt_token_ids: list[int] = field(default_factory=list)
+    min_margin: float | None = None
+    logits_digest: str | None = None
