@@ -118,7 +118,9 @@ def engine_alone(model: Path, args: argparse.Namespace) -> Callable[[], float]:
     checkpoint = find_checkpoint(str(model))
     config = parse_config(checkpoint.config, str(model))
     settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)
-    network = load_network(checkpoint, config, settings, torch.device("cpu"), numerics="auto")
+    network = load_network(
+        checkpoint, config, settings, torch.device("cpu"), batch_invariance="auto"
+    )
     texts = [f"{i}{PROMPT}" for i in range(args.rows)]
     tokenizer = PromptTokenizer(
         load_tokenizer(checkpoint.folder), start_token=checkpoint.special_tokens.start

@@ -55,7 +55,7 @@ def main() -> None:
             lambda attention, dtype: random_network(
                 shape_config("gpt2"), attention=attention, dtype=dtype, device=CPU
             ),
-            numerics="off",
+            batch_invariance="off",
         )
         for cache_dtype in ("auto", "int8"):
             network.model.cache_dtype = cache_dtype

@@ -57,7 +57,9 @@ def first_token_s(folder: Path, engine: EngineConfig) -> float:
     began = time.perf_counter()
     checkpoint = find_checkpoint(str(folder))
     config = parse_config(checkpoint.config, str(folder))
-    model = load_network(checkpoint, config, engine, torch.device("cpu"), numerics="auto").model
+    model = load_network(
+        checkpoint, config, engine, torch.device("cpu"), batch_invariance="auto"
+    ).model
     with torch.inference_mode():
         cache = model.new_cache(1, capacity=model.capacity_of([len(PROMPT)]))
         count = len(PROMPT)

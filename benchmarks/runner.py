@@ -48,7 +48,7 @@ def gptbatch(
         device=args.device, dtype=args.dtype, cache_dtype=cache_dtype, threads=args.threads
     )
     network = load_network(
-        checkpoint, config, settings, torch.device(args.device), numerics="exact"
+        checkpoint, config, settings, torch.device(args.device), batch_invariance="require"
     )
     memory = network.cache_memory_bytes(MEMORY_GIB if args.device == "cpu" else None)
     engine = Engine(

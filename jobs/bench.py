@@ -136,7 +136,7 @@ def _bench(options: dict[str, Any]) -> None:
         echo(f"  {part:<12} {seconds:8.2f}")
     summary = {
         **_described(options, model),
-        "numerics": network.numerics,
+        "batch_invariance": network.batch_invariance,
         "workload": options["workload"],
         "top_k": options["top_k"],
         "batch_size": engine.batch_size,
@@ -229,11 +229,11 @@ def _network(options: dict[str, Any]) -> Any:
             lambda backend, dtype: random_network(
                 shape_config(options["shape"]), attention=backend, dtype=dtype, device=device
             ),
-            numerics="auto",
+            batch_invariance="auto",
         )
     checkpoint = find_checkpoint(options["model"], revision=None, allow_pickle=False)
     config = parse_config(checkpoint.config, str(checkpoint.config_path))
-    return load_network(checkpoint, config, engine, device, numerics="auto")
+    return load_network(checkpoint, config, engine, device, batch_invariance="auto")
 
 
 def _described(options: dict[str, Any], model: GPT) -> dict[str, Any]:

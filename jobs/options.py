@@ -67,7 +67,7 @@ _GROUPS = {
     "input": "Input",
     "output": "Output",
     "seed": "Sampling",
-    "numerics": "Numerics",
+    "batch_invariance": "BatchInvariance",
     "engine.device": "Engine",
 }
 

@@ -110,7 +110,7 @@ def replay(
         before = completion.prompt_token_ids + completion.token_ids[:step]
         return lambda token: reopened.tokenizer.added_text(before, [token])
 
-    reasons = reopened.reasons_against_exactness()
+    reasons = reopened.reasons_bits_may_differ()
     summary = {
         "prompt_id": prompt_id,
         "equal": replayed.equal,

@@ -213,9 +213,9 @@ class JobConfig(_Section):
         "stop",
         description="when prompt and completion fill the context: end the row, or go on with the latest n_positions tokens",
     )
-    numerics: Literal["auto", "exact", "off"] = Field(
+    batch_invariance: Literal["auto", "require", "off"] = Field(
         "auto",
-        description="check that a row's bits do not depend on the batch; where they do, auto warns, exact stops; off skips it",
+        description="check that a row's bits do not depend on the batch; where they do, auto warns, require stops; off skips it",
     )
     record_logits_digest: bool = Field(
         False, description="fill logits_digest, a hash of the bits of all logits of a row"

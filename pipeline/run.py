@@ -237,9 +237,9 @@ class _Run:
                 self.job.gpt_config,
                 self._engine_config(trusted),
                 device,
-                numerics=config.numerics,
+                batch_invariance=config.batch_invariance,
             )
-            check_same_profile(config, trusted, network.profile, network.numerics)
+            check_same_profile(config, trusted, network.profile, network.batch_invariance)
             load_s = time.monotonic() - load_began
             with self.stop.deferred():
                 if state is not None and replaced:
@@ -406,7 +406,7 @@ class _Run:
             tokens_per_s=round(loop.completion_tokens / generate_s, 1) if generate_s > 0 else 0.0,
             device=network.model.device.type,
             dtype=config.engine.dtype,
-            numerics=network.numerics,
+            batch_invariance=network.batch_invariance,
             fingerprint=self.identity["fingerprint"],
         )
 
@@ -442,7 +442,7 @@ class _Run:
             "input_digest": self.identity["input_digest"],
             "dtype": config.engine.dtype,
             "device": network.model.device.type,
-            "numerics": network.numerics,
+            "batch_invariance": network.batch_invariance,
             "profile": network.profile,
             "versions": {
                 "python": platform.python_version(),

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptbatch.pipeline.data import durable
 from gptbatch.pipeline.output.folder import MANIFEST, SUCCESS, OutputFolder
 
 STEPS = ("write", "close", "fsync", "replace", "folder", "manifest", "success")
@@ -70,11 +69,11 @@ def install(step: str, kind: str) -> None:
 
         return call
 
-    original_write, original_complete = durable.Writer.write, OutputFolder.complete
+    original_write, original_complete = atomic_write.Writer.write, OutputFolder.complete
     completing: list[bool] = []
 
     def write(
-        self: durable.Writer, path: Path, content: Callable[[BinaryIO], None], **settings: Any
+        self: atomic_write.Writer, path: Path, content: Callable[[BinaryIO], None], **settings: Any
     ) -> bool:
         if step == "manifest" and not completing:
             return original_write(self, path, content, **settings)
@@ -93,7 +92,7 @@ def install(step: str, kind: str) -> None:
         completing.append(True)
         original_complete(self, *arguments)
 
-    setattr(durable.Writer, "write", write)  # noqa: B010
+    setattr(atomic_write.Writer, "write", write)  # noqa: B010
     setattr(OutputFolder, "complete", complete)  # noqa: B010
     if step == "close":
         original_open = Path.open
@@ -108,10 +107,10 @@ def install(step: str, kind: str) -> None:
 
         Path.open = open_  # type: ignore[method-assign]
     if step == "fsync":
-        durable._fsync = around(durable._fsync, lambda path: not path.is_dir())
+        atomic_write._fsync = around(atomic_write._fsync, lambda path: not path.is_dir())
     if step == "folder":
-        durable._fsync = around(
-            durable._fsync,
+        atomic_write._fsync = around(
+            atomic_write._fsync,
             lambda path: path.is_dir() and (kind != "kill" or path.name == ".gptbatch"),
         )
     if step == "replace" or (step in TARGETS and kind != "kill"):
@@ -124,7 +123,7 @@ def install(step: str, kind: str) -> None:
 
 def no_locks(kind: str) -> None:
     """Every lock fails with this errno."""
-    from gptbatch.pipeline.data import lock
+    from gptbatch.pipeline.output import lock
 
     class NoLock:
         def __init__(self, path: Path) -> None:

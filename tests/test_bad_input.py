@@ -32,7 +32,7 @@ def generate(launcher: Launcher, checkpoint: Path) -> Callable[..., tuple[int, C
             "2",
             "--threads",
             "1",
-            "--numerics",
+            "--batch-invariance",
             "off",
             "--attention",
             "padded",

@@ -69,7 +69,7 @@ def run(model: Path, folder: Path, prompts: list[str], **settings: Any) -> list[
     settings = {
         "temperature": 0.0,
         "max_new_tokens": 8,
-        "numerics": "off",
+        "batch_invariance": "off",
         "engine": engine,
         **settings,
     }

@@ -74,7 +74,7 @@ def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -
         "tokens_per_s",
         "device",
         "dtype",
-        "numerics",
+        "batch_invariance",
         "fingerprint",
     ]
     assert (

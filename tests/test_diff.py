@@ -29,7 +29,7 @@ IDENTITY = {"fingerprint": "f" * 64, "dtype": "float32", "seed": 0, "input_diges
 FACTS = {
     "device": "cpu",
     "dtype": "float32",
-    "numerics": "unverified",
+    "batch_invariance": "unverified",
     "profile": {"attention": "padded", "torch": "2.13.0"},
 }
 TIMING = Timing(queue_s=0.1, prefill_s=0.2, decode_s=0.3, mean_batch_size=2.0, started_at_s=1.7e9)
@@ -533,7 +533,7 @@ def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None
             "dtype": "bfloat16",
             "device": "cuda",
             "profile": {"attention": "padded", "torch": "2.9.1"},
-            "numerics": "other",
+            "batch_invariance": "other",
         },
     )
     found = {

@@ -416,10 +416,10 @@ def test_another_profile_is_refused(setting: Setting, tmp_path: Path) -> None:
         == -signal.SIGKILL
     )
     (output / "part-00003.parquet").unlink()
-    code, child = setting.run(output, "--numerics", "off")
+    code, child = setting.run(output, "--batch-invariance", "off")
     assert code == 78
-    assert "holds rows of another profile (probe_digest was " in child.stderr
-    assert "numerics was exact, is off" in child.stderr
+    assert "holds rows of another profile (self_test_digest was " in child.stderr
+    assert "batch_invariance was verified, is off" in child.stderr
     code, child = setting.run(output, "--attention", "ragged")
     assert (code, "holds a run with engine.attention padded, not ragged" in child.stderr) == (
         78,
@@ -434,7 +434,9 @@ def test_another_profile_is_refused(setting: Setting, tmp_path: Path) -> None:
         tmp_path / "mixed", "--attention", "padded", fault=("manifest", "kill")
     )
     (tmp_path / "mixed" / "part-00003.parquet").unlink()
-    code, child = setting.run(tmp_path / "mixed", "--numerics", "off", "--allow-other-profile")
+    code, child = setting.run(
+        tmp_path / "mixed", "--batch-invariance", "off", "--allow-other-profile"
+    )
     assert code == 0, child.stderr
     code, child = setting.launcher.run("verify", tmp_path / "mixed")
     assert "its parts were made in more than one way" in child.stdout

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
+from gptbatch.pipeline.engine import reference
 from gptbatch.pipeline.engine.engine import Engine, WindowFull
-from gptbatch.pipeline.generation import reference
-from gptbatch.pipeline.gpt import padded
+from gptbatch.pipeline.kv_cache import padded
 from gptbatch.pipeline.kv_cache.padded import PaddedCache
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.types import Completion, RowError, TokenizedPrompt

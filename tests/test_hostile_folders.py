@@ -22,8 +22,8 @@ import pytest
 from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.audit.run_reader import RecordedRun
-from gptbatch.pipeline.data import parts
 from gptbatch.pipeline.errors import OutOfMemoryError, OutputConflictError, StorageError
+from gptbatch.pipeline.output import parts
 from gptbatch.pipeline.output.file_hashes import DigestMemory
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.parts import FOOTER_KEY, FORMAT, PartPlan, PartWriter, inspect_part
@@ -685,7 +685,7 @@ class BrokenDisk:
 def test_a_disk_that_fails_is_named_with_the_file(
     output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from gptbatch.pipeline.data import recorded, regular_file
+    from gptbatch.pipeline.system import regular_file
 
     opened = regular_file.open_regular
 
@@ -693,7 +693,7 @@ def test_a_disk_that_fails_is_named_with_the_file(
         return BrokenDisk() if path == output / name else opened(path)
 
     monkeypatch.setattr(regular_file, "open_regular", open_regular)
-    monkeypatch.setattr(recorded, "open_regular", open_regular)
+    monkeypatch.setattr(run_reader, "open_regular", open_regular)
     code, _, stderr = command("verify", output)
     assert (code, f"{output / name}: cannot be read (Input/output error)" in stderr) == (74, True)
 

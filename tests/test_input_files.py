@@ -1190,7 +1190,15 @@ def test_the_documented_command_of_each_well_known_file(
         ]
         assert (
             run_command(
-                [*command, "--max-new-tokens", "1", "--numerics", "off", "--attention", "padded"]
+                [
+                    *command,
+                    "--max-new-tokens",
+                    "1",
+                    "--batch-invariance",
+                    "off",
+                    "--attention",
+                    "padded",
+                ]
             )
             == 0
         ), kind
@@ -1221,7 +1229,7 @@ def test_error_rows_are_an_input_of_the_same_settings(
         "--metadata-field",
         "seed",
     ]
-    run += ["--max-new-tokens", "2", "--numerics", "off", "--attention", "padded"]
+    run += ["--max-new-tokens", "2", "--batch-invariance", "off", "--attention", "padded"]
     assert run_command([*run, "--input", "rows.jsonl", "--output", "out/1"]) == 0
     assert (
         run_command(

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from gptbatch.pipeline.engine import reference
 from gptbatch.pipeline.engine.engine import Engine, WindowFull, logits_bytes
-from gptbatch.pipeline.generation import reference
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
 from gptbatch.pipeline.kv_cache.block_pool import IDLE_SHARE
@@ -36,7 +36,7 @@ from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.linear import AS_THEY_COME, ROW_PLANS, Projection, RowPlan
-from gptbatch.pipeline.model.self_test import check_numerics
+from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 from gptbatch.pipeline.model.weights import load_gpt
 from gptbatch.pipeline.system.bundled import locate
 from gptbatch.pipeline.types import Completion, TokenizedPrompt
@@ -131,8 +131,8 @@ def gpt2(backend: Backend, dtype: torch.dtype) -> GPT:
 
 def checked(model: GPT) -> GPT:
     """As a run has it: with the row plan that the start-up check found."""
-    report = check_numerics(model)
-    assert report.exact, report.failures
+    report = select_batch_invariant_kernels(model)
+    assert report.passed, report.failures
     return model
 
 
@@ -286,8 +286,8 @@ def test_odd_shapes(
     model = our_model(random_model(**ODD_SHAPES[name]), attention=backend, dtype=dtype)
     assert (model.linear_kind == "plain") == (not onednn and backend == "padded")
     if not (
-        report := check_numerics(model)
-    ).exact:  # such shapes are promised where the start-up check passes
+        report := select_batch_invariant_kernels(model)
+    ).passed:  # such shapes are promised where the start-up check passes
         pytest.skip(f"this machine is not exact: {report.failures}")
     prompts = random_prompts(20, 300, longest=40, max_new_tokens=6)
     with threads(1):
@@ -303,7 +303,7 @@ def test_every_row_plan_keeps_the_bits(plan: RowPlan, backend: Backend) -> None:
     model = our_model(random_model(), attention=backend)
     if plan not in model.row_plans:
         pytest.skip("for our own kernel alone")
-    assert check_numerics(model).exact
+    assert select_batch_invariant_kernels(model).passed
     model.use_rows(plan)
     prompts = random_prompts(20, 300, longest=40, max_new_tokens=6)
     assert run(model, prompts, batch_size=20) == run(model, prompts, batch_size=1)
@@ -435,7 +435,7 @@ def test_an_int8_cache_is_as_exact(
         model.cache_dtype = "int8"
         found = model(torch.tensor([sequence]))[0].float()
     assert 0 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
-    assert check_numerics(model).exact
+    assert select_batch_invariant_kernels(model).passed
     expected = run(model, prompts, batch_size=1)
     assert {digest for *_, digest in expected.values()}.isdisjoint(
         {digest for *_, digest in full.values()}
@@ -802,7 +802,7 @@ def test_the_kernel_shares_the_threads_of_torch() -> None:
 @pytest.mark.cuda
 def test_rows_on_cuda_do_not_depend_on_the_batch() -> None:
     model = our_model(random_model(), pack=False).to("cuda")
-    if not check_numerics(model).exact:
+    if not select_batch_invariant_kernels(model).passed:
         pytest.skip("this GPU is not exact")
     prompts = random_prompts(40, 300, longest=40, max_new_tokens=10)
     assert run(model, prompts, batch_size=16) == run(model, prompts, batch_size=1)

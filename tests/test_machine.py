@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gptbatch.pipeline import machine
+from gptbatch.pipeline.system import machine
 
 GIB = 2**30
 

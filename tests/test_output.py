@@ -175,7 +175,7 @@ def test_footers_and_manifest(checkpoint: Path, write_rows: WriteRows, tmp_path:
             "device",
             "profile",
             "versions",
-            "numerics",
+            "batch_invariance",
         ):
             assert footer[key] == manifest[key]
         assert footer["profile"].keys() >= {

@@ -19,8 +19,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptbatch.pipeline.data import jsonl, text_file
 from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
+from gptbatch.pipeline.input import jsonl, text_file
 from gptbatch.pipeline.input.file_kind import describe_binary
 from gptbatch.pipeline.input.jsonl import JsonlFile, parse_object, to_json
 from gptbatch.pipeline.input.prompts import (

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptbatch.pipeline.engine import reference
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.engine.scheduler import LEAST_PREFILL_TOKENS, MOST_PASSES, Scheduler
-from gptbatch.pipeline.generation import reference
 from gptbatch.pipeline.kv_cache.block_pool import IDLE_SHARE, PagePool, n_pages_of
 from gptbatch.pipeline.kv_cache.paged import PagedCache
 from gptbatch.pipeline.kv_cache.quantization import PAGE_SIZES

@@ -408,8 +408,8 @@ HOSTILE = [
     ("seed: 1:30", "seed: input should be a valid integer, not '1:30'"),
     ("temperature: 1:30.5", "temperature: input should be a valid number, not '1:30.5'"),
     (
-        "numerics: off",
-        "numerics: input should be 'auto', 'exact' or 'off', not False; YAML reads off, no and false without quotes so",
+        "batch_invariance: off",
+        "batch_invariance: input should be 'auto', 'require' or 'off', not False; YAML reads off, no and false without quotes so",
     ),
     (
         "prompt_field: yes",
@@ -477,10 +477,10 @@ def test_a_number_where_text_is_needed(tmp_path: Path) -> None:
 def test_words_and_times_of_yaml(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(
-        "numerics: 'off'\noutput: 1:30\nprompt_field: 12:30:45\nignore_eos: yes\nseed: 0\ntop_k: 0x1f\n"
+        "batch_invariance: 'off'\noutput: 1:30\nprompt_field: 12:30:45\nignore_eos: yes\nseed: 0\ntop_k: 0x1f\n"
     )
     config = load_config(str(path), environment={}, options={"model": "m", "input": "i"})
-    assert (config.numerics, config.output, config.prompt_field, config.ignore_eos) == (
+    assert (config.batch_invariance, config.output, config.prompt_field, config.ignore_eos) == (
         "off",
         "1:30",
         "12:30:45",
@@ -1172,7 +1172,7 @@ def test_the_help_of_generate_has_a_heading_for_every_option() -> None:
             "Input",
             "Output",
             "Sampling",
-            "Numerics",
+            "BatchInvariance",
             "Engine",
             "Run",
             "Examples",

@@ -78,7 +78,7 @@ def settings(model: Path, prompts: list[str], **changes: Any) -> JobConfig:
         "output": str(model.parent / f"{model.name}-out"),
         "temperature": 0.0,
         "max_new_tokens": 4,
-        "numerics": "off",
+        "batch_invariance": "off",
         "engine": EngineConfig(attention="padded", threads=1),
     }
     return JobConfig.model_validate(values | changes)
@@ -1217,7 +1217,7 @@ def test_check_model_compares_tokenizers(
 def test_check_model_finds_another_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gptbatch.pipeline.data import tokenizer_files
+    from gptbatch.pipeline.input import tokenizer_files
 
     model = checkpoint(
         tmp_path / "model", byte_tokenizer(), tokenizer_config={"add_prefix_space": True}

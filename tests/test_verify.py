@@ -361,13 +361,13 @@ def test_a_run_that_was_not_checked_is_judged_by_margin(
 ) -> None:
     config = RecordedRun(finished / "out").config | {
         "output": str(tmp_path / "off"),
-        "numerics": "off",
+        "batch_invariance": "off",
     }
     run_job(JobConfig.model_validate(config))
     code, lines = command("verify", tmp_path / "off", "--all")
     assert (code, json.loads(lines[-1])["because"]) == (
         0,
-        ["the run skipped the start-up check (numerics: off)"],
+        ["the run skipped the start-up check (batch_invariance: off)"],
     )
     assert command("diff", finished / "out", tmp_path / "off")[0] == 0
 
@@ -519,7 +519,7 @@ def test_verify_replay_and_diff_as_commands(tmp_path: Path) -> None:
         *settings, "--output", "b", "--batch-size", "64", "--threads", "1", cwd=tmp_path
     )
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
-    assert first.summary["numerics"] == second.summary["numerics"] == "exact"
+    assert first.summary["batch_invariance"] == second.summary["batch_invariance"] == "verified"
     assert pq.read_table(tmp_path / "b")["logits_digest"].null_count == 40
     compared = run_gptbatch("diff", tmp_path / "a", tmp_path / "b")
     assert compared.code == 0, compared.stdout

@@ -85,7 +85,11 @@ class ReopenedRun:
         """The weights, loaded and checked on this machine."""
         engine = self.config.engine
         return load_network(
-            self.checkpoint, self.gpt_config, engine, resolve_device(engine), numerics="auto"
+            self.checkpoint,
+            self.gpt_config,
+            engine,
+            resolve_device(engine),
+            batch_invariance="auto",
         )
 
     @property
@@ -93,23 +97,23 @@ class ReopenedRun:
         """Token ids that end a row; empty if none was to."""
         return () if self.config.ignore_eos else self.checkpoint.special_tokens.ends
 
-    def reasons_against_exactness(self) -> list[str]:
+    def reasons_bits_may_differ(self) -> list[str]:
         """Why bits here may differ from those recorded; empty when they must not."""
         recorded: dict[str, Any] = self.run.facts.get("profile", {})
         reasons = [
             f"{key} differs"
             for key, value in self.network.profile.items()
             if recorded.get(key) != value
-            and not (key == "probe_digest" and recorded.get(key) is None)
+            and not (key == "self_test_digest" and recorded.get(key) is None)
         ]
-        numerics = self.run.facts.get("numerics")
-        if numerics == "off":
-            reasons.append("the run skipped the start-up check (numerics: off)")
-        elif numerics != "exact":
+        batch_invariance = self.run.facts.get("batch_invariance")
+        if batch_invariance == "off":
+            reasons.append("the run skipped the start-up check (batch_invariance: off)")
+        elif batch_invariance != "verified":
             reasons.append("the machine of the run did not pass the start-up check")
         if len(self.run.profiles) > 1:
             reasons.append("its parts were made in more than one way")
-        if self.network.numerics != "exact":
+        if self.network.batch_invariance != "verified":
             reasons.append("this machine does not pass the start-up check")
         identity = self.run.manifest["identity"]
         if self.checkpoint.model_digest != identity["model_digest"]:

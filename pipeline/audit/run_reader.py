@@ -70,7 +70,10 @@ class RecordedRun:
         self.profiles: list[dict[str, Any]] = []
         for footer in found.footers:
             if (
-                profile := {**footer.get("profile", {}), "numerics": footer.get("numerics")}
+                profile := {
+                    **footer.get("profile", {}),
+                    "batch_invariance": footer.get("batch_invariance"),
+                }
             ) not in self.profiles:
                 self.profiles.append(profile)
         counts = [part.rows for part in found.parts]

@@ -64,7 +64,7 @@ def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterat
     """
     import torch
 
-    exact = not reopened.reasons_against_exactness()
+    exact = not reopened.reasons_bits_may_differ()
     on_cpu = reopened.network.model.device.type == "cpu"
     threads = torch.get_num_threads()
     workers = threads if on_cpu else 1

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from gptbatch.pipeline.bench.workloads import TEMPERATURE, TOP_K
+from gptbatch.pipeline.engine import reference
 from gptbatch.pipeline.engine.engine import Engine
-from gptbatch.pipeline.generation import reference
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
 

@@ -1,4 +1,4 @@
-"""The network of a checkpoint, loaded and ready on this machine: device, attention backend, weights, numerics.
+"""The network of a checkpoint, loaded and ready on this machine: device, attention backend, weights, batch_invariance.
 
 Knows: gpt, and the start-up check of generation. Does not know: prompts, files of a run.
 Imports torch where it is used.
@@ -31,18 +31,18 @@ logger = logging.getLogger("gptbatch")
 ROWS_A_THREAD, LEAST_ROWS, MOST_ROWS = 32, 64, 512
 MEMORY_SHARE = 0.5  # of what is free, for the cache
 
-Numerics = Literal["exact", "unverified", "off"]
+BatchInvariance = Literal["verified", "unverified", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """A loaded network. numerics: whether the start-up check found a row's bits independent of the batch, or was not asked.
+    """A loaded network. batch_invariance: whether the start-up check found a row's bits independent of the batch, or was not asked.
 
     profile: what the bits of a row depend on besides the job; equality is promised within a profile.
     """
 
     model: GPT
-    numerics: Numerics
+    batch_invariance: BatchInvariance
     profile: dict[str, Any]
 
     def batch_size(self, wanted: int | None) -> int:
@@ -72,11 +72,11 @@ def load_network(
     engine: EngineConfig,
     device: torch.device,
     *,
-    numerics: Literal["auto", "exact", "off"],
+    batch_invariance: Literal["auto", "require", "off"],
 ) -> Network:
     """Load the weights on the device and check them there.
 
-    Raises DeviceError when `numerics` is exact and the check fails, or when an attention backend is asked for that is not to
+    Raises DeviceError when `batch_invariance` is require and the check fails, or when an attention backend is asked for that is not to
     be had; ModelError for weights that cannot be used.
     """
     from gptbatch.pipeline.model.weights import load_gpt
@@ -88,7 +88,7 @@ def load_network(
         lambda attention, dtype: load_gpt(
             gpt_config, files, dtype=dtype, device=device, attention=attention
         ),
-        numerics=numerics,
+        batch_invariance=batch_invariance,
     )
 
 
@@ -97,13 +97,13 @@ def prepare_network(
     device: torch.device,
     load: Callable[[Backend, torch.dtype], GPT],
     *,
-    numerics: Literal["auto", "exact", "off"],
+    batch_invariance: Literal["auto", "require", "off"],
 ) -> Network:
     """The network that `load` makes for an attention backend and a dtype, checked. Raises DeviceError as load_network does."""
     import torch
 
     from gptbatch.pipeline.kv_cache.interface import choose_backend
-    from gptbatch.pipeline.model.self_test import check_numerics
+    from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 
     torch.set_num_threads(threads_to_use(engine.threads))
     backend = choose_backend(engine.attention, device)
@@ -113,18 +113,18 @@ def prepare_network(
         logger.warning(
             "engine.cache_dtype is int8, to which padded attention rounds without storing it so: it is no faster, and coarser"
         )
-    found: Numerics = "off"
-    probe_digest = None
-    if numerics != "off":
-        report = check_numerics(model)
-        found = "exact" if report.exact else "unverified"
-        probe_digest = report.probe_digest
-        if not report.exact:
+    found: BatchInvariance = "off"
+    self_test_digest = None
+    if batch_invariance != "off":
+        report = select_batch_invariant_kernels(model)
+        found = "verified" if report.passed else "unverified"
+        self_test_digest = report.self_test_digest
+        if not report.passed:
             message = f"on this machine the bits of a row depend on the batch ({', '.join(report.failures)} differ)"
-            if numerics == "exact":
+            if batch_invariance == "require":
                 raise DeviceError(
-                    f"numerics is exact, but {message}; numerics: auto goes on with a warning",
-                    keys=("numerics",),
+                    f"batch_invariance is require, but {message}; batch_invariance: auto goes on with a warning",
+                    keys=("batch_invariance",),
                 )
             logger.warning(
                 "%s: with another batch size a token may change at a near tie; the output says unverified",
@@ -138,9 +138,9 @@ def prepare_network(
         "torch": torch.__version__,
         "device_class": device_class(device),
         "noise_version": NOISE_VERSION,
-        "probe_digest": probe_digest,
+        "self_test_digest": self_test_digest,
     }
-    return Network(model=model, numerics=found, profile=profile)
+    return Network(model=model, batch_invariance=found, profile=profile)
 
 
 def threads_to_use(wanted: int | None) -> int:

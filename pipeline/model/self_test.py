@@ -51,24 +51,24 @@ MAX_DIGEST_BYTES = 2**21  # of each tensor that enters the digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NumericsReport:
+class SelfTestReport:
     """What the check found. failures: what differed, empty when the machine is exact. row_plan: the plan in use from now on.
 
-    probe_digest: SHA-256 over the bits of the needle's logits in every way that they were computed. In 16 bits, where most sums
+    self_test_digest: SHA-256 over the bits of the needle's logits in every way that they were computed. In 16 bits, where most sums
     round to the same logits, whatever their order, the results of linears and attention over random numbers enter it too.
     """
 
     failures: tuple[str, ...]
     row_plan: str
-    probe_digest: str
+    self_test_digest: str
 
     @property
-    def exact(self) -> bool:
+    def passed(self) -> bool:
         return not self.failures
 
 
 @torch.inference_mode()
-def check_numerics(model: GPT) -> NumericsReport:
+def select_batch_invariant_kernels(model: GPT) -> SelfTestReport:
     """Check the network on its device, and leave it with the fastest products and row plan that pass; with the fastest if none does."""
     for products in model.products_to_try:
         model.products = products
@@ -111,11 +111,11 @@ class _Probe:
             self.failures.append(what)
 
 
-def _report(model: GPT, probe: _Probe) -> NumericsReport:
-    return NumericsReport(
+def _report(model: GPT, probe: _Probe) -> SelfTestReport:
+    return SelfTestReport(
         failures=tuple(probe.failures),
         row_plan=model.row_plan_name,
-        probe_digest=probe.digest.hexdigest(),
+        self_test_digest=probe.digest.hexdigest(),
     )
 
 

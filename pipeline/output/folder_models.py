@@ -92,7 +92,7 @@ class RunFacts(_Recorded):
     input: Text | None = None
     dtype: Text | None = None
     device: Text | None = None
-    numerics: Text | None = None
+    batch_invariance: Text | None = None
     profile: dict[Text, Text | int | float | bool | None] = {}
     versions: dict[Text, Text | None] = {}
 

@@ -93,10 +93,10 @@ def check_same_job(config: JobConfig, state: FolderState, identity: dict[str, An
         raise OutputConflictError(
             f"{config.output}: holds a run with engine.attention {machine.get('attention')}, not {config.engine.attention}; {_ELSE}"
         )
-    numerics = state.manifest.get("numerics")
-    if config.numerics == "exact" and numerics not in (None, "exact"):
+    batch_invariance = state.manifest.get("batch_invariance")
+    if config.batch_invariance == "require" and batch_invariance not in (None, "verified"):
         raise OutputConflictError(
-            f"{config.output}: holds a run whose numerics are {numerics}, not exact; {_ELSE}"
+            f"{config.output}: holds a run whose batch_invariance is {batch_invariance}, not verified; {_ELSE}"
         )
 
 
@@ -173,11 +173,14 @@ def check_replaceable(state: FolderState, found: dict[int, FoundPart]) -> None:
 
 
 def check_same_profile(
-    config: JobConfig, trusted: Trusted, profile: dict[str, Any], numerics: str
+    config: JobConfig, trusted: Trusted, profile: dict[str, Any], batch_invariance: str
 ) -> None:
     """Raises OutputConflictError, naming both, when the rows to come would be made in another way than those that are there."""
-    recorded = {**trusted.footer.get("profile", {}), "numerics": trusted.footer.get("numerics")}
-    now = {**profile, "numerics": numerics}
+    recorded = {
+        **trusted.footer.get("profile", {}),
+        "batch_invariance": trusted.footer.get("batch_invariance"),
+    }
+    now = {**profile, "batch_invariance": batch_invariance}
     differing = [
         f"{key} was {recorded.get(key)}, is {now.get(key)}"
         for key in now

@@ -25,7 +25,7 @@ class RunSummary:
     tokens_per_s: float
     device: str
     dtype: str
-    numerics: str
+    batch_invariance: str
     fingerprint: str
 
 
@@ -45,6 +45,6 @@ def nothing_done(config: JobConfig, manifest: dict[str, Any], wall_s: float) -> 
         tokens_per_s=0.0,
         device=manifest.get("device") or "unknown",
         dtype=manifest.get("dtype") or "unknown",
-        numerics=manifest.get("numerics") or "unknown",
+        batch_invariance=manifest.get("batch_invariance") or "unknown",
         fingerprint=manifest["identity"]["fingerprint"],
     )

@@ -18,14 +18,14 @@ from torch import Tensor
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.audit.run_reader import RecordedRun
 from gptbatch.pipeline.errors import DeviceError, OutputConflictError
-from gptbatch.pipeline.generation import numerics
-from gptbatch.pipeline.gpt import padded
+from gptbatch.pipeline.kv_cache import padded
 from gptbatch.pipeline.kv_cache.interface import Backend
 from gptbatch.pipeline.kv_cache.padded import PaddedAttention, PaddedCache
+from gptbatch.pipeline.model import self_test
 from gptbatch.pipeline.model.blocks import Block
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.linear import ROW_PLANS, Linear, use_threads
-from gptbatch.pipeline.model.self_test import NumericsReport, check_numerics
+from gptbatch.pipeline.model.self_test import SelfTestReport, select_batch_invariant_kernels
 from tests.conftest import our_model, random_model
 from tests.paths import PYTHONPATH
 
@@ -57,13 +57,17 @@ def with_row_counting(model: GPT, *, harmless: int, step: int) -> GPT:
 @pytest.mark.parametrize("attention", ["ragged", "padded"])
 def test_this_machine_passes(attention: Backend) -> None:
     model = our_model(random_model(), attention=attention)
-    report = check_numerics(model)
-    assert report.exact, report.failures
+    report = select_batch_invariant_kernels(model)
+    assert report.passed, report.failures
     assert report.row_plan == model.row_plan_name
-    assert report == check_numerics(model), "the digest is that of the weights and the machine"
+    assert report == select_batch_invariant_kernels(model), (
+        "the digest is that of the weights and the machine"
+    )
     assert (
-        check_numerics(our_model(random_model(seed=1), attention=attention)).probe_digest
-        != report.probe_digest
+        select_batch_invariant_kernels(
+            our_model(random_model(seed=1), attention=attention)
+        ).self_test_digest
+        != report.self_test_digest
     )
 
 
@@ -74,7 +78,9 @@ def test_the_digest_tells_environments_apart(dtype: torch.dtype, seed: int) -> N
     theirs = random_model(seed=seed)
     backends: tuple[Backend, ...] = ("ragged", "padded")
     digests = {
-        check_numerics(our_model(theirs, attention=attention, dtype=dtype)).probe_digest
+        select_batch_invariant_kernels(
+            our_model(theirs, attention=attention, dtype=dtype)
+        ).self_test_digest
         for attention in backends
     }
     assert len(digests) == 2
@@ -83,12 +89,12 @@ def test_the_digest_tells_environments_apart(dtype: torch.dtype, seed: int) -> N
 DIGEST = """
 import torch
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
-from gptbatch.pipeline.model.self_test import check_numerics
+from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.weights import load_gpt
 demo = find_checkpoint("bundled:demo/model")
 config = parse_config(demo.config, "config.json")
-print(check_numerics(load_gpt(config, list(demo.weights), dtype=torch.bfloat16, device=torch.device("cpu"))).probe_digest)
+print(select_batch_invariant_kernels(load_gpt(config, list(demo.weights), dtype=torch.bfloat16, device=torch.device("cpu"))).self_test_digest)
 """
 
 
@@ -117,8 +123,8 @@ def test_the_digest_tells_vector_instructions_apart() -> None:
 )
 def test_row_plans_are_tried_in_turn(harmless: int, step: int, plan: str) -> None:
     model = with_row_counting(our_model(random_model()), harmless=harmless, step=step)
-    report = check_numerics(model)
-    assert (report.exact, report.row_plan, model.row_plan.name) == (True, plan, plan)
+    report = select_batch_invariant_kernels(model)
+    assert (report.passed, report.row_plan, model.row_plan.name) == (True, plan, plan)
 
 
 def test_a_linear_that_needs_fewer_rows_gets_them_alone() -> None:
@@ -135,8 +141,8 @@ def test_a_linear_that_needs_fewer_rows_gets_them_alone() -> None:
         block.mlp_out.__class__ = ThreadCounting
     for threads in (1, 2):
         with use_threads(threads):
-            report = check_numerics(model)
-            assert (report.exact, report.row_plan) == (True, "constant, mlp_out 32"), (
+            report = select_batch_invariant_kernels(model)
+            assert (report.passed, report.row_plan) == (True, "constant, mlp_out 32"), (
                 "whatever threads the run has"
             )
     assert {block.get_submodule("mlp_out").constant_rows for block in model.blocks} == {32}
@@ -157,8 +163,8 @@ def test_what_cannot_be_mended_is_named() -> None:
     block = model.blocks[0]
     assert isinstance(block, Block)
     block.mlp_in.__class__ = Clock
-    report = check_numerics(model)
-    assert not report.exact
+    report = select_batch_invariant_kernels(model)
+    assert not report.passed
     assert "rows of mlp_in" in report.failures
     assert "logits among others" in report.failures
     assert not any(failure.startswith("attention") for failure in report.failures)
@@ -180,7 +186,7 @@ class FaultyCache(PaddedCache):
 
 def test_a_fault_that_needs_a_wide_cache_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptbatch.pipeline.kv_cache.interface.PaddedCache", FaultyCache)
-    report = check_numerics(our_model(random_model()))
+    report = select_batch_invariant_kernels(our_model(random_model()))
     assert "attention beside others" in report.failures
     assert not {"attention alone", "attention in chunks"} & set(report.failures)
 
@@ -200,12 +206,12 @@ def test_products_that_depend_on_the_batch_are_replaced(
     with torch.inference_mode():
         expected = model(idx)
     monkeypatch.setattr(padded, "_attend", shifting)
-    report = check_numerics(model)
-    assert (report.exact, report.row_plan, model.products) == (True, "rounded", "pairwise")
+    report = select_batch_invariant_kernels(model)
+    assert (report.passed, report.row_plan, model.products) == (True, "rounded", "pairwise")
     with torch.inference_mode():
         torch.testing.assert_close(model(idx), expected, rtol=1e-5, atol=1e-5)
     monkeypatch.undo()
-    check_numerics(model)
+    select_batch_invariant_kernels(model)
     assert model.products == "matmul", "as long as they do"
 
 
@@ -228,17 +234,17 @@ def test_a_fault_at_many_rows_or_with_other_threads_is_found(part: str) -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(2)
         try:
-            report = check_numerics(model)
+            report = select_batch_invariant_kernels(model)
         finally:
             torch.set_num_threads(before)
-        assert (report.exact, report.row_plan) == (True, "constant"), (
+        assert (report.passed, report.row_plan) == (True, "constant"), (
             "64 rows at a time mend it, once it is found"
         )
 
 
 def test_threads_are_left_as_they_were() -> None:
     before = torch.get_num_threads()
-    check_numerics(our_model(random_model()))
+    select_batch_invariant_kernels(our_model(random_model()))
     assert torch.get_num_threads() == before
 
 
@@ -254,7 +260,7 @@ def config(checkpoint: Path, tmp_path: Path) -> dict[str, str | int]:
 
 
 def test_the_answer_is_recorded(config: dict[str, str | int], tmp_path: Path) -> None:
-    assert run_job(JobConfig.model_validate(config)).numerics == "exact"
+    assert run_job(JobConfig.model_validate(config)).batch_invariance == "verified"
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     profile = manifest["profile"]
     assert set(profile) == {
@@ -265,18 +271,21 @@ def test_the_answer_is_recorded(config: dict[str, str | int], tmp_path: Path) ->
         "torch",
         "device_class",
         "noise_version",
-        "probe_digest",
+        "self_test_digest",
     }
-    assert len(profile["probe_digest"]) == 64
-    assert manifest["numerics"] == "exact"
+    assert len(profile["self_test_digest"]) == 64
+    assert manifest["batch_invariance"] == "verified"
 
 
 def test_off_skips_the_check(config: dict[str, str | int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(model: GPT) -> NumericsReport:
+    def never(model: GPT) -> SelfTestReport:
         raise AssertionError
 
-    monkeypatch.setattr(numerics, "check_numerics", never)
-    assert run_job(JobConfig.model_validate({**config, "numerics": "off"})).numerics == "off"
+    monkeypatch.setattr(self_test, "select_batch_invariant_kernels", never)
+    assert (
+        run_job(JobConfig.model_validate({**config, "batch_invariance": "off"})).batch_invariance
+        == "off"
+    )
 
 
 def test_a_machine_that_fails(
@@ -284,31 +293,33 @@ def test_a_machine_that_fails(
 ) -> None:
     """auto goes on with one warning and says unverified, exact stops and leaves no rows."""
 
-    def failing(model: GPT) -> NumericsReport:
-        return NumericsReport(
+    def failing(model: GPT) -> SelfTestReport:
+        return SelfTestReport(
             failures=("rows of mlp_in", "logits among others"),
             row_plan="rounded",
-            probe_digest="0" * 64,
+            self_test_digest="0" * 64,
         )
 
-    monkeypatch.setattr(numerics, "check_numerics", failing)
+    monkeypatch.setattr(self_test, "select_batch_invariant_kernels", failing)
     with pytest.raises(DeviceError, match=r"rows of mlp_in, logits among others differ") as caught:
-        run_job(JobConfig.model_validate({**config, "numerics": "exact"}))
+        run_job(JobConfig.model_validate({**config, "batch_invariance": "require"}))
     assert caught.value.exit_code == 78
     assert [path.name for path in Path(str(config["output"])).iterdir()] == [".gptbatch"]
     with caplog.at_level(logging.WARNING, logger="gptbatch"):
-        assert run_job(JobConfig.model_validate(config)).numerics == "unverified"
+        assert run_job(JobConfig.model_validate(config)).batch_invariance == "unverified"
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
-    assert RecordedRun(Path(str(config["output"]))).facts["numerics"] == "unverified"
+    assert RecordedRun(Path(str(config["output"]))).facts["batch_invariance"] == "unverified"
 
 
 def test_a_complete_run_is_not_taken_for_an_exact_one(config: dict[str, str | int]) -> None:
     run_job(
-        JobConfig.model_validate({**config, "numerics": "off", "engine": {"attention": "padded"}})
+        JobConfig.model_validate(
+            {**config, "batch_invariance": "off", "engine": {"attention": "padded"}}
+        )
     )
     assert run_job(JobConfig.model_validate(config)).skipped == 2
-    with pytest.raises(OutputConflictError, match="whose numerics are off, not exact"):
-        run_job(JobConfig.model_validate({**config, "numerics": "exact"}))
+    with pytest.raises(OutputConflictError, match="whose batch_invariance is off, not verified"):
+        run_job(JobConfig.model_validate({**config, "batch_invariance": "require"}))
     with pytest.raises(OutputConflictError, match="attention padded, not ragged"):
         run_job(JobConfig.model_validate({**config, "engine": {"attention": "ragged"}}))
     assert (
