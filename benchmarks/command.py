@@ -29,7 +29,7 @@ from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
-from gptbatch.pipeline.model.loading import load_network
+from gptbatch.pipeline.model.loading import load_model
 from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
 
 PROMPT, NEW_TOKENS = " the" * 32, 128
@@ -118,9 +118,7 @@ def engine_alone(model: Path, args: argparse.Namespace) -> Callable[[], float]:
     checkpoint = find_checkpoint(str(model))
     config = parse_config(checkpoint.config, str(model))
     settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)
-    network = load_network(
-        checkpoint, config, settings, torch.device("cpu"), batch_invariance="auto"
-    )
+    loaded = load_model(checkpoint, config, settings, torch.device("cpu"), batch_invariance="auto")
     texts = [f"{i}{PROMPT}" for i in range(args.rows)]
     tokenizer = PromptTokenizer(
         load_tokenizer(checkpoint.folder), start_token=checkpoint.special_tokens.start
@@ -143,10 +141,10 @@ def engine_alone(model: Path, args: argparse.Namespace) -> Callable[[], float]:
 
     def run() -> float:
         engine = Engine(
-            model=network.model,
-            batch_size=network.batch_size(None),
+            model=loaded.model,
+            batch_size=loaded.batch_size(None),
             end_tokens=(),
-            memory_bytes=network.cache_memory_bytes(None),
+            memory_bytes=loaded.cache_memory_bytes(None),
         )
         rows = prompts()
         began = time.perf_counter()

@@ -25,7 +25,7 @@ from gptbatch.pipeline.engine.engine import STEP_TOKENS
 from gptbatch.pipeline.engine.next_tokens import next_tokens
 from gptbatch.pipeline.kv_cache.interface import KVCache
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.loading import prepare_network
+from gptbatch.pipeline.model.loading import prepare_model
 from gptbatch.pipeline.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def main() -> None:
     results = []
     for dtype in args.dtypes:
         settings = EngineConfig(device="cpu", dtype=dtype, threads=args.threads)
-        network = prepare_network(
+        loaded = prepare_model(
             settings,
             CPU,
             lambda attention, dtype: random_network(
@@ -58,13 +58,13 @@ def main() -> None:
             batch_invariance="off",
         )
         for cache_dtype in ("auto", "int8"):
-            network.model.cache_dtype = cache_dtype
-            times = step_seconds(network.model, args.rows, sorted(args.contexts), args.repeats)
+            loaded.model.cache_dtype = cache_dtype
+            times = step_seconds(loaded.model, args.rows, sorted(args.contexts), args.repeats)
             for context, seconds in times.items():
                 growth = round(seconds / times[min(times)], 2)
                 n_bytes = (
-                    network.model.capacity_of([context + 1] * args.rows)
-                    * network.model.cache_bytes_a_token
+                    loaded.model.capacity_of([context + 1] * args.rows)
+                    * loaded.model.cache_bytes_a_token
                 )
                 print(
                     f"{dtype:<9} cache {cache_dtype:<5} after {context:5d} tokens: {seconds * 1e3:7.1f} ms, {growth:.2f} times; "

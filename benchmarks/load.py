@@ -22,7 +22,7 @@ from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.kv_cache.interface import choose_backend
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
-from gptbatch.pipeline.model.loading import load_network
+from gptbatch.pipeline.model.loading import load_model
 
 PROMPT = [5] * 32
 
@@ -57,7 +57,7 @@ def first_token_s(folder: Path, engine: EngineConfig) -> float:
     began = time.perf_counter()
     checkpoint = find_checkpoint(str(folder))
     config = parse_config(checkpoint.config, str(folder))
-    model = load_network(
+    model = load_model(
         checkpoint, config, engine, torch.device("cpu"), batch_invariance="auto"
     ).model
     with torch.inference_mode():

@@ -26,7 +26,7 @@ from gptbatch.pipeline.bench.networks import write_random_checkpoint
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.input.prompts import PromptReader
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
-from gptbatch.pipeline.output.crash_journal import Attempts
+from gptbatch.pipeline.output.crash_journal import CrashJournal
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.parts import PartWriter
 from gptbatch.pipeline.output.progress_file import ProgressFile
@@ -52,7 +52,7 @@ DURABILITY = {
     "begin": (OutputFolder, "begin"),
     "complete": (OutputFolder, "complete"),
     "digests": (OutputFolder, "remember"),
-    "attempts": (Attempts, "note"),
+    "journal": (CrashJournal, "note"),
     "progress file": (ProgressFile, "write"),
 }
 OTHERS = {

@@ -40,19 +40,19 @@ def gptbatch(
     from gptbatch.pipeline.engine.engine import Engine
     from gptbatch.pipeline.model.checkpoint import find_checkpoint
     from gptbatch.pipeline.model.config import parse_config
-    from gptbatch.pipeline.model.loading import load_network
+    from gptbatch.pipeline.model.loading import load_model
 
     checkpoint = find_checkpoint(args.model, revision=None, allow_pickle=False)
     config = parse_config(checkpoint.config, args.model)
     settings = EngineConfig(
         device=args.device, dtype=args.dtype, cache_dtype=cache_dtype, threads=args.threads
     )
-    network = load_network(
+    loaded = load_model(
         checkpoint, config, settings, torch.device(args.device), batch_invariance="require"
     )
-    memory = network.cache_memory_bytes(MEMORY_GIB if args.device == "cpu" else None)
+    memory = loaded.cache_memory_bytes(MEMORY_GIB if args.device == "cpu" else None)
     engine = Engine(
-        model=network.model, batch_size=ROWS_AT_A_TIME, end_tokens=(), memory_bytes=memory
+        model=loaded.model, batch_size=ROWS_AT_A_TIME, end_tokens=(), memory_bytes=memory
     )
 
     def generate(rows: Rows) -> None:

@@ -98,8 +98,8 @@ def _bench(options: dict[str, Any]) -> None:
     from gptbatch.pipeline.bench.measure import measure
     from gptbatch.pipeline.engine.engine import STEP_TOKENS, Engine
 
-    network = _network(options)
-    model = network.model
+    loaded = _network(options)
+    model = loaded.model
     workload = make_workload(
         options["workload"],
         vocab_size=model.config.vocab_size,
@@ -107,9 +107,9 @@ def _bench(options: dict[str, Any]) -> None:
     )
     engine = Engine(
         model=model,
-        batch_size=network.batch_size(options["batch_size"]),
+        batch_size=loaded.batch_size(options["batch_size"]),
         end_tokens=(),
-        memory_bytes=network.cache_memory_bytes(None),
+        memory_bytes=loaded.cache_memory_bytes(None),
         step_tokens=options["step_tokens"] or STEP_TOKENS,
         share_prefixes=not options["no_sharing"],
     )
@@ -136,7 +136,7 @@ def _bench(options: dict[str, Any]) -> None:
         echo(f"  {part:<12} {seconds:8.2f}")
     summary = {
         **_described(options, model),
-        "batch_invariance": network.batch_invariance,
+        "batch_invariance": loaded.batch_invariance,
         "workload": options["workload"],
         "top_k": options["top_k"],
         "batch_size": engine.batch_size,
@@ -216,14 +216,14 @@ def _network(options: dict[str, Any]) -> Any:
     from gptbatch.pipeline.config import EngineConfig
     from gptbatch.pipeline.model.checkpoint import find_checkpoint
     from gptbatch.pipeline.model.config import parse_config
-    from gptbatch.pipeline.model.loading import load_network, prepare_network, resolve_device
+    from gptbatch.pipeline.model.loading import load_model, prepare_model, resolve_device
 
     engine = EngineConfig(
         **{key: options[key] for key in ("device", "dtype", "cache_dtype", "attention", "threads")}
     )
     device = resolve_device(engine)
     if options["model"] is None:
-        return prepare_network(
+        return prepare_model(
             engine,
             device,
             lambda backend, dtype: random_network(
@@ -233,7 +233,7 @@ def _network(options: dict[str, Any]) -> Any:
         )
     checkpoint = find_checkpoint(options["model"], revision=None, allow_pickle=False)
     config = parse_config(checkpoint.config, str(checkpoint.config_path))
-    return load_network(checkpoint, config, engine, device, batch_invariance="auto")
+    return load_model(checkpoint, config, engine, device, batch_invariance="auto")
 
 
 def _described(options: dict[str, Any], model: GPT) -> dict[str, Any]:

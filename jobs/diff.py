@@ -41,11 +41,11 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     completions are never printed.
     """
     from gptbatch.pipeline.audit.diff import diff_runs, settings_that_differ, summarize
-    from gptbatch.pipeline.audit.run_reader import RecordedRun
+    from gptbatch.pipeline.audit.run_reader import RunReader
     from gptbatch.pipeline.errors import InputNotFoundError
     from gptbatch.pipeline.output.stray_tables import describe_strays
 
-    run_a, run_b = RecordedRun(a), RecordedRun(b)
+    run_a, run_b = RunReader(a), RunReader(b)
     for name, run in (("A", run_a), ("B", run_b)):
         if not run.complete:
             say(

@@ -14,7 +14,7 @@ from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.system.paths import PathError, expand_path
 
 if TYPE_CHECKING:
-    from gptbatch.pipeline.audit.run_reader import RecordedRun
+    from gptbatch.pipeline.audit.run_reader import RunReader
 
 _METAVARS = {
     "--model": "M",
@@ -204,7 +204,7 @@ def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def say_model(run: RecordedRun, model: str | None) -> None:
+def say_model(run: RunReader, model: str | None) -> None:
     """Name the checkpoint that a run's folder names, before it is read: anybody may have written it."""
     from gptbatch.pipeline.audit.reopen import recorded_model
 

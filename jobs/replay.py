@@ -71,12 +71,12 @@ def replay(
 
     Needs the folder and the weights, not the input. Exits with 0 whether the row is equal or not; verify judges.
     """
-    from gptbatch.pipeline.audit.reopen import Overrides, ReopenedRun, row_params
+    from gptbatch.pipeline.audit.reopen import LoadedRun, Overrides, row_params
     from gptbatch.pipeline.audit.replay import replay_row
-    from gptbatch.pipeline.audit.run_reader import RecordedRun
+    from gptbatch.pipeline.audit.run_reader import RunReader
     from gptbatch.pipeline.errors import InputNotFoundError
 
-    run = RecordedRun(output)
+    run = RunReader(output)
     row = run.find(prompt_id)
     if row is None:
         size = (
@@ -93,7 +93,7 @@ def replay(
         threads=threads,
     )
     say_model(run, model)
-    reopened = ReopenedRun(run, overrides)
+    loaded_run = LoadedRun(run, overrides)
     asked = {
         "seed": seed,
         "temperature": temperature,
@@ -102,15 +102,15 @@ def replay(
     }
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     replayed = replay_row(
-        reopened, row, dataclasses.replace(row_params(row), **changes), trace=trace
+        loaded_run, row, dataclasses.replace(row_params(row), **changes), trace=trace
     )
     completion = replayed.completion
 
     def text_of_step(step: int) -> TokenText:
         before = completion.prompt_token_ids + completion.token_ids[:step]
-        return lambda token: reopened.tokenizer.added_text(before, [token])
+        return lambda token: loaded_run.tokenizer.added_text(before, [token])
 
-    reasons = reopened.reasons_bits_may_differ()
+    reasons = loaded_run.reasons_bits_may_differ()
     summary = {
         "prompt_id": prompt_id,
         "equal": replayed.equal,

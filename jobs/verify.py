@@ -50,13 +50,13 @@ def verify(
     if all_rows and rows is not None:
         raise click.UsageError("--rows and --all cannot be given together")
 
-    from gptbatch.pipeline.audit.reopen import Overrides, ReopenedRun
-    from gptbatch.pipeline.audit.run_reader import RecordedRun
+    from gptbatch.pipeline.audit.reopen import LoadedRun, Overrides
+    from gptbatch.pipeline.audit.run_reader import RunReader
     from gptbatch.pipeline.audit.verify import evenly_spaced, verify_rows
     from gptbatch.pipeline.errors import InputNotFoundError, StorageError
     from gptbatch.pipeline.output.stray_tables import describe_strays
 
-    run = RecordedRun(output)
+    run = RunReader(output)
     if run.strays:
         raise StorageError(f"{output}: {describe_strays(run.strays)}")
     if not run.complete:
@@ -69,13 +69,13 @@ def verify(
         threads=threads,
     )
     say_model(run, model)
-    reopened = ReopenedRun(run, overrides)
+    loaded_run = LoadedRun(run, overrides)
     wanted = run.rows() if all_rows else run.reader().take(evenly_spaced(rows or 100, run.n_rows))
-    reasons = reopened.reasons_bits_may_differ()
+    reasons = loaded_run.reasons_bits_may_differ()
     began = time.monotonic()
     outcomes: Counter[str] = Counter()
     first: Verdict | None = None
-    for verdict in verify_rows(reopened, wanted):
+    for verdict in verify_rows(loaded_run, wanted):
         outcomes[verdict.outcome] += 1
         if verdict.outcome == "mismatch":
             first = first or verdict

@@ -171,7 +171,7 @@ class JobConfig(_Section):
     skip_row: list[Name] = Field(
         [], description="ids of rows to record as errors instead of running them"
     )
-    allow_other_profile: bool = Field(
+    allow_other_environment: bool = Field(
         False,
         description="continue an output on a machine whose bits may differ from the recorded ones",
     )

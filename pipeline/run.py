@@ -34,12 +34,12 @@ from gptbatch.pipeline.input.rows import RowSource
 from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
-from gptbatch.pipeline.model.loading import Network, load_network, resolve_device, threads_to_use
+from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device, threads_to_use
 from gptbatch.pipeline.output.atomic_write import sweep
-from gptbatch.pipeline.output.crash_journal import Attempts
+from gptbatch.pipeline.output.crash_journal import CrashJournal
 from gptbatch.pipeline.output.error_advice import describe_errors
 from gptbatch.pipeline.output.error_rows import write_error_rows
-from gptbatch.pipeline.output.file_hashes import DigestMemory
+from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import (
     ERRORS,
     FolderState,
@@ -56,9 +56,9 @@ from gptbatch.pipeline.output.progress_file import PROGRESS, ProgressFile, looks
 from gptbatch.pipeline.output.resume import (
     Trusted,
     check_replaceable,
+    check_same_environment,
     check_same_input,
     check_same_job,
-    check_same_profile,
     is_replaced,
     is_same_job,
     part_rows_of,
@@ -94,7 +94,7 @@ def run_job(
     state = folder.state()
     if state is not None:
         refuse_strays(folder.path, state.strays)
-    memory = DigestMemory() if state is None else folder.memory()
+    memory = FileHashes() if state is None else folder.memory()
     checkpoint = find_checkpoint(
         config.model, revision=config.revision, allow_pickle=config.allow_pickle, memory=memory
     )
@@ -144,9 +144,7 @@ def _input_settings(config: JobConfig) -> dict[str, Any]:
     return config.model_dump(include=keys | {"prompt_field", "id_field", "metadata_field"})
 
 
-def _is_done(
-    config: JobConfig, source: RowSource, state: FolderState, memory: DigestMemory
-) -> bool:
+def _is_done(config: JobConfig, source: RowSource, state: FolderState, memory: FileHashes) -> bool:
     """Whether nothing is left to do, as far as sizes and times of files say: the look that takes no time."""
     if not state.marked_complete:
         return False
@@ -171,7 +169,7 @@ class _Run:
         folder: OutputFolder,
         job: Job,
         identity: dict[str, Any],
-        memory: DigestMemory,
+        memory: FileHashes,
         began: float,
         stop: Stop,
     ) -> None:
@@ -232,28 +230,28 @@ class _Run:
         try:
             self._say_loading(device, trusted)
             load_began = time.monotonic()
-            network = load_network(
+            loaded = load_model(
                 self.job.checkpoint,
                 self.job.gpt_config,
                 self._engine_config(trusted),
                 device,
                 batch_invariance=config.batch_invariance,
             )
-            check_same_profile(config, trusted, network.profile, network.batch_invariance)
+            check_same_environment(config, trusted, loaded.environment, loaded.batch_invariance)
             load_s = time.monotonic() - load_began
             with self.stop.deferred():
                 if state is not None and replaced:
                     folder.clear(
-                        state, keep_attempts=state.identity == self.identity and not state.holds_job
+                        state, keep_journal=state.identity == self.identity and not state.holds_job
                     )
                 replaces = state.identity if state is not None and replaced else None
                 folder.begin(
                     config.to_yaml(),
-                    self._facts(network),
+                    self._facts(loaded),
                     trusted.parts.values(),
                     replaces=replaces,
                 )
-                summary = self._generate(network, trusted, lock, progress, watch, load_s)
+                summary = self._generate(loaded, trusted, lock, progress, watch, load_s)
         except (StoppedError, KeyboardInterrupt):
             watch.write("stopped")
             raise
@@ -325,7 +323,7 @@ class _Run:
                 )
                 self.folder.remember(self.memory)
             else:
-                self._leave(trusted.parts, attempts=None)
+                self._leave(trusted.parts, journal=None)
                 self.folder.complete(manifest, trusted.parts, self.memory, self.plan)
                 self._watch(trusted).write("complete")
         done = {**manifest, "rows": trusted.rows}
@@ -333,18 +331,18 @@ class _Run:
 
     def _engine_config(self, trusted: Trusted) -> EngineConfig:
         """auto takes the attention backend that the rows which are there were made with."""
-        recorded = trusted.footer.get("profile", {}).get("attention")
+        recorded = trusted.footer.get("environment", {}).get("attention")
         if (
             recorded is None
             or self.config.engine.attention != "auto"
-            or self.config.allow_other_profile
+            or self.config.allow_other_environment
         ):
             return self.config.engine
         return self.config.engine.model_copy(update={"attention": recorded})
 
     def _generate(
         self,
-        network: Network,
+        loaded: LoadedModel,
         trusted: Trusted,
         lock: OutputLock,
         progress: Progress | None,
@@ -352,27 +350,27 @@ class _Run:
         load_s: float,
     ) -> RunSummary:
         config, folder, summary = self.config, self.folder, self.summary
-        facts = self._facts(network)
+        facts = self._facts(loaded)
         parts = dict(trusted.parts)
         self.memory.forget_other_parts(part.name for part in parts.values())
         folder.remember(self.memory)
         writer = PartWriter(folder.path, folder.writer, self.memory, plan=self.plan, facts=facts)
-        attempts = Attempts(folder.work, folder.writer) if lock.works else None
-        if attempts is not None:
+        journal = CrashJournal(folder.work, folder.writer) if lock.works else None
+        if journal is not None:
             for number in parts:
-                attempts.written(number)
+                journal.written(number)
         loop = PartLoop(
             config=config,
             job=self.job,
             summary=summary,
-            network=network,
+            loaded=loaded,
             folder=folder,
             memory=self.memory,
             writer=writer,
             parts=parts,
             limit=self.limit,
             errors_before=trusted.errors,
-            attempts=attempts,
+            journal=journal,
             watch=watch,
             progress=progress,
             stop=self.stop,
@@ -384,9 +382,9 @@ class _Run:
             raise
         except BaseException:
             with suppress(StorageError):
-                self._leave(parts, attempts)
+                self._leave(parts, journal)
             raise
-        self._leave(parts, attempts)
+        self._leave(parts, journal)
         generate_s = time.monotonic() - began
         logger.info("%d rows written in %.1f s", loop.rows, generate_s)
         halvings = {"memory_halvings": loop.halvings} if loop.halvings else {}
@@ -404,10 +402,10 @@ class _Run:
             generate_s=round(generate_s, 3),
             wall_s=round(time.monotonic() - self.began, 3),
             tokens_per_s=round(loop.completion_tokens / generate_s, 1) if generate_s > 0 else 0.0,
-            device=network.model.device.type,
+            device=loaded.model.device.type,
             dtype=config.engine.dtype,
-            batch_invariance=network.batch_invariance,
-            fingerprint=self.identity["fingerprint"],
+            batch_invariance=loaded.batch_invariance,
+            config_hash=self.identity["config_hash"],
         )
 
     def _say_errors(self, parts: dict[int, Part]) -> None:
@@ -418,20 +416,20 @@ class _Run:
         if said := describe_errors(kinds, self.summary.rows):
             logger.warning("%s; %s has their prompts and reasons", said, self.folder.work / ERRORS)
 
-    def _leave(self, parts: dict[int, Part], attempts: Attempts | None) -> None:
+    def _leave(self, parts: dict[int, Part], journal: CrashJournal | None) -> None:
         """What a run leaves however it ends, as long as it ends by itself."""
-        if attempts is not None:
-            attempts.end()
+        if journal is not None:
+            journal.end()
         self.folder.remember(self.memory)
         write_error_rows(self.folder, parts.values(), self.job.reader.defaults)
 
-    def _facts(self, network: Network) -> dict[str, Any]:
+    def _facts(self, loaded: LoadedModel) -> dict[str, Any]:
         """What the manifest and each part's footer say of the run."""
         config = self.config
         return {
             "format": FORMAT,
             "identity": self.identity,
-            "fingerprint": self.identity["fingerprint"],
+            "config_hash": self.identity["config_hash"],
             "model": redact(config.model),
             "model_path": str(self.job.checkpoint.folder.resolve()),
             "model_digest": self.identity["model_digest"],
@@ -441,9 +439,9 @@ class _Run:
             ),
             "input_digest": self.identity["input_digest"],
             "dtype": config.engine.dtype,
-            "device": network.model.device.type,
-            "batch_invariance": network.batch_invariance,
-            "profile": network.profile,
+            "device": loaded.model.device.type,
+            "batch_invariance": loaded.batch_invariance,
+            "environment": loaded.environment,
             "versions": {
                 "python": platform.python_version(),
                 **{

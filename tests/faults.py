@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gptbatch.pipeline.output import atomic_write
 from gptbatch.pipeline.output.folder import MANIFEST, SUCCESS, OutputFolder
 
 STEPS = ("write", "close", "fsync", "replace", "folder", "manifest", "success")

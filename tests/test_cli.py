@@ -75,7 +75,7 @@ def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -
         "device",
         "dtype",
         "batch_invariance",
-        "fingerprint",
+        "config_hash",
     ]
     assert (
         ran.summary["output"],

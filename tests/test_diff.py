@@ -17,20 +17,20 @@ import gptbatch.pipeline.audit.diff
 import gptbatch.pipeline.audit.run_reader
 from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline.audit.diff import RowDifference, diff_runs, settings_that_differ, summarize
-from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import InputNotFoundError, StorageError
-from gptbatch.pipeline.output.file_hashes import DigestMemory
+from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.parts import FORMAT, PartPlan, PartWriter, count_parts
 from gptbatch.pipeline.output.schema import COLUMNS
 from gptbatch.pipeline.types import Completion, Prompt, RowError, SamplingParams, Timing
 
-IDENTITY = {"fingerprint": "f" * 64, "dtype": "float32", "seed": 0, "input_digest": "1" * 64}
+IDENTITY = {"config_hash": "f" * 64, "dtype": "float32", "seed": 0, "input_digest": "1" * 64}
 FACTS = {
     "device": "cpu",
     "dtype": "float32",
     "batch_invariance": "unverified",
-    "profile": {"attention": "padded", "torch": "2.13.0"},
+    "environment": {"attention": "padded", "torch": "2.13.0"},
 }
 TIMING = Timing(queue_s=0.1, prefill_s=0.2, decode_s=0.3, mean_batch_size=2.0, started_at_s=1.7e9)
 
@@ -93,7 +93,7 @@ def write_run(
     plan = PartPlan(
         identity=identity, input_digests=["0" * 64] * count_parts(part_rows, len(completions))
     )
-    writer = PartWriter(path, folder.writer, DigestMemory(), plan=plan, facts=facts)
+    writer = PartWriter(path, folder.writer, FileHashes(), plan=plan, facts=facts)
     parts = []
     for index, one in enumerate(completions[:first_rows]):
         placed = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, index=index))
@@ -104,27 +104,27 @@ def write_run(
         parts.append(writer.add_empty())
     if first_rows is None:
         folder.complete(
-            facts, {part.number: part for part in parts if part is not None}, DigestMemory(), plan
+            facts, {part.number: part for part in parts if part is not None}, FileHashes(), plan
         )
     return path
 
 
 def differences(a: Path, b: Path) -> list[RowDifference]:
-    return list(diff_runs(RecordedRun(a), RecordedRun(b)))
+    return list(diff_runs(RunReader(a), RunReader(b)))
 
 
 # -- reading a run ---------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_read_back_in_order(tmp_path: Path) -> None:
-    run = RecordedRun(write_run(tmp_path / "out", [*many(6), failed("x")], part_rows=3))
+    run = RunReader(write_run(tmp_path / "out", [*many(6), failed("x")], part_rows=3))
     assert [path.name for path in run.parts] == [
         "part-00000.parquet",
         "part-00001.parquet",
         "part-00002.parquet",
     ]
     assert (run.n_rows, run.complete) == (7, True)
-    assert run.manifest["identity"]["fingerprint"] == "f" * 64
+    assert run.manifest["identity"]["config_hash"] == "f" * 64
     assert run.facts == FACTS
     assert run.config == {"seed": 0, "engine": {"dtype": "float32"}}
     rows = list(run.rows())
@@ -151,13 +151,13 @@ def test_part_numbers_and_not_their_spelling_give_the_order(tmp_path: Path) -> N
         ),
     )
     facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
-    writer = PartWriter(out, folder.writer, DigestMemory(), plan=plan, facts=facts)
+    writer = PartWriter(out, folder.writer, FileHashes(), plan=plan, facts=facts)
     for index in (200_000, 200_001, 0, 1, 199_998, 199_999):
         row = completion(f"id {index}")
         writer.add(
             dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, index=index)), ""
         )
-    assert [row["prompt_id"] for row in RecordedRun(out).rows(["prompt_id"])][1:4] == [
+    assert [row["prompt_id"] for row in RunReader(out).rows(["prompt_id"])][1:4] == [
         "id 1",
         "id 199998",
         "id 199999",
@@ -165,10 +165,10 @@ def test_part_numbers_and_not_their_spelling_give_the_order(tmp_path: Path) -> N
 
 
 def test_one_row_is_found_by_its_id(tmp_path: Path) -> None:
-    run = RecordedRun(write_run(tmp_path / "out", many(7), part_rows=3))
+    run = RunReader(write_run(tmp_path / "out", many(7), part_rows=3))
     assert [run.find(f"id {i}") for i in range(7)] == list(run.rows())
     assert run.find("id 7") is None
-    assert RecordedRun(write_run(tmp_path / "empty", [])).find("id 0") is None
+    assert RunReader(write_run(tmp_path / "empty", [])).find("id 0") is None
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 100])
@@ -176,7 +176,7 @@ def test_rows_are_read_at_any_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
 ) -> None:
     monkeypatch.setattr(gptbatch.pipeline.audit.run_reader, "BATCH_ROWS", batch_rows)
-    run = RecordedRun(write_run(tmp_path / "out", many(23), part_rows=5))
+    run = RunReader(write_run(tmp_path / "out", many(23), part_rows=5))
     reader = run.reader(["prompt_id"])
     for places in (
         [0],
@@ -195,14 +195,14 @@ def test_rows_are_read_at_any_place(
 
 
 def test_an_unfinished_run_is_read_as_far_as_it_is(tmp_path: Path) -> None:
-    run = RecordedRun(write_run(tmp_path / "out", many(7), first_rows=5))
+    run = RunReader(write_run(tmp_path / "out", many(7), first_rows=5))
     assert (run.n_rows, run.complete, run.facts, run.manifest["complete"]) == (
         4,
         False,
         FACTS,
         False,
     )
-    none_yet = RecordedRun(write_run(tmp_path / "none yet", many(7), first_rows=0))
+    none_yet = RunReader(write_run(tmp_path / "none yet", many(7), first_rows=0))
     assert (
         none_yet.n_rows,
         none_yet.complete,
@@ -215,7 +215,7 @@ def test_an_unfinished_run_is_read_as_far_as_it_is(tmp_path: Path) -> None:
 def test_a_run_that_lost_a_part_is_not_complete(tmp_path: Path) -> None:
     out = write_run(tmp_path / "out", many(6))
     (out / "part-00001.parquet").unlink()
-    run = RecordedRun(out)
+    run = RunReader(out)
     assert (run.n_rows, run.complete, run.facts) == (4, False, FACTS)
 
 
@@ -224,7 +224,7 @@ def test_a_table_of_an_older_version_has_none_where_it_lacks_a_column(tmp_path: 
     part = out / "part-00000.parquet"
     table = pq.read_table(part)
     pq.write_table(table.drop_columns(["min_margin", "logits_digest"]), part)
-    assert list(RecordedRun(out).rows(["min_margin", "prompt_id"])) == [
+    assert list(RunReader(out).rows(["min_margin", "prompt_id"])) == [
         {"min_margin": None, "prompt_id": f"id {i}"} for i in range(2)
     ]
     assert differences(out, write_run(tmp_path / "new", many(2))) == []
@@ -245,31 +245,31 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         "damaged": r"_manifest\.json is damaged, or not ours",
     }.items():
         with pytest.raises(InputNotFoundError, match=message) as caught:
-            RecordedRun(tmp_path / name)
+            RunReader(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
 
 
 def test_a_damaged_part_is_an_error_and_a_strangers_file_is_not(tmp_path: Path) -> None:
     out = write_run(tmp_path / "out", many(4))
     (out / "part-00099.parquet").write_bytes(b"mine")
-    assert RecordedRun(out).n_rows == 4
+    assert RunReader(out).n_rows == 4
     part = out / "part-00001.parquet"
     whole = part.read_bytes()
     part.write_bytes(whole[:-20])
     with pytest.raises(StorageError, match=r"part-00001\.parquet: cannot be read"):
-        RecordedRun(out)
+        RunReader(out)
     chunk = pq.read_metadata(out / "part-00000.parquet").row_group(0).column(0)
     flipped = bytearray(whole)
     flipped[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     part.write_bytes(flipped)
     with pytest.raises(StorageError, match=r"part-00001\.parquet: cannot be read"):
-        list(RecordedRun(out).rows())
+        list(RunReader(out).rows())
 
 
 def test_a_config_that_is_gone_is_missed_only_when_it_is_asked_for(tmp_path: Path) -> None:
     out = write_run(tmp_path / "out", many(2))
     (out / ".gptbatch" / "config.yaml").unlink()
-    run = RecordedRun(out)
+    run = RunReader(out)
     assert run.n_rows == 2
     with pytest.raises(
         StorageError, match=r"config\.yaml: missing: .* is a copy without \.gptbatch"
@@ -289,7 +289,7 @@ def test_equal_runs(tmp_path: Path) -> None:
     rows = [*many(5), failed("x")]
     a, b = write_run(tmp_path / "a", rows), write_run(tmp_path / "b", rows)
     assert differences(a, b) == differences(a, a) == []
-    assert settings_that_differ(RecordedRun(a), RecordedRun(b)) == []
+    assert settings_that_differ(RunReader(a), RunReader(b)) == []
 
 
 def test_clocks_and_the_words_of_an_error_do_not_count(tmp_path: Path) -> None:
@@ -373,13 +373,13 @@ def test_part_sizes_and_the_order_of_rows_do_not_count(
         write_run(tmp_path / "b", shuffled, part_rows=7),
     )
     assert differences(a, b) == differences(b, a) == []
-    assert [setting.name for setting in settings_that_differ(RecordedRun(a), RecordedRun(b))] == [
+    assert [setting.name for setting in settings_that_differ(RunReader(a), RunReader(b))] == [
         "part_rows"
     ]
 
 
 def test_runs_without_rows_are_equal(tmp_path: Path) -> None:
-    a, b = RecordedRun(write_run(tmp_path / "a", [])), RecordedRun(write_run(tmp_path / "b", []))
+    a, b = RunReader(write_run(tmp_path / "a", [])), RunReader(write_run(tmp_path / "b", []))
     assert summarize(a, b, diff_runs(a, b)).all_equal
     assert (a.n_rows, len(a.parts)) == (0, 1)
 
@@ -482,7 +482,7 @@ def test_rows_that_only_one_run_has(tmp_path: Path) -> None:
     )
     found = [(difference.prompt_id, difference.kind) for difference in differences(a, b)]
     assert found == [("id 5", "only_in_a"), ("id 3", "only_in_b"), ("id 8", "only_in_b")]
-    run_a, run_b = RecordedRun(a), RecordedRun(b)
+    run_a, run_b = RunReader(a), RunReader(b)
     summary = summarize(run_a, run_b, diff_runs(run_a, run_b))
     assert dataclasses.asdict(summary) == {
         "rows_a": 7,
@@ -505,10 +505,10 @@ def test_an_unfinished_run_is_compared_as_far_as_it_is(tmp_path: Path) -> None:
     assert [(found.prompt_id, found.kind) for found in differences(b, a)] == [
         (f"id {i}", "only_in_b") for i in (4, 5, 6)
     ]
-    assert settings_that_differ(RecordedRun(a), RecordedRun(b)) == []
+    assert settings_that_differ(RunReader(a), RunReader(b)) == []
     none_yet = write_run(tmp_path / "none yet", many(7), first_rows=0)
     assert len(differences(a, none_yet)) == 7
-    assert settings_that_differ(RecordedRun(a), RecordedRun(none_yet)) == [], (
+    assert settings_that_differ(RunReader(a), RunReader(none_yet)) == [], (
         "a run without parts does not say its device"
     )
 
@@ -532,18 +532,18 @@ def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None
         facts={
             "dtype": "bfloat16",
             "device": "cuda",
-            "profile": {"attention": "padded", "torch": "2.9.1"},
+            "environment": {"attention": "padded", "torch": "2.9.1"},
             "batch_invariance": "other",
         },
     )
     found = {
         setting.name: (setting.a, setting.b)
-        for setting in settings_that_differ(RecordedRun(a), RecordedRun(b))
+        for setting in settings_that_differ(RunReader(a), RunReader(b))
     }
     assert found == {
         "device": ("cpu", "cuda"),
         "dtype": ("float32", "bfloat16"),
-        "profile.torch": ("2.13.0", "2.9.1"),
+        "environment.torch": ("2.13.0", "2.9.1"),
         "seed": (0, 3),
         "temperature": (1.0, None),
     }

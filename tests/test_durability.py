@@ -80,7 +80,7 @@ class Setting:
             f"part-{k:05d}.parquet" for k in range(-(-len(ids) // 6))
         ]
         assert not [path for path in output.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
-        assert not (output / ".gptbatch" / "attempts.json").exists()
+        assert not (output / ".gptbatch" / "journal.json").exists()
 
 
 def table(output: Path) -> pa.Table:
@@ -195,7 +195,7 @@ def test_signals(long: Setting, tmp_path: Path, number: int) -> None:
     assert not (output / "_SUCCESS").exists()
     check_parts(output)
     assert json.loads((output / ".gptbatch" / "progress.json").read_text())["state"] == "stopped"
-    assert not (output / ".gptbatch" / "attempts.json").exists(), "a stop is no death"
+    assert not (output / ".gptbatch" / "journal.json").exists(), "a stop is no death"
     done = sum(pq.read_metadata(path).num_rows for path in output.glob("part-*.parquet"))
     assert 18 <= done < 300
     code, child = long.run(output)
@@ -289,11 +289,11 @@ def test_two_jobs_at_once_where_locks_do_not_work(
     ]
     codes = sorted(child.wait() for child in children)
     assert codes in ([0, 69], [0, 78], [78, 78]), [child.stderr for child in children]
-    fingerprints = {
-        json.loads(pq.read_schema(path).metadata[b"gptbatch"])["identity"]["fingerprint"]
+    config_hashes = {
+        json.loads(pq.read_schema(path).metadata[b"gptbatch"])["identity"]["config_hash"]
         for path in output.glob("part-*")
     }
-    assert (len(fingerprints) == 1) or codes == [78, 78]
+    assert (len(config_hashes) == 1) or codes == [78, 78]
     assert (output / "_SUCCESS").exists() == (0 in codes)
 
 
@@ -418,7 +418,7 @@ def test_another_profile_is_refused(setting: Setting, tmp_path: Path) -> None:
     (output / "part-00003.parquet").unlink()
     code, child = setting.run(output, "--batch-invariance", "off")
     assert code == 78
-    assert "holds rows of another profile (self_test_digest was " in child.stderr
+    assert "holds rows of another environment (self_test_digest was " in child.stderr
     assert "batch_invariance was verified, is off" in child.stderr
     code, child = setting.run(output, "--attention", "ragged")
     assert (code, "holds a run with engine.attention padded, not ragged" in child.stderr) == (
@@ -428,14 +428,14 @@ def test_another_profile_is_refused(setting: Setting, tmp_path: Path) -> None:
     code, child = setting.run(output)
     assert code == 0, child.stderr
     assert (
-        json.loads((output / "_manifest.json").read_text())["profile"]["attention"] == "padded"
+        json.loads((output / "_manifest.json").read_text())["environment"]["attention"] == "padded"
     ), "auto takes what the output names"
     code, child = setting.run(
         tmp_path / "mixed", "--attention", "padded", fault=("manifest", "kill")
     )
     (tmp_path / "mixed" / "part-00003.parquet").unlink()
     code, child = setting.run(
-        tmp_path / "mixed", "--batch-invariance", "off", "--allow-other-profile"
+        tmp_path / "mixed", "--batch-invariance", "off", "--allow-other-environment"
     )
     assert code == 0, child.stderr
     code, child = setting.launcher.run("verify", tmp_path / "mixed")

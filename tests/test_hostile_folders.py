@@ -21,10 +21,10 @@ import pytest
 
 from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, run_job
-from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import OutOfMemoryError, OutputConflictError, StorageError
 from gptbatch.pipeline.output import parts
-from gptbatch.pipeline.output.file_hashes import DigestMemory
+from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.parts import FOOTER_KEY, FORMAT, PartPlan, PartWriter, inspect_part
 from gptbatch.pipeline.output.status import output_status
@@ -119,10 +119,10 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "identity.rows: huge": lambda m: m["identity"].update(rows=HUGE),
     "identity.part_rows: 0": lambda m: m["identity"].update(part_rows=0),
     "identity.part_rows: [1]": lambda m: m["identity"].update(part_rows=[1]),
-    "identity.fingerprint": lambda m: m["identity"].update(fingerprint=5),
+    "identity.config_hash": lambda m: m["identity"].update(config_hash=5),
     "identity.model_digest": lambda m: m["identity"].update(model_digest="\x1b]0;x\x07"),
-    "profile: []": lambda m: m.update(profile=[]),
-    "profile.x: {}": lambda m: m["profile"].update(x={"y": 1}),
+    "environment: []": lambda m: m.update(environment=[]),
+    "environment.x: {}": lambda m: m["environment"].update(x={"y": 1}),
     "versions: 5": lambda m: m.update(versions=5),
     "model_path: 5": lambda m: m.update(model_path=5),
     "error_kinds": lambda m: m.update(error_kinds={"\x1b[31m": 1}),
@@ -139,7 +139,7 @@ def test_a_manifest_of_other_types_is_made_again_from_the_parts(
     code, stdout, _ = command("status", output)
     assert code == 0
     assert "problem  _manifest.json is missing or damaged" in stdout
-    assert RecordedRun(output).n_rows == 7
+    assert RunReader(output).n_rows == 7
     for part in output.glob("part-*"):
         part.unlink()
     for arguments in (
@@ -187,7 +187,7 @@ FOOTERS: dict[str, Callable[[dict[str, Any]], object] | str] = {
     "error_kinds": lambda f: f.update(error_kinds={"\x1b]0;x\x07": 1}),
     "identity: 5": lambda f: f.update(identity=5),
     "identity.rows: true": lambda f: f["identity"].update(rows=True),
-    "profile: null": lambda f: f.update(profile=None),
+    "environment: null": lambda f: f.update(environment=None),
     "no identity": lambda f: f.pop("identity"),
     "no format": lambda f: f.pop("format"),
 }
@@ -209,7 +209,7 @@ def test_a_damaged_footer_is_done_again(finished: Path, output: Path) -> None:
     assert (summary.rows, summary.skipped) == (3, 4)
 
 
-SMALL_FILES = ["progress.json", "digests.json", "attempts.json", "holder.json"]
+SMALL_FILES = ["progress.json", "digests.json", "journal.json", "holder.json"]
 SMALL_CONTENTS = {
     "nothing": "",
     "null": "null",
@@ -220,7 +220,7 @@ SMALL_CONTENTS = {
             "rows_total": "many",
             "tokens_per_s": [],
             "in_flight": "12",
-            "deaths": {"-1": "x"},
+            "crashes": {"-1": "x"},
             "row": 5,
             "host": {},
             "pid": "\x1b[31m",
@@ -230,7 +230,7 @@ SMALL_CONTENTS = {
         }
     ),
     "huge": json.dumps({"rows_total": 1, "rows_done": 1, "rows_failed": 1}).replace("1", str(HUGE)),
-    "NaN": '{"rows_total": NaN, "in_flight": [NaN], "deaths": {}, "row": null, "pid": NaN, "parts": NaN}',
+    "NaN": '{"rows_total": NaN, "in_flight": [NaN], "crashes": {}, "row": null, "pid": NaN, "parts": NaN}',
 }
 
 
@@ -372,7 +372,7 @@ WORK_FILES = [
     "digests.json",
     "progress.json",
     "errors.jsonl",
-    "attempts.json",
+    "journal.json",
     "lock",
     "holder.json",
 ]
@@ -454,7 +454,7 @@ def test_parts_behind_links_are_read(output: Path, tmp_path: Path, command: Comm
         path.rename(tmp_path / path.name)
         path.symlink_to(tmp_path / path.name)
     assert "7 of 7" in command("status", output)[1]
-    assert RecordedRun(output).n_rows == 7
+    assert RunReader(output).n_rows == 7
 
 
 # -- other tables beside the parts --------------------------------------------------------------------------------------
@@ -555,7 +555,7 @@ def test_a_copy_that_appears_during_the_run_keeps_it_from_being_complete(tmp_pat
     with pytest.raises(
         OutputConflictError, match=r"readers will also read part-00000 \(1\)\.parquet"
     ):
-        OutputFolder(tmp_path).complete(facts, {0: part}, DigestMemory(), plan)
+        OutputFolder(tmp_path).complete(facts, {0: part}, FileHashes(), plan)
     assert not (tmp_path / "_SUCCESS").exists()
 
 
@@ -643,7 +643,7 @@ def test_trouble_is_no_damage(
     with pytest.raises(kind, match=rf"part-00000\.parquet: cannot be read.*{message}"):
         inspect_part(output / "part-00000.parquet")
     with pytest.raises(kind, match=rf"part-0000.\.parquet: cannot be read.*{message}"):
-        RecordedRun(output)
+        RunReader(output)
 
 
 @pytest.mark.parametrize(
@@ -685,6 +685,7 @@ class BrokenDisk:
 def test_a_disk_that_fails_is_named_with_the_file(
     output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    from gptbatch.pipeline.audit import run_reader
     from gptbatch.pipeline.system import regular_file
 
     opened = regular_file.open_regular
@@ -728,12 +729,12 @@ def test_a_part_that_reads_back_otherwise_says_why(
 )
 def test_every_name_of_a_folder_is_a_name(tmp_path: Path, name: str) -> None:
     out = write_run(tmp_path / name, many(3))
-    assert (RecordedRun(out).n_rows, output_status(out).state) == (3, "complete")
+    assert (RunReader(out).n_rows, output_status(out).state) == (3, "complete")
 
 
 # -- two jobs, one folder ----------------------------------------------------------------------------------------------
 
-OTHER = {"fingerprint": "e" * 64, "seed": 1}
+OTHER = {"config_hash": "e" * 64, "seed": 1}
 
 
 def writer(path: Path, count: int, **identity: Any) -> tuple[PartWriter, PartPlan, dict[str, Any]]:
@@ -743,7 +744,7 @@ def writer(path: Path, count: int, **identity: Any) -> tuple[PartWriter, PartPla
     )
     facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
     return (
-        PartWriter(path, OutputFolder(path).writer, DigestMemory(), plan=plan, facts=facts),
+        PartWriter(path, OutputFolder(path).writer, FileHashes(), plan=plan, facts=facts),
         plan,
         facts,
     )
@@ -775,7 +776,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     "other",
-    [{"fingerprint": "e" * 64, "seed": 1}, {"record_logits_digest": True}, {"digest": "1" * 64}],
+    [{"config_hash": "e" * 64, "seed": 1}, {"record_logits_digest": True}, {"digest": "1" * 64}],
     ids=["another seed", "another column", "another input"],
 )
 def test_a_part_of_another_job_is_never_replaced(folder: Path, other: dict[str, Any]) -> None:
@@ -811,7 +812,7 @@ def test_a_part_of_this_job_that_is_not_whole_is_replaced(folder: Path, damage: 
         )
         facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
         add(
-            PartWriter(folder, OutputFolder(folder).writer, DigestMemory(), plan=plan, facts=facts),
+            PartWriter(folder, OutputFolder(folder).writer, FileHashes(), plan=plan, facts=facts),
             range(1),
         )
     elif damage == "misplaced":
@@ -833,9 +834,9 @@ def test_nobody_finishes_a_folder_with_a_part_of_another_job(folder: Path) -> No
     add(writer(folder, 4, **OTHER)[0], range(2, 4))
     with pytest.raises(
         OutputConflictError,
-        match=r"part-00001\.parquet: is a part of another job \(fingerprint, seed differ\)",
+        match=r"part-00001\.parquet: is a part of another job \(config_hash, seed differ\)",
     ):
-        OutputFolder(folder).complete(facts, done, DigestMemory(), plan)
+        OutputFolder(folder).complete(facts, done, FileHashes(), plan)
     assert not (folder / "_SUCCESS").exists()
     assert json.loads((folder / "_manifest.json").read_text())["complete"] is False
     assert (
@@ -843,7 +844,7 @@ def test_nobody_finishes_a_folder_with_a_part_of_another_job(folder: Path) -> No
         in output_status(folder).problems
     )
     with pytest.raises(OutputConflictError, match="holds parts of 2 jobs"):
-        RecordedRun(folder)
+        RunReader(folder)
 
 
 def test_the_manifest_is_claimed_once(folder: Path) -> None:
@@ -858,7 +859,7 @@ def test_the_manifest_is_claimed_once(folder: Path) -> None:
     for act in acts:
         with pytest.raises(
             OutputConflictError,
-            match=r"another job has begun there since \(fingerprint, seed differ\)",
+            match=r"another job has begun there since \(config_hash, seed differ\)",
         ):
             act()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -10,7 +10,7 @@ import pytest
 
 from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, run_job
-from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import OutputConflictError
 from gptbatch.pipeline.output.parts import FORMAT
 from gptbatch.pipeline.output.schema import SCHEMA
@@ -30,7 +30,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_an_old_output_is_read(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = list(RecordedRun(output).rows())
+    rows = list(RunReader(output).rows())
     assert [row["prompt_id"] for row in rows] == ["greedy", "sampled", "too long", "3", "4"]
     assert list(rows[0]) == SCHEMA.names
     assert run_command(["status", str(output), "--json"]) == 0

@@ -165,7 +165,7 @@ def test_footers_and_manifest(checkpoint: Path, write_rows: WriteRows, tmp_path:
             == part["content_digest"]
             == content_digest(pq.read_table(output / part["name"]))
         )
-        assert footer["fingerprint"] == manifest["fingerprint"] == summary.fingerprint
+        assert footer["config_hash"] == manifest["config_hash"] == summary.config_hash
         for key in (
             "model",
             "model_digest",
@@ -173,12 +173,12 @@ def test_footers_and_manifest(checkpoint: Path, write_rows: WriteRows, tmp_path:
             "input_digest",
             "dtype",
             "device",
-            "profile",
+            "environment",
             "versions",
             "batch_invariance",
         ):
             assert footer[key] == manifest[key]
-        assert footer["profile"].keys() >= {
+        assert footer["environment"].keys() >= {
             "attention",
             "linears",
             "torch",
@@ -366,7 +366,7 @@ def test_a_complete_output_is_left_as_it_is(
     before = snapshot(output)
     again = run(checkpoint, path, output)
     assert (again.rows, again.skipped, again.completion_tokens) == (0, 7, 0)
-    assert again.fingerprint == first.fingerprint
+    assert again.config_hash == first.config_hash
     assert snapshot(output) == before
 
 
@@ -468,13 +468,13 @@ def test_an_incomplete_output_is_continued(
 @pytest.mark.parametrize(
     ("settings", "differs"),
     [
-        ({"seed": 1}, "fingerprint, seed"),
-        ({"temperature": 0.5}, "fingerprint, temperature"),
-        ({"ignore_eos": True}, "fingerprint, ignore_eos"),
-        ({"window_full": "slide"}, "fingerprint, window_full"),
+        ({"seed": 1}, "config_hash, seed"),
+        ({"temperature": 0.5}, "config_hash, temperature"),
+        ({"ignore_eos": True}, "config_hash, ignore_eos"),
+        ({"window_full": "slide"}, "config_hash, window_full"),
         ({"part_rows": 5}, "part_rows"),
-        ({"engine": {"dtype": "bfloat16"}}, "fingerprint, dtype"),
-        ({"engine": {"cache_dtype": "int8"}}, "fingerprint, cache_dtype"),
+        ({"engine": {"dtype": "bfloat16"}}, "config_hash, dtype"),
+        ({"engine": {"cache_dtype": "int8"}}, "config_hash, cache_dtype"),
     ],
 )
 def test_another_job_is_refused_and_nothing_is_touched(

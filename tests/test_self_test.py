@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline import JobConfig, run_job
-from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import DeviceError, OutputConflictError
 from gptbatch.pipeline.kv_cache import padded
 from gptbatch.pipeline.kv_cache.interface import Backend
@@ -262,8 +262,8 @@ def config(checkpoint: Path, tmp_path: Path) -> dict[str, str | int]:
 def test_the_answer_is_recorded(config: dict[str, str | int], tmp_path: Path) -> None:
     assert run_job(JobConfig.model_validate(config)).batch_invariance == "verified"
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
-    profile = manifest["profile"]
-    assert set(profile) == {
+    environment = manifest["environment"]
+    assert set(environment) == {
         "attention",
         "products",
         "linears",
@@ -273,7 +273,7 @@ def test_the_answer_is_recorded(config: dict[str, str | int], tmp_path: Path) ->
         "noise_version",
         "self_test_digest",
     }
-    assert len(profile["self_test_digest"]) == 64
+    assert len(environment["self_test_digest"]) == 64
     assert manifest["batch_invariance"] == "verified"
 
 
@@ -308,7 +308,7 @@ def test_a_machine_that_fails(
     with caplog.at_level(logging.WARNING, logger="gptbatch"):
         assert run_job(JobConfig.model_validate(config)).batch_invariance == "unverified"
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
-    assert RecordedRun(Path(str(config["output"]))).facts["batch_invariance"] == "unverified"
+    assert RunReader(Path(str(config["output"]))).facts["batch_invariance"] == "unverified"
 
 
 def test_a_complete_run_is_not_taken_for_an_exact_one(config: dict[str, str | int]) -> None:

@@ -25,8 +25,8 @@ from tokenizers import (
 
 from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, inspect_job, run_job
-from gptbatch.pipeline.audit.reopen import Overrides, ReopenedRun
-from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.audit.reopen import LoadedRun, Overrides
+from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.audit.verify import verify_rows
 from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.errors import ModelError, OutputConflictError
@@ -119,8 +119,8 @@ def expect_as_transformers(model: Path, prompts: list[str], **changes: Any) -> N
 
 def verify(model: Path) -> set[str]:
     """What verify finds in the rows of a run."""
-    run = RecordedRun(model.parent / f"{model.name}-out")
-    return {verdict.outcome for verdict in verify_rows(ReopenedRun(run, Overrides()), run.rows())}
+    run = RunReader(model.parent / f"{model.name}-out")
+    return {verdict.outcome for verdict in verify_rows(LoadedRun(run, Overrides()), run.rows())}
 
 
 def gpt2_files(folder: Path, *, size: int = VOCAB_SIZE, **files: Any) -> Path:

@@ -15,7 +15,7 @@ import torch
 
 from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, run_job
-from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.audit.trace import explain_step
 from gptbatch.pipeline.audit.verify import evenly_spaced
 from gptbatch.pipeline.config import EngineConfig
@@ -103,9 +103,7 @@ def change(output: Path, prompt_id: str, edit: Callable[[dict[str, Any]], None])
 def long_row(output: Path) -> str:
     """The id of a row of at least 12 tokens."""
     return next(
-        str(row["prompt_id"])
-        for row in RecordedRun(output).rows()
-        if row["completion_tokens"] >= 12
+        str(row["prompt_id"]) for row in RunReader(output).rows() if row["completion_tokens"] >= 12
     )
 
 
@@ -122,7 +120,7 @@ def test_an_untouched_run(output: Path, command: Command) -> None:
         1,
     )
     assert summary["judged"] == "exactly"
-    reasons = {row["stop_reason"] for row in RecordedRun(output).rows(["stop_reason"])}
+    reasons = {row["stop_reason"] for row in RunReader(output).rows(["stop_reason"])}
     assert {"max_new_tokens", "window", None} <= reasons
     assert command("verify", output, "--all", "--rows", "5")[0] == 2
     code, lines = command("verify", output, "--rows", "5", "--threads", "1")
@@ -185,7 +183,7 @@ def test_whatever_else_was_changed_is_named(
 ) -> None:
     changed = next(
         row["prompt_id"]
-        for row in RecordedRun(output).rows()
+        for row in RunReader(output).rows()
         if row["stop_reason"] == "max_new_tokens"
     )
     change(output, changed, edit)
@@ -225,7 +223,7 @@ def twins(tmp_path: Path) -> Path:
 
 def on_another_machine(output: Path) -> None:
     manifest = json.loads((output / "_manifest.json").read_text())
-    manifest["profile"]["device_class"] = "another CPU"
+    manifest["environment"]["device_class"] = "another CPU"
     (output / "_manifest.json").write_text(json.dumps(manifest))
 
 
@@ -256,14 +254,14 @@ def test_a_tie_is_a_mismatch_where_bits_are_the_same_and_a_near_tie_elsewhere(
 
 
 def test_windows_that_slide_are_verified(finished: Path, tmp_path: Path, command: Command) -> None:
-    config = RecordedRun(finished / "out").config | {
+    config = RunReader(finished / "out").config | {
         "output": str(tmp_path / "slid"),
         "window_full": "slide",
         "limit": 6,
         "ignore_eos": True,
     }
     run_job(JobConfig.model_validate(config))
-    rows = {row["prompt_id"]: row for row in RecordedRun(tmp_path / "slid").rows()}
+    rows = {row["prompt_id"]: row for row in RunReader(tmp_path / "slid").rows()}
     assert rows["r5"]["prompt_tokens"] + rows["r5"]["completion_tokens"] > 66
     code, lines = command("verify", tmp_path / "slid", "--all")
     assert (code, json.loads(lines[-1])["rows_checked"]) == (0, 5)
@@ -298,7 +296,7 @@ def test_other_weights_are_refused_unless_allowed(
 
 
 def test_on_another_machine_rows_are_judged_by_margin(output: Path, command: Command) -> None:
-    """The profile names another machine: a token that rounding could not explain is a mismatch still."""
+    """The environment names another machine: a token that rounding could not explain is a mismatch still."""
     on_another_machine(output)
     code, lines = command("verify", output, "--all")
     summary = json.loads(lines[-1])
@@ -359,7 +357,7 @@ def test_a_run_with_an_int8_cache(
 def test_a_run_that_was_not_checked_is_judged_by_margin(
     finished: Path, tmp_path: Path, command: Command
 ) -> None:
-    config = RecordedRun(finished / "out").config | {
+    config = RunReader(finished / "out").config | {
         "output": str(tmp_path / "off"),
         "batch_invariance": "off",
     }
@@ -394,7 +392,7 @@ def test_a_row_is_replayed_from_the_folder_alone(
 ) -> None:
     (finished / "prompts.jsonl").rename(finished / "gone")
     try:
-        row = RecordedRun(output).find("r7")
+        row = RunReader(output).find("r7")
         assert row is not None
         code, lines = command("replay", output, "--prompt-id", "r7", "--trace", "--json")
         *steps, summary = map(json.loads, lines)
@@ -427,7 +425,7 @@ def test_a_row_is_replayed_from_the_folder_alone(
 
 
 def test_what_if(output: Path, command: Command) -> None:
-    row = RecordedRun(output).find("r7")
+    row = RunReader(output).find("r7")
     assert row is not None
     code, lines = command(
         "replay", output, "--prompt-id", "r7", "--temperature", str(row["temperature"]), "--json"
@@ -494,7 +492,7 @@ def test_a_step_explained() -> None:
 
 def test_the_columns_of_a_run(finished: Path) -> None:
     """min_margin and logits_digest stand in every row that took a step, and do not depend on the batch."""
-    rows = list(RecordedRun(finished / "out").rows())
+    rows = list(RunReader(finished / "out").rows())
     assert [row["prompt_id"] for row in rows if row["min_margin"] is None] == ["r4"]
     assert [row["prompt_id"] for row in rows if row["logits_digest"] is None] == ["r4"]
     assert len({row["logits_digest"] for row in rows}) > 20

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from gptbatch.pipeline.audit.run_reader import BATCH_ROWS, RecordedRun
+from gptbatch.pipeline.audit.run_reader import BATCH_ROWS, RunReader
 from gptbatch.pipeline.errors import StorageError
 
 DifferenceKind = Literal[
@@ -28,7 +28,7 @@ _COLUMNS = (
     "logits_digest",
 )
 _ROW_SETTINGS = ("seed", "temperature", "top_k")  # decide min_margin besides the logits
-_FACTS = ("dtype", "device", "profile")
+_FACTS = ("dtype", "device", "environment")
 _DIGEST_BYTES = 16
 
 
@@ -65,7 +65,7 @@ class RowDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingDifference:
-    """A setting that the runs do not share: a key of their identity, `device`, or `profile.NAME`. None: a run does not say."""
+    """A setting that the runs do not share: a key of their identity, `device`, or `environment.NAME`. None: a run does not say."""
 
     name: str
     a: Any
@@ -99,7 +99,7 @@ class DiffSummary:
         return self.equal + self.different
 
 
-def diff_runs(a: RecordedRun, b: RecordedRun) -> Iterator[RowDifference]:
+def diff_runs(a: RunReader, b: RunReader) -> Iterator[RowDifference]:
     """The rows that are not equal, joined by prompt_id: in the order of `a`, then those that only `b` has, in its order.
 
     Clocks and an error's words do not count. In memory are an id and a digest for each row of `b`, and a batch of rows of each run.
@@ -138,7 +138,7 @@ def diff_runs(a: RecordedRun, b: RecordedRun) -> Iterator[RowDifference]:
             yield RowDifference(prompt_id=prompt_id, kind="only_in_b")
 
 
-def summarize(a: RecordedRun, b: RecordedRun, differences: Iterable[RowDifference]) -> DiffSummary:
+def summarize(a: RunReader, b: RunReader, differences: Iterable[RowDifference]) -> DiffSummary:
     """Count the differences that `diff_runs(a, b)` gives, all of them."""
     kinds = Counter(difference.kind for difference in differences)
     different = kinds.total() - kinds["only_in_a"] - kinds["only_in_b"] - kinds["bits"]
@@ -158,10 +158,10 @@ def summarize(a: RecordedRun, b: RecordedRun, differences: Iterable[RowDifferenc
     )
 
 
-def settings_that_differ(a: RecordedRun, b: RecordedRun) -> list[SettingDifference]:
-    """Why rows may differ: the keys of the identities, the device and the profile that are not the same, by name.
+def settings_that_differ(a: RunReader, b: RunReader) -> list[SettingDifference]:
+    """Why rows may differ: the keys of the identities, the device and the environment that are not the same, by name.
 
-    A run that has written no part yet says nothing of its device and profile, and these are then left out.
+    A run that has written no part yet says nothing of its device and environment, and these are then left out.
     """
     left, right = dict(a.manifest["identity"]), dict(b.manifest["identity"])
     if a.facts and b.facts:
@@ -246,7 +246,7 @@ def _first_difference(a: list[int], b: list[int]) -> int | None:
     return next((index for index in range(shorter) if a[index] != b[index]), shorter)
 
 
-def _twice(run: RecordedRun, prompt_id: str) -> StorageError:
+def _twice(run: RunReader, prompt_id: str) -> StorageError:
     return StorageError(
         f"{run.path}: holds the id {prompt_id!r} twice, so that rows cannot be paired; does it hold parts of two runs?"
     )

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gptbatch.pipeline.audit.run_reader import RecordedRun
+from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.config import EngineConfig, JobConfig
 from gptbatch.pipeline.errors import ModelError, OutputConflictError
 from gptbatch.pipeline.input.config_hash import special_token_identity
@@ -16,7 +16,7 @@ from gptbatch.pipeline.input.job import prompt_tokenizer
 from gptbatch.pipeline.input.tokenizer_files import LoadedTokenizer, file_digest, load_tokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
-from gptbatch.pipeline.model.loading import Network, load_network, resolve_device
+from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
 from gptbatch.pipeline.output.folder import CONFIG, MANIFEST, WORK
 from gptbatch.pipeline.output.folder_models import validated
 from gptbatch.pipeline.output.parts import FORMAT
@@ -54,14 +54,14 @@ class Overrides:
     threads: int | None = None
 
 
-class ReopenedRun:
+class LoadedRun:
     """A run whose checkpoint has been found again. The network is loaded when it is first asked for.
 
     Raises ModelError when the weights or the tokenizer are not those of the run, OutputConflictError when its settings cannot be
     read.
     """
 
-    def __init__(self, run: RecordedRun, overrides: Overrides) -> None:
+    def __init__(self, run: RunReader, overrides: Overrides) -> None:
         self.run = run
         try:
             recorded = validated(JobConfig, run.config)
@@ -81,10 +81,10 @@ class ReopenedRun:
         self.tokenizer = prompt_tokenizer(self.config, self.checkpoint.special_tokens, tokenizer)
 
     @cached_property
-    def network(self) -> Network:
+    def loaded(self) -> LoadedModel:
         """The weights, loaded and checked on this machine."""
         engine = self.config.engine
-        return load_network(
+        return load_model(
             self.checkpoint,
             self.gpt_config,
             engine,
@@ -99,10 +99,10 @@ class ReopenedRun:
 
     def reasons_bits_may_differ(self) -> list[str]:
         """Why bits here may differ from those recorded; empty when they must not."""
-        recorded: dict[str, Any] = self.run.facts.get("profile", {})
+        recorded: dict[str, Any] = self.run.facts.get("environment", {})
         reasons = [
             f"{key} differs"
-            for key, value in self.network.profile.items()
+            for key, value in self.loaded.environment.items()
             if recorded.get(key) != value
             and not (key == "self_test_digest" and recorded.get(key) is None)
         ]
@@ -111,9 +111,9 @@ class ReopenedRun:
             reasons.append("the run skipped the start-up check (batch_invariance: off)")
         elif batch_invariance != "verified":
             reasons.append("the machine of the run did not pass the start-up check")
-        if len(self.run.profiles) > 1:
+        if len(self.run.environments) > 1:
             reasons.append("its parts were made in more than one way")
-        if self.network.batch_invariance != "verified":
+        if self.loaded.batch_invariance != "verified":
             reasons.append("this machine does not pass the start-up check")
         identity = self.run.manifest["identity"]
         if self.checkpoint.model_digest != identity["model_digest"]:
@@ -190,7 +190,7 @@ class ReopenedRun:
         return checkpoint, tokenizer
 
 
-def recorded_model(run: RecordedRun) -> str:
+def recorded_model(run: RunReader) -> str:
     """The checkpoint that a run names: its folder where it is still there, else what the settings say."""
     path = run.facts.get("model_path")
     return str(path if path and Path(path).is_dir() else run.config.get("model"))
@@ -208,7 +208,7 @@ def row_params(row: dict[str, Any]) -> SamplingParams:
 
 def _engine(recorded: EngineConfig, facts: dict[str, Any], overrides: Overrides) -> EngineConfig:
     """As recorded, with the attention backend that was used, if it can be had here."""
-    backend = facts.get("profile", {}).get("attention")
+    backend = facts.get("environment", {}).get("attention")
     changes: dict[str, Any] = {
         "attention": "padded" if backend == "padded" else "auto",
         "threads": overrides.threads,

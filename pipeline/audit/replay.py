@@ -1,6 +1,6 @@
 """replay: one recorded row generated again, alone, and each of its steps explained.
 
-Knows: a reopened run and one of its rows. Does not print.
+Knows: a loaded_run run and one of its rows. Does not print.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptbatch.pipeline.audit.reopen import ReopenedRun
+from gptbatch.pipeline.audit.reopen import LoadedRun
 from gptbatch.pipeline.errors import InputNotFoundError
 from gptbatch.pipeline.types import Completion, Prompt, SamplingParams, TokenizedPrompt
 
@@ -36,15 +36,15 @@ class Replay:
 
 
 def replay_row(
-    reopened: ReopenedRun, row: dict[str, Any], params: SamplingParams, *, trace: bool
+    loaded_run: LoadedRun, row: dict[str, Any], params: SamplingParams, *, trace: bool
 ) -> Replay:
     """Generate the row with these parameters. Raises InputNotFoundError for a row whose prompt never reached the network."""
     from gptbatch.pipeline.engine.engine import Engine
 
-    ((prompt_ids, problem),) = reopened.prompt_token_ids([row])
+    ((prompt_ids, problem),) = loaded_run.prompt_token_ids([row])
     if problem:
         raise InputNotFoundError(
-            f"{reopened.run.path}: row {row['prompt_id']!r} cannot be replayed: {problem}"
+            f"{loaded_run.run.path}: row {row['prompt_id']!r} cannot be replayed: {problem}"
             + (f"; it is an error row ({row['error']})" if row["error"] else "")
         )
     prompt = Prompt(
@@ -61,22 +61,22 @@ def replay_row(
         read_s=time.monotonic(),
     )
     engine = Engine(
-        model=reopened.network.model,
+        model=loaded_run.loaded.model,
         batch_size=1,
-        end_tokens=reopened.end_tokens,
-        window_full=reopened.config.window_full,
+        end_tokens=loaded_run.end_tokens,
+        window_full=loaded_run.config.window_full,
         record_logits=row["logits_digest"] is not None,
     )
     (completion,) = [ended for round_ in engine.generate(iter([source])) for ended in round_]
     token_ids = completion.token_ids
     text = None
     if completion.finish_reason != "error":
-        text = reopened.tokenizer.completion_text(prompt_ids, token_ids, completion.finish_reason)
+        text = loaded_run.tokenizer.completion_text(prompt_ids, token_ids, completion.finish_reason)
     return Replay(
         completion=completion,
         text=text,
         first_difference=_first_difference(completion, row),
-        trace=_trace(reopened, prompt_ids, completion) if trace and token_ids else (),
+        trace=_trace(loaded_run, prompt_ids, completion) if trace and token_ids else (),
     )
 
 
@@ -91,11 +91,11 @@ def _first_difference(completion: Completion, row: dict[str, Any]) -> int | None
 
 
 def _trace(
-    reopened: ReopenedRun, prompt_ids: list[int], completion: Completion
+    loaded_run: LoadedRun, prompt_ids: list[int], completion: Completion
 ) -> tuple[StepTrace, ...]:
     from gptbatch.pipeline.audit.trace import KnownRow, each_logits, explain_step, step_hidden
 
-    model, params = reopened.network.model, completion.prompt.params
+    model, params = loaded_run.loaded.model, completion.prompt.params
     known = KnownRow(prompt=prompt_ids, new=completion.token_ids, params=params)
     return tuple(
         explain_step(row_logits, params, step, completion.token_ids[step])

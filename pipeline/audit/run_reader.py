@@ -23,11 +23,11 @@ from gptbatch.pipeline.system.yaml_reader import MAX_RECORDED_BYTES, YamlError, 
 BATCH_ROWS = 2048
 
 
-class RecordedRun:
+class RunReader:
     """The run in an output folder. What it holds is looked up once: parts that appear later are not seen.
 
-    manifest: what the folder says of the run, its identity among it. facts: what the run says of itself, model and profile among it.
-    profiles: how the parts were made, each way once: a run that went on elsewhere has more than one. parts: the files of the table, in
+    manifest: what the folder says of the run, its identity among it. facts: what the run says of itself, model and environment among it.
+    environments: how the parts were made, each way once: a run that went on elsewhere has more than one. parts: the files of the table, in
     order. n_rows: rows in them. marked_complete: whether the run has ended. complete: whether it has, and all of its rows are there.
     rows_promised: rows of its input, None where an older version did not say. strays: names of tables that are not its parts.
 
@@ -67,15 +67,15 @@ class RecordedRun:
         self.marked_complete = state.marked_complete
         self.rows_promised: int | None = state.identity.get("rows")
         self.facts = facts_of(self.manifest)
-        self.profiles: list[dict[str, Any]] = []
+        self.environments: list[dict[str, Any]] = []
         for footer in found.footers:
             if (
-                profile := {
-                    **footer.get("profile", {}),
+                environment := {
+                    **footer.get("environment", {}),
                     "batch_invariance": footer.get("batch_invariance"),
                 }
-            ) not in self.profiles:
-                self.profiles.append(profile)
+            ) not in self.environments:
+                self.environments.append(environment)
         counts = [part.rows for part in found.parts]
         self.n_rows = sum(counts)
         self.complete = (
@@ -162,7 +162,7 @@ class RowReader:
     It goes on from where it is when it can, so that places that rise from call to call cost one pass over the table.
     """
 
-    def __init__(self, run: RecordedRun, names: list[str]) -> None:
+    def __init__(self, run: RunReader, names: list[str]) -> None:
         self._run, self._names = run, names
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptbatch.pipeline.audit.reopen import ReopenedRun, row_params
+from gptbatch.pipeline.audit.reopen import LoadedRun, row_params
 from gptbatch.pipeline.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def evenly_spaced(count: int, n_rows: int) -> list[int]:
     return [round(i * (n_rows - 1) / max(1, count - 1)) for i in range(count)]
 
 
-def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterator[Verdict]:
+def verify_rows(loaded_run: LoadedRun, rows: Iterable[dict[str, Any]]) -> Iterator[Verdict]:
     """A verdict for each row, in order. Error rows have nothing to check and are skipped.
 
     Batches of rows are checked beside each other, each by a thread of its own: threads that share every product of a small
@@ -64,8 +64,8 @@ def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterat
     """
     import torch
 
-    exact = not reopened.reasons_bits_may_differ()
-    on_cpu = reopened.network.model.device.type == "cpu"
+    exact = not loaded_run.reasons_bits_may_differ()
+    on_cpu = loaded_run.loaded.model.device.type == "cpu"
     threads = torch.get_num_threads()
     workers = threads if on_cpu else 1
     iterator = iter(rows)
@@ -78,7 +78,7 @@ def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterat
                 while len(running) < 2 * workers and (
                     batch := list(islice(iterator, ROWS_AT_A_TIME))
                 ):
-                    running.append(pool.submit(_verify_batch, reopened, batch, exact))
+                    running.append(pool.submit(_verify_batch, loaded_run, batch, exact))
                 if not running:
                     return
                 yield from running.popleft().result()
@@ -86,7 +86,7 @@ def verify_rows(reopened: ReopenedRun, rows: Iterable[dict[str, Any]]) -> Iterat
         torch.set_num_threads(threads)  # what a thread sets is what later threads start with
 
 
-def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool) -> list[Verdict]:
+def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool) -> list[Verdict]:
     from gptbatch.pipeline.audit.trace import KnownRow, explain_step, step_hidden
     from gptbatch.pipeline.engine.engine import logits_bytes
     from gptbatch.pipeline.engine.next_tokens import next_tokens
@@ -97,9 +97,9 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
     known: list[KnownRow] = []
     numbers: list[int] = []  # of the rows that can be checked
     for number, (row, (prompt, prompt_problem)) in enumerate(
-        zip(rows, reopened.prompt_token_ids(rows), strict=True)
+        zip(rows, loaded_run.prompt_token_ids(rows), strict=True)
     ):
-        if problem := _malformed(row, reopened.gpt_config.vocab_size):
+        if problem := _malformed(row, loaded_run.gpt_config.vocab_size):
             verdicts[number] = _verdict(row, "mismatch", problem)
         elif row["finish_reason"] == "error":
             verdicts[number] = _verdict(row, "skipped")
@@ -118,12 +118,12 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
     ]
     margins = [math.inf] * len(known)
     hashes = [hashlib.sha256() for _ in known]
-    model = reopened.network.model
+    model = loaded_run.loaded.model
     for passages, hidden in step_hidden(model, known):
         places = [(passage.row, step) for passage in passages for step in passage.steps]
         params, steps = [known[index].params for index, _ in places], [step for _, step in places]
         most = [bounds[index] for index, _ in places]
-        if reopened.config.record_logits_digest:
+        if loaded_run.config.record_logits_digest:
             choices = []
             for first in range(0, len(places), HEAD_ROWS):
                 some = slice(first, first + HEAD_ROWS)
@@ -143,7 +143,7 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
                 continue
             (step_logits,) = model.logits(hidden[place : place + 1])
             distance = explain_step(step_logits, known[index].params, step, recorded).distance
-            tolerance = _tolerance(reopened.config.engine) * float(step_logits.abs().max())
+            tolerance = _tolerance(loaded_run.config.engine) * float(step_logits.abs().max())
             near = not exact and choice.token is not None and distance <= tolerance
             earlier = verdicts.get(numbers[index])
             if earlier is None or (earlier.outcome == "near_tie" and not near):
@@ -161,9 +161,13 @@ def _verify_batch(reopened: ReopenedRun, rows: list[dict[str, Any]], exact: bool
     for index, number in enumerate(numbers):
         if number in verdicts and verdicts[number].outcome == "mismatch":
             continue
-        digest = hashes[index].hexdigest() if reopened.config.record_logits_digest else None
-        problem = _other_problem(reopened, rows[number], known[index])
-        if not problem and exact and not (reopened.is_older and rows[number]["min_margin"] is None):
+        digest = hashes[index].hexdigest() if loaded_run.config.record_logits_digest else None
+        problem = _other_problem(loaded_run, rows[number], known[index])
+        if (
+            not problem
+            and exact
+            and not (loaded_run.is_older and rows[number]["min_margin"] is None)
+        ):
             problem = _other_bits(rows[number], margins[index], digest)
         if problem:
             verdicts[number] = _verdict(rows[number], "mismatch", problem)
@@ -194,7 +198,7 @@ def _malformed(row: dict[str, Any], vocab_size: int) -> str:
     )
 
 
-def _other_problem(reopened: ReopenedRun, row: dict[str, Any], known: KnownRow) -> str:
+def _other_problem(loaded_run: LoadedRun, row: dict[str, Any], known: KnownRow) -> str:
     """What is wrong with a row whose tokens are right: where it ends, or its text."""
     from gptbatch.pipeline.engine.engine import stop_reason
 
@@ -205,9 +209,9 @@ def _other_problem(reopened: ReopenedRun, row: dict[str, Any], known: KnownRow) 
             new_tokens=count,
             total_tokens=len(known.prompt) + count,
             max_new_tokens=known.params.max_new_tokens,
-            n_positions=reopened.gpt_config.n_positions,
-            end_tokens=reopened.end_tokens,
-            window_full=reopened.config.window_full,
+            n_positions=loaded_run.gpt_config.n_positions,
+            end_tokens=loaded_run.end_tokens,
+            window_full=loaded_run.config.window_full,
         )
         if (reason is not None) != (count == len(known.new)):
             return f"it should {'go on after' if reason is None else 'have ended with'} token {count - 1}"
@@ -215,7 +219,7 @@ def _other_problem(reopened: ReopenedRun, row: dict[str, Any], known: KnownRow) 
         row["finish_reason"] == "stop"
     ):
         return f"it ended by {reason}, not by {row['stop_reason']} ({row['finish_reason']})"
-    text = reopened.tokenizer.completion_text(known.prompt, known.new, row["finish_reason"])
+    text = loaded_run.tokenizer.completion_text(known.prompt, known.new, row["finish_reason"])
     return "" if text == row["completion"] else "its text is not that of its tokens"
 
 

@@ -33,7 +33,7 @@ _TOKEN_KEYS = (
 def job_identity(
     config: JobConfig, checkpoint: Checkpoint, tokenizer: LoadedTokenizer
 ) -> dict[str, Any]:
-    """All that makes two runs the same job, its input aside; `fingerprint` hashes the part of it that changes tokens of a given row."""
+    """All that makes two runs the same job, its input aside; `config_hash` hashes the part of it that changes tokens of a given row."""
     tokens = {
         "model_digest": checkpoint.model_digest,
         "tokenizer_digest": tokenizer.digest,
@@ -42,9 +42,9 @@ def job_identity(
         "cache_dtype": config.engine.cache_dtype,
         "noise_version": NOISE_VERSION,
     } | {key: getattr(config, key) for key in _TOKEN_KEYS}
-    fingerprint = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
+    config_hash = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
     return {
-        "fingerprint": fingerprint,
+        "config_hash": config_hash,
         **tokens,
         "record_logits_digest": config.record_logits_digest,
     }

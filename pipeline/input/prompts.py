@@ -267,20 +267,20 @@ class PromptReader:
     def _unit(self) -> str:
         return "line" if isinstance(self.source, JsonlFile) else "row"
 
-    def _clashes(self, suspects: set[int]) -> dict[int, int]:
+    def _clashes(self, suspect_parts: set[int]) -> dict[int, int]:
         """Index of each good row that cannot have its id, since an earlier row or an error row has it -> the line of that row.
 
-        suspects: hashes that more than one id has. Reads the rows again to tell repeated ids from equal hashes, and once more whenever
+        suspect_parts: hashes that more than one id has. Reads the rows again to tell repeated ids from equal hashes, and once more whenever
         rows became error rows by this: these are called `line:N` from now on, which may be the id of a good row.
         """
-        if not suspects:
+        if not suspect_parts:
             return {}
         clashes: dict[int, int] = {}
         first: dict[str, GoodRow] = {}
         names: dict[str, int] = {}  # of error rows, and their lines
         new: list[int] = []  # lines of rows that have just become error rows
         for row in self.rows():
-            if _id_hash(row.prompt_id) not in suspects:
+            if _id_hash(row.prompt_id) not in suspect_parts:
                 continue
             if isinstance(row, BadRow):
                 names[row.prompt_id] = row.line

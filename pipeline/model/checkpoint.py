@@ -27,7 +27,7 @@ from gptbatch.pipeline.model.other_formats import (
     is_lfs_pointer,
     lfs_message,
 )
-from gptbatch.pipeline.output.file_hashes import DigestMemory
+from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.system.bundled import locate
 
 CONFIG_FILE = "config.json"
@@ -62,7 +62,7 @@ class Checkpoint:
     name: str
     folder: Path
     weights: tuple[Path, ...]
-    memory: DigestMemory = field(default_factory=DigestMemory, compare=False)
+    memory: FileHashes = field(default_factory=FileHashes, compare=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def find_checkpoint(
     *,
     revision: str | None = None,
     allow_pickle: bool = False,
-    memory: DigestMemory | None = None,
+    memory: FileHashes | None = None,
 ) -> Checkpoint:
     """Find the checkpoint of that name.
 
@@ -154,7 +154,7 @@ def find_checkpoint(
     )
     weights = _find_weights(name, folder, allow_pickle)
     _refuse_lfs_pointers(weights)
-    return Checkpoint(name=name, folder=folder, weights=weights, memory=memory or DigestMemory())
+    return Checkpoint(name=name, folder=folder, weights=weights, memory=memory or FileHashes())
 
 
 def _refuse_lfs_pointers(paths: Iterable[Path]) -> None:

@@ -35,15 +35,15 @@ BatchInvariance = Literal["verified", "unverified", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Network:
+class LoadedModel:
     """A loaded network. batch_invariance: whether the start-up check found a row's bits independent of the batch, or was not asked.
 
-    profile: what the bits of a row depend on besides the job; equality is promised within a profile.
+    environment: what the bits of a row depend on besides the job; equality is promised within a environment.
     """
 
     model: GPT
     batch_invariance: BatchInvariance
-    profile: dict[str, Any]
+    environment: dict[str, Any]
 
     def batch_size(self, wanted: int | None) -> int:
         """Rows that run at a time: as set, or enough for each thread to read weights for many rows at once."""
@@ -66,14 +66,14 @@ class Network:
         return None if free is None else int(free * MEMORY_SHARE)
 
 
-def load_network(
+def load_model(
     checkpoint: Checkpoint,
     gpt_config: GPTConfig,
     engine: EngineConfig,
     device: torch.device,
     *,
     batch_invariance: Literal["auto", "require", "off"],
-) -> Network:
+) -> LoadedModel:
     """Load the weights on the device and check them there.
 
     Raises DeviceError when `batch_invariance` is require and the check fails, or when an attention backend is asked for that is not to
@@ -82,7 +82,7 @@ def load_network(
     from gptbatch.pipeline.model.weights import load_gpt
 
     files = list(checkpoint.weights)
-    return prepare_network(
+    return prepare_model(
         engine,
         device,
         lambda attention, dtype: load_gpt(
@@ -92,14 +92,14 @@ def load_network(
     )
 
 
-def prepare_network(
+def prepare_model(
     engine: EngineConfig,
     device: torch.device,
     load: Callable[[Backend, torch.dtype], GPT],
     *,
     batch_invariance: Literal["auto", "require", "off"],
-) -> Network:
-    """The network that `load` makes for an attention backend and a dtype, checked. Raises DeviceError as load_network does."""
+) -> LoadedModel:
+    """The network that `load` makes for an attention backend and a dtype, checked. Raises DeviceError as load_model does."""
     import torch
 
     from gptbatch.pipeline.kv_cache.interface import choose_backend
@@ -130,7 +130,7 @@ def prepare_network(
                 "%s: with another batch size a token may change at a near tie; the output says unverified",
                 message,
             )
-    profile = {
+    environment = {
         "attention": backend,
         "linears": model.linear_kind,
         "products": model.products if backend == "padded" else None,
@@ -140,7 +140,7 @@ def prepare_network(
         "noise_version": NOISE_VERSION,
         "self_test_digest": self_test_digest,
     }
-    return Network(model=model, batch_invariance=found, profile=profile)
+    return LoadedModel(model=model, batch_invariance=found, environment=environment)
 
 
 def threads_to_use(wanted: int | None) -> int:

@@ -1,9 +1,9 @@
-"""What a run was at when it died: `attempts.json`, kept up to date while parts are in flight and empty after a clean end.
+"""What a run was at when it died: `journal.json`, kept up to date while parts are in flight and empty after a clean end.
 
-    {"in_flight": [3, 4], "row": null, "deaths": {"3": 1, "4": 1}}
+    {"in_flight": [3, 4], "row": null, "crashes": {"3": 1, "4": 1}}
 
 A run that finds parts in flight knows that the last one died of something that it could not see (a kill, memory, power). Parts that
-were in flight at two deaths are run with one slot: whatever a row among them does to the process, it then does alone, by its name.
+were in flight at two crashes are run with one slot: whatever a row among them does to the process, it then does alone, by its name.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import json
 from pathlib import Path
 
 from gptbatch.pipeline.output.atomic_write import Writer
-from gptbatch.pipeline.output.folder_models import AttemptsNote, validated
+from gptbatch.pipeline.output.folder_models import CrashJournalContent, validated
 from gptbatch.pipeline.system.regular_file import read_json
 
-ATTEMPTS = "attempts.json"
-DEATHS_TO_SUSPECT = 2
+CRASH_JOURNAL = "journal.json"
+CRASHES_TO_SUSPECT = 2
 
 
-class Attempts:
-    """deaths: of each part that was in flight at one and has not been written since. last_row: that ran alone when the last run died."""
+class CrashJournal:
+    """crashes: of each part that was in flight at one and has not been written since. last_row: that ran alone when the last run died."""
 
     def __init__(self, work: Path, writer: Writer) -> None:
-        self._path, self._writer = work / ATTEMPTS, writer
-        self.deaths, in_flight, self.last_row = _read(self._path)
+        self._path, self._writer = work / CRASH_JOURNAL, writer
+        self.crashes, in_flight, self.last_row = _read(self._path)
         for number in in_flight:
-            self.deaths[number] = self.deaths.get(number, 0) + 1
+            self.crashes[number] = self.crashes.get(number, 0) + 1
         self._in_flight: list[int] = []
         self._row: str | None = None
 
     @property
-    def suspects(self) -> set[int]:
+    def suspect_parts(self) -> set[int]:
         """Parts that are to be run with one slot."""
-        return {number for number, deaths in self.deaths.items() if deaths >= DEATHS_TO_SUSPECT}
+        return {number for number, crashes in self.crashes.items() if crashes >= CRASHES_TO_SUSPECT}
 
     def note(self, in_flight: list[int], row: str | None = None) -> None:
         """Say what is in flight from now on; row: the id of one that runs alone."""
@@ -43,12 +43,12 @@ class Attempts:
 
     def written(self, number: int) -> None:
         """A part is written: whatever it was, it has passed."""
-        self.deaths.pop(number, None)
+        self.crashes.pop(number, None)
 
     def end(self) -> None:
         """The run ends in a way that it knows."""
         self._in_flight, self._row = [], None
-        if self.deaths:
+        if self.crashes:
             self._save()
         else:
             self._path.unlink(missing_ok=True)
@@ -57,7 +57,7 @@ class Attempts:
         content = {
             "in_flight": self._in_flight,
             "row": self._row,
-            "deaths": {str(number): deaths for number, deaths in sorted(self.deaths.items())},
+            "crashes": {str(number): crashes for number, crashes in sorted(self.crashes.items())},
         }
         self._writer.write_text(self._path, json.dumps(content) + "\n", durable=False)
 
@@ -65,7 +65,11 @@ class Attempts:
 def _read(path: Path) -> tuple[dict[int, int], list[int], str | None]:
     """A damaged file is an empty one."""
     try:
-        note = validated(AttemptsNote, read_json(path))
+        note = validated(CrashJournalContent, read_json(path))
     except (OSError, ValueError):
         return {}, [], None
-    return {int(number): deaths for number, deaths in note.deaths.items()}, note.in_flight, note.row
+    return (
+        {int(number): crashes for number, crashes in note.crashes.items()},
+        note.in_flight,
+        note.row,
+    )

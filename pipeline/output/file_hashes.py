@@ -24,7 +24,7 @@ def stat_of(path: Path) -> Stat:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-class DigestMemory:
+class FileHashes:
     """What is known of files, from an earlier run and from this one. A damaged memory is an empty one."""
 
     def __init__(self, content: dict[str, Any] | None = None) -> None:
@@ -34,7 +34,7 @@ class DigestMemory:
         self._input: dict[str, Any] | None = content.get("input")
 
     @classmethod
-    def load(cls, path: Path) -> DigestMemory:
+    def load(cls, path: Path) -> FileHashes:
         try:
             content = read_json(path)
             validated(Digests, content)

@@ -3,7 +3,7 @@
     part-00000.parquet ...  the table
     _manifest.json          facts of the run and its parts
     _SUCCESS                written last: the run is complete
-    .gptbatch/              all else: config.yaml, digests.json, progress.json, errors.jsonl, attempts.json, lock, temporary files
+    .gptbatch/              all else: config.yaml, digests.json, progress.json, errors.jsonl, journal.json, lock, temporary files
 
 The parts are the record of what is done. The manifest claims the folder for a job before its first part, and is made again from the
 parts where it is lost. A folder without a part holds no job. Only files that are ours by name and footer are deleted.
@@ -26,8 +26,8 @@ from typing import Any
 
 from gptbatch.pipeline.errors import OutputConflictError, OutputCreationError, StorageError
 from gptbatch.pipeline.output.atomic_write import Writer
-from gptbatch.pipeline.output.crash_journal import ATTEMPTS
-from gptbatch.pipeline.output.file_hashes import DigestMemory
+from gptbatch.pipeline.output.crash_journal import CRASH_JOURNAL
+from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder_models import Manifest, Part, validated
 from gptbatch.pipeline.output.lock import HOLDER, LOCK
 from gptbatch.pipeline.output.parts import (
@@ -93,7 +93,8 @@ class OutputFolder:
         """Raises OutputConflictError when a name that is to be written is a link, FIFO, socket or device. Readers follow links."""
         files = [self.path / MANIFEST, self.path / SUCCESS]
         files += [
-            self.work / name for name in (CONFIG, DIGESTS, PROGRESS, ERRORS, ATTEMPTS, LOCK, HOLDER)
+            self.work / name
+            for name in (CONFIG, DIGESTS, PROGRESS, ERRORS, CRASH_JOURNAL, LOCK, HOLDER)
         ]
         for entry in (self.path, self.work, *files):
             try:
@@ -166,7 +167,7 @@ class OutputFolder:
             strays=stray_tables(self.path),
         )
 
-    def inspect_parts(self, state: FolderState, memory: DigestMemory) -> dict[int, FoundPart]:
+    def inspect_parts(self, state: FolderState, memory: FileHashes) -> dict[int, FoundPart]:
         """Look at every part, and read those whose size or times are not as remembered."""
         found = {}
         for number, path in state.parts.items():
@@ -233,7 +234,7 @@ class OutputFolder:
         self.writer.write_text(self.work / CONFIG, config_yaml)
 
     def complete(
-        self, manifest: dict[str, Any], parts: dict[int, Part], memory: DigestMemory, plan: PartPlan
+        self, manifest: dict[str, Any], parts: dict[int, Part], memory: FileHashes, plan: PartPlan
     ) -> None:
         """Write the last manifest, then `_SUCCESS`, unless the folder holds anything but these parts.
 
@@ -242,15 +243,15 @@ class OutputFolder:
         self._check_parts(parts, memory, plan)
         self.write_manifest(manifest, parts.values(), complete=True)
         self.writer.write_text(self.path / SUCCESS, "")
-        self.writer.remove(self.work / ATTEMPTS)
+        self.writer.remove(self.work / CRASH_JOURNAL)
         memory.settle_parts(self.path / part.name for part in parts.values())
         self.remember(memory)
 
-    def remember(self, memory: DigestMemory) -> None:
+    def remember(self, memory: FileHashes) -> None:
         self.writer.write_text(self.work / DIGESTS, memory.to_json(), durable=False)
 
-    def memory(self) -> DigestMemory:
-        return DigestMemory.load(self.work / DIGESTS)
+    def memory(self) -> FileHashes:
+        return FileHashes.load(self.work / DIGESTS)
 
     def write_manifest(
         self, manifest: dict[str, Any], parts: Iterable[Part], *, complete: bool
@@ -258,14 +259,14 @@ class OutputFolder:
         """Replace the manifest. Raises OutputConflictError when another job has claimed the folder since `begin`."""
         self._claim(_manifest_text(manifest, parts, complete=complete), manifest["identity"], None)
 
-    def clear(self, state: FolderState, *, keep_attempts: bool = False) -> None:
+    def clear(self, state: FolderState, *, keep_journal: bool = False) -> None:
         """Delete the run in this folder: its success mark, its parts, its crash journal.
 
         Other files stay, and so does its manifest, until that of the run which replaces it: the folder is ours all the time.
         """
         self.writer.remove(self.path / SUCCESS)
-        if not keep_attempts:
-            self.writer.remove(self.work / ATTEMPTS)
+        if not keep_journal:
+            self.writer.remove(self.work / CRASH_JOURNAL)
         for path in state.parts.values():
             if inspect_part(path, content=False).footer is not None:
                 self.writer.remove(path)
@@ -296,7 +297,7 @@ class OutputFolder:
             f"{target}: appears and disappears; is another program working in this folder?"
         )
 
-    def _check_parts(self, parts: dict[int, Part], memory: DigestMemory, plan: PartPlan) -> None:
+    def _check_parts(self, parts: dict[int, Part], memory: FileHashes, plan: PartPlan) -> None:
         """Raises unless the folder holds these parts of this job, and no other table."""
         refuse_strays(self.path, stray_tables(self.path))
         for number, path in (

@@ -1,7 +1,7 @@
 """The types of all JSON that is read back from an output folder; each file is validated before anything uses it.
 
     _manifest.json   Manifest      .gptbatch/progress.json   Progress
-    part footers     Footer        .gptbatch/attempts.json   AttemptsNote
+    part footers     Footer        .gptbatch/journal.json   CrashJournalContent
                                    .gptbatch/digests.json    Digests
                                    .gptbatch/holder.json     Holder
 
@@ -73,7 +73,7 @@ class Part(_Recorded):
 class Identity(_Recorded):
     """What makes two runs the same job, and the input that they read. Other keys are settings that change tokens."""
 
-    fingerprint: Digest
+    config_hash: Digest
     rows: Count | None = None
     part_rows: PartRows | None = None
     limit: Count | None = None
@@ -93,7 +93,7 @@ class RunFacts(_Recorded):
     dtype: Text | None = None
     device: Text | None = None
     batch_invariance: Text | None = None
-    profile: dict[Text, Text | int | float | bool | None] = {}
+    environment: dict[Text, Text | int | float | bool | None] = {}
     versions: dict[Text, Text | None] = {}
 
 
@@ -119,10 +119,10 @@ class Progress(_Recorded):
     updated_at: Time | None = None
 
 
-class AttemptsNote(_Recorded):
+class CrashJournalContent(_Recorded):
     in_flight: list[Count]
     row: Text | None
-    deaths: dict[PartNumber, Count]
+    crashes: dict[PartNumber, Count]
 
 
 class Holder(_Recorded):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError
-from gptbatch.pipeline.output.file_hashes import DigestMemory
+from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import (
     MANIFEST,
     DamagedManifestError,
@@ -34,7 +34,7 @@ class FolderParts:
     memory: what a complete run has remembered of its parts. Those that look as they did then are not read.
     """
 
-    def __init__(self, state: FolderState, memory: DigestMemory | None = None) -> None:
+    def __init__(self, state: FolderState, memory: FileHashes | None = None) -> None:
         listed = (
             {part["name"]: part for part in state.manifest.get("parts", [])}
             if state.marked_complete and memory
@@ -127,7 +127,7 @@ def _describe(manifest: dict[str, Any], parts: list[Part], strangers: list[Found
             if job[0]["format"] != manifest["format"]
             else {}
         )
-        keys = [key for key in differing_keys(identity, theirs) if key != "fingerprint"]
+        keys = [key for key in differing_keys(identity, theirs) if key != "config_hash"]
         pairs |= {key: (_short(identity.get(key)), _short(theirs.get(key))) for key in keys}
         differences = ", ".join(
             f"{key} {ours} / {others}" for key, (ours, others) in islice(pairs.items(), MAX_NAMED)
@@ -136,9 +136,9 @@ def _describe(manifest: dict[str, Any], parts: list[Part], strangers: list[Found
             ", ..." if len(job) > MAX_NAMED else ""
         )
         described.append(
-            f"{len(job)} of job {theirs['fingerprint'][:8]} ({shown}{f'; {differences}' if differences else ''})"
+            f"{len(job)} of job {theirs['config_hash'][:8]} ({shown}{f'; {differences}' if differences else ''})"
         )
-    own = identity["fingerprint"][:8]
+    own = identity["config_hash"][:8]
     if parts:
         return f"holds parts of {len(jobs) + 1} jobs: {len(parts)} of job {own}, {', '.join(described)}"
     return f"holds no part of job {own}, which {MANIFEST} names, but {', '.join(described)}"

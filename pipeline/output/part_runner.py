@@ -18,9 +18,9 @@ from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import InputRowsError, StoppedError
 from gptbatch.pipeline.input.job import Job
 from gptbatch.pipeline.input.prompts import InputSummary
-from gptbatch.pipeline.model.loading import Network
-from gptbatch.pipeline.output.crash_journal import Attempts
-from gptbatch.pipeline.output.file_hashes import DigestMemory
+from gptbatch.pipeline.model.loading import LoadedModel
+from gptbatch.pipeline.output.crash_journal import CrashJournal
+from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.folder_models import Part
 from gptbatch.pipeline.output.parts import PartWriter
@@ -88,21 +88,21 @@ class ErrorLimit:
 class PartLoop:
     """Runs parts through the engine and commits them as they become whole.
 
-    parts: those that are written, by number; grows. limit: on error rows, errors_before of which earlier runs left. attempts: None where
+    parts: those that are written, by number; grows. limit: on error rows, errors_before of which earlier runs left. journal: None where
     nobody may keep such a record. rows, errors and tokens count what this loop has finished.
     """
 
     config: JobConfig
     job: Job
     summary: InputSummary
-    network: Network
+    loaded: LoadedModel
     folder: OutputFolder
-    memory: DigestMemory
+    memory: FileHashes
     writer: PartWriter
     parts: dict[int, Part]
     limit: ErrorLimit
     errors_before: int
-    attempts: Attempts | None
+    journal: CrashJournal | None
     watch: ProgressFile
     progress: Progress | None
     stop: Stop
@@ -123,23 +123,23 @@ class PartLoop:
         if summary.rows == 0:
             self._written(self.writer.add_empty())
             return
-        suspects = self.attempts.suspects & set(numbers) if self.attempts else set()
+        suspect_parts = self.journal.suspect_parts & set(numbers) if self.journal else set()
         if self.progress is not None:
             self.progress.begin(summary.rows, sum(part.rows for part in self.parts.values()))
         self.watch.begin()
         try:
-            if suspects:
+            if suspect_parts:
                 logger.warning(
                     "runs have died twice while parts %s were in flight%s: they run one row at a time",
-                    ", ".join(map(str, sorted(suspects))),
-                    f" (the last one while row {self.attempts.last_row!r} ran alone; --skip-row leaves it out)"
-                    if self.attempts and self.attempts.last_row is not None
+                    ", ".join(map(str, sorted(suspect_parts))),
+                    f" (the last one while row {self.journal.last_row!r} ran alone; --skip-row leaves it out)"
+                    if self.journal and self.journal.last_row is not None
                     else "",
                 )
-                self._run_parts(suspects, batch_size=1)
-            if others := set(numbers) - suspects:
+                self._run_parts(suspect_parts, batch_size=1)
+            if others := set(numbers) - suspect_parts:
                 self._run_parts(
-                    others, batch_size=self.network.batch_size(self.config.engine.batch_size)
+                    others, batch_size=self.loaded.batch_size(self.config.engine.batch_size)
                 )
         finally:
             if self.progress is not None:
@@ -152,8 +152,8 @@ class PartLoop:
         prompts = self.job.tokenized(
             self.summary, reject=self._take, parts=numbers, may_start=self._may_start
         )
-        if batch_size == 1 and self.attempts is not None:
-            prompts = self._named(prompts, self.attempts)
+        if batch_size == 1 and self.journal is not None:
+            prompts = self._named(prompts, self.journal)
         tokens_before, halvings_before = self.completion_tokens, self.halvings
         for ended in engine.generate(prompts):
             for completion in ended:
@@ -168,11 +168,11 @@ class PartLoop:
                     f"stopped by {who}; {len(self.parts)} parts are written; run the same command again to go on"
                 )
 
-    def _named(self, prompts: Iterator[Any], attempts: Attempts) -> Iterator[Any]:
+    def _named(self, prompts: Iterator[Any], journal: CrashJournal) -> Iterator[Any]:
         """Notes the row that runs alone before it does."""
         for prompt in prompts:
             if prompt is not None:
-                attempts.note(sorted(self._started), prompt.prompt.prompt_id)
+                journal.note(sorted(self._started), prompt.prompt.prompt_id)
             yield prompt
 
     def _may_start(self, number: int) -> bool:
@@ -184,8 +184,8 @@ class PartLoop:
         return True
 
     def _note(self) -> None:
-        if self.attempts is not None:
-            self.attempts.note(sorted(self._started))
+        if self.journal is not None:
+            self.journal.note(sorted(self._started))
 
     def _take(self, completion: Completion) -> None:
         failed = completion.finish_reason == "error"
@@ -207,8 +207,8 @@ class PartLoop:
     def _written(self, part: Part) -> None:
         self.parts[part.number] = part
         self._started.discard(part.number)
-        if self.attempts is not None:
-            self.attempts.written(part.number)
+        if self.journal is not None:
+            self.journal.written(part.number)
             self._note()
         if time.monotonic() - self._manifest_written >= MANIFEST_EVERY_S:
             self.folder.write_manifest(self.writer.facts, self.parts.values(), complete=False)
@@ -220,10 +220,10 @@ class PartLoop:
 
         config, rows = self.config, self.summary.rows
         return Engine(
-            model=self.network.model,
+            model=self.loaded.model,
             batch_size=max(1, min(batch_size, rows)),
             end_tokens=() if config.ignore_eos else self.job.special_tokens.ends,
-            memory_bytes=self.network.cache_memory_bytes(config.engine.memory_gib),
+            memory_bytes=self.loaded.cache_memory_bytes(config.engine.memory_gib),
             window_full=config.window_full,
             record_logits=config.record_logits_digest,
         )

@@ -26,7 +26,7 @@ from gptbatch.pipeline.errors import (
     StorageError,
 )
 from gptbatch.pipeline.output.atomic_write import Writer
-from gptbatch.pipeline.output.file_hashes import DigestMemory, file_sha256
+from gptbatch.pipeline.output.file_hashes import FileHashes, file_sha256
 from gptbatch.pipeline.output.folder_models import PART_NAME_PATTERN, Footer, Part, validated
 from gptbatch.pipeline.output.schema import SCHEMA_DIGEST, content_digest, to_row, to_table
 from gptbatch.pipeline.system.regular_file import named_in_errors, open_regular, parse_json
@@ -297,7 +297,7 @@ class PartWriter:
         self,
         output: Path,
         writer: Writer,
-        memory: DigestMemory,
+        memory: FileHashes,
         *,
         plan: PartPlan,
         facts: dict[str, Any],
@@ -401,8 +401,8 @@ class PartWriter:
         assert found.part is not None
         assert found.footer is not None
         if found.part.content_digest != part.content_digest:
-            same = found.footer.get("profile") == self.facts.get("profile")
-            why = "on a machine with the same profile" if same else "with another profile"
+            same = found.footer.get("environment") == self.facts.get("environment")
+            why = "on a machine with the same environment" if same else "with another environment"
             raise OutputConflictError(
                 f"{found.path}: another run of this job wrote it {why}, and its rows differ (content_digest); name another output"
             )

@@ -84,11 +84,11 @@ def check_same_job(config: JobConfig, state: FolderState, identity: dict[str, An
         raise OutputConflictError(
             f"{config.output}: holds a run of another job ({', '.join(differing)} differ); {_ELSE}"
         )
-    machine = state.manifest.get("profile")
+    machine = state.manifest.get("environment")
     if (
         isinstance(machine, dict)
         and config.engine.attention not in ("auto", machine.get("attention"))
-        and not config.allow_other_profile
+        and not config.allow_other_environment
     ):
         raise OutputConflictError(
             f"{config.output}: holds a run with engine.attention {machine.get('attention')}, not {config.engine.attention}; {_ELSE}"
@@ -172,24 +172,24 @@ def check_replaceable(state: FolderState, found: dict[int, FoundPart]) -> None:
     )
 
 
-def check_same_profile(
-    config: JobConfig, trusted: Trusted, profile: dict[str, Any], batch_invariance: str
+def check_same_environment(
+    config: JobConfig, trusted: Trusted, environment: dict[str, Any], batch_invariance: str
 ) -> None:
     """Raises OutputConflictError, naming both, when the rows to come would be made in another way than those that are there."""
     recorded = {
-        **trusted.footer.get("profile", {}),
+        **trusted.footer.get("environment", {}),
         "batch_invariance": trusted.footer.get("batch_invariance"),
     }
-    now = {**profile, "batch_invariance": batch_invariance}
+    now = {**environment, "batch_invariance": batch_invariance}
     differing = [
         f"{key} was {recorded.get(key)}, is {now.get(key)}"
         for key in now
         if recorded.get(key) != now.get(key)
     ]
-    if trusted.parts and differing and not config.allow_other_profile:
+    if trusted.parts and differing and not config.allow_other_environment:
         raise OutputConflictError(
-            f"{config.output}: holds rows of another profile ({'; '.join(differing)}), whose bits these may not match; go on where it was "
-            "begun, name another output, or use --allow-other-profile"
+            f"{config.output}: holds rows of another environment ({'; '.join(differing)}), whose bits these may not match; go on where it was "
+            "begun, name another output, or use --allow-other-environment"
         )
 
 

@@ -50,7 +50,7 @@ class OutputStatus:
     tokens_per_s: float | None
     seconds_left: float | None
     updated_at: str | None
-    fingerprint: str | None
+    config_hash: str | None
     problems: list[str]
 
 
@@ -111,7 +111,7 @@ def output_status(path: Path) -> OutputStatus:
         tokens_per_s=progress.tokens_per_s if progress is not None else None,
         seconds_left=progress.seconds_left if progress is not None and running else None,
         updated_at=progress.updated_at if progress is not None else None,
-        fingerprint=identity.get("fingerprint"),
+        config_hash=identity.get("config_hash"),
         problems=problems,
     )
 

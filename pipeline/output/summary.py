@@ -26,7 +26,7 @@ class RunSummary:
     device: str
     dtype: str
     batch_invariance: str
-    fingerprint: str
+    config_hash: str
 
 
 def nothing_done(config: JobConfig, manifest: dict[str, Any], wall_s: float) -> RunSummary:
@@ -46,5 +46,5 @@ def nothing_done(config: JobConfig, manifest: dict[str, Any], wall_s: float) -> 
         device=manifest.get("device") or "unknown",
         dtype=manifest.get("dtype") or "unknown",
         batch_invariance=manifest.get("batch_invariance") or "unknown",
-        fingerprint=manifest["identity"]["fingerprint"],
+        config_hash=manifest["identity"]["config_hash"],
     )
