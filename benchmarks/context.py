@@ -99,18 +99,20 @@ def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> 
         SamplingParams(seed=row, temperature=0.8, top_k=40, max_new_tokens=1)
         for row in range(n_rows)
     ]
-    slots = list(range(n_rows))
+    seq_indices = list(range(n_rows))
     filled = 0
     times = {}
     for context in contexts:
-        for slot in slots:
-            prefill(model, cache, slot, filled, context, rng)
+        for seq_index in seq_indices:
+            prefill(model, cache, seq_index, filled, context, rng)
         filled = context
         seconds = []
         for _ in range(repeats):  # the same position again: it is written anew
-            tokens = [rng.randrange(model.config.vocab_size) for _ in slots]
+            tokens = [rng.randrange(model.config.vocab_size) for _ in seq_indices]
             began = time.perf_counter()
-            hidden = model.hidden(cache, tokens=tokens, slots=slots, positions=[context] * n_rows)
+            hidden = model.hidden(
+                cache, tokens=tokens, seq_indices=seq_indices, positions=[context] * n_rows
+            )
             next_tokens(model, hidden, params, [context] * n_rows, [SMALLEST_MARGIN] * n_rows)
             seconds.append(time.perf_counter() - began)
         times[context] = statistics.median(seconds)
@@ -118,13 +120,17 @@ def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> 
 
 
 def prefill(
-    model: GPT, cache: KVCache, slot: int, first: int, last: int, rng: random.Random
+    model: GPT, cache: KVCache, seq_index: int, first: int, last: int, rng: random.Random
 ) -> None:
     for begin in range(first, last, STEP_TOKENS):
         positions = range(begin, min(last, begin + STEP_TOKENS))
         tokens = [rng.randrange(model.config.vocab_size) for _ in positions]
         model.extend(
-            cache, tokens=tokens, slots=[slot] * len(positions), positions=positions, wanted=[]
+            cache,
+            tokens=tokens,
+            seq_indices=[seq_index] * len(positions),
+            positions=positions,
+            logits_indices=[],
         )
 
 

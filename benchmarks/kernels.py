@@ -13,10 +13,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from gptbatch.pipeline.engine.sampling import choose_tokens
+from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.kernels.build import load_kernels
 from gptbatch.pipeline.types import SamplingParams
 
@@ -51,17 +53,23 @@ def linears(dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
         ours = [torch.ops.gptbatch.pack(weight) for weight in weights]
         theirs = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
         calls: dict[str, Callable[[], object]] = {
-            "ours": lambda x=x, ours=ours, out=out_features: [
-                torch.ops.gptbatch.linear(x, w, out, None, None, "none") for w in ours
-            ],
-            "oneDNN": lambda x=x, theirs=theirs: [
-                torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for w in theirs
-            ],
+            "ours": partial(_our_linears, x, ours, out_features),
+            "oneDNN": partial(_onednn_linears, x, theirs),
         }
         for name, median in medians(calls, repeats).items():
             seconds[name] += median
         operations += 2 * rows * in_features * out_features * layers
     return {name: round(operations / s / 1e9, 1) for name, s in seconds.items()}
+
+
+def _our_linears(x: Tensor, weights: list[Tensor], out_features: int) -> None:
+    for weight in weights:
+        torch.ops.gptbatch.linear(x, weight, out_features, None, None, "none")
+
+
+def _onednn_linears(x: Tensor, weights: list[Tensor]) -> None:
+    for weight in weights:
+        torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def choice(dtype: torch.dtype, top_k: int, repeats: int) -> dict[str, float]:
@@ -72,8 +80,8 @@ def choice(dtype: torch.dtype, top_k: int, repeats: int) -> dict[str, float]:
         for row in range(64)
     ]
     calls: dict[str, Callable[[], object]] = {
-        "ours": lambda: choose_tokens(logits, params, [0] * 64, [1e-3] * 64, native=True),
-        "torch": lambda: choose_tokens(logits, params, [0] * 64, [1e-3] * 64),
+        "ours": lambda: sample_tokens(logits, params, [0] * 64, [1e-3] * 64, native=True),
+        "torch": lambda: sample_tokens(logits, params, [0] * 64, [1e-3] * 64),
     }
     return {name: round(s * 1e3, 2) for name, s in medians(calls, repeats).items()}
 

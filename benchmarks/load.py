@@ -64,7 +64,11 @@ def first_token_s(folder: Path, engine: EngineConfig) -> float:
         cache = model.new_cache(1, capacity=model.capacity_of([len(PROMPT)]))
         count = len(PROMPT)
         model.extend(
-            cache, tokens=PROMPT, slots=[0] * count, positions=range(count), wanted=[count - 1]
+            cache,
+            tokens=PROMPT,
+            seq_indices=[0] * count,
+            positions=range(count),
+            logits_indices=[count - 1],
         ).argmax().item()
     return time.perf_counter() - began
 

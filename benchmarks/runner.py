@@ -96,7 +96,7 @@ def transformers(args: argparse.Namespace) -> tuple[Generate, str]:
                 count = len(row["prompt_token_ids"])
                 idx[i, -count:], mask[i, -count:] = torch.tensor(row["prompt_token_ids"]), 1
             new = max(row["max_new_tokens"] for row in batch)
-            tokens = model.generate(  # type: ignore[misc]
+            tokens = model.generate(
                 idx.to(args.device),
                 attention_mask=mask.to(args.device),
                 min_new_tokens=new,

@@ -66,7 +66,8 @@ def tokens_per_s(folder: Path, load: str, spin: str, threads: int) -> float:
         outputs = [job.communicate()[0] for job in jobs]
     if any(job.returncode != 0 for job in jobs):
         raise SystemExit("gptbatch generate failed; see above")
-    return statistics.mean(json.loads(out.splitlines()[-1])["tokens_per_s"] for out in outputs)
+    rates: list[float] = [json.loads(out.splitlines()[-1])["tokens_per_s"] for out in outputs]
+    return statistics.mean(rates)
 
 
 def start(folder: Path, spin: str, threads: int) -> subprocess.Popen[str]:

@@ -37,7 +37,7 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     Prints how many rows differ and in what, then each setting that differs, A's value first, then the rows; its last line is a
     JSON object. Exits with 0 when both hold the same ids with the same prompts, tokens, endings and texts, with 1 when not.
     With --common, rows that one run alone has are no difference; without a common id it exits with 66. Rows whose tokens are
-    equal but whose logits were not, by min_margin and logits_digest, are counted as equal_from_other_logits. Prompts and
+    equal but whose logits were not, by min_decision_margin and logits_digest, are counted as equal_from_other_logits. Prompts and
     completions are never printed.
     """
     from gptbatch.pipeline.audit.diff import diff_runs, settings_that_differ, summarize
@@ -142,7 +142,9 @@ def _in_words(difference: RowDifference) -> str:
                 "none" if margin is None else f"{margin:.3g}"
                 for margin in (difference.min_margin_a, difference.min_margin_b)
             )
-            return f"token {difference.token_index} differs: {tokens} (min_margin {margins})"
+            return (
+                f"token {difference.token_index} differs: {tokens} (min_decision_margin {margins})"
+            )
 
 
 def _ending(finish_reason: str | None) -> str:

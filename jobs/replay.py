@@ -123,10 +123,10 @@ def replay(
         "prompt": row["prompt"],
         "completion": replayed.text,
         "completion_token_ids": completion.token_ids,
-        "min_margin": completion.min_margin,
+        "min_decision_margin": completion.min_decision_margin,
         "recorded_completion": row["completion"],
         "recorded_token_ids": row["completion_token_ids"],
-        "recorded_min_margin": row["min_margin"],
+        "recorded_min_margin": row["min_decision_margin"],
         "logits_digest": completion.logits_digest,
         "recorded_logits_digest": row["logits_digest"],
     }
@@ -146,7 +146,7 @@ def replay(
             changes,
             reasons,
             len(completion.token_ids),
-            completion.min_margin,
+            completion.min_decision_margin,
         )
     )
 

@@ -94,7 +94,7 @@ class Timing:
 class Completion:
     """How one prompt ended. An error has its reason and no tokens; `timing` is None when it never entered the engine.
 
-    prompt_token_ids: what the engine took, [] when it took nothing. min_margin: the smallest margin
+    prompt_token_ids: what the engine took, [] when it took nothing. min_decision_margin: the smallest margin
     of its steps (see sampling.py), None without a step. logits_digest: hexadecimal SHA-256 of the
     bits of every step's logits, None unless it was asked for.
     """
@@ -108,5 +108,5 @@ class Completion:
     error: RowError | None
     timing: Timing | None
     prompt_token_ids: list[int] = field(default_factory=list)
-    min_margin: float | None = None
+    min_decision_margin: float | None = None
     logits_digest: str | None = None

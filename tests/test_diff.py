@@ -51,7 +51,7 @@ def completion(
         stop_reason="max_new_tokens",
         error=None,
         timing=TIMING,
-        min_margin=0.25,
+        min_decision_margin=0.25,
     )
     return dataclasses.replace(made, **changes)
 
@@ -67,7 +67,7 @@ def failed(
         stop_reason=None,
         error=error,
         timing=None,
-        min_margin=None,
+        min_decision_margin=None,
     )
 
 
@@ -223,9 +223,9 @@ def test_a_table_of_an_older_version_has_none_where_it_lacks_a_column(tmp_path: 
     out = write_run(tmp_path / "out", many(2))
     part = out / "part-00000.parquet"
     table = pq.read_table(part)
-    pq.write_table(table.drop_columns(["min_margin", "logits_digest"]), part)
-    assert list(RunReader(out).rows(["min_margin", "prompt_id"])) == [
-        {"min_margin": None, "prompt_id": f"id {i}"} for i in range(2)
+    pq.write_table(table.drop_columns(["min_decision_margin", "logits_digest"]), part)
+    assert list(RunReader(out).rows(["min_decision_margin", "prompt_id"])) == [
+        {"min_decision_margin": None, "prompt_id": f"id {i}"} for i in range(2)
     ]
     assert differences(out, write_run(tmp_path / "new", many(2))) == []
 
@@ -309,7 +309,11 @@ def test_equal_rows_from_other_logits_are_counted(
     )
     b = write_run(
         tmp_path / "b",
-        [completion("x", logits_digest="1" * 64), completion("y", min_margin=0.5), completion("z")],
+        [
+            completion("x", logits_digest="1" * 64),
+            completion("y", min_decision_margin=0.5),
+            completion("z"),
+        ],
     )
     assert [(found.prompt_id, found.kind) for found in differences(a, b)] == [
         ("x", "bits"),
@@ -335,10 +339,12 @@ def test_equal_rows_from_other_logits_are_counted(
 def test_margins_are_compared_where_they_would_be_the_same(
     tmp_path: Path, settings: dict[str, Any], kinds: list[str]
 ) -> None:
-    """min_margin also depends on how a row is sampled."""
+    """min_decision_margin also depends on how a row is sampled."""
     one = completion("x")
     params = dataclasses.replace(one.prompt.params, **settings)
-    other = completion("x", min_margin=0.5, prompt=dataclasses.replace(one.prompt, params=params))
+    other = completion(
+        "x", min_decision_margin=0.5, prompt=dataclasses.replace(one.prompt, params=params)
+    )
     assert [
         found.kind
         for found in differences(
@@ -349,7 +355,7 @@ def test_margins_are_compared_where_they_would_be_the_same(
 
 def test_greedy_rows_have_the_same_margin_under_every_seed(tmp_path: Path) -> None:
     def greedy(seed: int, margin: float) -> Completion:
-        one = completion("x", min_margin=margin)
+        one = completion("x", min_decision_margin=margin)
         params = dataclasses.replace(one.prompt.params, temperature=0.0, seed=seed, top_k=seed)
         return dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, params=params))
 
@@ -390,11 +396,19 @@ def test_runs_without_rows_are_equal(tmp_path: Path) -> None:
 def test_a_changed_token_is_found_at_its_place(tmp_path: Path) -> None:
     a = write_run(
         tmp_path / "a",
-        [completion("x"), completion("y", [5, 6, 7, 8], min_margin=0.001), completion("z")],
+        [
+            completion("x"),
+            completion("y", [5, 6, 7, 8], min_decision_margin=0.001),
+            completion("z"),
+        ],
     )
     b = write_run(
         tmp_path / "b",
-        [completion("x"), completion("y", [5, 6, 9, 9], min_margin=0.002), completion("z")],
+        [
+            completion("x"),
+            completion("y", [5, 6, 9, 9], min_decision_margin=0.002),
+            completion("z"),
+        ],
     )
     (found,) = differences(a, b)
     assert (found.prompt_id, found.kind, found.token_index, found.token_a, found.token_b) == (
@@ -603,7 +617,7 @@ def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_dif
         tmp_path / "a",
         [
             completion("same"),
-            completion("token", [1, 2, 123], min_margin=0.0012),
+            completion("token", [1, 2, 123], min_decision_margin=0.0012),
             completion("shorter", [1, 2]),
             completion("fails"),
             completion("ends"),
@@ -615,8 +629,8 @@ def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_dif
         tmp_path / "b",
         [
             completion("same"),
-            completion("token", [1, 2, 456], min_margin=0.0013),
-            completion("shorter", [1, 2, 3], min_margin=None),
+            completion("token", [1, 2, 456], min_decision_margin=0.0013),
+            completion("shorter", [1, 2, 3], min_decision_margin=None),
             failed("fails"),
             completion("ends", stop_reason="window"),
             dataclasses.replace(
@@ -631,8 +645,8 @@ def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_dif
         "6 rows are in both runs: 5 differ (1 by ending, 1 by error, 1 by prompt, 2 by tokens)",
         "1 rows are only in A",
         "1 rows are only in B",
-        "row 'token': token 2 differs: 123 / 456 (min_margin 0.0012 / 0.0013)",
-        "row 'shorter': token 2 differs: end / 3 (min_margin 0.25 / none)",
+        "row 'token': token 2 differs: 123 / 456 (min_decision_margin 0.0012 / 0.0013)",
+        "row 'shorter': token 2 differs: end / 3 (min_decision_margin 0.25 / none)",
         "row 'fails': a completion in A, an error in B",
         "row 'ends': the same tokens end differently: max_new_tokens / window",
         "row 'prompt': the prompts differ",
@@ -694,7 +708,7 @@ def test_rows_of_one_run_alone_come_last_and_can_be_left_out(
         "38 rows are only in A",
         "30 rows are only in B",
         "setting rows differs: 40 / 32",
-        "row 'id 39': token 0 differs: 39 / 1 (min_margin 0.25 / 0.25)",
+        "row 'id 39': token 0 differs: 39 / 1 (min_decision_margin 0.25 / 0.25)",
         "row 'id 0': only in A",
         "row 'id 1': only in A",
     ]
@@ -702,7 +716,7 @@ def test_rows_of_one_run_alone_come_last_and_can_be_left_out(
     code, lines, _ = gptbatch_diff(a, b, "--common")
     assert code == 1
     assert [line for line in lines if line.startswith(("row", "..."))] == [
-        "row 'id 39': token 0 differs: 39 / 1 (min_margin 0.25 / 0.25)"
+        "row 'id 39': token 0 differs: 39 / 1 (min_decision_margin 0.25 / 0.25)"
     ]
     assert lines[1] == "38 rows are only in A, and not compared"
     assert gptbatch_diff(a, write_run(tmp_path / "fewer", many(3)), "--common")[0] == 0

@@ -11,7 +11,7 @@ import torch
 from gptbatch.pipeline.engine import reference
 from gptbatch.pipeline.engine.engine import Engine, WindowFull
 from gptbatch.pipeline.kv_cache import padded
-from gptbatch.pipeline.kv_cache.padded import PaddedCache
+from gptbatch.pipeline.kv_cache.padded import PaddedKVCache
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.types import Completion, RowError, TokenizedPrompt
 from tests.conftest import our_model, random_model, tokenized
@@ -228,10 +228,10 @@ def test_prompts_are_taken_as_slots_fall_free(model: GPT) -> None:
             taken += 1
             yield prompt
 
-    engine = Engine(model=model, batch_size=8, end_tokens=(), lookahead=5)
+    engine = Engine(model=model, batch_size=8, end_tokens=(), max_waiting=5)
     for completions in engine.generate(counted()):
         ended += len(completions)
-        assert taken - ended <= engine.most_rows == 13
+        assert taken - ended <= engine.max_rows_held == 13
     assert taken == ended == 50
 
 
@@ -258,26 +258,26 @@ def test_a_padded_cache_may_grow_while_rows_run(
 
 
 @pytest.mark.parametrize("failures", [1, 3])
-def test_memory_that_runs_out_while_rows_are_admitted_halves_the_slots(
+def test_memory_that_runs_out_while_rows_are_admitted_halves_the_batch(
     failures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even before any row runs: what fails is room for all slots."""
+    """Even before any row runs: what fails is room for all sequences."""
     left = failures
-    original = PaddedCache.admit
+    original = PaddedKVCache.allocate
 
-    def admit(
-        self: PaddedCache, slot: int, token_ids: Sequence[int], length: int, *, share: bool
+    def allocate(
+        self: PaddedKVCache, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
     ) -> int | None:
         nonlocal left
         if left:
             left -= 1
             raise MemoryError("not enough memory")
-        return original(self, slot, token_ids, length, share=share)
+        return original(self, seq_index, token_ids, length, share=share)
 
     model = our_model(random_model(), attention="padded")
     prompts = ragged_prompts(20)
     expected = outcome(run(model, prompts, batch_size=8))
-    monkeypatch.setattr(PaddedCache, "admit", admit)
+    monkeypatch.setattr(PaddedKVCache, "allocate", allocate)
     engine = Engine(model=model, batch_size=8, end_tokens=(END_OF_TEXT,))
     ended = [
         completion for completions in engine.generate(iter(prompts)) for completion in completions

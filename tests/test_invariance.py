@@ -29,13 +29,13 @@ from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
 from gptbatch.pipeline.kv_cache.block_pool import IDLE_SHARE
 from gptbatch.pipeline.kv_cache.interface import Attention, Backend, KVCache
-from gptbatch.pipeline.kv_cache.paged import PagedCache, RaggedAttention
+from gptbatch.pipeline.kv_cache.paged import PagedAttention, PagedKVCache
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype
 from gptbatch.pipeline.model.blocks import Block
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.linear import AS_THEY_COME, ROW_PLANS, Projection, RowPlan
+from gptbatch.pipeline.model.linear import AS_IS, PADDING_PLANS, PaddingPlan, Projection
 from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 from gptbatch.pipeline.model.weights import load_gpt
 from gptbatch.pipeline.system.bundled import locate
@@ -54,7 +54,7 @@ def outcome(completion: Completion) -> Outcome:
     return (
         completion.token_ids,
         completion.stop_reason,
-        completion.min_margin,
+        completion.min_decision_margin,
         completion.logits_digest,
     )
 
@@ -297,14 +297,14 @@ def test_odd_shapes(
             assert run(model, prompts, batch_size=batch_size) == expected
 
 
-@pytest.mark.parametrize("plan", [AS_THEY_COME, *ROW_PLANS], ids=lambda plan: plan.name)
-def test_every_row_plan_keeps_the_bits(plan: RowPlan, backend: Backend) -> None:
+@pytest.mark.parametrize("plan", [AS_IS, *PADDING_PLANS], ids=lambda plan: plan.name)
+def test_every_row_plan_keeps_the_bits(plan: PaddingPlan, backend: Backend) -> None:
     """Each under itself: under another plan they may be other bits."""
     model = our_model(random_model(), attention=backend)
-    if plan not in model.row_plans:
+    if plan not in model.padding_plans:
         pytest.skip("for our own kernel alone")
     assert select_batch_invariant_kernels(model).passed
-    model.use_rows(plan)
+    model.use_padding_plan(plan)
     prompts = random_prompts(20, 300, longest=40, max_new_tokens=6)
     assert run(model, prompts, batch_size=20) == run(model, prompts, batch_size=1)
 
@@ -313,22 +313,24 @@ def test_every_row_plan_keeps_the_bits(plan: RowPlan, backend: Backend) -> None:
 
 
 def check_chunks(model: GPT, sequences: list[list[int]], seed: int) -> None:
-    """Whole, token by token, and in random chunks of random sequences beside each other, of which only some logits are wanted: the
+    """Whole, token by token, and in random chunks of random sequences beside each other, of which only some logits are logits_indices: the
     same bits at every position."""
     rng = random.Random(seed)
     with torch.inference_mode():
         alone = [
-            model.extend(model.new_cache(1), tokens=s, slots=[0] * len(s), positions=range(len(s)))
+            model.extend(
+                model.new_cache(1), tokens=s, seq_indices=[0] * len(s), positions=range(len(s))
+            )
             for s in sequences
         ]
         cache = model.new_cache(1)
         for position, token in enumerate(sequences[0]):
             assert torch.equal(
-                model.extend(cache, tokens=[token], slots=[0], positions=[position])[0],
+                model.extend(cache, tokens=[token], seq_indices=[0], positions=[position])[0],
                 alone[0][position],
             )
         cache = model.new_cache(len(sequences) + 3)
-        slots = rng.sample(range(len(sequences) + 3), len(sequences))
+        seq_indices = rng.sample(range(len(sequences) + 3), len(sequences))
         done = [0] * len(sequences)
         while any(d < len(s) for d, s in zip(done, sequences, strict=True)):
             batch: list[tuple[int, int]] = []
@@ -337,18 +339,20 @@ def check_chunks(model: GPT, sequences: list[list[int]], seed: int) -> None:
                 batch += [(i, position) for position in range(done[i], end)]
                 done[i] = end
             if batch:
-                wanted = rng.sample(range(len(batch)), rng.choice([0, len(batch) // 2, len(batch)]))
+                logits_indices = rng.sample(
+                    range(len(batch)), rng.choice([0, len(batch) // 2, len(batch)])
+                )
                 logits = model.extend(
                     cache,
                     tokens=[sequences[i][position] for i, position in batch],
-                    slots=[slots[i] for i, _ in batch],
+                    seq_indices=[seq_indices[i] for i, _ in batch],
                     positions=[position for _, position in batch],
-                    wanted=wanted,
+                    logits_indices=logits_indices,
                 )
-                assert len(logits) == len(wanted)
+                assert len(logits) == len(logits_indices)
                 assert all(
                     torch.equal(row, alone[batch[at][0]][batch[at][1]])
-                    for row, at in zip(logits, wanted, strict=True)
+                    for row, at in zip(logits, logits_indices, strict=True)
                 )
 
 
@@ -365,10 +369,12 @@ def test_a_growing_cache_keeps_what_it_holds(backend: Backend) -> None:
     model = our_model(random_model(), attention=backend)
     tokens = list(range(1, 61))
     with torch.inference_mode():
-        whole = model.extend(model.new_cache(1), tokens=tokens, slots=[0] * 60, positions=range(60))
+        whole = model.extend(
+            model.new_cache(1), tokens=tokens, seq_indices=[0] * 60, positions=range(60)
+        )
         cache = model.new_cache(3)
         rows = [
-            model.extend(cache, tokens=[t] * 3, slots=[0, 1, 2], positions=[p] * 3)[1]
+            model.extend(cache, tokens=[t] * 3, seq_indices=[0, 1, 2], positions=[p] * 3)[1]
             for p, t in enumerate(tokens)
         ]
     assert torch.equal(torch.stack(rows), whole)
@@ -384,7 +390,10 @@ def test_what_a_cleared_slot_held_reaches_nobody(backend: Backend, cache_dtype: 
         def both(cache: KVCache) -> Tensor:
             tokens = [7, 8, 9, *[10] * 35]
             return healthy.extend(
-                cache, tokens=tokens, slots=[0] * 3 + [1] * 35, positions=[*range(3), *range(35)]
+                cache,
+                tokens=tokens,
+                seq_indices=[0] * 3 + [1] * 35,
+                positions=[*range(3), *range(35)],
             )
 
         expected = both(healthy.new_cache(2))
@@ -396,9 +405,9 @@ def test_what_a_cleared_slot_held_reaches_nobody(backend: Backend, cache_dtype: 
                 torch.full((70, 3, healthy.config.n_head, healthy.config.head_size), float("nan")),
                 1.0,
             )
-        used.clear(0)
+        used.free(0)
         used.move(1, 0)
-        used.clear(0)
+        used.free(0)
         assert torch.equal(both(used), expected)
 
 
@@ -410,9 +419,9 @@ def test_pages_are_given_back() -> None:
     for _ in engine.generate(iter(random_prompts(40, 300, longest=50, max_new_tokens=10))):
         pass
     cache = engine._cache
-    assert isinstance(cache, PagedCache)
+    assert isinstance(cache, PagedKVCache)
     pool = cache.pool
-    assert (pool.in_use, pool.n_pages) == (0, 4 * 4)
+    assert (pool.in_use, pool.n_blocks) == (0, 4 * 4)
     assert pool.idle <= 4 * 4 // IDLE_SHARE
 
 
@@ -431,10 +440,10 @@ def test_an_int8_cache_is_as_exact(
     full = run(model, prompts, batch_size=5)
     sequence = max((prompt.token_ids for prompt in prompts), key=len)
     with torch.inference_mode():
-        wanted = model(torch.tensor([sequence]))[0].float()
+        logits_indices = model(torch.tensor([sequence]))[0].float()
         model.cache_dtype = "int8"
         found = model(torch.tensor([sequence]))[0].float()
-    assert 0 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    assert 0 < (found - logits_indices).abs().max() < 0.05 * logits_indices.abs().max()
     assert select_batch_invariant_kernels(model).passed
     expected = run(model, prompts, batch_size=1)
     assert {digest for *_, digest in expected.values()}.isdisjoint(
@@ -560,19 +569,24 @@ class FlashCache:
     def __init__(self, model: GPT) -> None:
         self.model = model
 
-    def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
+    def allocate(
+        self, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
+    ) -> int | None:
         raise NotImplementedError
 
-    def ready(self, slot: int) -> bool:
+    def is_ready(self, seq_index: int) -> bool:
         raise NotImplementedError
 
-    def computed(self, slot: int, first: int, last: int) -> None:
+    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
         raise NotImplementedError
 
-    def step(self, slots: Sequence[int], positions: Sequence[int]) -> Attention:
-        batch, length = max(slots) + 1, max(positions) + 1
+    def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> Attention:
+        batch, length = max(seq_indices) + 1, max(positions) + 1
         place = torch.tensor(
-            [slot * length + position for slot, position in zip(slots, positions, strict=True)]
+            [
+                seq_index * length + position
+                for seq_index, position in zip(seq_indices, positions, strict=True)
+            ]
         )
 
         class FlashAttention:
@@ -587,7 +601,7 @@ class FlashCache:
     def move(self, source: int, target: int) -> None:
         raise NotImplementedError
 
-    def clear(self, slot: int) -> None:
+    def free(self, seq_index: int) -> None:
         raise NotImplementedError
 
 
@@ -596,7 +610,7 @@ def test_the_comparison_has_teeth() -> None:
     model = our_model(
         random_model(n_layer=2, n_head=4, n_embd=256, vocab_size=1000, n_positions=128), pack=False
     )
-    model.use_rows(AS_THEY_COME)
+    model.use_padding_plan(AS_IS)
     rng = random.Random(0)
     sequences = [
         [rng.randrange(1000) for _ in range(length)] for length in (1, 2, 3, 5, 6, 7, 9, 40, 41, 90)
@@ -605,14 +619,14 @@ def test_the_comparison_has_teeth() -> None:
         together = model.extend(
             FlashCache(model),
             tokens=[token for s in sequences for token in s],
-            slots=[i for i, s in enumerate(sequences) for _ in s],
+            seq_indices=[i for i, s in enumerate(sequences) for _ in s],
             positions=[position for s in sequences for position in range(len(s))],
         )
         first, differing = 0, 0
         for sequence in sequences:
             count = len(sequence)
             alone = model.extend(
-                FlashCache(model), tokens=sequence, slots=[0] * count, positions=range(count)
+                FlashCache(model), tokens=sequence, seq_indices=[0] * count, positions=range(count)
             )
             assert torch.allclose(alone, together[first : first + count], atol=1e-4)
             differing += not torch.equal(alone, together[first : first + count])
@@ -644,8 +658,8 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
     if not model.blocks.in_one_call:
         pytest.skip("this CPU has no linear of ours in this dtype")
     together, separate = model.new_cache(12), model.new_cache(12)
-    assert isinstance(together, PagedCache)
-    assert isinstance(separate, PagedCache)
+    assert isinstance(together, PagedKVCache)
+    assert isinstance(separate, PagedKVCache)
     rng, lengths = random.Random(0), [0] * 12
     with (
         threads(n_threads),
@@ -661,25 +675,31 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
             1,
             5,
             1,
-        ):  # tokens of a slot: prefill in chunks, decode, and both
-            counts = [rng.choice([0, 1, most]) if slot else most for slot in range(12)]
-            slots = [slot for slot, count in enumerate(counts) for _ in range(count)]
+        ):  # tokens of a seq_index: prefill in chunks, decode, and both
+            counts = [rng.choice([0, 1, most]) if seq_index else most for seq_index in range(12)]
+            seq_indices = [
+                seq_index for seq_index, count in enumerate(counts) for _ in range(count)
+            ]
             positions = [
                 p
                 for count, length in zip(counts, lengths, strict=True)
                 for p in range(length, length + count)
             ]
             lengths = [length + count for count, length in zip(counts, lengths, strict=True)]
-            wanted = (
+            logits_indices = (
                 None
                 if most == 5
-                else torch.tensor(sorted(rng.sample(range(len(slots)), rng.randint(1, len(slots)))))
+                else torch.tensor(
+                    sorted(rng.sample(range(len(seq_indices)), rng.randint(1, len(seq_indices))))
+                )
             )
-            x = torch.randn(len(slots) + 3, width, dtype=dtype)
-            y, attention = x, separate.step(slots, positions)
+            x = torch.randn(len(seq_indices) + 3, width, dtype=dtype)
+            y, attention = x, separate.step(seq_indices, positions)
             for block in model.blocks:
-                y = block(y, attention, wanted if block is model.blocks[-1] else None)
-            assert torch.equal(model.blocks(x, together.step(slots, positions), wanted), y)
+                y = block(y, attention, logits_indices if block is model.blocks[-1] else None)
+            assert torch.equal(
+                model.blocks(x, together.step(seq_indices, positions), logits_indices), y
+            )
             assert all(
                 torch.equal(*pages) for pages in zip(together.layers, separate.layers, strict=True)
             )
@@ -703,7 +723,7 @@ def test_rows_that_belong_to_nobody_get_no_attention() -> None:
         model.new_cache(1).step([0, 0], [0, 1]),
         model.blocks[0].get_submodule("attn_qkv"),
     )
-    assert isinstance(attention, RaggedAttention)
+    assert isinstance(attention, PagedAttention)
     assert isinstance(projection, Projection)
     x = torch.randn(5, 64)
     for out in (
@@ -715,10 +735,10 @@ def test_rows_that_belong_to_nobody_get_no_attention() -> None:
 
 
 def project_and_attend(
-    attention: RaggedAttention, x: Tensor, projection: Projection, scale: float
+    attention: PagedAttention, x: Tensor, projection: Projection, scale: float
 ) -> Tensor:
     cache = attention.cache
-    of_call = (cache.table, attention.slots, attention.positions, scale)
+    of_call = (cache.table, attention.seq_indices, attention.positions, scale)
     out: Tensor = torch.ops.gptbatch.project_and_attend(
         x, projection.packed, projection.bias, cache.layers[0], *of_call
     )
@@ -738,10 +758,14 @@ def test_the_last_block_leaves_out_what_nobody_wants(backend: Backend) -> None:
         profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler,
     ):
         model.hidden(
-            model.new_cache(1), tokens=[5] * 40, slots=[0] * 40, positions=range(40), wanted=[3, 39]
+            model.new_cache(1),
+            tokens=[5] * 40,
+            seq_indices=[0] * 40,
+            positions=range(40),
+            logits_indices=[3, 39],
         )
     rows = [event.input_shapes[0][0] for event in profiler.events() if event.name in linears]
-    few = model.row_plan.rows(2)
+    few = model.padding_plan.rows(2)
     assert rows == [40] * 5 + [few] * 3, "four linears of each block, and keys and values for all"
 
 
@@ -756,13 +780,13 @@ def test_two_threads_work_in_the_kernel(projected: bool) -> None:
     model = our_model(
         random_model(n_layer=1, n_head=12, n_embd=768, n_positions=512), attention="ragged"
     )
-    slots = [slot for slot in range(16) for _ in range(512)]
-    x, qkv = torch.randn(len(slots), 768), torch.randn(len(slots), 3, 12, 64)
+    seq_indices = [seq_index for seq_index in range(16) for _ in range(512)]
+    x, qkv = torch.randn(len(seq_indices), 768), torch.randn(len(seq_indices), 3, 12, 64)
     block = model.blocks[0]
     assert isinstance(block, Block)
     with threads(2):
-        attention = model.new_cache(16).step(slots, [*range(512)] * 16)
-        assert isinstance(attention, RaggedAttention)
+        attention = model.new_cache(16).step(seq_indices, [*range(512)] * 16)
+        assert isinstance(attention, PagedAttention)
 
         def attend() -> None:
             project_and_attend(attention, x, block.attn_qkv, 0.1) if projected else attention(

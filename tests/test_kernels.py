@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from torch.nn import functional as F
 
-from gptbatch.pipeline.engine.sampling import choose_tokens
+from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.kernels import build
 from gptbatch.pipeline.kernels.build import KernelError, build_kernels
@@ -463,8 +463,10 @@ def test_attention_says_what_does_not_fit() -> None:
     packed = torch.ops.gptbatch.pack(torch.zeros(len(bias), 8))
     table, one = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.long)
 
-    def attend(cache: torch.Tensor, bias: torch.Tensor = bias, slots: torch.Tensor = one) -> None:
-        torch.ops.gptbatch.project_and_attend(x, packed, bias, cache, table, slots, one, 1.0)
+    def attend(
+        cache: torch.Tensor, bias: torch.Tensor = bias, seq_indices: torch.Tensor = one
+    ) -> None:
+        torch.ops.gptbatch.project_and_attend(x, packed, bias, cache, table, seq_indices, one, 1.0)
 
     attend(torch.zeros(2, 1, 2 * 16 * 32))
     with pytest.raises(RuntimeError, match="the pages of the cache are of another size"):
@@ -474,7 +476,7 @@ def test_attention_says_what_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match="a head takes whole panels"):
         attend(torch.zeros(2, 1, 2 * 16 * 32), bias=torch.zeros(3 * 2 * 16 + 2))
     with pytest.raises(RuntimeError, match="attend: the shapes do not fit each other"):
-        attend(torch.zeros(2, 1, 2 * 16 * 32), slots=torch.zeros(2, dtype=torch.long))
+        attend(torch.zeros(2, 1, 2 * 16 * 32), seq_indices=torch.zeros(2, dtype=torch.long))
     with pytest.raises(RuntimeError, match=r"qkv is to be \(R, 3, H, D\)"):
         torch.ops.gptbatch.attend(
             torch.zeros(1, 3 * 2 * 16), torch.zeros(2, 1, 2 * 16 * 32), table, one, one, 1.0
@@ -542,7 +544,7 @@ def test_the_kernel_chooses_the_tokens_that_torch_chooses(
         steps = [rng.randrange(1000) for _ in range(60)]
         bounds = [rng.choice([math.inf, 0.01, 1.0]) for _ in range(60)]
         theirs, ours = (
-            choose_tokens(logits, rows, steps, bounds, native=native) for native in (False, True)
+            sample_tokens(logits, rows, steps, bounds, native=native) for native in (False, True)
         )
         assert [choice.token for choice in ours] == [choice.token for choice in theirs]
         for row, a, b in zip(rows, ours, theirs, strict=True):
@@ -550,6 +552,6 @@ def test_the_kernel_chooses_the_tokens_that_torch_chooses(
                 b.margin, rel=1e-9, abs=1e-9 * max(1, row.temperature)
             )
         with use_threads(3):
-            assert choose_tokens(logits, rows, steps, bounds, native=True) == ours
+            assert sample_tokens(logits, rows, steps, bounds, native=True) == ours
         differing += len({choice.token for choice in ours})
     assert vocab_size == 1 or differing > 3

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 from gptbatch.pipeline.model.blocks import Block
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.linear import ROW_PLANS, RowPlan
+from gptbatch.pipeline.model.linear import PADDING_PLANS, PaddingPlan
 from gptbatch.pipeline.model.weights import copy_block, copy_model, copy_parameter
 from tests.conftest import our_model, random_model
 
@@ -130,7 +130,9 @@ def test_copy_block_copies_one_block() -> None:
 
 
 def test_row_counts_are_few_and_waste_little() -> None:
-    rounded, more, constant = ([plan.rows(rows) for rows in range(1, 4097)] for plan in ROW_PLANS)
+    rounded, more, constant = (
+        [plan.rows(rows) for rows in range(1, 4097)] for plan in PADDING_PLANS
+    )
     assert all(
         rows <= up <= max(rows + 7, rows * 9 / 8) for rows, up in enumerate(rounded, start=1)
     )
@@ -140,13 +142,13 @@ def test_row_counts_are_few_and_waste_little() -> None:
     assert all(up % 64 == 0 and rows <= up < rows + 64 for rows, up in enumerate(constant, start=1))
 
 
-@pytest.mark.parametrize("plan", ROW_PLANS, ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plan", PADDING_PLANS, ids=lambda plan: plan.name)
 @pytest.mark.parametrize("pack", [True, False])
-def test_rows_that_fill_up_a_batch_change_no_number(plan: RowPlan, pack: bool) -> None:
+def test_rows_that_fill_up_a_batch_change_no_number(plan: PaddingPlan, pack: bool) -> None:
     theirs = random_model()
     idx = torch.randint(0, 300, (11, 9), generator=torch.Generator().manual_seed(3))
     ours = our_model(theirs, pack=pack)
-    ours.use_rows(plan)
+    ours.use_padding_plan(plan)
     with torch.inference_mode():
         assert (theirs(idx).logits - ours(idx)).abs().max() <= TOLERANCE
         assert ours(idx[:1, :1]).shape == (1, 1, 300)

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 
 from gptbatch.pipeline.engine.noise import gumbel, philox4x32, random_bits
-from gptbatch.pipeline.engine.reference import choose_token
-from gptbatch.pipeline.engine.sampling import Choice, choose_tokens
+from gptbatch.pipeline.engine.reference import sample_token
+from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
 from gptbatch.pipeline.input.prompts import derive_seed
 from gptbatch.pipeline.types import MAX_SEED, SamplingParams
 
@@ -28,7 +28,7 @@ def params(seed: int, *, temperature: float = 1.0, top_k: int = 0) -> SamplingPa
 def tokens_of(
     logits: torch.Tensor, rows: Sequence[SamplingParams], steps: Sequence[int]
 ) -> list[int | None]:
-    return [choice.token for choice in choose_tokens(logits, rows, steps)]
+    return [choice.token for choice in sample_tokens(logits, rows, steps)]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_rows_keep_their_own_parameters() -> None:
         tokens_of(logits[i : i + 1], rows[i : i + 1], steps[i : i + 1])[0] for i in range(40)
     ]
     assert together == [
-        choose_token(
+        sample_token(
             logits[i],
             temperature=p.temperature,
             sample=p.temperature > 0,
@@ -217,8 +217,8 @@ def test_rows_that_are_not_numbers_have_no_token(top_k: int, temperature: float)
 
 def test_a_vocabulary_of_one() -> None:
     assert (
-        choose_tokens(torch.zeros(2, 1), [params(0), params(1, temperature=0)], [0, 5])
-        == [Choice(0, None)] * 2
+        sample_tokens(torch.zeros(2, 1), [params(0), params(1, temperature=0)], [0, 5])
+        == [SampledToken(0, None)] * 2
     )
 
 
@@ -236,7 +236,7 @@ def naive_margin(logits: torch.Tensor, p: SamplingParams, step: int) -> float | 
     scores = logits.double() + p.temperature * gumbel(torch.tensor(p.seed), torch.tensor(step), ids)
     kth = torch.sort(logits, descending=True).values[(min(p.top_k, len(logits)) or len(logits)) - 1]
     kept = logits >= kth
-    winner = choose_token(
+    winner = sample_token(
         logits, temperature=p.temperature, sample=True, top_k=p.top_k, seed=p.seed, step=step
     )
     distances = [(scores[winner] - scores[j]).item() for j in ids if kept[j] and j != winner]
@@ -261,13 +261,13 @@ def test_margins_are_as_defined(vocab_size: int, dtype: torch.dtype) -> None:
         for s in range(300)
     ]
     expected = [naive_margin(logits[i], p, i % 3) for i, p in enumerate(rows)]
-    choices = choose_tokens(logits, rows, [i % 3 for i in range(300)])
+    choices = sample_tokens(logits, rows, [i % 3 for i in range(300)])
     assert [choice.margin for choice in choices] == expected
     assert len({choice.margin for choice in choices}) > (20 if dtype == torch.bfloat16 else 200)
     # a bound may hide larger margins only
     bounds = [0.4] * 300
     bounded = [
-        choice.margin for choice in choose_tokens(logits, rows, [i % 3 for i in range(300)], bounds)
+        choice.margin for choice in sample_tokens(logits, rows, [i % 3 for i in range(300)], bounds)
     ]
     few = [(p.top_k not in (0, 500) and p.top_k < vocab_size) or p.temperature == 0 for p in rows]
     assert [m for m, f in zip(bounded, few, strict=True) if f] == [
@@ -283,7 +283,7 @@ def test_no_change_of_less_than_half_the_margin_changes_the_token() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(400, 50, generator=generator, dtype=torch.float64) * 2
     rows = [params(s, temperature=(0, 0.7, 2)[s % 3], top_k=(0, 1)[s % 2]) for s in range(400)]
-    choices = choose_tokens(logits, rows, [0] * 400)
+    choices = sample_tokens(logits, rows, [0] * 400)
     margins = torch.tensor([choice.margin or 0.0 for choice in choices])[:, None]
     changed = 0
     for _ in range(20):

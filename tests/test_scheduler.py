@@ -1,4 +1,4 @@
-"""The scheduler and the pages: whatever comes, every row once, no slot and no page lost, never more than there is, nothing read
+"""The scheduler and the pages: whatever comes, every row once, no seq_index and no page lost, never more than there is, nothing read
 before it is written. Without a network, by hypothesis; then the whole engine on random work against the reference."""
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from gptbatch.pipeline.engine import reference
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.engine.scheduler import LEAST_PREFILL_TOKENS, MOST_PASSES, Scheduler
-from gptbatch.pipeline.kv_cache.block_pool import IDLE_SHARE, PagePool, n_pages_of
-from gptbatch.pipeline.kv_cache.paged import PagedCache
-from gptbatch.pipeline.kv_cache.quantization import PAGE_SIZES
+from gptbatch.pipeline.kv_cache.block_pool import IDLE_SHARE, BlockPool, blocks_for
+from gptbatch.pipeline.kv_cache.paged import PagedKVCache
+from gptbatch.pipeline.kv_cache.quantization import BLOCK_SIZES
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.types import TokenizedPrompt
 from tests.conftest import has_kernels, our_model, random_model, tokenized
 
 N_POSITIONS = 96
-PAGE = 16
+BLOCK_TOKENS = 16
 
 
 @st.composite
@@ -40,22 +40,22 @@ def work(draw: st.DrawFn) -> list[TokenizedPrompt]:
 class Model:
     """Stands in for the network: remembers what each page holds, and that nothing is read that was not written."""
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.content: dict[
             tuple[int, int], tuple[int, ...]
         ] = {}  # (page, place) -> the tokens up to there
 
-    def step(self, slot: int, first: int, tokens: list[int], context: list[int]) -> None:
+    def step(self, seq_index: int, first: int, tokens: list[int], context: list[int]) -> None:
         for position in range(first, first + len(tokens)):
-            page, _ = self.pool.page_of(slot, position)
-            self.content[page, position % self.pool.page_size] = tuple(context[: position + 1])
+            page, _ = self.pool.page_of(seq_index, position)
+            self.content[page, position % self.pool.block_size] = tuple(context[: position + 1])
 
-    def check(self, slot: int, last: int, context: list[int]) -> None:
+    def check(self, seq_index: int, last: int, context: list[int]) -> None:
         for position in range(last):
-            page, new = self.pool.page_of(slot, position)
+            page, new = self.pool.page_of(seq_index, position)
             assert not new
-            assert self.content[page, position % self.pool.page_size] == tuple(
+            assert self.content[page, position % self.pool.block_size] == tuple(
                 context[: position + 1]
             )
 
@@ -63,8 +63,8 @@ class Model:
 @settings(max_examples=150, deadline=None)
 @given(
     prompts=work(),
-    n_slots=st.integers(1, 9),
-    page_size=st.sampled_from([1, 16, 64]),
+    max_seqs=st.integers(1, 9),
+    block_size=st.sampled_from([1, 16, 64]),
     more_pages=st.integers(0, 60),
     step_tokens=st.integers(1, 200),
     window=st.integers(0, 20),
@@ -73,20 +73,20 @@ class Model:
 )
 def test_every_row_once_and_no_page_is_lost(
     prompts: list[TokenizedPrompt],
-    n_slots: int,
-    page_size: int,
+    max_seqs: int,
+    block_size: int,
     more_pages: int,
     step_tokens: int,
     window: int,
     share: bool,
     spread: bool,
 ) -> None:
-    n_pages = n_pages_of(N_POSITIONS, page_size) + more_pages
-    pool = PagePool(n_slots, n_pages, page_size)
+    n_blocks = blocks_for(N_POSITIONS, block_size) + more_pages
+    pool = BlockPool(max_seqs, n_blocks, block_size)
     model = Model(pool)
     scheduler = Scheduler(
         cache=pool,
-        n_slots=n_slots,
+        max_seqs=max_seqs,
         n_positions=N_POSITIONS,
         step_tokens=step_tokens,
         spread=spread,
@@ -95,7 +95,7 @@ def test_every_row_once_and_no_page_is_lost(
     incoming, ended = iter(prompts), []
     reused = 0
     while True:
-        while len(scheduler.running) + len(scheduler.waiting) < n_slots + window and (
+        while len(scheduler.running) + len(scheduler.waiting) < max_seqs + window and (
             source := next(incoming, None)
         ):
             scheduler.add(source)
@@ -103,15 +103,15 @@ def test_every_row_once_and_no_page_is_lost(
             break
         chunks = scheduler.plan()
         assert chunks, "something moves in every step"
-        assert len({chunk.slot for chunk in chunks}) == len(chunks) <= n_slots
+        assert len({chunk.seq_index for chunk in chunks}) == len(chunks) <= max_seqs
         assert sum(len(chunk.tokens) for chunk in chunks) <= max(
-            step_tokens, n_slots + LEAST_PREFILL_TOKENS
-        ) + (n_slots if spread else 0)
+            step_tokens, max_seqs + LEAST_PREFILL_TOKENS
+        ) + (max_seqs if spread else 0)
         for chunk in chunks:  # all is written before anything is read, as in attention
-            model.step(chunk.slot, chunk.first, chunk.tokens, chunk.sequence.tokens)
+            model.step(chunk.seq_index, chunk.first, chunk.tokens, chunk.sequence.tokens)
         for chunk in chunks:
             sequence = chunk.sequence
-            model.check(chunk.slot, chunk.first + len(chunk.tokens), sequence.tokens)
+            model.check(chunk.seq_index, chunk.first + len(chunk.tokens), sequence.tokens)
             if chunk.ends:
                 sequence.tokens.append(sum(sequence.tokens) % 3)
                 if (
@@ -119,22 +119,24 @@ def test_every_row_once_and_no_page_is_lost(
                     or len(sequence.tokens) > N_POSITIONS
                 ):
                     sequence.stop_reason = "max_new_tokens"
-        assert pool.in_use + pool.idle <= n_pages
+        assert pool.in_use + pool.idle <= n_blocks
         for sequence in scheduler.retire():
             ended.append(sequence.source.prompt.index)
             reused += sequence.cached_tokens
-        assert pool.idle <= n_pages // IDLE_SHARE
+        assert pool.idle <= n_blocks // IDLE_SHARE
     assert sorted(ended) == list(range(len(prompts)))
     assert pool.in_use == 0
-    free = [pool.page_of(0, position)[0] for position in range(0, n_pages * page_size, page_size)]
-    assert sorted(free) == list(range(n_pages)), "every page can be had again"
+    free = [
+        pool.page_of(0, position)[0] for position in range(0, n_blocks * block_size, block_size)
+    ]
+    assert sorted(free) == list(range(n_blocks)), "every page can be had again"
     if not share:
         assert reused == 0
 
 
 def test_the_longest_goes_first_but_nobody_waits_for_ever() -> None:
-    pool = PagePool(1, 6, PAGE)
-    scheduler = Scheduler(cache=pool, n_slots=1, n_positions=N_POSITIONS, step_tokens=100)
+    pool = BlockPool(1, 6, BLOCK_TOKENS)
+    scheduler = Scheduler(cache=pool, max_seqs=1, n_positions=N_POSITIONS, step_tokens=100)
     scheduler.add(tokenized(0, [0], max_new_tokens=1))
     for index in range(1, 4):
         scheduler.add(tokenized(index, [0], max_new_tokens=10 * index))
@@ -151,8 +153,8 @@ def test_the_longest_goes_first_but_nobody_waits_for_ever() -> None:
 
 def test_rows_that_arrive_together_share_what_is_not_computed_yet() -> None:
     header = list(range(40))
-    pool = PagePool(3, 30, PAGE)
-    scheduler = Scheduler(cache=pool, n_slots=3, n_positions=N_POSITIONS, step_tokens=1000)
+    pool = BlockPool(3, 30, BLOCK_TOKENS)
+    scheduler = Scheduler(cache=pool, max_seqs=3, n_positions=N_POSITIONS, step_tokens=1000)
     for index in range(3):
         scheduler.add(tokenized(index, [*header, 100 + index], max_new_tokens=5))
     chunks = scheduler.plan()
@@ -160,35 +162,35 @@ def test_rows_that_arrive_together_share_what_is_not_computed_yet() -> None:
         "in the same step, whole pages"
     )
     small = Scheduler(
-        cache=PagePool(3, 30, PAGE), n_slots=3, n_positions=N_POSITIONS, step_tokens=32
+        cache=BlockPool(3, 30, BLOCK_TOKENS), max_seqs=3, n_positions=N_POSITIONS, step_tokens=32
     )
     for index in range(3):
         small.add(tokenized(index, [*header, *range(100 + index, 120)], max_new_tokens=5))
-    assert [(chunk.slot, len(chunk.tokens)) for chunk in small.plan()] == [(0, 32)]
-    assert [(chunk.slot, chunk.first) for chunk in small.plan()] == [(0, 32), (1, 32)], (
+    assert [(chunk.seq_index, len(chunk.tokens)) for chunk in small.plan()] == [(0, 32)]
+    assert [(chunk.seq_index, chunk.first) for chunk in small.plan()] == [(0, 32), (1, 32)], (
         "the others come once the prefix is there"
     )
 
 
 def test_idle_prefixes_are_kept_and_those_that_nobody_shared_go_first() -> None:
-    pool = PagePool(2, 8 * IDLE_SHARE, PAGE)
+    pool = BlockPool(2, 8 * IDLE_SHARE, BLOCK_TOKENS)
     shared, alone = [1] * 33, [2] * 97
     for token_ids in (shared, shared, alone):
-        assert pool.admit(0, token_ids, len(token_ids), share=True) is not None
-        pool.computed(0, 0, len(token_ids))
-        pool.clear(0)
+        assert pool.allocate(0, token_ids, len(token_ids), share=True) is not None
+        pool.mark_computed(0, 0, len(token_ids))
+        pool.free(0)
     assert pool.idle == 8
-    pool.admit(1, [3] * 97, 97, share=True)
-    pool.computed(1, 0, 97)
-    pool.clear(1)
+    pool.allocate(1, [3] * 97, 97, share=True)
+    pool.mark_computed(1, 0, 97)
+    pool.free(1)
     assert pool.idle == 8
-    assert pool.admit(0, shared, 33, share=True) == 32, "still there"
-    assert pool.admit(1, alone, 97, share=True) == 0, "gone"
+    assert pool.allocate(0, shared, 33, share=True) == 32, "still there"
+    assert pool.allocate(1, alone, 97, share=True) == 0, "gone"
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
-    """Random prompts with shared beginnings, budgets, windows, slots and memory; pages end up where they were."""
+    """Random prompts with shared beginnings, budgets, windows, seq_indices and memory; pages end up where they were."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
     rng = random.Random(seed)
@@ -222,8 +224,10 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
         end_tokens=(7,),
         window_full="slide",
         step_tokens=rng.randint(1, 150),
-        lookahead=rng.randrange(20),
-        memory_bytes=rng.randint(8, 60) * PAGE_SIZES[model.cache_dtype] * model.cache_bytes_a_token,
+        max_waiting=rng.randrange(20),
+        memory_bytes=rng.randint(8, 60)
+        * BLOCK_SIZES[model.cache_dtype]
+        * model.cache_bytes_a_token,
     )
     for _ in range(2):  # the second time with what the first has left in the cache
         ended = [
@@ -238,5 +242,5 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
             ]
     assert engine.stats.cached_tokens > 0 or engine.batch_size == 1
     cache = engine._cache
-    assert isinstance(cache, PagedCache)
+    assert isinstance(cache, PagedKVCache)
     assert cache.pool.in_use == 0

@@ -20,11 +20,11 @@ from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import DeviceError, OutputConflictError
 from gptbatch.pipeline.kv_cache import padded
 from gptbatch.pipeline.kv_cache.interface import Backend
-from gptbatch.pipeline.kv_cache.padded import PaddedAttention, PaddedCache
+from gptbatch.pipeline.kv_cache.padded import PaddedAttention, PaddedKVCache
 from gptbatch.pipeline.model import self_test
 from gptbatch.pipeline.model.blocks import Block
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.linear import ROW_PLANS, Linear, use_threads
+from gptbatch.pipeline.model.linear import PADDING_PLANS, Linear, use_threads
 from gptbatch.pipeline.model.self_test import SelfTestReport, select_batch_invariant_kernels
 from tests.conftest import our_model, random_model
 from tests.paths import PYTHONPATH
@@ -59,7 +59,7 @@ def test_this_machine_passes(attention: Backend) -> None:
     model = our_model(random_model(), attention=attention)
     report = select_batch_invariant_kernels(model)
     assert report.passed, report.failures
-    assert report.row_plan == model.row_plan_name
+    assert report.padding_plan == model.padding_plan_name
     assert report == select_batch_invariant_kernels(model), (
         "the digest is that of the weights and the machine"
     )
@@ -119,12 +119,12 @@ def test_the_digest_tells_vector_instructions_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("harmless", "step", "plan"), [(0, 7, "rounded"), (32, 7, "more"), (10**9, 64, "constant")]
+    ("harmless", "step", "plan"), [(0, 7, "pad_8"), (32, 7, "pad_32"), (10**9, 64, "fixed_64")]
 )
 def test_row_plans_are_tried_in_turn(harmless: int, step: int, plan: str) -> None:
     model = with_row_counting(our_model(random_model()), harmless=harmless, step=step)
     report = select_batch_invariant_kernels(model)
-    assert (report.passed, report.row_plan, model.row_plan.name) == (True, plan, plan)
+    assert (report.passed, report.padding_plan, model.padding_plan.name) == (True, plan, plan)
 
 
 def test_a_linear_that_needs_fewer_rows_gets_them_alone() -> None:
@@ -142,11 +142,11 @@ def test_a_linear_that_needs_fewer_rows_gets_them_alone() -> None:
     for threads in (1, 2):
         with use_threads(threads):
             report = select_batch_invariant_kernels(model)
-            assert (report.passed, report.row_plan) == (True, "constant, mlp_out 32"), (
+            assert (report.passed, report.padding_plan) == (True, "fixed_64, mlp_out 32"), (
                 "whatever threads the run has"
             )
-    assert {block.get_submodule("mlp_out").constant_rows for block in model.blocks} == {32}
-    assert model.lm_head.constant_rows == 64
+    assert {block.get_submodule("mlp_out").fixed_rows for block in model.blocks} == {32}
+    assert model.lm_head.fixed_rows == 64
 
 
 def test_what_cannot_be_mended_is_named() -> None:
@@ -168,15 +168,15 @@ def test_what_cannot_be_mended_is_named() -> None:
     assert "rows of mlp_in" in report.failures
     assert "logits among others" in report.failures
     assert not any(failure.startswith("attention") for failure in report.failures)
-    assert model.row_plan == ROW_PLANS[0]
+    assert model.padding_plan == PADDING_PLANS[0]
 
 
-class FaultyCache(PaddedCache):
+class FaultyCache(PaddedKVCache):
     """Attention whose results change where the cache is wider than a sequence needs."""
 
-    def step(self, slots: Sequence[int], positions: Sequence[int]) -> PaddedAttention:
-        attention = super().step(slots, positions)
-        if len(set(slots)) > 1 and max(positions) > 60:
+    def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> PaddedAttention:
+        attention = super().step(seq_indices, positions)
+        if len(set(seq_indices)) > 1 and max(positions) > 60:
             for i, now in enumerate(attention.rounds):
                 attention.rounds[i] = dataclasses.replace(
                     now, hidden=now.hidden.clone().index_fill_(-1, torch.tensor([0]), True)
@@ -185,7 +185,7 @@ class FaultyCache(PaddedCache):
 
 
 def test_a_fault_that_needs_a_wide_cache_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptbatch.pipeline.kv_cache.interface.PaddedCache", FaultyCache)
+    monkeypatch.setattr("gptbatch.pipeline.kv_cache.interface.PaddedKVCache", FaultyCache)
     report = select_batch_invariant_kernels(our_model(random_model()))
     assert "attention beside others" in report.failures
     assert not {"attention alone", "attention in chunks"} & set(report.failures)
@@ -207,12 +207,16 @@ def test_products_that_depend_on_the_batch_are_replaced(
         expected = model(idx)
     monkeypatch.setattr(padded, "_attend", shifting)
     report = select_batch_invariant_kernels(model)
-    assert (report.passed, report.row_plan, model.products) == (True, "rounded", "pairwise")
+    assert (report.passed, report.padding_plan, model.reduction_order) == (
+        True,
+        "pad_8",
+        "pairwise",
+    )
     with torch.inference_mode():
         torch.testing.assert_close(model(idx), expected, rtol=1e-5, atol=1e-5)
     monkeypatch.undo()
     select_batch_invariant_kernels(model)
-    assert model.products == "matmul", "as long as they do"
+    assert model.reduction_order == "matmul", "as long as they do"
 
 
 @pytest.mark.parametrize("part", ["mlp_in", "lm_head"])
@@ -237,7 +241,7 @@ def test_a_fault_at_many_rows_or_with_other_threads_is_found(part: str) -> None:
             report = select_batch_invariant_kernels(model)
         finally:
             torch.set_num_threads(before)
-        assert (report.passed, report.row_plan) == (True, "constant"), (
+        assert (report.passed, report.padding_plan) == (True, "fixed_64"), (
             "64 rows at a time mend it, once it is found"
         )
 
@@ -265,9 +269,9 @@ def test_the_answer_is_recorded(config: dict[str, str | int], tmp_path: Path) ->
     environment = manifest["environment"]
     assert set(environment) == {
         "attention",
-        "products",
+        "reduction_order",
         "linears",
-        "row_plan",
+        "padding_plan",
         "torch",
         "device_class",
         "noise_version",
@@ -296,7 +300,7 @@ def test_a_machine_that_fails(
     def failing(model: GPT) -> SelfTestReport:
         return SelfTestReport(
             failures=("rows of mlp_in", "logits among others"),
-            row_plan="rounded",
+            padding_plan="pad_8",
             self_test_digest="0" * 64,
         )
 

@@ -167,13 +167,16 @@ def test_a_changed_token_is_named(output: Path, command: Command) -> None:
         (lambda row: row.update(max_new_tokens=99), "it should go on after token 19"),
         (lambda row: row.update(completion="x"), "its text is not that of its tokens"),
         (
-            lambda row: row.update(min_margin=row["min_margin"] * (1 + 1e-15)),
-            "its min_margin is not",
+            lambda row: row.update(min_decision_margin=row["min_decision_margin"] * (1 + 1e-15)),
+            "its min_decision_margin is not",
         ),
-        (lambda row: row.update(min_margin=row["min_margin"] / 2), "its min_margin is not"),
+        (
+            lambda row: row.update(min_decision_margin=row["min_decision_margin"] / 2),
+            "its min_decision_margin is not",
+        ),
         (lambda row: row.update(logits_digest="0" * 64), "the bits of its logits differ"),
         (lambda row: row.update(logits_digest=None), "the bits of its logits differ"),
-        (lambda row: row.update(min_margin=None), "its min_margin is not None"),
+        (lambda row: row.update(min_decision_margin=None), "its min_decision_margin is not None"),
         (lambda row: row.update(finish_reason="error"), "it is an error row, but has tokens"),
         (lambda row: row.update(prompt=row["prompt"] + " and more"), "but prompt_tokens is"),
     ],
@@ -404,7 +407,11 @@ def test_a_row_is_replayed_from_the_folder_alone(
             == row["completion_token_ids"]
             == [step["token"] for step in steps]
         )
-        assert summary["min_margin"] == row["min_margin"] == min(step["margin"] for step in steps)
+        assert (
+            summary["min_decision_margin"]
+            == row["min_decision_margin"]
+            == min(step["margin"] for step in steps)
+        )
         assert all(step["kept"] == (7 if row["top_k"] else 300) for step in steps)
         assert all(step["rank"] <= step["kept"] and 0 < step["probability"] <= 1 for step in steps)
         assert all(len(step["runners_up"]) == 3 for step in steps)
@@ -491,9 +498,9 @@ def test_a_step_explained() -> None:
 
 
 def test_the_columns_of_a_run(finished: Path) -> None:
-    """min_margin and logits_digest stand in every row that took a step, and do not depend on the batch."""
+    """min_decision_margin and logits_digest stand in every row that took a step, and do not depend on the batch."""
     rows = list(RunReader(finished / "out").rows())
-    assert [row["prompt_id"] for row in rows if row["min_margin"] is None] == ["r4"]
+    assert [row["prompt_id"] for row in rows if row["min_decision_margin"] is None] == ["r4"]
     assert [row["prompt_id"] for row in rows if row["logits_digest"] is None] == ["r4"]
     assert len({row["logits_digest"] for row in rows}) > 20
 

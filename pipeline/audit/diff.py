@@ -24,10 +24,10 @@ _COLUMNS = (
     "finish_reason",
     "stop_reason",
     "error",
-    "min_margin",
+    "min_decision_margin",
     "logits_digest",
 )
-_ROW_SETTINGS = ("seed", "temperature", "top_k")  # decide min_margin besides the logits
+_ROW_SETTINGS = ("seed", "temperature", "top_k")  # decide min_decision_margin besides the logits
 _FACTS = ("dtype", "device", "environment")
 _DIGEST_BYTES = 16
 
@@ -43,7 +43,7 @@ class RowDifference:
         ending                 the same tokens, but another finish_reason or stop_reason
         text                   the same tokens as another text
         bits                   the same in all this, but from other logits: another logits_digest where both have one, or another
-                               min_margin where seed, temperature and top_k are the same
+                               min_decision_margin where seed, temperature and top_k are the same
 
     token_index: the first place, from 0, where the tokens differ; None where they do not. token_a, token_b: the token there, None
     for a completion that had ended. min_margin_a, min_margin_b: how far each row was from other tokens under other rounding, in
@@ -207,7 +207,9 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
         kind = "ending"
     elif a["completion"] != b["completion"]:
         kind = "text"
-    elif _differ(a, b, "logits_digest") or (_differ(a, b, "min_margin") and _sampled_alike(a, b)):
+    elif _differ(a, b, "logits_digest") or (
+        _differ(a, b, "min_decision_margin") and _sampled_alike(a, b)
+    ):
         kind = "bits"
     else:
         return None
@@ -218,8 +220,8 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
         token_index=index,
         token_a=tokens_a[index] if index is not None and index < len(tokens_a) else None,
         token_b=tokens_b[index] if index is not None and index < len(tokens_b) else None,
-        min_margin_a=a["min_margin"],
-        min_margin_b=b["min_margin"],
+        min_margin_a=a["min_decision_margin"],
+        min_margin_b=b["min_decision_margin"],
         finish_reason_a=a["finish_reason"],
         finish_reason_b=b["finish_reason"],
         stop_reason_a=a["stop_reason"],
@@ -233,7 +235,7 @@ def _differ(a: dict[str, Any], b: dict[str, Any], name: str) -> bool:
 
 
 def _sampled_alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether equal logits give both rows the same min_margin. Greedy rows have neither noise nor top_k."""
+    """Whether equal logits give both rows the same min_decision_margin. Greedy rows have neither noise nor top_k."""
     return a["temperature"] == b["temperature"] and (
         a["temperature"] == 0 or all(a[name] == b[name] for name in _ROW_SETTINGS)
     )

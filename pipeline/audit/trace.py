@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.noise import gumbel
-from gptbatch.pipeline.engine.sampling import choose_tokens
+from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.lm_head import HEAD_ROWS
 from gptbatch.pipeline.types import SamplingParams
 
 MOST_TOKENS = 1024  # of a call with more than one passage
-SLOTS = 64
+MAX_SEQS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,36 +47,40 @@ def step_hidden(model: GPT, rows: Sequence[KnownRow]) -> Iterator[tuple[list[Pas
 
     A row that fits the context takes one passage; after that, where the window slides, each step takes one of its own.
     """
-    slots = min(SLOTS, max(1, sum(len(row.new) for row in rows)))
+    seq_indices = min(MAX_SEQS, max(1, sum(len(row.new) for row in rows)))
     most = max(MOST_TOKENS, model.config.n_positions)
     cache = model.new_cache(
-        slots, capacity=model.capacity_of([most, *[1] * slots])
+        seq_indices, capacity=model.capacity_of([most, *[1] * seq_indices])
     )  # however these are shared out
     for batch in _batches(_passages(rows, model.config.n_positions)):
         tokens: list[int] = []
-        token_slots: list[int] = []
+        token_seq_indices: list[int] = []
         positions: list[int] = []
-        wanted: list[int] = []
-        for slot, passage in enumerate(batch):
+        logits_indices: list[int] = []
+        for seq_index, passage in enumerate(batch):
             length = len(passage.tokens)
-            # what passages have in common before the first wanted step is computed once
-            there = cache.admit(
-                slot, passage.tokens[: length - len(passage.steps) + 1], length, share=True
+            # what passages have in common before the first logits_indices step is computed once
+            there = cache.allocate(
+                seq_index, passage.tokens[: length - len(passage.steps) + 1], length, share=True
             )
             assert there is not None, "the cache has room for every call"
-            cache.computed(slot, there, length)
+            cache.mark_computed(seq_index, there, length)
             tokens += passage.tokens[there:]
-            token_slots += [slot] * (length - there)
+            token_seq_indices += [seq_index] * (length - there)
             positions += range(there, length)
-            wanted += range(len(tokens) - len(passage.steps), len(tokens))
+            logits_indices += range(len(tokens) - len(passage.steps), len(tokens))
         yield (
             batch,
             model.hidden(
-                cache, tokens=tokens, slots=token_slots, positions=positions, wanted=wanted
+                cache,
+                tokens=tokens,
+                seq_indices=token_seq_indices,
+                positions=positions,
+                logits_indices=logits_indices,
             ),
         )
-        for slot in range(len(batch)):
-            cache.clear(slot)
+        for seq_index in range(len(batch)):
+            cache.free(seq_index)
 
 
 def each_logits(model: GPT, hidden: Tensor) -> Iterator[Tensor]:
@@ -101,7 +105,7 @@ def _batches(passages: Iterator[Passage]) -> Iterator[list[Passage]]:
     tokens = 0
     for passage in passages:
         tokens += len(passage.tokens)
-        if batch and (len(batch) == SLOTS or tokens > MOST_TOKENS):
+        if batch and (len(batch) == MAX_SEQS or tokens > MOST_TOKENS):
             yield batch
             batch, tokens = [], len(passage.tokens)
         batch.append(passage)
@@ -140,7 +144,7 @@ def explain_step(
     logits: Tensor, params: SamplingParams, step: int, token: int, *, runners_up: int = 3
 ) -> StepTrace:
     """Why `token` was chosen from the logits (V,) of a row at a step, or how far it is from that. The formulas of sampling.py."""
-    (choice,) = choose_tokens(logits[None], [params], [step])
+    (choice,) = sample_tokens(logits[None], [params], [step])
     logits = logits.double().cpu()
     token_ids = torch.arange(len(logits))
     scores = logits + params.temperature * gumbel(

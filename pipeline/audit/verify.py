@@ -90,7 +90,7 @@ def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool
     from gptbatch.pipeline.audit.trace import KnownRow, explain_step, step_hidden
     from gptbatch.pipeline.engine.engine import logits_bytes
     from gptbatch.pipeline.engine.next_tokens import next_tokens
-    from gptbatch.pipeline.engine.sampling import choose_tokens
+    from gptbatch.pipeline.engine.sampling import sample_tokens
     from gptbatch.pipeline.model.lm_head import HEAD_ROWS
 
     verdicts: dict[int, Verdict] = {}
@@ -111,7 +111,7 @@ def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool
             )
             numbers.append(number)
     # a margin above the recorded smallest one need not be known; just above, so that it shows if none comes down to it
-    recorded_margins = [rows[number]["min_margin"] for number in numbers]
+    recorded_margins = [rows[number]["min_decision_margin"] for number in numbers]
     bounds = [
         math.inf if margin is None else math.nextafter(margin, math.inf)
         for margin in recorded_margins
@@ -130,7 +130,7 @@ def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool
                 logits = model.logits(hidden[some])
                 for (index, _), step_logits in zip(places[some], logits.cpu(), strict=True):
                     hashes[index].update(logits_bytes(step_logits))
-                choices += choose_tokens(
+                choices += sample_tokens(
                     logits, params[some], steps[some], most[some], native=model.native
                 )
         else:
@@ -166,7 +166,7 @@ def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool
         if (
             not problem
             and exact
-            and not (loaded_run.is_older and rows[number]["min_margin"] is None)
+            and not (loaded_run.is_older and rows[number]["min_decision_margin"] is None)
         ):
             problem = _other_bits(rows[number], margins[index], digest)
         if problem:
@@ -225,8 +225,8 @@ def _other_problem(loaded_run: LoadedRun, row: dict[str, Any], known: KnownRow) 
 
 def _other_bits(row: dict[str, Any], margin: float, logits_digest: str | None) -> str:
     """What is wrong with a row whose tokens are right, where the bits of its logits must be too."""
-    if margin != (math.inf if row["min_margin"] is None else row["min_margin"]):
-        return f"its min_margin is not {row['min_margin']}"
+    if margin != (math.inf if row["min_decision_margin"] is None else row["min_decision_margin"]):
+        return f"its min_decision_margin is not {row['min_decision_margin']}"
     return (
         ""
         if logits_digest == row["logits_digest"]

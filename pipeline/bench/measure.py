@@ -45,7 +45,7 @@ PARTS = {  # of a step, by the names of torch's operators
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The best rates seen: of a linear of the network, of the head (the same, unless a screen computes it), and of reading memory."""
+    """The best rates seen: of a linear of the network, of the head (the same, unless a two_pass_head computes it), and of reading memory."""
 
     gemm_gflops: float
     head_gflops: float
@@ -153,9 +153,15 @@ def measure_limits(model: GPT) -> Limits:
                     best, 2 * rows * linear.in_features * linear.out_features / seconds / 1e9
                 )
         head = best
-        if (screen := model.screen) is not None and screen.rows and screen.worthwhile:
+        if (
+            (two_pass_head := model.two_pass_head) is not None
+            and two_pass_head.rows
+            and two_pass_head.is_worthwhile
+        ):
             hidden = torch.randn(HEAD_ROWS, model.config.n_embd)
-            seconds = min(_time(lambda: screen.rough(hidden)) for _ in range(20))
+            seconds = min(
+                _time(lambda: two_pass_head.approximate_logits(hidden)) for _ in range(20)
+            )
             head = (
                 2
                 * len(hidden)

@@ -6,7 +6,7 @@ A step is one call of the network. Each round of the loop
      one, and prompts are prefilled in chunks beside them;
   3. retires the sequences that ended.
 A row never sees another: its tokens follow from its prompt, its parameters and the weights. So when memory runs out, the rows
-that were running start again with half of the slots, and nothing shows it but the clock.
+that were running start again with half of the seq_indices, and nothing shows it but the clock.
 
 Knows: token ids, clocks. Does not know: text, files, or what happens to a completion.
 """
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.next_tokens import next_tokens
-from gptbatch.pipeline.engine.sampling import Choice, choose_tokens
+from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
 from gptbatch.pipeline.engine.scheduler import Chunk, Scheduler, Sequence
 from gptbatch.pipeline.errors import OutOfMemoryError
 from gptbatch.pipeline.model.gpt import GPT
@@ -34,7 +34,7 @@ from gptbatch.pipeline.types import Completion, RowError, StopReason, Timing, To
 logger = logging.getLogger("gptbatch")
 
 STEP_TOKENS = 512
-LOOKAHEAD = 3  # times the slots: rows that wait
+MAX_WAITING_PER_SEQ = 3  # times the seq_indices: rows that wait
 
 WindowFull = Literal["stop", "slide"]
 
@@ -45,7 +45,7 @@ class EngineStats:
 
     rows sums the rows of all steps. prefilled_tokens and decoded_tokens were computed, cached_tokens had been by another row;
     padding_tokens belong to nobody. prefill_s and decode_s share the time of each step by its tokens. halvings: how often memory
-    ran out and slots were halved.
+    ran out and seq_indices were halved.
     """
 
     steps: int = 0
@@ -68,7 +68,7 @@ class Engine:
     much as batch_size full contexts take. end_tokens: token ids that end a row; empty where none does.
     window_full: what happens when a sequence fills the context. stop ends it; slide goes on as the tutorial does, each step
     on the n_positions most recent tokens, positions from 0, the whole window computed again.
-    step_tokens: most tokens of a step. lookahead: rows that wait for a slot, to choose from; None is LOOKAHEAD times the slots, and
+    step_tokens: most tokens of a step. max_waiting: rows that wait for a seq_index, to choose from; None is MAX_WAITING_PER_SEQ times the seq_indices, and
     none for a single one. share_prefixes: compute what prompts begin with in common once. record_logits: hash the bits of every logit.
     """
 
@@ -78,29 +78,29 @@ class Engine:
     memory_bytes: int | None = None
     window_full: WindowFull = "stop"
     step_tokens: int = STEP_TOKENS
-    lookahead: int | None = None
+    max_waiting: int | None = None
     share_prefixes: bool = True
     record_logits: bool = False
     stats: EngineStats = field(default_factory=EngineStats)
 
     def __post_init__(self) -> None:
-        if self.lookahead is None:
-            self.lookahead = LOOKAHEAD * self.batch_size if self.batch_size > 1 else 0
+        if self.max_waiting is None:
+            self.max_waiting = MAX_WAITING_PER_SEQ * self.batch_size if self.batch_size > 1 else 0
         self._n_positions = self.model.config.n_positions
         self._exhausted = False
         self._make_cache()
 
     @property
-    def most_rows(self) -> int:
+    def max_rows_held(self) -> int:
         """Rows that it holds at a time, running or waiting."""
-        assert self.lookahead is not None
-        return self.batch_size + self.lookahead
+        assert self.max_waiting is not None
+        return self.batch_size + self.max_waiting
 
     def generate(self, prompts: Iterator[TokenizedPrompt | None]) -> Iterator[list[Completion]]:
         """Yields after every step what ended in it (often nothing), in no particular order.
 
         Prompts are taken from the iterator as there is room for them; each must have 1 to n_positions tokens. None stands for "none
-        now": the caller wants to see to what has ended first. Where memory runs out, half of the slots go on, from the start of their
+        now": the caller wants to see to what has ended first. Where memory runs out, half of the seq_indices go on, from the start of their
         rows; raises OutOfMemoryError that names the row when not even one fits.
         """
         self._exhausted = False
@@ -135,7 +135,8 @@ class Engine:
         """Prompts for the window. Outside of what is tried again when memory runs out: an iterator that has raised has ended."""
         scheduler = self._scheduler
         while (
-            not self._exhausted and len(scheduler.running) + len(scheduler.waiting) < self.most_rows
+            not self._exhausted
+            and len(scheduler.running) + len(scheduler.waiting) < self.max_rows_held
         ):
             try:
                 prompt = next(prompts)
@@ -155,7 +156,7 @@ class Engine:
                 if self.memory_bytes is None
                 else self.memory_bytes // self.model.cache_bytes_a_token
             )
-            if (most := self.model.most_slots(capacity)) is not None:
+            if (most := self.model.max_seqs_for(capacity)) is not None:
                 self.batch_size = min(self.batch_size, most)
             try:
                 with torch.inference_mode():
@@ -174,7 +175,7 @@ class Engine:
         self._cache = cache
         self._scheduler = Scheduler(
             cache=cache,
-            n_slots=self.batch_size,
+            max_seqs=self.batch_size,
             n_positions=self._n_positions,
             step_tokens=self.step_tokens,
             spread=self.model.attention == "padded",
@@ -183,7 +184,7 @@ class Engine:
         )
 
     def _halve(self, failure: str) -> None:
-        """Go on with half of the slots after memory ran out; rows that were running start again, and come to the same bits."""
+        """Go on with half of the seq_indices after memory ran out; rows that were running start again, and come to the same bits."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
         if self.batch_size == 1:
             name = f"row {running[0].source.prompt.prompt_id!r}" if running else "the next row"
@@ -211,13 +212,13 @@ class Engine:
         now = began = time.monotonic()
         prefilled = 0
         tokens: list[int] = []
-        slots: list[int] = []
+        seq_indices: list[int] = []
         positions: list[int] = []
         last: list[int] = []
         for chunk in chunks:
             count = len(chunk.tokens)
             tokens += chunk.tokens
-            slots += [chunk.slot] * count
+            seq_indices += [chunk.seq_index] * count
             positions += range(chunk.first, chunk.first + count)
             if chunk.ends:
                 last.append(len(tokens) - 1)
@@ -226,20 +227,24 @@ class Engine:
             if chunk.sequence.new_tokens == 0:
                 prefilled += count
         hidden = self.model.hidden(
-            self._cache, tokens=tokens, slots=slots, positions=positions, wanted=last
+            self._cache,
+            tokens=tokens,
+            seq_indices=seq_indices,
+            positions=positions,
+            logits_indices=last,
         )
         sequences = [chunk.sequence for chunk in chunks if chunk.ends]
         params, steps = (
             [s.source.prompt.params for s in sequences],
             [s.new_tokens for s in sequences],
         )
-        bounds = [s.min_margin for s in sequences]
+        bounds = [s.min_decision_margin for s in sequences]
         if self.record_logits:
             logits = self.model.logits(hidden)
             for sequence, row in zip(sequences, logits.cpu(), strict=True):
                 assert sequence.logits_hash is not None
                 sequence.logits_hash.update(logits_bytes(row))
-            choices = choose_tokens(logits, params, steps, bounds, native=self.model.native)
+            choices = sample_tokens(logits, params, steps, bounds, native=self.model.native)
         else:
             choices = next_tokens(self.model, hidden, params, steps, bounds)
         now = time.monotonic()
@@ -247,7 +252,7 @@ class Engine:
         self.stats.rows += len(chunks)
         self.stats.prefilled_tokens += prefilled
         self.stats.decoded_tokens += len(tokens) - prefilled
-        self.stats.padding_tokens += self.model.row_plan.rows(len(tokens)) - len(tokens)
+        self.stats.padding_tokens += self.model.padding_plan.rows(len(tokens)) - len(tokens)
         self.stats.prefill_s += (now - began) * prefilled / len(tokens)
         self.stats.decode_s += (now - began) * (1 - prefilled / len(tokens))
         for sequence, choice in zip(sequences, choices, strict=True):
@@ -260,7 +265,7 @@ class Engine:
         sequence.logits_hash = hashlib.sha256() if self.record_logits else None
         self.stats.cached_tokens += sequence.cached_tokens
 
-    def _accept(self, sequence: Sequence, choice: Choice, now: float) -> None:
+    def _accept(self, sequence: Sequence, choice: SampledToken, now: float) -> None:
         """Give a sequence its next token and decide whether it ends."""
         params, token = sequence.source.prompt.params, choice.token
         sequence.last_token_s = now
@@ -274,7 +279,7 @@ class Engine:
         if len(sequence.tokens) > self._n_positions:
             sequence.cached = 0  # the window slides, and every position in it changes
         if choice.margin is not None:
-            sequence.min_margin = min(sequence.min_margin, choice.margin)
+            sequence.min_decision_margin = min(sequence.min_decision_margin, choice.margin)
         self.stats.new_tokens += 1
         sequence.stop_reason = stop_reason(
             token,
@@ -303,9 +308,9 @@ class Engine:
             else "length",
             stop_reason=None if sequence.error else sequence.stop_reason,
             error=sequence.error,
-            min_margin=None
-            if sequence.error or not math.isfinite(sequence.min_margin)
-            else sequence.min_margin,
+            min_decision_margin=None
+            if sequence.error or not math.isfinite(sequence.min_decision_margin)
+            else sequence.min_decision_margin,
             logits_digest=None
             if sequence.error or sequence.logits_hash is None
             else sequence.logits_hash.hexdigest(),

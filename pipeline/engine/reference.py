@@ -14,7 +14,7 @@ from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.types import SamplingParams, StopReason
 
 
-def choose_token(
+def sample_token(
     logits: Tensor, *, temperature: float, sample: bool, top_k: int, seed: int, step: int
 ) -> int:
     """The formula of sampling.py for one row of logits (V,), said plainly. `sample` false is greedy."""
@@ -43,7 +43,7 @@ def generate_token(
 ) -> int:
     """The next token after idx (1, T): the last n_positions tokens through the whole network, then one choice."""
     logits = gpt(idx[:, -gpt.config.n_positions :])[0, -1]
-    return choose_token(
+    return sample_token(
         logits, temperature=temperature, sample=sample, top_k=top_k, seed=seed, step=step
     )
 

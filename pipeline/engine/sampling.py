@@ -32,7 +32,7 @@ LISTED = 32  # tokens listed beyond the k likeliest, for ties with the last kept
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SampledToken:
     """The next token of a row. token is None when the logits hold NaN or +inf (or nothing but -inf); margin is None then, and
     when there is only one token in the vocabulary."""
 
@@ -40,14 +40,14 @@ class Choice:
     margin: float | None
 
 
-def choose_tokens(
+def sample_tokens(
     logits: Tensor,
     params: Sequence[SamplingParams],
     steps: Sequence[int],
     bounds: Sequence[float] | None = None,
     *,
     native: bool = False,
-) -> list[Choice]:
+) -> list[SampledToken]:
     """The next token of each row.
 
     logits (B, V) of any floating type; params and steps (the index of the new token in its row), one each a row. A margin
@@ -69,7 +69,7 @@ def choose_tokens(
             device=device,
         ),
     )
-    kept_counts = [kept_count(p, vocab_size) for p in params]
+    kept_counts = [kept_set_size(p, vocab_size) for p in params]
     if native:
         winners, margins = torch.ops.gptbatch.choose(
             logits,
@@ -82,12 +82,14 @@ def choose_tokens(
     else:
         winners, margins = _choose(logits, kept_counts, rows)
     return [
-        Choice(token, margin if vocab_size > 1 else None) if token >= 0 else Choice(None, None)
+        SampledToken(token, margin if vocab_size > 1 else None)
+        if token >= 0
+        else SampledToken(None, None)
         for token, margin in zip(winners.tolist(), margins.tolist(), strict=True)
     ]
 
 
-def kept_count(params: SamplingParams, vocab_size: int) -> int:
+def kept_set_size(params: SamplingParams, vocab_size: int) -> int:
     """How many tokens are kept besides ties. Greedy draws no noise that matters: only those at the largest logit can win."""
     return 1 if params.temperature == 0 else min(params.top_k, vocab_size) or vocab_size
 

@@ -6,7 +6,7 @@ of these the longest is admitted first, so that no long row is left over at the 
 
 What a row gets does not depend on any of this, since its tokens follow from its own tokens alone.
 
-Knows: sequences, slots, and how the cache deals its room out. Does not know: tensors, clocks, how tokens are chosen.
+Knows: sequences, seq_indices, and how the cache deals its room out. Does not know: tensors, clocks, how tokens are chosen.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 
-from gptbatch.pipeline.kv_cache.block_pool import Slots
+from gptbatch.pipeline.kv_cache.block_pool import CacheAllocator
 from gptbatch.pipeline.types import RowError, StopReason, TokenizedPrompt
 
 LEAST_PREFILL_TOKENS = 32  # of a step, however many sequences decode: new ones must come in
 CHUNK_MULTIPLE = (
     16  # of a prefill that does not end in this step: attention takes four queries at a time
 )
-MOST_PASSES = 4  # times the slots: rows that may be admitted before one that waits
+MOST_PASSES = 4  # times the seq_indices: rows that may be admitted before one that waits
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +45,7 @@ class Sequence:
     rows_before: int = 0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
-    min_margin: float = math.inf
+    min_decision_margin: float = math.inf
     logits_hash: hashlib._Hash | None = None
     stop_reason: StopReason | None = None
     error: RowError | None = None
@@ -64,7 +64,7 @@ class Chunk:
     """Tokens of one sequence that a step computes, the first of them at position `first`. ends: the next token is chosen after them."""
 
     sequence: Sequence
-    slot: int
+    seq_index: int
     first: int
     tokens: list[int]
     ends: bool
@@ -72,15 +72,15 @@ class Chunk:
 
 @dataclass(kw_only=True)
 class Scheduler:
-    """Sequences wait, run in slots 0 to B-1 (`running`, sequence i in slot i) and are retired.
+    """Sequences wait, run in seq_indices 0 to B-1 (`running`, sequence i in seq_index i) and are retired.
 
-    n_slots: most sequences that run. step_tokens: of a step, at most; a few more where nearly all are decoding. spread: whether the
+    max_seqs: most sequences that run. step_tokens: of a step, at most; a few more where nearly all are decoding. spread: whether the
     prefill of many sequences advances side by side (padded attention takes one token of each at a time) or one after the other.
     share: whether rows share prefixes. slide: whether a row may go on beyond n_positions.
     """
 
-    cache: Slots
-    n_slots: int
+    cache: CacheAllocator
+    max_seqs: int
     n_positions: int
     step_tokens: int
     spread: bool = False
@@ -98,60 +98,64 @@ class Scheduler:
         """The chunks of the next step, which the caller must compute; none when nothing runs or waits."""
         chunks = [
             chunk
-            for slot in range(len(self.running))
-            if self.pending(slot) == 1 and (chunk := self._chunk(slot, 1))
+            for seq_index in range(len(self.running))
+            if self.pending(seq_index) == 1 and (chunk := self._chunk(seq_index, 1))
         ]
         left = max(self.step_tokens - len(chunks), LEAST_PREFILL_TOKENS)
-        slots = [slot for slot in range(len(self.running)) if self.pending(slot) > 1]
-        slots.sort(key=lambda slot: self.running[slot].order)
+        seq_indices = [
+            seq_index for seq_index in range(len(self.running)) if self.pending(seq_index) > 1
+        ]
+        seq_indices.sort(key=lambda seq_index: self.running[seq_index].order)
         if self.spread:
-            while (slot := self._admit()) is not None:
-                slots.append(slot)
-            share = -(-left // max(1, len(slots)))
-            return chunks + [chunk for slot in slots if (chunk := self._chunk(slot, share))]
+            while (seq_index := self._admit()) is not None:
+                seq_indices.append(seq_index)
+            share = -(-left // max(1, len(seq_indices)))
+            return chunks + [
+                chunk for seq_index in seq_indices if (chunk := self._chunk(seq_index, share))
+            ]
         while left > 0:
-            slot = slots.pop(0) if slots else self._admit()
-            if slot is None:
+            seq_index = seq_indices.pop(0) if seq_indices else self._admit()
+            if seq_index is None:
                 break
-            if chunk := self._chunk(slot, left):
+            if chunk := self._chunk(seq_index, left):
                 chunks.append(chunk)
                 left -= len(chunk.tokens)
         return chunks
 
-    def pending(self, slot: int) -> int:
-        """Tokens of the slot's sequence that are not in the cache; at least one, the latest."""
-        sequence = self.running[slot]
+    def pending(self, seq_index: int) -> int:
+        """Tokens of the seq_index's sequence that are not in the cache; at least one, the latest."""
+        sequence = self.running[seq_index]
         return min(len(sequence.tokens), self.n_positions) - sequence.cached
 
     def length(self, source: TokenizedPrompt) -> int:
         """The most positions that a row comes to."""
         return min(self.n_positions, len(source.token_ids) + source.prompt.params.max_new_tokens)
 
-    def _chunk(self, slot: int, most: int) -> Chunk | None:
-        """The slot's next tokens, at most so many; None while it waits for a prefix that another slot computes."""
-        if not self.cache.ready(slot):
+    def _chunk(self, seq_index: int, most: int) -> Chunk | None:
+        """The seq_index's next tokens, at most so many; None while it waits for a prefix that another seq_index computes."""
+        if not self.cache.is_ready(seq_index):
             return None
-        sequence, pending = self.running[slot], self.pending(slot)
+        sequence, pending = self.running[seq_index], self.pending(seq_index)
         count = pending
         if count > most:
             count = most // CHUNK_MULTIPLE * CHUNK_MULTIPLE or most
         window = max(0, len(sequence.tokens) - self.n_positions)  # where the context begins
         first = sequence.cached
         sequence.cached += count
-        self.cache.computed(slot, first, sequence.cached)
+        self.cache.mark_computed(seq_index, first, sequence.cached)
         return Chunk(
             sequence,
-            slot,
+            seq_index,
             first,
             sequence.tokens[window + first : window + first + count],
             ends=count == pending,
         )
 
     def _admit(self) -> int | None:
-        """Give a slot to the next of the rows that wait. None when there is none, or no slot, or no room in the cache."""
-        if not self.waiting or len(self.running) == self.n_slots:
+        """Give a seq_index to the next of the rows that wait. None when there is none, or no seq_index, or no room in the cache."""
+        if not self.waiting or len(self.running) == self.max_seqs:
             return None
-        overdue = self.waiting[0].passed_over >= MOST_PASSES * self.n_slots
+        overdue = self.waiting[0].passed_over >= MOST_PASSES * self.max_seqs
         # the first of the longest
         place = (
             0
@@ -160,14 +164,16 @@ class Scheduler:
                 range(len(self.waiting)), key=lambda i: (self.length(self.waiting[i].source), -i)
             )
         )
-        sequence, slot = self.waiting[place], len(self.running)
+        sequence, seq_index = self.waiting[place], len(self.running)
         length = self.length(sequence.source)
         outgrows = (
             self.slide
             and len(sequence.tokens) + sequence.source.prompt.params.max_new_tokens
             > self.n_positions
         )
-        there = self.cache.admit(slot, sequence.tokens, length, share=self.share and not outgrows)
+        there = self.cache.allocate(
+            seq_index, sequence.tokens, length, share=self.share and not outgrows
+        )
         if there is None:
             return None
         for earlier in self.waiting[:place]:
@@ -176,19 +182,19 @@ class Scheduler:
         self.running.append(sequence)
         self._n_admitted += 1
         sequence.order, sequence.cached, sequence.cached_tokens = self._n_admitted, there, there
-        return slot
+        return seq_index
 
     def retire(self) -> list[Sequence]:
-        """Take the sequences that ended out of their slots; the last slots move into the gaps."""
+        """Take the sequences that ended out of their seq_indices; the last seq_indices move into the gaps."""
         ended = []
-        for slot in reversed(range(len(self.running))):
-            sequence = self.running[slot]
+        for seq_index in reversed(range(len(self.running))):
+            sequence = self.running[seq_index]
             if not sequence.ended:
                 continue
-            self.cache.clear(slot)
+            self.cache.free(seq_index)
             last = self.running.pop()
             if last is not sequence:
-                self.cache.move(len(self.running), slot)
-                self.running[slot] = last
+                self.cache.move(len(self.running), seq_index)
+                self.running[seq_index] = last
             ended.append(sequence)
         return ended

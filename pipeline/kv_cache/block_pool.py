@@ -1,6 +1,6 @@
-"""Which pages of a cache hold what: each slot's own, and those of prefixes that sequences share.
+"""Which pages of a cache hold what: each seq_index's own, and those of prefixes that sequences share.
 
-A page holds page_size positions. The full pages of a prompt stand in a tree: a node is one page of tokens after those of its parent, so
+A page holds block_size positions. The full pages of a prompt stand in a tree: a node is one page of tokens after those of its parent, so
 that a path from the root is a prefix. A sequence that begins like another takes the pages of their common path instead of computing them
 again: keys and values depend on the tokens before alone. That holds for a prefix which is still being computed, too: whoever
 came first computes it, and the others are ready once all of it is in a call (see `ready`).
@@ -20,33 +20,35 @@ from typing import Protocol
 IDLE_SHARE = 8  # at most one page in so many is kept without a user
 
 
-class Slots(Protocol):
-    """How a cache deals its room out. A slot is a sequence's place in it; it knows not whose."""
+class CacheAllocator(Protocol):
+    """How a cache deals its room out. A seq_index is a sequence's place in it; it knows not whose."""
 
-    def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
-        """Give an empty slot to a sequence that begins with token_ids and grows to at most `length` positions.
+    def allocate(
+        self, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
+    ) -> int | None:
+        """Give an empty seq_index to a sequence that begins with token_ids and grows to at most `length` positions.
 
-        Returns how many of the tokens are there already, or will be when the slot is `ready` (never the last one, whose logits are
-        wanted); None when there is no room now. share: whether it may take what others have computed and others its own; its tokens
+        Returns how many of the tokens are there already, or will be when the seq_index is `ready` (never the last one, whose logits are
+        logits_indices); None when there is no room now. share: whether it may take what others have computed and others its own; its tokens
         are then not to change.
         """
 
-    def ready(self, slot: int) -> bool:
+    def is_ready(self, seq_index: int) -> bool:
         """Whether what `admit` said is there, or in the call that comes next."""
 
-    def computed(self, slot: int, first: int, last: int) -> None:
-        """The slot's tokens from position first to before last are in the call that comes next."""
+    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
+        """The seq_index's tokens from position first to before last are in the call that comes next."""
 
     def move(self, source: int, target: int) -> None:
-        """What is in one slot takes the place of another's, which must have been cleared."""
+        """What is in one seq_index takes the place of another's, which must have been cleared."""
 
-    def clear(self, slot: int) -> None:
-        """Forget a slot's sequence."""
+    def free(self, seq_index: int) -> None:
+        """Forget a seq_index's sequence."""
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A page of a prefix. users: slots that hold it. shared: another sequence has taken it. ready: its tokens are in a call, or were."""
+    """A page of a prefix. users: seq_indices that hold it. shared: another sequence has taken it. ready: its tokens are in a call, or were."""
 
     page: int
     key: tuple[int, ...]
@@ -58,7 +60,7 @@ class Node:
 
 
 @dataclass(slots=True)
-class _Slot:
+class _SequenceBlocks:
     """pages: in order, the first len(nodes) of them in the tree. most: pages that it may come to. taken: of the nodes, not its own."""
 
     pages: list[int] = field(default_factory=list)
@@ -68,12 +70,12 @@ class _Slot:
     waiting: int = 0  # nodes before this one are ready
 
 
-class PagePool:
-    """Slots that hold pages of page_size positions, n_pages in all. One slot alone always gets what it needs."""
+class BlockPool:
+    """CacheAllocator that hold pages of block_size positions, n_blocks in all. One seq_index alone always gets what it needs."""
 
-    def __init__(self, n_slots: int, n_pages: int, page_size: int) -> None:
-        self.n_pages, self.page_size = n_pages, page_size
-        self._slots = [_Slot() for _ in range(n_slots)]
+    def __init__(self, max_seqs: int, n_blocks: int, block_size: int) -> None:
+        self.n_blocks, self.block_size = n_blocks, block_size
+        self._sequences = [_SequenceBlocks() for _ in range(max_seqs)]
         self._root = Node(page=-1, key=(), parent=None, ready=True)
         self._free: list[int] = []  # used before
         self._n_touched = 0  # pages from here on have never been used
@@ -82,12 +84,14 @@ class PagePool:
         ] = {}  # without a user and never shared, the longest idle first; a child before its parent
         self._idle_shared: dict[Node, None] = {}  # without a user, but shared once
         self._in_use = 0
-        self._promised = 0  # pages that slots have not taken yet, but may come to
+        self._promised = 0  # pages that seq_indices have not taken yet, but may come to
 
-    def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
-        state = self._slots[slot]
+    def allocate(
+        self, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
+    ) -> int | None:
+        state = self._sequences[seq_index]
         assert not state.pages
-        size = self.page_size
+        size = self.block_size
         keys = (
             [
                 tuple(token_ids[first : first + size])
@@ -104,9 +108,9 @@ class PagePool:
                 break
             path.append(child)
             node = child
-        most = n_pages_of(length, size)
+        most = blocks_for(length, size)
         idle = sum(node.users == 0 for node in path)
-        if self._in_use + self._promised + idle + most - len(path) > self.n_pages:
+        if self._in_use + self._promised + idle + most - len(path) > self.n_blocks:
             return None
         self._in_use += idle
         self._promised += most - len(path)
@@ -125,23 +129,25 @@ class PagePool:
             node = child
         return len(path) * size
 
-    def ready(self, slot: int) -> bool:
-        state = self._slots[slot]
+    def is_ready(self, seq_index: int) -> bool:
+        state = self._sequences[seq_index]
         while state.waiting < state.taken and state.nodes[state.waiting].ready:
             state.waiting += 1
         return state.waiting == state.taken
 
-    def computed(self, slot: int, first: int, last: int) -> None:
-        for node in self._slots[slot].nodes[first // self.page_size : last // self.page_size]:
+    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
+        for node in self._sequences[seq_index].nodes[
+            first // self.block_size : last // self.block_size
+        ]:
             node.ready = True
 
-    def page_of(self, slot: int, position: int) -> tuple[int, bool]:
-        """The page that holds the slot's position, and whether it is new. Positions come in order.
+    def page_of(self, seq_index: int, position: int) -> tuple[int, bool]:
+        """The page that holds the seq_index's position, and whether it is new. Positions come in order.
 
-        A slot that nobody admitted takes what it needs, as long as there is any.
+        A seq_index that nobody admitted takes what it needs, as long as there is any.
         """
-        state = self._slots[slot]
-        number = position // self.page_size
+        state = self._sequences[seq_index]
+        number = position // self.block_size
         if number < len(state.pages):
             return state.pages[number], False
         assert number == len(state.pages), "positions come in order"
@@ -151,16 +157,19 @@ class PagePool:
         state.pages.append(self._new_page())
         return state.pages[number], True
 
-    def pages(self, slot: int) -> list[int]:
-        """The pages of a slot, in order."""
-        return self._slots[slot].pages
+    def pages(self, seq_index: int) -> list[int]:
+        """The pages of a seq_index, in order."""
+        return self._sequences[seq_index].pages
 
     def move(self, source: int, target: int) -> None:
-        assert not self._slots[target].pages
-        self._slots[target], self._slots[source] = self._slots[source], _Slot()
+        assert not self._sequences[target].pages
+        self._sequences[target], self._sequences[source] = (
+            self._sequences[source],
+            _SequenceBlocks(),
+        )
 
-    def clear(self, slot: int) -> None:
-        state, self._slots[slot] = self._slots[slot], _Slot()
+    def free(self, seq_index: int) -> None:
+        state, self._sequences[seq_index] = self._sequences[seq_index], _SequenceBlocks()
         self._promised -= state.most - len(state.pages)
         own = state.pages[len(state.nodes) :]
         self._free += reversed(own)
@@ -174,27 +183,27 @@ class PagePool:
                 (self._idle_shared if node.shared else self._idle_once)[node] = None
             else:
                 self._forget(node)
-        while len(self._idle_once) + len(self._idle_shared) > self.n_pages // IDLE_SHARE:
+        while len(self._idle_once) + len(self._idle_shared) > self.n_blocks // IDLE_SHARE:
             self._evict()
 
     @property
     def in_use(self) -> int:
-        """Pages that slots hold; a shared one counts once."""
+        """Pages that seq_indices hold; a shared one counts once."""
         return self._in_use
 
     @property
     def idle(self) -> int:
-        """Pages of prefixes that no slot holds."""
+        """Pages of prefixes that no seq_index holds."""
         return len(self._idle_once) + len(self._idle_shared)
 
-    def _hold(self, state: _Slot, node: Node) -> None:
+    def _hold(self, state: _SequenceBlocks, node: Node) -> None:
         state.nodes.append(node)
         state.pages.append(node.page)
 
     def _new_page(self) -> int:
         self._in_use += 1
         self._promised -= 1
-        if not self._free and self._n_touched < self.n_pages:
+        if not self._free and self._n_touched < self.n_blocks:
             self._n_touched += 1
             return self._n_touched - 1
         if not self._free:
@@ -214,6 +223,6 @@ class PagePool:
         self._free.append(node.page)
 
 
-def n_pages_of(length: int, page_size: int) -> int:
+def blocks_for(length: int, block_size: int) -> int:
     """How many pages hold so many positions."""
-    return -(-length // page_size)
+    return -(-length // block_size)

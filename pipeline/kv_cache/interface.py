@@ -4,7 +4,7 @@ The formula is that of Vaswani et al. 2017, section 3.2.1, with a causal mask: s
 positions 0 to the query's own. There are two backends, each with a KV cache laid out as it likes:
 
     ragged   a C++ kernel over pages of 16 positions, or 64; reads just what each sequence holds. CPU only.
-    padded   matmul and softmax of torch over all slots padded to one width. Everywhere.
+    padded   matmul and softmax of torch over all seq_indices padded to one width. Everywhere.
 
 In both, what a token gets depends on its position and its sequence alone, not on what else runs, nor on whether it comes by
 prefill, in a chunk or alone.
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.kernels.build import KernelError, load_kernels
-from gptbatch.pipeline.kv_cache.block_pool import Slots
-from gptbatch.pipeline.kv_cache.padded import PaddedCache, Products, round_up
-from gptbatch.pipeline.kv_cache.paged import PagedCache
+from gptbatch.pipeline.kv_cache.block_pool import CacheAllocator
+from gptbatch.pipeline.kv_cache.padded import PaddedKVCache, ReductionOrder, round_up
+from gptbatch.pipeline.kv_cache.paged import PagedKVCache
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype
 from gptbatch.pipeline.model.config import GPTConfig
 
@@ -42,13 +42,13 @@ class Attention(Protocol):
         """qkv (N or more, 3, H, D) of a layer -> (as many, C)."""
 
 
-class KVCache(Slots, Protocol):
-    """The keys and values of the sequences that are running. A slot that nobody was admitted to may be used all the same."""
+class KVCache(CacheAllocator, Protocol):
+    """The keys and values of the sequences that are running. A seq_index that nobody was admitted to may be used all the same."""
 
-    def step(self, slots: Sequence[int], positions: Sequence[int]) -> Attention:
-        """The attention of one call over N tokens: the slot of each and its position there.
+    def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> Attention:
+        """The attention of one call over N tokens: the seq_index of each and its position there.
 
-        The tokens of a slot stand in order, without a gap after those that the cache holds; their keys and values are
+        The tokens of a seq_index stand in order, without a gap after those that the cache holds; their keys and values are
         written to it, over what was at these positions.
         """
 
@@ -57,31 +57,31 @@ def new_cache(
     backend: Backend,
     config: GPTConfig,
     *,
-    n_slots: int,
+    max_seqs: int,
     capacity: int | None,
     dtype: torch.dtype,
     cache_dtype: CacheDtype,
-    products: Products,
+    reduction_order: ReductionOrder,
     device: torch.device,
 ) -> KVCache:
     """An empty cache for sequences of the network `config`.
 
-    capacity: positions that all sequences together may take, each rounded up to whole pages; None is enough for n_slots full
-    contexts. One full context always fits. padded makes room for what comes, up to that: its slots are to be limited (`most_slots`).
-    products: of padded, see PaddedCache.
+    capacity: positions that all sequences together may take, each rounded up to whole pages; None is enough for max_seqs full
+    contexts. One full context always fits. padded makes room for what comes, up to that: its seq_indices are to be limited (`max_seqs_for`).
+    reduction_order: of padded, see PaddedKVCache.
     """
     if backend == "padded":
-        return PaddedCache(
+        return PaddedKVCache(
             config,
-            n_slots=n_slots,
+            max_seqs=max_seqs,
             dtype=dtype,
             cache_dtype=cache_dtype,
-            products=products,
+            reduction_order=reduction_order,
             device=device,
         )
-    return PagedCache(
+    return PagedKVCache(
         config,
-        n_slots=n_slots,
+        max_seqs=max_seqs,
         capacity=capacity,
         dtype=dtype,
         cache_dtype=cache_dtype,
@@ -89,19 +89,21 @@ def new_cache(
     )
 
 
-def most_slots(backend: Backend, config: GPTConfig, *, capacity: int | None) -> int | None:
-    """How many slots a cache of that capacity may have so that it cannot outgrow it; None for any number."""
+def max_seqs_for(backend: Backend, config: GPTConfig, *, capacity: int | None) -> int | None:
+    """How many seq_indices a cache of that capacity may have so that it cannot outgrow it; None for any number."""
     if backend == "ragged" or capacity is None:
         return None
     return max(1, capacity // round_up(config.n_positions))
 
 
-def choose_backend(wanted: Literal["auto", "ragged", "padded"], device: torch.device) -> Backend:
+def choose_backend(
+    logits_indices: Literal["auto", "ragged", "padded"], device: torch.device
+) -> Backend:
     """The backend to use: auto takes ragged on a CPU where the kernel builds, and warns where it does not.
 
     Raises DeviceError when ragged is asked for and cannot be had.
     """
-    if wanted == "padded" or (wanted == "auto" and device.type != "cpu"):
+    if logits_indices == "padded" or (logits_indices == "auto" and device.type != "cpu"):
         return "padded"
     if device.type != "cpu":
         raise DeviceError(
@@ -111,7 +113,7 @@ def choose_backend(wanted: Literal["auto", "ragged", "padded"], device: torch.de
     try:
         load_kernels()
     except KernelError as error:
-        if wanted == "ragged":
+        if logits_indices == "ragged":
             raise DeviceError(
                 f"engine.attention is ragged, but its kernel cannot be had: {error}",
                 keys=("engine.attention",),

@@ -1,4 +1,4 @@
-"""The padded backend: matmul and softmax of torch over the slots side by side, padded to one width.
+"""The padded backend: matmul and softmax of torch over the seq_indices side by side, padded to one width.
 
 Each product takes one query of a sequence at a time, whatever the call holds: the tokens of a prefill are taken in rounds, the
 first of every sequence, then the second of every sequence, and so on. A query so meets the same shapes in prefill, in a chunk
@@ -7,7 +7,7 @@ do not depend (the start-up check looks). Where they do, as in float32 on some G
 place: number by number, so that nothing can depend on the shape. torch's fused attention is slower on a CPU for one query a sequence, and
 its bits depend on the batch.
 
-Knows: queries, keys and values of one layer, and which slot and position each token has.
+Knows: queries, keys and values of one layer, and which seq_index and position each token has.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from torch.nn import functional as F
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype, through_int8
 from gptbatch.pipeline.model.config import GPTConfig
 
-Products = Literal["matmul", "pairwise"]
+ReductionOrder = Literal["matmul", "pairwise"]
 
 RESERVE_TOKENS = 256  # new tokens of a sequence that there is room for from the start; more is made when it is needed
 
 
-class PaddedCache:
-    """Per layer keys and values (B, H, width, depth): B slots, positions 0 to width - 1; depth is D rounded up, the rest 0.
+class PaddedKVCache:
+    """Per layer keys and values (B, H, width, depth): B seq_indices, positions 0 to width - 1; depth is D rounded up, the rest 0.
 
     The width grows on demand, so that a run of short sequences never pays for n_positions. What no sequence has written is 0,
     never left-overs: a masked position still enters attention as 0 x value, and 0 x NaN is NaN.
     With int8 numbers are rounded as in the ragged cache, so that a run can be verified here, and stored in the network's dtype.
-    products: how attention is computed.
+    reduction_order: how attention is computed.
     """
 
     def __init__(
         self,
         config: GPTConfig,
         *,
-        n_slots: int,
+        max_seqs: int,
         dtype: torch.dtype,
         cache_dtype: CacheDtype,
-        products: Products,
+        reduction_order: ReductionOrder,
         device: torch.device,
     ) -> None:
-        self.cache_dtype, self.products = cache_dtype, products
+        self.cache_dtype, self.reduction_order = cache_dtype, reduction_order
         self.n_head, self.n_positions, self.device = config.n_head, config.n_positions, device
         # in bfloat16 a CPU has other products again, which would have to be as independent of what runs beside them
         self.upcast = config.upcast_attention or device.type == "cpu"
@@ -55,20 +55,22 @@ class PaddedCache:
         # the order in which a product sums over an odd head size has been seen to depend on what runs beside it, and products of
         # fewer than 400 multiplications (16 keys of 16 numbers) take a path of their own inside torch
         depth = max(32, round_up(config.head_size))
-        empty = torch.zeros(n_slots, config.n_head, 0, depth, dtype=dtype, device=device)
+        empty = torch.zeros(max_seqs, config.n_head, 0, depth, dtype=dtype, device=device)
         self.keys: list[Tensor] = [empty] * config.n_layer
         self.values: list[Tensor] = [empty] * config.n_layer
-        self._lengths = [0] * n_slots
+        self._lengths = [0] * max_seqs
 
-    def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
-        """There is always room, every slot can hold a full context, and nothing is shared."""
+    def allocate(
+        self, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
+    ) -> int | None:
+        """There is always room, every seq_index can hold a full context, and nothing is shared."""
         self._widen(min(length, len(token_ids) + RESERVE_TOKENS))
         return 0
 
-    def ready(self, slot: int) -> bool:
+    def is_ready(self, seq_index: int) -> bool:
         return True
 
-    def computed(self, slot: int, first: int, last: int) -> None:
+    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
         pass
 
     def _widen(self, width: int) -> None:
@@ -84,11 +86,11 @@ class PaddedCache:
                 grown[:, :, old.shape[2] :] = 0
                 tensors[layer] = grown
 
-    def step(self, slots: Sequence[int], positions: Sequence[int]) -> PaddedAttention:
+    def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> PaddedAttention:
         self._widen(max(positions) + 1)
-        for slot, position in zip(slots, positions, strict=True):
-            self._lengths[slot] = max(self._lengths[slot], position + 1)
-        return PaddedAttention(self, slots, positions)
+        for seq_index, position in zip(seq_indices, positions, strict=True):
+            self._lengths[seq_index] = max(self._lengths[seq_index], position + 1)
+        return PaddedAttention(self, seq_indices, positions)
 
     def move(self, source: int, target: int) -> None:
         length = self._lengths[source]
@@ -96,21 +98,21 @@ class PaddedCache:
             for tensor in tensors:
                 tensor[target, :, :length] = tensor[source, :, :length]
         self._lengths[target] = length
-        self.clear(source)
+        self.free(source)
 
-    def clear(self, slot: int) -> None:
+    def free(self, seq_index: int) -> None:
         for tensors in (self.keys, self.values):
             for tensor in tensors:
-                tensor[slot, :, : self._lengths[slot]] = 0
-        self._lengths[slot] = 0
+                tensor[seq_index, :, : self._lengths[seq_index]] = 0
+        self._lengths[seq_index] = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """At most one token of each slot: which ones of the call (None: all, in order), their slots, and what they may not see."""
+    """At most one token of each seq_index: which ones of the call (None: all, in order), their seq_indices, and what they may not see."""
 
     tokens: Tensor | None  # (S,)
-    slots: slice | Tensor  # (S,)
+    seq_indices: slice | Tensor  # (S,)
     width: int  # W
     hidden: Tensor  # (S, 1, 1, W), true at the positions after the token's own
 
@@ -118,29 +120,33 @@ class _Round:
 class PaddedAttention:
     """Attention of one call."""
 
-    def __init__(self, cache: PaddedCache, slots: Sequence[int], positions: Sequence[int]) -> None:
+    def __init__(
+        self, cache: PaddedKVCache, seq_indices: Sequence[int], positions: Sequence[int]
+    ) -> None:
         self.cache = cache
-        self.slots = torch.tensor(slots, device=cache.device)
+        self.seq_indices = torch.tensor(seq_indices, device=cache.device)
         self.positions = torch.tensor(positions, device=cache.device)
         rounds: list[list[int]] = []
         seen: dict[int, int] = {}
-        for token, slot in enumerate(slots):
-            turn = seen.get(slot, 0)
-            seen[slot] = turn + 1
+        for token, seq_index in enumerate(seq_indices):
+            turn = seen.get(seq_index, 0)
+            seen[seq_index] = turn + 1
             if turn == len(rounds):
                 rounds.append([])
             rounds[turn].append(token)
-        self.rounds = [self._round(tokens, slots, positions) for tokens in rounds]
+        self.rounds = [self._round(tokens, seq_indices, positions) for tokens in rounds]
 
-    def _round(self, tokens: list[int], slots: Sequence[int], positions: Sequence[int]) -> _Round:
+    def _round(
+        self, tokens: list[int], seq_indices: Sequence[int], positions: Sequence[int]
+    ) -> _Round:
         device = self.cache.device
         width = round_up(max(positions[token] for token in tokens) + 1)
-        own = [slots[token] for token in tokens]
+        own = [seq_indices[token] for token in tokens]
         index = torch.tensor(tokens, device=device)
         contiguous = own == list(range(own[0], own[0] + len(own)))
         return _Round(
-            tokens=None if len(tokens) == len(slots) else index,
-            slots=slice(own[0], own[0] + len(own))
+            tokens=None if len(tokens) == len(seq_indices) else index,
+            seq_indices=slice(own[0], own[0] + len(own))
             if contiguous
             else torch.tensor(own, device=device),
             width=width,
@@ -150,7 +156,11 @@ class PaddedAttention:
         )
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        n_tokens, keys, values = len(self.slots), self.cache.keys[layer], self.cache.values[layer]
+        n_tokens, keys, values = (
+            len(self.seq_indices),
+            self.cache.keys[layer],
+            self.cache.values[layer],
+        )
         heads = qkv[:n_tokens]
         head_size, depth = heads.shape[-1], keys.shape[-1]
         if depth > head_size:
@@ -158,8 +168,8 @@ class PaddedAttention:
         q, k, v = heads.unbind(1)  # each (N, H, depth)
         if self.cache.cache_dtype == "int8":
             k, v = through_int8(k), through_int8(v)
-        keys[self.slots, :, self.positions] = k
-        values[self.slots, :, self.positions] = v
+        keys[self.seq_indices, :, self.positions] = k
+        values[self.seq_indices, :, self.positions] = v
         mixed = [
             self._attend(now, q if now.tokens is None else q[now.tokens], keys, values, scale)
             for now in self.rounds
@@ -173,9 +183,9 @@ class PaddedAttention:
         return out[..., :head_size].flatten(1)
 
     def _attend(self, now: _Round, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        pairwise = self.cache.products == "pairwise"
+        pairwise = self.cache.reduction_order == "pairwise"
         dtype = torch.float32 if self.cache.upcast or pairwise else q.dtype
-        k, v = (numbers[now.slots, :, : now.width].to(dtype) for numbers in (keys, values))
+        k, v = (numbers[now.seq_indices, :, : now.width].to(dtype) for numbers in (keys, values))
         attend = _attend_pairwise if pairwise else _attend
         return attend(q.to(dtype) * scale, k, v, now.hidden).to(q.dtype)
 

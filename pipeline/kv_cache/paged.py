@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.kernels.build import load_kernels
-from gptbatch.pipeline.kv_cache.block_pool import PagePool, n_pages_of
-from gptbatch.pipeline.kv_cache.quantization import PAGE_SIZES, CacheDtype, bytes_a_head
+from gptbatch.pipeline.kv_cache.block_pool import BlockPool, blocks_for
+from gptbatch.pipeline.kv_cache.quantization import BLOCK_SIZES, CacheDtype, bytes_a_head
 from gptbatch.pipeline.model.config import GPTConfig
 
 CACHE_LINE = 64
 
 
-class PagedCache:
-    """Per layer (H, P, page): P pages of keys and values, laid out as full_pages.h and int8_pages.h say; PagePool deals them out.
+class PagedKVCache:
+    """Per layer (H, P, page): P pages of keys and values, laid out as full_pages.h and int8_pages.h say; BlockPool deals them out.
 
     All pages are there from the start, but the system gives memory for a page only when it is first written; pages that have been
     used are used again before others are.
@@ -31,7 +31,7 @@ class PagedCache:
         self,
         config: GPTConfig,
         *,
-        n_slots: int,
+        max_seqs: int,
         capacity: int | None,
         dtype: torch.dtype,
         cache_dtype: CacheDtype,
@@ -40,47 +40,51 @@ class PagedCache:
         assert device.type == "cpu"
         assert dtype in (torch.float32, torch.bfloat16)
         load_kernels()
-        size = PAGE_SIZES[cache_dtype]
-        full = n_pages_of(config.n_positions, size)  # of one full context
-        n_pages = (
-            n_slots * full if capacity is None else min(n_slots * full, max(full, capacity // size))
+        size = BLOCK_SIZES[cache_dtype]
+        full = blocks_for(config.n_positions, size)  # of one full context
+        n_blocks = (
+            max_seqs * full
+            if capacity is None
+            else min(max_seqs * full, max(full, capacity // size))
         )
-        self.pool = PagePool(n_slots, n_pages, size)
+        self.pool = BlockPool(max_seqs, n_blocks, size)
         # 0 everywhere, as the rest of a page's depth must be
         stored = torch.uint8 if cache_dtype == "int8" else dtype
         page = 2 * size * bytes_a_head(config, dtype, cache_dtype) // stored.itemsize
         self.layers = [
-            _lazy_zeros((config.n_head, n_pages, page), stored) for _ in range(config.n_layer)
+            _lazy_zeros((config.n_head, n_blocks, page), stored) for _ in range(config.n_layer)
         ]
-        self.table = torch.zeros(n_slots, full, dtype=torch.int32)
+        self.table = torch.zeros(max_seqs, full, dtype=torch.int32)
         self._table = self.table.numpy()  # the same memory, quicker to write
 
-    def admit(self, slot: int, token_ids: Sequence[int], length: int, *, share: bool) -> int | None:
-        there = self.pool.admit(slot, token_ids, length, share=share)
+    def allocate(
+        self, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
+    ) -> int | None:
+        there = self.pool.allocate(seq_index, token_ids, length, share=share)
         if there is not None:
-            pages = self.pool.pages(slot)
-            self._table[slot, : len(pages)] = pages
+            pages = self.pool.pages(seq_index)
+            self._table[seq_index, : len(pages)] = pages
         return there
 
-    def ready(self, slot: int) -> bool:
-        return self.pool.ready(slot)
+    def is_ready(self, seq_index: int) -> bool:
+        return self.pool.is_ready(seq_index)
 
-    def computed(self, slot: int, first: int, last: int) -> None:
-        self.pool.computed(slot, first, last)
+    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
+        self.pool.mark_computed(seq_index, first, last)
 
-    def step(self, slots: Sequence[int], positions: Sequence[int]) -> RaggedAttention:
-        for slot, position in zip(slots, positions, strict=True):
-            page, new = self.pool.page_of(slot, position)
+    def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> PagedAttention:
+        for seq_index, position in zip(seq_indices, positions, strict=True):
+            page, new = self.pool.page_of(seq_index, position)
             if new:
-                self._table[slot, position // self.pool.page_size] = page
-        return RaggedAttention(self, torch.tensor(slots), torch.tensor(positions))
+                self._table[seq_index, position // self.pool.block_size] = page
+        return PagedAttention(self, torch.tensor(seq_indices), torch.tensor(positions))
 
     def move(self, source: int, target: int) -> None:
         self.pool.move(source, target)
         self._table[target] = self._table[source]
 
-    def clear(self, slot: int) -> None:
-        self.pool.clear(slot)
+    def free(self, seq_index: int) -> None:
+        self.pool.free(seq_index)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -94,14 +98,14 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[first : first + n_bytes]).view(dtype).view(shape)
 
 
-class RaggedAttention:
-    """Attention of one call. slots and positions are (N,). A kernel that computes more than attention takes what it needs from here."""
+class PagedAttention:
+    """Attention of one call. seq_indices and positions are (N,). A kernel that computes more than attention takes what it needs from here."""
 
-    def __init__(self, cache: PagedCache, slots: Tensor, positions: Tensor) -> None:
-        self.cache, self.slots, self.positions = cache, slots, positions
+    def __init__(self, cache: PagedKVCache, seq_indices: Tensor, positions: Tensor) -> None:
+        self.cache, self.seq_indices, self.positions = cache, seq_indices, positions
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         out: Tensor = torch.ops.gptbatch.attend(
-            qkv, self.cache.layers[layer], self.cache.table, self.slots, self.positions, scale
+            qkv, self.cache.layers[layer], self.cache.table, self.seq_indices, self.positions, scale
         )
         return out

@@ -21,7 +21,7 @@ DEPTH_MULTIPLE = 32  # numbers of a head that are stored, rounded up to a multip
 SCALE_BYTES = 4  # of a head of a token, with int8
 STEPS = 127
 # positions of a page of the ragged cache: sequences share prefixes, and take memory, in steps of so many
-PAGE_SIZES: dict[CacheDtype, int] = {"auto": 16, "int8": 64}
+BLOCK_SIZES: dict[CacheDtype, int] = {"auto": 16, "int8": 64}
 LEAST = 1e-30  # where the largest is below, all is 0
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptbatch.pipeline.kv_cache.interface import Attention
-from gptbatch.pipeline.kv_cache.paged import RaggedAttention
+from gptbatch.pipeline.kv_cache.paged import PagedAttention
 from gptbatch.pipeline.model.config import Activation, GPTConfig
 from gptbatch.pipeline.model.linear import Linear, Projection
 from gptbatch.pipeline.model.norm import Norm
@@ -32,11 +32,13 @@ class Block(nn.Module):
         self.mlp_in = Linear(width, config.n_inner, activation=config.activation)
         self.mlp_out = Linear(config.n_inner, width)
 
-    def forward(self, x: Tensor, attention: Attention, wanted: Tensor | None = None) -> Tensor:
-        """x (N, C) -> (N, C), or (S, C) of the tokens `wanted` (S,) alone: of the others nothing is computed after attention."""
+    def forward(
+        self, x: Tensor, attention: Attention, logits_indices: Tensor | None = None
+    ) -> Tensor:
+        """x (N, C) -> (N, C), or (S, C) of the tokens `logits_indices` (S,) alone: of the others nothing is computed after attention."""
         attended = attention(self.layer, self.attn_qkv(self.ln_1(x)), self.scale)
-        if wanted is not None:
-            x, attended = x[wanted], attended[wanted]
+        if logits_indices is not None:
+            x, attended = x[logits_indices], attended[logits_indices]
         x = self.attn_out(attended, residual=x)
         return self.mlp_out(self.mlp_in(self.ln_2(x)), residual=x)  # type: ignore[no-any-return]
 
@@ -63,8 +65,8 @@ class _Gathered:
     activation: Activation
 
 
-class Blocks(nn.ModuleList):
-    """Blocks, one after the other.
+class BlockStack(nn.ModuleList):
+    """BlockStack, one after the other.
 
     In one call of a kernel where attention is ragged, and the linears are laid out for our kernels in the network's own dtype. Their
     modules are then not called, and must not be replaced.
@@ -75,17 +77,23 @@ class Blocks(nn.ModuleList):
         self._gathered: _Gathered | None = None
         self.gather()
 
-    def forward(self, x: Tensor, attention: Attention, wanted: Tensor | None = None) -> Tensor:
-        """x (N, C) -> (N, C), or (S, C) of the tokens `wanted` (S,) alone: of the others the last block computes keys and values."""
-        if self._gathered is not None and isinstance(attention, RaggedAttention):
-            return self._in_one_call(self._gathered, x, attention, wanted)
+    def forward(
+        self, x: Tensor, attention: Attention, logits_indices: Tensor | None = None
+    ) -> Tensor:
+        """x (N, C) -> (N, C), or (S, C) of the tokens `logits_indices` (S,) alone: of the others the last block computes keys and values."""
+        if self._gathered is not None and isinstance(attention, PagedAttention):
+            return self._in_one_call(self._gathered, x, attention, logits_indices)
         *blocks, last = self
         for block in blocks:
             x = block(x, attention)
-        return last(x, attention, wanted)  # type: ignore[no-any-return]
+        return last(x, attention, logits_indices)  # type: ignore[no-any-return]
 
     def _in_one_call(
-        self, gathered: _Gathered, x: Tensor, attention: RaggedAttention, wanted: Tensor | None
+        self,
+        gathered: _Gathered,
+        x: Tensor,
+        attention: PagedAttention,
+        logits_indices: Tensor | None,
     ) -> Tensor:
         cache = attention.cache
         y: Tensor = torch.ops.gptbatch.blocks(
@@ -96,9 +104,9 @@ class Blocks(nn.ModuleList):
             [cache.layers[layer] for layer in gathered.layers],
             gathered.scales,
             cache.table,
-            attention.slots,
+            attention.seq_indices,
             attention.positions,
-            wanted,
+            logits_indices,
         )
         return y
 

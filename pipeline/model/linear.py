@@ -42,7 +42,7 @@ LinearKind = Literal["native", "native_float32", "prepacked", "prepacked_float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowPlan:
+class PaddingPlan:
     """At how many rows the linears run: a row's bits may depend on that, in a way that differs from machine to machine.
 
     least: the fewest rows, 1 for just as many as there are; one alone takes another path inside oneDNN, and a few do in other
@@ -54,33 +54,31 @@ class RowPlan:
     least: int
     constant: tuple[int, ...] = ()
 
-    def rows(self, wanted: int) -> int:
-        """The number of rows to run for `wanted` (at least 1): at most 7 more, or an eighth more above 128; or as planned.
+    def rows(self, logits_indices: int) -> int:
+        """The number of rows to run for `logits_indices` (at least 1): at most 7 more, or an eighth more above 128; or as planned.
 
         oneDNN builds a kernel for every number of rows that it meets and keeps it, about half a megabyte each: a run whose
         batches are of every size would slow down for each new one, and hold a gigabyte in the end.
         """
         if self.constant:
-            return -(-wanted // self.constant[0]) * self.constant[0]
+            return -(-logits_indices // self.constant[0]) * self.constant[0]
         if self.least == 1:
-            return wanted
+            return logits_indices
         step = 8
-        while wanted > 16 * step:
+        while logits_indices > 16 * step:
             step *= 2
-        return max(self.least, -(-wanted // step) * step)
+        return max(self.least, -(-logits_indices // step) * step)
 
 
-AS_THEY_COME = RowPlan(
-    name="as they come", least=1
-)  # for our own kernel, which sums each row by itself
+AS_IS = PaddingPlan(name="as_is", least=1)  # for our own kernel, which sums each row by itself
 
 # From the fastest to the surest; the start-up check takes the first under which a row's bits do not depend on other rows. On a CPU
 # with matrix instructions (AMX) oneDNN cuts a sum in other places for other row counts, and at 64 rows of many inputs for other
 # numbers of threads.
-ROW_PLANS = (
-    RowPlan(name="rounded", least=8),
-    RowPlan(name="more", least=32),
-    RowPlan(name="constant", least=64, constant=(64, 32, 16)),
+PADDING_PLANS = (
+    PaddingPlan(name="pad_8", least=8),
+    PaddingPlan(name="pad_32", least=32),
+    PaddingPlan(name="fixed_64", least=64, constant=(64, 32, 16)),
 )
 
 
@@ -107,12 +105,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.kind: LinearKind = "plain"
-        self.constant_rows: int | None = None
+        self.fixed_rows: int | None = None
         self._packed: Any = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         assert residual is None or self.activation == "none"
-        rows = self.constant_rows
+        rows = self.fixed_rows
         if rows is None or x.shape[0] == rows:
             return self._apply_to(x, residual)
         assert x.shape[0] % rows == 0, "the row plan fills up"
@@ -193,7 +191,7 @@ class Linear(nn.Module):
     def packed(self) -> Tensor | None:
         """The weight as our kernels take it in the network's own dtype; None where it is laid out otherwise, or constant numbers
         of rows are planned."""
-        return self._packed if self.kind == "native" and self.constant_rows is None else None
+        return self._packed if self.kind == "native" and self.fixed_rows is None else None
 
 
 class Projection(Linear):

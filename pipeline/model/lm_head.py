@@ -1,7 +1,7 @@
 """The logits that can matter, exactly, and the others nearly: half of the head's work.
 
 The next token follows from the few largest logits of a row, but the head computes one for every token of the vocabulary, which is a
-quarter of all the work of gpt2. A screen computes them in bfloat16, which a CPU with instructions for it does twice as fast as float32,
+quarter of all the work of gpt2. A two_pass_head computes them in bfloat16, which a CPU with instructions for it does twice as fast as float32,
 says by how much each can be off, and computes those again in float32 that may be large enough. Which those are
 depends on nothing but the row, and they are the same bits as the head's.
 
@@ -25,16 +25,18 @@ from gptbatch.pipeline.model.linear import Linear
 HEAD = "gptbatch::head"  # the name of the head's work in a profile
 HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and the start-up check tries as many
 BLOCK = 32  # tokens that have one bound (maxima.h)
-MOST_MISSED = 2  # one row in so many may need all logits, as many first tokens do; where more do, a screen costs more than it saves
+MOST_MISSED = 2  # one row in so many may need all logits, as many first tokens do; where more do, a two_pass_head costs more than it saves
 GRACE = 2 * HEAD_ROWS  # rows before that is looked at
-LEAST_WEIGHTS = 2**19  # of a head: a smaller one takes no longer than what a screen does besides
+LEAST_WEIGHTS = (
+    2**19
+)  # of a head: a smaller one takes no longer than what a two_pass_head does besides
 LEAST_TOKENS = (
     1024  # of a vocabulary: the largest logits of a smaller one are too large a part of it
 )
 SUBNORMAL = 1e-36  # instructions for bfloat16 take numbers below 1.2e-38 for 0: the norm of a row of them is less
 
 
-class Screen:
+class TwoPassHead:
     """Of one head without a bias. weight (V, C) in float32: the rows of the head, where they stand anyway."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -55,11 +57,11 @@ class Screen:
         self.rows = self.missed = 0
 
     @property
-    def worthwhile(self) -> bool:
+    def is_worthwhile(self) -> bool:
         """Whether it has saved work so far: with other weights too many logits may be near the largest ones."""
         return self.rows <= GRACE or self.missed * MOST_MISSED <= self.rows
 
-    def rough(self, hidden: Tensor) -> Tensor:
+    def approximate_logits(self, hidden: Tensor) -> Tensor:
         """hidden (S, C), S at most HEAD_ROWS -> logits (S, V), each nearly right. They are there until the thread's next call."""
         with record_function(HEAD):
             if not hasattr(self._kept, "logits"):
@@ -68,7 +70,7 @@ class Screen:
             torch.ops.gptbatch.widened_linear(hidden.bfloat16(), self._packed, logits)
             return logits
 
-    def settle(self, logits: Tensor, hidden: Tensor, kept: Tensor, slack: Tensor) -> Tensor:
+    def rescore(self, logits: Tensor, hidden: Tensor, kept: Tensor, slack: Tensor) -> Tensor:
         """Compute again those of the logits (S, V) that are at least a row's floor (S,), or may be: such are exact from now on.
 
         The floor is below the kept-th largest by the slack at least; NaN where it is quicker to compute all logits, or where one is
@@ -92,8 +94,8 @@ class Screen:
         return floors
 
 
-def new_screen(head: Linear, weight: Tensor) -> Screen | None:
-    """A screen for a packed head, whose weight still stands elsewhere (in a tied embedding); None where it would not be quicker: it
+def make_two_pass_head(head: Linear, weight: Tensor) -> TwoPassHead | None:
+    """A two_pass_head for a packed head, whose weight still stands elsewhere (in a tied embedding); None where it would not be quicker: it
     takes a float32 network, neither small nor of few tokens, and instructions for bfloat16."""
     large = weight.numel() >= LEAST_WEIGHTS and len(weight) >= LEAST_TOKENS
     if (
@@ -102,7 +104,7 @@ def new_screen(head: Linear, weight: Tensor) -> Screen | None:
         and large
         and torch.ops.gptbatch.has_bfloat16()
     ):
-        return Screen(weight.detach())
+        return TwoPassHead(weight.detach())
     return None
 
 

@@ -45,10 +45,10 @@ class LoadedModel:
     batch_invariance: BatchInvariance
     environment: dict[str, Any]
 
-    def batch_size(self, wanted: int | None) -> int:
+    def batch_size(self, logits_indices: int | None) -> int:
         """Rows that run at a time: as set, or enough for each thread to read weights for many rows at once."""
-        if wanted is not None:
-            return wanted
+        if logits_indices is not None:
+            return logits_indices
         import torch
 
         return max(LEAST_ROWS, min(MOST_ROWS, ROWS_A_THREAD * torch.get_num_threads()))
@@ -133,8 +133,8 @@ def prepare_model(
     environment = {
         "attention": backend,
         "linears": model.linear_kind,
-        "products": model.products if backend == "padded" else None,
-        "row_plan": model.row_plan_name,
+        "reduction_order": model.reduction_order if backend == "padded" else None,
+        "padding_plan": model.padding_plan_name,
         "torch": torch.__version__,
         "device_class": device_class(device),
         "noise_version": NOISE_VERSION,
@@ -143,12 +143,12 @@ def prepare_model(
     return LoadedModel(model=model, batch_invariance=found, environment=environment)
 
 
-def threads_to_use(wanted: int | None) -> int:
+def threads_to_use(logits_indices: int | None) -> int:
     """CPU threads: as set, else what torch finds, within the quota of the control group unless OMP_NUM_THREADS says more."""
     import torch
 
-    if wanted is not None:
-        return wanted
+    if logits_indices is not None:
+        return logits_indices
     found = torch.get_num_threads()
     return found if os.environ.get("OMP_NUM_THREADS") else min(found, cores().threads)
 
@@ -166,14 +166,14 @@ def resolve_device(engine: EngineConfig) -> torch.device:
     """The device that the config asks for. Raises DeviceError when this machine does not have it or its dtype."""
     import torch
 
-    wanted = engine.device
+    logits_indices = engine.device
     has_cuda = torch.cuda.is_available()
-    if wanted == "cuda" and not has_cuda:
+    if logits_indices == "cuda" and not has_cuda:
         raise DeviceError(
             "engine.device is cuda, but torch finds no CUDA device here; use cpu or auto",
             keys=("engine.device",),
         )
-    device = torch.device("cuda" if has_cuda and wanted != "cpu" else "cpu")
+    device = torch.device("cuda" if has_cuda and logits_indices != "cpu" else "cpu")
     if device.type == "cpu" and engine.dtype == "float16":
         raise DeviceError(
             "engine.dtype is float16, which CPUs compute slowly and coarsely; use float32 or bfloat16, or a CUDA device",

@@ -2,8 +2,8 @@
 
 Fixed tokens go through the loaded network, and fixed numbers through its linears and its attention: alone and among others, at
 other places, in other chunks, at few and many rows, with one and with all threads. All must agree bit for bit. Where they do
-not, padded attention is tried without matrix products (padded.py), and the linears at other row counts (linear.py, ROW_PLANS), the last
-of them each at its own, before it gives up. A screen of the head that does not compute the head's logits is left out.
+not, padded attention is tried without matrix products (padded.py), and the linears at other row counts (linear.py, PADDING_PLANS), the last
+of them each at its own, before it gives up. A two_pass_head of the head that does not compute the head's logits is left out.
 
 Knows: the network. Does not know: what a failure means for a run.
 """
@@ -37,7 +37,7 @@ ATTENTION_POSITIONS = (
 )
 CHUNK = 21
 BLOCK_STRIDE = 17  # from one position to the next of which a whole block is computed: so they stand at many places of a page
-SCREEN_ROWS = 8
+TWO_PASS_ROWS = 8
 MOST_ROWS = 2 * STEP_TOKENS
 FEW_ROWS = 64  # below, every number of rows that a block's linear may run at is tried: libraries choose their path by it, and
 MANY_ROWS = (80, 96, 128, 160, 192, 256, 320, 512, 768)  # above, some
@@ -52,14 +52,14 @@ MAX_DIGEST_BYTES = 2**21  # of each tensor that enters the digest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTestReport:
-    """What the check found. failures: what differed, empty when the machine is exact. row_plan: the plan in use from now on.
+    """What the check found. failures: what differed, empty when the machine is exact. padding_plan: the plan in use from now on.
 
     self_test_digest: SHA-256 over the bits of the needle's logits in every way that they were computed. In 16 bits, where most sums
     round to the same logits, whatever their order, the results of linears and attention over random numbers enter it too.
     """
 
     failures: tuple[str, ...]
-    row_plan: str
+    padding_plan: str
     self_test_digest: str
 
     @property
@@ -70,23 +70,23 @@ class SelfTestReport:
 @torch.inference_mode()
 def select_batch_invariant_kernels(model: GPT) -> SelfTestReport:
     """Check the network on its device, and leave it with the fastest products and row plan that pass; with the fastest if none does."""
-    for products in model.products_to_try:
-        model.products = products
+    for reduction_order in model.reduction_orders:
+        model.reduction_order = reduction_order
         attention = _Probe()
         _check_attention(model, attention)
         if attention.failures:
             continue
-        for plan in model.row_plans:
-            model.use_rows(plan)
+        for plan in model.padding_plans:
+            model.use_padding_plan(plan)
             probe = _Probe(attention)
             _check_linears(model, probe)
             if not probe.failures:
                 _check_network(model, probe)
             if not probe.failures:
-                _check_screen(model)
+                _check_two_pass_head(model)
                 return _report(model, probe)
-    model.products = model.products_to_try[0]
-    model.use_rows(model.row_plans[0])
+    model.reduction_order = model.reduction_orders[0]
+    model.use_padding_plan(model.padding_plans[0])
     probe = _Probe()
     for check in (_check_linears, _check_network, _check_attention):
         check(model, probe)
@@ -114,7 +114,7 @@ class _Probe:
 def _report(model: GPT, probe: _Probe) -> SelfTestReport:
     return SelfTestReport(
         failures=tuple(probe.failures),
-        row_plan=model.row_plan_name,
+        padding_plan=model.padding_plan_name,
         self_test_digest=probe.digest.hexdigest(),
     )
 
@@ -128,7 +128,7 @@ def _check_network(model: GPT, probe: _Probe) -> None:
         return model.extend(
             model.new_cache(1, capacity=model.capacity_of([count])),
             tokens=needle,
-            slots=[0] * count,
+            seq_indices=[0] * count,
             positions=range(count),
         )
 
@@ -138,18 +138,20 @@ def _check_network(model: GPT, probe: _Probe) -> None:
             for i, length in enumerate(FILLERS)
         ]
         sequences.insert(2, needle)
-        order = [3, 2, 4, 0, 1]  # of the slots in the call
+        order = [3, 2, 4, 0, 1]  # of the seq_indices in the call
         first = len(sequences[3])
         return model.extend(
             model.new_cache(len(sequences), capacity=model.capacity_of(map(len, sequences))),
-            tokens=[token for slot in order for token in sequences[slot]],
-            slots=[slot for slot in order for _ in sequences[slot]],
-            positions=[position for slot in order for position in range(len(sequences[slot]))],
-            wanted=range(first, first + count),
+            tokens=[token for seq_index in order for token in sequences[seq_index]],
+            seq_indices=[seq_index for seq_index in order for _ in sequences[seq_index]],
+            positions=[
+                position for seq_index in order for position in range(len(sequences[seq_index]))
+            ],
+            logits_indices=range(first, first + count),
         )
 
     def in_chunks() -> Tensor:
-        """The needle in slot 1, its last token in a call of 33 sequences."""
+        """The needle in seq_index 1, its last token in a call of 33 sequences."""
         cache = model.new_cache(33, capacity=model.capacity_of([count] * 33))
         pieces = []
         start = 0
@@ -160,17 +162,19 @@ def _check_network(model: GPT, probe: _Probe) -> None:
                     model.extend(
                         cache,
                         tokens=needle[start:end],
-                        slots=[1] * (end - start),
+                        seq_indices=[1] * (end - start),
                         positions=range(start, end),
                     )
                 )
             start = end
         last = model.extend(
             cache,
-            tokens=[needle[-1] if slot == 1 else slot % vocab_size for slot in range(33)],
-            slots=range(33),
-            positions=[count - 1 if slot == 1 else 0 for slot in range(33)],
-            wanted=[1],
+            tokens=[
+                needle[-1] if seq_index == 1 else seq_index % vocab_size for seq_index in range(33)
+            ],
+            seq_indices=range(33),
+            positions=[count - 1 if seq_index == 1 else 0 for seq_index in range(33)],
+            logits_indices=[1],
         )
         return torch.cat([*pieces, last])
 
@@ -189,23 +193,23 @@ def _check_network(model: GPT, probe: _Probe) -> None:
                 probe.expect(f"logits {what} with one thread", bits, expected)
 
 
-def _check_screen(model: GPT) -> None:
-    """A screen whose logits are not those of the head, where it says so, is not used: nothing but time is lost."""
-    if (screen := model.screen) is None:
+def _check_two_pass_head(model: GPT) -> None:
+    """A two_pass_head whose logits are not those of the head, where it says so, is not used: nothing but time is lost."""
+    if (two_pass_head := model.two_pass_head) is None:
         return
-    hidden = _numbers((SCREEN_ROWS, model.config.n_embd), model)
-    logits, roughly = model.logits(hidden), screen.rough(hidden)
-    kept = torch.tensor([1, 5] * (SCREEN_ROWS // 2))
-    floors = screen.settle(
-        roughly, hidden, kept, torch.full((SCREEN_ROWS,), 0.1, dtype=torch.float64)
+    hidden = _numbers((TWO_PASS_ROWS, model.config.n_embd), model)
+    logits, roughly = model.logits(hidden), two_pass_head.approximate_logits(hidden)
+    kept = torch.tensor([1, 5] * (TWO_PASS_ROWS // 2))
+    floors = two_pass_head.rescore(
+        roughly, hidden, kept, torch.full((TWO_PASS_ROWS,), 0.1, dtype=torch.float64)
     )[:, None]
     exact = (torch.maximum(logits, roughly) < floors) | (logits == roughly) | floors.isnan()
-    screen.rows = screen.missed = 0
+    two_pass_head.rows = two_pass_head.missed = 0
     if not bool(exact.all()):
         logger.info(
-            "the screen of the head computes other logits than the head here, and is left out"
+            "the two_pass_head of the head computes other logits than the head here, and is left out"
         )
-        model.screen = None
+        model.two_pass_head = None
 
 
 def _check_linears(model: GPT, probe: _Probe) -> None:
@@ -217,10 +221,10 @@ def _check_linears(model: GPT, probe: _Probe) -> None:
             continue
         count = HEAD_ROWS if linear is model.lm_head else MOST_ROWS
         failures, bits = _failures_of(linear, name, count, model)
-        for rows in model.row_plan.constant[1:]:
+        for rows in model.padding_plan.constant[1:]:
             if not failures:
                 break
-            model.use_constant_rows(name, rows)
+            model.use_fixed_rows(name, rows)
             failures, bits = _failures_of(linear, name, count, model)
         probe.failures += failures
         probe.record(bits)
@@ -241,9 +245,13 @@ def _failures_of(linear: Linear, name: str, count: int, model: GPT) -> tuple[lis
         return y
 
     expected = linear(x, residual)
-    plan = model.row_plan
+    plan = model.padding_plan
     few = FEW_ROWS_OF_HEAD if linear is model.lm_head else range(1, FEW_ROWS + 1)
-    counts = {plan.rows(wanted) for wanted in (*few, *MANY_ROWS) if wanted <= count}
+    counts = {
+        plan.rows(logits_indices)
+        for logits_indices in (*few, *MANY_ROWS)
+        if logits_indices <= count
+    }
     parts = [
         slice(first, first + rows)
         for first, rows in (
@@ -256,7 +264,7 @@ def _failures_of(linear: Linear, name: str, count: int, model: GPT) -> tuple[lis
         [] if all(torch.equal(run(part), expected[part]) for part in parts) else [f"rows of {name}"]
     )
     if model.device.type == "cpu":
-        parts = [slice(0, plan.rows(min(wanted, count))) for wanted in THREADS_ROWS]
+        parts = [slice(0, plan.rows(min(logits_indices, count))) for logits_indices in THREADS_ROWS]
         for threads in THREADS:
             with use_threads(threads):
                 if not all(torch.equal(run(part), expected[part]) for part in parts):
@@ -269,36 +277,36 @@ def _check_attention(model: GPT, probe: _Probe) -> None:
     """One layer over as long a context as may be, in one call, against some of its positions in other calls; and the block,
     in one call and operator by operator.
 
-    Both slots hold the same tokens, so that a position has one right answer. A call may take positions again.
+    Both seq_indices hold the same tokens, so that a position has one right answer. A call may take positions again.
     """
     count = min(ATTENTION_POSITIONS, model.config.n_positions)
     block, scale = model.blocks[0], model.config.attention_scale(0)
     assert isinstance(block, Block)
-    x = _numbers((model.row_plan.rows(count), model.config.n_embd), model)
+    x = _numbers((model.padding_plan.rows(count), model.config.n_embd), model)
     qkv = block.attn_qkv(x)[:count]
     cache = model.new_cache(2)
 
-    def attend(slots: list[int], positions: list[int]) -> Tensor:
-        return cache.step(slots, positions)(0, qkv[positions], scale)
+    def attend(seq_indices: list[int], positions: list[int]) -> Tensor:
+        return cache.step(seq_indices, positions)(0, qkv[positions], scale)
 
     expected = attend([1] * count, list(range(count)))
     probe.record(expected)
     early, last = min(10, count), count - 1
     calls = [
-        ("in another slot", [0] * early, list(range(early))),
+        ("in another seq_index", [0] * early, list(range(early))),
         ("alone", [1], [last]),
         ("beside others", [0, 1], [early - 1, last]),
     ]
     for first in (0, count // 5, max(0, count - CHUNK)):
         positions = list(range(first, min(first + CHUNK, count)))
         calls.append(("in chunks", [1] * len(positions), positions))
-    for what, slots, positions in calls:
-        probe.expect(f"attention {what}", attend(slots, positions), expected[positions])
+    for what, seq_indices, positions in calls:
+        probe.expect(f"attention {what}", attend(seq_indices, positions), expected[positions])
         if model.device.type == "cpu":
             with use_threads(1):
                 probe.expect(
                     f"attention {what} with one thread",
-                    attend(slots, positions),
+                    attend(seq_indices, positions),
                     expected[positions],
                 )
     if model.blocks.in_one_call:  # last, for it writes other keys and values

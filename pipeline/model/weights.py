@@ -285,7 +285,7 @@ def load_gpt(
     if pack:
         gpt.pack()  # the head, which may be the embedding, and what follows from that
     else:
-        gpt.use_rows(gpt.row_plans[0])
+        gpt.use_padding_plan(gpt.padding_plans[0])
     return gpt
 
 

@@ -148,7 +148,7 @@ class PartLoop:
 
     def _run_parts(self, numbers: set[int], *, batch_size: int) -> None:
         engine = self._engine(batch_size)
-        self._most_started = MOST_OPEN_PARTS + -(-engine.most_rows // self.summary.part_rows)
+        self._most_started = MOST_OPEN_PARTS + -(-engine.max_rows_held // self.summary.part_rows)
         prompts = self.job.tokenized(
             self.summary, reject=self._take, parts=numbers, may_start=self._may_start
         )

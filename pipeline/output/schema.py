@@ -99,7 +99,7 @@ COLUMNS = (
         nullable=True,
     ),
     _fixed(
-        "min_margin",
+        "min_decision_margin",
         pa.float64(),
         "how far the row is from other tokens under other rounding; null without a step",
         nullable=True,
@@ -169,7 +169,7 @@ def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
         "top_k": params.top_k,
         "max_new_tokens": params.max_new_tokens,
         "metadata": prompt.metadata,
-        "min_margin": completion.min_margin,
+        "min_decision_margin": completion.min_decision_margin,
         "logits_digest": completion.logits_digest,
         "queue_s": timing and timing.queue_s,
         "prefill_s": timing and timing.prefill_s,
