@@ -26,7 +26,7 @@ from gptbatch.pipeline.bench.networks import write_random_checkpoint
 from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
-from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import load_model

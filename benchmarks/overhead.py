@@ -24,7 +24,7 @@ import torch
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.bench.networks import write_random_checkpoint
 from gptbatch.pipeline.engine.engine import Engine
-from gptbatch.pipeline.input.prompts import PromptReader
+from gptbatch.pipeline.input.prompt_reader import PromptReader
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.output.crash_journal import CrashJournal
 from gptbatch.pipeline.output.folder import OutputFolder

@@ -57,7 +57,7 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     from gptbatch.jobs.tokenizer_check import compare_tokenizers
     from gptbatch.pipeline.errors import ModelError
     from gptbatch.pipeline.input.tokenizer import PromptTokenizer
-    from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+    from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
     from gptbatch.pipeline.model.checkpoint import find_checkpoint
     from gptbatch.pipeline.model.config import parse_config
     from gptbatch.pipeline.model.loading import threads_to_use

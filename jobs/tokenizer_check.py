@@ -47,7 +47,7 @@ def compare_tokenizers(folder: Path) -> TokenizerComparison:
     from transformers import AutoTokenizer
 
     from gptbatch.pipeline.input.tokenizer import PromptTokenizer
-    from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+    from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 
     theirs = AutoTokenizer.from_pretrained(
         str(folder.resolve()), trust_remote_code=False, local_files_only=True

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.config_hash import job_identity
-from gptbatch.pipeline.input.job import Job
-from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.input.prompt_reader import open_input
+from gptbatch.pipeline.input.tokenize import TokenizedInput
+from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.output.error_advice import describe_errors
@@ -58,10 +59,10 @@ def inspect_job(config: JobConfig) -> InputReport:
         checkpoint.config, str(checkpoint.config_path)
     )  # before a tokenizer that takes seconds to make
     tokenizer = load_tokenizer(checkpoint.folder)
-    job = Job(config, checkpoint, tokenizer=tokenizer)
+    prompts = TokenizedInput(config, checkpoint, tokenizer, open_input(config))
     kept = kept_state(config, folder, lambda: job_identity(config, checkpoint, tokenizer))
     counts = [] if kept is None else [kept.identity.get("rows") or 0]
-    summary = job.reader.check(
+    summary = prompts.reader.check(
         part_rows=part_rows_of(config, kept), counts=counts, must_hold=config.skip_row
     )
     if kept is not None:
@@ -74,14 +75,14 @@ def inspect_job(config: JobConfig) -> InputReport:
         lengths.append(completion.prompt_tokens)
         errors[completion.error.kind] += 1
 
-    for prompt in job.tokenized(summary, reject=reject):
+    for prompt in prompts.prompts(summary, reject=reject):
         if prompt is not None:
             lengths.append(len(prompt.token_ids) + prompt.tokens_dropped)
     if said := describe_errors(errors, summary.rows):
         logger.warning("a run would record errors: %s", said)
-    job.warn_of_texts()
+    prompts.log_warnings()
     ordered = sorted(lengths)
-    n_positions = job.gpt_config.n_positions
+    n_positions = prompts.gpt_config.n_positions
     return InputReport(
         rows=summary.rows,
         bad_rows=summary.bad_rows,

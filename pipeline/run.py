@@ -29,9 +29,9 @@ from gptbatch.pipeline.errors import (
     StorageError,
 )
 from gptbatch.pipeline.input.config_hash import job_identity
-from gptbatch.pipeline.input.job import Job, find_source
-from gptbatch.pipeline.input.rows import RowSource
-from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.input.prompt_reader import PromptReader, open_input
+from gptbatch.pipeline.input.tokenize import TokenizedInput
+from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device, threads_to_use
@@ -96,7 +96,10 @@ def run_job(
         refuse_strays(folder.path, state.strays)
     memory = FileHashes() if state is None else folder.memory()
     checkpoint = find_checkpoint(
-        config.model, revision=config.revision, allow_pickle=config.allow_pickle, memory=memory
+        config.model,
+        revision=config.revision,
+        allow_pickle=config.allow_pickle,
+        sha256=memory.sha256,
     )
     parse_config(
         checkpoint.config, str(checkpoint.config_path)
@@ -105,17 +108,17 @@ def run_job(
     identity = job_identity(config, checkpoint, tokenizer)
     if state is not None and not is_replaced(config, state, identity):
         check_same_job(config, state, identity)
-    source = find_source(config)
+    reader = open_input(config)
     with ExitStack() as stack:
         lock = None
         if state is not None and not is_replaced(config, state, identity):
-            if _is_done(config, source, state, memory):
+            if _is_done(config, reader, state, memory):
                 return nothing_done(config, state.manifest, time.monotonic() - began)
             lock = stack.enter_context(OutputLock(folder.work)) if folder.work.is_dir() else None
         run = _Run(
             config,
             folder,
-            Job(config, checkpoint, source, tokenizer),
+            TokenizedInput(config, checkpoint, tokenizer, reader),
             identity,
             memory,
             began,
@@ -144,11 +147,13 @@ def _input_settings(config: JobConfig) -> dict[str, Any]:
     return config.model_dump(include=keys | {"prompt_field", "id_field", "metadata_field"})
 
 
-def _is_done(config: JobConfig, source: RowSource, state: FolderState, memory: FileHashes) -> bool:
+def _is_done(
+    config: JobConfig, reader: PromptReader, state: FolderState, memory: FileHashes
+) -> bool:
     """Whether nothing is left to do, as far as sizes and times of files say: the look that takes no time."""
     if not state.marked_complete:
         return False
-    known = memory.same_input(_input_settings(config), source.files())
+    known = memory.same_input(_input_settings(config), reader.source.files())
     if known is None or known != {
         "rows": state.identity.get("rows"),
         "digest": state.identity.get("input_digest"),
@@ -167,13 +172,13 @@ class _Run:
         self,
         config: JobConfig,
         folder: OutputFolder,
-        job: Job,
+        prompts: TokenizedInput,
         identity: dict[str, Any],
         memory: FileHashes,
         began: float,
         stop: Stop,
     ) -> None:
-        self.config, self.folder, self.job, self.memory = config, folder, job, memory
+        self.config, self.folder, self.prompts, self.memory = config, folder, prompts, memory
         self.job_identity, self.began, self.stop = identity, began, stop
 
     def check_input(self, state: FolderState | None) -> None:
@@ -184,12 +189,12 @@ class _Run:
         self.part_rows = part_rows_of(config, kept)
         counts = [] if kept is None else [kept.identity.get("rows", 0)]
         began_ns = time.time_ns()
-        self.summary = self.job.reader.check(
+        self.summary = self.prompts.reader.check(
             part_rows=self.part_rows, counts=counts, must_hold=config.skip_row
         )
         found = {"rows": self.summary.rows, "digest": self.summary.digest}
         self.memory.remember_input(
-            _input_settings(config), self.job.reader.source.files(), began_ns, found
+            _input_settings(config), self.prompts.reader.source.files(), began_ns, found
         )
         self.identity = {
             **self.job_identity,
@@ -231,8 +236,8 @@ class _Run:
             self._say_loading(device, trusted)
             load_began = time.monotonic()
             loaded = load_model(
-                self.job.checkpoint,
-                self.job.gpt_config,
+                self.prompts.checkpoint,
+                self.prompts.gpt_config,
                 self._engine_config(trusted),
                 device,
                 batch_invariance=config.batch_invariance,
@@ -361,7 +366,7 @@ class _Run:
                 journal.written(number)
         loop = PartLoop(
             config=config,
-            job=self.job,
+            prompts=self.prompts,
             summary=summary,
             loaded=loaded,
             folder=folder,
@@ -421,7 +426,7 @@ class _Run:
         if journal is not None:
             journal.end()
         self.folder.remember(self.memory)
-        write_error_rows(self.folder, parts.values(), self.job.reader.defaults)
+        write_error_rows(self.folder, parts.values(), self.prompts.reader.defaults)
 
     def _facts(self, loaded: LoadedModel) -> dict[str, Any]:
         """What the manifest and each part's footer say of the run."""
@@ -431,7 +436,7 @@ class _Run:
             "identity": self.identity,
             "config_hash": self.identity["config_hash"],
             "model": redact(config.model),
-            "model_path": str(self.job.checkpoint.folder.resolve()),
+            "model_path": str(self.prompts.checkpoint.folder.resolve()),
             "model_digest": self.identity["model_digest"],
             "tokenizer_digest": self.identity["tokenizer_digest"],
             "input": redact(

@@ -700,7 +700,7 @@ def test_a_disk_that_fails_is_named_with_the_file(
 
 
 def test_a_failing_hash_names_the_file(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptbatch.pipeline.output.file_hashes import file_sha256
+    from gptbatch.pipeline.system.regular_file import file_sha256
 
     def fail(*arguments: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")

@@ -62,7 +62,7 @@ NO_TORCH = (
     "pipeline/output/summary.py",
     "pipeline/output/resume.py",
     "pipeline/output/status.py",
-    "pipeline/input/job.py",
+    "pipeline/input/tokenize.py",
     "pipeline/model/loading.py",
     "pipeline/audit/reopen.py",
     "pipeline/audit/verify.py",

@@ -30,8 +30,8 @@ from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.dataset_files import find_files
 from gptbatch.pipeline.input.hub_dataset import LibrarySplits
 from gptbatch.pipeline.input.jsonl import JsonlFile
-from gptbatch.pipeline.input.prompts import PromptReader, RowDefaults
-from gptbatch.pipeline.input.rows import RawRow
+from gptbatch.pipeline.input.prompt_reader import PromptReader, RowDefaults
+from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.split import parse_split
 from gptbatch.pipeline.types import MAX_SEED, Prompt
 from tests.paths import REPOSITORY
@@ -354,7 +354,7 @@ def test_an_unnamed_column_takes_no_other_name(tmp_path: Path) -> None:
 def test_a_json_array_longer_than_a_line_may_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptbatch.pipeline.input.text_file.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("gptbatch.pipeline.input.lines.MAX_LINE_BYTES", 1000)
     (tmp_path / "rows.json").write_text(
         "\ufeff \n" + json.dumps([{"prompt": f"p{i}"} for i in range(500)])
     )

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from gptbatch.pipeline.engine import reference
 from gptbatch.pipeline.engine.engine import Engine, WindowFull, logits_bytes
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
-from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.kv_cache.block_pool import IDLE_SHARE
 from gptbatch.pipeline.kv_cache.interface import Attention, Backend, KVCache
 from gptbatch.pipeline.kv_cache.paged import PagedAttention, PagedKVCache

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
-from gptbatch.pipeline.input import jsonl, text_file
+from gptbatch.pipeline.input import jsonl, lines
 from gptbatch.pipeline.input.file_kind import describe_binary
 from gptbatch.pipeline.input.jsonl import JsonlFile, parse_object, to_json
-from gptbatch.pipeline.input.prompts import (
+from gptbatch.pipeline.input.prompt_reader import (
     BadRow,
     InputSummary,
     PromptReader,
@@ -300,7 +300,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 def test_lines_over_the_cap_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(text_file, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "prompts.jsonl"
     exact = b'{"prompt": "' + b"x" * 986 + b'"}\n'
     assert len(exact) == 1001

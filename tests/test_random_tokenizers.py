@@ -16,7 +16,7 @@ import pytest
 
 from gptbatch.pipeline.errors import ModelError
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
-from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.system.rust_panics import panics_as_errors
 from tests.random_tokenizers import TEXTS, write_random_tokenizer
 

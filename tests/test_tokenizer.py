@@ -30,9 +30,11 @@ from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.audit.verify import verify_rows
 from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.errors import ModelError, OutputConflictError
-from gptbatch.pipeline.input.job import Job
+from gptbatch.pipeline.input.prompt_reader import open_input
+from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
-from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
+from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from tests.test_random_tokenizers import auto_tokenizer
 from tests.tiny_checkpoints import (
     END_OF_TEXT,
@@ -96,10 +98,11 @@ def run(model: Path, prompts: list[str], **changes: Any) -> list[dict[str, Any]]
 
 def encoded(model: Path, prompts: list[str], **changes: Any) -> list[list[int]]:
     """The tokens of prompts, as a run of this checkpoint takes them."""
-    return [
-        prompt.token_ids
-        for prompt in Job(settings(model, prompts, **changes)).tokenizer.encode(prompts)
-    ]
+    config = settings(model, prompts, **changes)
+    checkpoint = find_checkpoint(config.model)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenized = TokenizedInput(config, checkpoint, tokenizer, open_input(config))
+    return [text.token_ids for text in tokenized.tokenizer.encode(prompts)]
 
 
 def expect_as_transformers(model: Path, prompts: list[str], **changes: Any) -> None:
@@ -917,7 +920,7 @@ def test_composed_letters_and_separators_are_not_lost(normalizer: Any, pre_token
 
 
 def load(tokenizer: Tokenizer) -> PromptTokenizer:
-    from gptbatch.pipeline.input.tokenizer_files import LoadedTokenizer
+    from gptbatch.pipeline.input.tokenizer_loading import LoadedTokenizer
 
     decode = tokenizer.decode
     return PromptTokenizer(
@@ -1217,12 +1220,14 @@ def test_check_model_compares_tokenizers(
 def test_check_model_finds_another_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gptbatch.pipeline.input import tokenizer_files
+    from gptbatch.pipeline.input import tokenizer_loading
 
     model = checkpoint(
         tmp_path / "model", byte_tokenizer(), tokenizer_config={"add_prefix_space": True}
     )
-    monkeypatch.setattr(tokenizer_files, "_reason_against_direct", lambda backend, files, names: "")
+    monkeypatch.setattr(
+        tokenizer_loading, "_reason_against_direct", lambda backend, files, names: ""
+    )
     assert run_command(["check-model", str(model), "--new-tokens", "1"]) == 78
     captured = capsys.readouterr()
     assert "our tokenizer and transformers do not agree" in captured.err
@@ -1230,7 +1235,7 @@ def test_check_model_finds_another_tokenizer(
 
 
 def test_every_file_is_fetched_from_the_hub() -> None:
-    from gptbatch.pipeline.input.tokenizer_problems import (
+    from gptbatch.pipeline.input.tokenizer_errors import (
         ADDED_TOKENS,
         SPECIAL_TOKENS_MAP,
         TOKENIZER_CONFIG,

@@ -20,7 +20,7 @@ from gptbatch.pipeline.audit.trace import explain_step
 from gptbatch.pipeline.audit.verify import evenly_spaced
 from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
-from gptbatch.pipeline.input.tokenizer_files import load_tokenizer
+from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.kernels.build import KernelError
 from gptbatch.pipeline.types import SamplingParams
 from tests.conftest import has_kernels, random_model, run_gptbatch, save_tokenizer

@@ -17,7 +17,7 @@ from gptbatch.pipeline.errors import (
 )
 from gptbatch.pipeline.input.file_kind import describe_binary
 from gptbatch.pipeline.input.jsonl import DECODER
-from gptbatch.pipeline.input.rows import RawRow
+from gptbatch.pipeline.input.source import RawRow
 
 if TYPE_CHECKING:
     import pyarrow as pa

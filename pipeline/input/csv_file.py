@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gptbatch.pipeline.errors import InputRowsError
-from gptbatch.pipeline.input.rows import RawRow
-from gptbatch.pipeline.input.text_file import MAX_LINE_BYTES, TextFile
+from gptbatch.pipeline.input.lines import MAX_LINE_BYTES, LineReader
+from gptbatch.pipeline.input.source import RawRow
 
 _EXCEL_DELIMITER = re.compile(rb"sep=(.)\r?\n")  # a first line that Excel reads, and writes
 
@@ -42,7 +42,7 @@ class CsvFile:
         Raises:
             InputRowsError: there is no header, or a column has no name or the name of another.
         """
-        lines = TextFile(self.path, self.name).lines()
+        lines = LineReader(self.path, self.name).lines()
         first = next(lines, (1, b""))
         if (match := _EXCEL_DELIMITER.fullmatch(first[1] or b"")) is not None:
             delimiter = match[1].decode()

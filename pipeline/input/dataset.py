@@ -14,7 +14,7 @@ from gptbatch.pipeline.errors import InputNotFoundError
 from gptbatch.pipeline.input.dataset_files import ARROW_SUFFIXES, TEXT_SUFFIXES, suffix_of, walk
 from gptbatch.pipeline.input.hub_dataset import hub_splits
 from gptbatch.pipeline.input.local_dataset import Splits, local_splits
-from gptbatch.pipeline.input.rows import RawRow
+from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.split import SplitPart, parse_split
 from gptbatch.pipeline.system.bundled import locate
 

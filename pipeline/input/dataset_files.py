@@ -24,7 +24,7 @@ from gptbatch.pipeline.input.dataset_card import CARD, DatasetCard
 from gptbatch.pipeline.input.file_kind import describe_binary, read_head
 from gptbatch.pipeline.input.json_file import JsonFile, PlainTextFile
 from gptbatch.pipeline.input.jsonl import JsonlFile
-from gptbatch.pipeline.input.rows import RawRow
+from gptbatch.pipeline.input.source import RawRow
 
 MAX_FILES = 100_000
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")

@@ -18,7 +18,7 @@ from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
 from gptbatch.pipeline.input.dataset_card import CARD
 from gptbatch.pipeline.input.dataset_files import NoDataFilesError, arrange
 from gptbatch.pipeline.input.local_dataset import FileSplits, Splits, local_splits
-from gptbatch.pipeline.input.rows import RawRow
+from gptbatch.pipeline.input.source import RawRow
 
 logger = logging.getLogger("gptbatch")
 

@@ -12,8 +12,8 @@ from typing import Any
 from gptbatch.pipeline.errors import InputRowsError
 from gptbatch.pipeline.input.file_kind import describe_object, describe_text
 from gptbatch.pipeline.input.jsonl import DECODER, MAX_NESTING, SNIFFED_LINES, JsonlFile, json_type
-from gptbatch.pipeline.input.rows import RawRow
-from gptbatch.pipeline.input.text_file import BOM, MAX_LINE_BYTES, TextFile
+from gptbatch.pipeline.input.lines import BOM, MAX_LINE_BYTES, LineReader
+from gptbatch.pipeline.input.source import RawRow
 
 TEXT_FIELD = "text"
 _SPACE = " \t\r\n"
@@ -30,7 +30,7 @@ class JsonFile:
 
     def rows(self) -> Iterator[RawRow]:
         """Raises InputRowsError where the text is no JSON, since no row is told from the next behind that."""
-        with TextFile(self.path, self.name).reading() as file:
+        with LineReader(self.path, self.name).reading() as file:
             first = next(
                 (
                     byte
@@ -44,7 +44,7 @@ class JsonFile:
         if first != b"[":
             head = [
                 line or b""
-                for _, line in islice(TextFile(self.path, self.name).lines(), SNIFFED_LINES)
+                for _, line in islice(LineReader(self.path, self.name).lines(), SNIFFED_LINES)
             ]
             if describe_text(head, self.name) is not None:
                 raise InputRowsError(f"{self.name}: is {describe_object(self._text(), self.name)}")
@@ -77,7 +77,7 @@ class JsonFile:
             raise self._damaged(text, rest, "text stands behind the array")
 
     def _text(self) -> str:
-        with TextFile(self.path, self.name).reading() as file:
+        with LineReader(self.path, self.name).reading() as file:
             content = file.read()
         try:
             return content.decode("utf-8-sig")
@@ -103,7 +103,7 @@ class PlainTextFile:
 
     def rows(self) -> Iterator[RawRow]:
         blanks = 0
-        for number, line in TextFile(self.path, self.name).lines():
+        for number, line in LineReader(self.path, self.name).lines():
             if line is not None and not line.strip(b"\r\n"):
                 blanks += 1
                 continue

@@ -18,8 +18,8 @@ from typing import IO, Any, BinaryIO, NoReturn
 
 from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
 from gptbatch.pipeline.input.file_kind import describe_text
-from gptbatch.pipeline.input.rows import RawRow
-from gptbatch.pipeline.input.text_file import MAX_LINE_BYTES, TextFile
+from gptbatch.pipeline.input.lines import MAX_LINE_BYTES, LineReader
+from gptbatch.pipeline.input.source import RawRow
 
 MAX_NESTING = 100
 SNIFFED_LINES = 20
@@ -70,7 +70,7 @@ class JsonlFile:
         """
         blanks = 0  # blank lines in a row, which are rows only where another line follows
         sniffed = False
-        for number, line in TextFile(self.path, self.name).lines():
+        for number, line in LineReader(self.path, self.name).lines():
             if line is not None and not line.strip(b" \t\r\n"):
                 blanks += 1
                 continue
@@ -87,7 +87,7 @@ class JsonlFile:
             if first is not None:
                 parse_object(first)
         except ValueError:
-            head = islice(TextFile(self.path, self.name).lines(), SNIFFED_LINES)
+            head = islice(LineReader(self.path, self.name).lines(), SNIFFED_LINES)
             kind = describe_text(
                 [line or b"" for _, line in head], "FILE" if self._spool is not None else self.name
             )

@@ -16,7 +16,7 @@ from gptbatch.pipeline.input.dataset_files import (
     read_rows,
     suffix_of,
 )
-from gptbatch.pipeline.input.rows import RawRow
+from gptbatch.pipeline.input.source import RawRow
 
 logger = logging.getLogger("gptbatch")
 

@@ -10,7 +10,7 @@ from tokenizers import Encoding, Tokenizer, models
 
 from gptbatch.pipeline.errors import ModelError
 from gptbatch.pipeline.input.lost_text import LostText, component, may_lose_text
-from gptbatch.pipeline.input.tokenizer_files import LoadedTokenizer
+from gptbatch.pipeline.input.tokenizer_loading import LoadedTokenizer
 from gptbatch.pipeline.system.rust_panics import PanicError, panics_as_errors
 from gptbatch.pipeline.types import FinishReason
 
@@ -24,7 +24,7 @@ _PANICKING = ("Regex", "Precompiled")
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedPrompt:
+class EncodedText:
     """The tokens of a prompt.
 
     problem: why there are none although the prompt has text, "" for no reason. lost: how many characters left no token.
@@ -92,7 +92,7 @@ class PromptTokenizer:
         """The text of a token in the vocabulary, `[SEP]`."""
         return self._backend.id_to_token(token_id)
 
-    def encode(self, texts: list[str]) -> list[EncodedPrompt]:
+    def encode(self, texts: list[str]) -> list[EncodedText]:
         """The tokens of each text. An empty text is what the template adds, or else the start token."""
         try:
             encodings: list[Encoding | str] = list(self._encode(texts))
@@ -153,9 +153,9 @@ class PromptTokenizer:
             )
             return next(causes, f"the tokenizer fails on it ({type(error).__name__})")
 
-    def _encoded(self, text: str, encoding: Encoding | str) -> EncodedPrompt:
+    def _encoded(self, text: str, encoding: Encoding | str) -> EncodedText:
         if isinstance(encoding, str):
-            return EncodedPrompt([], problem=encoding)
+            return EncodedText([], problem=encoding)
         token_ids = encoding.ids
         special = (
             self._special_text is not None
@@ -163,7 +163,7 @@ class PromptTokenizer:
             and self._special_text.search(text) is not None
         )
         if not text:
-            return EncodedPrompt(
+            return EncodedText(
                 token_ids or ([] if self._start_token is None else [self._start_token])
             )
         if self._lost_text is None:
@@ -173,7 +173,7 @@ class PromptTokenizer:
         else:
             lost, problem = len(text), "no character of it has a token"
         unknown = self._unknown_token is not None and self._unknown_token in token_ids
-        return EncodedPrompt(token_ids, problem, lost, unknown, special)
+        return EncodedText(token_ids, problem, lost, unknown, special)
 
 
 def _may_panic(part: Any) -> bool:

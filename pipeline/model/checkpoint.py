@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,8 +27,8 @@ from gptbatch.pipeline.model.other_formats import (
     is_lfs_pointer,
     lfs_message,
 )
-from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.system.bundled import locate
+from gptbatch.pipeline.system.regular_file import file_sha256
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -57,12 +57,19 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one checkpoint. `name` is what the user called it; `weights` are in a fixed order; `memory` knows digests of files."""
+    """The files of one checkpoint.
+
+    Attributes:
+        name: The folder or hub name that the user gave.
+        folder: The folder that holds the files.
+        weights: The files of the weights, in a fixed order.
+        sha256: Returns the hexadecimal SHA-256 of a file. A run passes one that remembers.
+    """
 
     name: str
     folder: Path
     weights: tuple[Path, ...]
-    memory: FileHashes = field(default_factory=FileHashes, compare=False)
+    sha256: Callable[[Path], str] = field(default=file_sha256, compare=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -119,7 +126,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for path in paths:
             with reading(path):
-                digest.update(f"{path.name}\0{self.memory.sha256(path)}\0".encode())
+                digest.update(f"{path.name}\0{self.sha256(path)}\0".encode())
         return digest.hexdigest()
 
 
@@ -128,7 +135,7 @@ def find_checkpoint(
     *,
     revision: str | None = None,
     allow_pickle: bool = False,
-    memory: FileHashes | None = None,
+    sha256: Callable[[Path], str] = file_sha256,
 ) -> Checkpoint:
     """Find the checkpoint of that name.
 
@@ -154,7 +161,7 @@ def find_checkpoint(
     )
     weights = _find_weights(name, folder, allow_pickle)
     _refuse_lfs_pointers(weights)
-    return Checkpoint(name=name, folder=folder, weights=weights, memory=memory or FileHashes())
+    return Checkpoint(name=name, folder=folder, weights=weights, sha256=sha256)
 
 
 def _refuse_lfs_pointers(paths: Iterable[Path]) -> None:

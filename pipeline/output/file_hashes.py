@@ -14,7 +14,7 @@ from typing import Any
 
 from gptbatch.pipeline.output.folder_models import Digests, validated
 from gptbatch.pipeline.system.redact import redact
-from gptbatch.pipeline.system.regular_file import named_in_errors, read_json
+from gptbatch.pipeline.system.regular_file import file_sha256, read_json
 
 Stat = list[int]  # size, mtime in ns, ctime in ns, inode
 
@@ -130,12 +130,6 @@ class FileHashes:
                     "stat": stat if _settled([stat], now_ns) else None,
                     "sha256": file_sha256(path),
                 }
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal. Raises OSError that names the file."""
-    with named_in_errors(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash(settings: dict[str, Any]) -> str:

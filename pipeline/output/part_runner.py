@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import InputRowsError, StoppedError
-from gptbatch.pipeline.input.job import Job
-from gptbatch.pipeline.input.prompts import InputSummary
+from gptbatch.pipeline.input.prompt_reader import InputSummary
+from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.model.loading import LoadedModel
 from gptbatch.pipeline.output.crash_journal import CrashJournal
 from gptbatch.pipeline.output.file_hashes import FileHashes
@@ -93,7 +93,7 @@ class PartLoop:
     """
 
     config: JobConfig
-    job: Job
+    prompts: TokenizedInput
     summary: InputSummary
     loaded: LoadedModel
     folder: OutputFolder
@@ -144,12 +144,12 @@ class PartLoop:
         finally:
             if self.progress is not None:
                 self.progress.end()
-            self.job.warn_of_texts()
+            self.prompts.log_warnings()
 
     def _run_parts(self, numbers: set[int], *, batch_size: int) -> None:
         engine = self._engine(batch_size)
         self._most_started = MOST_OPEN_PARTS + -(-engine.max_rows_held // self.summary.part_rows)
-        prompts = self.job.tokenized(
+        prompts = self.prompts.prompts(
             self.summary, reject=self._take, parts=numbers, may_start=self._may_start
         )
         if batch_size == 1 and self.journal is not None:
@@ -195,7 +195,7 @@ class PartLoop:
         self.completion_tokens += len(completion.token_ids)
         text = None
         if not failed:
-            tokenizer = self.job.tokenizer
+            tokenizer = self.prompts.tokenizer
             text = tokenizer.completion_text(
                 completion.prompt_token_ids, completion.token_ids, completion.finish_reason
             )
@@ -222,7 +222,7 @@ class PartLoop:
         return Engine(
             model=self.loaded.model,
             batch_size=max(1, min(batch_size, rows)),
-            end_tokens=() if config.ignore_eos else self.job.special_tokens.ends,
+            end_tokens=() if config.ignore_eos else self.prompts.special_tokens.ends,
             memory_bytes=self.loaded.cache_memory_bytes(config.engine.memory_gib),
             window_full=config.window_full,
             record_logits=config.record_logits_digest,

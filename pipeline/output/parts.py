@@ -26,10 +26,15 @@ from gptbatch.pipeline.errors import (
     StorageError,
 )
 from gptbatch.pipeline.output.atomic_write import Writer
-from gptbatch.pipeline.output.file_hashes import FileHashes, file_sha256
+from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder_models import PART_NAME_PATTERN, Footer, Part, validated
 from gptbatch.pipeline.output.schema import SCHEMA_DIGEST, content_digest, to_row, to_table
-from gptbatch.pipeline.system.regular_file import named_in_errors, open_regular, parse_json
+from gptbatch.pipeline.system.regular_file import (
+    file_sha256,
+    named_in_errors,
+    open_regular,
+    parse_json,
+)
 from gptbatch.pipeline.types import Completion
 
 # The version of the folder's layout, and a digest of the schema of its parts.

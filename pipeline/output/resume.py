@@ -12,7 +12,7 @@ from typing import Any
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import OutputConflictError
-from gptbatch.pipeline.input.prompts import InputSummary
+from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder, refuse_strays
 from gptbatch.pipeline.output.folder_models import Part
 from gptbatch.pipeline.output.parts import FORMAT, FoundPart, PartPlan, count_parts

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import ConfigError, InputRowsError
 from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.fields import (
@@ -27,8 +28,8 @@ from gptbatch.pipeline.input.fields import (
     to_json_values,
 )
 from gptbatch.pipeline.input.jsonl import MAX_NESTING, JsonlFile, shorten, to_json
-from gptbatch.pipeline.input.notices import Notices
-from gptbatch.pipeline.input.rows import RawRow, RowSource
+from gptbatch.pipeline.input.row_warnings import RowWarnings
+from gptbatch.pipeline.input.source import RawRow, RowSource
 from gptbatch.pipeline.system.bundled import locate
 from gptbatch.pipeline.types import DEFAULT_PART_ROWS, MAX_SEED, Prompt, SamplingParams
 
@@ -150,9 +151,9 @@ class PromptReader:
 
     def rows(self) -> Iterator[GoodRow | BadRow]:
         """Every row in input order, good or bad. That ids are unique is `check`'s to say."""
-        yield from self._rows(Notices())
+        yield from self._rows(RowWarnings())
 
-    def _rows(self, notices: Notices) -> Iterator[GoodRow | BadRow]:
+    def _rows(self, notices: RowWarnings) -> Iterator[GoodRow | BadRow]:
         for index, raw in enumerate(islice(self.source.rows(), self.limit)):
             yield self._read(index, raw, notices)
 
@@ -170,7 +171,7 @@ class PromptReader:
         """
         bad = _BadRows()
         rows = 0
-        notices = Notices()
+        notices = RowWarnings()
         id_hashes = array("Q")
         digest, part_digest = hashlib.sha256(), hashlib.sha256()
         part_digests: list[str] = []
@@ -221,7 +222,7 @@ class PromptReader:
         Raises InputRowsError, at the end of the part at the latest, if the input has changed.
         """
         part_digest = hashlib.sha256()
-        notices = Notices()
+        notices = RowWarnings()
         index = -1
         for index, raw in enumerate(_unchanged(islice(self.source.rows(), self.limit))):
             if index == checked.rows:
@@ -250,7 +251,7 @@ class PromptReader:
                 f"{self.source.name}: has {index + 1} rows, not the {checked.rows} that were checked; {_CHANGED}"
             )
 
-    def _read(self, index: int, raw: RawRow, notices: Notices) -> GoodRow | BadRow:
+    def _read(self, index: int, raw: RawRow, notices: RowWarnings) -> GoodRow | BadRow:
         try:
             return self._parse(index, raw, notices)
         except RecursionError:
@@ -316,7 +317,7 @@ class PromptReader:
             f"{bad.count} bad of {rows} rows; nothing was generated\n{bad.describe()}{hint}"
         )
 
-    def _parse(self, index: int, raw: RawRow, notices: Notices) -> GoodRow:
+    def _parse(self, index: int, raw: RawRow, notices: RowWarnings) -> GoodRow:
         """Raises ValueError that names the field and, prompts aside, the value."""
         fields = raw.fields()
         defaults = self.defaults
@@ -406,26 +407,39 @@ def _clash(row: GoodRow | BadRow, line: int, unit: str) -> BadRow:
     return BadRow(index=row.index, where=row.where, line=row.line, reason=reason)
 
 
-def open_source(
-    *,
-    path: str | None,
-    dataset: str | None,
-    dataset_config: str | None,
-    split: str,
-    dataset_revision: str | None,
-    csv_delimiter: str | None = None,
-) -> RowSource:
-    """The source that a config names: a JSONL file (`path`) or a split of a dataset."""
-    if dataset is not None:
+def open_input(config: JobConfig) -> PromptReader:
+    """Open the input that a config names: a JSONL file or a split of a dataset.
+
+    Raises:
+        InputNotFoundError: There is no such file.
+    """
+    return PromptReader(
+        source=_open_source(config),
+        limit=config.limit,
+        record_bad=config.on_bad_row == "record",
+        defaults=RowDefaults(
+            prompt_field=config.prompt_field,
+            id_field=config.id_field,
+            metadata_fields=frozenset(config.metadata_field),
+            seed=config.seed,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            max_new_tokens=config.max_new_tokens,
+        ),
+    )
+
+
+def _open_source(config: JobConfig) -> RowSource:
+    if config.dataset is not None:
         return DatasetSplit(
-            dataset=dataset,
-            config=dataset_config,
-            split=split,
-            revision=dataset_revision,
-            delimiter=csv_delimiter,
+            dataset=config.dataset,
+            config=config.dataset_config,
+            split=config.split,
+            revision=config.dataset_revision,
+            delimiter=config.csv_delimiter,
         )
-    assert path is not None
-    return JsonlFile(path if path == "-" else locate(path))
+    assert config.input is not None
+    return JsonlFile(config.input if config.input == "-" else locate(config.input))
 
 
 def _unchanged(rows: Iterator[RawRow]) -> Iterator[RawRow]:

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from gptbatch.pipeline.errors import ModelError
 from gptbatch.pipeline.input.lost_text import component
-from gptbatch.pipeline.input.tokenizer_problems import (
+from gptbatch.pipeline.input.tokenizer_errors import (
     ADDED_TOKENS,
     GPT2_FILES,
     PLAIN_CLASSES,
@@ -39,7 +39,7 @@ from gptbatch.pipeline.input.tokenizer_problems import (
     refuse_random,
 )  # fmt: skip
 from gptbatch.pipeline.model.checkpoint import CONFIG_FILE, read_json, reading
-from gptbatch.pipeline.output.file_hashes import file_sha256
+from gptbatch.pipeline.system.regular_file import file_sha256
 from gptbatch.pipeline.system.rust_panics import panics_as_errors
 
 logger = logging.getLogger("gptbatch")

@@ -23,7 +23,7 @@ _READ_BYTES = 4096  # bounds what one call can expand to
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 
 
-class TextFile:
+class LineReader:
     """The lines of a file, plain or compressed by gzip, zstd, bzip2 or xz. The name does not decide.
 
     Args:

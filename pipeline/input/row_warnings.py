@@ -84,7 +84,7 @@ _FOREIGN = {
 }
 
 
-class Notices:
+class RowWarnings:
     """Collects over all rows, and tells at the end."""
 
     def __init__(self) -> None:

@@ -14,17 +14,14 @@ from itertools import islice
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import ModelError
 from gptbatch.pipeline.input.config_hash import start_token
-from gptbatch.pipeline.input.prompts import (
+from gptbatch.pipeline.input.prompt_reader import (
     BadRow,
     InputSummary,
     PromptReader,
-    RowDefaults,
-    open_source,
 )
-from gptbatch.pipeline.input.rows import RowSource
-from gptbatch.pipeline.input.tokenizer import EncodedPrompt, PromptTokenizer
-from gptbatch.pipeline.input.tokenizer_files import LoadedTokenizer, load_tokenizer
-from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
+from gptbatch.pipeline.input.tokenizer import EncodedText, PromptTokenizer
+from gptbatch.pipeline.input.tokenizer_loading import LoadedTokenizer
+from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.generation_config import SpecialTokens
 from gptbatch.pipeline.types import Completion, Prompt, RowError, TokenizedPrompt
@@ -38,47 +35,38 @@ _LOST_TEXT = "prompts with characters that the tokenizer drops: %d; they run wit
 _ADDED_AFTER = "prompts that the tokenizer's template adds tokens after, as an end of text: %d; add_special_tokens: false leaves them out"
 
 
-class Job:
-    """A config whose checkpoint and input have been found, and its tokenizer. Nothing heavy is loaded and nothing written."""
+class TokenizedInput:
+    """The input of a job as token ids.
+
+    Args:
+        config: The settings of the job.
+        checkpoint: Its config.json limits prompts to n_positions tokens below vocab_size.
+        tokenizer: The tokenizer of the checkpoint.
+        reader: The input.
+
+    Raises:
+        ModelError: The tokenizer's template adds a token that the model does not have.
+    """
 
     def __init__(
         self,
         config: JobConfig,
-        checkpoint: Checkpoint | None = None,
-        source: RowSource | None = None,
-        tokenizer: LoadedTokenizer | None = None,
+        checkpoint: Checkpoint,
+        tokenizer: LoadedTokenizer,
+        reader: PromptReader,
     ) -> None:
-        self.config = config
-        self.checkpoint = checkpoint or find_checkpoint(
-            config.model, revision=config.revision, allow_pickle=config.allow_pickle
-        )
+        self.config, self.checkpoint, self.reader = config, checkpoint, reader
         self.gpt_config: GPTConfig = parse_config(
             self.checkpoint.config, str(self.checkpoint.config_path)
         )
         self.special_tokens = self.checkpoint.special_tokens
         for warning in self.checkpoint.generation_warnings:
             logger.warning("%s", warning)
-        self.tokenizer = prompt_tokenizer(
-            config, self.special_tokens, tokenizer or load_tokenizer(self.checkpoint.folder)
-        )
+        self.tokenizer = prompt_tokenizer(config, self.special_tokens, tokenizer)
         self._check_template()
         self._warned_rows: Counter[str] = Counter()
-        self.reader = PromptReader(
-            source=source or find_source(config),
-            limit=config.limit,
-            record_bad=config.on_bad_row == "record",
-            defaults=RowDefaults(
-                prompt_field=config.prompt_field,
-                id_field=config.id_field,
-                metadata_fields=frozenset(config.metadata_field),
-                seed=config.seed,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                max_new_tokens=config.max_new_tokens,
-            ),
-        )
 
-    def tokenized(
+    def prompts(
         self,
         summary: InputSummary,
         *,
@@ -124,7 +112,7 @@ class Job:
                 else:
                     reject(_error_row(row, count, error))
 
-    def warn_of_texts(self) -> None:
+    def log_warnings(self) -> None:
         """Warn, once per kind, of prompts that may not have become the tokens that their author meant."""
         for warning, rows in sorted(self._warned_rows.items()):
             logger.warning(warning, rows)
@@ -139,7 +127,7 @@ class Job:
                 f"prompt, which the model (vocab_size {vocab_size}) does not have; add_special_tokens: false leaves the template out"
             )
 
-    def _count_warnings(self, encoded: EncodedPrompt, error: RowError | None) -> None:
+    def _count_warnings(self, encoded: EncodedText, error: RowError | None) -> None:
         if encoded.has_special_text:
             self._warned_rows[_SPECIAL_TEXT] += 1
         if error is None and encoded.has_unknown:
@@ -149,7 +137,7 @@ class Job:
         if error is None and self.tokenizer.adds_after:
             self._warned_rows[_ADDED_AFTER] += 1
 
-    def _fit(self, prompt: Prompt, encoded: EncodedPrompt) -> tuple[list[int], RowError | None]:
+    def _fit(self, prompt: Prompt, encoded: EncodedText) -> tuple[list[int], RowError | None]:
         """The tokens of a prompt that go into the context, or why none do."""
         n_positions, vocab_size = self.gpt_config.n_positions, self.gpt_config.vocab_size
         if prompt.prompt_id in self.config.skip_row:
@@ -189,18 +177,6 @@ def prompt_tokenizer(
         start_token=start_token(special_tokens, tokenizer),
         parse_special=config.parse_special,
         add_special_tokens=config.add_special_tokens,
-    )
-
-
-def find_source(config: JobConfig) -> RowSource:
-    """The source that a config names. Raises InputNotFoundError for a file that is not there."""
-    return open_source(
-        path=config.input,
-        dataset=config.dataset,
-        dataset_config=config.dataset_config,
-        split=config.split,
-        dataset_revision=config.dataset_revision,
-        csv_delimiter=config.csv_delimiter,
     )
 
 
