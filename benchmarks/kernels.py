@@ -50,7 +50,7 @@ def linears(dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
     for in_features, out_features, layers in LINEARS.values():
         x = torch.randn(rows, in_features).to(dtype)
         weights = [torch.randn(out_features, in_features).to(dtype) for _ in range(layers)]
-        ours = [torch.ops.gptbatch.pack(weight) for weight in weights]
+        ours = [torch.ops.gptbatch.pack_weight(weight) for weight in weights]
         theirs = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
         calls: dict[str, Callable[[], object]] = {
             "ours": partial(_our_linears, x, ours, out_features),

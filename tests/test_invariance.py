@@ -705,14 +705,19 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
             )
     assert max(lengths) > 300
     names = {event.key for event in profiler.key_averages()}
-    assert {"gptbatch::blocks", "gptbatch::attend", "gptbatch::linear", "gptbatch::norm"} <= names
+    assert {
+        "gptbatch::transformer_blocks",
+        "gptbatch::paged_attention",
+        "gptbatch::linear",
+        "gptbatch::layer_norm",
+    } <= names
     rounds = -(-n_head // n_threads)
     by_head = (
         rounds > 1
         and rounds * n_threads <= 1.1 * n_head
-        and 3 * head_size % torch.ops.gptbatch.pack(torch.zeros(1, 1)).shape[2] == 0
+        and 3 * head_size % torch.ops.gptbatch.pack_weight(torch.zeros(1, 1)).shape[2] == 0
     )
-    assert ("gptbatch::project_and_attend" in names) == by_head
+    assert ("gptbatch::qkv_paged_attention" in names) == by_head
 
 
 def test_rows_that_belong_to_nobody_get_no_attention() -> None:
@@ -728,18 +733,18 @@ def test_rows_that_belong_to_nobody_get_no_attention() -> None:
     x = torch.randn(5, 64)
     for out in (
         attention(0, projection(x), 0.2),
-        project_and_attend(attention, x, projection, 0.2),
+        qkv_paged_attention(attention, x, projection, 0.2),
     ):
         assert out[:2].all()
         assert not out[2:].any()
 
 
-def project_and_attend(
+def qkv_paged_attention(
     attention: PagedAttention, x: Tensor, projection: Projection, scale: float
 ) -> Tensor:
     cache = attention.cache
     of_call = (cache.table, attention.seq_indices, attention.positions, scale)
-    out: Tensor = torch.ops.gptbatch.project_and_attend(
+    out: Tensor = torch.ops.gptbatch.qkv_paged_attention(
         x, projection.packed, projection.bias, cache.layers[0], *of_call
     )
     return out
@@ -749,7 +754,7 @@ def test_the_last_block_leaves_out_what_nobody_wants(backend: Backend) -> None:
     model = our_model(random_model(), attention=backend)
     linears = (
         "gptbatch::linear",
-        "gptbatch::project_and_attend",
+        "gptbatch::qkv_paged_attention",
         "mkldnn::_linear_pointwise",
         "aten::addmm",
     )
@@ -789,7 +794,7 @@ def test_two_threads_work_in_the_kernel(projected: bool) -> None:
         assert isinstance(attention, PagedAttention)
 
         def attend() -> None:
-            project_and_attend(attention, x, block.attn_qkv, 0.1) if projected else attention(
+            qkv_paged_attention(attention, x, block.attn_qkv, 0.1) if projected else attention(
                 0, qkv, 0.1
             )
 

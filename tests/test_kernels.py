@@ -79,7 +79,9 @@ def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Pat
     assert [child.wait(timeout=240) for child in children] == [0, 0]
     (library,) = folder.glob("*.so")
     assert not list(folder.glob("build-*"))
-    load = "import sys, torch; torch.ops.load_library(sys.argv[1]); torch.ops.gptbatch.attend"
+    load = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1]); torch.ops.gptbatch.paged_attention"
+    )
     subprocess.run([sys.executable, "-c", load, str(library)], check=True, timeout=120)
 
 
@@ -381,7 +383,7 @@ def test_linears_are_those_of_torch_and_rows_do_not_know_each_other(
         torch.randn(300, size, generator=generator).to(dtype)
         for size in (in_features, out_features)
     )
-    packed = torch.ops.gptbatch.pack(weight)
+    packed = torch.ops.gptbatch.pack_weight(weight)
     whole = torch.ops.gptbatch.linear(x, packed, out_features, bias, residual, "none")
     expected = F.linear(x.double(), weight.double(), bias.double()) + residual.double()
     assert (whole.double() - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 0.04)
@@ -405,7 +407,7 @@ def test_activations_are_those_of_torch(activation: Activation) -> None:
         [torch.linspace(-12, 12, 499), torch.tensor([-1e4, -90.0, -0.0, 0.0, 90.0, 1e4])]
     )[:, None]
     y = torch.ops.gptbatch.linear(
-        x, torch.ops.gptbatch.pack(torch.eye(1)), 1, None, None, activation
+        x, torch.ops.gptbatch.pack_weight(torch.eye(1)), 1, None, None, activation
     )
     expected = ACTIVATIONS[activation](x.double())
     assert ((y.double() - expected).abs() <= 1e-6 * expected.abs().clamp(min=1)).all()
@@ -421,7 +423,7 @@ def test_norms_are_those_of_torch_and_rows_do_not_know_each_other(
     x = (torch.randn(300, width) * torch.logspace(-3, 3, 300)[:, None] + 5).to(dtype)
     x[7] = 3
     weight, bias = torch.randn(width, dtype=dtype), torch.randn(width, dtype=dtype)
-    y = torch.ops.gptbatch.norm(x, weight, bias, 1e-5)
+    y = torch.ops.gptbatch.layer_norm(x, weight, bias, 1e-5)
     exact = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
     # what rounding x - mean leaves is stretched where a row hardly varies
     tolerance = (
@@ -435,16 +437,16 @@ def test_norms_are_those_of_torch_and_rows_do_not_know_each_other(
         with use_threads(count):
             for part in (slice(0, 1), slice(7, 8), slice(3, 200), slice(299, 300)):
                 assert torch.equal(
-                    torch.ops.gptbatch.norm(x[part].clone(), weight, bias, 1e-5), y[part]
+                    torch.ops.gptbatch.layer_norm(x[part].clone(), weight, bias, 1e-5), y[part]
                 )
     x[3, 0] = math.nan
-    spoilt = torch.ops.gptbatch.norm(x, weight, bias, 1e-5)
+    spoilt = torch.ops.gptbatch.layer_norm(x, weight, bias, 1e-5)
     assert spoilt.isnan().any(1).nonzero().flatten().tolist() == [3]
 
 
 def test_linears_say_what_does_not_fit() -> None:
     needs_compiler()
-    packed = torch.ops.gptbatch.pack(torch.zeros(5, 3))
+    packed = torch.ops.gptbatch.pack_weight(torch.zeros(5, 3))
     with pytest.raises(RuntimeError, match="shapes"):
         torch.ops.gptbatch.linear(torch.zeros(2, 3), packed, 500, None, None, "none")
     with pytest.raises(RuntimeError, match="types"):
@@ -453,20 +455,20 @@ def test_linears_say_what_does_not_fit() -> None:
         )
     with pytest.raises(RuntimeError, match="no activation selu"):
         torch.ops.gptbatch.linear(torch.zeros(2, 3), packed, 5, None, None, "selu")
-    with pytest.raises(RuntimeError, match="norm: the shapes or types do not fit"):
-        torch.ops.gptbatch.norm(torch.zeros(2, 3), torch.zeros(3), torch.zeros(4), 1e-5)
+    with pytest.raises(RuntimeError, match="layer_norm: the shapes or types do not fit"):
+        torch.ops.gptbatch.layer_norm(torch.zeros(2, 3), torch.zeros(3), torch.zeros(4), 1e-5)
 
 
 def test_attention_says_what_does_not_fit() -> None:
     needs_compiler()
     bias, x = torch.zeros(3 * 2 * 16), torch.zeros(1, 8)
-    packed = torch.ops.gptbatch.pack(torch.zeros(len(bias), 8))
+    packed = torch.ops.gptbatch.pack_weight(torch.zeros(len(bias), 8))
     table, one = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.long)
 
     def attend(
         cache: torch.Tensor, bias: torch.Tensor = bias, seq_indices: torch.Tensor = one
     ) -> None:
-        torch.ops.gptbatch.project_and_attend(x, packed, bias, cache, table, seq_indices, one, 1.0)
+        torch.ops.gptbatch.qkv_paged_attention(x, packed, bias, cache, table, seq_indices, one, 1.0)
 
     attend(torch.zeros(2, 1, 2 * 16 * 32))
     with pytest.raises(RuntimeError, match="the pages of the cache are of another size"):
@@ -475,10 +477,10 @@ def test_attention_says_what_does_not_fit() -> None:
         attend(torch.zeros(2, 1, 2 * 16 * 32, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="a head takes whole panels"):
         attend(torch.zeros(2, 1, 2 * 16 * 32), bias=torch.zeros(3 * 2 * 16 + 2))
-    with pytest.raises(RuntimeError, match="attend: the shapes do not fit each other"):
+    with pytest.raises(RuntimeError, match="paged_attention: the shapes do not fit each other"):
         attend(torch.zeros(2, 1, 2 * 16 * 32), seq_indices=torch.zeros(2, dtype=torch.long))
     with pytest.raises(RuntimeError, match=r"qkv is to be \(R, 3, H, D\)"):
-        torch.ops.gptbatch.attend(
+        torch.ops.gptbatch.paged_attention(
             torch.zeros(1, 3 * 2 * 16), torch.zeros(2, 1, 2 * 16 * 32), table, one, one, 1.0
         )
 
@@ -488,14 +490,14 @@ def test_blocks_say_what_does_not_fit() -> None:
     weights = [
         torch.zeros(8),
         torch.zeros(8),
-        torch.ops.gptbatch.pack(torch.zeros(24, 8)),
+        torch.ops.gptbatch.pack_weight(torch.zeros(24, 8)),
         *[torch.zeros(24)] * 9,
     ]
     table, one = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.long)
 
     def run(weights: list[torch.Tensor], n_head: int, scales: list[float]) -> None:
         caches = [torch.zeros(n_head, 1, 2 * 16 * 32)]
-        torch.ops.gptbatch.blocks(
+        torch.ops.gptbatch.transformer_blocks(
             torch.zeros(1, 8), weights, 1e-5, "relu", caches, scales, table, one, one, None
         )
 

@@ -27,19 +27,19 @@ GEMM_ROWS = (64, 128, 256)
 PARTS = {  # of a step, by the names of torch's operators
     "linears": (
         "gptbatch::linear",
-        "gptbatch::widened_linear",
-        "gptbatch::screen",
+        "gptbatch::linear_float32_out",
+        "gptbatch::rescore",
         "mkldnn::_linear_pointwise",
         "aten::addmm",
         "aten::mm",
     ),
     "attention": (
-        "gptbatch::attend",
-        "gptbatch::project_and_attend",
+        "gptbatch::paged_attention",
+        "gptbatch::qkv_paged_attention",
         "aten::bmm",
         "aten::_softmax",
     ),
-    "sampling": ("gptbatch::choose", "aten::topk", "aten::sort"),
+    "sampling": ("gptbatch::sample", "aten::topk", "aten::sort"),
 }
 
 

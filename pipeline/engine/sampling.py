@@ -52,7 +52,7 @@ def sample_tokens(
 
     logits (B, V) of any floating type; params and steps (the index of the new token in its row), one each a row. A margin
     above its row's bound may come out as the bound, which saves looking for it: give the row's smallest margin so far.
-    native: by our kernel (choose.cpp), on a CPU. Its logarithms may differ from torch's in their last bit, and so may margins.
+    native: by our kernel (sample.cpp), on a CPU. Its logarithms may differ from torch's in their last bit, and so may margins.
     """
     device, vocab_size = logits.device, logits.shape[1]
     if not params:
@@ -71,7 +71,7 @@ def sample_tokens(
     )
     kept_counts = [kept_set_size(p, vocab_size) for p in params]
     if native:
-        winners, margins = torch.ops.gptbatch.choose(
+        winners, margins = torch.ops.gptbatch.sample(
             logits,
             rows.seeds,
             rows.steps,

@@ -34,15 +34,22 @@ from platformdirs import user_cache_path
 logger = logging.getLogger("gptbatch.kernels")
 
 FOLDER = Path(__file__).parent / "cpu"
-SOURCES = ("attention.cpp", "blocks.cpp", "choose.cpp", "linear.cpp", "norm.cpp", "screen.cpp")
+SOURCES = (
+    "attention.cpp",
+    "transformer_blocks.cpp",
+    "sample.cpp",
+    "linear.cpp",
+    "layer_norm.cpp",
+    "rescore.cpp",
+)
 HEADERS = (
     "common.h",
     "attention.h",
-    "ending.h",
-    "full_pages.h",
-    "int8_pages.h",
+    "epilogue.h",
+    "kv_blocks_full.h",
+    "kv_blocks_int8.h",
     "maxima.h",
-    "products.h",
+    "gemm.h",
     "tokens.h",
 )
 LOCK_TIMEOUT_S = (

@@ -21,7 +21,7 @@ CACHE_LINE = 64
 
 
 class PagedKVCache:
-    """Per layer (H, P, page): P pages of keys and values, laid out as full_pages.h and int8_pages.h say; BlockPool deals them out.
+    """Per layer (H, P, page): P pages of keys and values, laid out as kv_blocks_full.h and kv_blocks_int8.h say; BlockPool deals them out.
 
     All pages are there from the start, but the system gives memory for a page only when it is first written; pages that have been
     used are used again before others are.
@@ -105,7 +105,7 @@ class PagedAttention:
         self.cache, self.seq_indices, self.positions = cache, seq_indices, positions
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        out: Tensor = torch.ops.gptbatch.attend(
+        out: Tensor = torch.ops.gptbatch.paged_attention(
             qkv, self.cache.layers[layer], self.cache.table, self.seq_indices, self.positions, scale
         )
         return out

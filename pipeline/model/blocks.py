@@ -44,7 +44,7 @@ class Block(nn.Module):
 
     @property
     def packed(self) -> list[Tensor] | None:
-        """The weights in the order in which gptbatch::blocks takes them; None where a linear has none that it takes."""
+        """The weights in the order in which gptbatch::transformer_blocks takes them; None where a linear has none that it takes."""
         weights: list[Tensor] = []
         for part in (self.ln_1, self.attn_qkv, self.attn_out, self.ln_2, self.mlp_in, self.mlp_out):
             weight = part.packed if isinstance(part, Linear) else part.weight
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Gathered:
-    """What gptbatch::blocks takes of the blocks: their weights in its order (blocks.cpp), and of each its layer and its scale."""
+    """What gptbatch::transformer_blocks takes of the blocks: their weights in its order (transformer_blocks.cpp), and of each its layer and its scale."""
 
     weights: list[Tensor]
     layers: list[int]
@@ -96,7 +96,7 @@ class BlockStack(nn.ModuleList):
         logits_indices: Tensor | None,
     ) -> Tensor:
         cache = attention.cache
-        y: Tensor = torch.ops.gptbatch.blocks(
+        y: Tensor = torch.ops.gptbatch.transformer_blocks(
             x,
             gathered.weights,
             gathered.epsilon,

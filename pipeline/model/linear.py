@@ -180,7 +180,7 @@ class Linear(nn.Module):
             self.bias = nn.Parameter(self.bias.detach().float(), requires_grad=False)
         self.kind = kind
         pack = (
-            torch.ops.gptbatch.pack
+            torch.ops.gptbatch.pack_weight
             if kind in ("native", "native_float32")
             else torch.ops.mkldnn._reorder_linear_weight
         )
@@ -197,7 +197,7 @@ class Linear(nn.Module):
 class Projection(Linear):
     """A linear that makes queries, keys and values of H heads: x (N, C) -> (N, 3, H, D).
 
-    Packed for our kernels the outputs of a head stand together, as gptbatch::project_and_attend wants them.
+    Packed for our kernels the outputs of a head stand together, as gptbatch::qkv_paged_attention wants them.
     """
 
     def __init__(self, width: int, n_head: int) -> None:

@@ -43,7 +43,7 @@ class TwoPassHead:
         assert weight.dtype == torch.float32
         self.weight = weight = weight.contiguous()
         rounded = weight.bfloat16()
-        self._packed = torch.ops.gptbatch.pack(rounded)
+        self._packed = torch.ops.gptbatch.pack_weight(rounded)
         self._kept = threading.local()  # each thread's logits, always in the same place: the system would give new memory, slowly
         pieces = [
             torch.stack(
@@ -67,7 +67,7 @@ class TwoPassHead:
             if not hasattr(self._kept, "logits"):
                 self._kept.logits = self.weight.new_empty(HEAD_ROWS, self.weight.shape[0])
             logits: Tensor = self._kept.logits[: len(hidden)]
-            torch.ops.gptbatch.widened_linear(hidden.bfloat16(), self._packed, logits)
+            torch.ops.gptbatch.linear_float32_out(hidden.bfloat16(), self._packed, logits)
             return logits
 
     def rescore(self, logits: Tensor, hidden: Tensor, kept: Tensor, slack: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class TwoPassHead:
             )
             of_weight = torch.linalg.vector_norm(rounded, dim=1, dtype=torch.float64)
             errors = torch.stack([of_hidden, of_weight], dim=1)
-            floors: Tensor = torch.ops.gptbatch.screen(
+            floors: Tensor = torch.ops.gptbatch.rescore(
                 logits, hidden, self.weight, errors, self._errors, kept, slack
             )
         self.rows += len(hidden)

@@ -14,7 +14,7 @@ class Norm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.native:
             return super().forward(x)
-        y: Tensor = torch.ops.gptbatch.norm(x, self.weight, self.bias, self.eps)
+        y: Tensor = torch.ops.gptbatch.layer_norm(x, self.weight, self.bias, self.eps)
         return y
 
     def pack(self, *, native: bool) -> None:

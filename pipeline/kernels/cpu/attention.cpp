@@ -1,13 +1,13 @@
 // Causal attention of flat tokens over a paged cache, each query's sum in one fixed order.
 //
-//     gptbatch::attend(qkv, cache, pages, slots, positions, scale) -> out
-//     gptbatch::project_and_attend(x, packed, bias, cache, pages, slots, positions, scale) -> out
+//     gptbatch::paged_attention(qkv, cache, pages, slots, positions, scale) -> out
+//     gptbatch::qkv_paged_attention(x, packed, bias, cache, pages, slots, positions, scale) -> out
 //
 //     qkv        (R, 3, H, D)   float32 or bfloat16, the last dimension contiguous; rows from N on belong to nobody and come back as 0
 //     x          (R, C)         qkv is linear(x, packed, bias)
 //     packed                    as linear.cpp has it, of 3 H D columns in the order (H, 3, D): a head takes whole panels
 //     bias       (3 H D,)       float32
-//     cache      (H, P, page)   of qkv's dtype, pages as full_pages.h has them, or uint8, as int8_pages.h does
+//     cache      (H, P, page)   of qkv's dtype, pages as kv_blocks_full.h has them, or uint8, as kv_blocks_int8.h does
 //     pages      (slots, most)  int32: which page holds the first positions of a slot, the next, ...
 //     slots      (N,)           int64: the slot of each token
 //     positions  (N,)           int64: its position there; all positions before it are in the cache or in this call
@@ -18,7 +18,7 @@
 // What a query gets depends on its own row, its position and the cache of its slot, and on nothing else. Queries of one sequence are
 // taken up to four at a time, which shares loads and changes no sum.
 //
-// Attention waits for memory, products do not. So `project_and_attend` goes head by head: while a thread multiplies the rows of one
+// Attention waits for memory, products do not. So `qkv_paged_attention` goes head by head: while a thread multiplies the rows of one
 // head, it asks for the pages of the head before, and attends to these a few at a time, when they have come into its own cache; it goes on
 // asking meanwhile, for what follows, so that memory is seldom idle. Queries stay in that cache, too, where rows are as few as in a decode
 // step, and no thread waits for another between the two.
@@ -27,9 +27,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "full_pages.h"
-#include "int8_pages.h"
-#include "products.h"
+#include "kv_blocks_full.h"
+#include "kv_blocks_int8.h"
+#include "gemm.h"
 #include "tokens.h"
 
 namespace {
@@ -155,9 +155,9 @@ void with_tokens(const at::Tensor& x, at::Tensor& cache, const at::Tensor& pages
                  double scale, at::Tensor& out, const F& work) {
   const bool whole = cache.scalar_type() == at::kByte;
   TORCH_CHECK(cache.dim() == 3 && cache.is_contiguous() && pages.is_contiguous() && slots.is_contiguous() && positions.is_contiguous(),
-              "attend: contiguous tensors are needed");
-  TORCH_CHECK(slots.sizes() == positions.sizes() && slots.size(0) <= x.size(0), "attend: the shapes do not fit each other");
-  TORCH_CHECK(whole || cache.scalar_type() == x.scalar_type(), "attend: the cache is of the type of qkv, or uint8");
+              "paged_attention: contiguous tensors are needed");
+  TORCH_CHECK(slots.sizes() == positions.sizes() && slots.size(0) <= x.size(0), "paged_attention: the shapes do not fit each other");
+  TORCH_CHECK(whole || cache.scalar_type() == x.scalar_type(), "paged_attention: the cache is of the type of qkv, or uint8");
   const auto with = [&](auto number) {
     using T = decltype(number);
     if (whole) {
@@ -169,19 +169,19 @@ void with_tokens(const at::Tensor& x, at::Tensor& cache, const at::Tensor& pages
   x.scalar_type() == at::kFloat ? with(float()) : with(at::BFloat16());
 }
 
-at::Tensor attend(const at::Tensor& qkv, at::Tensor cache, const at::Tensor& pages, const at::Tensor& slots, const at::Tensor& positions,
+at::Tensor paged_attention(const at::Tensor& qkv, at::Tensor cache, const at::Tensor& pages, const at::Tensor& slots, const at::Tensor& positions,
                   double scale) {
-  TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(2) == cache.size(0) && qkv.stride(3) == 1, "attend: qkv is to be (R, 3, H, D)");
+  TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(2) == cache.size(0) && qkv.stride(3) == 1, "paged_attention: qkv is to be (R, 3, H, D)");
   at::Tensor out = at::empty({qkv.size(0), qkv.size(2) * qkv.size(3)}, qkv.options());
   with_tokens(qkv, cache, pages, slots, positions, scale, out, [&](auto, const auto& tokens) { run(qkv, tokens); });
   return out;
 }
 
-at::Tensor project_and_attend(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias, at::Tensor cache, const at::Tensor& pages,
+at::Tensor qkv_paged_attention(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias, at::Tensor cache, const at::Tensor& pages,
                               const at::Tensor& slots, const at::Tensor& positions, double scale) {
   const int64_t columns = bias.numel(), heads = cache.size(0);
-  TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous(), "project_and_attend: bias");
-  TORCH_CHECK(heads > 0 && columns % (heads * COLUMNS) == 0, "project_and_attend: a head takes whole panels");
+  TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous(), "qkv_paged_attention: bias");
+  TORCH_CHECK(heads > 0 && columns % (heads * COLUMNS) == 0, "qkv_paged_attention: a head takes whole panels");
   const at::Tensor inputs = fitting(x, packed, columns);
   at::Tensor out = at::empty({x.size(0), columns / 3}, x.options());
   with_tokens(inputs, cache, pages, slots, positions, scale, out, [&](auto number, const auto& tokens) {
@@ -194,13 +194,13 @@ at::Tensor project_and_attend(const at::Tensor& x, const at::Tensor& packed, con
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
-  library.def("attend(Tensor qkv, Tensor(a!) cache, Tensor pages, Tensor slots, Tensor positions, float scale) -> Tensor");
+  library.def("paged_attention(Tensor qkv, Tensor(a!) cache, Tensor pages, Tensor slots, Tensor positions, float scale) -> Tensor");
   library.def(
-      "project_and_attend(Tensor x, Tensor packed, Tensor bias, Tensor(a!) cache, Tensor pages, Tensor slots, Tensor positions, float scale) "
+      "qkv_paged_attention(Tensor x, Tensor packed, Tensor bias, Tensor(a!) cache, Tensor pages, Tensor slots, Tensor positions, float scale) "
       "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
-  library.impl("attend", attend);
-  library.impl("project_and_attend", project_and_attend);
+  library.impl("paged_attention", paged_attention);
+  library.impl("qkv_paged_attention", qkv_paged_attention);
 }

@@ -1,4 +1,4 @@
-// What both kinds of pages (full_pages.h, int8_pages.h) share.
+// What both kinds of pages (kv_blocks_full.h, kv_blocks_int8.h) share.
 
 #pragma once
 

@@ -1,8 +1,8 @@
 // The linear layer: y = activation(x W^T + b) or x W^T + b + residual, each number's sum in one fixed order.
 //
-//     gptbatch::pack(weight) -> packed
+//     gptbatch::pack_weight(weight) -> packed
 //     gptbatch::linear(x, packed, out_features, bias, residual, activation) -> y
-//     gptbatch::widened_linear(x, packed, y): the same into y, float32 where x is bfloat16
+//     gptbatch::linear_float32_out(x, packed, y): the same into y, float32 where x is bfloat16
 //
 //     weight    (out, in)              float32 or bfloat16
 //     packed    (panels, in, COLUMNS)  the columns of W^T in panels of COLUMNS, zeros after the last; in bfloat16 two rows of W^T
@@ -23,7 +23,7 @@
 #include <optional>
 #include <string>
 
-#include "products.h"
+#include "gemm.h"
 
 namespace {
 
@@ -77,9 +77,9 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_fea
   return y;
 }
 
-void widened_linear(const at::Tensor& x, const at::Tensor& packed, at::Tensor& y) {
+void linear_float32_out(const at::Tensor& x, const at::Tensor& packed, at::Tensor& y) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && y.scalar_type() == at::kFloat && y.is_contiguous() && y.size(0) == x.size(0),
-              "widened_linear: the types or shapes do not fit");
+              "linear_float32_out: the types or shapes do not fit");
   const at::Tensor inputs = fitting(x, packed, y.size(1));
 #ifdef __AVX512BF16__
   if (x.size(0) > 0) run<at::BFloat16, float>(inputs, packed, nullptr, nullptr, Activation::none, y);
@@ -98,10 +98,10 @@ void fill(const at::Tensor& weight, int64_t depth, at::Tensor& packed) {
   });
 }
 
-at::Tensor pack(const at::Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "pack: a contiguous matrix is needed");
+at::Tensor pack_weight(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "pack_weight: a contiguous matrix is needed");
   const bool wide = weight.scalar_type() == at::kFloat;
-  TORCH_CHECK(wide || (HAS_BFLOAT16 && weight.scalar_type() == at::kBFloat16), "pack: float32, or bfloat16 where the CPU computes in it");
+  TORCH_CHECK(wide || (HAS_BFLOAT16 && weight.scalar_type() == at::kBFloat16), "pack_weight: float32, or bfloat16 where the CPU computes in it");
   const int64_t multiple = wide ? 1 : BFLOAT16_INPUTS, in = (weight.size(1) + multiple - 1) / multiple * multiple;
   at::Tensor packed = at::zeros({(weight.size(0) + COLUMNS - 1) / COLUMNS, in, COLUMNS}, weight.options());
   if (wide) {
@@ -117,14 +117,14 @@ bool has_bfloat16() { return HAS_BFLOAT16; }
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
-  library.def("pack(Tensor weight) -> Tensor");
+  library.def("pack_weight(Tensor weight) -> Tensor");
   library.def("linear(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor? residual, str activation) -> Tensor");
-  library.def("widened_linear(Tensor x, Tensor packed, Tensor(a!) y) -> ()");
+  library.def("linear_float32_out(Tensor x, Tensor packed, Tensor(a!) y) -> ()");
   library.def("has_bfloat16() -> bool", has_bfloat16);
 }
 
 TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
-  library.impl("pack", pack);
+  library.impl("pack_weight", pack_weight);
   library.impl("linear", linear);
-  library.impl("widened_linear", widened_linear);
+  library.impl("linear_float32_out", linear_float32_out);
 }

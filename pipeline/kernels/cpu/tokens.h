@@ -23,7 +23,7 @@ struct Head {
 template <class T, class Pages>
 class Tokens {
  public:
-  // Of attention.cpp's arguments; out (R, H D) is written by `attend`, but for the rows that belong to nobody, which become 0 here.
+  // Of attention.cpp's arguments; out (R, H D) is written by `paged_attention`, but for the rows that belong to nobody, which become 0 here.
   Tokens(at::Tensor& cache, const at::Tensor& pages, const at::Tensor& slots, const at::Tensor& positions, double scale, at::Tensor& out)
       : count_(slots.size(0)),
         heads_(cache.size(0)),
@@ -37,7 +37,7 @@ class Tokens {
         cache_(cache.data_ptr<typename Pages::Number>()),
         scale_(static_cast<float>(scale)),
         out_(out.data_ptr<T>()) {
-    TORCH_CHECK(cache.size(2) == Pages::page_numbers(depth_), "attend: the pages of the cache are of another size");
+    TORCH_CHECK(cache.size(2) == Pages::page_numbers(depth_), "paged_attention: the pages of the cache are of another size");
     for (int64_t t = 0; t < count_;) {
       int64_t n = 1;
       while (n < QUERIES && t + n < count_ && slot_[t + n] == slot_[t] && position_[t + n] == position_[t] + n) n++;

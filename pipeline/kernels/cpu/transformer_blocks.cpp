@@ -1,6 +1,6 @@
 // The blocks of the network, one after the other, in one call: the numbers that pipeline/model/blocks.py makes operator by operator.
 //
-//     gptbatch::blocks(x, weights, epsilon, activation, caches, scales, pages, slots, positions, wanted) -> y
+//     gptbatch::transformer_blocks(x, weights, epsilon, activation, caches, scales, pages, slots, positions, wanted) -> y
 //
 //     x           (R, C)
 //     weights     of each block, in the order of `Weights`; packed as linear.cpp has it, the projection in the order (H, 3, D)
@@ -20,7 +20,7 @@
 #include <optional>
 #include <string>
 
-#include "ending.h"
+#include "epilogue.h"
 
 namespace {
 
@@ -56,8 +56,8 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
 }
 
-Tensor norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon) {
-  static const auto call = find<Tensor(const Tensor&, const Tensor&, const Tensor&, double)>("gptbatch::norm");
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon) {
+  static const auto call = find<Tensor(const Tensor&, const Tensor&, const Tensor&, double)>("gptbatch::layer_norm");
   return call.call(x, weight, bias, epsilon);
 }
 
@@ -76,31 +76,31 @@ bool head_by_head(int64_t heads, int64_t head_size) {
 Tensor attention(const Tensor& x, const Weights& weights, const Tensor& cache, const Tensor& pages, const Tensor& slots,
                  const Tensor& positions, double scale) {
   static const auto fused = find<Tensor(const Tensor&, const Tensor&, const Tensor&, Tensor, const Tensor&, const Tensor&, const Tensor&,
-                                        double)>("gptbatch::project_and_attend");
-  static const auto attend = find<Tensor(const Tensor&, Tensor, const Tensor&, const Tensor&, const Tensor&, double)>("gptbatch::attend");
+                                        double)>("gptbatch::qkv_paged_attention");
+  static const auto attend = find<Tensor(const Tensor&, Tensor, const Tensor&, const Tensor&, const Tensor&, double)>("gptbatch::paged_attention");
   const int64_t heads = cache.size(0), head_size = heads == 0 ? 0 : weights.qkv_bias.numel() / (3 * heads);
-  TORCH_CHECK(heads > 0 && weights.qkv_bias.numel() == 3 * heads * head_size, "blocks: the heads of the cache do not fit the projection");
+  TORCH_CHECK(heads > 0 && weights.qkv_bias.numel() == 3 * heads * head_size, "transformer_blocks: the heads of the cache do not fit the projection");
   if (head_by_head(heads, head_size)) return fused.call(x, weights.qkv, weights.qkv_bias, cache, pages, slots, positions, scale);
   const Tensor qkv = linear(x, weights.qkv, weights.qkv_bias, std::nullopt, "none").view({x.size(0), heads, 3, head_size}).transpose(1, 2);
   return attend.call(qkv, cache, pages, slots, positions, scale);
 }
 
-Tensor blocks(const Tensor& x, at::TensorList weights, double epsilon, std::string activation, at::TensorList caches,
+Tensor transformer_blocks(const Tensor& x, at::TensorList weights, double epsilon, std::string activation, at::TensorList caches,
               at::ArrayRef<double> scales, const Tensor& pages, const Tensor& slots, const Tensor& positions, const Maybe& wanted) {
   const size_t count = caches.size();
-  TORCH_CHECK(count > 0 && weights.size() == count * Weights::COUNT && scales.size() == count, "blocks: ", weights.size(), " weights, ", count,
+  TORCH_CHECK(count > 0 && weights.size() == count * Weights::COUNT && scales.size() == count, "transformer_blocks: ", weights.size(), " weights, ", count,
               " caches and ", scales.size(), " scales do not fit each other");
   Tensor y = x;
   for (size_t layer = 0; layer < count; layer++) {
     const Weights of_block(weights.slice(layer * Weights::COUNT, Weights::COUNT));
     Tensor attended =
-        attention(norm(y, of_block.norm_1, of_block.bias_1, epsilon), of_block, caches[layer], pages, slots, positions, scales[layer]);
+        attention(layer_norm(y, of_block.norm_1, of_block.bias_1, epsilon), of_block, caches[layer], pages, slots, positions, scales[layer]);
     if (wanted && layer + 1 == count) {
       y = y.index_select(0, *wanted);
       attended = attended.index_select(0, *wanted);
     }
     y = linear(attended, of_block.out, of_block.out_bias, y, "none");
-    const Tensor normed = norm(y, of_block.norm_2, of_block.bias_2, epsilon);
+    const Tensor normed = layer_norm(y, of_block.norm_2, of_block.bias_2, epsilon);
     const Tensor inner = linear(normed, of_block.mlp_in, of_block.mlp_in_bias, std::nullopt, activation);
     y = linear(inner, of_block.mlp_out, of_block.mlp_out_bias, y, "none");
   }
@@ -111,8 +111,8 @@ Tensor blocks(const Tensor& x, at::TensorList weights, double epsilon, std::stri
 
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
   library.def(
-      "blocks(Tensor x, Tensor[] weights, float epsilon, str activation, Tensor(a!)[] caches, float[] scales, Tensor pages, Tensor slots, "
+      "transformer_blocks(Tensor x, Tensor[] weights, float epsilon, str activation, Tensor(a!)[] caches, float[] scales, Tensor pages, Tensor slots, "
       "Tensor positions, Tensor? wanted) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("blocks", blocks); }
+TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("transformer_blocks", transformer_blocks); }

@@ -1,6 +1,6 @@
 // The next token of each row, and by how far: generation/sampling.py says what is computed, generation/noise.py how noise is drawn.
 //
-//     gptbatch::choose(logits, seeds, steps, temperatures, kept, bounds) -> (tokens, margins)
+//     gptbatch::sample(logits, seeds, steps, temperatures, kept, bounds) -> (tokens, margins)
 //
 //     logits        (B, V)  float32 or bfloat16
 //     seeds, steps  (B,)    int64
@@ -218,7 +218,7 @@ Choice choose_among_all(const T* logits, int64_t vocab_size, const Row& row, Scr
 }
 
 template <class T>
-Choice choose_row(const T* logits, int64_t vocab_size, const Row& row, Scratch& scratch) {
+Choice sample_row(const T* logits, int64_t vocab_size, const Row& row, Scratch& scratch) {
   find_maxima(logits, vocab_size, scratch.maxima);
   float top = scratch.maxima[0];
   for (const float x : scratch.maxima) {
@@ -229,12 +229,12 @@ Choice choose_row(const T* logits, int64_t vocab_size, const Row& row, Scratch& 
   return row.kept < vocab_size ? choose_among_few(logits, vocab_size, row, scratch) : choose_among_all(logits, vocab_size, row, scratch);
 }
 
-std::tuple<at::Tensor, at::Tensor> choose(const at::Tensor& logits, const at::Tensor& seeds, const at::Tensor& steps,
+std::tuple<at::Tensor, at::Tensor> sample(const at::Tensor& logits, const at::Tensor& seeds, const at::Tensor& steps,
                                           const at::Tensor& temperatures, const at::Tensor& kept, const at::Tensor& bounds) {
   const int64_t batch = logits.size(0), vocab_size = logits.size(1);
   TORCH_CHECK(logits.is_contiguous() && seeds.numel() == batch && steps.numel() == batch && temperatures.numel() == batch &&
                   kept.numel() == batch && bounds.numel() == batch,
-              "choose: the shapes do not fit each other");
+              "sample: the shapes do not fit each other");
   at::Tensor tokens = at::empty({batch}, seeds.options()), margins = at::empty({batch}, temperatures.options());
   const int64_t *seed = seeds.const_data_ptr<int64_t>(), *step = steps.const_data_ptr<int64_t>(), *k = kept.const_data_ptr<int64_t>();
   const double *temperature = temperatures.const_data_ptr<double>(), *bound = bounds.const_data_ptr<double>();
@@ -244,7 +244,7 @@ std::tuple<at::Tensor, at::Tensor> choose(const at::Tensor& logits, const at::Te
     for_each(batch, 1, [&](int64_t i) {
       static thread_local Scratch scratch;
       const Row row{static_cast<uint64_t>(seed[i]), static_cast<uint64_t>(step[i]), temperature[i], k[i], bound[i]};
-      const Choice choice = choose_row(from + i * vocab_size, vocab_size, row, scratch);
+      const Choice choice = sample_row(from + i * vocab_size, vocab_size, row, scratch);
       token[i] = choice.token;
       margin[i] = choice.margin;
     });
@@ -260,7 +260,7 @@ std::tuple<at::Tensor, at::Tensor> choose(const at::Tensor& logits, const at::Te
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
-  library.def("choose(Tensor logits, Tensor seeds, Tensor steps, Tensor temperatures, Tensor kept, Tensor bounds) -> (Tensor, Tensor)");
+  library.def("sample(Tensor logits, Tensor seeds, Tensor steps, Tensor temperatures, Tensor kept, Tensor bounds) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("choose", choose); }
+TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("sample", sample); }

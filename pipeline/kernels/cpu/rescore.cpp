@@ -1,6 +1,6 @@
 // Of logits that are known roughly, exactly those that can matter: gpt/screen.py says which and why.
 //
-//     gptbatch::screen(logits, hidden, weight, of_rows, of_blocks, kept, slack) -> floors; changes logits
+//     gptbatch::rescore(logits, hidden, weight, of_rows, of_blocks, kept, slack) -> floors; changes logits
 //
 //     logits     (B, V)       float32: in, each nearly the row of `hidden` times the row of `weight`; out, exactly it where it may
 //                             be at least the row's floor, as `linear` computes it in float32
@@ -21,7 +21,7 @@
 #include <limits>
 #include <vector>
 
-#include "ending.h"
+#include "epilogue.h"
 #include "maxima.h"
 
 namespace {
@@ -66,7 +66,7 @@ struct Scratch {
   std::vector<int64_t> tokens;
 };
 
-double screen_row(float* logits, int64_t vocab_size, const float* hidden, const float* weight, int64_t in, const Errors& errors,
+double rescore_row(float* logits, int64_t vocab_size, const float* hidden, const float* weight, int64_t in, const Errors& errors,
                   const double* of_blocks, int64_t kept, double slack, Scratch& scratch) {
   auto& [maxima, groups, tokens] = scratch;
   find_maxima(logits, vocab_size, maxima);
@@ -91,14 +91,14 @@ double screen_row(float* logits, int64_t vocab_size, const float* hidden, const 
   return floor;
 }
 
-at::Tensor screen(at::Tensor& logits, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& of_rows,
+at::Tensor rescore(at::Tensor& logits, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& of_rows,
                   const at::Tensor& of_blocks, const at::Tensor& kept, const at::Tensor& slack) {
   const int64_t batch = logits.size(0), vocab_size = logits.size(1), in = hidden.size(1);
   TORCH_CHECK(logits.is_contiguous() && hidden.is_contiguous() && weight.is_contiguous() && of_rows.is_contiguous() &&
                   of_blocks.is_contiguous() && hidden.size(0) == batch && weight.size(0) == vocab_size && weight.size(1) == in &&
                   of_rows.numel() == 2 * batch && of_blocks.numel() == 2 * ((vocab_size + BLOCK - 1) / BLOCK) && kept.numel() == batch &&
                   slack.numel() == batch,
-              "screen: the shapes do not fit each other");
+              "rescore: the shapes do not fit each other");
   at::Tensor floors = at::empty({batch}, slack.options());
   float* of_logits = logits.data_ptr<float>();
   const float *of_hidden = hidden.const_data_ptr<float>(), *of_weight = weight.const_data_ptr<float>();
@@ -107,7 +107,7 @@ at::Tensor screen(at::Tensor& logits, const at::Tensor& hidden, const at::Tensor
   double* floor = floors.data_ptr<double>();
   for_each(batch, 1, [&](int64_t i) {
     static thread_local Scratch scratch;
-    floor[i] = screen_row(of_logits + i * vocab_size, vocab_size, of_hidden + i * in, of_weight, in, {rows[2 * i], rows[2 * i + 1]}, blocks,
+    floor[i] = rescore_row(of_logits + i * vocab_size, vocab_size, of_hidden + i * in, of_weight, in, {rows[2 * i], rows[2 * i + 1]}, blocks,
                           counts[i], slacks[i], scratch);
   });
   return floors;
@@ -116,7 +116,7 @@ at::Tensor screen(at::Tensor& logits, const at::Tensor& hidden, const at::Tensor
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
-  library.def("screen(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor of_rows, Tensor of_blocks, Tensor kept, Tensor slack) -> Tensor");
+  library.def("rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor of_rows, Tensor of_blocks, Tensor kept, Tensor slack) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("screen", screen); }
+TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("rescore", rescore); }

@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-#include "ending.h"
+#include "epilogue.h"
 
 namespace gptbatch {
 

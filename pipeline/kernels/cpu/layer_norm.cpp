@@ -1,6 +1,6 @@
 // Layer normalisation of each row: y = (x - mean) / sqrt(variance + epsilon) * weight + bias.
 //
-//     gptbatch::norm(x, weight, bias, epsilon) -> y
+//     gptbatch::layer_norm(x, weight, bias, epsilon) -> y
 //
 //     x, y          (N, C)  float32 or bfloat16
 //     weight, bias  (C,)    of the same type
@@ -57,11 +57,11 @@ void normalise(const T* x, int64_t width, const T* weight, const T* bias, double
   });
 }
 
-at::Tensor norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double epsilon) {
+at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double epsilon) {
   const int64_t rows = x.size(0), width = x.size(1);
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && weight.is_contiguous() && bias.is_contiguous() && weight.numel() == width &&
                   bias.numel() == width && weight.scalar_type() == x.scalar_type() && bias.scalar_type() == x.scalar_type(),
-              "norm: the shapes or types do not fit each other");
+              "layer_norm: the shapes or types do not fit each other");
   at::Tensor y = at::empty_like(x);
   const auto with = [&](auto number) {
     using T = decltype(number);
@@ -80,6 +80,6 @@ at::Tensor norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor&
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(gptbatch, library) { library.def("norm(Tensor x, Tensor weight, Tensor bias, float epsilon) -> Tensor"); }
+TORCH_LIBRARY_FRAGMENT(gptbatch, library) { library.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float epsilon) -> Tensor"); }
 
-TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("norm", norm); }
+TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("layer_norm", layer_norm); }
