@@ -63,7 +63,7 @@ def inspect_job(config: JobConfig) -> InputReport:
     kept = kept_state(config, folder, lambda: job_identity(config, checkpoint, tokenizer))
     counts = [] if kept is None else [kept.identity.get("rows") or 0]
     summary = prompts.reader.check(
-        part_rows=part_rows_of(config, kept), counts=counts, must_hold=config.skip_row
+        part_rows=part_rows_of(config, kept), prefix_rows=counts, required_ids=config.skip_row
     )
     if kept is not None:
         check_same_input(config, kept, summary)

@@ -190,7 +190,7 @@ class _Run:
         counts = [] if kept is None else [kept.identity.get("rows", 0)]
         began_ns = time.time_ns()
         self.summary = self.prompts.reader.check(
-            part_rows=self.part_rows, counts=counts, must_hold=config.skip_row
+            part_rows=self.part_rows, prefix_rows=counts, required_ids=config.skip_row
         )
         found = {"rows": self.summary.rows, "digest": self.summary.digest}
         self.memory.remember_input(

@@ -14,7 +14,8 @@ import pytest
 
 from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
 from gptbatch.pipeline.input.dataset import DatasetSplit
-from gptbatch.pipeline.input.prompt_reader import PromptReader, RowDefaults, derive_seed
+from gptbatch.pipeline.input.prompt_reader import PromptReader
+from gptbatch.pipeline.input.rows import RowDefaults, derive_seed
 from gptbatch.pipeline.types import Prompt
 
 # the library does not close the file of a stream that was not read to its end

@@ -30,7 +30,8 @@ from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.dataset_files import find_files
 from gptbatch.pipeline.input.hub_dataset import LibrarySplits
 from gptbatch.pipeline.input.jsonl import JsonlFile
-from gptbatch.pipeline.input.prompt_reader import PromptReader, RowDefaults
+from gptbatch.pipeline.input.prompt_reader import PromptReader
+from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.split import parse_split
 from gptbatch.pipeline.types import MAX_SEED, Prompt
@@ -188,8 +189,8 @@ def test_csv_in_other_encodings(tmp_path: Path) -> None:
 def test_a_bad_csv_line_costs_one_row(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('prompt,seed\na,1\n"b"x,2\nc,3,4\nd,5\n')
     rows = list(reader(tmp_path / "rows.csv").rows())
-    assert [row.line for row in rows] == [0, 1, 2, 3]
-    assert [type(row).__name__ for row in rows] == ["GoodRow", "BadRow", "BadRow", "GoodRow"]
+    assert [raw.line for raw, _ in rows] == [0, 1, 2, 3]
+    assert [type(row).__name__ for _, row in rows] == ["Prompt", "BadRow", "BadRow", "Prompt"]
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------------
@@ -380,7 +381,7 @@ def test_files_behind_links_are_remembered(tmp_path: Path) -> None:
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
     source = DatasetSplit(dataset=str(tmp_path / "data"), config=None, split="train", revision=None)
     assert source.files() == [tmp_path / "data" / "link" / "rows.jsonl"]
-    assert [row.fields() for row in source.rows()] == [{"prompt": "a"}]
+    assert [row.parse() for row in source.rows()] == [{"prompt": "a"}]
 
 
 def test_files_about_citations_are_data(tmp_path: Path) -> None:
@@ -981,13 +982,13 @@ def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows_of(found: Iterable[RawRow]) -> list[tuple[int, Any]]:
-    return [(row.place, row.fields()["prompt"]) for row in found]
+    return [(row.position, row.parse()["prompt"]) for row in found]
 
 
 def test_the_datasets_library_reads_what_has_no_such_files(hub_folder: Path) -> None:
     hub = LibrarySplits(str(hub_folder), "hub", None, None)
     assert rows_of(hub.rows("train")) == [(0, "a"), (1, "b")]
-    assert next(iter(hub.rows("train"))).fields()["image"]["bytes"] == png(), "undecoded"
+    assert next(iter(hub.rows("train"))).parse()["image"]["bytes"] == png(), "undecoded"
     assert hub.length("train") == 2
     assert rows_of(hub.rows("train")) == [(0, "a"), (1, "b")], "of the prepared split"
     with pytest.raises(InputNotFoundError, match="cannot be loaded"):

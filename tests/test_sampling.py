@@ -12,7 +12,7 @@ from scipy import stats
 from gptbatch.pipeline.engine.noise import gumbel, philox4x32, random_bits
 from gptbatch.pipeline.engine.reference import sample_token
 from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
-from gptbatch.pipeline.input.prompt_reader import derive_seed
+from gptbatch.pipeline.input.rows import derive_seed
 from gptbatch.pipeline.types import MAX_SEED, SamplingParams
 
 DRAWS = 20_000

@@ -53,7 +53,7 @@ class ArrowFile:
         """Raises InputRowsError for content that is damaged, InputNotFoundError and StorageError for a file that cannot be read."""
         import pyarrow as pa
 
-        place = 0
+        position = 0
         try:
             for batch in self._batches():
                 names = batch.schema.names
@@ -62,12 +62,12 @@ class ArrowFile:
                 read = _reader(batch)
                 for offset in range(batch.num_rows):
                     yield RawRow(
-                        where=f"{self.name} row {place}",
-                        line=place,
-                        place=place,
-                        fields=partial(read, offset),
+                        where=f"{self.name} row {position}",
+                        line=position,
+                        position=position,
+                        parse=partial(read, offset),
                     )
-                    place += 1
+                    position += 1
         except PermissionError as error:
             raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
         except (pa.ArrowMemoryError, MemoryError) as error:
@@ -124,8 +124,8 @@ class ArrowFile:
 def _reader(batch: pa.RecordBatch) -> Callable[[int], dict[str, Any]]:
     """Reads rows of a batch; a value that cannot be read, such as text that is not UTF-8, fails in its own row only."""
     columns = [
-        (field.name, *_readable(field, batch.column(place)))
-        for place, field in enumerate(batch.schema)
+        (field.name, *_readable(field, batch.column(index)))
+        for index, field in enumerate(batch.schema)
     ]
 
     @cache
@@ -190,7 +190,7 @@ def _textual(kind: pa.DataType) -> pa.DataType:
             else kind
         )
     if pa.types.is_struct(kind):
-        fields = [kind.field(place) for place in range(kind.num_fields)]
+        fields = [kind.field(index) for index in range(kind.num_fields)]
         if any(_textual(field.type) != field.type for field in fields):
             return pa.struct([field.with_type(_textual(field.type)) for field in fields])
     return kind

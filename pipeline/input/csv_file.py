@@ -51,17 +51,17 @@ class CsvFile:
         records = _records(lines, delimiter, self.name)
         number, header = next(records, (1, []))
         columns = self._columns(number, header)
-        unnamed = {place for place, name in enumerate(columns) if not name}
+        unnamed = {index for index, name in enumerate(columns) if not name}
         names = [
-            _free_name(place, columns) if place in unnamed else name
-            for place, name in enumerate(columns)
+            _free_name(index, columns) if index in unnamed else name
+            for index, name in enumerate(columns)
         ]
-        for place, (number, cells) in enumerate(records):
+        for position, (number, cells) in enumerate(records):
             yield RawRow(
                 where=f"{self.name}:{number}",
                 line=number,
-                place=place,
-                fields=partial(_fields, names, unnamed, cells),
+                position=position,
+                parse=partial(_fields, names, unnamed, cells),
             )
 
     def _columns(self, number: int, header: list[str | None] | str) -> list[str]:
@@ -78,21 +78,21 @@ class CsvFile:
                 raise InputRowsError(
                     f"{where}: the only column is {columns[0]!r}; is the delimiter {delimiter!r}? --csv-delimiter names it"
                 )
-        for place, name in enumerate(columns):
-            if name and name in columns[:place]:
+        for index, name in enumerate(columns):
+            if name and name in columns[:index]:
                 raise InputRowsError(f"{where}: two columns are called {name!r}")
         return columns
 
 
-def _free_name(place: int, columns: list[str]) -> str:
-    name = f"column {place + 1}"
+def _free_name(index: int, columns: list[str]) -> str:
+    name = f"column {index + 1}"
     while name in columns:
         name += "'"
     return name
 
 
 def _fields(names: list[str], unnamed: set[int], cells: list[str | None] | str) -> dict[str, Any]:
-    """Raises ValueError for a line that is not a row of this table. unnamed: places of columns that are left out where they are null."""
+    """Raises ValueError for a line that is not a row of this table. unnamed: indices of columns that are left out where they are null."""
     if isinstance(cells, str):
         _bad(cells)
     if len(cells) != len(names):
@@ -104,9 +104,9 @@ def _fields(names: list[str], unnamed: set[int], cells: list[str | None] | str) 
     if not any(cell is not None for cell in cells):
         _bad("all cells are empty; delete the line")
     # Excel leaves empty columns behind, and pandas writes its index without a name
-    for place in unnamed:
-        if cells[place] is None:
-            del fields[names[place]]
+    for index in unnamed:
+        if cells[index] is None:
+            del fields[names[index]]
     return fields
 
 

@@ -77,8 +77,8 @@ class DatasetSplit:
         count = 0
         for part in parts:
             for row in self._slice(part):
-                place = count if several else row.place
-                yield RawRow(where=row.where, line=place, place=place, fields=row.fields)
+                position = count if several else row.position
+                yield RawRow(where=row.where, line=position, position=position, parse=row.parse)
                 count += 1
 
     def _slice(self, part: SplitPart) -> Iterator[RawRow]:

@@ -70,7 +70,7 @@ def _without(container: Any, steps: list[str]) -> tuple[Any, Any]:
     }
 
 
-def fields_on_the_way(fields: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def objects_on_path(fields: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(path with a dot behind it, object) for each object inside a row that a dotted path leads through."""
     container: Any = fields
     prefix = ""

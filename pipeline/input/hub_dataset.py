@@ -129,19 +129,19 @@ class LibrarySplits:
         rows = (
             self._prepared[split] if split in self._prepared else self._load(split, streaming=True)
         )
-        place = 0
+        position = 0
         try:
             for fields in rows:
                 yield RawRow(
-                    where=f"{self._where} row {place}",
-                    line=place,
-                    place=place,
-                    fields=partial(dict, fields),
+                    where=f"{self._where} row {position}",
+                    line=position,
+                    position=position,
+                    parse=partial(dict, fields),
                 )
-                place += 1
+                position += 1
         except Exception as error:
             raise InputRowsError(
-                f"{self._where} row {place}: the datasets library cannot read on ({_cause(error)})"
+                f"{self._where} row {position}: the datasets library cannot read on ({_cause(error)})"
             ) from error
 
     def length(self, split: str) -> int:

@@ -51,10 +51,10 @@ class JsonFile:
             yield from JsonlFile(self.path, self.name).rows()
             return
         text = self._text()
-        place, at = 0, _skip(text, 0)
+        position, at = 0, _skip(text, 0)
         at = _skip(text, at + 1)
         while not text.startswith("]", at):
-            if place:
+            if position:
                 if not text.startswith(",", at):
                     raise self._damaged(text, at, "a comma or the end of the array is needed")
                 at = _skip(text, at + 1)
@@ -67,12 +67,12 @@ class JsonFile:
             except ValueError as error:
                 raise self._damaged(text, at, str(error)) from None
             yield RawRow(
-                where=f"{self.name} row {place}",
-                line=place,
-                place=place,
-                fields=partial(_object, value),
+                where=f"{self.name} row {position}",
+                line=position,
+                position=position,
+                parse=partial(_object, value),
             )
-            place, at = place + 1, _skip(text, end)
+            position, at = position + 1, _skip(text, end)
         if (rest := _skip(text, at + 1)) < len(text):
             raise self._damaged(text, rest, "text stands behind the array")
 
@@ -116,8 +116,8 @@ class PlainTextFile:
         return RawRow(
             where=f"{self.name}:{number}",
             line=number,
-            place=number - 1,
-            fields=partial(_text_fields, line),
+            position=number - 1,
+            parse=partial(_text_fields, line),
         )
 
 

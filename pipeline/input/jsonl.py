@@ -99,7 +99,7 @@ class JsonlFile:
         return None if self._spool is not None else [self.path]
 
     def _row(self, number: int, fields: Callable[[], dict[str, Any]]) -> RawRow:
-        return RawRow(where=f"{self.name}:{number}", line=number, place=number - 1, fields=fields)
+        return RawRow(where=f"{self.name}:{number}", line=number, position=number - 1, parse=fields)
 
 
 def _blank() -> NoReturn:

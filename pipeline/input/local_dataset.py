@@ -71,11 +71,11 @@ class FileSplits:
         if len(names) == 1:
             yield from read_rows(self._fetch(names[0]), self._shown(names[0]), self._delimiter)
             return
-        place = 0
+        position = 0
         for name in names:
             for row in read_rows(self._fetch(name), self._shown(name), self._delimiter):
-                yield RawRow(where=row.where, line=row.line, place=place, fields=row.fields)
-                place += 1
+                yield RawRow(where=row.where, line=row.line, position=position, parse=row.parse)
+                position += 1
 
     def length(self, split: str) -> int:
         return sum(

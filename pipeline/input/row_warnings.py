@@ -92,7 +92,7 @@ class RowWarnings:
         self._left_out: Counter[str] = Counter()
         self._verdicts: dict[str, str | None] = {}
 
-    def fields(self, fields: Mapping[str, Any], prefix: str = "") -> None:
+    def count_settings(self, fields: Mapping[str, Any], prefix: str = "") -> None:
         """Count the fields of one object that look like settings and are none, and those of objects that hold settings elsewhere."""
         for name, value in fields.items():
             if name not in self._verdicts:
@@ -100,13 +100,13 @@ class RowWarnings:
             if self._verdicts[name] is not None:
                 self._settings[prefix + name] += 1
             elif isinstance(value, dict) and name.lower() in _CONTAINERS:
-                self.fields(value, f"{prefix}{name}.")
+                self.count_settings(value, f"{prefix}{name}.")
 
-    def left_out(self, path: str) -> None:
+    def count_left_out(self, path: str) -> None:
         """Count a value that JSON has no form for."""
         self._left_out[path] += 1
 
-    def tell(self, source: str, rows: int) -> None:
+    def log(self, source: str, rows: int) -> None:
         """Log a warning per kind."""
         if not rows:
             logger.warning("%s: has no rows", source)

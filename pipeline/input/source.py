@@ -1,4 +1,4 @@
-"""What every source of prompts yields: a raw row, before its fields mean anything."""
+"""The interface of an input format: rows that are located, and not yet parsed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any, Protocol
 class RawRow:
     """One row of an input.
 
-    where: the row as messages name it. line: its line number from 1, or its row number from 0. place: its place from 0 in the
-    file or split, which is its id where it has none. fields: parses the row; raises ValueError with the reason.
+    Attributes:
+        where: The row in messages, `prompts.jsonl:3`.
+        line: Line number from 1, or row number from 0.
+        position: Position in the file or split, from 0. It is the id of a row without one.
+        parse: Returns the fields. Raises ValueError with the reason where the row is malformed.
     """
 
     where: str
     line: int
-    place: int
-    fields: Callable[[], dict[str, Any]]
+    position: int
+    parse: Callable[[], dict[str, Any]]
 
 
 class RowSource(Protocol):
@@ -27,7 +30,8 @@ class RowSource(Protocol):
 
     name: str
 
-    def rows(self) -> Iterator[RawRow]: ...
+    def rows(self) -> Iterator[RawRow]:
+        """Yield the rows in order."""
 
     def files(self) -> list[Path] | None:
-        """The files that decide what the rows are; None when that cannot be known, and they must be read to know."""
+        """Return the files that determine the rows; None where only reading them can tell."""

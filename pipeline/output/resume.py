@@ -117,7 +117,7 @@ def check_same_input(config: JobConfig, state: FolderState, summary: InputSummar
         raise OutputConflictError(
             f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows}; {_ELSE}"
         )
-    if summary.digest_at.get(rows) != digest:
+    if summary.prefix_digests.get(rows) != digest:
         raise OutputConflictError(
             f"{config.output}: holds a run of another input (input_digest differs in its {rows} rows); {_ELSE}"
         )

@@ -1,0 +1,171 @@
+"""Validates one row of an input: a RawRow becomes a Prompt, or a BadRow with the reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from gptbatch.pipeline.input.fields import (
+    MISSING,
+    SETTINGS,
+    name_fields,
+    objects_on_path,
+    parse_id,
+    parse_integer,
+    parse_temperature,
+    take_field,
+    take_prompt,
+    to_json_values,
+)
+from gptbatch.pipeline.input.jsonl import MAX_NESTING, shorten, to_json
+from gptbatch.pipeline.input.row_warnings import RowWarnings
+from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.types import MAX_SEED, Prompt, SamplingParams
+
+INT32_MAX = 2**31 - 1
+# json.dumps makes an encoder per call
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRow:
+    """A row that is not a valid prompt.
+
+    Attributes:
+        index: Index in the input, from 0.
+        where: The row in messages, `prompts.jsonl:3`.
+        line: Line number from 1, or row number from 0.
+        reason: The error. It never quotes the prompt.
+    """
+
+    index: int
+    where: str
+    line: int
+    reason: str
+
+    @property
+    def prompt_id(self) -> str:
+        """The id of its error row. The row's own id is not used: it may be the invalid value."""
+        return f"line:{self.line}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowDefaults:
+    """The fields that hold a row's prompt and id, and the settings of rows without their own.
+
+    Attributes:
+        prompt_field: A key or a dotted path.
+        seed: The run seed, from which row seeds are derived.
+        temperature: Temperature of rows without one.
+        top_k: top_k of rows without one.
+        max_new_tokens: Limit of rows without one.
+        id_field: A key or a dotted path.
+        metadata_fields: Names among `id` and the settings that are metadata in this input.
+    """
+
+    prompt_field: str
+    seed: int
+    temperature: float
+    top_k: int
+    max_new_tokens: int
+    id_field: str = "id"
+    metadata_fields: frozenset[str] = frozenset()
+
+    def params(
+        self,
+        prompt_id: str,
+        *,
+        seed: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> SamplingParams:
+        """Return the parameters of a row. None takes the default."""
+        return SamplingParams(
+            seed=derive_seed(self.seed, prompt_id) if seed is None else seed,
+            temperature=self.temperature if temperature is None else temperature,
+            top_k=self.top_k if top_k is None else top_k,
+            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        )
+
+
+def derive_seed(run_seed: int, prompt_id: str) -> int:
+    """Return the seed of a row without one: 63 bits of SHA-256 of the run seed and the id."""
+    message = b"gptbatch row seed\0" + run_seed.to_bytes(8, "little") + prompt_id.encode("utf-8")
+    return int.from_bytes(hashlib.sha256(message).digest()[:8], "little") >> 1
+
+
+class RowParser:
+    """Parses and validates rows.
+
+    Args:
+        defaults: Field names, and the settings of rows without their own.
+        warnings: Counts fields that look like settings, and values without a JSON form.
+    """
+
+    def __init__(self, defaults: RowDefaults, warnings: RowWarnings) -> None:
+        self.defaults, self.warnings = defaults, warnings
+
+    def parse(self, index: int, raw: RawRow) -> tuple[Prompt | BadRow, bytes]:
+        """Return the row and the bytes that it adds to the input digest.
+
+        The digest covers the content of the row. It does not cover the defaults of the run.
+        """
+        try:
+            return self._parse(index, raw)
+        except RecursionError:
+            reason = f"nested deeper than {MAX_NESTING} levels"
+        except ValueError as error:
+            reason = str(error)
+        row = BadRow(index=index, where=raw.where, line=raw.line, reason=reason)
+        return row, _digest_input([row.prompt_id, reason])
+
+    def _parse(self, index: int, raw: RawRow) -> tuple[Prompt, bytes]:
+        """Raises ValueError that names the field and, prompts aside, the value."""
+        fields = raw.parse()
+        defaults = self.defaults
+        containers = (
+            list(objects_on_path(fields, defaults.prompt_field))
+            if "." in defaults.prompt_field
+            else []
+        )
+        kept = {name: fields.pop(name) for name in defaults.metadata_fields if name in fields}
+        text = take_prompt(fields, defaults.prompt_field)
+        prompt_id = parse_id(self._take_id(fields), raw.position)
+        own: dict[str, Any] = {
+            "seed": parse_integer(fields.pop("seed", None), "seed", 0, MAX_SEED),
+            "temperature": parse_temperature(fields.pop("temperature", None)),
+            "top_k": parse_integer(fields.pop("top_k", None), "top_k", 0, INT32_MAX),
+            "max_new_tokens": parse_integer(
+                fields.pop("max_new_tokens", None), "max_new_tokens", 1, INT32_MAX
+            ),
+        }
+        self.warnings.count_settings(fields)
+        for prefix, container in containers:
+            self.warnings.count_settings(container, prefix)
+        fields |= kept
+        metadata = to_json(to_json_values(fields, self.warnings.count_left_out)) if fields else None
+        prompt = Prompt(
+            index=index,
+            prompt_id=prompt_id,
+            text=text,
+            params=defaults.params(prompt_id, **own),
+            metadata=metadata,
+        )
+        return prompt, _digest_input([prompt_id, text, *(own[name] for name in SETTINGS), metadata])
+
+    def _take_id(self, fields: dict[str, Any]) -> Any:
+        id_field = self.defaults.id_field
+        value = take_field(fields, id_field)
+        if value is MISSING and id_field != "id":
+            raise ValueError(
+                f"there is no field {shorten(id_field)}, which id_field names; "
+                f"the row has {name_fields(fields) or 'no other'}"
+            )
+        return None if value is MISSING else value
+
+
+def _digest_input(values: list[Any]) -> bytes:
+    return _ENCODER.encode(values).encode("utf-8") + b"\n"
