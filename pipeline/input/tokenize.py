@@ -14,11 +14,8 @@ from itertools import islice
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import ModelError
 from gptbatch.pipeline.input.config_hash import start_token
-from gptbatch.pipeline.input.prompt_reader import (
-    BadRow,
-    InputSummary,
-    PromptReader,
-)
+from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
+from gptbatch.pipeline.input.rows import BadRow
 from gptbatch.pipeline.input.tokenizer import EncodedText, PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import LoadedTokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint
