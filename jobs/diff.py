@@ -43,7 +43,7 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     from gptbatch.pipeline.audit.diff import diff_runs, settings_that_differ, summarize
     from gptbatch.pipeline.audit.run_reader import RunReader
     from gptbatch.pipeline.errors import InputNotFoundError
-    from gptbatch.pipeline.output.stray_tables import describe_strays
+    from gptbatch.pipeline.output.stray_tables import describe_stray_tables
 
     run_a, run_b = RunReader(a), RunReader(b)
     for name, run in (("A", run_a), ("B", run_b)):
@@ -51,8 +51,8 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
             say(
                 f"{name} ({run.path}) is not complete; compared are the {run.n_rows} rows that it holds"
             )
-        if run.strays:
-            say(f"{name} ({run.path}): {describe_strays(run.strays)}")
+        if run.stray_tables:
+            say(f"{name} ({run.path}): {describe_stray_tables(run.stray_tables)}")
     shown: list[RowDifference] = []
     summary = summarize(run_a, run_b, _collected(diff_runs(run_a, run_b), shown, limit, common))
     if common and not summary.common and (run_a.n_rows or run_b.n_rows):
@@ -92,7 +92,7 @@ def _collected(
         if difference.kind in ("only_in_a", "only_in_b"):
             if len(only) < most and not common:
                 only.append(difference)
-        elif difference.kind != "bits" and len(shown) < most:  # bits: equal all the same
+        elif difference.kind != "logits" and len(shown) < most:  # bits: equal all the same
             shown.append(difference)
         yield difference
     shown.extend(only[: most - len(shown)])
@@ -123,7 +123,7 @@ def _in_words(difference: RowDifference) -> str:
             return "the prompts differ"
         case "error":
             return f"{_ending(difference.finish_reason_a)} in A, {_ending(difference.finish_reason_b)} in B"
-        case "ending":
+        case "finish":
             a, b = (
                 difference.stop_reason_a or difference.finish_reason_a,
                 difference.stop_reason_b or difference.finish_reason_b,
@@ -131,7 +131,7 @@ def _in_words(difference: RowDifference) -> str:
             return f"the same tokens end differently: {a} / {b}"
         case "text":
             return "the same tokens stand for different texts"
-        case "bits":
+        case "logits":
             return "the same tokens from other logits"
         case "tokens":
             tokens = " / ".join(
@@ -140,7 +140,7 @@ def _in_words(difference: RowDifference) -> str:
             )
             margins = " / ".join(
                 "none" if margin is None else f"{margin:.3g}"
-                for margin in (difference.min_margin_a, difference.min_margin_b)
+                for margin in (difference.min_decision_margin_a, difference.min_decision_margin_b)
             )
             return (
                 f"token {difference.token_index} differs: {tokens} (min_decision_margin {margins})"

@@ -206,7 +206,7 @@ def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def say_model(run: RunReader, model: str | None) -> None:
     """Name the checkpoint that a run's folder names, before it is read: anybody may have written it."""
-    from gptbatch.pipeline.audit.reopen import recorded_model
+    from gptbatch.pipeline.audit.loaded_run import recorded_model
 
     if model is None:
         say(f"reading the checkpoint {recorded_model(run)}, which {run.path} names")

@@ -71,7 +71,7 @@ def replay(
 
     Needs the folder and the weights, not the input. Exits with 0 whether the row is equal or not; verify judges.
     """
-    from gptbatch.pipeline.audit.reopen import LoadedRun, Overrides, row_params
+    from gptbatch.pipeline.audit.loaded_run import LoadedRun, Overrides, row_params
     from gptbatch.pipeline.audit.replay import replay_row
     from gptbatch.pipeline.audit.run_reader import RunReader
     from gptbatch.pipeline.errors import InputNotFoundError

@@ -55,7 +55,7 @@ def _lines(found: OutputStatus) -> list[str]:
     ]
     lines += [f"problem  {problem}" for problem in found.problems]
     if found.tokens_per_s is not None:
-        left = "" if found.seconds_left is None else f", about {found.seconds_left:.0f} s left"
+        left = "" if found.remaining_s is None else f", about {found.remaining_s:.0f} s left"
         lines.append(f"speed    {found.tokens_per_s:.0f} tokens/s{left} (at {found.updated_at})")
     return lines
 

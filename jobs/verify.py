@@ -50,15 +50,15 @@ def verify(
     if all_rows and rows is not None:
         raise click.UsageError("--rows and --all cannot be given together")
 
-    from gptbatch.pipeline.audit.reopen import LoadedRun, Overrides
+    from gptbatch.pipeline.audit.loaded_run import LoadedRun, Overrides
     from gptbatch.pipeline.audit.run_reader import RunReader
     from gptbatch.pipeline.audit.verify import evenly_spaced, verify_rows
     from gptbatch.pipeline.errors import InputNotFoundError, StorageError
-    from gptbatch.pipeline.output.stray_tables import describe_strays
+    from gptbatch.pipeline.output.stray_tables import describe_stray_tables
 
     run = RunReader(output)
-    if run.strays:
-        raise StorageError(f"{output}: {describe_strays(run.strays)}")
+    if run.stray_tables:
+        raise StorageError(f"{output}: {describe_stray_tables(run.stray_tables)}")
     if not run.complete:
         say(f"{output} is not complete; only the {run.n_rows} rows that it holds can be checked")
     overrides = Overrides(
@@ -90,7 +90,7 @@ def verify(
         + (f", {_count(outcomes['near_tie'], 'near tie')}" if reasons else "")
         + (f", {_count(outcomes['skipped'], 'error row')} skipped" if outcomes["skipped"] else "")
         + (
-            f"; judged by margin: {', '.join(reasons)}"
+            f"; judged by tolerance: {', '.join(reasons)}"
             if reasons
             else "; judged exactly, bit for bit"
         )
@@ -102,10 +102,10 @@ def verify(
         "mismatches": mismatches,
         "near_ties": outcomes["near_tie"],
         "error_rows_skipped": outcomes["skipped"],
-        "judged": "by margin" if reasons else "exactly",
+        "judged": "by tolerance" if reasons else "exactly",
         "because": reasons,
         "first_mismatch": first
-        and {"prompt_id": first.prompt_id, "step": first.step, "margin": first.margin},
+        and {"prompt_id": first.prompt_id, "step": first.step, "distance": first.distance},
         "verify_s": round(time.monotonic() - began, 3),
     }
     echo(json.dumps(summary))
@@ -117,7 +117,7 @@ def verify(
         )
         raise InputNotFoundError(f"{output}: nothing was checked: {what}")
     if run.marked_complete and not run.complete and not mismatches:
-        held = f"{run.n_rows} of {run.rows_promised} rows"
+        held = f"{run.n_rows} of {run.rows_expected} rows"
         raise StorageError(
             f"{output}: is marked complete, but holds {held}; the same generate command makes the rest"
         )
@@ -134,5 +134,5 @@ def _in_words(verdict: Verdict) -> str:
         return f"{row}: {verdict.problem}"
     return (
         f"{row}: step {verdict.step}: token {verdict.recorded_token} is recorded, {verdict.problem}; "
-        f"the recorded one is {verdict.margin:.3g} from winning"
+        f"the recorded one is {verdict.distance:.3g} from winning"
     )

@@ -18,7 +18,7 @@ from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.output.error_advice import describe_errors
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.placement import check_placement
-from gptbatch.pipeline.output.resume import check_same_input, kept_state, part_rows_of
+from gptbatch.pipeline.output.resume import check_same_input, find_continued_run, part_rows_of
 from gptbatch.pipeline.types import Completion
 
 logger = logging.getLogger("gptbatch")
@@ -60,7 +60,7 @@ def inspect_job(config: JobConfig) -> InputReport:
     )  # before a tokenizer that takes seconds to make
     tokenizer = load_tokenizer(checkpoint.folder)
     prompts = TokenizedInput(config, checkpoint, tokenizer, open_input(config))
-    kept = kept_state(config, folder, lambda: job_identity(config, checkpoint, tokenizer))
+    kept = find_continued_run(config, folder, lambda: job_identity(config, checkpoint, tokenizer))
     counts = [] if kept is None else [kept.identity.get("rows") or 0]
     summary = prompts.reader.check(
         part_rows=part_rows_of(config, kept), prefix_rows=counts, required_ids=config.skip_row

@@ -44,27 +44,27 @@ from gptbatch.pipeline.output.folder import (
     ERRORS,
     FolderState,
     OutputFolder,
-    facts_of,
-    refuse_strays,
+    refuse_stray_tables,
+    run_facts,
 )
-from gptbatch.pipeline.output.folder_models import Part
+from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.lock import OutputLock
-from gptbatch.pipeline.output.part_runner import ErrorLimit, PartLoop, Progress, Stop
+from gptbatch.pipeline.output.part_runner import ErrorLimit, PartRunner, Progress, Stop
 from gptbatch.pipeline.output.parts import FORMAT, PartPlan, PartWriter
 from gptbatch.pipeline.output.placement import check_placement
-from gptbatch.pipeline.output.progress_file import PROGRESS, ProgressFile, looks_alive
+from gptbatch.pipeline.output.progress_file import PROGRESS, ProgressFile, seems_running
 from gptbatch.pipeline.output.resume import (
-    Trusted,
+    KeptParts,
     check_replaceable,
     check_same_environment,
     check_same_input,
     check_same_job,
+    find_kept_parts,
     is_replaced,
     is_same_job,
     part_rows_of,
-    trusted_parts,
 )
-from gptbatch.pipeline.output.summary import RunSummary, nothing_done
+from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output
 from gptbatch.pipeline.system.machine import describe_cores
 from gptbatch.pipeline.system.redact import redact
 
@@ -93,7 +93,7 @@ def run_job(
     folder.refuse_links()
     state = folder.state()
     if state is not None:
-        refuse_strays(folder.path, state.strays)
+        refuse_stray_tables(folder.path, state.stray_tables)
     memory = FileHashes() if state is None else folder.memory()
     checkpoint = find_checkpoint(
         config.model,
@@ -113,7 +113,7 @@ def run_job(
         lock = None
         if state is not None and not is_replaced(config, state, identity):
             if _is_done(config, reader, state, memory):
-                return nothing_done(config, state.manifest, time.monotonic() - began)
+                return summarize_complete_output(config, state.manifest, time.monotonic() - began)
             lock = stack.enter_context(OutputLock(folder.work)) if folder.work.is_dir() else None
         run = _Run(
             config,
@@ -153,7 +153,7 @@ def _is_done(
     """Whether nothing is left to do, as far as sizes and times of files say: the look that takes no time."""
     if not state.marked_complete:
         return False
-    known = memory.same_input(_input_settings(config), reader.source.files())
+    known = memory.find_input(_input_settings(config), reader.source.files())
     if known is None or known != {
         "rows": state.identity.get("rows"),
         "digest": state.identity.get("input_digest"),
@@ -161,7 +161,7 @@ def _is_done(
         return False
     recorded = [part["name"] for part in state.manifest.get("parts", [])]
     return recorded == [path.name for path in state.parts.values()] and all(
-        memory.same_part(path) for path in state.parts.values()
+        memory.is_unchanged(path) for path in state.parts.values()
     )
 
 
@@ -193,7 +193,7 @@ class _Run:
             part_rows=self.part_rows, prefix_rows=counts, required_ids=config.skip_row
         )
         found = {"rows": self.summary.rows, "digest": self.summary.digest}
-        self.memory.remember_input(
+        self.memory.record_input(
             _input_settings(config), self.prompts.reader.source.files(), began_ns, found
         )
         self.identity = {
@@ -212,11 +212,11 @@ class _Run:
         config, folder = self.config, self.folder
         state = folder.state()
         replaced = state is not None and is_replaced(config, state, self.job_identity)
-        trusted = Trusted(parts={}, footer={})
+        trusted = KeptParts(parts={}, footer={})
         if (
             state is not None
             and not (lock.works or state.holds_job or is_same_job(state, self.job_identity))
-            and looks_alive(folder.work)
+            and seems_running(folder.work)
         ):
             raise OutputBusyError(
                 f"{config.output}: another job is beginning there, says {folder.work / PROGRESS}; name another output"
@@ -268,7 +268,7 @@ class _Run:
         watch.write("complete")
         return summary
 
-    def _say_loading(self, device: torch.device, trusted: Trusted) -> None:
+    def _say_loading(self, device: torch.device, trusted: KeptParts) -> None:
         """What is about to be loaded, and why the cores are not ours. It is the first line of a run."""
         config = self.config
         threads = threads_to_use(config.engine.threads)
@@ -288,7 +288,7 @@ class _Run:
         if device.type == "cpu" and (shared := describe_cores()):
             loading_logger.info("the cores are not this run's own: %s", shared)
 
-    def _watch(self, trusted: Trusted) -> ProgressFile:
+    def _watch(self, trusted: KeptParts) -> ProgressFile:
         folder = self.folder
         return ProgressFile(
             folder.work,
@@ -298,7 +298,7 @@ class _Run:
             failed=trusted.errors,
         )
 
-    def _trusted(self, state: FolderState) -> Trusted:
+    def _trusted(self, state: FolderState) -> KeptParts:
         """Looks at the folder under the lock: what was seen before it was had may have changed."""
         config = self.config
         check_same_job(config, state, self.job_identity)
@@ -308,13 +308,13 @@ class _Run:
             )
         check_same_input(config, state, self.summary)
         found = self.folder.inspect_parts(state, self.memory)
-        trusted = trusted_parts(found, self.plan)
+        trusted = find_kept_parts(found, self.plan)
         logger.info("%d of %d parts are there", len(trusted.parts), self.plan.n_parts)
         return trusted
 
-    def _finish(self, state: FolderState, trusted: Trusted, lock: OutputLock) -> RunSummary:
+    def _finish(self, state: FolderState, trusted: KeptParts, lock: OutputLock) -> RunSummary:
         """Every part is there: say so in the folder, unless it does already."""
-        manifest = {**facts_of(trusted.footer), "format": FORMAT, "identity": self.identity}
+        manifest = {**run_facts(trusted.footer), "format": FORMAT, "identity": self.identity}
         with (
             suppress(StorageError) if state.marked_complete else nullcontext()
         ):  # of a read-only folder, there is nothing to write
@@ -323,7 +323,7 @@ class _Run:
             if lock.works:
                 sweep(self.folder.work)
             if state.marked_complete and state.identity == self.identity:
-                self.memory.settle_parts(
+                self.memory.confirm_parts(
                     self.folder.path / part.name for part in trusted.parts.values()
                 )
                 self.folder.remember(self.memory)
@@ -332,9 +332,9 @@ class _Run:
                 self.folder.complete(manifest, trusted.parts, self.memory, self.plan)
                 self._watch(trusted).write("complete")
         done = {**manifest, "rows": trusted.rows}
-        return nothing_done(self.config, done, time.monotonic() - self.began)
+        return summarize_complete_output(self.config, done, time.monotonic() - self.began)
 
-    def _engine_config(self, trusted: Trusted) -> EngineConfig:
+    def _engine_config(self, trusted: KeptParts) -> EngineConfig:
         """auto takes the attention backend that the rows which are there were made with."""
         recorded = trusted.footer.get("environment", {}).get("attention")
         if (
@@ -348,7 +348,7 @@ class _Run:
     def _generate(
         self,
         loaded: LoadedModel,
-        trusted: Trusted,
+        trusted: KeptParts,
         lock: OutputLock,
         progress: Progress | None,
         watch: ProgressFile,
@@ -357,14 +357,14 @@ class _Run:
         config, folder, summary = self.config, self.folder, self.summary
         facts = self._facts(loaded)
         parts = dict(trusted.parts)
-        self.memory.forget_other_parts(part.name for part in parts.values())
+        self.memory.keep_parts(part.name for part in parts.values())
         folder.remember(self.memory)
         writer = PartWriter(folder.path, folder.writer, self.memory, plan=self.plan, facts=facts)
         journal = CrashJournal(folder.work, folder.writer) if lock.works else None
         if journal is not None:
             for number in parts:
                 journal.written(number)
-        loop = PartLoop(
+        loop = PartRunner(
             config=config,
             prompts=self.prompts,
             summary=summary,
@@ -392,7 +392,7 @@ class _Run:
         self._leave(parts, journal)
         generate_s = time.monotonic() - began
         logger.info("%d rows written in %.1f s", loop.rows, generate_s)
-        halvings = {"memory_halvings": loop.halvings} if loop.halvings else {}
+        halvings = {"batch_size_halvings": loop.halvings} if loop.halvings else {}
         folder.complete({**facts, **halvings}, parts, self.memory, self.plan)
         self._say_errors(parts)
         return RunSummary(
@@ -400,7 +400,7 @@ class _Run:
             rows=loop.rows,
             ok=loop.rows - loop.errors,
             errors=loop.errors,
-            skipped=trusted.rows,
+            rows_kept=trusted.rows,
             prompt_tokens=loop.prompt_tokens,
             completion_tokens=loop.completion_tokens,
             load_s=round(load_s, 3),

@@ -65,7 +65,7 @@ def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -
         "rows",
         "ok",
         "errors",
-        "skipped",
+        "rows_kept",
         "prompt_tokens",
         "completion_tokens",
         "load_s",
@@ -81,13 +81,13 @@ def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -
         ran.summary["output"],
         ran.summary["rows"],
         ran.summary["ok"],
-        ran.summary["skipped"],
+        ran.summary["rows_kept"],
     ) == ("out", 5, 5, 0)
     completions = pq.read_table(tmp_path / "out" / "part-00000.parquet")["completion"].to_pylist()
     for text in ("secret", *(c for c in completions if len(c) > 3)):
         assert text not in ran.stdout + ran.stderr, "prompts and completions are never logged"
     again = run_gptbatch(*command, cwd=tmp_path)
-    assert (again.code, again.summary["rows"], again.summary["skipped"]) == (0, 0, 5)
+    assert (again.code, again.summary["rows"], again.summary["rows_kept"]) == (0, 0, 5)
 
 
 def test_prompts_from_standard_input(checkpoint: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_complete_output_is_recognised_without_torch(
         [sys.executable, "-c", program, *arguments], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["skipped"] == 1
+    assert json.loads(done.stdout)["rows_kept"] == 1
 
 
 @pytest.mark.parametrize(

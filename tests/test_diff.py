@@ -316,8 +316,8 @@ def test_equal_rows_from_other_logits_are_counted(
         ],
     )
     assert [(found.prompt_id, found.kind) for found in differences(a, b)] == [
-        ("x", "bits"),
-        ("y", "bits"),
+        ("x", "logits"),
+        ("y", "logits"),
     ]
     assert run_command(["diff", str(a), str(b)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -332,8 +332,8 @@ def test_equal_rows_from_other_logits_are_counted(
         ({"temperature": 0.5}, []),
         ({"top_k": 3}, []),
         ({"seed": 2}, []),
-        ({"max_new_tokens": 9}, ["bits"]),
-        ({}, ["bits"]),
+        ({"max_new_tokens": 9}, ["logits"]),
+        ({}, ["logits"]),
     ],
 )
 def test_margins_are_compared_where_they_would_be_the_same(
@@ -362,7 +362,7 @@ def test_greedy_rows_have_the_same_margin_under_every_seed(tmp_path: Path) -> No
     (found,) = differences(
         write_run(tmp_path / "a", [greedy(1, 0.25)]), write_run(tmp_path / "b", [greedy(2, 0.5)])
     )
-    assert found.kind == "bits"
+    assert found.kind == "logits"
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 2048])
@@ -418,7 +418,7 @@ def test_a_changed_token_is_found_at_its_place(tmp_path: Path) -> None:
         7,
         9,
     )
-    assert (found.min_margin_a, found.min_margin_b) == (0.001, 0.002)
+    assert (found.min_decision_margin_a, found.min_decision_margin_b) == (0.001, 0.002)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 2048])
@@ -449,16 +449,16 @@ def test_a_shorter_completion_parts_where_it_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "ending", [{"finish_reason": "stop", "stop_reason": "end_of_text"}, {"stop_reason": "window"}]
+    "finish", [{"finish_reason": "stop", "stop_reason": "end_of_text"}, {"stop_reason": "window"}]
 )
-def test_the_same_tokens_that_end_differently(tmp_path: Path, ending: dict[str, Any]) -> None:
+def test_the_same_tokens_that_end_differently(tmp_path: Path, finish: dict[str, Any]) -> None:
     a, b = (
         write_run(tmp_path / "a", [completion("x")]),
-        write_run(tmp_path / "b", [completion("x", **ending)]),
+        write_run(tmp_path / "b", [completion("x", **finish)]),
     )
     (found,) = differences(a, b)
-    assert (found.kind, found.token_index) == ("ending", None)
-    assert (found.stop_reason_a, found.stop_reason_b) == ("max_new_tokens", ending["stop_reason"])
+    assert (found.kind, found.token_index) == ("finish", None)
+    assert (found.stop_reason_a, found.stop_reason_b) == ("max_new_tokens", finish["stop_reason"])
 
 
 def test_an_error_in_one_run_only(tmp_path: Path) -> None:
@@ -469,7 +469,7 @@ def test_an_error_in_one_run_only(tmp_path: Path) -> None:
         "length",
         "error",
     )
-    assert (found.token_index, found.token_a, found.token_b, found.min_margin_b) == (
+    assert (found.token_index, found.token_a, found.token_b, found.min_decision_margin_b) == (
         0,
         5,
         None,
@@ -642,7 +642,7 @@ def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_dif
     code, lines, _ = gptbatch_diff(a, b)
     assert code == 1
     assert lines[:-1] == [
-        "6 rows are in both runs: 5 differ (1 by ending, 1 by error, 1 by prompt, 2 by tokens)",
+        "6 rows are in both runs: 5 differ (1 by error, 1 by finish, 1 by prompt, 2 by tokens)",
         "1 rows are only in A",
         "1 rows are only in B",
         "row 'token': token 2 differs: 123 / 456 (min_decision_margin 0.0012 / 0.0013)",

@@ -80,7 +80,7 @@ class Setting:
             f"part-{k:05d}.parquet" for k in range(-(-len(ids) // 6))
         ]
         assert not [path for path in output.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
-        assert not (output / ".gptbatch" / "journal.json").exists()
+        assert not (output / ".gptbatch" / "crash_journal.json").exists()
 
 
 def table(output: Path) -> pa.Table:
@@ -162,7 +162,7 @@ def test_a_fault_at_a_step_of_a_commit(
     code, child = setting.run(output)
     assert code == 0, child.stderr
     setting.check_complete(output)
-    assert child.summary["rows"] + child.summary["skipped"] == 40
+    assert child.summary["rows"] + child.summary["rows_kept"] == 40
     assert {path: path.stat().st_mtime_ns for path in before} == before, (
         "what was written is not written again"
     )
@@ -195,12 +195,12 @@ def test_signals(long: Setting, tmp_path: Path, number: int) -> None:
     assert not (output / "_SUCCESS").exists()
     check_parts(output)
     assert json.loads((output / ".gptbatch" / "progress.json").read_text())["state"] == "stopped"
-    assert not (output / ".gptbatch" / "journal.json").exists(), "a stop is no death"
+    assert not (output / ".gptbatch" / "crash_journal.json").exists(), "a stop is no death"
     done = sum(pq.read_metadata(path).num_rows for path in output.glob("part-*.parquet"))
     assert 18 <= done < 300
     code, child = long.run(output)
     assert code == 0, child.stderr
-    assert (child.summary["skipped"], child.summary["rows"]) == (done, 300 - done)
+    assert (child.summary["rows_kept"], child.summary["rows"]) == (done, 300 - done)
     long.check_complete(output)
 
 
@@ -374,7 +374,7 @@ def test_a_lost_manifest_is_made_again(setting: Setting, tmp_path: Path) -> None
             manifest.write_bytes(manifest.read_bytes()[:100])
         (output / "_SUCCESS").unlink(missing_ok=True)
         code, child = setting.run(output)
-        assert (code, child.summary["skipped"]) == (0, 40), child.stderr
+        assert (code, child.summary["rows_kept"]) == (0, 40), child.stderr
         setting.check_complete(output)
         assert json.loads((output / "_manifest.json").read_text()) == expected
         assert [json.loads(line)["id"] for line in errors.read_text().splitlines()] == ["r7"]
@@ -390,9 +390,9 @@ def test_a_larger_limit_goes_on(setting: Setting, tmp_path: Path) -> None:
     code, child = setting.run(output, "--limit", "15")
     assert (code, "holds a run of 20 rows, but the input has 15" in child.stderr) == (78, True)
     code, child = setting.run(output, "--limit", "29")
-    assert (code, child.summary["skipped"], child.summary["rows"]) == (0, 18, 11), child.stderr
+    assert (code, child.summary["rows_kept"], child.summary["rows"]) == (0, 18, 11), child.stderr
     code, child = setting.run(output)
-    assert (code, child.summary["skipped"], child.summary["rows"]) == (0, 24, 16), child.stderr
+    assert (code, child.summary["rows_kept"], child.summary["rows"]) == (0, 24, 16), child.stderr
     setting.check_complete(output)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
@@ -461,10 +461,10 @@ def test_overwrite_continues_what_it_began(setting: Setting, tmp_path: Path) -> 
     assert setting.run(output, "--seed", "5")[0] == 0
     assert setting.start(output, "--overwrite", fault=("replace", "kill")).wait() == -signal.SIGKILL
     code, child = setting.run(output, "--overwrite")
-    assert (code, child.summary["skipped"]) == (0, 12), child.stderr
+    assert (code, child.summary["rows_kept"]) == (0, 12), child.stderr
     setting.check_complete(output)
     code, child = setting.run(output, "--overwrite")
-    assert (code, child.summary["skipped"], child.summary["rows"]) == (0, 0, 40), child.stderr
+    assert (code, child.summary["rows_kept"], child.summary["rows"]) == (0, 0, 40), child.stderr
     setting.check_complete(output)
 
 
@@ -503,7 +503,7 @@ def test_a_complete_output_imports_nothing_heavy(setting: Setting, tmp_path: Pat
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["skipped"] == 2
+    assert json.loads(done.stdout)["rows_kept"] == 2
     (data / "train.csv").write_text("prompt\nThe king\nThe Queen\n")
     code, child = setting.launcher.run(*arguments, env={"HF_HOME": str(tmp_path / "hf")})
     assert (code, "another input" in child.stderr) == (78, True)
@@ -522,7 +522,7 @@ def test_memory_that_runs_out(setting: Setting, tmp_path: Path, attention: str) 
     assert code == 0, child.stderr
     assert "out of memory: going on with at most 8 rows at a time" in child.stderr
     assert "out of memory: going on with at most 2 rows at a time" in child.stderr
-    assert json.loads((output / "_manifest.json").read_text())["memory_halvings"] == 3
+    assert json.loads((output / "_manifest.json").read_text())["batch_size_halvings"] == 3
     assert (
         table(output)
         .column("completion_token_ids")

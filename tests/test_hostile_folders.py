@@ -206,10 +206,10 @@ def test_a_footer_of_other_types_is_damage(output: Path, command: Command, name:
 def test_a_damaged_footer_is_done_again(finished: Path, output: Path) -> None:
     change_footer(output / "part-00001.parquet", lambda footer: footer.update(rows="many"))
     summary = run_job(job(finished, output=str(output)))
-    assert (summary.rows, summary.skipped) == (3, 4)
+    assert (summary.rows, summary.rows_kept) == (3, 4)
 
 
-SMALL_FILES = ["progress.json", "digests.json", "journal.json", "holder.json"]
+SMALL_FILES = ["progress.json", "digests.json", "crash_journal.json", "holder.json"]
 SMALL_CONTENTS = {
     "nothing": "",
     "null": "null",
@@ -219,9 +219,9 @@ SMALL_CONTENTS = {
         {
             "rows_total": "many",
             "tokens_per_s": [],
-            "in_flight": "12",
-            "crashes": {"-1": "x"},
-            "row": 5,
+            "parts_in_flight": "12",
+            "crashes_per_part": {"-1": "x"},
+            "prompt_id": 5,
             "host": {},
             "pid": "\x1b[31m",
             "parts": {"part-00000.parquet": {"stat": "x", "sha256": 5}},
@@ -229,8 +229,8 @@ SMALL_CONTENTS = {
             "input": 5,
         }
     ),
-    "huge": json.dumps({"rows_total": 1, "rows_done": 1, "rows_failed": 1}).replace("1", str(HUGE)),
-    "NaN": '{"rows_total": NaN, "in_flight": [NaN], "crashes": {}, "row": null, "pid": NaN, "parts": NaN}',
+    "huge": json.dumps({"rows_total": 1, "rows_done": 1, "error_rows": 1}).replace("1", str(HUGE)),
+    "NaN": '{"rows_total": NaN, "parts_in_flight": [NaN], "crashes_per_part": {}, "prompt_id": null, "pid": NaN, "parts": NaN}',
 }
 
 
@@ -372,7 +372,7 @@ WORK_FILES = [
     "digests.json",
     "progress.json",
     "errors.jsonl",
-    "journal.json",
+    "crash_journal.json",
     "lock",
     "holder.json",
 ]
@@ -514,7 +514,7 @@ def test_files_that_readers_pass_over_are_no_matter(
         path.write_text("text")
     assert output_status(output).state == "complete"
     assert command("verify", output)[0] == 0
-    assert run_job(job(finished, output=str(output))).skipped == 7
+    assert run_job(job(finished, output=str(output))).rows_kept == 7
 
 
 @pytest.mark.parametrize("target", ["../elsewhere", "../elsewhere/deeper/.."])
@@ -713,8 +713,8 @@ def test_a_failing_hash_names_the_file(output: Path, monkeypatch: pytest.MonkeyP
 def test_a_part_that_reads_back_otherwise_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path, **settings: Any) -> parts.FoundPart:
-        return parts.FoundPart(path=path, state="damaged", problem="page 3: CRC differs")
+    def fail(path: Path, **settings: Any) -> parts.PartFile:
+        return parts.PartFile(path=path, state="damaged", problem="page 3: CRC differs")
 
     monkeypatch.setattr(parts, "inspect_part", fail)
     with pytest.raises(
@@ -912,14 +912,14 @@ def test_a_part_with_more_rows_than_its_name_says_is_not_counted(tmp_path: Path)
 def test_a_run_that_failed_before_its_first_part_is_no_obstacle(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    from gptbatch.pipeline.output.part_runner import PartLoop
+    from gptbatch.pipeline.output.part_runner import PartRunner
 
-    def fail(self: PartLoop, numbers: list[int]) -> None:
+    def fail(self: PartRunner, numbers: list[int]) -> None:
         raise StorageError("no")
 
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(PartLoop, "run", fail)
+        patched.setattr(PartRunner, "run", fail)
         with pytest.raises(StorageError):
             run_job(job(finished, output=str(output)))
     assert (output / "_manifest.json").exists()

@@ -99,7 +99,7 @@ def test_a_run_writes_every_row_once_and_in_order(
             )
             assert (row["completion_token_ids"][-1] == 0) == (row["finish_reason"] == "stop")
             assert "<|endoftext|>" not in row["completion"]
-    assert (summary.rows, summary.ok, summary.errors, summary.skipped) == (7, 6, 1, 0)
+    assert (summary.rows, summary.ok, summary.errors, summary.rows_kept) == (7, 6, 1, 0)
     assert summary.completion_tokens == sum(row["completion_tokens"] for row in rows)
     assert summary.prompt_tokens == sum(row["prompt_tokens"] for row in rows)
 
@@ -365,7 +365,7 @@ def test_a_complete_output_is_left_as_it_is(
     first = run(checkpoint, path, output)
     before = snapshot(output)
     again = run(checkpoint, path, output)
-    assert (again.rows, again.skipped, again.completion_tokens) == (0, 7, 0)
+    assert (again.rows, again.rows_kept, again.completion_tokens) == (0, 7, 0)
     assert again.config_hash == first.config_hash
     assert snapshot(output) == before
 
@@ -426,7 +426,7 @@ def test_an_output_that_lost_a_part_gets_it_again(
     }
     damage_part(lost, damage)
     again = run(checkpoint, path, output)
-    assert (again.rows, again.skipped) == (3, 4)
+    assert (again.rows, again.rows_kept) == (3, 4)
     assert deterministic(output) == expected
     assert {path: path.stat().st_mtime_ns for path in before} == before, (
         "the other parts are left as they are"

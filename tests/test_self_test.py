@@ -321,12 +321,12 @@ def test_a_complete_run_is_not_taken_for_an_exact_one(config: dict[str, str | in
             {**config, "batch_invariance": "off", "engine": {"attention": "padded"}}
         )
     )
-    assert run_job(JobConfig.model_validate(config)).skipped == 2
+    assert run_job(JobConfig.model_validate(config)).rows_kept == 2
     with pytest.raises(OutputConflictError, match="whose batch_invariance is off, not verified"):
         run_job(JobConfig.model_validate({**config, "batch_invariance": "require"}))
     with pytest.raises(OutputConflictError, match="attention padded, not ragged"):
         run_job(JobConfig.model_validate({**config, "engine": {"attention": "ragged"}}))
     assert (
-        run_job(JobConfig.model_validate({**config, "engine": {"attention": "padded"}})).skipped
+        run_job(JobConfig.model_validate({**config, "engine": {"attention": "padded"}})).rows_kept
         == 2
     )

@@ -25,7 +25,7 @@ from tokenizers import (
 
 from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, inspect_job, run_job
-from gptbatch.pipeline.audit.reopen import LoadedRun, Overrides
+from gptbatch.pipeline.audit.loaded_run import LoadedRun, Overrides
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.audit.verify import verify_rows
 from gptbatch.pipeline.config import EngineConfig
@@ -339,7 +339,7 @@ def test_a_key_that_decides_nothing_is_the_same_job(tmp_path: Path) -> None:
         json.dumps({"model_max_length": 5, "chat_template": "x"})
     )
     (model / "merges.txt").write_text("beside a tokenizer.json, nobody reads it")
-    assert run_job(settings(model, ["hi"])).skipped == 1
+    assert run_job(settings(model, ["hi"])).rows_kept == 1
     assert verify(model) == {"equal"}
 
 

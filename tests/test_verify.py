@@ -141,7 +141,7 @@ def test_a_changed_token_is_named(output: Path, command: Command) -> None:
     assert f"the weights choose {before['completion_token_ids'][7]}" in lines[0]
     first = json.loads(lines[-1])["first_mismatch"]
     assert (first["prompt_id"], first["step"]) == (changed, 7)
-    assert first["margin"] > 0
+    assert first["distance"] > 0
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_tie_is_a_mismatch_where_bits_are_the_same_and_a_near_tie_elsewhere(
     code, lines = command("verify", twins, "--all")
     assert (code, json.loads(lines[-1])["first_mismatch"]) == (
         1,
-        {"prompt_id": "x", "step": 5, "margin": 0.0},
+        {"prompt_id": "x", "step": 5, "distance": 0.0},
     )
     on_another_machine(twins)
     code, lines = command("verify", twins, "--all")
@@ -294,18 +294,18 @@ def test_other_weights_are_refused_unless_allowed(
     summary = json.loads(lines[-1])
     assert code == 1
     assert summary["mismatches"] > 20
-    assert summary["judged"] == "by margin"
+    assert summary["judged"] == "by tolerance"
     assert "the weights differ" in summary["because"]
 
 
-def test_on_another_machine_rows_are_judged_by_margin(output: Path, command: Command) -> None:
+def test_on_another_machine_rows_are_judged_by_tolerance(output: Path, command: Command) -> None:
     """The environment names another machine: a token that rounding could not explain is a mismatch still."""
     on_another_machine(output)
     code, lines = command("verify", output, "--all")
     summary = json.loads(lines[-1])
     assert (code, summary["judged"], summary["because"]) == (
         0,
-        "by margin",
+        "by tolerance",
         ["device_class differs"],
     )
     change(output, long_row(output), lambda row: row["completion_token_ids"].__setitem__(3, 299))
@@ -316,7 +316,7 @@ def test_on_another_machine_rows_are_judged_by_margin(output: Path, command: Com
 def test_a_run_with_an_int8_cache(
     checkpoint: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exactly where it was made; by margin where attention is another, which keeps the same int8."""
+    """Exactly where it was made; by tolerance where attention is another, which keeps the same int8."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
     prompts = tmp_path / "prompts.jsonl"
@@ -353,11 +353,11 @@ def test_a_run_with_an_int8_cache(
     monkeypatch.setattr("gptbatch.pipeline.kv_cache.interface.load_kernels", no_kernels)
     code, lines = command("verify", tmp_path / "out", "--all")
     summary = json.loads(lines[-1])
-    assert (code, summary["judged"], summary["mismatches"]) == (0, "by margin", 0)
+    assert (code, summary["judged"], summary["mismatches"]) == (0, "by tolerance", 0)
     assert "attention differs" in summary["because"]
 
 
-def test_a_run_that_was_not_checked_is_judged_by_margin(
+def test_a_run_that_was_not_checked_is_judged_by_tolerance(
     finished: Path, tmp_path: Path, command: Command
 ) -> None:
     config = RunReader(finished / "out").config | {

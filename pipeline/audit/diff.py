@@ -13,7 +13,7 @@ from gptbatch.pipeline.audit.run_reader import BATCH_ROWS, RunReader
 from gptbatch.pipeline.errors import StorageError
 
 DifferenceKind = Literal[
-    "prompt", "error", "tokens", "ending", "text", "bits", "only_in_a", "only_in_b"
+    "prompt", "error", "tokens", "finish", "text", "logits", "only_in_a", "only_in_b"
 ]
 
 _COLUMNS = (
@@ -46,7 +46,7 @@ class RowDifference:
                                min_decision_margin where seed, temperature and top_k are the same
 
     token_index: the first place, from 0, where the tokens differ; None where they do not. token_a, token_b: the token there, None
-    for a completion that had ended. min_margin_a, min_margin_b: how far each row was from other tokens under other rounding, in
+    for a completion that had ended. min_decision_margin_a, min_decision_margin_b: how far each row was from other tokens under other rounding, in
     logits; None for a row without a step.
     """
 
@@ -55,8 +55,8 @@ class RowDifference:
     token_index: int | None = None
     token_a: int | None = None
     token_b: int | None = None
-    min_margin_a: float | None = None
-    min_margin_b: float | None = None
+    min_decision_margin_a: float | None = None
+    min_decision_margin_b: float | None = None
     finish_reason_a: str | None = None
     finish_reason_b: str | None = None
     stop_reason_a: str | None = None
@@ -141,17 +141,17 @@ def diff_runs(a: RunReader, b: RunReader) -> Iterator[RowDifference]:
 def summarize(a: RunReader, b: RunReader, differences: Iterable[RowDifference]) -> DiffSummary:
     """Count the differences that `diff_runs(a, b)` gives, all of them."""
     kinds = Counter(difference.kind for difference in differences)
-    different = kinds.total() - kinds["only_in_a"] - kinds["only_in_b"] - kinds["bits"]
+    different = kinds.total() - kinds["only_in_a"] - kinds["only_in_b"] - kinds["logits"]
     return DiffSummary(
         rows_a=a.n_rows,
         rows_b=b.n_rows,
         equal=a.n_rows - kinds["only_in_a"] - different,
-        equal_from_other_logits=kinds["bits"],
+        equal_from_other_logits=kinds["logits"],
         different=different,
         kinds={
             kind: count
             for kind, count in sorted(kinds.items())
-            if kind not in ("only_in_a", "only_in_b", "bits")
+            if kind not in ("only_in_a", "only_in_b", "logits")
         },
         missing_in_a=kinds["only_in_b"],
         missing_in_b=kinds["only_in_a"],
@@ -204,13 +204,13 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
     elif tokens_a != tokens_b:
         kind = "tokens"
     elif (a["finish_reason"], a["stop_reason"]) != (b["finish_reason"], b["stop_reason"]):
-        kind = "ending"
+        kind = "finish"
     elif a["completion"] != b["completion"]:
         kind = "text"
     elif _differ(a, b, "logits_digest") or (
         _differ(a, b, "min_decision_margin") and _sampled_alike(a, b)
     ):
-        kind = "bits"
+        kind = "logits"
     else:
         return None
     index = _first_difference(tokens_a, tokens_b)
@@ -220,8 +220,8 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
         token_index=index,
         token_a=tokens_a[index] if index is not None and index < len(tokens_a) else None,
         token_b=tokens_b[index] if index is not None and index < len(tokens_b) else None,
-        min_margin_a=a["min_decision_margin"],
-        min_margin_b=b["min_decision_margin"],
+        min_decision_margin_a=a["min_decision_margin"],
+        min_decision_margin_b=b["min_decision_margin"],
         finish_reason_a=a["finish_reason"],
         finish_reason_b=b["finish_reason"],
         stop_reason_a=a["stop_reason"],

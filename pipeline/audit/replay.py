@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptbatch.pipeline.audit.reopen import LoadedRun
+from gptbatch.pipeline.audit.loaded_run import LoadedRun
 from gptbatch.pipeline.errors import InputNotFoundError
 from gptbatch.pipeline.types import Completion, Prompt, SamplingParams, TokenizedPrompt
 

@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError, StorageError
-from gptbatch.pipeline.output.folder import CONFIG, OutputFolder, facts_of
-from gptbatch.pipeline.output.folder_parts import FolderParts, recorded_state
+from gptbatch.pipeline.output.folder import CONFIG, OutputFolder, run_facts
+from gptbatch.pipeline.output.old_formats import OLD_COLUMN_NAMES, is_old_format, translate_config
+from gptbatch.pipeline.output.part_listing import PartListing, read_run_state
 from gptbatch.pipeline.output.parts import is_damage, open_parquet, reading_error
 from gptbatch.pipeline.output.schema import SCHEMA
 from gptbatch.pipeline.system.regular_file import named_in_errors, open_regular
@@ -29,7 +30,7 @@ class RunReader:
     manifest: what the folder says of the run, its identity among it. facts: what the run says of itself, model and environment among it.
     environments: how the parts were made, each way once: a run that went on elsewhere has more than one. parts: the files of the table, in
     order. n_rows: rows in them. marked_complete: whether the run has ended. complete: whether it has, and all of its rows are there.
-    rows_promised: rows of its input, None where an older version did not say. strays: names of tables that are not its parts.
+    rows_expected: rows of its input, None where an older version did not say. stray_tables: names of tables that are not its parts.
 
     Raises InputNotFoundError when there is no folder or no run of ours in it, OutputConflictError when it holds parts of several
     jobs, StorageError when it cannot be read.
@@ -38,12 +39,12 @@ class RunReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            state = recorded_state(path)
+            state = read_run_state(path)
             if state is None:
                 raise InputNotFoundError(
                     f"{path}: holds no run of gptbatch (it is empty); name the output folder of a run"
                 )
-            found = FolderParts(state)
+            found = PartListing(state)
         except OSError as error:
             raise StorageError(
                 f"{error.filename or path}: cannot be read ({error.strerror or error})"
@@ -54,19 +55,19 @@ class RunReader:
                 f"{path}: {found.other_jobs}; they are no run together: move the parts of each job into a folder of their own"
             )
         promised = {part["name"]: part["content_digest"] for part in self.manifest.get("parts", [])}
-        self.strays = list(state.strays)
+        self.stray_tables = list(state.stray_tables)
         for part in found.unusable:
             # a file without a footer is damaged where the manifest promises a part, else a stranger's
             if part.footer is not None or part.path.name in promised:
                 raise StorageError(
                     f"{part.path}: cannot be read ({part.problem}); the part is damaged"
                 )
-            self.strays.append(part.path.name)
+            self.stray_tables.append(part.path.name)
         self.parts = [self.path / part.name for part in found.parts]
         there = {part.name: part.content_digest for part in found.parts}
         self.marked_complete = state.marked_complete
-        self.rows_promised: int | None = state.identity.get("rows")
-        self.facts = facts_of(self.manifest)
+        self.rows_expected: int | None = state.identity.get("rows")
+        self.facts = run_facts(self.manifest)
         self.environments: list[dict[str, Any]] = []
         for footer in found.footers:
             if (
@@ -80,7 +81,7 @@ class RunReader:
         self.n_rows = sum(counts)
         self.complete = (
             state.marked_complete
-            and self.rows_promised in (None, self.n_rows)
+            and self.rows_expected in (None, self.n_rows)
             and all(there.get(name) == digest for name, digest in promised.items())
         )
         self._first_places = list(accumulate(counts[:-1], initial=0))
@@ -94,7 +95,8 @@ class RunReader:
                 content = file.read(MAX_RECORDED_BYTES + 1)
             if len(content) > MAX_RECORDED_BYTES:
                 raise YamlError(f"larger than {MAX_RECORDED_BYTES >> 20} MiB")
-            return parse_yaml_mapping(content)
+            config = parse_yaml_mapping(content)
+            return translate_config(config) if is_old_format(self.manifest["format"]) else config
         except (FileNotFoundError, NotADirectoryError) as error:
             if os.path.lexists(path.parent) and not path.parent.is_dir():
                 raise StorageError(
@@ -133,15 +135,13 @@ class RunReader:
             try:
                 with open_parquet(path) as file:
                     present = set(file.schema_arrow.names)
+                    stored = {name: _stored_name(name, present) for name in names}
                     for batch in file.iter_batches(
                         BATCH_ROWS,
-                        columns=[name for name in names if name in present],
+                        columns=[name for name in stored.values() if name is not None],
                         use_threads=False,
                     ):
-                        arrays = [
-                            _column(batch, name) if name in present else _nulls(batch, name)
-                            for name in names
-                        ]
+                        arrays = [_column(batch, name, stored[name]) for name in names]
                         yield pa.RecordBatch.from_arrays(arrays, names=names)
             except Exception as error:
                 if is_damage(error) or isinstance(error, FileNotFoundError):
@@ -194,9 +194,24 @@ class RowReader:
         return self._batch
 
 
-def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """The column in the type of this version's schema. Raises pa.ArrowException or ValueError for values that have no place in it."""
-    array, field = batch[name], SCHEMA.field(name)
+def _stored_name(name: str, present: set[str]) -> str | None:
+    """Return the name under which a file stores a column of the schema; None where an older version did not write it."""
+    if name in present:
+        return name
+    old_name = OLD_COLUMN_NAMES.get(name)
+    return old_name if old_name in present else None
+
+
+def _column(batch: pa.RecordBatch, name: str, stored_name: str | None) -> pa.Array:
+    """Return a column of the schema, in its type; nulls where the file does not store it.
+
+    Raises:
+        pa.ArrowException, ValueError: A value does not fit the type.
+    """
+    field = SCHEMA.field(name)
+    if stored_name is None:
+        return pa.nulls(len(batch), field.type)
+    array = batch[stored_name]
     if array.type != field.type:
         array = array.cast(field.type)
     if not field.nullable and (
@@ -204,11 +219,6 @@ def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
     ):
         raise ValueError(f"{name} is null in a row")
     return array
-
-
-def _nulls(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """A column that an older version did not write."""
-    return pa.nulls(len(batch), SCHEMA.field(name).type)
 
 
 def _names(columns: Sequence[str] | None) -> list[str]:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptbatch.pipeline.audit.reopen import LoadedRun, row_params
+from gptbatch.pipeline.audit.loaded_run import LoadedRun, row_params
 from gptbatch.pipeline.config import EngineConfig
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.trace import KnownRow
 
-ROWS_AT_A_TIME = 64
+ROWS_PER_BATCH = 64
 # of the largest logit of a step, by dtype: what different orders of summing have been seen to make, and some
 TOLERANCES = {"float32": 2.0**-13, "bfloat16": 2.0**-5, "float16": 2.0**-8}
 INT8_TOLERANCE = (
@@ -35,7 +35,7 @@ Outcome = Literal["equal", "near_tie", "mismatch", "skipped"]
 class Verdict:
     """What the check of one row found. problem says what differs first, "" for nothing.
 
-    step: the first step that differs. margin: how far, in logits, the recorded token was from winning there. Both None where
+    step: the first step that differs. distance: how far, in logits, the recorded token was from winning there. Both None where
     no step differs.
     """
 
@@ -45,8 +45,8 @@ class Verdict:
     problem: str = ""
     step: int | None = None
     recorded_token: int | None = None
-    chosen_token: int | None = None
-    margin: float | None = None
+    sampled_token: int | None = None
+    distance: float | None = None
 
 
 def evenly_spaced(count: int, n_rows: int) -> list[int]:
@@ -76,7 +76,7 @@ def verify_rows(loaded_run: LoadedRun, rows: Iterable[dict[str, Any]]) -> Iterat
         ) as pool:
             while True:
                 while len(running) < 2 * workers and (
-                    batch := list(islice(iterator, ROWS_AT_A_TIME))
+                    batch := list(islice(iterator, ROWS_PER_BATCH))
                 ):
                     running.append(pool.submit(_verify_batch, loaded_run, batch, exact))
                 if not running:
@@ -155,8 +155,8 @@ def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool
                     ),
                     step=step,
                     recorded_token=recorded,
-                    chosen_token=choice.token,
-                    margin=distance,
+                    sampled_token=choice.token,
+                    distance=distance,
                 )
     for index, number in enumerate(numbers):
         if number in verdicts and verdicts[number].outcome == "mismatch":

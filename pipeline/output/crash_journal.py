@@ -1,6 +1,6 @@
-"""What a run was at when it died: `journal.json`, kept up to date while parts are in flight and empty after a clean end.
+"""What a run was at when it died: `crash_journal.json`, kept up to date while parts are in flight and empty after a clean end.
 
-    {"in_flight": [3, 4], "row": null, "crashes": {"3": 1, "4": 1}}
+    {"parts_in_flight": [3, 4], "prompt_id": null, "crashes_per_part": {"3": 1, "4": 1}}
 
 A run that finds parts in flight knows that the last one died of something that it could not see (a kill, memory, power). Parts that
 were in flight at two crashes are run with one slot: whatever a row among them does to the process, it then does alone, by its name.
@@ -12,19 +12,19 @@ import json
 from pathlib import Path
 
 from gptbatch.pipeline.output.atomic_write import Writer
-from gptbatch.pipeline.output.folder_models import CrashJournalContent, validated
+from gptbatch.pipeline.output.json_models import CrashJournalContent, validated
 from gptbatch.pipeline.system.regular_file import read_json
 
-CRASH_JOURNAL = "journal.json"
-CRASHES_TO_SUSPECT = 2
+CRASH_JOURNAL = "crash_journal.json"
+MIN_CRASHES_TO_SUSPECT = 2
 
 
 class CrashJournal:
-    """crashes: of each part that was in flight at one and has not been written since. last_row: that ran alone when the last run died."""
+    """crashes: of each part that was in flight at one and has not been written since. last_prompt_id: that ran alone when the last run died."""
 
     def __init__(self, work: Path, writer: Writer) -> None:
         self._path, self._writer = work / CRASH_JOURNAL, writer
-        self.crashes, in_flight, self.last_row = _read(self._path)
+        self.crashes, in_flight, self.last_prompt_id = _read(self._path)
         for number in in_flight:
             self.crashes[number] = self.crashes.get(number, 0) + 1
         self._in_flight: list[int] = []
@@ -33,7 +33,9 @@ class CrashJournal:
     @property
     def suspect_parts(self) -> set[int]:
         """Parts that are to be run with one slot."""
-        return {number for number, crashes in self.crashes.items() if crashes >= CRASHES_TO_SUSPECT}
+        return {
+            number for number, crashes in self.crashes.items() if crashes >= MIN_CRASHES_TO_SUSPECT
+        }
 
     def note(self, in_flight: list[int], row: str | None = None) -> None:
         """Say what is in flight from now on; row: the id of one that runs alone."""
@@ -55,9 +57,11 @@ class CrashJournal:
 
     def _save(self) -> None:
         content = {
-            "in_flight": self._in_flight,
-            "row": self._row,
-            "crashes": {str(number): crashes for number, crashes in sorted(self.crashes.items())},
+            "parts_in_flight": self._in_flight,
+            "prompt_id": self._row,
+            "crashes_per_part": {
+                str(number): crashes for number, crashes in sorted(self.crashes.items())
+            },
         }
         self._writer.write_text(self._path, json.dumps(content) + "\n", durable=False)
 
@@ -69,7 +73,7 @@ def _read(path: Path) -> tuple[dict[int, int], list[int], str | None]:
     except (OSError, ValueError):
         return {}, [], None
     return (
-        {int(number): crashes for number, crashes in note.crashes.items()},
-        note.in_flight,
-        note.row,
+        {int(number): crashes for number, crashes in note.crashes_per_part.items()},
+        note.parts_in_flight,
+        note.prompt_id,
     )

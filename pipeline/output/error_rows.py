@@ -16,7 +16,7 @@ from gptbatch.pipeline.errors import StorageError
 from gptbatch.pipeline.input.jsonl import parse_object, to_json
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.output.folder import ERRORS, OutputFolder
-from gptbatch.pipeline.output.folder_models import Part
+from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.parts import is_damage, open_parquet, reading_error
 
 _COLUMNS = [

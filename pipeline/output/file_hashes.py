@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gptbatch.pipeline.output.folder_models import Digests, validated
+from gptbatch.pipeline.output.json_models import Digests, validated
 from gptbatch.pipeline.system.redact import redact
 from gptbatch.pipeline.system.regular_file import file_sha256, read_json
 
@@ -66,7 +66,7 @@ class FileHashes:
             self._files[key] = {"stat": before, "sha256": digest}
         return digest
 
-    def same_input(
+    def find_input(
         self, settings: dict[str, Any], files: list[Path] | None
     ) -> dict[str, Any] | None:
         """What was remembered of the input that these settings name, if its files are as they were; else None.
@@ -84,7 +84,7 @@ class FileHashes:
         found: dict[str, Any] = known["found"]
         return found
 
-    def remember_input(
+    def record_input(
         self,
         settings: dict[str, Any],
         files: list[Path] | None,
@@ -97,28 +97,28 @@ class FileHashes:
         if stats is not None and _settled(stats.values(), began_ns):
             self._input = {"settings": _hash(settings), "files": stats, "found": found}
 
-    def same_part(self, path: Path) -> bool:
-        """Whether the file looks as it did when `settle_parts` saw it."""
+    def is_unchanged(self, path: Path) -> bool:
+        """Whether the file looks as it did when `confirm_parts` saw it."""
         known = self._parts.get(path.name)
         try:
             return known is not None and bool(known["stat"] == stat_of(path))
         except OSError:
             return False
 
-    def other_part(self, path: Path) -> bool:
+    def is_altered(self, path: Path) -> bool:
         """Whether the file is known and not, to the bit, the one that was written. Reads all of it. Raises OSError."""
         known = self._parts.get(path.name)
         return known is not None and bool(known["sha256"] != file_sha256(path))
 
-    def remember_part(self, name: str, sha256: str) -> None:
+    def record_part(self, name: str, sha256: str) -> None:
         """A part that has just been written."""
         self._parts[name] = {"stat": None, "sha256": sha256}
 
-    def forget_other_parts(self, names: Iterable[str]) -> None:
+    def keep_parts(self, names: Iterable[str]) -> None:
         """Forget all parts but these: others are about to be written."""
         self._parts = {name: self._parts[name] for name in names if name in self._parts}
 
-    def settle_parts(self, paths: Iterable[Path]) -> None:
+    def confirm_parts(self, paths: Iterable[Path]) -> None:
         """Parts that are as they should be. One that was written a moment ago is looked at again the next time."""
         now_ns = time.time_ns()
         for path in paths:

@@ -3,7 +3,7 @@
     part-00000.parquet ...  the table
     _manifest.json          facts of the run and its parts
     _SUCCESS                written last: the run is complete
-    .gptbatch/              all else: config.yaml, digests.json, progress.json, errors.jsonl, journal.json, lock, temporary files
+    .gptbatch/              all else: config.yaml, digests.json, progress.json, errors.jsonl, crash_journal.json, lock, temporary files
 
 The parts are the record of what is done. The manifest claims the folder for a job before its first part, and is made again from the
 parts where it is lost. A folder without a part holds no job. Only files that are ours by name and footer are deleted.
@@ -28,18 +28,19 @@ from gptbatch.pipeline.errors import OutputConflictError, OutputCreationError, S
 from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.crash_journal import CRASH_JOURNAL
 from gptbatch.pipeline.output.file_hashes import FileHashes
-from gptbatch.pipeline.output.folder_models import Manifest, Part, validated
+from gptbatch.pipeline.output.json_models import Manifest, Part, validated
 from gptbatch.pipeline.output.lock import HOLDER, LOCK
+from gptbatch.pipeline.output.old_formats import translate_facts
 from gptbatch.pipeline.output.parts import (
     FORMAT,
-    FoundPart,
+    PartFile,
     PartPlan,
     differing_keys,
     inspect_part,
     part_number,
 )
 from gptbatch.pipeline.output.progress_file import PROGRESS
-from gptbatch.pipeline.output.stray_tables import describe_strays, stray_tables
+from gptbatch.pipeline.output.stray_tables import describe_stray_tables, stray_tables
 from gptbatch.pipeline.system.regular_file import read_json
 
 MANIFEST = "_manifest.json"
@@ -61,7 +62,7 @@ class FolderState:
 
     manifest: what the folder says of it, its `identity` among that; where it is lost, what the footers of its parts say. parts:
     paths of all files under parts' names, by number. success: whether `_SUCCESS` is there. marked_complete: whether the manifest that
-    goes with it is, too. manifest_lost: whether it is missing or damaged. strays: tables that are not its parts (stray_tables.py).
+    goes with it is, too. manifest_lost: whether it is missing or damaged. stray_tables: tables that are not its parts (stray_tables.py).
     """
 
     manifest: dict[str, Any]
@@ -69,7 +70,7 @@ class FolderState:
     success: bool
     marked_complete: bool
     manifest_lost: bool
-    strays: list[str]
+    stray_tables: list[str]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class OutputFolder:
                 success=success,
                 marked_complete=False,
                 manifest_lost=True,
-                strays=stray_tables(self.path),
+                stray_tables=stray_tables(self.path),
             )
         complete = manifest is not None and manifest.get("complete") is True and success
         if lost := manifest is None:
@@ -164,16 +165,16 @@ class OutputFolder:
             success=success,
             marked_complete=complete,
             manifest_lost=lost,
-            strays=stray_tables(self.path),
+            stray_tables=stray_tables(self.path),
         )
 
-    def inspect_parts(self, state: FolderState, memory: FileHashes) -> dict[int, FoundPart]:
+    def inspect_parts(self, state: FolderState, memory: FileHashes) -> dict[int, PartFile]:
         """Look at every part, and read those whose size or times are not as remembered."""
         found = {}
         for number, path in state.parts.items():
-            known = memory.same_part(path)
+            known = memory.is_unchanged(path)
             part = inspect_part(path, content=not known)
-            if part.state == "sound" and not known and memory.other_part(path):
+            if part.state == "sound" and not known and memory.is_altered(path):
                 part = replace(
                     part,
                     state="damaged",
@@ -244,7 +245,7 @@ class OutputFolder:
         self.write_manifest(manifest, parts.values(), complete=True)
         self.writer.write_text(self.path / SUCCESS, "")
         self.writer.remove(self.work / CRASH_JOURNAL)
-        memory.settle_parts(self.path / part.name for part in parts.values())
+        memory.confirm_parts(self.path / part.name for part in parts.values())
         self.remember(memory)
 
     def remember(self, memory: FileHashes) -> None:
@@ -299,11 +300,11 @@ class OutputFolder:
 
     def _check_parts(self, parts: dict[int, Part], memory: FileHashes, plan: PartPlan) -> None:
         """Raises unless the folder holds these parts of this job, and no other table."""
-        refuse_strays(self.path, stray_tables(self.path))
+        refuse_stray_tables(self.path, stray_tables(self.path))
         for number, path in (
             self._list_parts() | {number: self.path / part.name for number, part in parts.items()}
         ).items():
-            if number in parts and memory.same_part(path):
+            if number in parts and memory.is_unchanged(path):
                 continue
             found = inspect_part(path, content=False)
             if found.state == "missing":
@@ -320,7 +321,7 @@ class OutputFolder:
         """None when there is none. Raises OutputConflictError for one that is not ours, StorageError when it cannot be read."""
         path = self.path / MANIFEST
         try:
-            content = read_json(path)
+            content = translate_facts(read_json(path))
             if isinstance(content, dict) and str(content.get("format")).startswith(FORMAT_PREFIX):
                 validated(Manifest, content)
                 return content
@@ -357,13 +358,13 @@ def group_by_job(footers: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]
     return jobs
 
 
-def refuse_strays(path: Path, names: list[str]) -> None:
+def refuse_stray_tables(path: Path, names: list[str]) -> None:
     """Raises OutputConflictError for tables that readers of the folder would add to the run's."""
     if names:
-        raise OutputConflictError(f"{path}: {describe_strays(names)}, or name another output")
+        raise OutputConflictError(f"{path}: {describe_stray_tables(names)}, or name another output")
 
 
-def facts_of(content: dict[str, Any]) -> dict[str, Any]:
+def run_facts(content: dict[str, Any]) -> dict[str, Any]:
     """What a manifest or a footer says of the run: all that is neither of the one file nor of its rows."""
     return {key: value for key, value in content.items() if key not in _NOT_FACTS}
 

@@ -21,14 +21,14 @@ from filelock import SoftFileLock as _SoftFileLock
 
 from gptbatch.pipeline.errors import OutputBusyError, StorageError
 from gptbatch.pipeline.output.atomic_write import Writer
-from gptbatch.pipeline.output.folder_models import Holder, validated
+from gptbatch.pipeline.output.json_models import Holder, validated
 from gptbatch.pipeline.system.regular_file import read_json
 
 logger = logging.getLogger("gptbatch")
 
 LOCK = "lock"
 HOLDER = "holder.json"
-PATIENCE_S = 0.5  # whoever asks for the status of an output holds its lock for a moment
+LOCK_TIMEOUT_S = 0.5  # whoever asks for the status of an output holds its lock for a moment
 
 
 class OutputLock:
@@ -45,7 +45,7 @@ class OutputLock:
     def __enter__(self) -> OutputLock:
         lock = FileLock(self._work / LOCK)
         try:
-            lock.acquire(timeout=PATIENCE_S, poll_interval=PATIENCE_S / 10)
+            lock.acquire(timeout=LOCK_TIMEOUT_S, poll_interval=LOCK_TIMEOUT_S / 10)
             if isinstance(
                 lock, _SoftFileLock
             ):  # what the library falls back to; a dead process on another host would hold it for ever

@@ -22,7 +22,7 @@ from gptbatch.pipeline.model.loading import LoadedModel
 from gptbatch.pipeline.output.crash_journal import CrashJournal
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import OutputFolder
-from gptbatch.pipeline.output.folder_models import Part
+from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.parts import PartWriter
 from gptbatch.pipeline.output.progress_file import ProgressFile
 from gptbatch.pipeline.types import Completion
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gptbatch")
 
-MOST_OPEN_PARTS = 8  # besides those that the slots can reach into: rows that are done wait in memory until their part is whole
-MANIFEST_EVERY_S = 5.0
+MAX_OPEN_PARTS = 8  # besides those that the slots can reach into: rows that are done wait in memory until their part is whole
+MANIFEST_INTERVAL_S = 5.0
 
 
 class Progress(Protocol):
@@ -85,7 +85,7 @@ class ErrorLimit:
 
 
 @dataclass(kw_only=True)
-class PartLoop:
+class PartRunner:
     """Runs parts through the engine and commits them as they become whole.
 
     parts: those that are written, by number; grows. limit: on error rows, errors_before of which earlier runs left. journal: None where
@@ -132,8 +132,8 @@ class PartLoop:
                 logger.warning(
                     "runs have died twice while parts %s were in flight%s: they run one row at a time",
                     ", ".join(map(str, sorted(suspect_parts))),
-                    f" (the last one while row {self.journal.last_row!r} ran alone; --skip-row leaves it out)"
-                    if self.journal and self.journal.last_row is not None
+                    f" (the last one while row {self.journal.last_prompt_id!r} ran alone; --skip-row leaves it out)"
+                    if self.journal and self.journal.last_prompt_id is not None
                     else "",
                 )
                 self._run_parts(suspect_parts, batch_size=1)
@@ -148,7 +148,7 @@ class PartLoop:
 
     def _run_parts(self, numbers: set[int], *, batch_size: int) -> None:
         engine = self._engine(batch_size)
-        self._most_started = MOST_OPEN_PARTS + -(-engine.max_rows_held // self.summary.part_rows)
+        self._most_started = MAX_OPEN_PARTS + -(-engine.max_rows_held // self.summary.part_rows)
         prompts = self.prompts.prompts(
             self.summary, reject=self._take, parts=numbers, may_start=self._may_start
         )
@@ -210,7 +210,7 @@ class PartLoop:
         if self.journal is not None:
             self.journal.written(part.number)
             self._note()
-        if time.monotonic() - self._manifest_written >= MANIFEST_EVERY_S:
+        if time.monotonic() - self._manifest_written >= MANIFEST_INTERVAL_S:
             self.folder.write_manifest(self.writer.facts, self.parts.values(), complete=False)
             self.folder.remember(self.memory)
             self._manifest_written = time.monotonic()

@@ -27,7 +27,8 @@ from gptbatch.pipeline.errors import (
 )
 from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.file_hashes import FileHashes
-from gptbatch.pipeline.output.folder_models import PART_NAME_PATTERN, Footer, Part, validated
+from gptbatch.pipeline.output.json_models import PART_NAME_PATTERN, Footer, Part, validated
+from gptbatch.pipeline.output.old_formats import translate_facts
 from gptbatch.pipeline.output.schema import SCHEMA_DIGEST, content_digest, to_row, to_table
 from gptbatch.pipeline.system.regular_file import (
     file_sha256,
@@ -38,7 +39,7 @@ from gptbatch.pipeline.system.regular_file import (
 from gptbatch.pipeline.types import Completion
 
 # The version of the folder's layout, and a digest of the schema of its parts.
-FORMAT = f"gptbatch-2-{SCHEMA_DIGEST}"
+FORMAT = f"gptbatch-3-{SCHEMA_DIGEST}"
 FOOTER_KEY = b"gptbatch"
 PART_NAME = re.compile(PART_NAME_PATTERN)
 MAX_COMMIT_TRIES = 3  # of a part whose name is taken and free again in between
@@ -118,7 +119,7 @@ class PartPlan:
             self.input_digests[number],
         )
 
-    def check_ours(self, found: FoundPart) -> None:
+    def check_ours(self, found: PartFile) -> None:
         """Raises OutputConflictError for a file that another job, or another program, has written."""
         if found.state == "foreign":
             raise OutputConflictError(
@@ -151,7 +152,7 @@ class PartPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundPart:
+class PartFile:
     """A file under a part's name.
 
     state: "sound", ours and whole; "damaged", ours or unreadable, and not as a run wrote it; "foreign", no file of ours: another
@@ -212,7 +213,7 @@ def reading_error(path: Path, error: Exception) -> GptbatchError:
 
 def inspect_part(
     path: Path, *, name: str | None = None, content: bool = True, follow_links: bool = False
-) -> FoundPart:
+) -> PartFile:
     """Look at a file under a part's name.
 
     Args:
@@ -230,7 +231,7 @@ def inspect_part(
     try:
         mode = (path.stat() if follow_links else path.lstat()).st_mode
         if not stat.S_ISREG(mode):
-            return FoundPart(
+            return PartFile(
                 path=path,
                 state="foreign",
                 problem="a symbolic link" if stat.S_ISLNK(mode) else "not a regular file",
@@ -247,20 +248,20 @@ def inspect_part(
                     "its rows are not those that were written (content_digest differs)"
                 )
     except FileNotFoundError:
-        return FoundPart(path=path, state="missing", problem="gone")
+        return PartFile(path=path, state="missing", problem="gone")
     except _NoFooter:
-        return FoundPart(path=path, state="foreign", problem="a Parquet file without its footer")
+        return PartFile(path=path, state="foreign", problem="a Parquet file without its footer")
     except Exception as error:
         if not is_damage(error):
             raise reading_error(path, error) from error
-        return FoundPart(
+        return PartFile(
             path=path,
             state="damaged",
             problem=str(error) or type(error).__name__,
             footer=footer,
             part=part,
         )
-    return FoundPart(path=path, state="sound", footer=footer, part=part)
+    return PartFile(path=path, state="sound", footer=footer, part=part)
 
 
 def read_footer(path: Path) -> dict[str, Any] | None:
@@ -275,7 +276,7 @@ def _read_footer(path: Path) -> tuple[dict[str, Any], int]:
     text = (metadata.metadata or {}).get(FOOTER_KEY)
     if text is None:
         raise _NoFooter
-    footer = parse_json(text)
+    footer = translate_facts(parse_json(text))
     validated(Footer, {**footer, "name": part_name(0)} if isinstance(footer, dict) else footer)
     return footer, int(metadata.num_rows)
 
@@ -369,7 +370,7 @@ class PartWriter:
                 and self._plan.is_whole(found.part)
             ):
                 self._check_same_rows(found, part)
-                self._memory.remember_part(part.name, file_sha256(path))
+                self._memory.record_part(part.name, file_sha256(path))
                 return found.part
             self._write(path, table, part, only_if_absent=False)
             return part
@@ -399,10 +400,10 @@ class PartWriter:
         written: list[str] = []
         if not self._writer.write(path, content, check=check, only_if_absent=only_if_absent):
             return False
-        self._memory.remember_part(part.name, written[0])
+        self._memory.record_part(part.name, written[0])
         return True
 
-    def _check_same_rows(self, found: FoundPart, part: Part) -> None:
+    def _check_same_rows(self, found: PartFile, part: Part) -> None:
         assert found.part is not None
         assert found.footer is not None
         if found.part.content_digest != part.content_digest:

@@ -13,12 +13,12 @@ from typing import Literal
 
 from gptbatch.pipeline.errors import StorageError
 from gptbatch.pipeline.output.atomic_write import Writer
-from gptbatch.pipeline.output.folder_models import Progress, validated
+from gptbatch.pipeline.output.json_models import Progress, validated
 from gptbatch.pipeline.system.regular_file import read_json
 
 PROGRESS = "progress.json"
-EVERY_S = 2.0
-SILENT_S = 600.0  # loading a large model says nothing for minutes
+WRITE_INTERVAL_S = 2.0
+MAX_SILENCE_S = 600.0  # loading a large model says nothing for minutes
 
 State = Literal["loading", "running", "complete", "stopped", "failed"]
 
@@ -30,7 +30,7 @@ class ProgressFile:
         self._path, self._writer = work / PROGRESS, writer
         self._total, self._done, self._failed = total, done, failed
         self._began = time.monotonic()
-        self._written = -EVERY_S
+        self._written = -WRITE_INTERVAL_S
         self._rows = self._errors = self._tokens = 0
 
     def begin(self) -> None:
@@ -41,7 +41,7 @@ class ProgressFile:
     def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
         """Counts of this run. Writes now and then."""
         self._rows, self._errors, self._tokens = rows, errors, completion_tokens
-        if time.monotonic() - self._written >= EVERY_S:
+        if time.monotonic() - self._written >= WRITE_INTERVAL_S:
             self.write("running")
 
     def write(self, state: State) -> None:
@@ -53,9 +53,9 @@ class ProgressFile:
             "state": state,
             "rows_total": self._total,
             "rows_done": self._done + self._rows,
-            "rows_failed": self._failed + self._errors,
+            "error_rows": self._failed + self._errors,
             "tokens_per_s": round(self._tokens / elapsed, 1) if elapsed > 0 else 0.0,
-            "seconds_left": round(elapsed / self._rows * left, 1)
+            "remaining_s": round(elapsed / self._rows * left, 1)
             if self._rows and state == "running"
             else None,
             "host": socket.gethostname(),
@@ -66,8 +66,8 @@ class ProgressFile:
             self._writer.write_text(self._path, json.dumps(content) + "\n", durable=False)
 
 
-def looks_alive(work: Path) -> bool:
-    """Whether a run has said less than SILENT_S ago that it is going on. For file systems without locks: a guess."""
+def seems_running(work: Path) -> bool:
+    """Whether a run has said less than MAX_SILENCE_S ago that it is going on. For file systems without locks: a guess."""
     progress = read_progress(work)
     if (
         progress is None
@@ -79,7 +79,7 @@ def looks_alive(work: Path) -> bool:
         updated_s = datetime.fromisoformat(progress.updated_at).timestamp()
     except ValueError:  # the 99th of a month
         return False
-    return time.time() - updated_s < SILENT_S
+    return time.time() - updated_s < MAX_SILENCE_S
 
 
 def read_progress(work: Path) -> Progress | None:

@@ -13,16 +13,16 @@ from typing import Any
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import OutputConflictError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
-from gptbatch.pipeline.output.folder import FolderState, OutputFolder, refuse_strays
-from gptbatch.pipeline.output.folder_models import Part
-from gptbatch.pipeline.output.parts import FORMAT, FoundPart, PartPlan, count_parts
+from gptbatch.pipeline.output.folder import FolderState, OutputFolder, refuse_stray_tables
+from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.parts import FORMAT, PartFile, PartPlan, count_parts
 from gptbatch.pipeline.types import DEFAULT_PART_ROWS
 
 _ELSE = "name another output, or use --overwrite"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trusted:
+class KeptParts:
     """The parts that stay, by number, and what the footer of the latest of them says, {} without any."""
 
     parts: dict[int, Part]
@@ -51,7 +51,7 @@ def is_replaced(config: JobConfig, state: FolderState, identity: dict[str, Any])
     )
 
 
-def kept_state(
+def find_continued_run(
     config: JobConfig, folder: OutputFolder, identity: Callable[[], dict[str, Any]]
 ) -> FolderState | None:
     """The run in the output that this job goes on with; None where it starts anew.
@@ -62,7 +62,7 @@ def kept_state(
     folder.refuse_links()
     state = folder.state()
     if state is not None:
-        refuse_strays(folder.path, state.strays)
+        refuse_stray_tables(folder.path, state.stray_tables)
     if state is None or not state.holds_job or is_replaced(config, state, identity()):
         return None
     check_same_job(config, state, identity())
@@ -128,12 +128,12 @@ def check_same_input(config: JobConfig, state: FolderState, summary: InputSummar
         )
 
 
-def trusted_parts(found: dict[int, FoundPart], plan: PartPlan) -> Trusted:
+def find_kept_parts(found: dict[int, PartFile], plan: PartPlan) -> KeptParts:
     """The parts that need not be done again. found: every file under a part's name, looked at.
 
     Raises OutputConflictError for files under parts' names that no run of this job can have written, or that it has no rows for.
     """
-    check_no_strangers(found, plan.n_parts)
+    check_no_foreign_parts(found, plan.n_parts)
     parts: dict[int, Part] = {}
     footer: dict[str, Any] = {}
     for number, file in found.items():
@@ -145,10 +145,10 @@ def trusted_parts(found: dict[int, FoundPart], plan: PartPlan) -> Trusted:
             and plan.is_whole(file.part)
         ):
             parts[number], footer = file.part, file.footer
-    return Trusted(parts=parts, footer=footer)
+    return KeptParts(parts=parts, footer=footer)
 
 
-def check_no_strangers(found: dict[int, FoundPart], n_parts: int) -> None:
+def check_no_foreign_parts(found: dict[int, PartFile], n_parts: int) -> None:
     """Raises OutputConflictError for files under parts' names that a run of so many parts cannot have written."""
     for number, file in found.items():
         if file.state == "foreign":
@@ -161,19 +161,19 @@ def check_no_strangers(found: dict[int, FoundPart], n_parts: int) -> None:
             )
 
 
-def check_replaceable(state: FolderState, found: dict[int, FoundPart]) -> None:
+def check_replaceable(state: FolderState, found: dict[int, PartFile]) -> None:
     """Raises OutputConflictError for files under parts' names that are not those of the run which is to be replaced."""
     rows, part_rows = state.identity.get("rows"), state.identity.get("part_rows")
     known = (
         count_parts(part_rows, rows) if isinstance(rows, int) and isinstance(part_rows, int) else 0
     )
-    check_no_strangers(
+    check_no_foreign_parts(
         {number: file for number, file in found.items() if file.footer is None}, known
     )
 
 
 def check_same_environment(
-    config: JobConfig, trusted: Trusted, environment: dict[str, Any], batch_invariance: str
+    config: JobConfig, trusted: KeptParts, environment: dict[str, Any], batch_invariance: str
 ) -> None:
     """Raises OutputConflictError, naming both, when the rows to come would be made in another way than those that are there."""
     recorded = {

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from gptbatch.pipeline.errors import InputNotFoundError, StorageError
 from gptbatch.pipeline.output.folder import CONFIG, MANIFEST, WORK, FolderState, OutputFolder
-from gptbatch.pipeline.output.folder_models import Part
-from gptbatch.pipeline.output.folder_parts import FolderParts, recorded_state
+from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.lock import is_held
+from gptbatch.pipeline.output.part_listing import PartListing, read_run_state
 from gptbatch.pipeline.output.parts import count_parts, part_number
 from gptbatch.pipeline.output.progress_file import read_progress
-from gptbatch.pipeline.output.stray_tables import describe_strays
+from gptbatch.pipeline.output.stray_tables import describe_stray_tables
 
 MAX_NAMED = 3
 MAX_LISTED = 1000
@@ -30,7 +30,7 @@ class OutputStatus:
     """state: complete; running, a process holds it now; unfinished, none does. rows_done: in parts of the folder's job.
 
     parts_missing: numbers of the first MAX_LISTED of the `n_parts_missing`. parts_damaged: numbers. errors: error rows by kind.
-    tokens_per_s and seconds_left: of the run that is going on, or the last; None when it has not said. problems: what is wrong with
+    tokens_per_s and remaining_s: of the run that is going on, or the last; None when it has not said. problems: what is wrong with
     the folder, a line each.
     """
 
@@ -48,7 +48,7 @@ class OutputStatus:
     prompt_tokens: int
     completion_tokens: int
     tokens_per_s: float | None
-    seconds_left: float | None
+    remaining_s: float | None
     updated_at: str | None
     config_hash: str | None
     problems: list[str]
@@ -59,8 +59,8 @@ def output_status(path: Path) -> OutputStatus:
     folder = OutputFolder(path)
     progress = read_progress(folder.work)
     try:
-        state = recorded_state(path)
-        found = None if state is None else FolderParts(state, folder.memory())
+        state = read_run_state(path)
+        found = None if state is None else PartListing(state, folder.memory())
         problems = [] if state is None or found is None else _problems(folder, state, found)
     except OSError as error:
         raise StorageError(
@@ -90,7 +90,7 @@ def output_status(path: Path) -> OutputStatus:
     done = sum(part.rows for part in parts)
     complete = (
         (state is not None and state.marked_complete and found is not None)
-        and not (found.other_jobs or found.unusable or state.strays)
+        and not (found.other_jobs or found.unusable or state.stray_tables)
         and (len(parts), done) == (n_parts, rows)
     )
     running = not complete and is_held(folder.work)
@@ -109,7 +109,7 @@ def output_status(path: Path) -> OutputStatus:
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         completion_tokens=sum(part.completion_tokens for part in parts),
         tokens_per_s=progress.tokens_per_s if progress is not None else None,
-        seconds_left=progress.seconds_left if progress is not None and running else None,
+        remaining_s=progress.remaining_s if progress is not None and running else None,
         updated_at=progress.updated_at if progress is not None else None,
         config_hash=identity.get("config_hash"),
         problems=problems,
@@ -123,10 +123,10 @@ def _error_kinds(parts: list[Part]) -> dict[str, int]:
     return dict(sorted(errors.items()))
 
 
-def _problems(folder: OutputFolder, state: FolderState, found: FolderParts) -> list[str]:
+def _problems(folder: OutputFolder, state: FolderState, found: PartListing) -> list[str]:
     problems = [found.other_jobs] if found.other_jobs else []
-    if state.strays:
-        problems.append(describe_strays(state.strays))
+    if state.stray_tables:
+        problems.append(describe_stray_tables(state.stray_tables))
     strangers = [file for file in found.unusable if file.state == "foreign"]
     problems += [
         f"{file.path.name}: is not a part of gptbatch ({file.problem})"

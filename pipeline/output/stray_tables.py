@@ -48,7 +48,7 @@ def stray_tables(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def describe_strays(names: list[str]) -> str:
+def describe_stray_tables(names: list[str]) -> str:
     """Return `readers will also read A, B, C and 2 more, which are no parts of the run; move them away`."""
     shown = ", ".join(names[:MAX_NAMED]) + (
         f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""

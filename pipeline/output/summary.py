@@ -10,13 +10,13 @@ from gptbatch.pipeline.config import JobConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """What a run did. `skipped` rows were there already; all other counts, times and rates are this run's."""
+    """What a run did. `rows_kept` rows were there already; all other counts, times and rates are this run's."""
 
     output: str
     rows: int
     ok: int
     errors: int
-    skipped: int
+    rows_kept: int
     prompt_tokens: int
     completion_tokens: int
     load_s: float
@@ -29,14 +29,16 @@ class RunSummary:
     config_hash: str
 
 
-def nothing_done(config: JobConfig, manifest: dict[str, Any], wall_s: float) -> RunSummary:
+def summarize_complete_output(
+    config: JobConfig, manifest: dict[str, Any], wall_s: float
+) -> RunSummary:
     """Of a run that found everything there. manifest: of the output."""
     return RunSummary(
         output=config.output,
         rows=0,
         ok=0,
         errors=0,
-        skipped=manifest.get("rows", 0),
+        rows_kept=manifest.get("rows", 0),
         prompt_tokens=0,
         completion_tokens=0,
         load_s=0.0,

@@ -1,7 +1,7 @@
 """The types of all JSON that is read back from an output folder; each file is validated before anything uses it.
 
     _manifest.json   Manifest      .gptbatch/progress.json   Progress
-    part footers     Footer        .gptbatch/journal.json   CrashJournalContent
+    part footers     Footer        .gptbatch/crash_journal.json   CrashJournalContent
                                    .gptbatch/digests.json    Digests
                                    .gptbatch/holder.json     Holder
 
@@ -113,16 +113,16 @@ class Progress(_Recorded):
     state: Text | None = None
     rows_total: Count
     rows_done: Count
-    rows_failed: Count
+    error_rows: Count
     tokens_per_s: Annotated[float, Field(ge=0)] | None = None
-    seconds_left: Annotated[float, Field(ge=0)] | None = None
+    remaining_s: Annotated[float, Field(ge=0)] | None = None
     updated_at: Time | None = None
 
 
 class CrashJournalContent(_Recorded):
-    in_flight: list[Count]
-    row: Text | None
-    crashes: dict[PartNumber, Count]
+    parts_in_flight: list[Count]
+    prompt_id: Text | None
+    crashes_per_part: dict[PartNumber, Count]
 
 
 class Holder(_Recorded):

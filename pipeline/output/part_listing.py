@@ -17,14 +17,14 @@ from gptbatch.pipeline.output.folder import (
     OutputFolder,
     group_by_job,
 )
-from gptbatch.pipeline.output.folder_models import Part
-from gptbatch.pipeline.output.parts import FoundPart, differing_keys, inspect_part, rows_of_part
+from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.parts import PartFile, differing_keys, inspect_part, rows_of_part
 
 READING_THREADS = 8
 MAX_NAMED = 3
 
 
-class FolderParts:
+class PartListing:
     """What stands under the names of parts.
 
     parts: those of the folder's job that hold the rows that their names say, in order. footers: theirs, as far as they were read.
@@ -43,14 +43,16 @@ class FolderParts:
         known = {
             path: listed[path.name]
             for path in state.parts.values()
-            if path.name in listed and memory and memory.same_part(path)
+            if path.name in listed and memory and memory.is_unchanged(path)
         }
-        found = _each(inspect_footer, [path for path in state.parts.values() if path not in known])
+        found = _each(
+            inspect_part_footer, [path for path in state.parts.values() if path not in known]
+        )
         identity = state.identity
         self.parts: list[Part] = [Part.model_validate(part) for part in known.values()]
         self.footers: list[dict[str, Any]] = []
-        self.unusable: list[FoundPart] = []
-        strangers: list[FoundPart] = []
+        self.unusable: list[PartFile] = []
+        strangers: list[PartFile] = []
         for file in found:
             if file.state == "missing":
                 continue
@@ -62,7 +64,7 @@ class FolderParts:
                 strangers.append(file)
             elif problem := _misplaced(file.part, identity):
                 self.unusable.append(
-                    FoundPart(
+                    PartFile(
                         path=file.path,
                         state="damaged",
                         problem=problem,
@@ -77,7 +79,7 @@ class FolderParts:
         self.other_jobs = _describe(state.manifest, self.parts, strangers) if strangers else ""
 
 
-def recorded_state(path: Path) -> FolderState | None:
+def read_run_state(path: Path) -> FolderState | None:
     """The run in a folder, for readers; None for a folder without one. Raises InputNotFoundError when it holds something else."""
     if not path.exists():
         raise InputNotFoundError(f"{path}: no such folder; name the output folder of a run")
@@ -97,7 +99,7 @@ def recorded_state(path: Path) -> FolderState | None:
         ) from error
 
 
-def inspect_footer(path: Path) -> FoundPart:
+def inspect_part_footer(path: Path) -> PartFile:
     """Without the rows; through a link, as a download from a hub leaves it."""
     return inspect_part(path, content=False, follow_links=True)
 
@@ -114,7 +116,7 @@ def _misplaced(part: Part, identity: dict[str, Any]) -> str:
     return f"it holds rows {part.first_row} to {part.first_row + part.rows - 1} of its run, not {first} to {first + most - 1}"
 
 
-def _describe(manifest: dict[str, Any], parts: list[Part], strangers: list[FoundPart]) -> str:
+def _describe(manifest: dict[str, Any], parts: list[Part], strangers: list[PartFile]) -> str:
     """`holds parts of 2 jobs: 8 of its own, 2 of 1a2b3c4d (part-00003.parquet, part-00007.parquet; seed 0 / 1)`."""
     identity = manifest["identity"]
     names = {id(file.footer): file.path.name for file in strangers}
@@ -149,7 +151,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 20 else f"{text[:8]}..."
 
 
-def _each(look: Callable[[Path], FoundPart], paths: Iterable[Path]) -> list[FoundPart]:
+def _each(look: Callable[[Path], PartFile], paths: Iterable[Path]) -> list[PartFile]:
     """Look at each, several at a time: on a network disk, waiting takes most of the time."""
     paths = list(paths)
     try:

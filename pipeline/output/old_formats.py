@@ -1,0 +1,76 @@
+"""Names in outputs of earlier versions, translated to the current ones where such an output is read.
+
+Formats gptbatch-1 and gptbatch-2 use other names for keys and values of manifests, part footers, configs and columns.
+The reading code translates each of these once, before validation, and then sees only current names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_OLD_FORMAT = re.compile(r"gptbatch-[12](-[0-9a-f]{8})?")
+
+# column of this version -> column of formats 1 and 2
+OLD_COLUMN_NAMES = {"min_decision_margin": "min_margin"}
+
+_FACT_NAMES = {
+    "fingerprint": "config_hash",
+    "numerics": "batch_invariance",
+    "profile": "environment",
+    "memory_halvings": "batch_size_halvings",
+}
+_ENVIRONMENT_NAMES = {
+    "products": "reduction_order",
+    "row_plan": "padding_plan",
+    "probe_digest": "self_test_digest",
+}
+_PADDING_PLANS = {
+    "as they come": "as_is",
+    "rounded": "pad_8",
+    "more": "pad_32",
+    "constant": "fixed_64",
+}
+_CONFIG_NAMES = {
+    "numerics": "batch_invariance",
+    "allow_other_profile": "allow_other_environment",
+}
+
+
+def is_old_format(name: Any) -> bool:
+    """Return whether `name` is a format whose names need translation."""
+    return isinstance(name, str) and _OLD_FORMAT.fullmatch(name) is not None
+
+
+def translate_facts(content: Any) -> Any:
+    """Return a manifest or a part footer with current names; content of the current format is returned as it is.
+
+    Args:
+        content: The parsed JSON, not validated yet.
+    """
+    if not isinstance(content, dict) or not is_old_format(content.get("format")):
+        return content
+    facts = _renamed(content, _FACT_NAMES)
+    if facts.get("batch_invariance") == "exact":
+        facts["batch_invariance"] = "verified"
+    if isinstance(facts.get("identity"), dict):
+        facts["identity"] = _renamed(facts["identity"], _FACT_NAMES)
+    if isinstance(facts.get("environment"), dict):
+        environment = facts["environment"] = _renamed(facts["environment"], _ENVIRONMENT_NAMES)
+        if isinstance(environment.get("padding_plan"), str):
+            first, comma, others = environment["padding_plan"].partition(",")
+            environment["padding_plan"] = _PADDING_PLANS.get(first, first) + comma + others
+    return facts
+
+
+def translate_config(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a run of an old format with current keys and values."""
+    config = _renamed(content, _CONFIG_NAMES)
+    if config.get("batch_invariance") == "exact":
+        config["batch_invariance"] = "require"
+    return config
+
+
+def _renamed(content: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in content.items()}
