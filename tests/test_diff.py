@@ -278,7 +278,7 @@ def test_a_config_that_is_gone_is_missed_only_when_it_is_asked_for(tmp_path: Pat
 
 
 def test_reading_and_comparing_import_no_torch() -> None:
-    program = "import gptbatch.pipeline.audit.diff; assert not {'torch', 'transformers', 'datasets', 'click'} & set(sys.modules)"
+    program = "import sys; import gptbatch.pipeline.audit.diff; assert not {'torch', 'transformers', 'datasets', 'click'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
