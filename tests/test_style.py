@@ -59,5 +59,3 @@ def test_replaced_words_do_not_come_back(pattern: str) -> None:
         if re.search(rf"(?<![A-Za-z0-9_])({pattern})(?![A-Za-z0-9_])", line)
     ]
     assert not found, f"write {REPLACED[pattern]} instead:\n" + "\n".join(found)
-
-
