@@ -7,7 +7,6 @@ library's own name, or a word in another sense.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
