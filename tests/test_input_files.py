@@ -140,10 +140,10 @@ def test_cells_of_a_tsv_file_are_between_tabs(tmp_path: Path) -> None:
     [
         ("prompt,seed\na,1,2\n", ":2: 3 cells, but the header names 2 columns"),
         ("prompt,seed\na\n", ":2: 1 cells, but the header names 2 columns"),
-        ('prompt,seed\n"a"b,1\n', ":2: text or a space stands behind the closing quote of cell 1"),
+        ('prompt,seed\n"a"b,1\n', ":2: text or a space follows the closing quote of cell 1"),
         (
             'prompt,seed\nx,1\n"a,1\nb,2\n',
-            ":3: a quoted cell is opened and not closed, so that the rows behind it",
+            ":3: a quoted cell is opened and not closed, so that the rows after it",
         ),
         ("prompt,seed\n\na,1\n", ":2: the line is empty"),
         (
@@ -654,7 +654,7 @@ def test_json_arrays_and_json_lines_under_the_name_json(tmp_path: Path, text: st
         ),
         (
             '[\n{"prompt": "a"}\n]\n{"prompt": "b"}',
-            ":4: not valid JSON: text stands behind the array",
+            ":4: not valid JSON: text follows the array",
         ),
         ('[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' stands twice"),
         ('[\n{"prompt": NaN}]', ":2: not valid JSON: NaN"),

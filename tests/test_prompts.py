@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
-from gptbatch.pipeline.input import jsonl, lines
+from gptbatch.pipeline.input import lines
 from gptbatch.pipeline.input.file_kind import describe_binary
-from gptbatch.pipeline.input.jsonl import JsonlFile, parse_object, to_json
+from gptbatch.pipeline.input.jsonl import JsonlFile
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
 from gptbatch.pipeline.input.rows import RowDefaults, derive_seed
+from gptbatch.pipeline.input.strict_json import parse_object, to_json
 from gptbatch.pipeline.types import MAX_SEED, Prompt
 
 DEFAULTS = RowDefaults(prompt_field="prompt", seed=3, temperature=0.7, top_k=5, max_new_tokens=9)
@@ -294,7 +295,6 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_lines_over_the_cap_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "prompts.jsonl"
     exact = b'{"prompt": "' + b"x" * 986 + b'"}\n'

@@ -1,12 +1,12 @@
-"""Parquet files, Arrow files and Arrow streams as rows, with the types that they declare."""
+"""Reads Parquet files, Arrow IPC files and Arrow IPC streams, with the types that they declare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gptbatch.pipeline.errors import (
     GptbatchError,
@@ -15,59 +15,59 @@ from gptbatch.pipeline.errors import (
     OutOfMemoryError,
     StorageError,
 )
-from gptbatch.pipeline.input.file_kind import describe_binary
-from gptbatch.pipeline.input.jsonl import DECODER
+from gptbatch.pipeline.input.file_kind import HEAD_BYTES, describe_binary
 from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.input.strict_json import DECODER
+from gptbatch.pipeline.system.error_text import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 1024
-HEAD_BYTES = 512
+_PARQUET, _ARROW_FILE, _GZIP = b"PAR1", b"ARROW1", b"\x1f\x8b"
+
+Convert = Callable[[Any], Any]
 
 
 class Float32(float):
-    """A value of a column of single precision."""
+    """A value of a float32 column. Every whole number below `exact_below` has an exact float32."""
 
-    exact_below = 2**24  # whole numbers up to this one are all floats
+    exact_below = 2**24
 
 
 class Float16(float):
-    """A value of a column of half precision."""
+    """A value of a float16 column. Every whole number below `exact_below` has an exact float16."""
 
     exact_below = 2**11
 
 
 class ArrowFile:
-    """The rows of one file. Nothing is memory-mapped: a file that is cut off while it is read is an error, not a crash.
+    """The rows of one file. The first bytes decide the format.
+
+    The file is not memory-mapped: a file that is truncated while it is read raises an error, where
+    a mapping would end the process.
 
     Args:
-        path: a Parquet file, an Arrow IPC file or an Arrow IPC stream, told apart by their first bytes.
-        name: the file as messages name it.
+        path: The file.
+        name: The file in messages.
     """
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
 
     def rows(self) -> Iterator[RawRow]:
-        """Raises InputRowsError for content that is damaged, InputNotFoundError and StorageError for a file that cannot be read."""
+        """Yield the rows.
+
+        Raises:
+            InputRowsError: The file is damaged, or of a kind that pyarrow does not read.
+            InputNotFoundError: Permission to read the file is missing.
+            OutOfMemoryError: A batch does not fit into memory.
+            StorageError: Reading failed.
+        """
         import pyarrow as pa
 
-        position = 0
         try:
-            for batch in self._batches():
-                names = batch.schema.names
-                if repeated := [name for name in names if names.count(name) > 1]:
-                    raise InputRowsError(f"{self.name}: two columns are called {repeated[0]!r}")
-                read = _reader(batch)
-                for offset in range(batch.num_rows):
-                    yield RawRow(
-                        where=f"{self.name} row {position}",
-                        line=position,
-                        position=position,
-                        parse=partial(read, offset),
-                    )
-                    position += 1
+            yield from self._rows()
         except PermissionError as error:
             raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
         except (pa.ArrowMemoryError, MemoryError) as error:
@@ -81,9 +81,28 @@ class ArrowFile:
                 raise StorageError(
                     f"{self.name}: reading failed ({error.strerror or error})"
                 ) from error
-            # pyarrow has many errors for damage: ArrowInvalid, OSError without a number, UnicodeDecodeError of a name
-            what = "is damaged, cut off, or of a kind that pyarrow does not read"
-            raise InputRowsError(f"{self.name}: the file {what} ({_first_line(error)})") from error
+            # pyarrow raises many types for damage: ArrowInvalid, OSError without errno,
+            # UnicodeDecodeError for a column name
+            raise InputRowsError(
+                f"{self.name}: the file is damaged, cut off, or of a kind that pyarrow does not "
+                f"read ({first_line(error)})"
+            ) from error
+
+    def _rows(self) -> Iterator[RawRow]:
+        position = 0
+        for batch in self._batches():
+            names = batch.schema.names
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise InputRowsError(f"{self.name}: two columns are called {repeated[0]!r}")
+            read = _row_reader(batch)
+            for offset in range(batch.num_rows):
+                yield RawRow(
+                    where=f"{self.name} row {position}",
+                    line=position,
+                    position=position,
+                    parse=partial(read, offset),
+                )
+                position += 1
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         import pyarrow as pa
@@ -91,40 +110,42 @@ class ArrowFile:
 
         with pa.PythonFile(self.path.open("rb"), mode="r") as file:
             head = file.read(HEAD_BYTES)
-            magic = head[:6]
             file.seek(0)
-            if magic.startswith(b"\x1f\x8b"):
+            if head.startswith(_GZIP):
                 raise InputRowsError(
                     f"{self.name}: is compressed by gzip as a whole: decompress it first"
                 )
-            if (
-                not magic.startswith((b"PAR1", b"ARROW1"))
-                and (kind := describe_binary(head, self.name)) is not None
-            ):
-                raise InputRowsError(f"{self.name}: is {kind}")
-            if magic.startswith(b"PAR1"):
+            if head.startswith(_PARQUET):
                 with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
                     yield from parquet.iter_batches(BATCH_ROWS)
                 return
-            reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
-            batches = (
-                (reader.get_batch(i) for i in range(reader.num_record_batches))
-                if magic == b"ARROW1"
-                else reader
-            )
-            for batch in batches:
-                batch.validate(
-                    full=True
-                )  # offsets that point outside of their buffers would end the process
-                yield from (
-                    batch.slice(first, BATCH_ROWS) for first in range(0, batch.num_rows, BATCH_ROWS)
-                )
+            is_file = head.startswith(_ARROW_FILE)
+            if not is_file and (kind := describe_binary(head, self.name)) is not None:
+                raise InputRowsError(f"{self.name}: is {kind}")
+            for batch in _ipc_batches(file, is_file=is_file):
+                # offsets that point outside of their buffers would end the process
+                batch.validate(full=True)
+                for first in range(0, batch.num_rows, BATCH_ROWS):
+                    yield batch.slice(first, BATCH_ROWS)
 
 
-def _reader(batch: pa.RecordBatch) -> Callable[[int], dict[str, Any]]:
-    """Reads rows of a batch; a value that cannot be read, such as text that is not UTF-8, fails in its own row only."""
+def _ipc_batches(file: BinaryIO, *, is_file: bool) -> Iterable[pa.RecordBatch]:
+    import pyarrow as pa
+
+    if not is_file:
+        return pa.ipc.open_stream(file)
+    reader = pa.ipc.open_file(file)
+    return (reader.get_batch(index) for index in range(reader.num_record_batches))
+
+
+def _row_reader(batch: pa.RecordBatch) -> Callable[[int], dict[str, Any]]:
+    """Return a function that reads the row of an index.
+
+    Columns are converted at once. If a value is invalid, such as text that is not UTF-8, the rows
+    are read one by one, so that only the row of that value fails.
+    """
     columns = [
-        (field.name, *_readable(field, batch.column(index)))
+        (field.name, *_converted(field, batch.column(index)))
         for index, field in enumerate(batch.schema)
     ]
 
@@ -135,7 +156,7 @@ def _reader(batch: pa.RecordBatch) -> Callable[[int], dict[str, Any]]:
                 name: [convert(value) for value in column.to_pylist()]
                 for name, column, convert in columns
             }
-        except Exception:  # noqa: BLE001  (each row is read by itself, and says its own reason)
+        except Exception:  # noqa: BLE001 - the row that fails raises its own error
             return None
 
     def read(offset: int) -> dict[str, Any]:
@@ -147,62 +168,56 @@ def _reader(batch: pa.RecordBatch) -> Callable[[int], dict[str, Any]]:
                 fields[name] = convert(column[offset].as_py())
             except Exception as error:
                 raise ValueError(
-                    f"column {name!r} cannot be read ({type(error).__name__}: {_first_line(error)})"
+                    f"column {name!r} cannot be read ({type(error).__name__}: {first_line(error)})"
                 ) from error
         return fields
 
     return read
 
 
-def _readable(field: pa.Field, column: pa.Array) -> tuple[pa.Array, Callable[[Any], Any]]:
-    """A column whose values Python has types for, and what is done to each value.
+def _converted(field: pa.Field, column: pa.Array) -> tuple[pa.Array, Convert]:
+    """Return a column that Python has types for, and the conversion of each value.
 
-    Dates and times are text, since Python has no type for nanoseconds. Text of JSON is the value that it stands for.
+    Dates and times become text, since Python has no type for nanoseconds. Columns of the extension
+    type arrow.json are parsed.
     """
     import pyarrow as pa
 
-    extension = (
-        getattr(field.type, "extension_name", None)
-        or (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
-    )
-    if extension == "arrow.json":
-        return column, _json_value
+    metadata = field.metadata or {}
+    extension = getattr(field.type, "extension_name", None)
+    if (extension or metadata.get(b"ARROW:extension:name", b"").decode()) == "arrow.json":
+        return column, _parse_json
     if pa.types.is_float32(field.type) or pa.types.is_float16(field.type):
         narrow = Float32 if pa.types.is_float32(field.type) else Float16
         return column, lambda value: None if value is None else narrow(value)
-    if (textual := _textual(field.type)) != field.type:
-        with suppress(pa.ArrowException):  # some nested types have no cast
+    if (textual := _with_text_for_times(field.type)) != field.type:
+        # pyarrow has no cast for some nested types
+        with suppress(pa.ArrowException):
             return column.cast(textual), _unchanged
     return column, _unchanged
 
 
-def _textual(kind: pa.DataType) -> pa.DataType:
-    """The type with text in place of dates and times, inside of lists and structs as well."""
+def _with_text_for_times(kind: pa.DataType) -> pa.DataType:
+    """Return the type with text for dates and times, also inside of lists and structs."""
     import pyarrow as pa
 
     if pa.types.is_date(kind) or pa.types.is_time(kind) or pa.types.is_timestamp(kind):
         return pa.string()
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         make = pa.list_ if pa.types.is_list(kind) else pa.large_list
-        return (
-            make(_textual(kind.value_type))
-            if _textual(kind.value_type) != kind.value_type
-            else kind
-        )
+        value = _with_text_for_times(kind.value_type)
+        return kind if value == kind.value_type else make(value)
     if pa.types.is_struct(kind):
         fields = [kind.field(index) for index in range(kind.num_fields)]
-        if any(_textual(field.type) != field.type for field in fields):
-            return pa.struct([field.with_type(_textual(field.type)) for field in fields])
+        types = [_with_text_for_times(field.type) for field in fields]
+        if types != [field.type for field in fields]:
+            return pa.struct([f.with_type(t) for f, t in zip(fields, types, strict=True)])
     return kind
 
 
-def _json_value(text: Any) -> Any:
+def _parse_json(text: Any) -> Any:
     return None if text is None else DECODER.decode(text)
 
 
 def _unchanged(value: Any) -> Any:
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

@@ -1,7 +1,7 @@
-"""CSV and TSV as RFC 4180 describes them, with every cell kept as the text that stands in the file.
+"""Reads CSV and TSV files (RFC 4180). Every cell is the text in the file.
 
-An empty cell without quotes is null, and a quoted empty cell is the empty text. Python's csv module cannot tell the two apart, and
-the readers of pyarrow and pandas infer types.
+An empty cell without quotes is null, and a quoted empty cell is the empty string. The csv module of
+Python does not distinguish them. The readers of pyarrow and pandas infer types.
 """
 
 from __future__ import annotations
@@ -11,26 +11,34 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from gptbatch.pipeline.errors import InputRowsError
-from gptbatch.pipeline.input.lines import MAX_LINE_BYTES, LineReader
+from gptbatch.pipeline.input.lines import MAX_LINE_BYTES, LineReader, decode_line
 from gptbatch.pipeline.input.source import RawRow
 
-_EXCEL_DELIMITER = re.compile(rb"sep=(.)\r?\n")  # a first line that Excel reads, and writes
+# an optional first line that Excel reads and writes
+_EXCEL_DELIMITER = re.compile(rb"sep=(.)\r?\n")
+
+# the cells of a record, or the reason why it is malformed
+Cells = list[str | None] | str
 
 
 class CellText(str):
-    """The text of a cell. A setting may be read from it: `5`, `0.7`, or the `5.0` that pandas writes for a column with gaps."""
+    """The text of a cell.
+
+    A setting is parsed from it: `5`, `0.7`, or `5.0` as pandas writes integers of a column with
+    empty cells.
+    """
 
 
 class CsvFile:
-    """The rows of one file, a dictionary of column name -> text each.
+    """The rows of one file. Each is a dictionary of column name -> text.
 
     Args:
-        path: the file, plain or compressed.
-        name: the file as messages name it.
-        delimiter: one character between cells.
+        path: The file, plain or compressed.
+        name: The file in messages.
+        delimiter: One character between cells.
     """
 
     def __init__(self, path: Path, name: str, delimiter: str) -> None:
@@ -40,7 +48,7 @@ class CsvFile:
         """Yield the rows after the header.
 
         Raises:
-            InputRowsError: there is no header, or a column has no name or the name of another.
+            InputRowsError: There is no header, or column names are missing or repeated.
         """
         lines = LineReader(self.path, self.name).lines()
         first = next(lines, (1, b""))
@@ -53,7 +61,7 @@ class CsvFile:
         columns = self._columns(number, header)
         unnamed = {index for index, name in enumerate(columns) if not name}
         names = [
-            _free_name(index, columns) if index in unnamed else name
+            _unused_name(index, columns) if index in unnamed else name
             for index, name in enumerate(columns)
         ]
         for position, (number, cells) in enumerate(records):
@@ -64,7 +72,8 @@ class CsvFile:
                 parse=partial(_fields, names, unnamed, cells),
             )
 
-    def _columns(self, number: int, header: list[str | None] | str) -> list[str]:
+    def _columns(self, number: int, header: Cells) -> list[str]:
+        """Return the column names, "" for a column without one."""
         where = f"{self.name}:{number}"
         if isinstance(header, str):
             raise InputRowsError(f"{where}: {header}")
@@ -76,7 +85,8 @@ class CsvFile:
         for delimiter in (";", "\t", "|"):
             if len(columns) == 1 and delimiter in columns[0]:
                 raise InputRowsError(
-                    f"{where}: the only column is {columns[0]!r}; is the delimiter {delimiter!r}? --csv-delimiter names it"
+                    f"{where}: the only column is {columns[0]!r}; is the delimiter {delimiter!r}? "
+                    "--csv-delimiter names it"
                 )
         for index, name in enumerate(columns):
             if name and name in columns[:index]:
@@ -84,26 +94,32 @@ class CsvFile:
         return columns
 
 
-def _free_name(index: int, columns: list[str]) -> str:
+def _unused_name(index: int, columns: list[str]) -> str:
     name = f"column {index + 1}"
     while name in columns:
         name += "'"
     return name
 
 
-def _fields(names: list[str], unnamed: set[int], cells: list[str | None] | str) -> dict[str, Any]:
-    """Raises ValueError for a line that is not a row of this table. unnamed: indices of columns that are left out where they are null."""
+def _fields(names: list[str], unnamed: set[int], cells: Cells) -> dict[str, Any]:
+    """Return the fields of a record. Raises ValueError where it is malformed.
+
+    Args:
+        names: Column names.
+        unnamed: Indices of columns without a name in the header. They are left out where null.
+        cells: The record.
+    """
     if isinstance(cells, str):
-        _bad(cells)
+        raise ValueError(cells)
     if len(cells) != len(names):
-        _bad(f"{len(cells)} cells, but the header names {len(names)} columns")
+        raise ValueError(f"{len(cells)} cells, but the header names {len(names)} columns")
     fields = {
         name: cell if cell is None else CellText(cell)
         for name, cell in zip(names, cells, strict=True)
     }
     if not any(cell is not None for cell in cells):
-        _bad("all cells are empty; delete the line")
-    # Excel leaves empty columns behind, and pandas writes its index without a name
+        raise ValueError("all cells are empty; delete the line")
+    # Excel leaves empty columns, and pandas writes its index without a name
     for index in unnamed:
         if cells[index] is None:
             del fields[names[index]]
@@ -112,60 +128,57 @@ def _fields(names: list[str], unnamed: set[int], cells: list[str | None] | str) 
 
 def _records(
     lines: Iterable[tuple[int, bytes | None]], delimiter: str, name: str
-) -> Iterator[tuple[int, list[str | None] | str]]:
-    """Yield (number of the first line, cells), or in place of the cells why there are none.
+) -> Iterator[tuple[int, Cells]]:
+    """Yield the number of the first line of each record, and its cells.
 
-    A blank line is an error unless only blank lines follow. After a malformed line the next line starts a row.
+    A blank line is malformed unless only blank lines follow. The line after a malformed record
+    begins a record.
 
     Raises:
-        InputRowsError: a quote is opened and not closed, so that no row behind it is known.
+        InputRowsError: A quote is opened and not closed, so that later records cannot be separated.
     """
     first = blanks = size = 0
-    open_cells: _Record | None = None
-    line_end: bytes | None = None  # of the header
+    record: _Record | None = None
+    # line end of the header
+    line_end: bytes | None = None
     for number, line in lines:
-        if open_cells is None:
+        if record is None:
             if line is not None and not line.strip(b"\r\n"):
                 blanks += 1
                 continue
-            yield from (
-                (blank, "the line is empty; only the last lines may be")
-                for blank in range(number - blanks, number)
-            )
-            first, blanks, size, open_cells = number, 0, 0, _Record(delimiter)
+            for blank in range(number - blanks, number):
+                yield blank, "the line is empty; only the last lines may be"
+            first, blanks, size, record = number, 0, 0, _Record(delimiter)
         size += MAX_LINE_BYTES + 1 if line is None else len(line)
+        if size > MAX_LINE_BYTES and record.is_open:
+            break
         try:
-            if size > MAX_LINE_BYTES and open_cells.is_open:
-                break
             if line is None:
-                _bad(f"the row is longer than {MAX_LINE_BYTES} bytes")
-            if open_cells.add(_decode(line)):
-                if line.endswith(b"\n") and _line_end(line) != (
-                    line_end := line_end or _line_end(line)
-                ):
-                    _bad(
-                        "the line ends in another way than the header (CRLF, LF); make all lines end alike, as dos2unix does"
-                    )
-                yield first, open_cells.cells
-                open_cells = None
+                raise ValueError(f"the row is longer than {MAX_LINE_BYTES} bytes")
+            if record.add(_decode(line)):
+                if line.endswith(b"\n"):
+                    line_end = line_end or _line_end(line)
+                    _check_line_end(line, line_end)
+                yield first, record.cells
+                record = None
         except ValueError as error:
             yield first, str(error)
-            open_cells = None
-    if open_cells is not None:
+            record = None
+    if record is not None:
         raise InputRowsError(
-            f"{name}:{first}: a quoted cell is opened and not closed, so that the rows behind it cannot be told"
+            f"{name}:{first}: a quoted cell is opened and not closed, so that the rows after it "
+            "cannot be told"
         )
 
 
 class _Record:
-    """A row under way: a quoted cell may hold line ends, so that the row takes several lines."""
+    """A record that is being read. It takes several lines if a quoted cell holds line ends."""
 
     def __init__(self, delimiter: str) -> None:
         self.cells: list[str | None] = []
         self._delimiter = delimiter
-        self._quoted: list[str] | None = (
-            None  # pieces of a quoted cell that the last line left open
-        )
+        # pieces of a quoted cell that the last line left open
+        self._quoted: list[str] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -173,7 +186,11 @@ class _Record:
         return self._quoted is not None
 
     def add(self, line: str) -> bool:
-        """Take one line with its end; return whether the row is complete. Raises ValueError for text behind a closing quote."""
+        """Add a line with its line end and return whether the record is complete.
+
+        Raises:
+            ValueError: Text follows a closing quote.
+        """
         if self._quoted is None and '"' not in line:
             self.cells += [cell or None for cell in line.rstrip("\r\n").split(self._delimiter)]
             return True
@@ -182,10 +199,10 @@ class _Record:
             if self._quoted is None:
                 if not line.startswith('"', at):
                     end = line.find(self._delimiter, at)
-                    cell = line[at:] if end < 0 else line[at:end]
-                    self.cells.append((cell.rstrip("\r\n") if end < 0 else cell) or None)
                     if end < 0:
+                        self.cells.append(line[at:].rstrip("\r\n") or None)
                         return True
+                    self.cells.append(line[at:end] or None)
                     at = end + 1
                     continue
                 self._quoted, at = [], at + 1
@@ -195,7 +212,8 @@ class _Record:
                 return False
             self._quoted.append(line[at:close])
             at = close + 1
-            if line.startswith('"', at):  # a doubled quote stands for one
+            # a doubled quote stands for one
+            if line.startswith('"', at):
                 self._quoted.append('"')
                 at += 1
                 continue
@@ -204,7 +222,9 @@ class _Record:
             if not line[at:].rstrip("\r\n"):
                 return True
             if not line.startswith(self._delimiter, at):
-                _bad(f"text or a space stands behind the closing quote of cell {len(self.cells)}")
+                raise ValueError(
+                    f"text or a space follows the closing quote of cell {len(self.cells)}"
+                )
             at += 1
 
 
@@ -212,14 +232,18 @@ def _line_end(line: bytes) -> bytes:
     return b"\r\n" if line.endswith(b"\r\n") else b"\n"
 
 
+def _check_line_end(line: bytes, expected: bytes) -> None:
+    if _line_end(line) != expected:
+        raise ValueError(
+            "the line ends in another way than the header (CRLF, LF); make all lines end alike, "
+            "as dos2unix does"
+        )
+
+
 def _decode(line: bytes) -> str:
     try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
+        return decode_line(line)
+    except ValueError as error:
         raise ValueError(
-            f"not UTF-8 at byte {error.start + 1} of the line; if Excel wrote it, convert it with iconv -f WINDOWS-1252 -t UTF-8"
+            f"{error}; if Excel wrote it, convert it with iconv -f WINDOWS-1252 -t UTF-8"
         ) from None
-
-
-def _bad(reason: str) -> NoReturn:
-    raise ValueError(reason)

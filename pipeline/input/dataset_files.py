@@ -19,17 +19,19 @@ from pathlib import Path
 
 from gptbatch.pipeline.errors import InputNotFoundError
 from gptbatch.pipeline.input.arrow_file import ArrowFile
+from gptbatch.pipeline.input.compression import COMPRESSED_SUFFIXES
 from gptbatch.pipeline.input.csv_file import CsvFile
 from gptbatch.pipeline.input.dataset_card import CARD, DatasetCard
 from gptbatch.pipeline.input.file_kind import describe_binary, read_head
-from gptbatch.pipeline.input.json_file import JsonFile, PlainTextFile
+from gptbatch.pipeline.input.json_file import JsonFile
 from gptbatch.pipeline.input.jsonl import JsonlFile
 from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.input.text_file import TextFile
 
 MAX_FILES = 100_000
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 ARROW_SUFFIXES = (".parquet", ".pq", ".arrow", ".feather")
-COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+
 
 _WORDS = {
     "train": ("train", "training"),
@@ -206,7 +208,7 @@ def read_rows(path: Path, name: str, delimiter: str | None) -> Iterator[RawRow]:
     if suffix in (".csv", ".tsv"):
         return CsvFile(path, name, delimiter or ("\t" if suffix == ".tsv" else ",")).rows()
     if suffix == ".txt":
-        return PlainTextFile(path, name).rows()
+        return TextFile(path, name).rows()
     if suffix == ".json":
         return JsonFile(path, name).rows()
     if suffix in (".jsonl", ".ndjson"):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gptbatch.pipeline.input.csv_file import CellText
-from gptbatch.pipeline.input.jsonl import NumberText, check_utf8, json_type, shorten
+from gptbatch.pipeline.input.strict_json import NumberText, check_utf8, json_type, shorten
 from gptbatch.pipeline.types import MAX_TEMPERATURE
 
 SETTINGS = ("seed", "temperature", "top_k", "max_new_tokens")

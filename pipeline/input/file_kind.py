@@ -1,7 +1,4 @@
-"""Names a file that is not in the format it was taken for, and says how to read it.
-
-Only the first bytes and lines are looked at. Every message is one line.
-"""
+"""Detects the format of a file that is not what it was opened as, with advice in one line."""
 
 from __future__ import annotations
 
@@ -32,12 +29,21 @@ _MAGIC = (
     (b"ORC", "an ORC file: convert it to Parquet"),
 )
 _LFS = "a Git LFS pointer, not the file itself: run git lfs pull"
-_MAX_LINES = 20
-_SHOWN_BYTES = 65536
+MAX_SNIFFED_LINES = 20
+HEAD_BYTES = 512
+_MAX_PARSED_CHARACTERS = 65536
 
 
 def describe_binary(head: bytes, path: str = "FILE") -> str | None:
-    """The format of content that is not UTF-8 text of rows; None when the first bytes say nothing of the kind."""
+    """Describe a file that is not UTF-8 text by its first bytes.
+
+    Args:
+        head: The first HEAD_BYTES bytes.
+        path: The file in messages.
+
+    Returns:
+        The format and advice, None for a file that may be text.
+    """
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind.format(path=path)
@@ -49,13 +55,16 @@ def describe_binary(head: bytes, path: str = "FILE") -> str | None:
 
 
 def describe_text(lines: list[bytes], path: str) -> str | None:
-    """What a file without JSON lines is, and how to read it; None when it holds a JSON line, or nothing is known.
+    """Describe a text file whose first line is not a JSON object.
 
     Args:
-        lines: its first lines.
-        path: the file as messages name it.
+        lines: The first lines of the file.
+        path: The file in messages.
+
+    Returns:
+        The format and advice, None where a line is a JSON object or the format is not recognized.
     """
-    texts = [line.decode("utf-8", errors="replace").strip() for line in lines[:_MAX_LINES]]
+    texts = [line.decode("utf-8", errors="replace").strip() for line in lines[:MAX_SNIFFED_LINES]]
     texts = [text for text in texts if text]
     if not texts:
         return None
@@ -79,7 +88,7 @@ def describe_text(lines: list[bytes], path: str) -> str | None:
     if first.startswith("{") and "}\r{" in first:
         return f"JSON lines that end in CR alone: tr '\\r' '\\n' < {path} > rows.jsonl"
     if first.lower().startswith(("<!doctype", "<html", "<?xml")):
-        return "HTML or XML: was an error page saved in the place of the file?"
+        return "HTML or XML: was an error message of a server saved as the file?"
     if not first[0].isalpha() and first[0] not in "\"'#":
         return None
     for delimiter, suffix, name in (
@@ -89,10 +98,16 @@ def describe_text(lines: list[bytes], path: str) -> str | None:
     ):
         if len(texts) > 1 and delimiter in first and all(delimiter in text for text in texts[:3]):
             extra = " --csv-delimiter ';'" if delimiter == ";" else ""
-            return f"{name}, not JSON lines: read it with --dataset {path}{extra}{_renamed(path, suffix)}"
+            return (
+                f"{name}, not JSON lines: read it with --dataset {path}{extra}"
+                f"{_renamed(path, suffix)}"
+            )
     if _parses(first, object):
         return None
-    return f"plain text, not JSON lines: read a prompt per line with --dataset {path} --prompt-field text{_renamed(path, '.txt')}"
+    return (
+        f"plain text, not JSON lines: read a prompt per line with --dataset {path} "
+        f"--prompt-field text{_renamed(path, '.txt')}"
+    )
 
 
 def _renamed(path: str, suffix: str) -> str:
@@ -100,7 +115,7 @@ def _renamed(path: str, suffix: str) -> str:
 
 
 def describe_object(text: str, path: str) -> str:
-    """Advice for a JSON file that holds one object where an array of rows is needed."""
+    """Describe a JSON file that holds one object where an array of rows is needed."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -114,13 +129,22 @@ def describe_object(text: str, path: str) -> str:
     ]
     if rows:
         counts = ", ".join(f"{key!r} ({len(content[key])} items)" for key in rows[:5])
-        return f"one JSON object, with arrays of rows under {counts}: jq -c '.{rows[0]}[]' {path} > rows.jsonl"
+        return (
+            f"one JSON object, with arrays of rows under {counts}: "
+            f"jq -c '.{rows[0]}[]' {path} > rows.jsonl"
+        )
     if content and all(
         isinstance(value, (list, dict)) and not _has_rows(value) for value in content.values()
     ):
-        return f"one JSON object of columns, not rows: pandas.read_json('{path}').to_json('rows.jsonl', orient='records', lines=True)"
+        return (
+            f"one JSON object of columns, not rows: pandas.read_json('{path}')"
+            ".to_json('rows.jsonl', orient='records', lines=True)"
+        )
     if content and all(isinstance(value, dict) for value in content.values()):
-        return f"a map of rows, not an array: jq -c 'to_entries[] | {{id: .key}} + .value' {path} > rows.jsonl"
+        return (
+            "a map of rows, not an array: "
+            f"jq -c 'to_entries[] | {{id: .key}} + .value' {path} > rows.jsonl"
+        )
     return "one JSON object, not an array of rows"
 
 
@@ -129,16 +153,16 @@ def _has_rows(value: list[object] | dict[str, object]) -> bool:
 
 
 def read_head(path: Path) -> bytes:
-    """The first bytes of a file; b"" when it cannot be read."""
+    """Return the first bytes of a file, b"" where it cannot be read."""
     try:
         with path.open("rb") as file:
-            return file.read(512)
+            return file.read(HEAD_BYTES)
     except OSError:
         return b""
 
 
 def _parses(text: str, kind: type) -> bool:
     try:
-        return isinstance(json.loads(text[:_SHOWN_BYTES]), kind)
+        return isinstance(json.loads(text[:_MAX_PARSED_CHARACTERS]), kind)
     except (ValueError, RecursionError):
         return False

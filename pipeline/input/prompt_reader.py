@@ -13,10 +13,11 @@ from gptbatch.pipeline.input.bad_rows import BadRows
 from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.duplicate_ids import IdHashes, find_duplicates
 from gptbatch.pipeline.input.input_digest import InputDigests
-from gptbatch.pipeline.input.jsonl import JsonlFile, shorten
+from gptbatch.pipeline.input.jsonl import JsonlFile
 from gptbatch.pipeline.input.row_warnings import RowWarnings
 from gptbatch.pipeline.input.rows import BadRow, RowDefaults, RowParser
 from gptbatch.pipeline.input.source import RawRow, RowSource
+from gptbatch.pipeline.input.strict_json import shorten
 from gptbatch.pipeline.system.bundled import locate
 from gptbatch.pipeline.types import DEFAULT_PART_ROWS, Prompt
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptbatch.pipeline.input.fields import SETTINGS
-from gptbatch.pipeline.input.jsonl import shorten
+from gptbatch.pipeline.input.strict_json import shorten
 
 logger = logging.getLogger("gptbatch")
 

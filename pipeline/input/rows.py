@@ -19,9 +19,9 @@ from gptbatch.pipeline.input.fields import (
     take_prompt,
     to_json_values,
 )
-from gptbatch.pipeline.input.jsonl import MAX_NESTING, shorten, to_json
 from gptbatch.pipeline.input.row_warnings import RowWarnings
 from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.input.strict_json import MAX_NESTING, shorten, to_json
 from gptbatch.pipeline.types import MAX_SEED, Prompt, SamplingParams
 
 INT32_MAX = 2**31 - 1
@@ -123,7 +123,7 @@ class RowParser:
         return row, _digest_input([row.prompt_id, reason])
 
     def _parse(self, index: int, raw: RawRow) -> tuple[Prompt, bytes]:
-        """Raises ValueError that names the field and, prompts aside, the value."""
+        """Parse a row. Errors name the field and, prompts aside, the value."""
         fields = raw.parse()
         defaults = self.defaults
         containers = (

@@ -13,8 +13,8 @@ from typing import BinaryIO
 import pyarrow.compute as pc
 
 from gptbatch.pipeline.errors import StorageError
-from gptbatch.pipeline.input.jsonl import parse_object, to_json
 from gptbatch.pipeline.input.rows import RowDefaults
+from gptbatch.pipeline.input.strict_json import parse_object, to_json
 from gptbatch.pipeline.output.folder import ERRORS, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.parts import is_damage, open_parquet, reading_error
@@ -76,7 +76,7 @@ def _lines(folder: OutputFolder, part: Part, defaults: RowDefaults) -> Iterator[
             if key not in defaults.metadata_fields
         }
         if row["metadata"] is not None:
-            others = parse_object(row["metadata"].encode("utf-8"))  # numbers as they are written
+            others = parse_object(row["metadata"])  # numbers as they are written
             fields |= {key: to_json(value) for key, value in others.items() if key not in fields}
         yield (
             "{"
