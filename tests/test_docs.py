@@ -1,16 +1,25 @@
-"""README keeps up: every command, option, config key, column and exit code stands in it, and its examples run."""
+"""The documentation is true: tables match the code, links work, and the examples run offline."""
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
+import importlib.util
 import inspect
+import io
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from gptbatch.jobs.cli import run_command
 from gptbatch.jobs.group import COMMANDS
 from gptbatch.jobs.options import option_name
 from gptbatch.pipeline import errors
@@ -18,91 +27,280 @@ from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.output.schema import COLUMNS
 from tests.paths import PYTHONPATH, REPOSITORY
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+DOCS = REPOSITORY / "docs"
+README = REPOSITORY / "README.md"
+PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+TEXTS = {path: path.read_text(encoding="utf-8") for path in [*PAGES, REPOSITORY / "CHANGELOG.md"]}
+MAX_README_BYTES = 7 * 1024
+MAX_BLOCKS_NOT_RUN = 12
+LANGUAGES = {"console", "python", "text"}
+
+# an optional marker, then a fenced block
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<body>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+# a path in backticks: a known top-level folder, or a file of the top level
+PATH = re.compile(
+    r"`((?:pipeline|jobs|configs|docs|tests|benchmarks|examples|src)/[\w./*-]*"
+    r"|Makefile|pyproject\.toml|constraints\.txt|[A-Z]{3,}\.md)`"
+)
+PLACEHOLDER = "..."
 
 
-def option_rows() -> list[str]:
-    """The table of options, as README must have it."""
-    rows = []
-    for key, field in config_fields().items():
-        default = (
-            "needed"
-            if field.is_required()
-            else ""
-            if field.default is None
-            else f"`{str(field.default).replace('True', 'true').replace('False', 'false')}`"
-        )
-        rows.append(
-            f"| `{option_name(key)}` | `{key}` | {default} | {(field.description or '').replace('|', '&#124;')} |"
-        )
-    return rows
+def named(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
 
 
-def column_rows() -> list[str]:
-    """The table of columns, as README must have it."""
-    rows = []
-    for column in COLUMNS:
-        type_, nullable = str(column.type).replace("item: ", ""), "yes" if column.nullable else "no"
-        rows.append(
-            f"| `{column.name}` | `{type_}` | {nullable} | {column.unit} | {column.meaning} |"
-        )
-    return rows
+def without_blocks(text: str) -> str:
+    return BLOCK.sub("", text)
 
 
-@pytest.mark.parametrize("row", option_rows() + column_rows())
-def test_every_option_key_and_column_is_documented(row: str) -> None:
-    assert row in README.splitlines()
+# -- tables ------------------------------------------------------------------------------------
 
 
-def test_deterministic_and_observed_columns_stand_apart() -> None:
-    places = [README.index(f"| `{column.name}` | `") for column in COLUMNS]
-    assert places == sorted(places)
-    first_observed = next(i for i, column in enumerate(COLUMNS) if column.kind == "observed")
-    assert places[first_observed - 1] < README.index("Observed columns") < places[first_observed]
+def load_generator() -> object:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_every_command_is_documented() -> None:
-    for name in COMMANDS:
-        assert f"gptbatch {name}" in README
+def test_the_generated_tables_are_up_to_date() -> None:
+    generator = load_generator()
+    for name in generator.PAGES:  # type: ignore[attr-defined]
+        text = (DOCS / name).read_text(encoding="utf-8")
+        expected = generator.updated(text)  # type: ignore[attr-defined]
+        assert text == expected, f"docs/{name} is out of date: run `python docs/generate.py`"
 
 
-def test_every_exit_code_is_documented() -> None:
+def test_every_option_command_exit_code_and_column_is_documented() -> None:
+    cli, output = TEXTS[DOCS / "cli.md"], TEXTS[DOCS / "output.md"]
+    for key in config_fields():
+        assert f"| `{option_name(key)}` | `{key}` |" in cli
+    for command in COMMANDS:
+        assert f"## gptbatch {command}\n" in cli
     codes = {
         error.exit_code
         for _, error in inspect.getmembers(errors, inspect.isclass)
         if issubclass(error, errors.GptbatchError)
     }
-    for code in codes | {0, 2, 75}:
-        assert re.search(rf"^\| {code} \|", README, re.MULTILINE), code
+    for code in codes | {0, 1, 2}:
+        assert f"| `{code}` |" in cli
+    for column in COLUMNS:
+        assert f"| `{column.name}` | `" in output
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+# -- form --------------------------------------------------------------------------------------
 
 
-def test_the_python_examples_run(tmp_path: Path) -> None:
-    """All of them, in order, in one empty folder that holds a run of the demo and a file of prompts."""
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "KING:"}\n')
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "HF_HOME": str(tmp_path / "hf")}
-    demo = [sys.executable, "-m", "gptbatch", "generate", "--config", "demo"]
-    subprocess.run(demo, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    examples = blocks("python")
-    assert len(examples) >= 3
-    for example in examples:
-        script = tmp_path / ("test_example.py" if "def test_" in example else "example.py")
-        script.write_text(example)
-        command = (
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", script.name]
-            if "def test_" in example
-            else [sys.executable, script.name]
-        )
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, example + done.stdout + done.stderr
+def test_readme_is_short() -> None:
+    assert len(README.read_bytes()) <= MAX_README_BYTES
 
 
-def test_nothing_private_is_in_the_text() -> None:
-    for path in ("README.md", "CHANGELOG.md"):
-        text = (REPOSITORY / path).read_text(encoding="utf-8")
-        assert not re.search(r"(?<!\w)/(home|root|tmp|work)/", text), path
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_prose_is_wrapped_at_100_columns(page: Path) -> None:
+    for number, line in enumerate(TEXTS[page].splitlines(), 1):
+        if not line.startswith("|") and "](" not in line:
+            assert len(line) <= 100, f"{named(page)}:{number}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_blocks_have_a_language_and_few_are_not_run(page: Path) -> None:
+    for block in BLOCK.finditer(TEXTS[page]):
+        assert block["language"] in LANGUAGES, block[0]
+    assert TEXTS[page].count("\n```") == 2 * len(BLOCK.findall(TEXTS[page]))
+
+
+def test_few_blocks_are_not_run() -> None:
+    blocks = [block for text in TEXTS.values() for block in BLOCK.finditer(text)]
+    runnable = [block for block in blocks if block["language"] != "text"]
+    assert len(runnable) >= 40
+    assert sum(block["reason"] is not None for block in runnable) <= MAX_BLOCKS_NOT_RUN
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=named)
+def test_nothing_private_is_in_the_text(page: Path) -> None:
+    assert not re.search(r"(?<!\w)/(home|root|tmp|work)/", TEXTS[page])
+
+
+# -- links and paths ---------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.replace("`", "")).strip().lower().replace(" ", "-")
+        for heading in headings
+    }
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=named)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target in LINK.findall(without_blocks(TEXTS[page])):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{named(page)}: {target}"
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{named(page)}: {target}"
+
+
+def test_every_page_is_linked_from_readme() -> None:
+    linked = {target.partition("#")[0] for target in LINK.findall(TEXTS[README])}
+    assert {named(page) for page in PAGES if page != README} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_paths_of_the_repository_exist(page: Path) -> None:
+    for path in PATH.findall(TEXTS[page]):
+        assert list(REPOSITORY.glob(path.rstrip("/"))), f"{named(page)}: {path}"
+
+
+TREE = re.compile(r"^( *)([\w.-]+/?)(?: {2,}.*)?$")
+
+
+def test_the_tree_of_the_architecture_page_is_that_of_the_repository() -> None:
+    """Every file of its tree exists, and every module of `pipeline/` is in it."""
+    tree = next(
+        block["body"]
+        for block in BLOCK.finditer(TEXTS[DOCS / "architecture.md"])
+        if block["body"].startswith("pipeline/")
+    )
+    shown, parents = set(), [""]
+    for line in tree.splitlines():
+        if (found := TREE.match(line)) is None:
+            continue
+        depth = len(found[1]) // 2
+        path = parents[depth] + found[2]
+        parents[depth + 1 :] = [path]
+        assert (REPOSITORY / path).exists(), path
+        shown.add(path)
+    modules = {
+        named(path)
+        for path in (REPOSITORY / "pipeline").rglob("*.py")
+        if path.name != "__init__.py" or path.parent.name == "pipeline"
+    }
+    assert modules - shown == set()
+
+
+# -- examples ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def shows(self, expected: str) -> bool:
+        """Whether its output is as the page shows it; `...` stands for any text."""
+        pattern = "[[]".join(expected.strip().split("[")).replace(PLACEHOLDER, "*")
+        pattern = pattern.replace("?", "[?]")
+        outputs = (self.stdout, self.stderr, self.stdout + self.stderr)
+        return any(fnmatch.fnmatchcase(tidy(output), tidy(pattern)) for output in outputs)
+
+
+def tidy(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+@pytest.fixture(scope="session")
+def demo_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of the demo, which many examples read."""
+    folder = tmp_path_factory.mktemp("demo")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        assert run_command(["generate", "--config", "demo"]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def reader_folder(tmp_path: Path, demo_output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a reader has it who has run the demo, with `gptbatch` on the path."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    shutil.copytree(demo_output, folder / "out")
+    (folder / "prompts.jsonl").write_text('{"prompt": "KING:"}\n{"prompt": "QUEEN:"}\n')
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    command = bin_folder / "gptbatch"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gptbatch "$@"\n')
+    command.chmod(0o755)
+    (bin_folder / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return folder
+
+
+def console_steps(body: str) -> Iterator[tuple[str, str]]:
+    """The commands of a console block (`$ `, continued by `> `) and the output shown for each."""
+    command: list[str] = []
+    output: list[str] = []
+    for line in [*body.splitlines(), "$ "]:
+        if line.startswith("$ "):
+            if command:
+                yield "\n".join(command), "\n".join(output)
+            command, output = [line[2:]], []
+        elif line.startswith("> ") and not output:
+            command.append(line[2:])
+        else:
+            output.append(line)
+
+
+def run_console(command: str, capfd: pytest.CaptureFixture[str]) -> Ended:
+    """A plain `gptbatch ...` runs in this process, which has torch loaded; others run in bash."""
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    is_plain = words[0] == "gptbatch" and not re.search(r"[|><;&*$]", command.partition("#")[0])
+    if is_plain:
+        capfd.readouterr()
+        code = run_command(words[1:])
+        return Ended(code, *capfd.readouterr())
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("reader_folder")
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_the_examples_run(page: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The blocks of a page, in order, in one folder. A failure is shown by `$ echo $?`."""
+    for block in BLOCK.finditer(TEXTS[page]):
+        body = block["body"]
+        if block["reason"] is not None or block["language"] == "text":
+            continue
+        if block["language"] == "python":
+            run_python(body, tmp_path)
+            continue
+        ended = Ended(0, "", "")
+        for command, expected in console_steps(body):
+            if command == "echo $?":
+                assert expected.strip() == str(ended.code), body
+                ended = Ended(0, "", "")
+                continue
+            assert ended.code == 0, (body, ended)
+            ended = run_console(command, capfd)
+            if expected.strip():
+                assert ended.shows(expected), (command, expected, ended)
+        assert ended.code == 0, (body, ended)
+
+
+def run_python(body: str, folder: Path) -> None:
+    names: dict[str, object] = {"__name__": "example"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(body, "example.py", "exec"), names)
+        for name, value in names.items():
+            if name.startswith("test_") and callable(value):
+                (folder / name).mkdir()
+                value(folder / name)

@@ -1,0 +1,218 @@
+"""Write the tables of docs/cli.md and docs/output.md from the code: `python docs/generate.py`.
+
+A page holds a table between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. The rest
+of the page is written by hand. `tests/test_docs.py` fails where a table is not up to date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gptbatch.jobs.generate import generate
+from gptbatch.jobs.group import COMMANDS, cli
+from gptbatch.jobs.options import option_groups, option_name
+from gptbatch.pipeline import errors
+from gptbatch.pipeline.config import config_fields
+from gptbatch.pipeline.output.schema import COLUMNS
+
+DOCS = Path(__file__).resolve().parent
+PAGES = ("cli.md", "output.md")
+SECTION = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# exit codes that no error class of gptbatch has, or that more than the class leads to
+OTHER_EXIT_CODES = {
+    0: "The work is done. Error rows do not count as a failure. Nothing left to do is also 0.",
+    1: "`verify` or `diff` found a difference.",
+    2: "An option is unknown, missing or has a bad value.",
+    70: "A bug in gptbatch. The message holds a traceback.",
+}
+
+
+def main() -> None:
+    for name in PAGES:
+        path = DOCS / name
+        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def updated(page: str) -> str:
+    """The page with every generated section as the code has it now.
+
+    Raises:
+        KeyError: the page names a section that does not exist.
+    """
+    return SECTION.sub(lambda found: found[1] + "\n" + _section(found[2]) + "\n" + found[3], page)
+
+
+def _section(name: str) -> str:
+    if name in SECTIONS:
+        return SECTIONS[name]()
+    kind, _, command = name.partition(" ")
+    if kind != "options" or command not in COMMANDS:
+        raise KeyError(f"no generated section is called {name!r}")
+    return command_options(command)
+
+
+def config_options() -> str:
+    """One table of options per group of config keys."""
+    titles, lines = option_groups(), []
+    options = {option.name: option for option in generate.params}
+    title = ""
+    for key, field in config_fields().items():
+        if titles[key] != title:
+            title = titles[key]
+            lines += [
+                "",
+                f"#### {_words(title)}",
+                "",
+                *_header("option", "config key", "values", "default", "meaning"),
+            ]
+        default = "required" if field.is_required() else _code(_yaml(field.default))
+        option = options[key.replace(".", "__")]
+        lines.append(
+            _row(
+                _code(option_name(key)),
+                _code(key),
+                _values(option),
+                default,
+                _sentence(field.description or ""),
+            )
+        )
+    return "\n".join(lines[1:]) + "\n"
+
+
+def commands() -> str:
+    rows = [_row(f"[`{name}`](#gptbatch-{name})", text) for name, (_, text) in COMMANDS.items()]
+    return "\n".join([*_header("command", "purpose"), *rows]) + "\n"
+
+
+def command_options(name: str) -> str:
+    """The usage line and the options of one command. Options of a config key are left out."""
+    command = getattr(import_module(COMMANDS[name][0]), name.replace("-", "_"))
+    context = click.Context(command, info_name=f"gptbatch {name}", parent=None)
+    lines = _usage_and_options(command, context)
+    if isinstance(command, click.Group):
+        for child_name, child in sorted(command.commands.items()):
+            child_context = click.Context(child, info_name=child_name, parent=context)
+            lines += ["", *_usage_and_options(child, child_context)]
+    return "\n".join(lines) + "\n"
+
+
+def _usage_and_options(command: click.Command, context: click.Context) -> list[str]:
+    usage = command.get_usage(context).removeprefix("Usage: ")
+    keys = {key.replace(".", "__") for key in config_fields()} if "generate" in usage else set()
+    rows = [
+        _row(
+            _code(", ".join(option.opts)),
+            _values(option),
+            _option_default(option),
+            _sentence(option.help or ""),
+        )
+        for option in command.get_params(context)
+        if isinstance(option, click.Option) and option.name not in keys and option.name != "help"
+    ]
+    table = [*_header("option", "values", "default", "meaning"), *rows] if rows else []
+    return ["```text", re.sub(r"\s+", " ", usage), "```", "", *table]
+
+
+def global_options() -> str:
+    context = click.Context(cli, info_name="gptbatch")
+    rows = [
+        _row(_code(", ".join(option.opts)), _sentence(option.help or ""))
+        for option in cli.get_params(context)
+        if isinstance(option, click.Option)
+    ]
+    return "\n".join([*_header("option", "meaning"), *rows]) + "\n"
+
+
+def exit_codes() -> str:
+    rows = [(code, "", meaning) for code, meaning in OTHER_EXIT_CODES.items()]
+    for name, error in inspect.getmembers(errors, inspect.isclass):
+        if issubclass(error, errors.GptbatchError) and error is not errors.GptbatchError:
+            meaning = re.sub(r"\s+", " ", (inspect.getdoc(error) or "").split("\n\n")[0])
+            rows.append((error.exit_code, _code(name), _sentence(meaning)))
+    lines = [_row(_code(str(code)), name, meaning) for code, name, meaning in sorted(rows)]
+    return "\n".join([*_header("exit code", "Python error", "meaning"), *lines]) + "\n"
+
+
+def columns(kind: str) -> str:
+    rows = [
+        _row(
+            _code(column.name),
+            _code(str(column.type).replace("item: ", "")),
+            "yes" if column.nullable else "no",
+            column.unit,
+            column.meaning,
+        )
+        for column in COLUMNS
+        if column.kind == kind
+    ]
+    return "\n".join([*_header("column", "type", "may be null", "unit", "meaning"), *rows]) + "\n"
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "global options": global_options,
+    "config options": config_options,
+    "exit codes": exit_codes,
+    "deterministic columns": lambda: columns("deterministic"),
+    "observed columns": lambda: columns("observed"),
+}
+
+
+def _header(*names: str) -> list[str]:
+    return [_row(*names), "|" + "---|" * len(names)]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _yaml(value: Any) -> str:
+    if value is None or value == []:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _option_default(option: click.Parameter) -> str:
+    if option.required:
+        return "required"
+    value = option.to_info_dict()["default"]
+    plain = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    return _code(str(value)) if plain else ""
+
+
+def _values(option: click.Parameter) -> str:
+    """The choices of an option, or the type of its value; empty for a flag."""
+    kind = option.type
+    if isinstance(kind, click.Choice):
+        return ", ".join(_code(str(choice)) for choice in kind.choices)
+    if isinstance(option, click.Option) and (option.is_flag or kind is click.BOOL):
+        return "flag"
+    names = {"integer": "whole number", "float": "number", "integer range": "whole number"}
+    return names.get(kind.name, "number" if kind.name == "float range" else kind.name)
+
+
+def _sentence(text: str) -> str:
+    """One line with a capital and a full stop, with `<` escaped for Markdown."""
+    line = re.sub(r"\s+", " ", text).strip().replace("<", "&lt;")
+    return line[:1].upper() + line[1:] + ("" if line.endswith((".", "?")) else ".") if line else ""
+
+
+def _words(title: str) -> str:
+    """BatchInvariance -> Batch invariance."""
+    return re.sub(r"(?<=[a-z])([A-Z])", lambda found: " " + found[1].lower(), title)
+
+
+if __name__ == "__main__":
+    main()
