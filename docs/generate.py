@@ -1,13 +1,17 @@
-"""Write the tables of docs/cli.md and docs/output.md from the code: `python docs/generate.py`.
+"""Write the generated parts of the documentation from the code: `python docs/generate.py`.
 
-A page holds a table between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. The rest
-of the page is written by hand. `tests/test_docs.py` fails where a table is not up to date.
+These are the tables of cli.md and output.md, and the tree of files in architecture.md. A page holds
+such a part between two comments, `<!-- generated: NAME -->` and `<!-- end -->`.
+The rest of the page is written by hand. tests/test_docs.py fails where a part is out of date.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
+import itertools
 import re
+import textwrap
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +27,8 @@ from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.output.schema import COLUMNS
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("cli.md", "output.md")
+REPOSITORY = DOCS.parent
+PAGES = ("cli.md", "output.md", "architecture.md")
 SECTION = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # exit codes that no error class of gptbatch has, or that more than the class leads to
@@ -33,6 +38,24 @@ OTHER_EXIT_CODES = {
     2: "An option is unknown, missing or has a bad value.",
     70: "A bug in gptbatch. The message holds a traceback.",
 }
+
+# the folders of the tree, in the order in which a prompt passes them, and their purpose
+FOLDERS = {
+    "jobs": "the commands",
+    "pipeline": "the library",
+    "pipeline/input": "from files to token ids",
+    "pipeline/engine": "the loop: scheduling, sampling",
+    "pipeline/model": "GPT-2: checkpoints, layers, self-test",
+    "pipeline/kv_cache": "the KV cache and its attention backends",
+    "pipeline/kernels": "the C++ kernels",
+    "pipeline/kernels/cpu": "",
+    "pipeline/output": "from completions to files that survive a crash",
+    "pipeline/audit": "checking recorded runs",
+    "pipeline/bench": "measuring speed",
+    "pipeline/system": "the machine, paths, secrets",
+    "configs": "bundled configs, scheduler templates and the demo",
+}
+TREE_WIDTH, NAME_WIDTH = 100, 28
 
 
 def main() -> None:
@@ -156,11 +179,46 @@ def columns(kind: str) -> str:
     return "\n".join([*_header("column", "type", "may be null", "unit", "meaning"), *rows]) + "\n"
 
 
+def tree() -> str:
+    """Every source file with the first sentence of its docstring or leading comment."""
+    lines = []
+    for folder, purpose in FOLDERS.items():
+        lines += ["", *_tree_line(f"{folder}/", purpose, indent=0)]
+        for path in sorted((REPOSITORY / folder).iterdir()):
+            if path.is_file() and (text := _purpose(path)):
+                lines += _tree_line(path.name, text, indent=2)
+    return "\n".join(["```text", *lines[1:], "```"]) + "\n"
+
+
+def _tree_line(name: str, purpose: str, *, indent: int) -> list[str]:
+    start = f"{' ' * indent}{name}".ljust(NAME_WIDTH)
+    hanging = " " * NAME_WIDTH
+    wrapped = textwrap.wrap(
+        purpose, TREE_WIDTH, initial_indent=start, subsequent_indent=hanging, break_on_hyphens=False
+    )
+    return wrapped or [start.rstrip()]
+
+
+def _purpose(path: Path) -> str:
+    """What a source file says of itself; empty for a file without a docstring or comment."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".py":
+        description = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        mark = "//" if path.suffix in (".cpp", ".h", ".cu") else "#"
+        lines = [line for line in text.splitlines() if not line.startswith(("#!", "#pragma"))]
+        comment = list(itertools.takewhile(lambda line: line.startswith(mark), lines))
+        description = "\n".join(line.lstrip(mark).strip() for line in comment)
+    paragraph = re.sub(r"\s+", " ", description.split("\n\n")[0])
+    return re.split(r"(?<=[.?])\s(?=[A-Z`])", paragraph)[0].rstrip(".:")
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "global options": global_options,
     "config options": config_options,
     "exit codes": exit_codes,
+    "tree": tree,
     "deterministic columns": lambda: columns("deterministic"),
     "observed columns": lambda: columns("observed"),
 }

@@ -1167,7 +1167,7 @@ def test_the_documented_command_of_each_well_known_file(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    documented = dict(COMMAND.findall((REPOSITORY / "README.md").read_text()))
+    documented = dict(COMMAND.findall((REPOSITORY / "docs/input.md").read_text()))
     assert documented.keys() == WELL_KNOWN.keys()
     monkeypatch.chdir(tmp_path)
     for number, (kind, (name, content, prompt_id, text)) in enumerate(WELL_KNOWN.items()):
