@@ -1,6 +1,8 @@
 # make generate            write the demo's completions to out/demo
 # make generate CONFIG=my.yaml ARGS="--limit 100"
-# make test                run the tests        make check   lint, types and tests
+# make test                run the tests that prove every promise, on all cores
+# make test-all            run these and the slow ones: full shapes, kernel builds, wide grids
+# make check               lint, types and tests
 # make soak                500 runs that are killed at random moments
 # make bench               new tokens a second, ours (both caches) and generate of transformers in turn
 # make bench-peers PEERS=~/peers    the same with the peers that have an environment there (benchmarks/compare.py)
@@ -9,8 +11,9 @@ CONFIG ?= demo
 ARGS ?=
 PEERS ?= peers
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install generate test lint types check soak bench bench-peers clean
+.PHONY: install generate test test-all lint types check soak bench bench-peers clean
 
 install: .venv/installed
 
@@ -23,7 +26,10 @@ generate: install
 	$(BIN)/gptbatch generate --config $(CONFIG) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: install
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .

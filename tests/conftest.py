@@ -1,11 +1,11 @@
-"""Shared fixtures: tiny models with every parameter randomised, a tiny tokenizer, and the command run for real."""
+"""Shared fixtures: tiny models with random parameters, a tiny tokenizer, and the command."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.weights import copy_model
 from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
 from tests.launcher import Launcher
-from tests.paths import PYTHONPATH
+from tests.processes import LIMIT_S, child_environment
 
 SENTENCES = [
     "The king is dead.",
@@ -35,6 +35,7 @@ SENTENCES = [
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Skip tests marked cuda on machines without a CUDA device."""
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:
@@ -42,9 +43,14 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 
 def random_model(seed: int = 0, **shape: Any) -> GPT2LMHeadModel:
-    """A transformers GPT-2 whose every parameter is random: in a freshly made one most biases and norms are 0 or 1.
+    """Return a transformers GPT-2 with random values in every parameter.
 
-    Token 0 is end-of-text.
+    transformers initialises biases and norms with 0 and 1, which hide errors. Token 0 is
+    end-of-text.
+
+    Args:
+        seed: Of the random values.
+        shape: Settings of GPT2Config that replace those of the tiny model.
     """
     settings = {
         "n_layer": 2,
@@ -73,7 +79,7 @@ def our_model(
     attention: Backend = "padded",
     dtype: torch.dtype = torch.float32,
 ) -> GPT:
-    """The same weights in our network, ready to run."""
+    """Return a GPT with the weights of a transformers model, ready to run."""
     if attention == "ragged" and not has_kernels():
         pytest.skip("no C++ compiler")
     gpt = (
@@ -90,6 +96,7 @@ def our_model(
 
 @functools.cache
 def has_kernels() -> bool:
+    """Return whether the C++ kernels can be built and loaded here."""
     try:
         load_kernels()
     except KernelError:
@@ -106,7 +113,7 @@ def tokenized(
     top_k: int = 0,
     max_new_tokens: int = 16,
 ) -> TokenizedPrompt:
-    """A prompt as the engine takes it; the seed is the index unless one is given."""
+    """Return a prompt for the engine. The seed defaults to the index."""
     params = SamplingParams(
         seed=index if seed is None else seed,
         temperature=temperature,
@@ -118,7 +125,7 @@ def tokenized(
 
 
 def save_tokenizer(folder: Path, vocab_size: int = 300) -> None:
-    """A byte-level BPE with end-of-text as token 0, in the Hugging Face format."""
+    """Write a byte-level BPE in the Hugging Face format; token 0 is end-of-text."""
     tokenizer = train_tokenizer(SENTENCES * 20, vocab_size)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
@@ -127,7 +134,7 @@ def save_tokenizer(folder: Path, vocab_size: int = 300) -> None:
 
 @pytest.fixture(autouse=True)
 def log_levels() -> Iterator[None]:
-    """A command that runs in this process sets levels, which are restored."""
+    """Restore the levels of loggers, which a command in this process sets."""
     loggers = [
         logging.getLogger(name) for name in ("gptbatch", "gptbatch.kernels", "gptbatch.loading")
     ]
@@ -139,23 +146,36 @@ def log_levels() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny random checkpoint with its tokenizer."""
+    """Return the folder of a tiny random checkpoint with its tokenizer."""
     folder = tmp_path_factory.mktemp("checkpoint")
     random_model().save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
 
+_open = contextlib.ExitStack()
+
+
+@functools.cache
+def shared_launcher() -> Launcher:
+    """Return the launcher of this test process, started on first use."""
+    return _open.enter_context(Launcher())
+
+
+def pytest_sessionfinish() -> None:
+    """Stop the launcher."""
+    _open.close()
+
+
 @pytest.fixture(scope="session")
-def launcher() -> Iterator[Launcher]:
-    """Starts the command in child processes, quickly."""
-    with Launcher() as started:
-        yield started
+def launcher() -> Launcher:
+    """Return the launcher, which starts the command in child processes."""
+    return shared_launcher()
 
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
-    """Writes rows (objects, or lines as text) as a JSONL file."""
+    """Return a function that writes rows (objects, or lines as text) to a JSONL file."""
 
     def write(rows: Iterable[dict[str, Any] | str], name: str = "prompts.jsonl") -> Path:
         path = tmp_path / name
@@ -170,7 +190,7 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 @dataclass
 class Ran:
-    """How a command ended."""
+    """The exit code and the output of a command that has ended."""
 
     code: int
     stdout: str
@@ -178,24 +198,35 @@ class Ran:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The JSON object of the last line on standard output."""
+        """The JSON object on the last line of standard output."""
         summary: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
         return summary
 
 
 def run_gptbatch(
+    *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> Ran:
+    """Run `gptbatch ARGUMENTS...` in a child of the fork server.
+
+    `env` has no effect on libraries that read the environment on import.
+    """
+    code, child = shared_launcher().run(*arguments, cwd=cwd, env=env)
+    return Ran(code, child.stdout, child.stderr)
+
+
+def run_fresh(
     *arguments: str | Path,
     cwd: Path | None = None,
     env: dict[str, str] | None = None,
     stdin: bytes | None = None,
 ) -> Ran:
-    """`gptbatch ARGUMENTS...` in a child process, offline."""
+    """Run `python -m gptbatch ARGUMENTS...` in a fresh interpreter, which needs seconds to start."""
     done = subprocess.run(
         [sys.executable, "-m", "gptbatch", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": PYTHONPATH, **(env or {})},
+        env=child_environment(**(env or {})),
         input=stdin,
         capture_output=True,
-        timeout=240,
+        timeout=LIMIT_S,
     )
     return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())

@@ -150,7 +150,21 @@ def before_each_step(act: Callable[[Any, list[Any]], None]) -> None:
 
 
 def slow_step(seconds: str) -> None:
-    before_each_step(lambda engine, slots: time.sleep(float(seconds)))
+    """Sleep before each step of the engine."""
+    before_each_step(lambda engine, chunks: time.sleep(float(seconds)))
+
+
+def slow_load(seconds: str) -> None:
+    """Sleep before the model is loaded."""
+    from gptbatch.pipeline import run
+
+    original = run.load_model
+
+    def load(*arguments: Any, **settings: Any) -> Any:
+        time.sleep(float(seconds))
+        return original(*arguments, **settings)
+
+    run.load_model = load
 
 
 def memory(times: str) -> None:
@@ -191,6 +205,7 @@ def cleared(kind: str) -> None:
 OTHERS = {
     "cleared": cleared,
     "no locks": no_locks,
+    "slow load": slow_load,
     "slow step": slow_step,
     "memory": memory,
     "poison": poison,

@@ -1,17 +1,22 @@
-"""Runs the command in child processes without the price of importing torch each time.
+"""A fork server that runs the command in child processes without importing torch each time.
 
-    launcher = Launcher(); child = launcher.start("generate", ...); child.send_signal(...); child.wait()
+    with Launcher() as launcher:
+        child = launcher.start("generate", ...)
+        child.send_signal(signal.SIGTERM)
+        code = child.wait()
 
-A server process imports what the command imports and forks a child for each run: a process of its own, with its own signals,
-limits and files, which runs `gptbatch ARGUMENTS...` as the console script does. The server itself computes nothing, so that a
-child starts as a fresh process would.
+The server imports what the command imports and forks one child per run. A child is a process of
+its own, with its own signals, limits and files. It runs `gptbatch ARGUMENTS...` like the console
+script. The server computes nothing, so a child starts in the state of a fresh process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import subprocess
@@ -22,15 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tests.paths import PYTHONPATH, REPOSITORY
-
-POLL_S = 0.01
-WAIT_LIMIT_S = 240.0
+from tests.paths import REPOSITORY
+from tests.processes import LIMIT_S, POLL_S, child_environment
 
 
 @dataclass
 class Child:
-    """A running command. `token` names it for ever; its pid may become another process's."""
+    """A running or ended command. Its token is unique; its pid may be reused by the system."""
 
     launcher: Launcher
     token: int
@@ -38,58 +41,56 @@ class Child:
     folder: Path
 
     def send_signal(self, number: int) -> None:
-        """No effect on a child that has ended."""
-        self.launcher.ask({"signal": int(number), "token": self.token})
+        """Send a signal; does nothing when the child has ended."""
+        self.launcher.request({"signal": int(number), "token": self.token})
 
     def wait(self) -> int:
-        """The exit code; minus the signal's number when one ended it."""
-        deadline = time.monotonic() + WAIT_LIMIT_S
+        """Return the exit code, or minus the number of the signal that ended the child."""
+        deadline = time.monotonic() + LIMIT_S
         while (code := self._poll()) is None:
             if time.monotonic() > deadline:
                 self.send_signal(signal.SIGKILL)
                 raise TimeoutError(
-                    f"{self.folder}: still running after {WAIT_LIMIT_S} s: {self.stderr[-500:]}"
+                    f"{self.folder}: still running after {LIMIT_S} s: {self.stderr[-500:]}"
                 )
             time.sleep(POLL_S)
         return code
 
     def is_running(self) -> bool:
+        """Return whether the child has not ended."""
         return self._poll() is None
 
     def _poll(self) -> int | None:
-        code: int | None = self.launcher.ask({"poll": True, "token": self.token})["code"]
+        code: int | None = self.launcher.request({"token": self.token})["code"]
         return code
 
     @property
     def stdout(self) -> str:
+        """What the child has written to standard output."""
         return (self.folder / "stdout").read_text(encoding="utf-8", errors="replace")
 
     @property
     def stderr(self) -> str:
+        """What the child has written to standard error."""
         return (self.folder / "stderr").read_text(encoding="utf-8", errors="replace")
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The JSON object of the last line on standard output."""
+        """The JSON object on the last line of standard output."""
         summary: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
         return summary
 
 
 class Launcher:
-    """Starts children. A context manager."""
+    """The client of one fork server; a context manager."""
 
     def __enter__(self) -> Launcher:
         self._temporary = tempfile.TemporaryDirectory()
-        self._count = self._asked = 0
+        self._children = self._requests = 0
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.launcher"],
             cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "PYTHONPATH": PYTHONPATH,
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
-            },
+            env=child_environment(OMP_NUM_THREADS="1"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -98,9 +99,9 @@ class Launcher:
 
     def __exit__(self, *exception: object) -> None:
         assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
         assert self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.wait(timeout=LIMIT_S)
         self._server.stdout.close()
         self._temporary.cleanup()
 
@@ -112,56 +113,87 @@ class Launcher:
         stdin: Path | None = None,
         fault: tuple[str, str] | None = None,
         file_size_limit: int | None = None,
+        patience_s: float = LIMIT_S,
     ) -> Child:
-        """fault: (step, kind) of tests/faults.py. file_size_limit: in bytes, of any file that the child writes."""
-        self._count += 1
-        folder = Path(self._temporary.name) / str(self._count)
+        """Start a child.
+
+        Args:
+            arguments: The words after `gptbatch`.
+            cwd: Its current folder. None: the folder of its output files.
+            env: Changes to the environment of the server.
+            stdin: The file on standard input. None: /dev/null.
+            fault: (step, kind) of tests/faults.py.
+            file_size_limit: In bytes, of each file that the child writes.
+            patience_s: After a signal, the time until the child ends inside a step or a library.
+        """
+        self._children += 1
+        folder = Path(self._temporary.name) / str(self._children)
         folder.mkdir()
         request = {
-            "start": self._count,
+            "start": self._children,
             "arguments": [str(argument) for argument in arguments],
             "cwd": str(cwd or folder),
             "env": env or {},
-            "stdin": str(stdin or "/dev/null"),
+            "stdin": str(stdin or os.devnull),
             "folder": str(folder),
             "fault": fault,
             "file_size_limit": file_size_limit,
+            "patience_s": patience_s,
         }
-        return Child(self, self._count, int(self.ask(request)["pid"]), folder)
+        return Child(self, self._children, int(self.request(request)["pid"]), folder)
 
     def run(self, *arguments: str | Path, **settings: Any) -> tuple[int, Child]:
-        """Start and wait."""
+        """Start a child and wait for its end."""
         child = self.start(*arguments, **settings)
         return child.wait(), child
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to this request; answers to earlier ones, which a time-out cut off, are passed over."""
+    def request(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the server's answer to this request.
+
+        A time-out of pytest may have interrupted an earlier request. Answers with other tags are
+        skipped.
+        """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._asked += 1
-        tag = self._asked
-        self._server.stdin.write(json.dumps({**request, "tag": tag}) + "\n")
-        self._server.stdin.flush()
+        self._requests += 1
+        tag = self._requests
+        # one system call, so that an interruption leaves no half of a line
+        os.write(self._server.stdin.fileno(), f"{json.dumps({**request, 'tag': tag})}\n".encode())
         while line := self._server.stdout.readline():
-            with contextlib.suppress(ValueError):  # the end of a line whose beginning was cut off
+            # an interrupted read may have taken the beginning of this line
+            with contextlib.suppress(ValueError):
                 answer: dict[str, Any] = json.loads(line)
                 if answer["tag"] == tag:
                     return answer
         raise RuntimeError(f"the server has ended with {self._server.poll()}")
 
 
-# -- the server --------------------------------------------------------------------------------------------------------
+# -- the server ------------------------------------------------------------------------------------
+
+
+def import_all() -> None:
+    """Import every module that a command may import.
+
+    A child that imports them itself takes seconds instead of tenths of a second.
+    """
+    import gptbatch.jobs
+    import gptbatch.pipeline
+
+    for package in (gptbatch.jobs, gptbatch.pipeline):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            # CUDA kernels need triton
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module.name)
+    for name in ("datasets", "matplotlib.pyplot", "torch._dynamo"):
+        importlib.import_module(name)
+    from transformers import AutoTokenizer, GPT2LMHeadModel  # noqa: F401
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
-    import datasets  # noqa: F401
-    import torch  # noqa: F401
-
-    import gptbatch.pipeline.engine.engine
-    import gptbatch.pipeline.model.weights
-    import gptbatch.pipeline.run  # noqa: F401
-
-    pids: dict[int, int] = {}  # of children that have not been waited for, by token
+    """Answer one line of JSON per request until the requests end."""
+    import_all()
+    # of children that have not been waited for, by token
+    pids: dict[int, int] = {}
     codes: dict[int, int] = {}
     for line in requests:
         request = json.loads(line)
@@ -184,6 +216,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def run_child(request: dict[str, Any]) -> NoReturn:
+    """Run the command of a start request in this process and exit with its code."""
     from gptbatch.jobs.cli import run_command
 
     code = 70
@@ -198,33 +231,32 @@ def run_child(request: dict[str, Any]) -> NoReturn:
 
 
 def prepare(request: dict[str, Any]) -> None:
-    """In the child: its own standard files, folder, environment, limits and faults."""
+    """Give this process its standard files, current folder, environment, limits and fault."""
+    from gptbatch.jobs import signals
     from tests.faults import install
 
     folder = Path(request["folder"])
-    for number, (name, flags) in enumerate(
-        [
-            (request["stdin"], os.O_RDONLY),
-            (folder / "stdout", os.O_WRONLY | os.O_CREAT),
-            (folder / "stderr", os.O_WRONLY | os.O_CREAT),
-        ]
-    ):
+    files = [
+        (request["stdin"], os.O_RDONLY),
+        (folder / "stdout", os.O_WRONLY | os.O_CREAT),
+        (folder / "stderr", os.O_WRONLY | os.O_CREAT),
+    ]
+    for number, (name, flags) in enumerate(files):
         descriptor = os.open(name, flags, 0o644)
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
-    if request["file_size_limit"] is not None:
+    if (limit := request["file_size_limit"]) is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (request["file_size_limit"], request["file_size_limit"])
-        )
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signals.LOADING_PATIENCE_S = signals.RUNNING_PATIENCE_S = request["patience_s"]
     if request["fault"] is not None:
         install(*request["fault"])
 
 
 if __name__ == "__main__":
-    # what children print must not be taken for an answer
+    # output of children on descriptor 1 must not be read as an answer
     private = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     serve(os.fdopen(os.dup(0), "r"), private)

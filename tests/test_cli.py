@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,8 +20,9 @@ from click.testing import CliRunner
 
 from gptbatch.jobs.cli import run_command
 from gptbatch.jobs.group import COMMANDS, cli
-from tests.conftest import run_gptbatch
-from tests.paths import REPOSITORY
+from tests.conftest import run_fresh, run_gptbatch
+from tests.launcher import Launcher
+from tests.processes import LIMIT_S, child_environment, wait_for
 
 WriteRows = Callable[..., Path]
 
@@ -93,15 +93,13 @@ def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -
 def test_prompts_from_standard_input(checkpoint: Path, tmp_path: Path) -> None:
     rows = b'{"prompt": "The king"}\n{"prompt": "The queen"}\n'
     settings = ["--model", str(checkpoint), "--max-new-tokens", "3"]
-    ran = run_gptbatch(
-        "generate", *settings, "--output", tmp_path / "out", "--input", "-", stdin=rows
-    )
+    ran = run_fresh("generate", *settings, "--output", tmp_path / "out", "--input", "-", stdin=rows)
     assert ran.code == 0, ran.stderr
     assert pq.read_table(tmp_path / "out" / "part-00000.parquet")["prompt"].to_pylist() == [
         "The king",
         "The queen",
     ]
-    bad = run_gptbatch(
+    bad = run_fresh(
         "generate", *settings, "--output", tmp_path / "other", "--input", "-", stdin=b"{}\n"
     )
     assert bad.code == 65
@@ -152,9 +150,10 @@ def test_a_dry_run_loads_no_model_and_writes_nothing(
     ]
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
-        cwd=REPOSITORY,
+        env=child_environment(),
         capture_output=True,
         text=True,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -173,9 +172,10 @@ def test_a_dry_run_loads_no_model_and_writes_nothing(
     write_rows(["{}"])
     bad = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
-        cwd=REPOSITORY,
+        env=child_environment(),
         capture_output=True,
         text=True,
+        timeout=LIMIT_S,
     )
     assert bad.returncode == 65
 
@@ -198,7 +198,11 @@ def test_a_complete_output_is_recognised_without_torch(
     assert run_command(arguments) == 0
     program = "import sys; from gptbatch.jobs.cli import run_command; run_command(sys.argv[1:]); assert 'torch' not in sys.modules"
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", program, *arguments],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows_kept"] == 1
@@ -425,38 +429,24 @@ def test_an_unexpected_error_is_a_bug_with_a_traceback(
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_ctrl_c_says_to_run_again(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
-    path = write_rows([{"prompt": f"{i}"} for i in range(20_000)])
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "gptbatch",
-            "generate",
-            "--model",
-            checkpoint,
-            "--input",
-            path,
-            "--output",
-            tmp_path / "out",
-            "--batch-size",
-            "1",
-        ],
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+def test_ctrl_c_says_to_run_again(
+    launcher: Launcher, checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    path = write_rows([{"prompt": f"{i}"} for i in range(600)])
+    output = tmp_path / "out"
+    child = launcher.start(
+        *("generate", "--model", checkpoint, "--input", path, "--output", output),
+        fault=("slow step", "0.01"),
     )
-    for _ in range(600):
-        if (tmp_path / "out" / "_manifest.json").exists():
-            break
-        time.sleep(0.1)
+    wait_for((output / "_manifest.json").exists, "the manifest")
     child.send_signal(signal.SIGINT)
-    _, stderr = child.communicate(timeout=60)
-    assert child.returncode == 75
-    assert "stopped by SIGINT; 0 parts are written; run the same command again to go on" in stderr
-    assert "Traceback" not in stderr
-    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert child.wait() == 75
+    assert (
+        "stopped by SIGINT; 0 parts are written; run the same command again to go on"
+        in child.stderr
+    )
+    assert "Traceback" not in child.stderr
+    assert not (output / "_SUCCESS").exists()
 
 
 def test_progress_is_plain_lines_without_a_terminal(

@@ -24,6 +24,7 @@ from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.parts import FORMAT, PartPlan, PartWriter, count_parts
 from gptbatch.pipeline.output.schema import COLUMNS
 from gptbatch.pipeline.types import Completion, Prompt, RowError, SamplingParams, Timing
+from tests.processes import LIMIT_S, child_environment
 
 IDENTITY = {"config_hash": "f" * 64, "dtype": "float32", "seed": 0, "input_digest": "1" * 64}
 FACTS = {
@@ -278,8 +279,13 @@ def test_a_config_that_is_gone_is_missed_only_when_it_is_asked_for(tmp_path: Pat
 
 
 def test_reading_and_comparing_import_no_torch() -> None:
-    program = "import sys; import gptbatch.pipeline.audit.diff; assert not {'torch', 'transformers', 'datasets', 'click'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    program = (
+        "import sys; import gptbatch.pipeline.audit.diff; "
+        "assert not {'torch', 'transformers', 'datasets', 'click'} & set(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program], env=child_environment(), check=True, timeout=LIMIT_S
+    )
 
 
 # -- what is equal ---------------------------------------------------------------------------------------------------

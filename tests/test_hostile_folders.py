@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -569,9 +568,7 @@ def test_a_manifest_that_promises_more_rows_than_there_are(
     change_json(output / "_manifest.json", lambda manifest: manifest["identity"].update(rows=rows))
     for path in output.glob("part-*"):
         change_footer(path, lambda footer: footer["identity"].update(rows=rows))
-    began = time.monotonic()
     found = output_status(output)
-    assert time.monotonic() - began < 5
     missing = -(-rows // 3) - 3
     assert (found.state, found.rows_total, found.n_parts_missing) == ("unfinished", rows, missing)
     assert found.parts_missing == list(range(3, 3 + min(missing, 1000)))

@@ -8,7 +8,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from click.testing import CliRunner
 from gptbatch.jobs.group import cli
 from gptbatch.pipeline.errors import GptbatchError, OutputBusyError, StoppedError, StorageError
 from tests.paths import REPOSITORY, SOURCE
+from tests.processes import LIMIT_S, wait_for
 
 CONFIGS = REPOSITORY / "configs"
 STAND_IN = """#!/bin/bash
@@ -30,7 +30,8 @@ echo "$@" > arguments
 trap 'echo USR1 > got; exit 75' USR1
 trap 'echo TERM > got; exit 75' TERM
 touch started
-for _ in $(seq 100); do [ -n "$CODE" ] && exit "$CODE"; sleep 0.05; done
+[ -n "$CODE" ] && exit "$CODE"
+for _ in $(seq 20000); do sleep 0.05; done
 exit 70
 """
 
@@ -66,19 +67,12 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     return start
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, path
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("code", ["0", "65", "69", "75", "78"])
 def test_slurm_requeues_on_75_only(
     slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, code: str
 ) -> None:
     process = slurm("--config", "demo", code=code)
-    process.communicate(timeout=30)
+    process.communicate(timeout=LIMIT_S)
     assert process.returncode == int(code)
     assert (tmp_path / "arguments").read_text() == "generate --threads 1 --config demo\n"
     assert (tmp_path / "requeued").exists() == (code == "75")
@@ -89,9 +83,9 @@ def test_slurm_hands_signals_on(
     slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
 ) -> None:
     process = slurm()
-    wait_for(tmp_path / "started")
+    wait_for((tmp_path / "started").exists, "start")
     process.send_signal(signal.Signals[f"SIG{name}"])
-    process.communicate(timeout=30)
+    process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75
     assert (tmp_path / "got").read_text() == f"{name}\n"
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
@@ -103,10 +97,10 @@ def test_slurm_hands_on_a_signal_that_comes_first(
 ) -> None:
     """gptbatch sends it to the shell and is ended by it: the script, in whose trap it arrives, sends it to a program without handlers."""
     write_program(
-        tmp_path / "bin" / "gptbatch", f"#!/bin/bash\nkill -{name} $PPID\nexec sleep 60\n"
+        tmp_path / "bin" / "gptbatch", f"#!/bin/bash\nkill -{name} $PPID\nexec sleep 900\n"
     )
     process = slurm()
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
@@ -116,7 +110,7 @@ def test_slurm_does_not_requeue_what_the_system_killed(
 ) -> None:
     write_program(tmp_path / "bin" / "gptbatch", "#!/bin/bash\nkill -KILL $$\n")
     process = slurm()
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT_S)
     assert process.returncode == 137
     assert not (tmp_path / "requeued").exists()
 
@@ -145,13 +139,13 @@ def test_slurm_with_the_real_program(
         "50",
     ]
     process = slurm(*arguments)
-    wait_for(tmp_path / "out" / "part-00001.parquet")
+    wait_for((tmp_path / "out" / "part-00001.parquet").exists, "a part")
     process.send_signal(signal.SIGUSR1)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75, stderr
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
     process = slurm(*arguments)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, stderr
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows"] == 2000
 

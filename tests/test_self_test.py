@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.linear import PADDING_PLANS, Linear, use_threads
 from gptbatch.pipeline.model.self_test import SelfTestReport, select_batch_invariant_kernels
 from tests.conftest import our_model, random_model
-from tests.paths import PYTHONPATH
+from tests.processes import child_environment
 
 
 class RowCounting(Linear):
@@ -106,10 +105,9 @@ print(select_batch_invariant_kernels(load_gpt(config, list(demo.weights), dtype=
 def test_the_digest_tells_vector_instructions_apart() -> None:
     found: set[str] = set()
     for changes in ({}, {"ATEN_CPU_CAPABILITY": "default"}):
-        environment = {**os.environ, "PYTHONPATH": PYTHONPATH, **changes}
         done = subprocess.run(
             [sys.executable, "-c", DIGEST],
-            env=environment,
+            env=child_environment(**changes),
             capture_output=True,
             text=True,
             check=True,

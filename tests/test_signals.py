@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from gptbatch.jobs.group import COMMANDS
 from gptbatch.jobs.signals import STOPPED, STOPPING, Signals
 from gptbatch.pipeline.kernels.build import SOURCES
 from tests.launcher import Launcher
-from tests.paths import PYTHONPATH
+from tests.processes import LIMIT_S, child_environment, is_running, wait_for
 
 NAMES = [number.name for number in STOPPING]
 
@@ -36,6 +35,9 @@ def importing(name, *rest, **more):
     return original(name, *rest, **more)
 builtins.__import__ = importing
 from gptbatch.jobs.cli import main
+from gptbatch.jobs import signals
+# a busy machine may need longer than the patience of the watching thread
+signals.LOADING_PATIENCE_S = signals.RUNNING_PATIENCE_S = 900
 if moment == "exit":
     import atexit
     atexit.register(strike)
@@ -58,10 +60,10 @@ def run_struck(tmp_path: Path) -> Callable[..., tuple[int, str]]:
         done = subprocess.run(
             [sys.executable, "-c", program, moment, str(int(number)), *arguments],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1"},
+            env=child_environment(),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=LIMIT_S,
         )
         return done.returncode, done.stderr
 
@@ -134,15 +136,14 @@ def test_python_m_jobs(tmp_path: Path) -> None:
         "--output",
         "out",
     ]
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        command, cwd=tmp_path, env=child_environment(), stderr=subprocess.PIPE, text=True
     )
     writer = os.open(
         tmp_path / "prompts.jsonl", os.O_WRONLY
     )  # returns when the command has opened it
     process.send_signal(signal.SIGHUP)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=LIMIT_S)
     os.close(writer)
     assert process.returncode == STOPPED
     assert "stopped by SIGHUP" in stderr
@@ -177,26 +178,17 @@ def test_compilers_end_with_the_build(
         cwd=tmp_path,
         env={"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(compiler)},
     )
-    wait_for(lambda: started.exists() and len(started.read_text().split()) == 2 * len(SOURCES))
+    wait_for(
+        lambda: started.exists() and len(started.read_text().split()) == 2 * len(SOURCES),
+        "compilers",
+    )
     for number in numbers:
         child.send_signal(number)
     assert child.wait() in codes, child.stderr
-    wait_for(lambda: not [pid for pid in started.read_text().split() if is_running(int(pid))])
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
+    wait_for(
+        lambda: not [pid for pid in started.read_text().split() if is_running(int(pid))],
+        "end of the compilers",
+    )
 
 
 def test_nohup_keeps_a_run_alive(
@@ -214,7 +206,7 @@ def test_a_signal_sent_twice_at_once_is_one(
     """As timeout(1) does: to the process, and to its group."""
     twice = PROGRAM.replace(
         "    os.kill(os.getpid(), number)",
-        "    [os.kill(os.getpid(), number) for _ in range(2)]",
+        "    signals.ONE_SIGNAL_S = 900\n    [os.kill(os.getpid(), number) for _ in range(2)]",
         1,
     )
     assert twice != PROGRAM
@@ -237,8 +229,5 @@ def test_as_a_library_the_handlers_come_back() -> None:
     with Signals() as signals:
         with signals.deferred():
             os.kill(os.getpid(), signal.SIGUSR1)
-            deadline = time.monotonic() + 60
-            while signals.requested() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_for(lambda: signals.requested() is not None, "the signal")
         assert signals.requested() == "SIGUSR1"

@@ -42,7 +42,7 @@ from gptbatch.pipeline.system.openmp import limit_spinning
 from gptbatch.pipeline.system.paths import PathError, expand_path
 from gptbatch.pipeline.system.redact import redact
 from tests.launcher import Launcher
-from tests.paths import PYTHONPATH
+from tests.processes import LIMIT_S, child_environment
 
 NEEDED = {"model": "m", "input": "i", "output": "o"}
 PATH_KEYS = ("model", "input", "dataset", "output")
@@ -813,9 +813,13 @@ COMMAND_LINES = [
 def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A shell in which `gptbatch` is this code."""
     program = f'gptbatch() {{ "{sys.executable}" -m gptbatch "$@"; }}; {command}'
-    full = {**os.environ, "PYTHONPATH": PYTHONPATH, **environment}
     return subprocess.run(
-        ["bash", "-c", program], cwd=cwd, env=full, capture_output=True, text=True, timeout=120
+        ["bash", "-c", program],
+        cwd=cwd,
+        env=child_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
     )
 
 
@@ -887,8 +891,8 @@ def test_no_file_takes_the_place_of_a_standard_file(closed: tuple[int, ...]) -> 
     )
     done = subprocess.run(
         ["bash", "-c", command],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        timeout=60,
+        env=child_environment(),
+        timeout=LIMIT_S,
         check=False,
     )
     assert 3 <= done.returncode < 10
@@ -1043,14 +1047,13 @@ def test_a_small_address_space_is_named(
     limit_kib: int, arguments: list[str], tmp_path: Path
 ) -> None:
     command = f'ulimit -v {limit_kib}; exec "{sys.executable}" -m gptbatch {" ".join(arguments)}'
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=tmp_path,
-        env=environment,
+        env=child_environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 78, done.stderr
     assert f"the address space is limited to {limit_kib / 2**20:.2f} GiB (ulimit -v)" in done.stderr
@@ -1099,14 +1102,14 @@ def test_the_library_sets_it_and_imports_nothing_heavy() -> None:
     )
     environment = {
         name: value
-        for name, value in os.environ.items()
+        for name, value in child_environment().items()
         if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     }
     subprocess.run(
         [sys.executable, "-c", program],
-        env={**environment, "PYTHONPATH": PYTHONPATH},
+        env=environment,
         check=True,
-        timeout=120,
+        timeout=LIMIT_S,
     )
 
 
