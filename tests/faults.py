@@ -158,13 +158,13 @@ def slow_load(seconds: str) -> None:
     """Sleep before the model is loaded."""
     from gptbatch.pipeline import run
 
-    original = run.load_model
+    original = vars(run)["load_model"]
 
     def load(*arguments: Any, **settings: Any) -> Any:
         time.sleep(float(seconds))
         return original(*arguments, **settings)
 
-    run.load_model = load
+    vars(run)["load_model"] = load
 
 
 def memory(times: str) -> None:
