@@ -1,8 +1,8 @@
 """Write the generated parts of the documentation from the code: `python docs/generate.py`.
 
-These are the tables of cli.md and output.md, and the tree of files in architecture.md. A page holds
-such a part between two comments, `<!-- generated: NAME -->` and `<!-- end -->`.
-The rest of the page is written by hand. tests/test_docs.py fails where a part is out of date.
+These are the tables of cli.md and output.md, and the tree of files in architecture.md. Such a part
+stands between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. All other text is written
+by hand. tests/test_docs.py fails where a part is out of date.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gptbatch.pipeline.output.schema import COLUMNS
 
 DOCS = Path(__file__).resolve().parent
 REPOSITORY = DOCS.parent
-PAGES = ("cli.md", "output.md", "architecture.md")
+DOCUMENTS = ("cli.md", "output.md", "architecture.md")
 SECTION = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # exit codes that no error class of gptbatch has, or that more than the class leads to
@@ -59,18 +59,20 @@ TREE_WIDTH, NAME_WIDTH = 100, 28
 
 
 def main() -> None:
-    for name in PAGES:
+    for name in DOCUMENTS:
         path = DOCS / name
         path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def updated(page: str) -> str:
-    """The page with every generated section as the code has it now.
+def updated(document: str) -> str:
+    """Return the document with every generated section as the code has it now.
 
     Raises:
-        KeyError: the page names a section that does not exist.
+        KeyError: the document names a section that does not exist.
     """
-    return SECTION.sub(lambda found: found[1] + "\n" + _section(found[2]) + "\n" + found[3], page)
+    return SECTION.sub(
+        lambda found: found[1] + "\n" + _section(found[2]) + "\n" + found[3], document
+    )
 
 
 def _section(name: str) -> str:

@@ -71,7 +71,7 @@ def load_generator() -> object:
 
 def test_the_generated_tables_are_up_to_date() -> None:
     generator = load_generator()
-    for name in generator.PAGES:  # type: ignore[attr-defined]
+    for name in generator.DOCUMENTS:  # type: ignore[attr-defined]
         text = (DOCS / name).read_text(encoding="utf-8")
         expected = generator.updated(text)  # type: ignore[attr-defined]
         assert text == expected, f"docs/{name} is out of date: run `python docs/generate.py`"
@@ -237,18 +237,30 @@ def console_steps(body: str) -> Iterator[tuple[str, str]]:
             output.append(line)
 
 
+# a command without shell syntax, but for variables in front and a file for its output
+PLAIN = re.compile(
+    r"(?P<variables>(?:\w+=\S+ )*)gptbatch (?P<arguments>[^|<>;&*$]*)(?:> (?P<to>\S+))?"
+)
+
+
 def run_console(command: str, capfd: pytest.CaptureFixture[str]) -> Ended:
     """A plain `gptbatch ...` runs in this process, which has torch loaded; others run in bash."""
-    words = shlex.split(command.replace("\\\n", " "), comments=True)
-    is_plain = words[0] == "gptbatch" and not re.search(r"[|><;&*$]", command.partition("#")[0])
-    if is_plain:
+    plain = PLAIN.fullmatch(command.replace("\\\n", " "))
+    if plain is None:
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+    variables = dict(word.split("=", 1) for word in plain["variables"].split())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
         capfd.readouterr()
-        code = run_command(words[1:])
-        return Ended(code, *capfd.readouterr())
-    done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+        code = run_command(shlex.split(plain["arguments"]))
+    ended = Ended(code, *capfd.readouterr())
+    if plain["to"]:
+        Path(plain["to"]).write_text(ended.stdout, encoding="utf-8")
+    return ended
 
 
 @pytest.mark.filterwarnings("ignore")
