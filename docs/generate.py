@@ -1,8 +1,8 @@
 """Write the generated parts of the documentation from the code: `python docs/generate.py`.
 
 These are the tables of cli.md and output.md, and the tree of files in architecture.md. Such a part
-stands between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. All other text is written
-by hand. tests/test_docs.py fails where a part is out of date.
+stands between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. All other text is
+written by hand. tests/test_docs.py fails where a part is out of date.
 """
 
 from __future__ import annotations
