@@ -87,7 +87,7 @@ def compare_tokenizers(folder: Path) -> TokenizerComparison:
                 if ours.decode(token_ids) != theirs.decode(token_ids):
                     differences.append(f"the text of the tokens of {text[:40]!r}")
     return TokenizerComparison(
-        way=loaded.way,
+        way=loaded.loaded_by,
         encodings=encodings,
         texts=decoded,
         special_tokens=len(special),

@@ -819,7 +819,7 @@ def test_check_model_where_transformers_finds_no_tensors(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("<!DOCTYPE html><html>", "a web page, not the file itself"),
+        ("<!DOCTYPE html><html>", "HTML, not the file itself"),
         ("", r"not valid JSON"),
         ("Entry not found", "not valid JSON"),
         ("[1]", "a JSON object is needed"),

@@ -49,7 +49,7 @@ def compare(folder: Path, seed: int) -> str:
             return "refused: transformers fails, too"
         return f"refused: {next(key for key in REFUSALS if key in message)}"
     assert theirs is not None, (
-        f"seed {seed}: loaded by {loaded.way}, but transformers fails: {failure}"
+        f"seed {seed}: loaded by {loaded.loaded_by}, but transformers fails: {failure}"
     )
     for parse_special in (False, True):
         for add_special_tokens in (True, False):
@@ -66,9 +66,7 @@ def compare(folder: Path, seed: int) -> str:
                     add_special_tokens=add_special_tokens,
                     split_special_tokens=not parse_special,
                 )
-                where = (
-                    f"seed {seed}, {loaded.way}, {text!r}, {parse_special=}, {add_special_tokens=}"
-                )
+                where = f"seed {seed}, {loaded.loaded_by}, {text!r}, {parse_special=}, {add_special_tokens=}"
                 if expected is None:
                     assert encoded.problem, where
                     continue
@@ -82,7 +80,7 @@ def compare(folder: Path, seed: int) -> str:
         assert ours.decode(prompt + new) == whole, f"seed {seed}, {prompt + new}"
         if whole.startswith(before):
             assert before + ours.added_text(prompt, new) == whole, f"seed {seed}, {prompt}, {new}"
-    return loaded.way
+    return loaded.loaded_by
 
 
 def auto_tokenizer(folder: Path) -> Any:

@@ -236,7 +236,7 @@ def test_harmless_keys_need_no_transformers(tmp_path: Path, config: dict[str, An
         tokenizer_config=config,
         special_tokens_map={"eos_token": END_OF_TEXT},
     )
-    assert load_tokenizer(model).way == "direct"
+    assert load_tokenizer(model).loaded_by == "direct"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_other_keys_are_for_transformers(tmp_path: Path, config: dict[str, Any])
     model = checkpoint(
         tmp_path / "model", byte_tokenizer(), tokenizer_config=config, config={"vocab_size": 300}
     )
-    assert load_tokenizer(model).way == "transformers"
+    assert load_tokenizer(model).loaded_by == "transformers"
     expect_as_transformers(model, ["hi", "[PAD]hi"])
 
 
@@ -282,7 +282,7 @@ def test_gpt2_needs_no_transformers(tmp_path: Path, name: str) -> None:
                 entry | {"normalized": True} for entry in content["added_tokens"]
             ]
             (model / "tokenizer.json").write_text(json.dumps(content))
-    assert load_tokenizer(model).way == "direct"
+    assert load_tokenizer(model).loaded_by == "direct"
     expect_as_transformers(
         model,
         ["hi", " hi hi", f"hi{END_OF_TEXT}hi", "é 中 \U0001f469\u200d\U0001f467\r\n"],
@@ -676,7 +676,7 @@ def test_a_byte_order_mark_that_only_transformers_refuses(tmp_path: Path, file: 
     )
     path = model / f"{file}.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert load_tokenizer(model).way == "direct"
+    assert load_tokenizer(model).loaded_by == "direct"
     (model / "special_tokens_map.json").write_text(json.dumps({"pad_token": "[PAD]"}))
     with pytest.raises(ModelError, match=rf"{file}\.json begins with a byte order mark"):
         load_tokenizer(model)
@@ -920,7 +920,7 @@ def test_composed_letters_and_separators_are_not_lost(normalizer: Any, pre_token
 
 
 def load(tokenizer: Tokenizer) -> PromptTokenizer:
-    from gptbatch.pipeline.input.tokenizer_loading import LoadedTokenizer
+    from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 
     decode = tokenizer.decode
     return PromptTokenizer(
@@ -928,7 +928,7 @@ def load(tokenizer: Tokenizer) -> PromptTokenizer:
             backend=tokenizer,
             decode=decode,
             cleans_up=False,
-            way="direct",
+            loaded_by="direct",
             bos_token=None,
             digest="",
         ),
@@ -1226,7 +1226,7 @@ def test_check_model_finds_another_tokenizer(
         tmp_path / "model", byte_tokenizer(), tokenizer_config={"add_prefix_space": True}
     )
     monkeypatch.setattr(
-        tokenizer_loading, "_reason_against_direct", lambda backend, files, names: ""
+        tokenizer_loading, "reason_for_transformers", lambda backend, files, names: ""
     )
     assert run_command(["check-model", str(model), "--new-tokens", "1"]) == 78
     captured = capsys.readouterr()

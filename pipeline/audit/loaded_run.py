@@ -13,7 +13,8 @@ from gptbatch.pipeline.config import EngineConfig, JobConfig
 from gptbatch.pipeline.errors import ModelError, OutputConflictError
 from gptbatch.pipeline.input.config_hash import special_token_identity
 from gptbatch.pipeline.input.tokenize import prompt_tokenizer
-from gptbatch.pipeline.input.tokenizer_loading import LoadedTokenizer, file_digest, load_tokenizer
+from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
+from gptbatch.pipeline.input.tokenizer_loading import file_digest, load_tokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device

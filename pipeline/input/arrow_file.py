@@ -133,7 +133,8 @@ def _ipc_batches(file: BinaryIO, *, is_file: bool) -> Iterable[pa.RecordBatch]:
     import pyarrow as pa
 
     if not is_file:
-        return pa.ipc.open_stream(file)
+        stream: Iterable[pa.RecordBatch] = pa.ipc.open_stream(file)
+        return stream
     reader = pa.ipc.open_file(file)
     return (reader.get_batch(index) for index in range(reader.num_record_batches))
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.input.tokenizer_loading import LoadedTokenizer
+from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.generation_config import SpecialTokens
 from gptbatch.pipeline.types import NOISE_VERSION

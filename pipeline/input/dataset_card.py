@@ -1,4 +1,4 @@
-"""The `configs` of a dataset card: which files README.md says belong to which split."""
+"""Reads the `configs` of a dataset card: the files of each split, declared in README.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptbatch.pipeline.errors import InputNotFoundError
 from gptbatch.pipeline.system.yaml_reader import YamlError, parse_yaml_mapping
 
 CARD = "README.md"
-_KNOWN_KEYS = {
+_SUPPORTED_KEYS = {
     "config_name",
     "data_files",
     "data_dir",
@@ -25,7 +25,12 @@ _KNOWN_KEYS = {
 
 @dataclass(frozen=True)
 class CardConfig:
-    """One of the `configs`. splits: the files of each split by name. delimiter: of its CSV files, None where it says nothing."""
+    """One of the `configs`.
+
+    Attributes:
+        splits: Split name -> files.
+        delimiter: Of its CSV files. None where the card does not declare one.
+    """
 
     splits: dict[str, list[str]]
     delimiter: str | None
@@ -35,11 +40,11 @@ class DatasetCard:
     """A README.md with front matter.
 
     Args:
-        where: the dataset as messages name it.
-        text: the content of its README.md, "" without one.
+        where: The dataset in messages.
+        text: The content of its README.md, "" without one.
 
     Raises:
-        InputNotFoundError: the front matter is not YAML.
+        InputNotFoundError: The front matter is not YAML.
     """
 
     def __init__(self, where: str, text: str) -> None:
@@ -56,45 +61,48 @@ class DatasetCard:
         )
         self.entries = {str(entry.get("config_name", "default")): entry for entry in entries}
 
-    def choose(self, wanted: str | None) -> str:
-        """The configuration to use: the wanted one, the default one, or the only one. Raises InputNotFoundError."""
-        if wanted is None:
-            marked = [
-                name
-                for name, entry in self.entries.items()
-                if entry.get("default") is True or name == "default"
-            ]
-            wanted = (
-                marked[0]
-                if marked
-                else next(iter(self.entries))
-                if len(self.entries) == 1
-                else None
-            )
-        if wanted is None or wanted not in self.entries:
-            asked = "" if wanted is None else f" {wanted!r}: there is none"
+    def select(self, requested: str | None) -> str:
+        """Return the name of the configuration to use.
+
+        Args:
+            requested: Its name. None takes the default one, or the only one.
+
+        Raises:
+            InputNotFoundError: There is none, or it has keys that are not supported.
+        """
+        name = self._default() if requested is None else requested
+        if name is None or name not in self.entries:
+            problem = "" if name is None else f" {name!r}: there is none"
             raise InputNotFoundError(
-                f"{self.where}: needs a dataset_config{asked}; it names {', '.join(self.entries)}"
+                f"{self.where}: needs a dataset_config{problem}; it names {', '.join(self.entries)}"
             )
-        strange = sorted(map(str, set(self.entries[wanted]) - _KNOWN_KEYS))
-        if strange:
+        unsupported = sorted(map(str, set(self.entries[name]) - _SUPPORTED_KEYS))
+        if unsupported:
             raise InputNotFoundError(
-                f"{self.where}: config {wanted!r} sets {', '.join(strange)}, which is not followed"
+                f"{self.where}: config {name!r} sets {', '.join(unsupported)}, which is not "
+                "followed"
             )
-        return wanted
+        return name
+
+    def _default(self) -> str | None:
+        for name, entry in self.entries.items():
+            if entry.get("default") is True or name == "default":
+                return name
+        return next(iter(self.entries)) if len(self.entries) == 1 else None
 
     def config(
         self, name: str, names: list[str], by_name: Callable[[list[str]], dict[str, list[str]]]
     ) -> CardConfig:
-        """The files of a configuration.
+        """Return the files of a configuration.
 
         Args:
-            name: of the configuration.
-            names: of all files of the dataset, relative, with slashes.
-            by_name: gives the splits of files where the configuration names none.
+            name: The configuration.
+            names: All files of the dataset, relative and with slashes.
+            by_name: Returns the splits of files by their names, for a configuration without
+                data_files.
 
         Raises:
-            InputNotFoundError: it names a file that is not there.
+            InputNotFoundError: It names a file that does not exist.
         """
         entry = self.entries[name]
         delimiter = entry.get("sep", entry.get("delimiter"))
@@ -124,7 +132,10 @@ class DatasetCard:
         )
 
     def _patterns(self, declared: Any) -> list[tuple[str, str]]:
-        """(split, pattern) of a value of data_files: a path, a list of paths, a mapping, or a list of {split, path}."""
+        """Return (split, pattern) pairs of data_files.
+
+        Its value is a path, a list of paths, a mapping of splits, or a list of {split, path}.
+        """
         if isinstance(declared, str) or (
             isinstance(declared, list) and all(isinstance(item, str) for item in declared)
         ):
@@ -145,7 +156,7 @@ class DatasetCard:
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:
-    """The names that a pattern of glob means, `**` for folders of any depth; a file of that very name is that file."""
+    """Return the names that match a glob pattern. A name equal to the pattern matches alone."""
     if pattern in names:
         return [pattern]
     expression = re.compile(_as_expression(pattern), re.DOTALL)

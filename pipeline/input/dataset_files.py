@@ -1,12 +1,12 @@
-"""The files of a dataset, by split: a folder, or a repository of the Hugging Face hub.
+"""Assigns the files of a dataset to splits, for local folders and for repositories of the hub.
 
-    data/train-00000-of-00002.parquet    sharded: the name before the dash is the split
-    test/rows.csv                        a folder called train, validation, test or the like
-    train.jsonl, my_test_part.csv        a file whose name holds such a word
-    a.jsonl, b.jsonl                     else all files are the split train
+    data/train-00000-of-00002.parquet    shards: the name before the dash is the split
+    test/rows.csv                        a folder named train, validation, test or a synonym
+    train.jsonl, my_test_part.csv        a file name that contains such a word
+    a.jsonl, b.jsonl                     otherwise all files are the split train
 
-The first of these rules that any file matches decides for all files, unless README.md says in its `configs` which files belong to which
-split. Files that no split takes are returned as well, so that none is left out silently.
+The first rule that matches any file applies to all files. The `configs` of README.md take
+precedence. Files in no split are returned too, so that a warning can name them.
 """
 
 from __future__ import annotations
@@ -44,22 +44,26 @@ _SHARDED = re.compile(
 )
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>[^/]*)")
 _SEPARATORS = re.compile(r"[-._ 0-9]+")
-# files of a dataset repository, a clone or a cluster job that hold no rows
+# files without rows in dataset repositories, clones and outputs of cluster jobs
 _NO_DATA = re.compile(
-    r"(readme|licen[cs]e|citation)(\.(md|txt|rst|bib|cff))?|dataset_infos\.json|dataset_dict\.json|_success|_manifest\.json|_(common_)?metadata|.*\.(md|py|lock|crc)",
+    r"(readme|licen[cs]e|citation)(\.(md|txt|rst|bib|cff))?|dataset_infos\.json|dataset_dict\.json"
+    r"|_success|_manifest\.json|_(common_)?metadata|.*\.(md|py|lock|crc)",
     re.IGNORECASE,
 )
 
 
 class NoDataFilesError(InputNotFoundError):
-    """A dataset without files of a format that is read here."""
+    """The dataset has no files in a supported format."""
 
 
 @dataclass(frozen=True)
 class DatasetFiles:
-    """The files of each split, relative and with slashes, in the order in which they are read.
+    """The files of each split, relative and with slashes.
 
-    left_out: files that no split takes. delimiter: of CSV files, None where nothing says it.
+    Attributes:
+        splits: Split name -> files, in reading order.
+        left_out: Files in no split.
+        delimiter: Of CSV files. None where the card does not declare one.
     """
 
     splits: dict[str, list[str]]
@@ -71,11 +75,11 @@ def find_files(path: Path, config: str | None) -> DatasetFiles:
     """Find the splits of a local dataset.
 
     Args:
-        path: a folder.
-        config: name of one of the `configs` in the folder's README.md.
+        path: A folder.
+        config: Name of one of the `configs` in its README.md. None takes the default.
 
     Raises:
-        InputNotFoundError: there are no data files, or no such config.
+        InputNotFoundError: There are no data files, or no such config.
     """
     names = list(walk(path))
     saved = sorted(
@@ -86,7 +90,8 @@ def find_files(path: Path, config: str | None) -> DatasetFiles:
     )
     if saved:
         raise InputNotFoundError(
-            f"{path}: holds folders that save_to_disk made; name one of them: {', '.join(saved[:5])}"
+            f"{path}: holds folders that save_to_disk made; name one of them: "
+            f"{', '.join(saved[:5])}"
         )
     try:
         card = (path / CARD).read_text(encoding="utf-8", errors="replace")
@@ -96,13 +101,16 @@ def find_files(path: Path, config: str | None) -> DatasetFiles:
 
 
 def arrange(where: str, names: list[str], card: str, config: str | None) -> DatasetFiles:
-    """The splits of a dataset with files of these names.
+    """Assign files to splits.
 
     Args:
-        where: the dataset as messages name it.
-        names: relative, with slashes.
-        card: the text of its README.md.
-        config: as for `find_files`.
+        where: The dataset in messages.
+        names: Files, relative and with slashes.
+        card: The text of README.md.
+        config: As for `find_files`.
+
+    Raises:
+        InputNotFoundError: There are no data files, or no such config.
     """
     if any("_delta_log" in name.split("/") for name in names):
         raise InputNotFoundError(
@@ -115,16 +123,11 @@ def arrange(where: str, names: list[str], card: str, config: str | None) -> Data
     configs = DatasetCard(where, card)
     delimiter = None
     if configs.entries:
-        chosen = configs.choose(config)
-        splits, delimiter = (
-            (found := configs.config(chosen, names, _by_name)).splits,
-            found.delimiter,
-        )
-        others = [
-            configs.config(name, names, _by_name) for name in configs.entries if name != chosen
-        ]
+        selected = configs.select(config)
+        found = {name: configs.config(name, names, _by_name) for name in configs.entries}
+        splits, delimiter = found[selected].splits, found[selected].delimiter
         taken = {
-            name for entry in (found, *others) for files in entry.splits.values() for name in files
+            name for entry in found.values() for files in entry.splits.values() for name in files
         }
     elif config is not None:
         raise InputNotFoundError(
@@ -138,7 +141,8 @@ def arrange(where: str, names: list[str], card: str, config: str | None) -> Data
         kinds = ", ".join(sorted({Path(name).suffix or name for name in left_out})[:5])
         known = ", ".join((*TEXT_SUFFIXES, *ARROW_SUFFIXES))
         raise NoDataFilesError(
-            f"{where}: holds no data files ({known}, compressed or not){f', only {kinds}' if kinds else ''}"
+            f"{where}: holds no data files ({known}, compressed or not)"
+            f"{f', only {kinds}' if kinds else ''}"
         )
     return DatasetFiles(splits, left_out, delimiter)
 
@@ -148,7 +152,7 @@ def _by_name(names: list[str]) -> dict[str, list[str]]:
 
 
 def split_by_name(names: list[str]) -> dict[str, list[str]]:
-    """The files of each split by the rules above. Names that no split takes are in none."""
+    """Apply the rules above. Files that match no split are left out."""
 
     def sharded(name: str) -> str | None:
         match = _SHARDED.fullmatch(name)
@@ -168,28 +172,26 @@ def split_by_name(names: list[str]) -> dict[str, list[str]]:
 
 
 def check_shards(where: str, names: list[str]) -> None:
-    """Raises InputNotFoundError when a set of shards of a split, `...-00000-of-00003...`, is not whole."""
+    """Raise InputNotFoundError if a set of shards `...-00000-of-00003...` is incomplete."""
     shards: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
         if match := _SHARD.fullmatch(name):
-            shards.setdefault((match["stem"], match["count"]), {})[int(match["number"])] = match[
-                "rest"
-            ]
+            found = shards.setdefault((match["stem"], match["count"]), {})
+            found[int(match["number"])] = match["rest"]
     for (stem, count), found in shards.items():
-        numbers = (
-            range(1, int(count) + 1)
-            if int(count) in found and 0 not in found
-            else range(int(count))
-        )
-        if missing := [number for number in numbers if number not in found]:
+        total = int(count)
+        # a few datasets count from 1
+        start = 1 if total in found and 0 not in found else 0
+        if missing := [number for number in range(start, start + total) if number not in found]:
             first = f"{stem}-{missing[0]:05d}-of-{count}{next(iter(found.values()))}"
             raise InputNotFoundError(
-                f"{where}: {len(missing)} of {int(count)} shards are missing, the first {first}; fetch it again"
+                f"{where}: {len(missing)} of {total} shards are missing, the first {first}; "
+                "fetch it again"
             )
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that tells the format, in lower case: `.csv` for `A.CSV.gz`."""
+    """Return the suffix of the format in lower case: `.csv` for `A.CSV.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
         suffixes.pop()
@@ -197,10 +199,17 @@ def suffix_of(path: Path) -> str:
 
 
 def read_rows(path: Path, name: str, delimiter: str | None) -> Iterator[RawRow]:
-    """The rows of one file. Parquet and Arrow files are told by their content, all others by their suffix.
+    """Return the rows of one file.
+
+    The first bytes identify Parquet and Arrow files. The suffix identifies the other formats.
+
+    Args:
+        path: The file.
+        name: The file in messages.
+        delimiter: Of CSV files. None takes a comma, and a tab for `.tsv`.
 
     Raises:
-        InputNotFoundError: the suffix is of no format that is read.
+        InputNotFoundError: The suffix is not that of a supported format.
     """
     suffix, head = suffix_of(path), read_head(path)
     if suffix in ARROW_SUFFIXES or head.startswith((b"PAR1", b"ARROW1")):
@@ -217,7 +226,8 @@ def read_rows(path: Path, name: str, delimiter: str | None) -> Iterator[RawRow]:
         raise InputNotFoundError(f"{name}: is {kind}")
     known = ", ".join((*TEXT_SUFFIXES, *ARROW_SUFFIXES))
     raise InputNotFoundError(
-        f"{name}: a file must end in {known}, text files also in {', '.join(COMPRESSED_SUFFIXES)} after that"
+        f"{name}: a file must end in {known}, text files also in "
+        f"{', '.join(COMPRESSED_SUFFIXES)} after that"
     )
 
 
@@ -233,7 +243,7 @@ def _split_in(name: str) -> str | None:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """The names of all files but hidden ones. Links to folders are followed once."""
+    """Yield the names of all files but hidden ones. A linked folder is visited once."""
     seen: set[tuple[int, int]] = set()
     count = 0
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -255,9 +265,10 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def _with_rows(names: list[str]) -> list[str]:
-    """The files that may hold rows, by suffix. Text files only where there are no others: they may be notes.
+    """Return the files that may hold rows, by suffix.
 
-    A folder whose name begins with an underscore, as `_temporary` of Spark, holds none.
+    Text files count only where there are no others, since they may be notes. Folders that begin
+    with an underscore, such as `_temporary` of Spark, are skipped.
     """
     found = [
         name

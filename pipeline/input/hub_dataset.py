@@ -1,7 +1,8 @@
-"""Splits of a dataset on the Hugging Face hub.
+"""Reads the splits of a dataset on the Hugging Face hub.
 
-The files of a split are fetched one by one into the hub's cache, and read as local files are, so that a row is the same online and
-offline. What has no such files (archives of pictures, say) the `datasets` library streams.
+The files of a split are downloaded one by one into the cache of the hub and read as local files.
+Rows are therefore the same online and offline. The `datasets` library streams datasets in other
+formats, such as archives of images.
 """
 
 from __future__ import annotations
@@ -19,40 +20,33 @@ from gptbatch.pipeline.input.dataset_card import CARD
 from gptbatch.pipeline.input.dataset_files import NoDataFilesError, arrange
 from gptbatch.pipeline.input.local_dataset import FileSplits, Splits, local_splits
 from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.system.error_text import first_line
 
 logger = logging.getLogger("gptbatch")
 
-# Names that the datasets library takes for its own loaders of the files in the current folder.
+# names of loaders of the datasets library, which would read files of the current folder
 _LOADERS = frozenset(
     (
-        *(
-            "csv",
-            "json",
-            "parquet",
-            "arrow",
-            "text",
-            "xml",
-            "pandas",
-            "sql",
-            "hdf5",
-            "lance",
-            "spark",
-            "generator",
-            "cache",
-            "webdataset",
-        ),
-        *("imagefolder", "audiofolder", "videofolder", "pdffolder", "niftifolder", "evalfolder"),
-    )
+        "csv json parquet arrow text xml pandas sql hdf5 lance spark generator cache webdataset "
+        "imagefolder audiofolder videofolder pdffolder niftifolder evalfolder"
+    ).split()
 )
 
 
 def hub_splits(
     dataset: str, where: str, config: str | None, revision: str | None, delimiter: str | None
 ) -> Splits:
-    """The splits of a dataset by its name on the hub; from the hub's cache where the hub cannot be reached.
+    """Find the splits of a dataset on the hub, or in the cache where the hub is unreachable.
+
+    Args:
+        dataset: Its name on the hub, OWNER/NAME.
+        where: The dataset in messages.
+        config: Name of one of its configs. None takes the default.
+        revision: Branch, tag or commit. None takes the default branch.
+        delimiter: Of CSV files. None takes the default.
 
     Raises:
-        InputNotFoundError: there is no such dataset, or it is neither in reach nor in the cache.
+        InputNotFoundError: There is no such dataset, or it is neither reachable nor cached.
     """
     from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import (
@@ -76,12 +70,13 @@ def hub_splits(
         info = HfApi().dataset_info(dataset, revision=revision)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputNotFoundError(
-            f"{where}: no such file or folder, and the hub does not give it ({_first_line(error)})"
+            f"{where}: no such file or folder, and the hub does not give it ({first_line(error)})"
         ) from error
     except Exception as error:
         if (cached := _cached(dataset, where, config, revision, delimiter)) is None:
             raise InputNotFoundError(
-                f"{where}: no such file or folder, and the hub cannot be reached ({_first_line(error)})"
+                f"{where}: no such file or folder, and the hub cannot be reached "
+                f"({first_line(error)})"
             ) from error
         logger.warning("%s: the hub cannot be reached; its copy in the cache is read", where)
         return cached
@@ -91,7 +86,7 @@ def hub_splits(
             return Path(hf_hub_download(dataset, name, repo_type="dataset", revision=info.sha))
         except Exception as error:
             raise InputNotFoundError(
-                f"{where}: {name} cannot be fetched ({_first_line(error)})"
+                f"{where}: {name} cannot be fetched ({first_line(error)})"
             ) from error
 
     names = [file.rfilename for file in info.siblings or []]
@@ -106,26 +101,36 @@ def hub_splits(
 def _cached(
     dataset: str, where: str, config: str | None, revision: str | None, delimiter: str | None
 ) -> Splits | None:
-    """The splits of a dataset in the hub's cache; None when it is not there."""
+    """Return the splits of a dataset in the cache of the hub, None where it is not cached."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
             dataset, repo_type="dataset", revision=revision, local_files_only=True
         )
-    except Exception:  # noqa: BLE001  (the library has several errors for a cache that lacks it)
+    except Exception:  # noqa: BLE001 - the library raises several types for a missing entry
         return None
     return local_splits(Path(folder), where, config, delimiter)
 
 
 class LibrarySplits:
-    """Splits that the datasets library reads: streamed, or prepared where the number of rows must be known."""
+    """Splits that the datasets library reads.
+
+    They are streamed, or prepared if the number of rows is needed.
+
+    Args:
+        dataset: Its name on the hub.
+        where: The dataset in messages.
+        config: Name of one of its configs. None takes the default.
+        revision: Branch, tag or commit. None takes the default branch.
+    """
 
     def __init__(self, dataset: str, where: str, config: str | None, revision: str | None) -> None:
         self._dataset, self._where, self._config, self._revision = dataset, where, config, revision
         self._prepared: dict[str, Any] = {}
 
     def rows(self, split: str) -> Iterator[RawRow]:
+        """Yield the rows of a split."""
         rows = (
             self._prepared[split] if split in self._prepared else self._load(split, streaming=True)
         )
@@ -141,16 +146,18 @@ class LibrarySplits:
                 position += 1
         except Exception as error:
             raise InputRowsError(
-                f"{self._where} row {position}: the datasets library cannot read on ({_cause(error)})"
+                f"{self._where} row {position}: the datasets library cannot read on "
+                f"({_root_cause(error)})"
             ) from error
 
     def length(self, split: str) -> int:
+        """Return the number of rows. Prepares the split."""
         if split not in self._prepared:
             self._prepared[split] = self._load(split, streaming=False)
         return len(self._prepared[split])
 
     def _load(self, split: str, *, streaming: bool) -> Any:
-        """The library's dataset, values of pictures and sounds undecoded."""
+        """Load a split with images and sounds undecoded."""
         import datasets
         from datasets.exceptions import DatasetGenerationError
 
@@ -166,27 +173,24 @@ class LibrarySplits:
                 )
             )
         except DatasetGenerationError as error:
-            raise InputRowsError(f"{self._where}: cannot be read ({_cause(error)})") from error
-        except Exception as error:  # the library has no error of its own for a missing split, a hub out of reach and the like
+            raise InputRowsError(f"{self._where}: cannot be read ({_root_cause(error)})") from error
+        except Exception as error:
+            # the library raises plain types for a missing split or an unreachable hub
             raise InputNotFoundError(
-                f"{self._where}: cannot be loaded ({_first_line(error)})"
+                f"{self._where}: cannot be loaded ({first_line(error)})"
             ) from error
 
 
 def _undecoded(rows: Any) -> Any:
-    """Pictures, sounds and videos as the bytes and path that are stored: a decoder may be missing."""
+    """Return images, sounds and videos as bytes and path, since a decoder may be missing."""
     for column, feature in (rows.features or {}).items():
         if hasattr(feature, "decode_example") and hasattr(feature, "decode"):
             rows = rows.cast_column(column, replace(feature, decode=False))
     return rows
 
 
-def _cause(error: BaseException) -> str:
-    """The error at the bottom of a chain, since those above it only say that there was one."""
+def _root_cause(error: BaseException) -> str:
+    """Return the text of the first error of a chain. The later ones only report that it failed."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error) or type(error).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Splits of datasets whose files are at hand, or can be fetched one by one."""
+"""Reads splits of datasets from files that are local or can be downloaded one by one."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ _MAX_NAMED_FILES = 5
 
 
 class Splits(Protocol):
-    """The splits of one dataset. Both methods raise InputNotFoundError for a split that is not there."""
+    """The splits of one dataset. Both methods raise InputNotFoundError for a missing split."""
 
-    def rows(self, split: str) -> Iterator[RawRow]: ...
+    def rows(self, split: str) -> Iterator[RawRow]:
+        """Yield the rows of a split in order."""
 
     def length(self, split: str) -> int:
-        """The number of rows."""
+        """Return the number of rows of a split."""
 
 
 class FileSplits:
-    """Splits of files.
+    """Splits of a dataset of files.
 
     Args:
-        where: the dataset as messages name it.
-        files: the files of each split.
-        fetch: gives the path of a file by its name; called when its rows are read.
-        shown: gives a file as messages name it.
-        delimiter: of CSV files, None for the one that the dataset or the suffix tells.
+        where: The dataset in messages.
+        files: The files of each split.
+        fetch: Returns the path of a file by its name. Called when its rows are read.
+        display_name: Returns the name of a file in messages.
+        delimiter: Of CSV files. None takes that of the dataset card or of the suffix.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class FileSplits:
         where: str,
         files: DatasetFiles,
         fetch: Callable[[str], Path],
-        shown: Callable[[str], str],
+        display_name: Callable[[str], str],
         delimiter: str | None,
     ) -> None:
-        self._where, self._files, self._fetch, self._shown = where, files, fetch, shown
+        self._where, self._files, self._fetch = where, files, fetch
+        self._display_name = display_name
         self._delimiter = delimiter or files.delimiter
         if left_out := files.left_out:
             more = (
@@ -67,19 +69,23 @@ class FileSplits:
             )
 
     def rows(self, split: str) -> Iterator[RawRow]:
+        """Yield the rows of all files of a split."""
         names = self._of_split(split)
         if len(names) == 1:
-            yield from read_rows(self._fetch(names[0]), self._shown(names[0]), self._delimiter)
+            yield from read_rows(
+                self._fetch(names[0]), self._display_name(names[0]), self._delimiter
+            )
             return
         position = 0
         for name in names:
-            for row in read_rows(self._fetch(name), self._shown(name), self._delimiter):
+            for row in read_rows(self._fetch(name), self._display_name(name), self._delimiter):
                 yield RawRow(where=row.where, line=row.line, position=position, parse=row.parse)
                 position += 1
 
     def length(self, split: str) -> int:
+        """Return the number of rows of a split. Reads all files but Parquet files."""
         return sum(
-            _count(self._fetch(name), self._shown(name), self._delimiter)
+            _count_rows(self._fetch(name), self._display_name(name), self._delimiter)
             for name in self._of_split(split)
         )
 
@@ -99,7 +105,17 @@ class FileSplits:
 
 
 def local_splits(path: Path, where: str, config: str | None, delimiter: str | None) -> Splits:
-    """The splits of a file or folder that exists. Raises InputNotFoundError as `find_files` does."""
+    """Return the splits of an existing file or folder.
+
+    Args:
+        path: A file, a folder of files, or a folder that `save_to_disk` wrote.
+        where: The dataset in messages.
+        config: Name of one of the `configs` in its README.md. None takes the default.
+        delimiter: Of CSV files. None takes the default.
+
+    Raises:
+        InputNotFoundError: There are no data files, or no such config.
+    """
     if path.is_file():
         if config is not None:
             raise InputNotFoundError(f"{path}: is a file, which has no dataset_config {config!r}")
@@ -121,7 +137,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _saved_files(path: Path) -> DatasetFiles:
-    """The Arrow files of a `save_to_disk` folder, by split."""
+    """Return the Arrow files of each split of a `save_to_disk` folder."""
     try:
         if (path / "dataset_dict.json").is_file():
             names = [
@@ -133,11 +149,13 @@ def _saved_files(path: Path) -> DatasetFiles:
         return DatasetFiles({split or "train": files})
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputNotFoundError(
-            f"{path}: cannot be loaded: it looks like a save_to_disk folder that is damaged ({error})"
+            f"{path}: cannot be loaded: it looks like a save_to_disk folder that is damaged "
+            f"({error})"
         ) from error
 
 
 def _saved_split(path: Path, folder: str) -> tuple[str | None, list[str]]:
+    """Return the name of a saved split, None where it is not recorded, and its files."""
     state = json.loads((path / folder / "state.json").read_bytes())
     if state.get("_indices_data_files"):
         raise ValueError(
@@ -150,7 +168,7 @@ def _saved_split(path: Path, folder: str) -> tuple[str | None, list[str]]:
     return split if isinstance(split, str) else None, files
 
 
-def _count(file: Path, name: str, delimiter: str | None) -> int:
+def _count_rows(file: Path, name: str, delimiter: str | None) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,7 +1,8 @@
-"""Finds the characters of a text that leave no token.
+"""Finds the characters of a text that no token represents.
 
-A normalizer or a pre-tokenizer may remove characters, and a BPE without a token for the unknown drops what its vocabulary lacks.
-The library reports neither. Both show in the offsets of tokens: no token covers a lost character.
+A normalizer or a pre-tokenizer may remove characters. A BPE without an unknown token drops
+characters outside of its vocabulary. The library reports neither. Both are visible in the offsets
+of tokens: no token covers a lost character.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ _COMPATIBILITY = frozenset({"NFKC", "NFKD", "Precompiled"})
 
 
 class LostText:
-    """Counts the lost characters of texts, for one tokenizer.
+    """Counts the lost characters of texts for one tokenizer.
 
-    Whitespace that a normalizer or a pre-tokenizer removes separates words, and is no loss.
+    Whitespace that a normalizer or a pre-tokenizer removes separates words and is not counted.
+
+    Args:
+        backend: The tokenizer. Its post-processor is replaced by one that keeps whitespace in the
+            offsets of tokens.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
-        """Changes the backend's post-processor, so that it leaves whitespace in the offsets of tokens."""
         backend.post_processor = _untrimmed(backend.post_processor)
         self._backend = backend
         anything = models.WordLevel(vocab={"?": 0}, unk_token="?")
@@ -50,16 +54,15 @@ class LostText:
         return _known_characters(self._backend)
 
     def count(self, text: str, encoding: Encoding) -> int:
-        """How many characters of a text left no token. encoding: what the backend makes of the text."""
+        """Return the number of lost characters of a text. encoding: of the backend for the text."""
         lost = self._count(text, encoding)
         if lost:
-            # A letter and its accent may become one character, which is no loss: judge the text in its composed form as well.
+            # A normalizer may compose a letter and its accent into one character. The text in its
+            # composed form shows whether that is the only difference.
             for form in self._forms:
                 composed = unicodedata.normalize(form, text)
-                with (
-                    suppress(Exception),
-                    panics_as_errors(),
-                ):  # the library may fail on it, as on any text
+                # the library may fail on any text
+                with suppress(Exception), panics_as_errors():
                     lost = min(lost, self._count(composed, self._backend.encode(composed)))
         return lost
 
@@ -74,22 +77,22 @@ class LostText:
 
 
 def may_lose_text(backend: Tokenizer) -> bool:
-    """Whether some text can lose characters; never with a byte-level BPE that has all bytes."""
+    """Return whether any text can lose characters. A byte-level BPE with all bytes loses none."""
     return not (_stages_keep_all(backend) and _model_keeps_all(backend))
 
 
 def component(part: Any) -> dict[str, Any]:
-    """The JSON of a normalizer, pre-tokenizer, decoder or post-processor; {} where the tokenizer has none."""
+    """Return the JSON of a normalizer, pre-tokenizer, decoder or post-processor, {} for None."""
     content: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
     return content
 
 
 def _parts(part: Any) -> Iterator[dict[str, Any]]:
-    """The parts of a normalizer or a pre-tokenizer, those of a sequence one by one."""
-    waiting = [component(part)]
-    while waiting:
-        content = waiting.pop()
-        waiting += content.get("normalizers", []) + content.get("pretokenizers", [])
+    """Yield the parts of a normalizer or a pre-tokenizer, with sequences flattened."""
+    stack = [component(part)]
+    while stack:
+        content = stack.pop()
+        stack += content.get("normalizers", []) + content.get("pretokenizers", [])
         if content and content["type"] != "Sequence":
             yield content
 
@@ -111,8 +114,9 @@ def _stages_keep_all(backend: Tokenizer) -> bool:
 
 def _model_keeps_all(backend: Tokenizer) -> bool:
     model = backend.model
+    # other models encode an unknown word as the unknown token, or fail
     if not isinstance(model, models.BPE):
-        return True  # what a word lacks becomes the unknown token, or an error
+        return True
     if model.unk_token is not None and model.token_to_id(model.unk_token) is not None:
         return True
     if model.byte_fallback and all(
@@ -131,9 +135,10 @@ def _model_keeps_all(backend: Tokenizer) -> bool:
 
 
 def _known_characters(backend: Tokenizer) -> Tokenizer | None:
-    """One token per character of a backend's BPE, None for other models.
+    """Return a tokenizer with one token per character that a BPE has, None for other models.
 
-    A BPE shifts the offsets of a word's tokens by each character that it drops: they say that it drops some, and not which.
+    A BPE shifts the offsets of a word's tokens by each character that it drops. They show the
+    number of dropped characters, and not their positions.
     """
     model = backend.model
     if (
@@ -153,7 +158,7 @@ def _known_characters(backend: Tokenizer) -> Tokenizer | None:
 
 
 def _character_tokenizer(backend: Tokenizer, model: Any) -> Tokenizer:
-    """One word per character that the normalizer and the pre-tokenizer of a backend leave."""
+    """Return a tokenizer with one word per character after normalizer and pre-tokenizer."""
     characters = Tokenizer(model)
     each = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     before = backend.pre_tokenizer
@@ -168,6 +173,7 @@ def _character_tokenizer(backend: Tokenizer, model: Any) -> Tokenizer:
 
 
 def _untrimmed(post_processor: Any) -> Any:
+    """Return a post-processor that keeps whitespace in the offsets of tokens."""
     content = json.dumps(component(post_processor))
     if '"trim_offsets": true' not in content:
         return post_processor
@@ -177,7 +183,7 @@ def _untrimmed(post_processor: Any) -> Any:
 
 
 def _uncovered(text: str, encoding: Encoding) -> set[int]:
-    """The places of characters that no token covers."""
+    """Return the indices of the characters that no token covers."""
     end = 0
     gaps: set[int] = set()
     for start, stop in encoding.offsets:

@@ -1,4 +1,4 @@
-"""The notation of splits: `train`, `train[:100]`, `train[50%:]`, `train[:10]+test[-10:]`."""
+"""Parses split expressions: `train`, `train[:100]`, `train[50%:]`, `train[:10]+test[-10:]`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ import re
 from dataclasses import dataclass
 
 _PART = re.compile(
-    r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\](\((?P<rounding>closest|pct1_dropremainder)\))?)?"
+    r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]"
+    r"(\((?P<rounding>closest|pct1_dropremainder)\))?)?"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class SplitPart:
-    """One term of a split. start and stop are as written: "10", "-5", "50%", or None for an open end."""
+    """One term of a split expression.
+
+    Attributes:
+        name: Name of the split.
+        start: First row as written: "10", "-5" or "50%". None starts at the first row.
+        stop: Row after the last, written in the same way. None stops after the last row.
+        drop_remainder: Percentages are multiples of `rows // 100`.
+    """
 
     name: str
     start: str | None = None
@@ -22,18 +30,19 @@ class SplitPart:
 
     @property
     def is_whole(self) -> bool:
+        """Whether the term is a split without bounds."""
         return self.start is None and self.stop is None
 
     @property
     def needs_length(self) -> bool:
-        """Whether the number of rows of the split must be known to say which rows are meant."""
+        """Whether the bounds depend on the number of rows of the split."""
         return any(
             bound is not None and ("%" in bound or "-" in bound)
             for bound in (self.start, self.stop)
         )
 
     def bounds(self, length: int) -> tuple[int, int]:
-        """The rows [start, stop) that are meant, of a split of `length` rows. Bounds outside of the split are cut to it."""
+        """Return the rows [start, stop) of a split of `length` rows, clipped to the split."""
         start, stop = (
             default if bound is None else self._row(bound, length)
             for bound, default in ((self.start, 0), (self.stop, length))
@@ -54,7 +63,7 @@ class SplitPart:
 
 
 def parse_split(text: str) -> list[SplitPart]:
-    """Raises ValueError for text that is no split."""
+    """Parse a split expression into its terms. Raises ValueError for a syntax error."""
     parts = []
     for term in text.split("+"):
         match = _PART.fullmatch(term.strip())

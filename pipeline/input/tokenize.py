@@ -16,8 +16,7 @@ from gptbatch.pipeline.errors import ModelError
 from gptbatch.pipeline.input.config_hash import start_token
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
 from gptbatch.pipeline.input.rows import BadRow
-from gptbatch.pipeline.input.tokenizer import EncodedText, PromptTokenizer
-from gptbatch.pipeline.input.tokenizer_loading import LoadedTokenizer
+from gptbatch.pipeline.input.tokenizer import EncodedText, LoadedTokenizer, PromptTokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.generation_config import SpecialTokens

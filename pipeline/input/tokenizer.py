@@ -1,34 +1,61 @@
-"""Prompts to token ids in batches, and new token ids to text, as transformers does both."""
+"""Encodes prompts in batches and decodes new tokens, with the results of transformers."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from os.path import commonprefix
+from typing import Any, Literal
 
 from tokenizers import Encoding, Tokenizer, models
 
 from gptbatch.pipeline.errors import ModelError
 from gptbatch.pipeline.input.lost_text import LostText, component, may_lose_text
-from gptbatch.pipeline.input.tokenizer_loading import LoadedTokenizer
 from gptbatch.pipeline.system.rust_panics import PanicError, panics_as_errors
 from gptbatch.pipeline.types import FinishReason
 
-# Words in errors of the library, which may quote the prompt, and what they mean.
+# words in errors of the library -> their cause; the errors themselves may quote the prompt
 _CAUSES = {
-    "unk": "it holds text that the tokenizer has no token for, and the tokenizer lacks a token for unknown text",
+    "unk": "it holds text that the tokenizer has no token for, and the tokenizer lacks a token for "
+    "unknown text",
     "Regex search error": "a regular expression of the tokenizer runs out of steps on it",
 }
-# Parts of a tokenizer that panic on some texts.
+# parts of a tokenizer that may panic
 _PANICKING = ("Regex", "Precompiled")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedTokenizer:
+    """The tokenizer of a checkpoint, as transformers would use it.
+
+    Attributes:
+        backend: The tokenizer of the tokenizers library.
+        decode: Converts token ids to text, special tokens included.
+        cleans_up: Whether decoding moves spaces between tokens.
+        loaded_by: The library that read the files.
+        bos_token: The id of its beginning-of-sequence token, None without one.
+        digest: SHA-256 of everything that decides token ids and texts.
+    """
+
+    backend: Tokenizer
+    decode: Callable[[list[int]], str]
+    cleans_up: bool
+    loaded_by: Literal["direct", "transformers"]
+    bos_token: int | None
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedText:
-    """The tokens of a prompt.
+    """The tokens of a text.
 
-    problem: why there are none although the prompt has text, "" for no reason. lost: how many characters left no token.
-    has_unknown: whether a token stands for unknown text. has_special_text: whether the text of a special token was taken as text.
+    Attributes:
+        token_ids: Empty where the text cannot be encoded.
+        problem: The reason why a text cannot be encoded, "" where it can.
+        lost: Number of characters that no token represents.
+        has_unknown: Whether a token represents unknown text.
+        has_special_text: Whether the text of a special token was encoded as plain text.
     """
 
     token_ids: list[int]
@@ -39,17 +66,18 @@ class EncodedText:
 
 
 class PromptTokenizer:
-    """Turns texts into token ids and back.
+    """Converts texts to token ids and back.
 
     Args:
         loaded: The tokenizer of the checkpoint.
-        start_token: What an empty prompt starts from where the tokenizer adds nothing; None starts from nothing.
-        parse_special: Whether a special token's text inside a prompt is that token; otherwise it is plain text.
-        add_special_tokens: Whether to add what the tokenizer's template adds to a prompt, such as `<s>`.
+        start_token: The token of an empty text to which the template adds nothing. None encodes it
+            as no tokens.
+        parse_special: Encode the text of a special token as that token, not as plain text.
+        add_special_tokens: Add the tokens of the tokenizer's template, such as `<s>`.
 
     Attributes:
-        template_tokens: What the template adds to every prompt.
-        adds_after: Whether some of these stand after the prompt, such as `[SEP]`.
+        template_tokens: The tokens that the template adds to every text.
+        adds_after: Whether the template adds tokens after the text, such as `[SEP]`.
     """
 
     def __init__(
@@ -79,31 +107,35 @@ class PromptTokenizer:
             for token in backend.get_added_tokens_decoder().values()
             if token.special and token.content
         ]
-        self._special_prefix = _common_start(special)
+        self._special_prefix = commonprefix(special)
         self._special_text = (
             None if parse_special or not special else re.compile("|".join(map(re.escape, special)))
         )
-        # Bytes of a byte-level tokenizer's new tokens are the same after any prompt.
+        # a byte-level tokenizer decodes new tokens to the same bytes after any prompt
         self._concatenates = (
             component(backend.decoder).get("type") == "ByteLevel" and not loaded.cleans_up
         )
 
     def name(self, token_id: int) -> str | None:
-        """The text of a token in the vocabulary, `[SEP]`."""
+        """Return the text of a token in the vocabulary, such as `[SEP]`."""
         return self._backend.id_to_token(token_id)
 
     def encode(self, texts: list[str]) -> list[EncodedText]:
-        """The tokens of each text. An empty text is what the template adds, or else the start token."""
+        """Encode texts. An empty text becomes the tokens of the template, or the start token."""
         try:
             encodings: list[Encoding | str] = list(self._encode(texts))
-        except Exception:  # noqa: BLE001 - the library raises plain Exception, and does not say for which text
+        # the library raises plain Exception, and does not name the text
+        except Exception:  # noqa: BLE001
             encodings = [self._encode_one(text) for text in texts]
         return [
             self._encoded(text, encoding) for text, encoding in zip(texts, encodings, strict=True)
         ]
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of tokens, special ones included; bytes that are no UTF-8 are U+FFFD, an id without a token has no text."""
+        """Decode tokens, special ones included.
+
+        Bytes that are not UTF-8 become U+FFFD. An id without a token has no text.
+        """
         if not self._decoder_may_panic:
             return self._decode(token_ids)
         try:
@@ -111,27 +143,28 @@ class PromptTokenizer:
                 return self._decode(token_ids)
         except PanicError as error:
             raise ModelError(
-                "the tokenizer's decoder fails on new tokens; its regular expressions may run out of steps"
+                "the tokenizer's decoder fails on new tokens; "
+                "its regular expressions may run out of steps"
             ) from error
 
     def added_text(self, before: list[int], token_ids: list[int]) -> str:
-        """The text that tokens add to the text of those before them."""
+        """Return the text that tokens add to the text of the tokens before them."""
         if self._concatenates:
             return self.decode(token_ids)
         start, whole = self.decode(before), self.decode(before + token_ids)
-        # a decoder may change the end of what stood before: " ." to "."
+        # a decoder may change the end of the earlier text: " ." to "."
         return whole.removeprefix(
-            start if whole.startswith(start) else _common_start([start, whole])
+            start if whole.startswith(start) else commonprefix([start, whole])
         )
 
     def completion_text(
         self, prompt: list[int], token_ids: list[int], finish_reason: FinishReason
     ) -> str:
-        """The completion that new tokens add to a prompt's tokens: a closing end-of-text is no part of it."""
+        """Return the text of a completion, without a final end token."""
         return self.added_text(prompt, token_ids[:-1] if finish_reason == "stop" else token_ids)
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
-        # the fast way gives no offsets
+        # encode_batch_fast returns no offsets
         encode = (
             self._backend.encode_batch_fast
             if self._lost_text is None
@@ -143,11 +176,11 @@ class PromptTokenizer:
             return encode(texts, add_special_tokens=self._add_special_tokens)
 
     def _encode_one(self, text: str) -> Encoding | str:
-        """The encoding of a text, or why there is none."""
+        """Return the encoding of a text, or the reason why it cannot be encoded."""
         try:
             with panics_as_errors():
                 return self._encode([text])[0]
-        except Exception as error:  # noqa: BLE001 - as in encode
+        except Exception as error:  # noqa: BLE001
             causes = (
                 cause for words, cause in _CAUSES.items() if words.lower() in str(error).lower()
             )
@@ -181,7 +214,7 @@ def _may_panic(part: Any) -> bool:
 
 
 def _template_tokens(backend: Tokenizer) -> tuple[list[int], bool]:
-    """What the template adds to every prompt, and whether some of it stands after the prompt."""
+    """Return the tokens that the template adds, and whether it adds any after the text."""
     template = backend.post_processor
     if template is None or template.num_special_tokens_to_add(False) == 0:
         return [], False
@@ -195,16 +228,8 @@ def _template_tokens(backend: Tokenizer) -> tuple[list[int], bool]:
     return added, whole.sequence_ids[-1] is None
 
 
-def _common_start(texts: list[str]) -> str:
-    """The longest text that all of these begin with."""
-    shortest, longest = min(texts, default=""), max(texts, default="")
-    return next(
-        (shortest[:i] for i, character in enumerate(shortest) if character != longest[i]), shortest
-    )
-
-
 def _unknown_token(backend: Tokenizer) -> int | None:
-    """The id of the token that stands for unknown text."""
+    """Return the id of the token for unknown text, None without one."""
     model = backend.model
     if isinstance(model, models.Unigram):
         unk_id: int | None = component(model)["unk_id"]

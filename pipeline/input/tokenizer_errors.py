@@ -1,4 +1,4 @@
-"""Says what is wrong with the files of a tokenizer, and what to do about it."""
+"""Checks the files of a tokenizer, and describes what is wrong with them and what to do."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from tokenizers import Tokenizer
 
 from gptbatch.pipeline.errors import ModelError
 from gptbatch.pipeline.model.checkpoint import CONFIG_FILE, reading
+from gptbatch.pipeline.system.error_text import first_line
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 GPT2_FILES = ("vocab.json", "merges.txt")
-# Any of these is enough for some tokenizer class of transformers.
+# each of these is enough for a tokenizer class of transformers
 SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 VOCABULARY_FILES = ("vocab.json", "vocab.txt", *SENTENCEPIECE_FILES, "tiktoken.model")
-# transformers reads these with any class
+# transformers reads these with every class
 _FILES_OF_ANY_CLASS = (TOKENIZER_JSON, "tokenizer.model", "tiktoken.model")
-# a class that reads the file, for advice
+# a class that reads the file, for messages
 _CLASS_OF_FILE = {
     "vocab.txt": "BertTokenizer",
     "vocab.json": "GPT2Tokenizer",
@@ -34,11 +35,17 @@ _CLASS_OF_FILE = {
 }
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_MAKE_TOKENIZER_JSON = "where it loads elsewhere, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes a tokenizer.json"
+_MAKE_TOKENIZER_JSON = (
+    "where it loads elsewhere, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) "
+    "writes a tokenizer.json"
+)
 
 
-def refuse_byte_order_marks(folder: Path) -> None:
-    """A byte order mark stops some readers, and in vocab.txt becomes part of the first token."""
+def reject_byte_order_marks(folder: Path) -> None:
+    """Raise ModelError if a file begins with a byte order mark.
+
+    Several readers fail on one. In vocab.txt it would become part of the first token.
+    """
     names = (TOKENIZER_JSON,) if (folder / TOKENIZER_JSON).is_file() else (*GPT2_FILES, "vocab.txt")
     if marked := _with_byte_order_mark(folder, names):
         raise ModelError(
@@ -47,7 +54,7 @@ def refuse_byte_order_marks(folder: Path) -> None:
 
 
 def _with_byte_order_mark(folder: Path, names: Iterable[str]) -> str | None:
-    """The first of these files that begins with a byte order mark."""
+    """Return the first of these files that begins with a byte order mark."""
     for name in names:
         if (folder / name).is_file():
             with reading(folder / name), (folder / name).open("rb") as file:
@@ -57,7 +64,7 @@ def _with_byte_order_mark(folder: Path, names: Iterable[str]) -> str | None:
 
 
 def describe_misnamed(folder: Path) -> str:
-    """Files of a tokenizer that stand under other names or elsewhere; "" where there are none."""
+    """Name tokenizer files with a wrong name or folder, for a message; "" without any."""
     known = (TOKENIZER_JSON, *GPT2_FILES, "vocab.txt")
     found = {
         path.name: name
@@ -73,7 +80,8 @@ def describe_misnamed(folder: Path) -> str:
     return f"; {inside[0].relative_to(folder)} must stand in the folder itself" if inside else ""
 
 
-def refuse_empty(where: Path, backend: Tokenizer) -> None:
+def reject_empty(where: Path, backend: Tokenizer) -> None:
+    """Raise ModelError if the vocabulary has no tokens other than special ones."""
     special = sum(token.special for token in backend.get_added_tokens_decoder().values())
     if backend.get_vocab_size() <= special:
         raise ModelError(
@@ -81,17 +89,19 @@ def refuse_empty(where: Path, backend: Tokenizer) -> None:
         )
 
 
-def refuse_random(where: Path, backend: Tokenizer) -> None:
+def reject_random(where: Path, backend: Tokenizer) -> None:
+    """Raise ModelError if the tokenizer encodes at random, as for BPE dropout in training."""
     model = backend.model
     for key in ("dropout", "alpha"):
         if value := getattr(model, key, None):
             raise ModelError(
-                f"{where}: {key} is {value}, which makes the tokens of a prompt random; set it to null, as it is only for training"
+                f"{where}: {key} is {value}, which makes the tokens of a prompt random; "
+                "set it to null, as it is only for training"
             )
 
 
 def reason_and_advice(folder: Path, tokenizer_class: Any, error: Exception) -> tuple[str, str]:
-    """Why transformers cannot make a tokenizer, and what to do."""
+    """Return why transformers cannot build a tokenizer, and what to do."""
     there = {
         name
         for name in (TOKENIZER_JSON, "merges.txt", *VOCABULARY_FILES)
@@ -106,7 +116,10 @@ def reason_and_advice(folder: Path, tokenizer_class: Any, error: Exception) -> t
         and TOKENIZER_JSON not in there
         and find_spec("sentencepiece") is None
     ):
-        reason = "its vocabulary is a SentencePiece model, for which sentencepiece and protobuf must be installed"
+        reason = (
+            "its vocabulary is a SentencePiece model, for which sentencepiece and protobuf must be "
+            "installed"
+        )
         return reason, _MAKE_TOKENIZER_JSON
     if TOKENIZER_JSON in there and tokenizer_class not in PLAIN_CLASSES:
         what = f"{TOKENIZER_JSON} may be none of {tokenizer_class}: {first_line(error)}"
@@ -119,28 +132,28 @@ def reason_and_advice(folder: Path, tokenizer_class: Any, error: Exception) -> t
         (other,) = set(GPT2_FILES) - set(lone)
         return f"{lone[0]} without {other}", f"fetch {other}, too{describe_misnamed(folder)}"
     if "vocab.txt" in there and not lone:
-        return first_line(error), _name_the_class("vocab.txt")
+        return first_line(error), _class_advice("vocab.txt")
     return first_line(error), _MAKE_TOKENIZER_JSON
 
 
-def refuse_made_up(folder: Path, made: Any, backend: Tokenizer) -> None:
-    """Raises ModelError where transformers found no file of the class: it makes a tokenizer of a few tokens, without a word."""
+def reject_placeholder(folder: Path, made: Any, backend: Tokenizer) -> None:
+    """Raise ModelError if transformers found no vocabulary for the class.
+
+    It then builds a tokenizer of a few placeholder tokens without an error.
+    """
     names = [name for name in type(made).vocab_files_names.values() if name != TOKENIZER_JSON]
     if any((folder / name).is_file() for name in (*names, *_FILES_OF_ANY_CLASS)):
         return
     there = next(name for name in VOCABULARY_FILES if (folder / name).is_file())
     raise ModelError(
-        f"{folder}: its tokenizer {type(made).__name__} reads {' and '.join(names)}, not {there}, and would have "
-        f"a made-up vocabulary of size {backend.get_vocab_size()}; {_name_the_class(there)}"
+        f"{folder}: its tokenizer {type(made).__name__} reads {' and '.join(names)}, not {there}, "
+        f"and would have a made-up vocabulary of size {backend.get_vocab_size()}; "
+        f"{_class_advice(there)}"
     )
 
 
-def _name_the_class(file: str) -> str:
-    """How to name the class that reads a file."""
+def _class_advice(file: str) -> str:
+    """Return advice: how to name the class that reads a file."""
     example = json.dumps({"tokenizer_class": _CLASS_OF_FILE[file]})
     such = "for a vocabulary of BERT, as GPT2-Chinese has," if file == "vocab.txt" else "such as"
     return f"name the class that reads {file} in {TOKENIZER_CONFIG}, {such} {example}"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

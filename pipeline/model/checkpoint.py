@@ -1,4 +1,4 @@
-"""Finds the files of a checkpoint: a local folder, a bundled one, or a model of the Hugging Face hub. Imports no torch."""
+"""Finds the files of a checkpoint in a folder or on the Hugging Face hub. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from gptbatch.pipeline.model.other_formats import (
     lfs_message,
 )
 from gptbatch.pipeline.system.bundled import locate
+from gptbatch.pipeline.system.error_text import first_line
 from gptbatch.pipeline.system.regular_file import file_sha256
 
 CONFIG_FILE = "config.json"
@@ -36,8 +37,9 @@ WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-DEFAULT_VOCAB_SIZE = 50257  # GPT2Config's, where config.json does not say
-# Files that decide how texts become tokens; a checkpoint has some of them.
+# of GPT2Config, for a config.json without vocab_size
+DEFAULT_VOCAB_SIZE = 50257
+# all files that tokenizers of transformers read
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -91,12 +93,12 @@ class Checkpoint:
 
     @property
     def settings_not_followed(self) -> dict[str, Any]:
-        """Settings of generation, by key, that these files hold and that gptbatch does not follow."""
+        """Generation settings of these files that gptbatch does not apply, by key."""
         return settings_not_followed(self.config, self.generation_config)
 
     @property
     def generation_warnings(self) -> list[str]:
-        """What a run says once of its end tokens and of the settings that it does not follow."""
+        """Warnings about end tokens and about settings that are not applied, one line each."""
         return generation_warnings(
             self.special_tokens,
             self.settings_not_followed,
@@ -115,11 +117,12 @@ class Checkpoint:
 
     @property
     def config_path(self) -> Path:
+        """The path of config.json."""
         return self.folder / CONFIG_FILE
 
     @cached_property
     def model_digest(self) -> str:
-        """SHA-256 over config.json and the files of weights."""
+        """SHA-256 of config.json and the files of the weights, hexadecimal."""
         return self._digest([self.config_path, *self.weights])
 
     def _digest(self, paths: list[Path]) -> str:
@@ -137,11 +140,17 @@ def find_checkpoint(
     allow_pickle: bool = False,
     sha256: Callable[[Path], str] = file_sha256,
 ) -> Checkpoint:
-    """Find the checkpoint of that name.
+    """Find a checkpoint.
+
+    Args:
+        name: A folder, a `bundled:` path or a name on the hub.
+        revision: Branch, tag or commit on the hub. None takes the default branch.
+        allow_pickle: Accept pickled weights where there are no safetensors.
+        sha256: Returns the hexadecimal SHA-256 of a file.
 
     Raises:
-        ModelError: there is none, or it is of another kind, or it has no weights that may be loaded.
-        StorageError: a file cannot be read.
+        ModelError: There is none, it has another format, or its weights are missing or pickled.
+        StorageError: A file cannot be read.
     """
     path = locate(name)
     if path.is_dir():
@@ -156,15 +165,15 @@ def find_checkpoint(
         raise ModelError(adapter)
     if not (folder / CONFIG_FILE).is_file():
         raise ModelError(describe_folder(name, folder, lacking=f"the folder has no {CONFIG_FILE}"))
-    _refuse_lfs_pointers(
+    _reject_lfs_pointers(
         folder / file for file in (CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES)
     )
     weights = _find_weights(name, folder, allow_pickle)
-    _refuse_lfs_pointers(weights)
+    _reject_lfs_pointers(weights)
     return Checkpoint(name=name, folder=folder, weights=weights, sha256=sha256)
 
 
-def _refuse_lfs_pointers(paths: Iterable[Path]) -> None:
+def _reject_lfs_pointers(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_file():
             with reading(path):
@@ -180,11 +189,12 @@ def _find_weights(name: str, folder: Path, allow_pickle: bool) -> tuple[Path, ..
         if not ((folder / single).is_file() or (folder / index).is_file()):
             continue
         if not allowed:
-            _refuse_lfs_pointers(
+            _reject_lfs_pointers(
                 [folder / single, folder / index, *sorted(folder.glob("pytorch_model-*.bin"))]
             )
             raise ModelError(
-                f"{name}: the weights are pickled ({single}), which is refused; convert them to safetensors, or give --allow-pickle"
+                f"{name}: the weights are pickled ({single}), which is refused; convert them to "
+                "safetensors, or give --allow-pickle"
             )
         return (
             (folder / single,)
@@ -199,7 +209,7 @@ def _find_weights(name: str, folder: Path, allow_pickle: bool) -> tuple[Path, ..
 
 
 def _shards(index: Path, suffix: str) -> tuple[Path, ...]:
-    _refuse_lfs_pointers([index])
+    _reject_lfs_pointers([index])
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) for shard in weight_map.values()
@@ -219,7 +229,10 @@ def _shards(index: Path, suffix: str) -> tuple[Path, ...]:
 
 
 def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
-    """The hub's snapshot in the local cache, fetched if it is not there. Safetensors first; pickles only if there are none."""
+    """Return the snapshot in the local cache of the hub, downloaded if it is missing.
+
+    Pickles are downloaded only if they are allowed and there are no safetensors.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -241,26 +254,31 @@ def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
                 snapshot_download(name, revision=revision, allow_patterns=[*patterns, *pickles])
             )
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"{name}: no such folder, and the hub does not give a model of that name ({reason})"
+            f"{name}: no such folder, and the hub does not give a model of that name "
+            f"({first_line(error)})"
         ) from error
     return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint. Raises ModelError where it is none, StorageError where it cannot be read."""
+    """Read a JSON file of a checkpoint that holds an object.
+
+    Raises:
+        ModelError: It is not valid JSON, or not an object.
+        StorageError: It cannot be read.
+    """
     with reading(path):
         data = path.read_bytes()
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        what = (
-            "a web page, not the file itself; fetch it again"
+        problem = (
+            "HTML, not the file itself; fetch it again"
             if data.lstrip()[:1] == b"<"
             else f"not valid JSON ({error})"
         )
-        raise ModelError(f"{path}: {what}") from error
+        raise ModelError(f"{path}: {problem}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: a JSON object is needed")
     return content
@@ -268,7 +286,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Name the file in errors of the disk: a failed read does not."""
+    """Convert OSError inside to StorageError that names the file."""
     try:
         yield
     except OSError as error:

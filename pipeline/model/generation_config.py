@@ -1,7 +1,7 @@
 """Reads special tokens and generation settings from config.json and generation_config.json.
 
-transformers keeps both in generation_config.json, and in config.json in older checkpoints. Only the start token and the end
-tokens are followed; sampling is set by the job.
+transformers stores both in generation_config.json, and in config.json in older checkpoints. Only
+the start token and the end tokens are applied. The job sets the sampling.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 
 from gptbatch.pipeline.errors import ModelError
 
-DEFAULT_TOKEN = 50256  # GPT2Config's bos_token_id and eos_token_id where neither file has the key
+# bos_token_id and eos_token_id of GPT2Config, where neither file has the key
+DEFAULT_TOKEN = 50256
 
-# transformers' defaults: a setting of this value changes nothing. None and empty lists are neutral for every key.
+# Values without effect, such as the defaults of transformers. None and empty lists have no effect
+# for every key.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "begin_suppress_tokens": (),
     "bad_words_ids": (),
@@ -58,7 +60,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "watermarking_config": (),
 }
-# keys of generation_config.json that do not decide which tokens come out of a decoder-only model
+# keys of generation_config.json that do not change the tokens of a decoder-only model
 # fmt: off
 _HARMLESS = frozenset({
     "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight",
@@ -76,11 +78,12 @@ _HARMLESS = frozenset({
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokens:
-    """The start token and the end tokens of a checkpoint, all within its vocabulary.
+    """The start token and the end tokens of a checkpoint.
 
-    start: begins an empty prompt; None where neither file names one.
-    ends: each ends a row, in the order of the files and without repeats; empty where none does.
-    ends_left_out: end tokens that the vocabulary does not have.
+    Attributes:
+        start: Begins an empty prompt. None where neither file names one.
+        ends: Each ends a completion. In the order of the files, without repeats.
+        ends_left_out: End tokens outside of the vocabulary.
     """
 
     start: int | None
@@ -91,19 +94,19 @@ class SpecialTokens:
 def read_special_tokens(
     config: Mapping[str, Any], generation: Mapping[str, Any], *, vocab_size: int, where: str
 ) -> SpecialTokens:
-    """Join what both files say.
+    """Combine the special tokens of both files.
 
-    The end tokens are those of both files; transformers takes those of generation_config.json alone where it is there. The start
-    token is that of generation_config.json, else that of config.json.
+    The end tokens are those of both files. (transformers takes only those of generation_config.json
+    where it exists.) The start token is that of generation_config.json, or else of config.json.
 
     Args:
-        config: the content of config.json.
-        generation: the content of generation_config.json, empty where there is none.
-        vocab_size: token ids from 0 to vocab_size - 1 are in the vocabulary.
-        where: the folder, for messages.
+        config: The content of config.json.
+        generation: The content of generation_config.json, empty where there is none.
+        vocab_size: Token ids from 0 to vocab_size - 1 are in the vocabulary.
+        where: The folder in messages.
 
     Raises:
-        ModelError: a value is not a token id, or for eos_token_id a list of them.
+        ModelError: A value is neither a token id nor, for eos_token_id, a list of them.
     """
     named = [
         *_token_ids("eos_token_id", config, f"{where}/config.json"),
@@ -149,9 +152,9 @@ def _token_ids(key: str, content: Mapping[str, Any], path: str) -> list[int]:
 def settings_not_followed(
     config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Settings of generation in both files that gptbatch does not follow and that differ from transformers' defaults.
+    """Return settings that gptbatch does not apply and that differ from transformers' defaults.
 
-    A key of generation_config.json that is unknown here is among them: a later transformers may have added it.
+    Unknown keys of generation_config.json are included: a later transformers may have added them.
     """
     found = {key: value for key, value in config.items() if key in _NEUTRAL}
     found |= {
@@ -169,18 +172,27 @@ def settings_not_followed(
 def generation_warnings(
     special_tokens: SpecialTokens, unfollowed: Mapping[str, Any], *, vocab_size: int, where: str
 ) -> list[str]:
-    """What a run says once of end tokens that it leaves out and of settings that it does not follow, a line each."""
+    """Return a line each about end tokens that are left out and settings that are not applied.
+
+    Args:
+        special_tokens: The special tokens of the checkpoint.
+        unfollowed: Result of `settings_not_followed`.
+        vocab_size: Size of the vocabulary.
+        where: The checkpoint in messages.
+    """
     warnings = []
     if left_out := special_tokens.ends_left_out:
         ends = ", ".join(map(str, special_tokens.ends))
         warnings.append(
-            f"{where}: eos_token_id {', '.join(map(str, left_out))} is not in the vocabulary (vocab_size {vocab_size}) and is left out; "
+            f"{where}: eos_token_id {', '.join(map(str, left_out))} is not in the vocabulary "
+            f"(vocab_size {vocab_size}) and is left out; "
             + (f"rows end at {ends}" if ends else "no token ends a row")
         )
     if unfollowed:
         shown = ", ".join(f"{key} {_short(value)}" for key, value in sorted(unfollowed.items()))
         warnings.append(
-            f"{where}: generation settings of the checkpoint are not followed, the job's decide: {shown}"
+            f"{where}: generation settings of the checkpoint are not followed, the job's decide: "
+            f"{shown}"
         )
     return warnings
 

@@ -1,4 +1,4 @@
-"""Says what a file or folder is that was named as a checkpoint and is none, and what to do about it."""
+"""Detects the format of a file or folder that is not a checkpoint, with advice."""
 
 from __future__ import annotations
 
@@ -10,51 +10,101 @@ from typing import Any
 
 ADAPTER_CONFIG = "adapter_config.json"
 LFS_HEADER = b"version https://git-lfs.github.com/spec/"
-MAX_LFS_POINTER = 1024  # bytes, as git lfs has it
+# the limit of git lfs
+MAX_LFS_POINTER_BYTES = 1024
 
 _SOURCE = "take the checkpoint that it was made from"
 _SAVE_AGAIN = "load it with the program that wrote it and save it with save_pretrained()"
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 _TRAINING_STEP = re.compile(r"checkpoint-(\d+)")
-_BESIDE = re.compile(
+# files of a training program beside its checkpoint
+_TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*)\.\w+"
-)  # of a training program
-# name of a file or folder -> what the folder holds, what to do; the first that matches is said
+)
+# pattern of a file or folder name, format, advice; the first that matches is used
 _FORMATS: tuple[tuple[str, str, str], ...] = (
     (r".+\.gguf", "a GGUF file ({}), which llama.cpp reads", _SOURCE),
     (r"(quantize|quant)_config\.json|gptq_model.*", "a quantized model ({})", _SOURCE),
-    (r"modules\.json|config_sentence_transformers\.json", "a sentence-transformers model ({}), which gives embeddings and no text", ""),
+    (
+        r"modules\.json|config_sentence_transformers\.json",
+        "a sentence-transformers model ({}), which gives embeddings and no text",
+        "",
+    ),
     (r"model_index\.json", "a diffusers pipeline ({}), which makes images and no text", ""),
-    (r"zero_to_fp32\.py|global_step\d+|.*_optim_states\.pt", "shards of DeepSpeed ({})", "join them with zero_to_fp32.py"),
-    (r"pytorch_model_fsdp_\d+|.*\.distcp", "shards of FSDP ({})", "join them: accelerate merge-weights"),
-    (r"flax_model.*\.msgpack.*", "weights for Flax ({})", "load them with transformers 4 and from_flax=True, then save_pretrained()"),
-    (r"tf_model.*\.h5", "weights for TensorFlow ({})", "load them with transformers 4 and from_tf=True, then save_pretrained()"),
-    (r"model\.ckpt.*\.(index|meta)", "a TensorFlow checkpoint ({})", "convert it with transformers 4"),
+    (
+        r"zero_to_fp32\.py|global_step\d+|.*_optim_states\.pt",
+        "shards of DeepSpeed ({})",
+        "join them with zero_to_fp32.py",
+    ),
+    (
+        r"pytorch_model_fsdp_\d+|.*\.distcp",
+        "shards of FSDP ({})",
+        "join them: accelerate merge-weights",
+    ),
+    (
+        r"flax_model.*\.msgpack.*",
+        "weights for Flax ({})",
+        "load them with transformers 4 and from_flax=True, then save_pretrained()",
+    ),
+    (
+        r"tf_model.*\.h5",
+        "weights for TensorFlow ({})",
+        "load them with transformers 4 and from_tf=True, then save_pretrained()",
+    ),
+    (
+        r"model\.ckpt.*\.(index|meta)",
+        "a TensorFlow checkpoint ({})",
+        "convert it with transformers 4",
+    ),
     (r".+\.onnx|onnx", "a model for ONNX ({})", _SOURCE),
-    (r"openvino_.+\.xml|.+\.mlpackage|rust_model\.ot|.+\.tflite|model\.bin", "a model for another program ({})", _SOURCE),
-    (r"ckpt.*\.pt", "a checkpoint of nanoGPT ({})", "copy its weights into a GPT2LMHeadModel and call save_pretrained()"),
+    (
+        r"openvino_.+\.xml|.+\.mlpackage|rust_model\.ot|.+\.tflite|model\.bin",
+        "a model for another program ({})",
+        _SOURCE,
+    ),
+    (
+        r"ckpt.*\.pt",
+        "a checkpoint of nanoGPT ({})",
+        "copy its weights into a GPT2LMHeadModel and call save_pretrained()",
+    ),
     (r".+\.ckpt|.+\.pth|.+\.pt", "a checkpoint of a training program ({})", _SAVE_AGAIN),
-    (r"(model|pytorch_model)-\d+-of-\d+\.\w+", "shards of weights without their index ({})", "fetch the .index.json file, too"),
-    (r"model\..+\.safetensors", "weights of a variant ({})", "name the file model.safetensors to use it"),
+    (
+        r"(model|pytorch_model)-\d+-of-\d+\.\w+",
+        "shards of weights without their index ({})",
+        "fetch the .index.json file, too",
+    ),
+    (
+        r"model\..+\.safetensors",
+        "weights of a variant ({})",
+        "name the file model.safetensors to use it",
+    ),
     (r"model\.safetensors|pytorch_model\.bin", "weights alone ({})", "fetch config.json, too"),
-    (r".+\.safetensors|.+\.bin|.+\.npz", "weights of another name ({})", "a checkpoint holds them as model.safetensors"),
-)  # fmt: skip
+    (
+        r".+\.safetensors|.+\.bin|.+\.npz",
+        "weights of another name ({})",
+        "a checkpoint holds them as model.safetensors",
+    ),
+)
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is the pointer that Git leaves where `git lfs` has not fetched the content."""
-    if path.stat().st_size > MAX_LFS_POINTER:
+    """Return whether a file is a Git LFS pointer, whose content has not been fetched."""
+    if path.stat().st_size > MAX_LFS_POINTER_BYTES:
         return False
     with path.open("rb") as file:
         return file.read(len(LFS_HEADER)) == LFS_HEADER
 
 
 def lfs_message(path: Path) -> str:
-    return f"{path}: a Git LFS pointer, not the file itself: run git lfs pull in its repository, or fetch the checkpoint again"
+    """Return the message for a Git LFS pointer."""
+    return (
+        f"{path}: a Git LFS pointer, not the file itself: run git lfs pull in its repository, or "
+        "fetch the checkpoint again"
+    )
 
 
 def describe_file(name: str, path: Path) -> str:
-    """The message for a file that is named where a folder is needed."""
+    """Return the message for a file where a folder is needed."""
     if path.is_file() and is_lfs_pointer(path):
         return lfs_message(path)
     if path.suffix in (".zip", ".tar", ".gz", ".tgz", ".zst", ".xz"):
@@ -70,7 +120,10 @@ def describe_file(name: str, path: Path) -> str:
 
 
 def describe_adapter(name: str, folder: Path) -> str | None:
-    """The message for a folder with a PEFT adapter; transformers would load it on top of its base model."""
+    """Return the message for a folder with a PEFT adapter, None for other folders.
+
+    transformers would load the adapter on top of its base model.
+    """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -89,30 +142,40 @@ def describe_adapter(name: str, folder: Path) -> str | None:
         else f"; if the model beside it is to run as it is, merged already, remove {ADAPTER_CONFIG}"
     )
     if kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
-        return f"{what}, of a kind that cannot be merged into its base model; gptbatch cannot run it{is_merged}"
+        return (
+            f"{what}, of a kind that cannot be merged into its base model; gptbatch cannot run it"
+            f"{is_merged}"
+        )
     base = base if isinstance(base, str) else "BASE"
     return (
-        f"{what}: merge it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {name!r})"
+        f"{what}: merge it first: PeftModel.from_pretrained("
+        f"AutoModelForCausalLM.from_pretrained({base!r}), {name!r})"
         f".merge_and_unload().save_pretrained('merged'), and save the tokenizer there{is_merged}"
     )
 
 
 def _has_model(folder: Path) -> bool:
-    """Whether a folder has a config.json and weights that are no adapter's."""
+    """Return whether a folder has a config.json and weights of a model."""
     return (folder / "config.json").is_file() and any(
         _WEIGHTS.fullmatch(path.name) for path in folder.iterdir()
     )
 
 
 def describe_folder(name: str, folder: Path, *, lacking: str) -> str:
-    """The message for a folder that lacks config.json or the weights; `lacking` says which."""
+    """Return the message for a folder that is not a checkpoint.
+
+    Args:
+        name: The folder in messages.
+        folder: The folder.
+        lacking: The sentence that names the missing file.
+    """
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
         return f"{name}: the folder cannot be read ({error.strerror})"
     if not entries:
         return f"{name}: the folder is empty"
-    names = [entry.name for entry in entries if not _BESIDE.fullmatch(entry.name)]
+    names = [entry.name for entry in entries if not _TRAINING_STATE.fullmatch(entry.name)]
     return f"{name}: {lacking}; " + (
         _training_run(name, entries)
         or _hub_cache(name, entries)
@@ -124,7 +187,7 @@ def describe_folder(name: str, folder: Path, *, lacking: str) -> str:
 
 
 def _training_run(name: str, entries: Iterable[Path]) -> str | None:
-    """The newest checkpoint of a run of transformers' Trainer, one with a config.json first."""
+    """Name the newest checkpoint of a run of transformers' Trainer that has a config.json."""
     steps = [
         (int(match[1]), entry)
         for entry in entries
@@ -133,11 +196,14 @@ def _training_run(name: str, entries: Iterable[Path]) -> str | None:
     if not steps:
         return None
     _, newest = max(steps, key=lambda step: ((step[1] / "config.json").is_file(), step[0]))
-    return f"it is a training run with {len(steps)} checkpoint{'s' if len(steps) > 1 else ''}; name one of them: {Path(name) / newest.name}"
+    return (
+        f"it is a training run with {len(steps)} checkpoint{'s' if len(steps) > 1 else ''}; "
+        f"name one of them: {Path(name) / newest.name}"
+    )
 
 
 def _hub_cache(name: str, entries: list[Path]) -> str | None:
-    """The newest snapshot of a model in the hub's cache, or the models of the whole cache."""
+    """Name the newest snapshot of a model in the cache of the hub, or a model of the cache."""
     snapshots = [
         entry
         for path in entries
@@ -147,7 +213,10 @@ def _hub_cache(name: str, entries: list[Path]) -> str | None:
     ]
     if snapshots:
         newest = max(snapshots, key=lambda snapshot: snapshot.stat().st_mtime_ns)
-        return f"it is a model in the hub's cache; name its snapshot: {Path(name) / 'snapshots' / newest.name}"
+        return (
+            "it is a model in the hub's cache; name its snapshot: "
+            f"{Path(name) / 'snapshots' / newest.name}"
+        )
     models = [
         entry.name.removeprefix("models--").replace("--", "/")
         for entry in entries

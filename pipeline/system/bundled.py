@@ -1,4 +1,4 @@
-"""Files that travel with the package: the demo's config, prompts and model."""
+"""Locates files of the package: the config, prompts and model of the demo."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ PREFIX = "bundled:"
 
 
 def locate(name: str) -> Path:
-    """The path that a setting names: `bundled:demo/model` is in the package, all else is taken as it is.
+    """Return the path that a setting names. `bundled:demo/model` is a path in the package.
 
-    Whether anything is there is for the caller to find out.
+    The path need not exist.
     """
     if not name.startswith(PREFIX):
         return Path(name)

@@ -1,4 +1,4 @@
-"""What this machine has to give: memory and CPU time. Imports no torch."""
+"""Measures the memory and CPU time that this process may use. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _LOADAVG = Path("/proc/loadavg")
 _STAT = Path("/proc/stat")
-MIN_OTHER_LOAD = 0.5  # processes beside our own threads, below which the cores count as ours
+# processes besides this one; below it the cores count as unshared
+MIN_OTHER_LOAD = 0.5
+# share of CPU time; below it steal is not reported
 MIN_STEAL = 0.05
-MAX_DIGITS = 20  # of a number of the kernel's
-MIN_TICKS = 20  # hundredths of a second of all CPUs, below which a share says nothing
+# digits of a number in a file of the kernel
+MAX_DIGITS = 20
+# ticks (1/100 s) of all CPUs; a shorter interval gives no reliable share
+MIN_TICKS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """CPU time of this process.
+    """The CPU time of this process.
 
-    cpus: CPUs that it may run on (affinity, cpuset). quota: CPUs' worth of time that its control
-    group may use, None without a limit.
+    Attributes:
+        cpus: Number of CPUs that it may run on (affinity, cpuset).
+        quota: CPU time that its control group may use, in CPUs. None without a limit.
     """
 
     cpus: int
@@ -31,21 +36,22 @@ class Cores:
 
     @property
     def threads(self) -> int:
-        """Threads that can run at a time all the time."""
+        """Number of threads that can run in parallel without throttling."""
         return self.cpus if self.quota is None else max(1, min(self.cpus, int(self.quota)))
 
 
 def cores() -> Cores:
-    """The CPUs of this process and the least quota of its control group and of those around it."""
+    """Return the CPUs of this process and the smallest quota of its control group and parents."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for folder in cgroup_folders("cpu") if (quota := _quota(folder)) is not None]
     return Cores(cpus, min(quotas, default=None))
 
 
 def describe_cores(own_threads: int = 0) -> str:
-    """Why the cores are not this run's own, for a person; "" when they are.
+    """Describe why the cores are shared with other work, "" where they are not.
 
-    own_threads: Threads of the run that is going on, which are part of the load.
+    Args:
+        own_threads: Running threads of this process, which are part of the load.
     """
     found = cores()
     reasons = []
@@ -62,9 +68,10 @@ def describe_cores(own_threads: int = 0) -> str:
 
 
 def free_memory_bytes() -> int | None:
-    """Memory that this process may still take: what the system has, or what its control group (a container, a Slurm job) leaves.
+    """Return the memory that this process may still allocate, in bytes. None where it is unknown.
 
-    None where the system does not say.
+    It is the smaller of the free memory of the system and of the control group, which limits a
+    container or a Slurm job.
     """
     amounts = [amount for amount in (_system_free(), _cgroup_free()) if amount is not None]
     return min(amounts, default=None)
@@ -84,39 +91,40 @@ def _system_free() -> int | None:
 
 
 def cgroup_folders(controller: str) -> list[Path]:
-    """Folders of this process's control group and of those around it: version 2, then version 1."""
+    """Return the folders of this process's control group and its parents, of version 2 and 1."""
     folders = []
     for line in _read(_OWN_CGROUP).splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not path.startswith("/"):
             continue
         if controllers == "":
-            folders += _up(_CGROUPS, path)
+            folders += _with_parents(_CGROUPS, path)
         elif controller in controllers.split(","):
-            folders += _up(_CGROUPS / controller, path)
+            folders += _with_parents(_CGROUPS / controller, path)
     return folders
 
 
 def _cgroup_free() -> int | None:
-    """What the limits of this process's control group, and of those around it, leave."""
+    """Return the smallest free memory of this process's control group and its parents."""
     amounts = [
-        amount for folder in cgroup_folders("memory") if (amount := _left_in(folder)) is not None
+        amount for folder in cgroup_folders("memory") if (amount := _free_in(folder)) is not None
     ]
     return min(amounts, default=None)
 
 
 def _quota(folder: Path) -> float | None:
-    """CPUs' worth of time that a control group may use; None without a limit."""
+    """Return the CPU time that a control group may use, in CPUs. None without a limit."""
     words = _read(folder / "cpu.max").split() or [
         _read(folder / "cpu.cfs_quota_us"),
         _read(folder / "cpu.cfs_period_us"),
     ]
-    quota, period = [*map(_number, words), None, None][:2]  # "max" or -1 without a limit
+    # "max" or -1 without a limit
+    quota, period = [*map(_number, words), None, None][:2]
     return quota / period if quota and period else None
 
 
 def _load() -> float:
-    """Processes that run or wait for a CPU, over the last minute."""
+    """Return the number of processes that run or wait for a CPU, averaged over a minute."""
     try:
         return float(_read(_LOADAVG).split()[0])
     except (ValueError, IndexError):
@@ -124,18 +132,19 @@ def _load() -> float:
 
 
 def _steal() -> float:
-    """The share of CPU time that the host has given to others since this module was imported."""
+    """Return the share of CPU time stolen by the host since this module was imported."""
     passed = [now - then for now, then in zip(_cpu_times(), _TIMES_AT_IMPORT, strict=False)]
-    return passed[7] / sum(passed) if len(passed) == 8 and sum(passed) >= MIN_TICKS else 0.0
+    is_long_enough = len(passed) == 8 and sum(passed) >= MIN_TICKS
+    return passed[7] / sum(passed) if is_long_enough else 0.0
 
 
 def _cpu_times() -> list[int]:
-    """User, nice, system, idle, iowait, irq, softirq and steal of all CPUs, in ticks."""
+    """Return the first 8 columns of the cpu line of /proc/stat, in ticks. Column 7 is steal."""
     return [_number(word) or 0 for word in _read(_STAT).partition("\n")[0].split()[1:9]]
 
 
-def _up(root: Path, path: str) -> list[Path]:
-    """The folder of a control group and those around it, up to the root; inside a container the root is what there is to see."""
+def _with_parents(root: Path, path: str) -> list[Path]:
+    """Return the folder of a control group and its parents, up to the root that is visible."""
     folder = root / path.strip("/")
     return [
         folder,
@@ -143,33 +152,37 @@ def _up(root: Path, path: str) -> list[Path]:
     ]
 
 
-def _left_in(folder: Path) -> int | None:
-    """The limit less what is in use; what caches files can be had back. None without a limit."""
+def _free_in(folder: Path) -> int | None:
+    """Return limit - usage + reclaimable file cache of a control group. None without a limit."""
     for limit, usage, cache in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        most, used = _number(_read(folder / limit)), _number(_read(folder / usage))
-        if most is not None and used is not None:
+        limit_bytes, used = _number(_read(folder / limit)), _number(_read(folder / usage))
+        if limit_bytes is not None and used is not None:
             cached = re.search(
                 rf"^{cache} (\d{{1,{MAX_DIGITS}}})$",
                 _read(folder / "memory.stat"),
                 re.ASCII | re.MULTILINE,
             )
-            return max(0, most - used + (int(cached[1]) if cached else 0))
+            return max(0, limit_bytes - used + (int(cached[1]) if cached else 0))
     return None
 
 
 def _read(path: Path) -> str:
-    """The text of a file of the kernel's; "" when it is not there. Names of control groups may hold any byte."""
+    """Return the text of a file of the kernel, "" where it is missing.
+
+    Names of control groups may hold any byte.
+    """
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
-    except (OSError, ValueError):  # ValueError: no name that a file can have
+    # ValueError: the name is not a valid file name
+    except (OSError, ValueError):
         return ""
 
 
 def _number(text: str) -> int | None:
-    """A count without a sign; None for anything else."""
+    """Parse a count without a sign. None for other text."""
     text = text.strip()
     return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else None
 

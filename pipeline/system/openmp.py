@@ -1,9 +1,9 @@
-"""How threads of OpenMP wait for each other. Stands in the environment before torch is imported.
+"""Limits the time that OpenMP threads spin at barriers.
 
 At the end of every parallel loop a thread waits for the others. By default it spins for
-milliseconds, which takes a core from the very thread that it waits for as soon as anything else
-runs on the cores. Here it spins for some ten microseconds, longer than the wait on a quiet machine,
-and then sleeps.
+milliseconds. If other processes use the cores, the spinning thread takes a core from the thread
+that it waits for. The limit here is about 10 microseconds, longer than the wait on an unshared
+machine. After it the thread sleeps.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import os
 import sys
 from collections.abc import MutableMapping
 
-SPIN_COUNT = "1000"  # iterations, for libgomp, which the wheels of torch bring
-BLOCK_TIME_MS = "1"  # for libiomp, the least above none
+# iterations, for libgomp, which the wheels of torch contain
+SPIN_COUNT = "1000"
+# for libiomp; 0 would never spin
+BLOCK_TIME_MS = "1"
 
 
 def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set the variables unless the user has. Without effect once torch has been imported."""
+    """Set the environment variables that are unset. Has no effect after the import of torch."""
     if "torch" in sys.modules or environment.get("OMP_WAIT_POLICY"):
         return
     environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

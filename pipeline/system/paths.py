@@ -1,6 +1,6 @@
-"""Paths in settings: `~` is home, and what cannot be a path is refused before anything is loaded.
+"""Expands `~` in paths of settings, and rejects URLs and unexpanded variables.
 
-A file that exists under the name as it stands is that file, whatever the name holds.
+An existing file is always accepted under its literal name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import re
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-# schemes that people also write with one slash; another name with a colon is a name
+# schemes that are also written with one slash; other names with a colon are file names
 _ONE_SLASH = re.compile(
     r"(s3[an]?|gs|gcs|r2|oss|az|adl|abfss?|wasbs?|hdfs|webhdfs|dbfs|file|hf|https?|s?ftp|ssh|github|memory):/",
     re.IGNORECASE,
@@ -18,24 +18,25 @@ _HUB = re.compile(
     r"(?:https?://(?:huggingface\.co|hf\.co)|hf:/)/(?:(datasets|models)/)?([\w.-]+(?:/[\w.-]+)?)/?$"
 )
 _VARIABLE = re.compile(
-    r"\$\{[^}]*\}?|\$\([^)]*\)?|`[^`]*`|\$[A-Za-z_]\w*|\$[0-9@*]|\{\{.*?(?:\}\}|$)|\{%.*?(?:%\}|$)|%[A-Z][A-Z0-9_]*%"
+    r"\$\{[^}]*\}?|\$\([^)]*\)?|`[^`]*`|\$[A-Za-z_]\w*|\$[0-9@*]|\{\{.*?(?:\}\}|$)"
+    r"|\{%.*?(?:%\}|$)|%[A-Z][A-Z0-9_]*%"
 )
 
 
 class PathError(ValueError):
-    """The text is no path. The message says what was seen and what to do; it does not repeat the path."""
+    """The text is not a path. The message does not repeat the path."""
 
 
 def expand_path(text: str, *, writes: bool = False) -> str:
-    """The path that a setting means: `~` and `~user` are folders of users.
+    """Expand `~` and `~user` in the path of a setting.
 
     Args:
-        writes: The path is an output, which need not exist: `~` is home even where a file of the
-            same literal name exists.
+        text: The value of the setting.
+        writes: The path is an output, which need not exist. `~` is then the home folder even if a
+            file named `~` exists.
 
     Raises:
-        PathError: The text is a URL, holds a variable that nothing has expanded, or is no name
-            that a file can have.
+        PathError: The text is a URL, contains an unexpanded variable, or is not a valid file name.
     """
     try:
         os.fsencode(text)
@@ -51,8 +52,8 @@ def expand_path(text: str, *, writes: bool = False) -> str:
     if text.startswith("~"):
         return _expand_home(text, exists=exists, writes=writes)
     if not exists:
-        _refuse_url(text, writes=writes)
-        _refuse_variable(text)
+        _reject_url(text, writes=writes)
+        _reject_variable(text)
     return text
 
 
@@ -66,11 +67,11 @@ def _expand_home(text: str, *, exists: bool, writes: bool) -> str:
         raise PathError(
             f"begins with {text.partition('/')[0]}, but {why}; write ./~ for a name that begins so"
         )
-    _refuse_variable(expanded)
+    _reject_variable(expanded)
     return text if exists and not (writes or os.path.lexists(expanded)) else expanded
 
 
-def _refuse_url(text: str, *, writes: bool) -> None:
+def _reject_url(text: str, *, writes: bool) -> None:
     found = _URL.match(text) or _ONE_SLASH.match(text)
     if found is None:
         return
@@ -89,17 +90,18 @@ def _refuse_url(text: str, *, writes: bool) -> None:
     raise PathError(f"is a URL ({scheme}:), which is not supported; {advice}")
 
 
-def _refuse_variable(text: str) -> None:
+def _reject_variable(text: str) -> None:
     for found in _VARIABLE.finditer(text):
         if os.path.lexists(_through_component(text, found.end())):
             continue
         raise PathError(
-            f"holds {found[0][:80]}, which nothing has expanded (a shell does so outside single quotes, a YAML file never does); "
-            "give the real path, or create the folder first where it is really called so"
+            f"holds {found[0][:80]}, which nothing has expanded (a shell does so outside single "
+            "quotes, a YAML file never does); give the real path, or create the folder first where "
+            "it is really called so"
         )
 
 
 def _through_component(text: str, position: int) -> str:
-    """The path up to the end of the component that holds a position."""
+    """Return the path up to the end of the component at a position."""
     end = text.find("/", position)
     return text if end < 0 else text[:end]

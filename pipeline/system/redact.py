@@ -1,10 +1,10 @@
-"""Text that is fit to be written or shown: without secrets, and without characters that a terminal obeys.
+"""Removes secrets and control characters from text that is written or shown.
 
-Settings may carry passwords (a URL) and access tokens, and so may what libraries say when they
-fail. Names of files, of tensors and what a folder says of itself may carry control sequences.
-A name that only looks like a secret is kept where a file of that name exists.
+Settings and errors of libraries may contain passwords (in URLs) and access tokens. Names of files
+and tensors may contain control sequences. A name that looks like a secret is kept if a file of that
+name exists.
 
-Takes time in proportion to the text: patterns begin at a mark and are of bounded length.
+The time is linear in the length of the text: patterns begin at a marker and have bounded length.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ HIDDEN = "***"
 MAX_PATH_CHARACTERS = 4096
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
-# `scheme://`, a scheme that is also written with one slash, or `//` of a network share; then all up to the next slash
+# `scheme://`, a scheme that is also written with one slash, or `//` of a network share, and the
+# text up to the next slash
 _AUTHORITY = re.compile(
     r"(?:(?<=[A-Za-z0-9]):[/\\]{2,3}"
-    r"|(?<=http:)/|(?<=https:)/|(?<=ftp:)/|(?<=ssh:)/|(?<=s3:)/|(?<=smb:)/|(?P<share>(?<![^\s'\"(=,])//))(?P<authority>[^\s/\\]*)",
+    r"|(?<=http:)/|(?<=https:)/|(?<=ftp:)/|(?<=ssh:)/|(?<=s3:)/|(?<=smb:)/"
+    r"|(?P<share>(?<![^\s'\"(=,])//))(?P<authority>[^\s/\\]*)",
     re.IGNORECASE,
 )
 _NAMES = (
-    r"(?:password|passwd|passphrase|secret|signature|credentials?|(?:api|access|account|secret|private|shared)[_-]?key"
+    r"(?:password|passwd|passphrase|secret|signature|credentials?"
+    r"|(?:api|access|account|secret|private|shared)[_-]?key"
     r"|(?:access|api|auth|hf|hub|refresh|security|session)[_-]?token)"
 )
-# each keeps its group 1 and hides the rest
+# group 1 of each pattern is kept, the rest is hidden
 _SECRETS = (
     # a password with blanks, as in postgres://user:one two@host
     re.compile(r"(://[^\s/@:]{0,100}:)[^\s/@]{1,100}(?:[ \t][^\s/@]{1,100}){1,4}(?=@)"),
-    # access tokens: Hugging Face, GitHub, GitLab, OpenAI and its like, Slack, AWS, JSON Web Tokens
+    # access tokens: Hugging Face, GitHub, GitLab, OpenAI, Slack, AWS, JSON Web Tokens
     re.compile(
         r"((?<![A-Za-z0-9]))(?:hf|api_org)_(?=[A-Z0-9]*[a-z])(?=[a-z0-9]*[A-Z])[A-Za-z0-9]{30,}"
     ),
@@ -65,7 +68,8 @@ _SECRETS = (
     ),
     re.compile(r"(\bbearer\s{1,4})[\w.~+/=-]{8,}", re.IGNORECASE),
 )
-# C0 but for the tab, DEL and C1; half surrogates (bytes of a name that is not UTF-8); the marks that turn the direction of text
+# C0 but for the tab, DEL and C1; lone surrogates (bytes of a name that is not UTF-8); marks that
+# change the direction of text
 _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -73,7 +77,7 @@ _COMPONENT = re.compile(r"[^\s/'\"]{1,255}")
 
 
 def redact(text: str) -> str:
-    """The text with every secret in it replaced by ***."""
+    """Return the text with every secret replaced by ***."""
     for name in _TOKEN_VARIABLES:
         if len(value := os.environ.get(name, "").strip()) >= 8:
             text = text.replace(value, HIDDEN)
@@ -88,9 +92,10 @@ def redact(text: str) -> str:
 
 
 def _without_userinfo(run: str) -> str:
-    """Text without blanks, without `user:password` of its URLs.
+    """Hide `user:password` in the URLs of a text without blanks.
 
-    A password may hold @ and /: with a colon before the first @, all up to the last @ is taken for one.
+    A password may contain @ and /. If a colon precedes the first @, everything up to the last @ is
+    hidden.
     """
     pieces, done, last = [], 0, run.rfind("@")
     for found in _AUTHORITY.finditer(run):
@@ -110,12 +115,12 @@ def _without_userinfo(run: str) -> str:
 
 
 def _hide(match: re.Match[str]) -> str:
-    """A match, hidden; but as it is where it is part of the path of a file."""
+    """Hide a match, unless it is part of the path of an existing file."""
     return match[0] if _is_in_a_path(match) else match[1] + HIDDEN
 
 
 def _is_in_a_path(match: re.Match[str]) -> bool:
-    """Whether the word that holds the match, up to the end of the match's component, is the path of a file."""
+    """Return whether the word around a match, up to the next slash, is an existing path."""
     text, (start, end) = match.string, match.span()
     before = text[max(0, start - MAX_PATH_CHARACTERS) : start]
     before = before[max(before.rfind(blank) for blank in " \t\n'\"") + 1 :]
@@ -132,13 +137,17 @@ def _is_path(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""The text in one line, with `\x1b` for an escape character and `\xe8` for a byte that is not UTF-8."""
+    r"""Return the text in one line, with escapes for unprintable characters.
+
+    An escape character becomes `\x1b`, and a byte that is not UTF-8 becomes `\xe8`.
+    """
     return _UNPRINTABLE.sub(_escape, text)
 
 
 def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
-    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape
+    # a byte that surrogateescape decoded
+    if 0xDC80 <= code <= 0xDCFF:
         return f"\\x{code - 0xDC00:02x}"
     return {"\n": "\\n", "\r": "\\r"}.get(
         match[0], f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

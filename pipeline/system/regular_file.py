@@ -1,4 +1,4 @@
-"""Reads files that anybody may have put there: regular files only, of bounded size and depth, with errors that name the file."""
+"""Reads untrusted files: regular files only, with bounded size and nesting."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-MAX_JSON_BYTES = 1 << 28  # a manifest of 500,000 parts
+# enough for a manifest of 500,000 parts
+MAX_JSON_BYTES = 1 << 28
 MAX_JSON_DEPTH = 32
 
 
 @contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
-    """Give every OSError from inside the file's name: `read` of a broken disk raises one without."""
+    """Add the file name to each OSError. `read` raises one without a name."""
     try:
         yield
     except OSError as error:
@@ -37,11 +38,12 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file, or a link to one, for reading.
 
     Raises:
-        OSError: It cannot be opened, or it is a folder, FIFO, socket or device; these are never opened.
+        OSError: It cannot be opened, or it is a folder, FIFO, socket or device. These are never
+            opened.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    # O_NONBLOCK: the open returns at once even if a FIFO has taken the file's place since
+    # O_NONBLOCK: the open does not block if a FIFO has replaced the file since
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
@@ -49,8 +51,8 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        OSError: It cannot be read; the error names it.
-        ValueError: It is larger than MAX_JSON_BYTES, or `parse_json` refuses it.
+        OSError: It cannot be read. The error names the file.
+        ValueError: It is larger than MAX_JSON_BYTES, or `parse_json` rejects it.
     """
     with named_in_errors(path), open_regular(path) as file:
         content = file.read(MAX_JSON_BYTES + 1)
@@ -60,9 +62,13 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Parse JSON. Raises ValueError when it is none, holds NaN or Infinity, or nests deeper than MAX_JSON_DEPTH."""
+    """Parse JSON.
+
+    Raises:
+        ValueError: It is not JSON, holds NaN or Infinity, or nests deeper than MAX_JSON_DEPTH.
+    """
     try:
-        value = json.loads(content, parse_constant=_refuse_constant)
+        value = json.loads(content, parse_constant=_reject_constant)
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}") from error
     level = [value]
@@ -78,5 +84,5 @@ def parse_json(content: bytes | str) -> Any:
     raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"holds {name}, which is no JSON")

@@ -1,7 +1,7 @@
-"""Panics of Rust libraries: caught, and kept off standard error.
+"""Converts panics of Rust libraries to exceptions and removes their output.
 
-pyo3 raises a panic as a `PanicException`. It is a BaseException of a module that cannot be imported. Rust has written its own
-message and a backtrace to file descriptor 2 by then.
+pyo3 raises a panic as a `PanicException`, a BaseException of a module that cannot be imported.
+Before that, Rust writes a message and a backtrace to file descriptor 2.
 """
 
 from __future__ import annotations
@@ -11,27 +11,29 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-_lock = threading.RLock()  # descriptor 2 is the whole process's
+# file descriptor 2 is shared by all threads of the process
+_lock = threading.RLock()
 
 
 class PanicError(Exception):
-    """A Rust library panicked; the message is the panic's."""
+    """A Rust library panicked. The message is that of the panic."""
 
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Turn a panic into a PanicError, and drop what the library wrote to file descriptor 2.
+    """Raise a PanicError for a panic, and discard the output of the library.
 
-    File descriptor 2 is held back inside. Without a panic it gets everything that was written to it.
-    One thread at a time is inside.
+    Inside, output to file descriptor 2 is buffered. Without a panic it is written afterwards. One
+    thread at a time may enter.
     """
     with _lock:
-        yield from _hold_back()
+        yield from _buffer_stderr()
 
 
-def _hold_back() -> Iterator[None]:
+def _buffer_stderr() -> Iterator[None]:
     saved = held = None
-    with suppress(OSError, AttributeError):  # no memfd_create, or no descriptor 2
+    # OSError: there is no descriptor 2. AttributeError: the system has no memfd_create.
+    with suppress(OSError, AttributeError):
         held = os.memfd_create("stderr")
         saved = os.dup(2)
         os.dup2(held, 2)

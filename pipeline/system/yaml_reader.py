@@ -1,9 +1,8 @@
-"""Reads YAML of settings: a mapping, with limits on size, depth and numbers, and without aliases.
+"""Reads mappings of settings from YAML, with limits on size, depth and numbers, without aliases.
 
-YAML can make a few bytes into gigabytes (aliases of aliases), and PyYAML lets errors of its
-constructors pass (IndexError for `!!int ""`). All that a mapping of settings needs is read here,
-the rest is refused at once. A date is text, as everything that is no number, boolean or null; so
-is 1:30, which YAML 1.1 takes for 90. 010, which it takes for 8 and YAML 1.2 for 10, is refused.
+Nested aliases can expand a short text to gigabytes, so aliases are rejected. Errors of PyYAML's
+constructors, such as IndexError for `!!int ""`, become YamlError. Dates are text, and so is 1:30,
+which YAML 1.1 reads as 90. 010 is 8 in YAML 1.1 and 10 in YAML 1.2, and is rejected.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from typing import Any
 
 import yaml
 
-MAX_CONFIG_BYTES = 2**20  # of a file that a user writes
-MAX_RECORDED_BYTES = 2**23  # of a file that a run wrote: skip_row may be long
+# a config of a user
+MAX_CONFIG_BYTES = 2**20
+# a config that a run recorded; skip_row may be long
+MAX_RECORDED_BYTES = 2**23
 MAX_DEPTH = 16
 MAX_NUMBER_CHARACTERS = 100
 
@@ -24,15 +25,19 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class YamlError(ValueError):
-    """The text is not YAML, or not a mapping of settings. The message says why and where."""
+    """The text is not YAML, or not a mapping of settings. The message names reason and line."""
 
 
 def read_yaml_mapping(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[Any, Any]:
-    """Read a YAML file that holds a mapping; an empty file is an empty mapping.
+    """Read a YAML file that holds a mapping. An empty file is an empty mapping.
+
+    Args:
+        path: The file.
+        max_bytes: Larger files are rejected.
 
     Raises:
-        YamlError: the file is too large, is not YAML, or holds something other than a mapping.
-        OSError: the file cannot be read.
+        YamlError: The file is too large, or is not a YAML mapping.
+        OSError: The file cannot be read.
     """
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
@@ -45,7 +50,7 @@ def read_yaml_mapping(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[
 
 def parse_yaml_mapping(content: bytes) -> dict[Any, Any]:
     """Parse YAML that holds a mapping. Raises YamlError."""
-    # libyaml is 20 times faster, but refuses the escapes of a name that is not UTF-8
+    # libyaml is 20 times faster, but rejects the escapes of a name that is not UTF-8
     fast = yaml.__with_libyaml__ and not _SURROGATE.search(content)
     try:
         _check_events(content, yaml.CSafeLoader if fast else yaml.SafeLoader)
@@ -76,19 +81,21 @@ def parse_yaml_mapping(content: bytes) -> dict[Any, Any]:
 
 
 def _check_events(content: bytes, loader: Any) -> None:
-    """Refuse what could grow or nest without end, before anything is built. Parsing alone does neither."""
+    """Reject aliases and deep nesting before values are built. Parsing events builds none."""
     depth = 0
     for event in yaml.parse(content, loader):
         if isinstance(event, yaml.AliasEvent):
             alias = str(event.anchor)[:40]
             raise YamlError(
-                f"not readable as YAML here: the alias *{alias}{_line(event)} is not supported; write the value out"
+                f"not readable as YAML here: the alias *{alias}{_line(event)} is not supported; "
+                "write the value out"
             )
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
                 raise YamlError(
-                    f"not readable as YAML here: nested deeper than {MAX_DEPTH} levels{_line(event)}"
+                    f"not readable as YAML here: nested deeper than {MAX_DEPTH} levels"
+                    f"{_line(event)}"
                 )
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
@@ -99,7 +106,7 @@ def _line(event: yaml.Event) -> str:
 
 
 class _Settings(yaml.constructor.SafeConstructor):
-    """A key twice is an error, where PyYAML takes the last; numbers are of bounded length."""
+    """A constructor that rejects repeated keys and long numbers. PyYAML takes the last key."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -138,7 +145,10 @@ class _Settings(yaml.constructor.SafeConstructor):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         if node.tag.endswith(":int") and _OCTAL.fullmatch(node.value):
             decimal = int(node.value, 10)
-            problem = f"{node.value} is octal in YAML 1.1 and decimal in YAML 1.2; write {decimal}, or quote it to make it text"
+            problem = (
+                f"{node.value} is octal in YAML 1.1 and decimal in YAML 1.2; write {decimal}, or "
+                "quote it to make it text"
+            )
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_scalar(node)
 
