@@ -216,7 +216,7 @@ def _bpe_vocabulary(
 
 
 def _gpt2_backend(rng: Random) -> Tokenizer:
-    """As GPT-2's, or nearly."""
+    """Return a tokenizer.json of GPT-2 with random changes."""
     vocab, merges = _bpe_vocabulary(rng, byte_level=True)
     unknown = rng.choice(({}, {}, {"unk_token": "<s>"}))
     backend = Tokenizer(

@@ -1,4 +1,4 @@
-"""Hostile and broken inputs, through the real command in child processes: the exit code, and a message that says where."""
+"""Hostile and broken inputs of the command: exit codes, and messages with the location."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ OTHER_FILES: dict[str, tuple[str, bytes, int, str]] = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_lines_that_are_no_prompts(generate: Generate, tmp_path: Path, name: str) -> None:
+def test_malformed_lines(generate: Generate, tmp_path: Path, name: str) -> None:
     content, code, message = LINES[name]
     (tmp_path / "prompts.jsonl").write_bytes(content)
     expect(generate(tmp_path, "--input", "prompts.jsonl"), code, f"prompts.jsonl{message}")
@@ -295,7 +295,7 @@ def test_lines_that_are_no_prompts(generate: Generate, tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", OTHER_FILES)
-def test_files_that_are_damaged(generate: Generate, tmp_path: Path, name: str) -> None:
+def test_damaged_input_files(generate: Generate, tmp_path: Path, name: str) -> None:
     file, content, code, message = OTHER_FILES[name]
     (tmp_path / file).write_bytes(content)
     ended, child = generate(tmp_path, "--input", file)
@@ -314,7 +314,7 @@ def expect(ran: tuple[int, Child], code: int, message: str) -> None:
     assert child.stdout == ""
 
 
-def test_what_is_odd_and_fine(generate: Generate, tmp_path: Path) -> None:
+def test_unusual_valid_input(generate: Generate, tmp_path: Path) -> None:
     """A BOM, CRLF, blank last lines, NUL and line separators inside strings, ids that look like paths."""
     rows = [
         b'\xef\xbb\xbf{"prompt": "a\\u0000b", "id": "../../etc/passwd"}\r\n',
@@ -466,13 +466,13 @@ json_lines = st.dictionaries(
 @settings(
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_bytes_end_in_a_documented_code(
+def test_any_bytes_give_a_documented_exit_code(
     generate: Generate,
     tmp_path_factory: pytest.TempPathFactory,
     lines: list[bytes],
     on_bad_row: str,
 ) -> None:
-    """No traceback, and a row for every line that is none, or nothing at all."""
+    """No traceback. The output has a row per line, or there is no output."""
     folder = tmp_path_factory.mktemp("bytes")
     content = b"\n".join(lines)
     (folder / "prompts.jsonl").write_bytes(content)
@@ -541,9 +541,7 @@ def test_symbolic_links_are_not_written_through(
     )
 
 
-def test_an_output_is_read_through_a_link(
-    launcher: Launcher, generate: Generate, tmp_path: Path
-) -> None:
+def test_a_linked_output_is_read(launcher: Launcher, generate: Generate, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_bytes(GOOD)
     assert generate(tmp_path, "--input", "prompts.jsonl")[0] == 0
     (tmp_path / "latest").symlink_to(tmp_path / "out")
@@ -552,8 +550,8 @@ def test_an_output_is_read_through_a_link(
         assert code == 0, child.stderr
 
 
-def test_files_under_names_of_parts(generate: Generate, tmp_path: Path) -> None:
-    """Nothing is replaced or deleted that is not ours."""
+def test_foreign_files_with_names_of_parts(generate: Generate, tmp_path: Path) -> None:
+    """Files that no run wrote are neither replaced nor deleted."""
     (tmp_path / "prompts.jsonl").write_bytes(GOOD * 3)
     assert generate(tmp_path, "--input", "prompts.jsonl", "--part-rows", "1")[0] == 0
     mine = tmp_path / "out" / "part-00001.parquet"
@@ -581,7 +579,7 @@ def test_files_under_names_of_parts(generate: Generate, tmp_path: Path) -> None:
     assert beyond.read_bytes() == b"not a part"
 
 
-def test_weights_that_lie(launcher: Launcher, checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_with_false_metadata(launcher: Launcher, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_bytes(GOOD)
     whole = (checkpoint / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", whole[:8])
@@ -631,8 +629,8 @@ def test_weights_that_lie(launcher: Launcher, checkpoint: Path, tmp_path: Path) 
     expect(ran, 78, "the weights are pickled (pytorch_model.bin), which is refused")
 
 
-def test_secrets_are_written_nowhere(launcher: Launcher, checkpoint: Path, tmp_path: Path) -> None:
-    """In the name of an input, in the environment, and in what a library says of them."""
+def test_secrets_are_not_written(launcher: Launcher, checkpoint: Path, tmp_path: Path) -> None:
+    """In the name of an input, in the environment, and in errors of libraries."""
     token = "hf_" + "abcDEF123" * 4
     secrets = ("hunter2hunter2", token, "environment-token")
     folder = tmp_path / "ftp:" / "user:hunter2hunter2@host"

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: end tokens, heads and prefixes, files of other kinds."""
+"""Checkpoints of common kinds: end tokens, heads, prefixes, and files in other formats."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def load(folder: Path) -> GPT:
 
 
 def expect_as_transformers(folder: Path) -> None:
-    """The logits are those of transformers' GPT2LMHeadModel."""
+    """Compare the logits with those of transformers' GPT2LMHeadModel."""
     with torch.inference_mode():
         theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
         assert (load(folder)(IDX) - theirs(IDX).logits).abs().max() <= 1e-5
 
 
 def run(model: Path, folder: Path, prompts: list[str], **settings: Any) -> list[dict[str, Any]]:
-    """The rows of a greedy run of eight tokens."""
+    """Return the rows of a greedy run of eight tokens."""
     source = folder / "prompts.jsonl"
     source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     engine = EngineConfig(attention="padded", threads=1)
@@ -105,7 +105,7 @@ ENDS: dict[str, tuple[Any, dict[str, Any] | None, tuple[int, ...], tuple[int, ..
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_end_tokens_are_those_of_both_files(tmp_path: Path, name: str) -> None:
+def test_end_tokens_of_both_files(tmp_path: Path, name: str) -> None:
     config_eos, generation, ends, left_out = ENDS[name]
     checkpoint = find_checkpoint(
         str(
@@ -153,9 +153,7 @@ def test_the_start_token(
 @pytest.mark.parametrize(
     ("vocab_size", "tokens"), [(50257, (DEFAULTS, (DEFAULTS,))), (50256, (None, ()))]
 )
-def test_the_defaults_of_gpt2_where_nothing_is_said(
-    tmp_path: Path, vocab_size: int, tokens: Any
-) -> None:
+def test_default_special_tokens_of_gpt2(tmp_path: Path, vocab_size: int, tokens: Any) -> None:
     config = {"vocab_size": vocab_size, "bos_token_id": ..., "eos_token_id": ...}
     special = find_checkpoint(
         str(write_checkpoint(tmp_path / "model", config=config))
@@ -174,7 +172,7 @@ def test_the_defaults_of_gpt2_where_nothing_is_said(
     ],
 )
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_what_is_no_token_id_is_named(tmp_path: Path, file: str, key: str, value: Any) -> None:
+def test_invalid_token_ids_are_named(tmp_path: Path, file: str, key: str, value: Any) -> None:
     changes: dict[str, Any] = {"config" if file == "config.json" else "generation": {key: value}}
     folder = write_checkpoint(tmp_path / "model", **changes)
     with pytest.raises(ModelError, match=rf"{file}: {key} is .*: a token id.* or null is needed"):
@@ -189,7 +187,7 @@ CHATS: dict[str, tuple[Any, dict[str, Any] | None]] = {
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_rows_end_where_transformers_ends_them(tmp_path: Path, name: str) -> None:
+def test_completions_end_at_the_tokens_of_transformers(tmp_path: Path, name: str) -> None:
     eos, generation = CHATS[name]
     folder = write_checkpoint(
         tmp_path / "model",
@@ -213,7 +211,7 @@ def test_rows_end_where_transformers_ends_them(tmp_path: Path, name: str) -> Non
     assert out[2:].tolist() == row["completion_token_ids"]
 
 
-def test_ignore_eos_goes_on_after_every_end(tmp_path: Path) -> None:
+def test_ignore_eos_continues_after_end_tokens(tmp_path: Path) -> None:
     folder = write_checkpoint(
         tmp_path / "model", generation={"eos_token_id": [0, STOP]}, script=[HI, STOP]
     )
@@ -230,7 +228,7 @@ def test_ignore_eos_goes_on_after_every_end(tmp_path: Path) -> None:
         {"eos_token_id": -1},
     ],
 )
-def test_ends_beyond_the_vocabulary_are_a_warning(
+def test_end_tokens_outside_of_the_vocabulary_are_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ids: dict[str, int]
 ) -> None:
     folder = write_checkpoint(tmp_path / "model", config=ids)
@@ -243,7 +241,7 @@ def test_ends_beyond_the_vocabulary_are_a_warning(
     assert f"eos_token_id {ids['eos_token_id']} is not in the vocabulary" in warning
 
 
-def test_another_end_is_another_job(tmp_path: Path) -> None:
+def test_another_end_token_is_another_job(tmp_path: Path) -> None:
     folder = write_checkpoint(
         tmp_path / "model", generation={"eos_token_id": 0, "temperature": 0.5}, script=[HI, STOP]
     )
@@ -308,7 +306,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_that_are_not_followed_are_named_in_one_line(tmp_path: Path, name: str) -> None:
+def test_settings_that_are_not_applied_are_one_line(tmp_path: Path, name: str) -> None:
     config, generation, expected = SETTINGS[name]
     checkpoint = find_checkpoint(
         str(write_checkpoint(tmp_path / "model", config=config, generation=generation))
@@ -366,7 +364,7 @@ PREFIXES = (
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_prefixes_of_wrappers_are_taken(
+def test_prefixes_of_wrappers_are_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str
 ) -> None:
     tensors = {
@@ -386,7 +384,7 @@ OTHER_PREFIXES = (
 
 
 @pytest.mark.parametrize("prefix", OTHER_PREFIXES)
-def test_another_prefix_in_front_of_all_names_is_taken_with_a_warning(
+def test_an_unknown_common_prefix_is_removed_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str
 ) -> None:
     tensors = {
@@ -406,7 +404,7 @@ def test_another_prefix_in_front_of_all_names_is_taken_with_a_warning(
     assert "v_head (1 tensor)" in heads
 
 
-def test_two_models_in_one_file_are_refused(tmp_path: Path) -> None:
+def test_two_models_in_one_file_are_rejected(tmp_path: Path) -> None:
     tensors = {
         name.replace("transformer.", f"{model}.transformer."): tensor
         for name, tensor in random_tensors().items()
@@ -419,7 +417,7 @@ def test_two_models_in_one_file_are_refused(tmp_path: Path) -> None:
         load(write_checkpoint(tmp_path / "model", tensors=tensors))
 
 
-def test_a_prefix_of_some_names_is_no_wrapper(tmp_path: Path) -> None:
+def test_a_prefix_of_a_part_of_the_names_is_no_wrapper(tmp_path: Path) -> None:
     tensors = random_tensors(prefix="student.")
     tensors["ln_f.weight"] = tensors.pop("student.ln_f.weight")
     del tensors["student.h.1.ln_1.bias"]
@@ -484,7 +482,7 @@ STORED_HEADS: dict[str, tuple[str, bool, bool]] = {
 
 
 @pytest.mark.parametrize("name", STORED_HEADS)
-def test_a_head_that_is_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+def test_a_stored_head(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     head, tied, warns = STORED_HEADS[name]
     tensors = random_tensors()
     embedding = tensors["transformer.wte.weight"]
@@ -520,7 +518,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_tensors_are_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_unknown_tensors_are_rejected_by_name(tmp_path: Path, name: str) -> None:
     changes, config, message = REFUSED[name]
     tensors = {
         key: tensor for key, tensor in (random_tensors() | changes).items() if tensor is not None
@@ -638,7 +636,7 @@ def write_files(folder: Path, files: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_folders_of_another_kind_get_the_message_that_helps(tmp_path: Path, name: str) -> None:
+def test_folders_in_other_formats(tmp_path: Path, name: str) -> None:
     files, message = OTHERS[name]
     with pytest.raises(ModelError, match=message) as caught:
         find_checkpoint(str(write_files(tmp_path / "model", files)))
@@ -656,7 +654,7 @@ def test_folders_of_another_kind_get_the_message_that_helps(tmp_path: Path, name
         ("notes.txt", "a file; name the folder that holds it"),
     ],
 )
-def test_a_file_for_a_folder(tmp_path: Path, file: str, message: str) -> None:
+def test_a_file_in_place_of_a_folder(tmp_path: Path, file: str, message: str) -> None:
     write_files(tmp_path / "model", {"config.json": "{}", file: "x"})
     if file == "model.gguf":
         (tmp_path / "model" / "config.json").unlink()
@@ -683,7 +681,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\n
         "pytorch_model.bin",
     ],
 )
-def test_git_lfs_pointers_are_named_whichever_file_it_is(tmp_path: Path, file: str) -> None:
+def test_git_lfs_pointers_are_named(tmp_path: Path, file: str) -> None:
     folder = write_checkpoint(tmp_path / "model", generation={})
     if file == "shard":
         file = "model-00002-of-00002.safetensors"
@@ -703,9 +701,7 @@ def test_git_lfs_pointers_are_named_whichever_file_it_is(tmp_path: Path, file: s
     "file",
     ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"],
 )
-def test_a_pickle_that_is_a_pointer_is_named_before_it_is_allowed(
-    tmp_path: Path, file: str
-) -> None:
+def test_a_pickle_that_is_an_lfs_pointer(tmp_path: Path, file: str) -> None:
     folder = write_checkpoint(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     (folder / file).write_text(POINTER)
@@ -713,13 +709,13 @@ def test_a_pickle_that_is_a_pointer_is_named_before_it_is_allowed(
         find_checkpoint(str(folder))
 
 
-def test_a_pointer_that_nobody_reads_is_no_obstacle(tmp_path: Path) -> None:
+def test_an_lfs_pointer_that_is_not_read(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model")
     write_files(folder, {"pytorch_model.bin": POINTER, "flax_model.msgpack": POINTER})
     load(folder)
 
 
-def test_a_pointer_for_a_folder(tmp_path: Path) -> None:
+def test_an_lfs_pointer_in_place_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="a Git LFS pointer"):
         find_checkpoint(
             str(write_files(tmp_path, {"model.safetensors": POINTER}) / "model.safetensors")
@@ -769,7 +765,7 @@ def test_a_failing_disk_names_the_file(
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_check_model_compares_ends_and_names_settings(
+def test_check_model_compares_end_tokens_and_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     eos, generation = CHATS[name]
@@ -789,7 +785,7 @@ def test_check_model_compares_ends_and_names_settings(
     assert "end tokens: ours [0, 258], transformers [" in stdout
 
 
-def test_check_model_finds_an_end_that_we_miss(
+def test_check_model_finds_a_missing_end_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": STOP})
@@ -840,7 +836,7 @@ def test_damaged_settings_are_named(tmp_path: Path, file: str, content: str, mes
         SafetensorError("I/O error: Input/output error (os error 5)"),
     ],
 )
-def test_a_disk_that_fails_while_weights_are_read(
+def test_a_failing_disk_while_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     folder = write_checkpoint(tmp_path / "model")
@@ -855,7 +851,7 @@ def test_a_disk_that_fails_while_weights_are_read(
         load(folder)
 
 
-def test_all_files_that_decide_are_fetched_from_the_hub(
+def test_every_file_is_downloaded_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": STOP})

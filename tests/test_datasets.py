@@ -1,4 +1,4 @@
-"""Splits of datasets: local folders and files of every format, save_to_disk folders, slices, types with gaps."""
+"""Splits of datasets: folders and files of every format, save_to_disk folders, slices, nulls."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_folders_made_by_save_to_disk(tmp_path: Path) -> None:
         read(tmp_path / "two", split="validation")
 
 
-def test_a_folder_named_like_a_loader_of_the_library(
+def test_a_folder_with_the_name_of_a_loader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -102,7 +102,7 @@ def test_a_folder_named_like_a_loader_of_the_library(
     expect_rows(read("./csv", split="train[1:3]"), 1, 3)
 
 
-def test_a_saved_format_hides_nothing(tmp_path: Path) -> None:
+def test_a_saved_format_hides_no_columns(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).with_format("numpy", columns=["prompt"]).save_to_disk(
         tmp_path / "one"
     )
@@ -144,7 +144,7 @@ def test_damaged_saved_folders(tmp_path: Path) -> None:
             read(tmp_path / "one")
 
 
-def test_values_that_json_has_no_form_for(tmp_path: Path) -> None:
+def test_values_without_a_json_form(tmp_path: Path) -> None:
     table = pa.table(
         {
             "prompt": ["a", "b"],
@@ -181,7 +181,7 @@ def test_bad_rows_are_named_by_row(tmp_path: Path) -> None:
     assert "row 2: seed must be a whole number, not 2.5" in str(caught.value)
 
 
-def test_datasets_and_splits_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_datasets_and_splits(tmp_path: Path) -> None:
     write_folder(tmp_path / "data", "jsonl")
     for dataset, split in (
         (tmp_path / "data", "test"),

@@ -1,4 +1,4 @@
-"""Files as people have them: what is read comes out as it was written, and what cannot be read is named."""
+"""Input files as programs write them: values are kept, and unreadable content is named."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def reader(path: Path, **settings: Any) -> PromptReader:
-    """Of a dataset; with input=True of a JSONL file."""
+    """Return the reader of a dataset, or with input=True of a JSONL file."""
     source_settings = {key: settings.pop(key, None) for key in ("delimiter", "config")}
     split, is_input = settings.pop("split", "train"), settings.pop("input", False)
     source = (
@@ -105,7 +105,7 @@ def metadata(prompt: Prompt) -> Any:
         "5\\n",
     ],
 )
-def test_cells_of_a_csv_file_are_text(tmp_path: Path, cell: str) -> None:
+def test_csv_cells_are_text(tmp_path: Path, cell: str) -> None:
     (tmp_path / "rows.csv").write_text(f'id,prompt,note\n"x{cell}","{cell}","{cell}"\n')
     (prompt,) = read(tmp_path / "rows.csv")
     assert (prompt.prompt_id, prompt.text, metadata(prompt)) == (f"x{cell}", cell, {"note": cell})
@@ -129,7 +129,7 @@ def test_csv_cells(tmp_path: Path, text: str, cells: list[str | None]) -> None:
     assert list(metadata(prompt).values()) == cells
 
 
-def test_cells_of_a_tsv_file_are_between_tabs(tmp_path: Path) -> None:
+def test_tsv_cells_are_separated_by_tabs(tmp_path: Path) -> None:
     (tmp_path / "rows.tsv").write_text('prompt\tnote\na, b\t"c\td"\n')
     (prompt,) = read(tmp_path / "rows.tsv")
     assert (prompt.text, metadata(prompt)) == ("a, b", {"note": "c\td"})
@@ -169,12 +169,12 @@ def test_cells_of_a_tsv_file_are_between_tabs(tmp_path: Path) -> None:
         ("prompt\ra\rb\r", "lines end in CR alone"),
     ],
 )
-def test_csv_that_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+def test_malformed_csv_is_rejected(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "rows.csv").write_bytes(text.encode())
     assert reason in problem(tmp_path / "rows.csv")
 
 
-def test_csv_in_other_encodings(tmp_path: Path) -> None:
+def test_csv_encodings(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes("prompt\nCafé au lait\n".encode("cp1252"))
     assert "rows.csv:2: not UTF-8 at byte 4 of the line; if Excel wrote it" in problem(path)
@@ -186,7 +186,7 @@ def test_csv_in_other_encodings(tmp_path: Path) -> None:
     assert read(path.with_suffix(".csv.gz"))[0].text == "Café"
 
 
-def test_a_bad_csv_line_costs_one_row(tmp_path: Path) -> None:
+def test_a_malformed_csv_line_is_one_bad_row(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('prompt,seed\na,1\n"b"x,2\nc,3,4\nd,5\n')
     rows = list(reader(tmp_path / "rows.csv").rows())
     assert [raw.line for raw, _ in rows] == [0, 1, 2, 3]
@@ -199,7 +199,7 @@ BIG = [1038100642990219405, 541768576607746334, 2**53 + 1, MAX_SEED]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl", "json"])
-def test_digits_of_seeds_and_ids_are_kept_beside_gaps(tmp_path: Path, kind: str) -> None:
+def test_integers_beside_nulls_keep_their_digits(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"rows.{kind}"
     rows = [{"id": seed, "prompt": "a", "seed": seed, "note": seed} for seed in BIG] + [
         {"id": None, "prompt": "a", "seed": None, "note": None}
@@ -222,9 +222,7 @@ def test_digits_of_seeds_and_ids_are_kept_beside_gaps(tmp_path: Path, kind: str)
     ("type_", "largest"),
     [(pa.float16(), 2**11 - 1), (pa.float32(), 2**24 - 1), (pa.float64(), 2**53 - 1)],
 )
-def test_floats_of_every_width_are_whole_numbers_as_far_as_they_are_exact(
-    tmp_path: Path, type_: pa.DataType, largest: int
-) -> None:
+def test_exact_whole_floats_are_integers(tmp_path: Path, type_: pa.DataType, largest: int) -> None:
     for value, is_exact in ((largest, True), (largest + 1, False)):
         columns = {
             "prompt": ["a", "b"],
@@ -239,9 +237,7 @@ def test_floats_of_every_width_are_whole_numbers_as_far_as_they_are_exact(
 
 @pytest.mark.parametrize("field", ["id", "seed", "top_k"])
 @pytest.mark.parametrize("value", [float(2**53), 1e18, 1.5, float("inf")])
-def test_a_float_that_may_be_another_number_is_refused(
-    tmp_path: Path, field: str, value: float
-) -> None:
+def test_inexact_whole_floats_are_rejected(tmp_path: Path, field: str, value: float) -> None:
     pq.write_table(pa.table({"prompt": ["a"], field: [value]}), tmp_path / "rows.parquet")
     assert f"row 0: {field} " in problem(tmp_path / "rows.parquet")
     pq.write_table(
@@ -279,7 +275,7 @@ def test_a_float_that_may_be_another_number_is_refused(
         (["prompts [v2].jsonl", "a#b/x?.jsonl", "100%/*.jsonl"], {"train": ["100%/*.jsonl", "a#b/x?.jsonl", "prompts [v2].jsonl"]}, []),
     ],
 )  # fmt: skip
-def test_the_split_of_each_file(
+def test_files_are_assigned_to_splits(
     tmp_path: Path, names: list[str], splits: dict[str, list[str]], left_out: list[str]
 ) -> None:
     for name in names:
@@ -289,7 +285,7 @@ def test_the_split_of_each_file(
     assert (found.splits, found.left_out) == (splits, left_out)
 
 
-def test_files_that_no_split_takes_are_named(
+def test_files_in_no_split_are_named_in_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("train_part", "more_part", "other_part"):
@@ -318,7 +314,7 @@ PLAIN = b'{"prompt": "plain"}\n'
         (gzip.compress(PLAIN) + PLAIN, None),
     ],
 )
-def test_nothing_behind_a_compressed_stream_is_lost(
+def test_data_after_a_compressed_stream_is_an_error(
     tmp_path: Path, content: bytes, rows: int | None
 ) -> None:
     (tmp_path / "rows.jsonl").write_bytes(content)
@@ -330,9 +326,7 @@ def test_nothing_behind_a_compressed_stream_is_lost(
         assert len(read(tmp_path / "rows.jsonl", input=True)) == rows
 
 
-def test_headers_that_excel_and_pandas_write(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_headers_of_excel_and_pandas(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("sep=;\nid;prompt\nx;a, b\n")
     assert [(prompt.prompt_id, prompt.text) for prompt in read(path)] == [("x", "a, b")]
@@ -347,12 +341,12 @@ def test_headers_that_excel_and_pandas_write(
     assert "rows.csv[train]: has no rows" in caplog.text
 
 
-def test_an_unnamed_column_takes_no_other_name(tmp_path: Path) -> None:
+def test_an_unnamed_column_gets_an_unused_name(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,,column 2\na,x,y\n")
     assert metadata(read(tmp_path / "rows.csv")[0]) == {"column 2'": "x", "column 2": "y"}
 
 
-def test_a_json_array_longer_than_a_line_may_be(
+def test_a_json_array_may_exceed_the_line_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gptbatch.pipeline.input.lines.MAX_LINE_BYTES", 1000)
@@ -363,7 +357,7 @@ def test_a_json_array_longer_than_a_line_may_be(
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
-def test_a_json_array_that_is_cut_off_while_compressed(tmp_path: Path, suffix: str) -> None:
+def test_a_truncated_compressed_json_array(tmp_path: Path, suffix: str) -> None:
     pack: Any = {
         "gz": gzip.compress,
         "bz2": bz2.compress,
@@ -375,7 +369,7 @@ def test_a_json_array_that_is_cut_off_while_compressed(tmp_path: Path, suffix: s
     assert "the compressed file is damaged or cut off" in problem(tmp_path / f"rows.json.{suffix}")
 
 
-def test_files_behind_links_are_remembered(tmp_path: Path) -> None:
+def test_linked_files_are_listed(tmp_path: Path) -> None:
     write_lines(tmp_path / "elsewhere" / "rows.jsonl", [{"prompt": "a"}])
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
@@ -393,14 +387,14 @@ def test_files_about_citations_are_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["rows.parquet", "rows.arrow", "rows.csv", "rows.jsonl", "rows.json", "rows.txt"]
 )
-def test_an_lfs_pointer_is_named_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+def test_an_lfs_pointer_is_named_under_every_suffix(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(
         f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 5\n"
     )
     assert "is a Git LFS pointer" in problem(tmp_path / name)
 
 
-def test_shards_of_the_split_that_is_read(tmp_path: Path) -> None:
+def test_only_shards_of_the_split_must_be_complete(tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "train-00000-of-00002.jsonl", [{"prompt": "a"}])
     write_lines(tmp_path / "data" / "test-00001-of-00002.jsonl", [{"prompt": "b"}])
     (tmp_path / "data" / "test-00002-of-00002.jsonl.gz").write_bytes(
@@ -412,13 +406,13 @@ def test_shards_of_the_split_that_is_read(tmp_path: Path) -> None:
     assert "1 of 2 shards are missing" in problem(tmp_path)
 
 
-def test_a_delta_table_is_refused(tmp_path: Path) -> None:
+def test_a_delta_table_is_rejected(tmp_path: Path) -> None:
     write_lines(tmp_path / "_delta_log" / "0.json", [{"remove": "part-0.parquet"}])
     pq.write_table(pa.table({"prompt": ["deleted"]}), tmp_path / "part-0.parquet")
     assert "is a Delta table" in problem(tmp_path)
 
 
-def test_nan_is_a_gap(tmp_path: Path) -> None:
+def test_nan_is_null(tmp_path: Path) -> None:
     columns = {
         name: [float("nan"), 7.0]
         for name in ("id", "seed", "temperature", "top_k", "max_new_tokens")
@@ -484,7 +478,7 @@ def test_configs_of_a_dataset_card(tmp_path: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     "folder", ["[exp 3] data", "what?", "a#b", "a::b", "100%", "{x,y}", "a!b", "seed=1", "~", "ünï"]
 )
-def test_names_with_special_characters_are_names(tmp_path: Path, folder: str) -> None:
+def test_names_with_special_characters(tmp_path: Path, folder: str) -> None:
     write_lines(tmp_path / folder / "rows [v1] (2)*.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     assert [prompt.text for prompt in read(tmp_path / folder)] == ["a", "b"]
     assert [prompt.text for prompt in read(tmp_path / folder, split="train[50%:]")] == ["b"]
@@ -494,7 +488,7 @@ def test_names_with_special_characters_are_names(tmp_path: Path, folder: str) ->
     ]
 
 
-def test_shards_of_other_types_are_rows(tmp_path: Path) -> None:
+def test_shards_with_different_types(tmp_path: Path) -> None:
     write_lines(tmp_path / "a" / "1.jsonl", [{"prompt": "a", "note": None}])
     write_lines(tmp_path / "a" / "2.jsonl", [{"prompt": "b", "note": "text", "meta": {"score": 1}}])
     (tmp_path / "a" / "3.csv").write_text("prompt,other\nc,7\n")
@@ -556,7 +550,7 @@ def test_rows_of_a_slice_keep_their_ids(tmp_path: Path, split: str, places: Iter
 @pytest.mark.parametrize(
     "split", ["train[", "train[a:b]", "train[:5", "train[::2]", "", "train[200%:]", "train test"]
 )
-def test_splits_that_are_none(tmp_path: Path, split: str) -> None:
+def test_invalid_splits_are_rejected(tmp_path: Path, split: str) -> None:
     write_lines(tmp_path / "rows.jsonl", [{"prompt": "a"}])
     assert "rows.jsonl[" in problem(tmp_path / "rows.jsonl", split=split)
 
@@ -565,7 +559,7 @@ def test_splits_that_are_none(tmp_path: Path, split: str) -> None:
     "text", ["train[33%:66%]", "train[:-10%]", "train[1%:]", "train[10%:30%](pct1_dropremainder)"]
 )
 @pytest.mark.parametrize("length", [0, 1, 99, 100, 1234])
-def test_slices_are_those_of_the_datasets_library(text: str, length: int) -> None:
+def test_slices_match_the_datasets_library(text: str, length: int) -> None:
     if "pct1" in text and length < 100:
         return
     (theirs,) = datasets.ReadInstruction.from_spec(text).to_absolute({"train": length})
@@ -620,7 +614,7 @@ KINDS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_file_without_json_lines_is_named(tmp_path: Path, name: str) -> None:
+def test_the_format_of_a_file_without_json_lines_is_named(tmp_path: Path, name: str) -> None:
     content, kind = KINDS[name]
     (tmp_path / name).write_bytes(content)
     said = problem(tmp_path / name, input=True)
@@ -637,7 +631,7 @@ def test_a_file_without_json_lines_is_named(tmp_path: Path, name: str) -> None:
         json.dumps(ROWS, indent="\t"),
     ],
 )
-def test_json_arrays_and_json_lines_under_the_name_json(tmp_path: Path, text: str) -> None:
+def test_json_files_hold_an_array_or_json_lines(tmp_path: Path, text: str) -> None:
     (tmp_path / "rows.json").write_text(text)
     assert [prompt.text for prompt in read(tmp_path / "rows.json", prompt_field="instruction")] == [
         row["instruction"] for row in ROWS
@@ -678,12 +672,12 @@ def test_json_arrays_and_json_lines_under_the_name_json(tmp_path: Path, text: st
         (json.dumps({"a": 1}, indent=1), "is one JSON object, not an array of rows"),
     ],
 )
-def test_json_files_that_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+def test_malformed_json_files_are_rejected(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "rows.json").write_text(text)
     assert reason in problem(tmp_path / "rows.json")
 
 
-def test_numbers_of_a_json_array_stay_as_they_are_written(tmp_path: Path) -> None:
+def test_numbers_of_a_json_array_keep_their_text(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(
         '[{"prompt": "a", "x": 1.10, "y": 1e400, "z": 123456789012345678901234567890}]'
     )
@@ -780,7 +774,7 @@ def test_dotted_paths(tmp_path: Path, row: dict[str, Any], path: str, text: str,
         ),
     ],
 )
-def test_a_field_that_is_not_there_names_those_that_are(
+def test_a_missing_field_is_an_error_that_lists_the_fields(
     tmp_path: Path, row: dict[str, Any], settings: dict[str, Any], reason: str
 ) -> None:
     assert reason in problem(write_lines(tmp_path / "rows.jsonl", [row]), input=True, **settings)
@@ -834,7 +828,7 @@ def test_ids_from_another_field_and_reserved_names_as_metadata(tmp_path: Path) -
         ),
     ],
 )
-def test_fields_that_look_like_settings_are_named_once(
+def test_fields_that_look_like_settings_are_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, row: dict[str, Any], named: str
 ) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", **row}, {"prompt": "b", **row}])
@@ -872,7 +866,7 @@ def picture_table() -> pa.Table:
     )
 
 
-def test_values_without_a_json_form_are_left_out_and_named(
+def test_values_without_a_json_form_are_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pq.write_table(picture_table(), tmp_path / "pictures.parquet")
@@ -900,7 +894,7 @@ def test_values_without_a_json_form_are_left_out_and_named(
     assert all(f"'{name}'" in caplog.text for name in ("raw", "list", "inf"))
 
 
-def test_types_of_tables_as_json(tmp_path: Path) -> None:
+def test_arrow_types_as_json(tmp_path: Path) -> None:
     columns = {
         "prompt": ["a"],
         "decimal": pa.array(["1.10"]).cast(pa.decimal128(5, 2)),
@@ -938,8 +932,8 @@ def test_text_that_is_not_utf8_fails_in_its_own_row(tmp_path: Path) -> None:
 # -- saved datasets and the hub --------------------------------------------------------------------------------------------------
 
 
-def test_damage_anywhere_in_a_saved_dataset_is_an_error_or_rows(tmp_path: Path) -> None:
-    """Flipped bits and cuts of the Arrow file: never a crash, never an exception of a library."""
+def test_damage_in_a_saved_dataset_raises_input_errors(tmp_path: Path) -> None:
+    """Flip bits and truncate the Arrow file: no crash, and no exception of a library."""
     datasets.Dataset.from_list([{"prompt": f"prompt {i}", "n": i} for i in range(50)]).save_to_disk(
         tmp_path / "saved"
     )
@@ -960,7 +954,7 @@ def test_damage_anywhere_in_a_saved_dataset_is_an_error_or_rows(tmp_path: Path) 
     assert "InputRowsError" in outcomes
 
 
-def test_a_saved_dataset_of_another_kind(tmp_path: Path) -> None:
+def test_a_saved_dataset_with_indices(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"prompt": "a"}]).save_to_disk(tmp_path / "saved")
     state = json.loads((tmp_path / "saved" / "state.json").read_text())
     for change in (
@@ -974,7 +968,7 @@ def test_a_saved_dataset_of_another_kind(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dataset in the layout of the hub, which the datasets library reads as it reads the hub."""
+    """Write a dataset in the layout of the hub, which the datasets library reads from a folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "hub").mkdir()
     pq.write_table(picture_table(), tmp_path / "hub" / "train.parquet")
@@ -985,7 +979,7 @@ def rows_of(found: Iterable[RawRow]) -> list[tuple[int, Any]]:
     return [(row.position, row.parse()["prompt"]) for row in found]
 
 
-def test_the_datasets_library_reads_what_has_no_such_files(hub_folder: Path) -> None:
+def test_the_datasets_library_reads_other_formats(hub_folder: Path) -> None:
     hub = LibrarySplits(str(hub_folder), "hub", None, None)
     assert rows_of(hub.rows("train")) == [(0, "a"), (1, "b")]
     assert next(iter(hub.rows("train"))).parse()["image"]["bytes"] == png(), "undecoded"
@@ -1038,7 +1032,7 @@ def found_rows(split: str) -> list[tuple[str, str, Any]]:
 
 
 @pytest.mark.parametrize("reach", ["online", "offline", "out of reach"])
-def test_a_dataset_on_the_hub_gives_the_same_rows_online_and_from_its_cache(
+def test_hub_rows_are_the_same_online_and_cached(
     repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reach: str
 ) -> None:
     fetched = []
@@ -1081,7 +1075,7 @@ def reader_prompts(limit: int) -> list[Prompt]:
 
 
 @pytest.mark.parametrize("name", ["json", "csv", "text", "parquet", "imagefolder"])
-def test_a_loader_of_the_library_is_no_dataset(
+def test_loader_names_are_not_datasets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The library would read every file of the current folder."""
@@ -1102,9 +1096,7 @@ def test_a_loader_of_the_library_is_no_dataset(
         "x?y",
     ],
 )
-def test_names_that_are_no_datasets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_invalid_dataset_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputNotFoundError) as caught:
         list(DatasetSplit(dataset=name, config=None, split="train", revision=None).rows())
@@ -1161,7 +1153,7 @@ WELL_KNOWN: dict[str, tuple[str, Any, str, str]] = {
 COMMAND = re.compile(r"^\| ([^|`]+) \| `(--(?:input|dataset) [^`]+)` \|$", re.MULTILINE)
 
 
-def test_the_documented_command_of_each_well_known_file(
+def test_the_documented_command_of_each_public_file(
     tmp_path: Path,
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -1207,10 +1199,10 @@ def test_the_documented_command_of_each_well_known_file(
         assert (row["prompt_id"], row["prompt"]) == (prompt_id, text), kind
 
 
-def test_error_rows_are_an_input_of_the_same_settings(
+def test_error_rows_are_an_input_for_the_same_settings(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """errors.jsonl keeps id, prompt and metadata under the names that the run was told."""
+    """errors.jsonl keeps id, prompt and metadata under the field names of the run."""
     monkeypatch.chdir(tmp_path)
     row = {
         "task": "t/0",

@@ -1,4 +1,4 @@
-"""Random small datasets, written by the libraries that people use: rows come out as they were written, or are refused."""
+"""Random small datasets of common libraries: rows are read as written, or rejected."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ typed_notes: list[st.SearchStrategy[Any]] = [
 
 @st.composite
 def tables(draw: st.DrawFn, typed: bool) -> list[Row]:
-    """Rows of one type each in prompt, seed and note; ids are unique, or missing from all rows."""
+    """Generate rows with one type per field. Ids are unique, or missing from all rows."""
     note = draw(st.sampled_from(typed_notes)) if typed else notes
     rows = draw(
         st.lists(
@@ -60,7 +60,7 @@ def tables(draw: st.DrawFn, typed: bool) -> list[Row]:
 
 
 def frame(rows: list[Row]) -> pd.DataFrame:
-    """Integers beside gaps stay integers, as in a frame that somebody cares for."""
+    """Build a frame with nullable integers, so that integers beside nulls stay integers."""
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
     return pd.DataFrame({**columns, "seed": pd.array(columns["seed"], dtype="Int64")})
 
@@ -125,7 +125,7 @@ TYPED_WRITERS: dict[str, tuple[str, Callable[[list[Row], Path], Any]]] = {
 def written(
     rows: list[Row], path: Path, write: Callable[[list[Row], Path], Any]
 ) -> list[tuple[Any, ...]] | None:
-    """(id, prompt, seed, note) of each row as it is read; None for a refusal."""
+    """Return (id, prompt, seed, note) of each row, None where the file is rejected."""
     path.unlink(missing_ok=True)
     write(rows, path)
     try:

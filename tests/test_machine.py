@@ -1,4 +1,4 @@
-"""What there is to take, memory and CPU time: the system's, and what control groups leave of it."""
+"""Memory and CPU time of the system and of control groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 2**30
 
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A system with 16 GiB to take and no limits; its folder of control groups."""
+    """Simulate a system with 16 GiB free and no limits. Returns its folder of control groups."""
     meminfo = tmp_path / "meminfo"
     meminfo.write_text(
         f"MemTotal:       33554432 kB\nMemFree:         1000 kB\nMemAvailable:   {16 * 2**20} kB\n"
@@ -46,7 +46,7 @@ def test_a_system_without_limits(system: Path) -> None:
 
 
 def test_a_container(system: Path) -> None:
-    """Its own group is the root of what it sees."""
+    """Its own group is the root of the visible groups."""
     (system.parent / "own").write_text("0::/\n")
     limit(system, str(4 * GIB), 3 * GIB, GIB)
     assert machine.free_memory_bytes() == 2 * GIB
@@ -54,7 +54,7 @@ def test_a_container(system: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_slurm_job(system: Path, version: int) -> None:
-    """The limit is that of a group around the process's own."""
+    """The limit is that of a parent group."""
     path = "system.slice/slurmstepd.scope/job_17"
     (system.parent / "own").write_text(
         f"0::/{path}/step_0\n" if version == 2 else f"5:cpu:/\n9:memory,hugetlb:/{path}/step_0\n"
@@ -70,7 +70,7 @@ def test_a_slurm_job(system: Path, version: int) -> None:
     assert machine.free_memory_bytes() == 6 * GIB
 
 
-def test_a_limit_above_what_there_is(system: Path) -> None:
+def test_a_limit_above_the_free_memory(system: Path) -> None:
     (system.parent / "own").write_text("0::/job\n")
     limit(system / "job", str(64 * GIB), 0)
     assert machine.free_memory_bytes() == 16 * GIB
@@ -94,7 +94,7 @@ ODD += [b"0::/" + b"x" * 5000, b"9:memory,cpu\n5\n\n:x", b"0::/../../..", "٣:me
 
 @pytest.mark.usefixtures("eight_cpus")
 @pytest.mark.parametrize("content", ODD)
-def test_odd_lines_about_control_groups_are_no_limit(system: Path, content: bytes) -> None:
+def test_malformed_cgroup_lines_are_no_limit(system: Path, content: bytes) -> None:
     (system.parent / "own").write_bytes(content)
     assert machine.free_memory_bytes() == 16 * GIB
     assert machine.cores() == machine.Cores(8, None)
@@ -116,7 +116,7 @@ def test_odd_lines_about_control_groups_are_no_limit(system: Path, content: byte
         "٣ ٣".encode(),
     ],
 )
-def test_odd_files_of_the_kernel_are_no_limit(
+def test_malformed_kernel_files_are_no_limit(
     system: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (system.parent / "own").write_text("0::/\n9:memory:/\n5:cpu:/\n")
@@ -142,7 +142,7 @@ def test_odd_files_of_the_kernel_are_no_limit(
     machine.free_memory_bytes()
 
 
-def test_a_group_whose_name_is_not_utf8(system: Path) -> None:
+def test_a_cgroup_name_that_is_not_utf8(system: Path) -> None:
     (system.parent / "own").write_bytes(b"0::/caf\xe9\n")
     limit(system / os.fsdecode(b"caf\xe9"), str(4 * GIB), GIB)
     assert machine.free_memory_bytes() == 3 * GIB
@@ -156,7 +156,7 @@ def test_a_limit_without_its_statistics(system: Path) -> None:
         assert machine.free_memory_bytes() == 3 * GIB
 
 
-def test_a_group_that_is_full(system: Path) -> None:
+def test_a_full_cgroup(system: Path) -> None:
     (system.parent / "own").write_text("0::/job\n")
     limit(system / "job", str(GIB), 2 * GIB)
     assert machine.free_memory_bytes() == 0
@@ -194,7 +194,7 @@ def test_cpus_without_a_quota(system: Path) -> None:
 def test_a_container_with_a_quota(
     system: Path, version: int, quotas: list[str], threads: int, place: str
 ) -> None:
-    """In a container its own group is the root of what it sees, whatever /proc/self/cgroup calls it."""
+    """The own group is the root of the visible groups under every name in /proc/self/cgroup."""
     (system.parent / "own").write_text(
         f"0::{place}\n" if version == 2 else f"9:memory:{place}\n5:cpu,cpuacct:{place}\n"
     )
@@ -204,7 +204,7 @@ def test_a_container_with_a_quota(
 
 @pytest.mark.usefixtures("eight_cpus")
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_least_of_nested_quotas(system: Path, version: int) -> None:
+def test_the_smallest_nested_quota(system: Path, version: int) -> None:
     root = system if version == 2 else system / "cpu"
     path = "kubepods/burstable/pod7"
     (system.parent / "own").write_text(
@@ -219,7 +219,7 @@ def test_the_least_of_nested_quotas(system: Path, version: int) -> None:
     assert machine.cores().threads == 2
 
 
-def test_affinity_is_a_limit_too(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_affinity_limits_cpus(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
     quota(system, "400000")
     (system.parent / "own").write_text("0::/\n")
@@ -237,7 +237,7 @@ def test_affinity_is_a_limit_too(system: Path, monkeypatch: pytest.MonkeyPatch) 
         ("0.10", 0, 0, "150000", "the control group may use 1.5 of 8 CPUs"),
     ],
 )
-def test_cores_that_are_not_the_runs_own(
+def test_shared_cores_are_described(
     system: Path,
     monkeypatch: pytest.MonkeyPatch,
     load: str,

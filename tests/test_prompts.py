@@ -1,4 +1,4 @@
-"""Reading and checking rows: what is accepted, what is refused, and in which words."""
+"""Validation of rows: accepted values, rejected values and their messages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def problems(path: Path, **settings: Any) -> str:
     return str(caught.value)
 
 
-def test_rows_take_the_defaults_and_win_over_them(write_rows: WriteRows) -> None:
+def test_row_settings_override_the_defaults(write_rows: WriteRows) -> None:
     path = write_rows(
         [
             {"prompt": "plain"},
@@ -104,7 +104,7 @@ def test_rows_take_the_defaults_and_win_over_them(write_rows: WriteRows) -> None
     )
 
 
-def test_other_fields_are_kept_as_they_are_written(write_rows: WriteRows) -> None:
+def test_other_fields_are_kept_verbatim(write_rows: WriteRows) -> None:
     path = write_rows(
         [
             '{"a": 1.10, "prompt": "x", "b": [1e999, -0, 123456789012345678901234567890, null, true], "c": {"d": "é\\u00e9\\n"}}',
@@ -131,7 +131,7 @@ def test_another_field_can_be_the_prompt(write_rows: WriteRows) -> None:
     )
 
 
-def test_limit_takes_rows_from_the_front(write_rows: WriteRows) -> None:
+def test_limit_reads_the_first_rows(write_rows: WriteRows) -> None:
     path = write_rows([{"prompt": "a"}, {"prompt": "b"}, "broken"])
     assert [p.text for p in read(path, limit=2)] == ["a", "b"]
     assert read(path, limit=0) == []
@@ -163,7 +163,7 @@ def test_compressed_files_and_a_byte_order_mark(tmp_path: Path, suffix: str) -> 
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_files_that_are_cut_off(tmp_path: Path, suffix: str) -> None:
+def test_truncated_compressed_files(tmp_path: Path, suffix: str) -> None:
     content = b"".join(
         json.dumps({"prompt": f"row {i * i * 7919}"}).encode() + b"\n" for i in range(5000)
     )
@@ -189,7 +189,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.JSONL.GZ", "prompts.jsonl.zst"])
 @pytest.mark.parametrize("kind", [*PACKERS, ""])
-def test_compression_is_told_by_content(tmp_path: Path, name: str, kind: str) -> None:
+def test_compression_is_detected_by_content(tmp_path: Path, name: str, kind: str) -> None:
     content = b'{"prompt": "a"}\n{"prompt": "b"}\n'
     pack = PACKERS.get(kind, bytes)
     (tmp_path / name).write_bytes(
@@ -199,7 +199,7 @@ def test_compression_is_told_by_content(tmp_path: Path, name: str, kind: str) ->
 
 
 def zstd_frame(content: bytes, window_log: int) -> bytes:
-    """Uncompressed blocks under a header that asks for a window of 2^window_log bytes, as `zstd --long` writes it."""
+    """Build a frame whose header declares a window of 2^window_log bytes, as of `zstd --long`."""
     return (
         b"\x28\xb5\x2f\xfd\x00"
         + bytes([(window_log - 10) << 3])
@@ -286,7 +286,7 @@ def test_bad_lines_are_named(write_rows: WriteRows, line: str, message: str) -> 
     assert f"{path}:2: {message}" in said
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
     assert f"{path}:2: not UTF-8 at byte 13 of the line" in problems(path)
@@ -294,7 +294,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert f"{path}: is UTF-16 text: convert it" in problems(path)
 
 
-def test_lines_over_the_cap_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_over_the_limit_are_bad_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "prompts.jsonl"
     exact = b'{"prompt": "' + b"x" * 986 + b'"}\n'
@@ -322,7 +322,7 @@ def test_repeated_ids_name_both_lines(write_rows: WriteRows) -> None:
     assert said.startswith("2 bad of 4 rows")
 
 
-def test_equal_reasons_are_said_once(write_rows: WriteRows) -> None:
+def test_equal_reasons_are_one_line(write_rows: WriteRows) -> None:
     path = write_rows(["broken" if i % 2 else {"prompt": "a", "id": "same"} for i in range(60)])
     head, broken, repeated, hint = problems(path).splitlines()
     assert head == "59 bad of 60 rows; nothing was generated"
@@ -340,7 +340,7 @@ def test_the_first_20_reasons_are_named_in_order(write_rows: WriteRows) -> None:
     assert lines[21:] == ["... and 40 more"]
 
 
-def test_messages_show_no_prompt(write_rows: WriteRows) -> None:
+def test_messages_do_not_quote_prompts(write_rows: WriteRows) -> None:
     path = write_rows(
         [
             '{"prompt": "my secret" x}',
@@ -351,7 +351,7 @@ def test_messages_show_no_prompt(write_rows: WriteRows) -> None:
     assert "secret" not in problems(path)
 
 
-def test_an_input_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_input(tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match=r"nothing\.jsonl: no such file"):
         JsonlFile(tmp_path / "nothing.jsonl")
     with pytest.raises(InputNotFoundError, match="is a folder; name a file, or use --dataset"):
@@ -395,7 +395,7 @@ def test_an_input_that_changes_between_check_and_run(write_rows: WriteRows) -> N
             list(source.prompts(checked))
 
 
-def test_the_digest_follows_what_a_run_takes(write_rows: WriteRows) -> None:
+def test_the_input_digest_covers_the_content_of_rows(write_rows: WriteRows) -> None:
     def digest(*rows: dict[str, Any] | str) -> InputSummary:
         return reader(write_rows(rows)).check()
 
@@ -426,7 +426,7 @@ json_values = st.recursive(
 
 @given(st.dictionaries(st.text(st.characters(codec="utf-8")), json_values))
 @settings(deadline=None)
-def test_any_json_object_survives(value: dict[str, Any]) -> None:
+def test_any_json_object_round_trips(value: dict[str, Any]) -> None:
     text = to_json(parse_object(json.dumps(value).encode()))
     assert json.loads(text) == value
     assert to_json(parse_object(text.encode())) == text

@@ -1,4 +1,4 @@
-"""Random tokenizer files: token ids and texts are those of transformers, or the tokenizer is refused by key.
+"""Random tokenizer files: ids and texts match transformers, or the tokenizer is rejected.
 
 To run all 200: `pytest tests/test_random_tokenizers.py -m slow`; `python -m tests.test_random_tokenizers 1000` counts.
 """
@@ -32,7 +32,7 @@ REFUSALS = (
 
 
 def compare(folder: Path, seed: int) -> str:
-    """How the tokenizer was loaded, or why it was not. Fails where it differs from transformers'."""
+    """Return how the tokenizer was loaded, or its error. Fails if transformers differs."""
     write_random_tokenizer(folder, seed)
     theirs: Any = None
     failure = ""
@@ -102,7 +102,7 @@ def encode(tokenizer: Any, text: str, **options: bool) -> list[int] | None:
     "seed",
     [pytest.param(seed, marks=[] if seed < FEW else pytest.mark.slow) for seed in range(ALL)],
 )
-def test_a_random_tokenizer_is_as_in_transformers(tmp_path: Path, seed: int) -> None:
+def test_random_tokenizers_match_transformers(tmp_path: Path, seed: int) -> None:
     compare(tmp_path, seed)
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers as people have them: token ids and texts as in transformers, and no text lost without a word."""
+"""Tokenizers of common kinds: ids and texts match transformers, and lost text is reported."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def checkpoint(
     script: list[int] | None = None,
     **files: Any,
 ) -> Path:
-    """A tiny checkpoint with this tokenizer.json (None leaves it out), and JSON files by stem."""
+    """Write a tiny checkpoint with this tokenizer.json (None without), and JSON files by stem."""
     size = VOCAB_SIZE if tokenizer is None else max(VOCAB_SIZE, tokenizer.get_vocab_size())
     config = {"vocab_size": size} | files.pop("config", {})
     write_checkpoint(
@@ -87,7 +87,7 @@ def settings(model: Path, prompts: list[str], **changes: Any) -> JobConfig:
 
 
 def run(model: Path, prompts: list[str], **changes: Any) -> list[dict[str, Any]]:
-    """The rows of a greedy run of four tokens."""
+    """Return the rows of a greedy run of four tokens."""
     config = settings(model, prompts, **changes)
     run_job(config)
     rows: list[dict[str, Any]] = pq.read_table(
@@ -97,7 +97,7 @@ def run(model: Path, prompts: list[str], **changes: Any) -> list[dict[str, Any]]
 
 
 def encoded(model: Path, prompts: list[str], **changes: Any) -> list[list[int]]:
-    """The tokens of prompts, as a run of this checkpoint takes them."""
+    """Return the tokens of prompts in a run of this checkpoint."""
     config = settings(model, prompts, **changes)
     checkpoint = find_checkpoint(config.model)
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -106,7 +106,7 @@ def encoded(model: Path, prompts: list[str], **changes: Any) -> list[list[int]]:
 
 
 def expect_as_transformers(model: Path, prompts: list[str], **changes: Any) -> None:
-    """Tokens of prompts, and the text that recorded tokens add to them."""
+    """Compare the tokens of prompts, and the text that recorded tokens add to them."""
     theirs = auto_tokenizer(model)
     expected = [
         theirs(prompt, split_special_tokens=not changes.get("parse_special", False))["input_ids"]
@@ -121,13 +121,13 @@ def expect_as_transformers(model: Path, prompts: list[str], **changes: Any) -> N
 
 
 def verify(model: Path) -> set[str]:
-    """What verify finds in the rows of a run."""
+    """Return the findings of verify in the rows of a run."""
     run = RunReader(model.parent / f"{model.name}-out")
     return {verdict.outcome for verdict in verify_rows(LoadedRun(run, Overrides()), run.rows())}
 
 
 def gpt2_files(folder: Path, *, size: int = VOCAB_SIZE, **files: Any) -> Path:
-    """A checkpoint with vocab.json and merges.txt, as GPT-2's were first published."""
+    """Write a checkpoint with vocab.json and merges.txt, as GPT-2 was first published."""
     checkpoint(folder, config={"vocab_size": size}, **files)
     vocab = json.loads(byte_tokenizer().to_str())["model"]["vocab"]
     (folder / "vocab.json").write_text(json.dumps(vocab))
@@ -229,7 +229,7 @@ def test_prefix_space(tmp_path: Path, name: str) -> None:
         {"chat_template": "x", "padding_side": "left", "pad_token": END_OF_TEXT},
     ],
 )
-def test_harmless_keys_need_no_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_keys_without_effect_need_no_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
     model = checkpoint(
         tmp_path / "model",
         byte_tokenizer(),
@@ -250,7 +250,7 @@ def test_harmless_keys_need_no_transformers(tmp_path: Path, config: dict[str, An
     ],
     ids=lambda config: next(iter(config)),
 )
-def test_other_keys_are_for_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_other_keys_need_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
     model = checkpoint(
         tmp_path / "model", byte_tokenizer(), tokenizer_config=config, config={"vocab_size": 300}
     )
@@ -291,7 +291,7 @@ def test_gpt2_needs_no_transformers(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["pre-tokenizer", "normalizer", "decoder"])
-def test_a_tokenizer_json_that_transformers_rebuilds_is_a_warning(
+def test_a_tokenizer_json_that_transformers_rebuilds(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str
 ) -> None:
     """Without a tokenizer_config.json, transformers 5 makes a GPT2Tokenizer of it."""
@@ -319,7 +319,7 @@ def test_a_tokenizer_json_that_transformers_rebuilds_is_a_warning(
 
 
 @pytest.mark.parametrize("change", ["vocab", "added_tokens", "tokenizer_config"])
-def test_every_file_that_decides_makes_another_job(tmp_path: Path, change: str) -> None:
+def test_a_changed_tokenizer_file_is_another_job(tmp_path: Path, change: str) -> None:
     model = gpt2_files(tmp_path / "model", size=300)
     run(model, ["hi"])
     if change == "vocab":
@@ -332,7 +332,7 @@ def test_every_file_that_decides_makes_another_job(tmp_path: Path, change: str) 
         run(model, ["hi"])
 
 
-def test_a_key_that_decides_nothing_is_the_same_job(tmp_path: Path) -> None:
+def test_a_key_without_effect_is_the_same_job(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", byte_tokenizer())
     run(model, ["hi"])
     (model / "tokenizer_config.json").write_text(
@@ -344,7 +344,7 @@ def test_a_key_that_decides_nothing_is_the_same_job(tmp_path: Path) -> None:
 
 
 def test_a_run_of_an_earlier_version_is_verified(tmp_path: Path) -> None:
-    """It recorded the digest of three files, and knew no template."""
+    """That version recorded a digest of three files and had no templates."""
     tokenizer = byte_tokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
@@ -514,7 +514,7 @@ LLAMA = decoders.Sequence(
     ],
     ids=["metaspace", "llama", "wordpiece", "none", "bpe"],
 )
-def test_a_completion_is_what_its_tokens_add(
+def test_a_completion_is_the_text_that_its_tokens_add(
     tmp_path: Path,
     pre_tokenizer: Any,
     decoder: Any,
@@ -571,7 +571,7 @@ def test_clean_up_of_spaces(tmp_path: Path, clean_up: bool) -> None:
 
 
 def vocabulary_files(folder: Path, tokenizer_class: str | None, **names: str) -> Path:
-    """A checkpoint with files of a tokenizer under these names, and a class where one is given."""
+    """Write a checkpoint with tokenizer files of these names and an optional class."""
     model = gpt2_files(folder)
     contents = {name: (model / name).read_text() for name in ("vocab.json", "merges.txt")} | {
         "vocab.txt": "\n".join(BERT)
@@ -619,7 +619,7 @@ MADE_UP: dict[str, tuple[str | None, dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("name", MADE_UP)
-def test_a_vocabulary_that_nothing_reads_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_vocabulary_of_another_class_is_rejected(tmp_path: Path, name: str) -> None:
     tokenizer_class, files, message = MADE_UP[name]
     with pytest.raises(ModelError, match=message):
         load_tokenizer(vocabulary_files(tmp_path / "model", tokenizer_class, **files))
@@ -627,7 +627,7 @@ def test_a_vocabulary_that_nothing_reads_is_refused(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize("special", [[], [END_OF_TEXT], ["<s>", "</s>"]])
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
-def test_an_empty_vocabulary_is_refused(tmp_path: Path, special: list[str], kind: str) -> None:
+def test_an_empty_vocabulary_is_rejected(tmp_path: Path, special: list[str], kind: str) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.add_special_tokens(special)
     model = checkpoint(tmp_path / "model", tokenizer, tokenizer_config={"tokenizer_class": kind})
@@ -670,7 +670,7 @@ def test_a_byte_order_mark_is_named(tmp_path: Path, file: str, mark: bytes) -> N
 
 
 @pytest.mark.parametrize("file", ["config", "tokenizer_config"])
-def test_a_byte_order_mark_that_only_transformers_refuses(tmp_path: Path, file: str) -> None:
+def test_a_byte_order_mark_that_only_transformers_rejects(tmp_path: Path, file: str) -> None:
     model = checkpoint(
         tmp_path / "model", byte_tokenizer(), tokenizer_config={"model_max_length": 5}
     )
@@ -702,7 +702,7 @@ def test_a_class_that_cannot_read_the_tokenizer_json(tmp_path: Path, kind: str) 
 
 
 def letters(model: Any = None, *, pre_tokenizer: Any = None, normalizer: Any = None) -> Tokenizer:
-    """One token a letter, none for what is unknown."""
+    """Return a BPE with a token per letter and no unknown token."""
     tokenizer = Tokenizer(
         model
         or models.BPE(
@@ -771,7 +771,7 @@ def test_lost_text_is_an_error_row(tmp_path: Path, name: str) -> None:
         ("pre-tokenizer", ["A,B"], [[1, 2]]),
     ],
 )
-def test_lost_text_may_be_a_warning(
+def test_lost_text_as_a_warning(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     name: str,
@@ -789,7 +789,7 @@ def test_lost_text_may_be_a_warning(
     assert caplog.messages.count(expected) == 1
 
 
-def test_a_prompt_of_lost_characters_alone_is_always_an_error(tmp_path: Path) -> None:
+def test_a_prompt_of_lost_characters_only_is_an_error(tmp_path: Path) -> None:
     tokenizer = letters()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
@@ -940,7 +940,7 @@ def load(tokenizer: Tokenizer) -> PromptTokenizer:
 
 
 @pytest.mark.parametrize("token", [END_OF_TEXT, "<|stop|>", "<|other|>"])
-def test_special_tokens_in_prompts_are_text_and_a_warning(
+def test_special_tokens_in_prompts_are_text_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, token: str
 ) -> None:
     model = checkpoint(tmp_path / "model", byte_tokenizer())
@@ -970,9 +970,7 @@ def test_a_tokenizer_may_be_larger_than_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["BartTokenizer", "RobertaTokenizerFast", "BertTokenizer", "template"]
 )
-def test_a_template_with_tokens_that_the_model_lacks_stops_the_run(
-    tmp_path: Path, kind: str
-) -> None:
+def test_a_template_with_tokens_outside_of_the_model(tmp_path: Path, kind: str) -> None:
     tokenizer = byte_tokenizer()
     if kind == "template":
         tokenizer.add_special_tokens(["<end>"])
@@ -1031,7 +1029,7 @@ def test_a_vocabulary_of_words(tmp_path: Path, where: str, model_type: Any) -> N
         ({"added_tokens": "x"}, "added_tokens.json: a JSON object is needed"),
     ],
 )
-def test_what_is_refused_is_named(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+def test_rejected_tokenizers(tmp_path: Path, files: dict[str, Any], message: str) -> None:
     model = gpt2_files(tmp_path / "model", **files)
     with pytest.raises(ModelError, match=message):
         load_tokenizer(model)
@@ -1050,7 +1048,7 @@ def test_code_of_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model"])
-def test_a_sentencepiece_model_says_what_it_needs(tmp_path: Path, name: str) -> None:
+def test_a_sentencepiece_model_needs_packages(tmp_path: Path, name: str) -> None:
     model = checkpoint(tmp_path / "model", tokenizer_config={"tokenizer_class": "T5Tokenizer"})
     (model / name).write_bytes(b"abc")
     needs = "" if find_spec("sentencepiece") else "sentencepiece and protobuf must be installed"
@@ -1078,7 +1076,7 @@ def changed(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], object]) ->
 
 @pytest.mark.parametrize("dropout", [0.5, 0.1, 1.0])
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
-def test_dropout_is_refused(tmp_path: Path, dropout: float, kind: str) -> None:
+def test_dropout_is_rejected(tmp_path: Path, dropout: float, kind: str) -> None:
     model = checkpoint(
         tmp_path / "model", byte_tokenizer(), tokenizer_config={"tokenizer_class": kind}
     )
@@ -1113,7 +1111,7 @@ def charsmap(data: bytes) -> dict[str, Any]:
     ],
     ids=["charsmap", "charsmap-size", "regex", "empty", "nothing", "deep"],
 )
-def test_a_damaged_tokenizer_is_refused(
+def test_a_damaged_tokenizer_is_rejected(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str
 ) -> None:
     model = checkpoint(tmp_path / "model", byte_tokenizer())
@@ -1183,7 +1181,9 @@ def test_a_prompt_on_which_the_library_panics_is_an_error_row(
     assert "panicked" not in capfd.readouterr().err
 
 
-def test_a_decoder_that_panics_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_decoder_that_panics_is_an_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = letters(models.WordLevel({"A": 0, "a" * 60 + "!": 1}, unk_token="A"))
     tokenizer.decoder = decoders.Replace(RUNS_OUT, "")
     model = checkpoint(

@@ -20,7 +20,7 @@ Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
 
 
 def config_json(**changes: Any) -> dict[str, Any]:
-    """The content of config.json; a value of ... leaves a key out."""
+    """Return the content of config.json. A value of ... removes a key."""
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "bos_token_id": 0,
@@ -38,7 +38,7 @@ def config_json(**changes: Any) -> dict[str, Any]:
 def random_tensors(
     *, vocab_size: int = VOCAB_SIZE, prefix: str = "transformer.", script: Sequence[int] = ()
 ) -> Tensors:
-    """The tensors of a GPT-2 by name.
+    """Return the tensors of a GPT-2 by name.
 
     script: greedy, after p tokens of context, the network gives script[(p - 1) % len(script)]; empty makes it random.
     """
@@ -78,7 +78,7 @@ def random_tensors(
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A byte-level BPE of VOCAB_SIZE tokens."""
+    """Return a byte-level BPE of VOCAB_SIZE tokens."""
     tokens = [
         END_OF_TEXT,
         *sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -108,7 +108,7 @@ def write_checkpoint(
     tensors: Tensors | None = None,
     script: Sequence[int] = (),
 ) -> Path:
-    """A folder with config.json, model.safetensors and tokenizer.json, and generation_config.json where `generation` is given."""
+    """Write config.json, model.safetensors, tokenizer.json and, given `generation`, its config."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_json(**(config or {}))))
     if generation is not None:
