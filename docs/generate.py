@@ -118,7 +118,7 @@ def commands() -> str:
 
 
 def command_options(name: str) -> str:
-    """The usage line and the options of one command. Options of a config key are left out."""
+    """Return the usage line and the options of one command, but for those of a config key."""
     command = getattr(import_module(COMMANDS[name][0]), name.replace("-", "_"))
     context = click.Context(command, info_name=f"gptbatch {name}", parent=None)
     lines = _usage_and_options(command, context)
@@ -202,7 +202,7 @@ def _tree_line(name: str, purpose: str, *, indent: int) -> list[str]:
 
 
 def _purpose(path: Path) -> str:
-    """What a source file says of itself; empty for a file without a docstring or comment."""
+    """Return the first sentence of the docstring or of the leading comment; empty for none."""
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".py":
         description = ast.get_docstring(ast.parse(text)) or ""
@@ -253,7 +253,7 @@ def _option_default(option: click.Parameter) -> str:
 
 
 def _values(option: click.Parameter) -> str:
-    """The choices of an option, or the type of its value; empty for a flag."""
+    """Return the choices of an option, or the type of its value."""
     kind = option.type
     if isinstance(kind, click.Choice):
         return ", ".join(_code(str(choice)) for choice in kind.choices)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from gptbatch.jobs.cli import run_command
@@ -138,7 +139,7 @@ def test_nothing_private_is_in_the_text(page: Path) -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to the headings of a page."""
+    """Return the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.MULTILINE)
     return {
         re.sub(r"[^\w\- ]", "", heading.replace("`", "")).strip().lower().replace(" ", "-")
@@ -194,26 +195,39 @@ def tidy(text: str) -> str:
 
 @pytest.fixture(scope="session")
 def demo_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of the demo, which many examples read."""
+    """Run the demo once, for all examples that read its output."""
     folder = tmp_path_factory.mktemp("demo")
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         assert run_command(["generate", "--config", "demo"]) == 0
     return folder / "out"
 
 
+def test_the_table_of_readme_is_the_output_of_the_demo(demo_output: Path) -> None:
+    rows = {row["prompt_id"]: row for row in pq.read_table(demo_output / "demo").to_pylist()}
+    shown = re.findall(
+        r"^\| (demo-\d+) \|(.*)\|(.*)\| (\w+) \| (\d+) \|$", TEXTS[README], re.MULTILINE
+    )
+    assert len(shown) == 3
+    for prompt_id, prompt, completion, finish_reason, seed in shown:
+        row = rows[prompt_id]
+        assert (row["finish_reason"], str(row["seed"])) == (finish_reason, seed)
+        for text, cell in ((row["prompt"], prompt), (row["completion"], completion)):
+            assert text.replace("\n", "⏎").strip().startswith(cell.strip().removesuffix("…"))
+
+
 @pytest.fixture
 def reader_folder(tmp_path: Path, demo_output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as a reader has it who has run the demo, with `gptbatch` on the path."""
+    """Make a folder in which the demo was run, with `gptbatch` on the path, and go there."""
     folder = tmp_path / "work"
     folder.mkdir()
     shutil.copytree(demo_output, folder / "out")
     (folder / "prompts.jsonl").write_text('{"prompt": "KING:"}\n{"prompt": "QUEEN:"}\n')
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    command = bin_folder / "gptbatch"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gptbatch "$@"\n')
-    command.chmod(0o755)
-    (bin_folder / "python").symlink_to(sys.executable)
+    for name, program in (("python", ""), ("gptbatch", "-m gptbatch")):
+        command = bin_folder / name
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {program} "$@"\n')
+        command.chmod(0o755)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
@@ -223,7 +237,7 @@ def reader_folder(tmp_path: Path, demo_output: Path, monkeypatch: pytest.MonkeyP
 
 
 def console_steps(body: str) -> Iterator[tuple[str, str]]:
-    """The commands of a console block (`$ `, continued by `> `) and the output shown for each."""
+    """Yield each command of a console block (`$ `, then `> `) and the output shown for it."""
     command: list[str] = []
     output: list[str] = []
     for line in [*body.splitlines(), "$ "]:
@@ -244,7 +258,7 @@ PLAIN = re.compile(
 
 
 def run_console(command: str, capfd: pytest.CaptureFixture[str]) -> Ended:
-    """A plain `gptbatch ...` runs in this process, which has torch loaded; others run in bash."""
+    """Run a plain `gptbatch ...` in this process, which has torch loaded; others in bash."""
     plain = PLAIN.fullmatch(command.replace("\\\n", " "))
     if plain is None:
         done = subprocess.run(
