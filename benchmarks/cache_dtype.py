@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from gptbatch.pipeline.bench.networks import random_network
+from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.bench.shapes import shape_config
-from gptbatch.pipeline.kv_cache.interface import Backend, choose_backend
+from gptbatch.pipeline.kv_cache.interface import Backend, select_backend
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.gpt import GPT
@@ -35,7 +35,7 @@ def demo(attention: Backend, dtype: torch.dtype) -> GPT:
 
 
 def gpt2(attention: Backend, dtype: torch.dtype) -> GPT:
-    return random_network(shape_config("gpt2"), attention=attention, dtype=dtype, device=CPU)
+    return random_model(shape_config("gpt2"), attention=attention, dtype=dtype, device=CPU)
 
 
 @torch.inference_mode()
@@ -65,7 +65,7 @@ def measure(make: Make, dtype: torch.dtype) -> dict[str, float]:
 
 
 def main() -> None:
-    choose_backend("ragged", CPU)  # builds the kernels
+    select_backend("ragged", CPU)  # builds the kernels
     found = {}
     for name, make in {"demo": demo, "gpt2": gpt2}.items():
         for dtype in (torch.float32, torch.bfloat16):

@@ -232,7 +232,7 @@ def make_model(program: str, args: argparse.Namespace) -> Path:
     """The folder of the model that a program reads; made where it is not there."""
     folder: Path = args.folder / args.shape
     if not (folder / "model.safetensors").exists():
-        from gptbatch.pipeline.bench.networks import write_random_checkpoint
+        from gptbatch.pipeline.bench.random_model import write_random_checkpoint
 
         n_layer, n_head, n_embd = SHAPES[args.shape]
         write_random_checkpoint(folder, n_layer=n_layer, n_head=n_head, n_embd=n_embd)

@@ -18,11 +18,11 @@ import time
 import torch
 
 from gptbatch.pipeline.bench.measure import measure_reading
-from gptbatch.pipeline.bench.networks import random_network
+from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.bench.shapes import shape_config
 from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.engine.engine import STEP_TOKENS
-from gptbatch.pipeline.engine.next_tokens import next_tokens
+from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
 from gptbatch.pipeline.kv_cache.interface import KVCache
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.loading import prepare_model
@@ -52,7 +52,7 @@ def main() -> None:
         loaded = prepare_model(
             settings,
             CPU,
-            lambda attention, dtype: random_network(
+            lambda attention, dtype: random_model(
                 shape_config("gpt2"), attention=attention, dtype=dtype, device=CPU
             ),
             batch_invariance="off",
@@ -63,8 +63,8 @@ def main() -> None:
             for context, seconds in times.items():
                 growth = round(seconds / times[min(times)], 2)
                 n_bytes = (
-                    loaded.model.capacity_of([context + 1] * args.rows)
-                    * loaded.model.cache_bytes_a_token
+                    loaded.model.cache_spec.capacity_for([context + 1] * args.rows)
+                    * loaded.model.cache_spec.bytes_per_token
                 )
                 print(
                     f"{dtype:<9} cache {cache_dtype:<5} after {context:5d} tokens: {seconds * 1e3:7.1f} ms, {growth:.2f} times; "
@@ -93,7 +93,9 @@ def main() -> None:
 
 def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> dict[int, float]:
     """By context: the median time of a step that gives each row its next token."""
-    cache = model.new_cache(n_rows, capacity=model.capacity_of([max(contexts) + 1] * n_rows))
+    cache = model.new_cache(
+        n_rows, capacity=model.cache_spec.capacity_for([max(contexts) + 1] * n_rows)
+    )
     rng = random.Random(0)
     params = [
         SamplingParams(seed=row, temperature=0.8, top_k=40, max_new_tokens=1)
@@ -113,7 +115,9 @@ def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> 
             hidden = model.hidden(
                 cache, tokens=tokens, seq_indices=seq_indices, positions=[context] * n_rows
             )
-            next_tokens(model, hidden, params, [context] * n_rows, [SMALLEST_MARGIN] * n_rows)
+            sample_from_hidden(
+                model, hidden, params, [context] * n_rows, [SMALLEST_MARGIN] * n_rows
+            )
             seconds.append(time.perf_counter() - began)
         times[context] = statistics.median(seconds)
     return times
@@ -125,12 +129,14 @@ def prefill(
     for begin in range(first, last, STEP_TOKENS):
         positions = range(begin, min(last, begin + STEP_TOKENS))
         tokens = [rng.randrange(model.config.vocab_size) for _ in positions]
-        model.extend(
-            cache,
-            tokens=tokens,
-            seq_indices=[seq_index] * len(positions),
-            positions=positions,
-            logits_indices=[],
+        model.logits(
+            model.hidden(
+                cache,
+                tokens=tokens,
+                seq_indices=[seq_index] * len(positions),
+                positions=positions,
+                logits_indices=[],
+            )
         )
 
 

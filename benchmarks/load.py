@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from gptbatch.pipeline.bench.networks import write_random_checkpoint
+from gptbatch.pipeline.bench.random_model import write_random_checkpoint
 from gptbatch.pipeline.config import EngineConfig
-from gptbatch.pipeline.kv_cache.interface import choose_backend
+from gptbatch.pipeline.kv_cache.interface import select_backend
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import load_model
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    choose_backend("auto", torch.device("cpu"))
+    select_backend("auto", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(Path(folder))
         results = {}
@@ -61,14 +61,16 @@ def first_token_s(folder: Path, engine: EngineConfig) -> float:
         checkpoint, config, engine, torch.device("cpu"), batch_invariance="auto"
     ).model
     with torch.inference_mode():
-        cache = model.new_cache(1, capacity=model.capacity_of([len(PROMPT)]))
+        cache = model.new_cache(1, capacity=model.cache_spec.capacity_for([len(PROMPT)]))
         count = len(PROMPT)
-        model.extend(
-            cache,
-            tokens=PROMPT,
-            seq_indices=[0] * count,
-            positions=range(count),
-            logits_indices=[count - 1],
+        model.logits(
+            model.hidden(
+                cache,
+                tokens=PROMPT,
+                seq_indices=[0] * count,
+                positions=range(count),
+                logits_indices=[count - 1],
+            )
         ).argmax().item()
     return time.perf_counter() - began
 

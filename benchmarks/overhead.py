@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from gptbatch.pipeline import JobConfig, run_job
-from gptbatch.pipeline.bench.networks import write_random_checkpoint
+from gptbatch.pipeline.bench.random_model import write_random_checkpoint
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.input.prompt_reader import PromptReader
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer

@@ -96,7 +96,8 @@ def bench(context: click.Context, /, **options: Any) -> None:
 
 def _bench(options: dict[str, Any]) -> None:
     from gptbatch.pipeline.bench.measure import measure
-    from gptbatch.pipeline.engine.engine import STEP_TOKENS, Engine
+    from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
+    from gptbatch.pipeline.model.padding import STEP_TOKENS
 
     loaded = _network(options)
     model = loaded.model
@@ -110,8 +111,10 @@ def _bench(options: dict[str, Any]) -> None:
         batch_size=loaded.batch_size(options["batch_size"]),
         end_tokens=(),
         memory_bytes=loaded.cache_memory_bytes(None),
-        step_tokens=options["step_tokens"] or STEP_TOKENS,
-        share_prefixes=not options["no_sharing"],
+        scheduling=SchedulingOptions(
+            step_tokens=options["step_tokens"] or STEP_TOKENS,
+            share_prefixes=not options["no_sharing"],
+        ),
     )
     found = measure(engine, workload, repeats=options["repeats"], top_k=options["top_k"], said=echo)
     limits = found.limits
@@ -140,8 +143,8 @@ def _bench(options: dict[str, Any]) -> None:
         "workload": options["workload"],
         "top_k": options["top_k"],
         "batch_size": engine.batch_size,
-        "step_tokens": engine.step_tokens,
-        "share_prefixes": engine.share_prefixes,
+        "step_tokens": engine.scheduling.step_tokens,
+        "share_prefixes": engine.scheduling.share_prefixes,
         **_rounded(asdict(found)),
     }
     echo(json.dumps(summary))
@@ -212,7 +215,9 @@ def _at(steps: list[int], seconds: list[float], step: int) -> float:
 
 def _network(options: dict[str, Any]) -> Any:
     """The network that the options name, or one of that shape, checked as `generate` does."""
-    from gptbatch.pipeline.bench.networks import random_network
+    import torch
+
+    from gptbatch.pipeline.bench.random_model import random_model
     from gptbatch.pipeline.config import EngineConfig
     from gptbatch.pipeline.model.checkpoint import find_checkpoint
     from gptbatch.pipeline.model.config import parse_config
@@ -226,8 +231,12 @@ def _network(options: dict[str, Any]) -> Any:
         return prepare_model(
             engine,
             device,
-            lambda backend, dtype: random_network(
-                shape_config(options["shape"]), attention=backend, dtype=dtype, device=device
+            lambda backend: random_model(
+                shape_config(options["shape"]),
+                dtype=getattr(torch, engine.dtype),
+                device=device,
+                backend=backend,
+                cache_dtype=engine.cache_dtype,
             ),
             batch_invariance="auto",
         )
@@ -243,7 +252,7 @@ def _described(options: dict[str, Any], model: GPT) -> dict[str, Any]:
         "model": options["model"] or f"{options['shape']} with random weights",
         "dtype": options["dtype"],
         "cache_dtype": options["cache_dtype"],
-        "attention": model.attention,
+        "attention": model.backend.name,
         "linears": model.linear_kind,
         **describe_machine(model.device),
     }

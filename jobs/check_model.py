@@ -71,7 +71,7 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
         list(checkpoint.weights),
         dtype=torch.float32,
         device=torch.device("cpu"),
-        pack=False,
+        packed=False,
     )
     theirs = _load_with_transformers(checkpoint)
     tokenizer = PromptTokenizer(
@@ -153,8 +153,8 @@ def _compare_networks(
     """Compare logits and greedy tokens, step by step, of our network and of a copy of theirs in ours."""
     import torch
 
+    from gptbatch.pipeline.model.from_transformers import copy_model
     from gptbatch.pipeline.model.gpt import GPT
-    from gptbatch.pipeline.model.weights import copy_model
 
     copied = GPT(ours.config).eval()
     copy_model(copied, theirs)

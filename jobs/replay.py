@@ -186,7 +186,7 @@ def _step_in_json(step: StepTrace, text: TokenText) -> dict[str, Any]:
         **named(step.candidate),
         "rank": step.rank,
         "kept": step.kept,
-        "margin": step.margin,
+        "margin": step.decision_margin,
         "runners_up": [named(candidate) for candidate in step.runners_up],
     }
 
@@ -202,7 +202,7 @@ def _table(steps: tuple[StepTrace, ...], text_of_step: Callable[[int], TokenText
         runners_up = ", ".join(
             f"{text(step, candidate)} {candidate.probability:.3g}" for candidate in step.runners_up
         )
-        margin = "" if step.margin is None else f"{step.margin:.3g}"
+        margin = "" if step.decision_margin is None else f"{step.decision_margin:.3g}"
         lines.append(
             f"{step.step:>5} {step.candidate.token:>6} {text(step, step.candidate):<18} {step.candidate.probability:>11.3g} "
             f"{step.rank:>6} {step.kept:>6} {margin:>9}  {runners_up}"

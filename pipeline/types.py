@@ -16,6 +16,7 @@ ErrorKind = Literal[
     "bad_row", "too_long", "empty_prompt", "unknown_token", "unencodable", "not_finite", "skipped"
 ]
 StopReason = Literal["end_of_text", "max_new_tokens", "window"]
+WindowFull = Literal["stop", "slide"]
 
 MAX_SEED = 2**63 - 1
 DEFAULT_PART_ROWS = 512  # about a minute of gpt2 on a CPU: what a kill can cost

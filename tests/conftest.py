@@ -19,10 +19,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from gptbatch.jobs.train_demo import END_OF_TEXT, train_tokenizer
 from gptbatch.pipeline.kernels.build import KernelError, load_kernels
-from gptbatch.pipeline.kv_cache.interface import Backend
+from gptbatch.pipeline.kv_cache.quantization import CacheDtype
+from gptbatch.pipeline.kv_cache.spec import BACKENDS, BackendName
 from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.from_transformers import copy_model
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.weights import copy_model
+from gptbatch.pipeline.model.packing import pack
 from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
 from tests.launcher import Launcher
 from tests.processes import LIMIT_S, child_environment
@@ -75,22 +77,21 @@ def random_model(seed: int = 0, **shape: Any) -> GPT2LMHeadModel:
 def our_model(
     theirs: GPT2LMHeadModel,
     *,
-    pack: bool = True,
-    attention: Backend = "padded",
+    packed: bool = True,
+    attention: BackendName = "padded",
     dtype: torch.dtype = torch.float32,
+    cache_dtype: CacheDtype = "auto",
 ) -> GPT:
-    """Return a GPT with the weights of a transformers model, ready to run."""
+    """Return a packed GPT with these weights; skip the test without the C++ kernels."""
     if attention == "ragged" and not has_kernels():
         pytest.skip("no C++ compiler")
-    gpt = (
-        GPT(parse_config(theirs.config.to_dict(), "config"), attention=attention)
-        .eval()
-        .requires_grad_(False)
-    )
+    config = parse_config(theirs.config.to_dict(), "config")
+    gpt = GPT(config, backend=BACKENDS[attention], cache_dtype=cache_dtype)
+    gpt.eval().requires_grad_(False)
     copy_model(gpt, theirs)
     gpt = gpt.to(dtype)
-    if pack:
-        gpt.pack()
+    if packed:
+        pack(gpt)
     return gpt
 
 

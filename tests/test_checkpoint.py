@@ -844,7 +844,7 @@ def test_a_failing_disk_while_weights_are_read(
     def fail(*args: Any, **kw: Any) -> None:
         raise error
 
-    monkeypatch.setattr("gptbatch.pipeline.model.weights.safe_open", fail)
+    monkeypatch.setattr("gptbatch.pipeline.model.tensor_files.safe_open", fail)
     with pytest.raises(
         StorageError, match=r"model\.safetensors: cannot be read \(.*Input/output error"
     ):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from gptbatch.pipeline.engine import reference
-from gptbatch.pipeline.engine.engine import Engine, WindowFull
+from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
 from gptbatch.pipeline.kv_cache import padded
 from gptbatch.pipeline.kv_cache.padded import PaddedKVCache
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.types import Completion, RowError, TokenizedPrompt
+from gptbatch.pipeline.types import Completion, RowError, TokenizedPrompt, WindowFull
 from tests.conftest import our_model, random_model, tokenized
 
 END_OF_TEXT = 0
@@ -59,7 +59,7 @@ def run(
         batch_size=batch_size,
         end_tokens=end_tokens,
         window_full=window_full,
-        step_tokens=step_tokens,
+        scheduling=SchedulingOptions(step_tokens=step_tokens),
     )
     ended = [
         completion for completions in engine.generate(iter(prompts)) for completion in completions
@@ -228,7 +228,9 @@ def test_prompts_are_taken_as_slots_fall_free(model: GPT) -> None:
             taken += 1
             yield prompt
 
-    engine = Engine(model=model, batch_size=8, end_tokens=(), max_waiting=5)
+    engine = Engine(
+        model=model, batch_size=8, end_tokens=(), scheduling=SchedulingOptions(max_waiting=5)
+    )
     for completions in engine.generate(counted()):
         ended += len(completions)
         assert taken - ended <= engine.max_rows_held == 13
@@ -238,7 +240,7 @@ def test_prompts_are_taken_as_slots_fall_free(model: GPT) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("window_full", ["stop", "slide"])
 def test_engine_on_cuda_gives_the_tokens_of_the_reference_on_cuda(window_full: WindowFull) -> None:
-    on_cuda = our_model(random_model(), pack=False).to("cuda")
+    on_cuda = our_model(random_model(), packed=False).to("cuda")
     prompts = ragged_prompts(20, longest=64, max_new_tokens=80)
     expected = expect(on_cuda, prompts, window_full=window_full)
     assert outcome(run(on_cuda, prompts, batch_size=8, window_full=window_full)) == expected
@@ -249,7 +251,7 @@ def test_a_padded_cache_may_grow_while_rows_run(
     window_full: WindowFull, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is first made for a few new tokens; rows then retire, and move, in what it grew to."""
-    monkeypatch.setattr(padded, "RESERVE_TOKENS", 2)
+    monkeypatch.setattr(padded, "RESERVED_NEW_TOKENS", 2)
     model = our_model(random_model(), attention="padded")
     prompts = ragged_prompts(20, longest=20, max_new_tokens=60)
     assert outcome(run(model, prompts, batch_size=8, window_full=window_full)) == expect(
@@ -266,13 +268,18 @@ def test_memory_that_runs_out_while_rows_are_admitted_halves_the_batch(
     original = PaddedKVCache.allocate
 
     def allocate(
-        self: PaddedKVCache, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
+        self: PaddedKVCache,
+        seq_index: int,
+        token_ids: Sequence[int],
+        length: int,
+        *,
+        share_prefix: bool,
     ) -> int | None:
         nonlocal left
         if left:
             left -= 1
             raise MemoryError("not enough memory")
-        return original(self, seq_index, token_ids, length, share=share)
+        return original(self, seq_index, token_ids, length, share_prefix=share_prefix)
 
     model = our_model(random_model(), attention="padded")
     prompts = ragged_prompts(20)

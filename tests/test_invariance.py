@@ -24,22 +24,25 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from gptbatch.pipeline.engine import reference
-from gptbatch.pipeline.engine.engine import Engine, WindowFull, logits_bytes
+from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
-from gptbatch.pipeline.kv_cache.block_pool import IDLE_SHARE
-from gptbatch.pipeline.kv_cache.interface import Attention, Backend, KVCache
+from gptbatch.pipeline.kv_cache.block_pool import BLOCKS_PER_EVICTABLE_BLOCK
+from gptbatch.pipeline.kv_cache.interface import Attention, KVCache
 from gptbatch.pipeline.kv_cache.paged import PagedAttention, PagedKVCache
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype
-from gptbatch.pipeline.model.blocks import Block
+from gptbatch.pipeline.kv_cache.spec import BACKENDS, BackendName
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
-from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.linear import AS_IS, PADDING_PLANS, PaddingPlan, Projection
+from gptbatch.pipeline.model.gpt import GPT, Block
+from gptbatch.pipeline.model.linear import QKVProjection
+from gptbatch.pipeline.model.lm_head import logits_bytes
+from gptbatch.pipeline.model.packing import padding_plans, use_padding_plan
+from gptbatch.pipeline.model.padding import AS_IS, PADDING_PLANS, PaddingPlan
 from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 from gptbatch.pipeline.model.weights import load_gpt
 from gptbatch.pipeline.system.bundled import locate
-from gptbatch.pipeline.types import Completion, TokenizedPrompt
+from gptbatch.pipeline.types import Completion, TokenizedPrompt, WindowFull
 from tests.conftest import has_kernels, our_model, random_model, tokenized
 
 BATCH_SIZES = (1, 2, 3, 5, 8, 17, 64)
@@ -73,7 +76,7 @@ def run(
         batch_size=batch_size,
         end_tokens=end_tokens,
         window_full=window_full,
-        step_tokens=step_tokens,
+        scheduling=SchedulingOptions(step_tokens=step_tokens),
         record_logits=True,
     )
     ended = [
@@ -94,10 +97,10 @@ def threads(count: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=["ragged", "padded"])
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest) -> BackendName:
     if request.param == "ragged" and not has_kernels():
         pytest.skip("no C++ compiler")
-    chosen: Backend = request.param
+    chosen: BackendName = request.param
     return chosen
 
 
@@ -108,7 +111,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(scope="module")
-def demo(backend: Backend, dtype: torch.dtype) -> GPT:
+def demo(backend: BackendName, dtype: torch.dtype) -> GPT:
     """The bundled model."""
     checkpoint = find_checkpoint("bundled:demo/model")
     config = parse_config(checkpoint.config, "config")
@@ -118,13 +121,13 @@ def demo(backend: Backend, dtype: torch.dtype) -> GPT:
             list(checkpoint.weights),
             dtype=dtype,
             device=torch.device("cpu"),
-            attention=backend,
+            backend=BACKENDS[backend],
         )
     )
 
 
 @pytest.fixture(scope="module")
-def gpt2(backend: Backend, dtype: torch.dtype) -> GPT:
+def gpt2(backend: BackendName, dtype: torch.dtype) -> GPT:
     """The shape of gpt2, every weight and bias random."""
     return checked(our_model(random_model(**GPT2_SHAPE), attention=backend, dtype=dtype))
 
@@ -279,7 +282,11 @@ ODD_SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("onednn", [True, False], ids=["packed", "plain"])
 @pytest.mark.parametrize("name", ODD_SHAPES)
 def test_odd_shapes(
-    name: str, onednn: bool, backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    onednn: bool,
+    backend: BackendName,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With oneDNN and as on a machine without it; our own kernels are there with ragged attention."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
@@ -298,13 +305,13 @@ def test_odd_shapes(
 
 
 @pytest.mark.parametrize("plan", [AS_IS, *PADDING_PLANS], ids=lambda plan: plan.name)
-def test_every_row_plan_keeps_the_bits(plan: PaddingPlan, backend: Backend) -> None:
+def test_every_row_plan_keeps_the_bits(plan: PaddingPlan, backend: BackendName) -> None:
     """Each under itself: under another plan they may be other bits."""
     model = our_model(random_model(), attention=backend)
-    if plan not in model.padding_plans:
+    if plan not in padding_plans(model):
         pytest.skip("for our own kernel alone")
     assert select_batch_invariant_kernels(model).passed
-    model.use_padding_plan(plan)
+    use_padding_plan(model, plan)
     prompts = random_prompts(20, 300, longest=40, max_new_tokens=6)
     assert run(model, prompts, batch_size=20) == run(model, prompts, batch_size=1)
 
@@ -318,15 +325,19 @@ def check_chunks(model: GPT, sequences: list[list[int]], seed: int) -> None:
     rng = random.Random(seed)
     with torch.inference_mode():
         alone = [
-            model.extend(
-                model.new_cache(1), tokens=s, seq_indices=[0] * len(s), positions=range(len(s))
+            model.logits(
+                model.hidden(
+                    model.new_cache(1), tokens=s, seq_indices=[0] * len(s), positions=range(len(s))
+                )
             )
             for s in sequences
         ]
         cache = model.new_cache(1)
         for position, token in enumerate(sequences[0]):
             assert torch.equal(
-                model.extend(cache, tokens=[token], seq_indices=[0], positions=[position])[0],
+                model.logits(
+                    model.hidden(cache, tokens=[token], seq_indices=[0], positions=[position])
+                )[0],
                 alone[0][position],
             )
         cache = model.new_cache(len(sequences) + 3)
@@ -342,12 +353,14 @@ def check_chunks(model: GPT, sequences: list[list[int]], seed: int) -> None:
                 logits_indices = rng.sample(
                     range(len(batch)), rng.choice([0, len(batch) // 2, len(batch)])
                 )
-                logits = model.extend(
-                    cache,
-                    tokens=[sequences[i][position] for i, position in batch],
-                    seq_indices=[seq_indices[i] for i, _ in batch],
-                    positions=[position for _, position in batch],
-                    logits_indices=logits_indices,
+                logits = model.logits(
+                    model.hidden(
+                        cache,
+                        tokens=[sequences[i][position] for i, position in batch],
+                        seq_indices=[seq_indices[i] for i, _ in batch],
+                        positions=[position for _, position in batch],
+                        logits_indices=logits_indices,
+                    )
                 )
                 assert len(logits) == len(logits_indices)
                 assert all(
@@ -365,23 +378,29 @@ def test_prefill_decode_and_chunks(demo: GPT) -> None:
     )
 
 
-def test_a_growing_cache_keeps_what_it_holds(backend: Backend) -> None:
+def test_a_growing_cache_keeps_what_it_holds(backend: BackendName) -> None:
     model = our_model(random_model(), attention=backend)
     tokens = list(range(1, 61))
     with torch.inference_mode():
-        whole = model.extend(
-            model.new_cache(1), tokens=tokens, seq_indices=[0] * 60, positions=range(60)
+        whole = model.logits(
+            model.hidden(
+                model.new_cache(1), tokens=tokens, seq_indices=[0] * 60, positions=range(60)
+            )
         )
         cache = model.new_cache(3)
         rows = [
-            model.extend(cache, tokens=[t] * 3, seq_indices=[0, 1, 2], positions=[p] * 3)[1]
+            model.logits(
+                model.hidden(cache, tokens=[t] * 3, seq_indices=[0, 1, 2], positions=[p] * 3)
+            )[1]
             for p, t in enumerate(tokens)
         ]
     assert torch.equal(torch.stack(rows), whole)
 
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
-def test_what_a_cleared_slot_held_reaches_nobody(backend: Backend, cache_dtype: CacheDtype) -> None:
+def test_what_a_cleared_slot_held_reaches_nobody(
+    backend: BackendName, cache_dtype: CacheDtype
+) -> None:
     """0 x NaN is NaN: a position that nobody wrote must not enter a sum."""
     healthy = our_model(random_model(), attention=backend)
     healthy.cache_dtype = cache_dtype
@@ -389,11 +408,13 @@ def test_what_a_cleared_slot_held_reaches_nobody(backend: Backend, cache_dtype: 
 
         def both(cache: KVCache) -> Tensor:
             tokens = [7, 8, 9, *[10] * 35]
-            return healthy.extend(
-                cache,
-                tokens=tokens,
-                seq_indices=[0] * 3 + [1] * 35,
-                positions=[*range(3), *range(35)],
+            return healthy.logits(
+                healthy.hidden(
+                    cache,
+                    tokens=tokens,
+                    seq_indices=[0] * 3 + [1] * 35,
+                    positions=[*range(3), *range(35)],
+                )
             )
 
         expected = both(healthy.new_cache(2))
@@ -421,8 +442,8 @@ def test_pages_are_given_back() -> None:
     cache = engine._cache
     assert isinstance(cache, PagedKVCache)
     pool = cache.pool
-    assert (pool.in_use, pool.n_blocks) == (0, 4 * 4)
-    assert pool.idle <= 4 * 4 // IDLE_SHARE
+    assert (pool.n_in_use, pool.n_blocks) == (0, 4 * 4)
+    assert pool.n_evictable <= 4 * 4 // BLOCKS_PER_EVICTABLE_BLOCK
 
 
 # -- an int8 cache ---------------------------------------------------------------------------------------------------------
@@ -432,7 +453,7 @@ def test_pages_are_given_back() -> None:
     "shape", [{}, {"n_embd": 100, "n_head": 1}, {"n_embd": 30, "n_head": 10}], ids=["8", "100", "3"]
 )
 def test_an_int8_cache_is_as_exact(
-    shape: dict[str, int], backend: Backend, dtype: torch.dtype
+    shape: dict[str, int], backend: BackendName, dtype: torch.dtype
 ) -> None:
     """Other logits than with a full cache, and not far from them; but the same whatever the batch, in chunks and alone."""
     model = our_model(random_model(n_positions=160, **shape), attention=backend, dtype=dtype)
@@ -494,7 +515,9 @@ def test_both_backends_keep_the_same_int8() -> None:
     assert apart.max() > 0
 
 
-def test_what_is_not_finite_in_an_int8_cache_reaches_those_that_see_it(backend: Backend) -> None:
+def test_what_is_not_finite_in_an_int8_cache_reaches_those_that_see_it(
+    backend: BackendName,
+) -> None:
     """A key with NaN or infinity, a value, and a score that overflows, each in one head; and nobody else, although they share pages.
 
     On padded a value also reaches up to 15 queries of its own row before it: their width is rounded up, and 0 x NaN is NaN.
@@ -570,7 +593,7 @@ class FlashCache:
         self.model = model
 
     def allocate(
-        self, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
+        self, seq_index: int, token_ids: Sequence[int], length: int, *, share_prefix: bool
     ) -> int | None:
         raise NotImplementedError
 
@@ -608,25 +631,33 @@ class FlashCache:
 def test_the_comparison_has_teeth() -> None:
     """Plain linears at as many rows as there are, and flash attention: the same sequences alone and together differ in bits."""
     model = our_model(
-        random_model(n_layer=2, n_head=4, n_embd=256, vocab_size=1000, n_positions=128), pack=False
+        random_model(n_layer=2, n_head=4, n_embd=256, vocab_size=1000, n_positions=128),
+        packed=False,
     )
-    model.use_padding_plan(AS_IS)
+    use_padding_plan(model, AS_IS)
     rng = random.Random(0)
     sequences = [
         [rng.randrange(1000) for _ in range(length)] for length in (1, 2, 3, 5, 6, 7, 9, 40, 41, 90)
     ]
     with torch.inference_mode():
-        together = model.extend(
-            FlashCache(model),
-            tokens=[token for s in sequences for token in s],
-            seq_indices=[i for i, s in enumerate(sequences) for _ in s],
-            positions=[position for s in sequences for position in range(len(s))],
+        together = model.logits(
+            model.hidden(
+                FlashCache(model),
+                tokens=[token for s in sequences for token in s],
+                seq_indices=[i for i, s in enumerate(sequences) for _ in s],
+                positions=[position for s in sequences for position in range(len(s))],
+            )
         )
         first, differing = 0, 0
         for sequence in sequences:
             count = len(sequence)
-            alone = model.extend(
-                FlashCache(model), tokens=sequence, seq_indices=[0] * count, positions=range(count)
+            alone = model.logits(
+                model.hidden(
+                    FlashCache(model),
+                    tokens=sequence,
+                    seq_indices=[0] * count,
+                    positions=range(count),
+                )
             )
             assert torch.allclose(alone, together[first : first + count], atol=1e-4)
             differing += not torch.equal(alone, together[first : first + count])
@@ -655,7 +686,7 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
         dtype=dtype,
     )
     model.cache_dtype = cache_dtype
-    if not model.blocks.in_one_call:
+    if not model.blocks.fused:
         pytest.skip("this CPU has no linear of ours in this dtype")
     together, separate = model.new_cache(12), model.new_cache(12)
     assert isinstance(together, PagedKVCache)
@@ -705,12 +736,7 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
             )
     assert max(lengths) > 300
     names = {event.key for event in profiler.key_averages()}
-    assert {
-        "gptbatch::transformer_blocks",
-        "gptbatch::paged_attention",
-        "gptbatch::linear",
-        "gptbatch::layer_norm",
-    } <= names
+    assert {"gptbatch::transformer_blocks", "gptbatch::paged_attention", "gptbatch::linear", "gptbatch::layer_norm"} <= names
     rounds = -(-n_head // n_threads)
     by_head = (
         rounds > 1
@@ -729,7 +755,7 @@ def test_rows_that_belong_to_nobody_get_no_attention() -> None:
         model.blocks[0].get_submodule("attn_qkv"),
     )
     assert isinstance(attention, PagedAttention)
-    assert isinstance(projection, Projection)
+    assert isinstance(projection, QKVProjection)
     x = torch.randn(5, 64)
     for out in (
         attention(0, projection(x), 0.2),
@@ -740,17 +766,17 @@ def test_rows_that_belong_to_nobody_get_no_attention() -> None:
 
 
 def qkv_paged_attention(
-    attention: PagedAttention, x: Tensor, projection: Projection, scale: float
+    attention: PagedAttention, x: Tensor, projection: QKVProjection, scale: float
 ) -> Tensor:
     cache = attention.cache
-    of_call = (cache.table, attention.seq_indices, attention.positions, scale)
+    of_call = (cache.block_table, attention.seq_indices, attention.positions, scale)
     out: Tensor = torch.ops.gptbatch.qkv_paged_attention(
         x, projection.packed, projection.bias, cache.layers[0], *of_call
     )
     return out
 
 
-def test_the_last_block_leaves_out_what_nobody_wants(backend: Backend) -> None:
+def test_the_last_block_leaves_out_what_nobody_wants(backend: BackendName) -> None:
     model = our_model(random_model(), attention=backend)
     linears = (
         "gptbatch::linear",
@@ -770,7 +796,7 @@ def test_the_last_block_leaves_out_what_nobody_wants(backend: Backend) -> None:
             logits_indices=[3, 39],
         )
     rows = [event.input_shapes[0][0] for event in profiler.events() if event.name in linears]
-    few = model.padding_plan.rows(2)
+    few = model.padding_plan.padded(2)
     assert rows == [40] * 5 + [few] * 3, "four linears of each block, and keys and values for all"
 
 
@@ -830,7 +856,7 @@ def test_the_kernel_shares_the_threads_of_torch() -> None:
 
 @pytest.mark.cuda
 def test_rows_on_cuda_do_not_depend_on_the_batch() -> None:
-    model = our_model(random_model(), pack=False).to("cuda")
+    model = our_model(random_model(), packed=False).to("cuda")
     if not select_batch_invariant_kernels(model).passed:
         pytest.skip("this GPU is not exact")
     prompts = random_prompts(40, 300, longest=40, max_new_tokens=10)
@@ -842,7 +868,7 @@ def test_cpu_and_cuda_rows_that_differ_have_small_margins() -> None:
     theirs = random_model(n_layer=4, n_embd=128, vocab_size=2000, n_positions=128)
     prompts = random_prompts(200, 2000, longest=40, max_new_tokens=30)
     on_cpu = run(our_model(theirs), prompts, batch_size=64)
-    on_cuda = run(our_model(theirs, pack=False).to("cuda"), prompts, batch_size=64)
+    on_cuda = run(our_model(theirs, packed=False).to("cuda"), prompts, batch_size=64)
     differing = [index for index in on_cpu if on_cpu[index][0] != on_cuda[index][0]]
     print(f"{len(differing)} of {len(prompts)} rows differ")
     assert len(differing) < 0.1 * len(prompts)

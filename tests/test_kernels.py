@@ -21,7 +21,7 @@ from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.kernels import build
 from gptbatch.pipeline.kernels.build import KernelError, build_kernels
-from gptbatch.pipeline.kv_cache.interface import choose_backend
+from gptbatch.pipeline.kv_cache.interface import select_backend
 from gptbatch.pipeline.model.config import Activation
 from gptbatch.pipeline.model.linear import ACTIVATIONS, use_threads
 from gptbatch.pipeline.types import SamplingParams
@@ -326,10 +326,10 @@ def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
 
 def test_ragged_is_for_cpus() -> None:
     with pytest.raises(DeviceError, match="CPU only"):
-        choose_backend("ragged", torch.device("cuda"))
+        select_backend("ragged", torch.device("cuda"))
     assert (
-        choose_backend("auto", torch.device("cuda"))
-        == choose_backend("padded", torch.device("cpu"))
+        select_backend("auto", torch.device("cuda"))
+        == select_backend("padded", torch.device("cpu"))
         == "padded"
     )
 
@@ -550,8 +550,8 @@ def test_the_kernel_chooses_the_tokens_that_torch_chooses(
         )
         assert [choice.token for choice in ours] == [choice.token for choice in theirs]
         for row, a, b in zip(rows, ours, theirs, strict=True):
-            assert a.margin == b.margin or a.margin == pytest.approx(
-                b.margin, rel=1e-9, abs=1e-9 * max(1, row.temperature)
+            assert a.decision_margin == b.decision_margin or a.decision_margin == pytest.approx(
+                b.decision_margin, rel=1e-9, abs=1e-9 * max(1, row.temperature)
             )
         with use_threads(3):
             assert sample_tokens(logits, rows, steps, bounds, native=True) == ours

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from gptbatch.pipeline.model.blocks import Block
 from gptbatch.pipeline.model.config import parse_config
-from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.linear import PADDING_PLANS, PaddingPlan
-from gptbatch.pipeline.model.weights import copy_block, copy_model, copy_parameter
+from gptbatch.pipeline.model.from_transformers import copy_block, copy_model, copy_parameter
+from gptbatch.pipeline.model.gpt import GPT, Block
+from gptbatch.pipeline.model.packing import pack, use_padding_plan
+from gptbatch.pipeline.model.padding import PADDING_PLANS, PaddingPlan
 from tests.conftest import our_model, random_model
 
 SWITCHES: dict[str, dict[str, Any]] = {  # each changes the numbers
@@ -41,14 +41,14 @@ def largest_difference(theirs: GPT2LMHeadModel, ours: GPT, idx: torch.Tensor) ->
         return float((theirs(idx).logits - ours(idx)).abs().max())
 
 
-@pytest.mark.parametrize("pack", [False, True], ids=["plain-linears", "packed-linears"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain-linears", "packed-linears"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_agree_with_transformers(name: str, pack: bool) -> None:
+def test_logits_agree_with_transformers(name: str, packed: bool) -> None:
     theirs = random_model(**SHAPES[name])
     idx = torch.randint(
         0, theirs.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1)
     )
-    assert largest_difference(theirs, our_model(theirs, pack=pack), idx) <= TOLERANCE
+    assert largest_difference(theirs, our_model(theirs, packed=packed), idx) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -62,9 +62,9 @@ def test_the_comparison_notices_a_switch_that_is_ignored(name: str) -> None:
 @pytest.mark.slow
 def test_logits_agree_on_the_full_gpt2_shape() -> None:
     theirs = random_model(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024)
-    ours = our_model(theirs, pack=False)
+    ours = our_model(theirs, packed=False)
     assert ours.parameter_count() == 163_037_184
-    ours.pack()
+    pack(ours)
     idx = torch.randint(0, 50257, (2, 96), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected, logits = theirs(idx).logits, ours(idx)
@@ -76,7 +76,7 @@ def test_parameter_count_is_that_of_transformers() -> None:
     for shape in ({}, {"tie_word_embeddings": False}):
         theirs = random_model(**shape)
         expected = sum(p.numel() for _, p in theirs.named_parameters(remove_duplicate=False))
-        assert our_model(theirs, pack=False).parameter_count() == expected
+        assert our_model(theirs, packed=False).parameter_count() == expected
 
 
 @pytest.mark.parametrize("length", [0, 65, 1000])
@@ -115,7 +115,7 @@ def test_copying_refuses_other_shapes() -> None:
     assert target.tolist() == [[0, 3], [1, 4], [2, 5]]
     small, large = random_model(), random_model(n_layer=3)
     with pytest.raises(ValueError, match="3 blocks into one of 2"):
-        copy_model(our_model(small, pack=False), large)
+        copy_model(our_model(small, packed=False), large)
 
 
 def test_copy_block_copies_one_block() -> None:
@@ -131,7 +131,7 @@ def test_copy_block_copies_one_block() -> None:
 
 def test_row_counts_are_few_and_waste_little() -> None:
     rounded, more, constant = (
-        [plan.rows(rows) for rows in range(1, 4097)] for plan in PADDING_PLANS
+        [plan.padded(rows) for rows in range(1, 4097)] for plan in PADDING_PLANS
     )
     assert all(
         rows <= up <= max(rows + 7, rows * 9 / 8) for rows, up in enumerate(rounded, start=1)
@@ -143,12 +143,12 @@ def test_row_counts_are_few_and_waste_little() -> None:
 
 
 @pytest.mark.parametrize("plan", PADDING_PLANS, ids=lambda plan: plan.name)
-@pytest.mark.parametrize("pack", [True, False])
-def test_rows_that_fill_up_a_batch_change_no_number(plan: PaddingPlan, pack: bool) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_that_fill_up_a_batch_change_no_number(plan: PaddingPlan, packed: bool) -> None:
     theirs = random_model()
     idx = torch.randint(0, 300, (11, 9), generator=torch.Generator().manual_seed(3))
-    ours = our_model(theirs, pack=pack)
-    ours.use_padding_plan(plan)
+    ours = our_model(theirs, packed=packed)
+    use_padding_plan(ours, plan)
     with torch.inference_mode():
         assert (theirs(idx).logits - ours(idx)).abs().max() <= TOLERANCE
         assert ours(idx[:1, :1]).shape == (1, 1, 300)
@@ -158,7 +158,7 @@ def test_rows_that_fill_up_a_batch_change_no_number(plan: PaddingPlan, pack: boo
 @pytest.mark.parametrize("name", ["plain", "odd-sizes", "scaled-by-layer", "untied"])
 def test_logits_on_cuda_agree_with_transformers_on_cpu(name: str) -> None:
     theirs = random_model(**SHAPES[name])
-    ours = our_model(theirs, pack=False).to("cuda")
+    ours = our_model(theirs, packed=False).to("cuda")
     idx = torch.randint(
         0, theirs.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1)
     )

@@ -188,17 +188,7 @@ def test_rows_keep_their_own_parameters() -> None:
     assert together == [
         tokens_of(logits[i : i + 1], rows[i : i + 1], steps[i : i + 1])[0] for i in range(40)
     ]
-    assert together == [
-        sample_token(
-            logits[i],
-            temperature=p.temperature,
-            sample=p.temperature > 0,
-            top_k=p.top_k,
-            seed=p.seed,
-            step=steps[i],
-        )
-        for i, p in enumerate(rows)
-    ]
+    assert together == [sample_token(logits[i], p, steps[i]) for i, p in enumerate(rows)]
 
 
 @pytest.mark.parametrize("top_k", [0, 2])
@@ -236,9 +226,7 @@ def naive_margin(logits: torch.Tensor, p: SamplingParams, step: int) -> float | 
     scores = logits.double() + p.temperature * gumbel(torch.tensor(p.seed), torch.tensor(step), ids)
     kth = torch.sort(logits, descending=True).values[(min(p.top_k, len(logits)) or len(logits)) - 1]
     kept = logits >= kth
-    winner = sample_token(
-        logits, temperature=p.temperature, sample=True, top_k=p.top_k, seed=p.seed, step=step
-    )
+    winner = sample_token(logits, p, step)
     distances = [(scores[winner] - scores[j]).item() for j in ids if kept[j] and j != winner]
     distances += [(logits[winner].double() - logits[j].double()).item() for j in ids if not kept[j]]
     distances += [
@@ -262,12 +250,15 @@ def test_margins_are_as_defined(vocab_size: int, dtype: torch.dtype) -> None:
     ]
     expected = [naive_margin(logits[i], p, i % 3) for i, p in enumerate(rows)]
     choices = sample_tokens(logits, rows, [i % 3 for i in range(300)])
-    assert [choice.margin for choice in choices] == expected
-    assert len({choice.margin for choice in choices}) > (20 if dtype == torch.bfloat16 else 200)
+    assert [choice.decision_margin for choice in choices] == expected
+    assert len({choice.decision_margin for choice in choices}) > (
+        20 if dtype == torch.bfloat16 else 200
+    )
     # a bound may hide larger margins only
     bounds = [0.4] * 300
     bounded = [
-        choice.margin for choice in sample_tokens(logits, rows, [i % 3 for i in range(300)], bounds)
+        choice.decision_margin
+        for choice in sample_tokens(logits, rows, [i % 3 for i in range(300)], bounds)
     ]
     few = [(p.top_k not in (0, 500) and p.top_k < vocab_size) or p.temperature == 0 for p in rows]
     assert [m for m, f in zip(bounded, few, strict=True) if f] == [
@@ -284,7 +275,7 @@ def test_no_change_of_less_than_half_the_margin_changes_the_token() -> None:
     logits = torch.randn(400, 50, generator=generator, dtype=torch.float64) * 2
     rows = [params(s, temperature=(0, 0.7, 2)[s % 3], top_k=(0, 1)[s % 2]) for s in range(400)]
     choices = sample_tokens(logits, rows, [0] * 400)
-    margins = torch.tensor([choice.margin or 0.0 for choice in choices])[:, None]
+    margins = torch.tensor([choice.decision_margin or 0.0 for choice in choices])[:, None]
     changed = 0
     for _ in range(20):
         signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1

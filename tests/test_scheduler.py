@@ -11,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptbatch.pipeline.engine import reference
-from gptbatch.pipeline.engine.engine import Engine
-from gptbatch.pipeline.engine.scheduler import LEAST_PREFILL_TOKENS, MOST_PASSES, Scheduler
-from gptbatch.pipeline.kv_cache.block_pool import IDLE_SHARE, BlockPool, blocks_for
+from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
+from gptbatch.pipeline.engine.scheduler import (
+    MAX_PASSED_OVER_PER_SEQ,
+    MIN_PREFILL_TOKENS,
+    Scheduler,
+)
+from gptbatch.pipeline.kv_cache.block_pool import BLOCKS_PER_EVICTABLE_BLOCK, BlockPool, blocks_for
 from gptbatch.pipeline.kv_cache.paged import PagedKVCache
 from gptbatch.pipeline.kv_cache.quantization import BLOCK_SIZES
 from gptbatch.pipeline.model.gpt import GPT
@@ -48,12 +52,12 @@ class Model:
 
     def step(self, seq_index: int, first: int, tokens: list[int], context: list[int]) -> None:
         for position in range(first, first + len(tokens)):
-            page, _ = self.pool.page_of(seq_index, position)
+            page, _ = self.pool.block_at(seq_index, position)
             self.content[page, position % self.pool.block_size] = tuple(context[: position + 1])
 
     def check(self, seq_index: int, last: int, context: list[int]) -> None:
         for position in range(last):
-            page, new = self.pool.page_of(seq_index, position)
+            page, new = self.pool.block_at(seq_index, position)
             assert not new
             assert self.content[page, position % self.pool.block_size] == tuple(
                 context[: position + 1]
@@ -88,9 +92,9 @@ def test_every_row_once_and_no_page_is_lost(
         cache=pool,
         max_seqs=max_seqs,
         n_positions=N_POSITIONS,
-        step_tokens=step_tokens,
-        spread=spread,
-        share=share,
+        max_step_tokens=step_tokens,
+        interleave_prefill=spread,
+        share_prefixes=share,
     )
     incoming, ended = iter(prompts), []
     reused = 0
@@ -101,33 +105,33 @@ def test_every_row_once_and_no_page_is_lost(
             scheduler.add(source)
         if not scheduler.running and not scheduler.waiting:
             break
-        chunks = scheduler.plan()
+        chunks = scheduler.schedule()
         assert chunks, "something moves in every step"
         assert len({chunk.seq_index for chunk in chunks}) == len(chunks) <= max_seqs
         assert sum(len(chunk.tokens) for chunk in chunks) <= max(
-            step_tokens, max_seqs + LEAST_PREFILL_TOKENS
+            step_tokens, max_seqs + MIN_PREFILL_TOKENS
         ) + (max_seqs if spread else 0)
         for chunk in chunks:  # all is written before anything is read, as in attention
             model.step(chunk.seq_index, chunk.first, chunk.tokens, chunk.sequence.tokens)
         for chunk in chunks:
             sequence = chunk.sequence
             model.check(chunk.seq_index, chunk.first + len(chunk.tokens), sequence.tokens)
-            if chunk.ends:
+            if chunk.needs_logits:
                 sequence.tokens.append(sum(sequence.tokens) % 3)
                 if (
-                    sequence.new_tokens == sequence.source.prompt.params.max_new_tokens
+                    sequence.num_new_tokens == sequence.source.prompt.params.max_new_tokens
                     or len(sequence.tokens) > N_POSITIONS
                 ):
                     sequence.stop_reason = "max_new_tokens"
-        assert pool.in_use + pool.idle <= n_blocks
-        for sequence in scheduler.retire():
+        assert pool.n_in_use + pool.n_evictable <= n_blocks
+        for sequence in scheduler.free_finished():
             ended.append(sequence.source.prompt.index)
-            reused += sequence.cached_tokens
-        assert pool.idle <= n_blocks // IDLE_SHARE
+            reused += sequence.num_cached_tokens
+        assert pool.n_evictable <= n_blocks // BLOCKS_PER_EVICTABLE_BLOCK
     assert sorted(ended) == list(range(len(prompts)))
-    assert pool.in_use == 0
+    assert pool.n_in_use == 0
     free = [
-        pool.page_of(0, position)[0] for position in range(0, n_blocks * block_size, block_size)
+        pool.block_at(0, position)[0] for position in range(0, n_blocks * block_size, block_size)
     ]
     assert sorted(free) == list(range(n_blocks)), "every page can be had again"
     if not share:
@@ -136,56 +140,59 @@ def test_every_row_once_and_no_page_is_lost(
 
 def test_the_longest_goes_first_but_nobody_waits_for_ever() -> None:
     pool = BlockPool(1, 6, BLOCK_TOKENS)
-    scheduler = Scheduler(cache=pool, max_seqs=1, n_positions=N_POSITIONS, step_tokens=100)
+    scheduler = Scheduler(cache=pool, max_seqs=1, n_positions=N_POSITIONS, max_step_tokens=100)
     scheduler.add(tokenized(0, [0], max_new_tokens=1))
     for index in range(1, 4):
         scheduler.add(tokenized(index, [0], max_new_tokens=10 * index))
     order = []
     for index in range(4, 20):
-        (chunk,) = scheduler.plan()
+        (chunk,) = scheduler.schedule()
         order.append(chunk.sequence.source.prompt.index)
         chunk.sequence.stop_reason = "max_new_tokens"
-        scheduler.retire()
+        scheduler.free_finished()
         scheduler.add(tokenized(index, [0], max_new_tokens=50))
     assert order[:4] == [3, 4, 5, 6], "of equals the first"
-    assert order.index(0) == MOST_PASSES, "passed over so often, and no more"
+    assert order.index(0) == MAX_PASSED_OVER_PER_SEQ, "passed over so often, and no more"
 
 
 def test_rows_that_arrive_together_share_what_is_not_computed_yet() -> None:
     header = list(range(40))
     pool = BlockPool(3, 30, BLOCK_TOKENS)
-    scheduler = Scheduler(cache=pool, max_seqs=3, n_positions=N_POSITIONS, step_tokens=1000)
+    scheduler = Scheduler(cache=pool, max_seqs=3, n_positions=N_POSITIONS, max_step_tokens=1000)
     for index in range(3):
         scheduler.add(tokenized(index, [*header, 100 + index], max_new_tokens=5))
-    chunks = scheduler.plan()
+    chunks = scheduler.schedule()
     assert [(chunk.first, len(chunk.tokens)) for chunk in chunks] == [(0, 41), (32, 9), (32, 9)], (
         "in the same step, whole pages"
     )
     small = Scheduler(
-        cache=BlockPool(3, 30, BLOCK_TOKENS), max_seqs=3, n_positions=N_POSITIONS, step_tokens=32
+        cache=BlockPool(3, 30, BLOCK_TOKENS),
+        max_seqs=3,
+        n_positions=N_POSITIONS,
+        max_step_tokens=32,
     )
     for index in range(3):
         small.add(tokenized(index, [*header, *range(100 + index, 120)], max_new_tokens=5))
-    assert [(chunk.seq_index, len(chunk.tokens)) for chunk in small.plan()] == [(0, 32)]
-    assert [(chunk.seq_index, chunk.first) for chunk in small.plan()] == [(0, 32), (1, 32)], (
+    assert [(chunk.seq_index, len(chunk.tokens)) for chunk in small.schedule()] == [(0, 32)]
+    assert [(chunk.seq_index, chunk.first) for chunk in small.schedule()] == [(0, 32), (1, 32)], (
         "the others come once the prefix is there"
     )
 
 
 def test_idle_prefixes_are_kept_and_those_that_nobody_shared_go_first() -> None:
-    pool = BlockPool(2, 8 * IDLE_SHARE, BLOCK_TOKENS)
+    pool = BlockPool(2, 8 * BLOCKS_PER_EVICTABLE_BLOCK, BLOCK_TOKENS)
     shared, alone = [1] * 33, [2] * 97
     for token_ids in (shared, shared, alone):
-        assert pool.allocate(0, token_ids, len(token_ids), share=True) is not None
+        assert pool.allocate(0, token_ids, len(token_ids), share_prefix=True) is not None
         pool.mark_computed(0, 0, len(token_ids))
         pool.free(0)
-    assert pool.idle == 8
-    pool.allocate(1, [3] * 97, 97, share=True)
+    assert pool.n_evictable == 8
+    pool.allocate(1, [3] * 97, 97, share_prefix=True)
     pool.mark_computed(1, 0, 97)
     pool.free(1)
-    assert pool.idle == 8
-    assert pool.allocate(0, shared, 33, share=True) == 32, "still there"
-    assert pool.allocate(1, alone, 97, share=True) == 0, "gone"
+    assert pool.n_evictable == 8
+    assert pool.allocate(0, shared, 33, share_prefix=True) == 32, "still there"
+    assert pool.allocate(1, alone, 97, share_prefix=True) == 0, "gone"
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -198,8 +205,8 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
         random_model(n_positions=N_POSITIONS),
         attention="ragged",
         dtype=rng.choice([torch.float32, torch.bfloat16]),
+        cache_dtype=rng.choice(["auto", "int8"]),
     )
-    model.cache_dtype = rng.choice(["auto", "int8"])
     vocab_size = model.config.vocab_size
     header = [rng.randrange(vocab_size) for _ in range(80)]
     prompts = []
@@ -223,11 +230,12 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
         batch_size=rng.randint(1, 12),
         end_tokens=(7,),
         window_full="slide",
-        step_tokens=rng.randint(1, 150),
-        max_waiting=rng.randrange(20),
+        scheduling=SchedulingOptions(
+            step_tokens=rng.randint(1, 150), max_waiting=rng.randrange(20)
+        ),
         memory_bytes=rng.randint(8, 60)
         * BLOCK_SIZES[model.cache_dtype]
-        * model.cache_bytes_a_token,
+        * model.cache_spec.bytes_per_token,
     )
     for _ in range(2):  # the second time with what the first has left in the cache
         ended = [
@@ -243,4 +251,4 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
     assert engine.stats.cached_tokens > 0 or engine.batch_size == 1
     cache = engine._cache
     assert isinstance(cache, PagedKVCache)
-    assert cache.pool.in_use == 0
+    assert cache.pool.n_in_use == 0

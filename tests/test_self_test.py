@@ -18,12 +18,13 @@ from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import DeviceError, OutputConflictError
 from gptbatch.pipeline.kv_cache import padded
-from gptbatch.pipeline.kv_cache.interface import Backend
 from gptbatch.pipeline.kv_cache.padded import PaddedAttention, PaddedKVCache
+from gptbatch.pipeline.kv_cache.spec import BackendName
 from gptbatch.pipeline.model import self_test
-from gptbatch.pipeline.model.blocks import Block
-from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.linear import PADDING_PLANS, Linear, use_threads
+from gptbatch.pipeline.model.gpt import GPT, Block
+from gptbatch.pipeline.model.linear import Linear, use_threads
+from gptbatch.pipeline.model.packing import describe_padding
+from gptbatch.pipeline.model.padding import PADDING_PLANS
 from gptbatch.pipeline.model.self_test import SelfTestReport, select_batch_invariant_kernels
 from tests.conftest import our_model, random_model
 from tests.processes import child_environment
@@ -54,11 +55,11 @@ def with_row_counting(model: GPT, *, harmless: int, step: int) -> GPT:
 
 
 @pytest.mark.parametrize("attention", ["ragged", "padded"])
-def test_this_machine_passes(attention: Backend) -> None:
+def test_this_machine_passes(attention: BackendName) -> None:
     model = our_model(random_model(), attention=attention)
     report = select_batch_invariant_kernels(model)
     assert report.passed, report.failures
-    assert report.padding_plan == model.padding_plan_name
+    assert report.padding_plan == describe_padding(model)
     assert report == select_batch_invariant_kernels(model), (
         "the digest is that of the weights and the machine"
     )
@@ -75,7 +76,7 @@ def test_this_machine_passes(attention: Backend) -> None:
 def test_the_digest_tells_environments_apart(dtype: torch.dtype, seed: int) -> None:
     """Two attention backends sum in other orders. In 16 bits the logits of a few tokens are equal all the same."""
     theirs = random_model(seed=seed)
-    backends: tuple[Backend, ...] = ("ragged", "padded")
+    backends: tuple[BackendName, ...] = ("ragged", "padded")
     digests = {
         select_batch_invariant_kernels(
             our_model(theirs, attention=attention, dtype=dtype)
@@ -177,7 +178,7 @@ class FaultyCache(PaddedKVCache):
         if len(set(seq_indices)) > 1 and max(positions) > 60:
             for i, now in enumerate(attention.rounds):
                 attention.rounds[i] = dataclasses.replace(
-                    now, hidden=now.hidden.clone().index_fill_(-1, torch.tensor([0]), True)
+                    now, masked=now.masked.clone().index_fill_(-1, torch.tensor([0]), True)
                 )
         return attention
 

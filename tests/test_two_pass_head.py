@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptbatch.pipeline.engine.engine import Engine
-from gptbatch.pipeline.engine.next_tokens import next_tokens
 from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
+from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
+from gptbatch.pipeline.kv_cache.spec import RAGGED
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.lm_head import GRACE, TwoPassHead
+from gptbatch.pipeline.model.lm_head import MIN_ROWS_MEASURED, TwoPassHead
 from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 from gptbatch.pipeline.model.weights import load_gpt
 from gptbatch.pipeline.types import SamplingParams
@@ -49,13 +50,13 @@ def only_model() -> GPT:
 @pytest.fixture
 def model(only_model: GPT) -> Iterator[GPT]:
     """With a two_pass_head that has no history, and gets back the one it had."""
-    two_pass_head = screen_of(only_model)
-    two_pass_head.rows = two_pass_head.missed = 0
+    two_pass_head = head_of(only_model)
+    two_pass_head.n_rows = two_pass_head.n_fallbacks = 0
     yield only_model
     only_model.two_pass_head = two_pass_head
 
 
-def screen_of(model: GPT) -> TwoPassHead:
+def head_of(model: GPT) -> TwoPassHead:
     assert model.two_pass_head is not None
     return model.two_pass_head
 
@@ -87,7 +88,7 @@ def test_logits_of_at_least_the_floor_are_exact(
     only_model: GPT, seed: int, kept: int, slack: float, scale: float, outlier: bool
 ) -> None:
     model = only_model
-    two_pass_head, hidden = screen_of(model), hidden_states(3, seed) * scale
+    two_pass_head, hidden = head_of(model), hidden_states(3, seed) * scale
     if outlier:
         hidden[:, seed % WIDTH] *= 50
     exact, logits = model.logits(hidden), two_pass_head.approximate_logits(hidden)
@@ -107,7 +108,7 @@ def test_logits_of_at_least_the_floor_are_exact(
 
 @torch.inference_mode()
 def test_few_logits_are_computed_exactly(model: GPT) -> None:
-    two_pass_head, hidden = screen_of(model), hidden_states(64)
+    two_pass_head, hidden = head_of(model), hidden_states(64)
     exact, approximate_logits = (
         model.logits(hidden),
         two_pass_head.approximate_logits(hidden).clone(),
@@ -137,11 +138,11 @@ def test_choices_and_margins_are_those_of_all_logits(model: GPT, bound: float) -
         for i in range(rows)
     ]
     steps, bounds = [i % 7 for i in range(rows)], [bound] * rows
-    assert next_tokens(model, hidden, params, steps, bounds) == from_all(
+    assert sample_from_hidden(model, hidden, params, steps, bounds) == from_all(
         model, hidden, params, steps, bounds
     )
-    assert screen_of(model).rows >= rows
-    assert screen_of(model).missed < rows // 4
+    assert head_of(model).n_rows >= rows
+    assert head_of(model).n_fallbacks < rows // 4
 
 
 @torch.inference_mode()
@@ -158,11 +159,11 @@ def test_rows_that_keep_much_of_the_vocabulary_need_all_logits(model: GPT) -> No
                 )
                 for i in range(8)
             ]
-            screen_of(model).rows = 0
-            assert next_tokens(model, hidden, params, [0] * 8, [0.1] * 8) == from_all(
+            head_of(model).n_rows = 0
+            assert sample_from_hidden(model, hidden, params, [0] * 8, [0.1] * 8) == from_all(
                 model, hidden, params, [0] * 8, [0.1] * 8
             )
-            assert screen_of(model).rows == 8 - len(keeping_much)
+            assert head_of(model).n_rows == 8 - len(keeping_much)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
@@ -170,9 +171,9 @@ def test_rows_that_keep_much_of_the_vocabulary_need_all_logits(model: GPT) -> No
 def test_a_row_that_is_not_finite_harms_no_other(model: GPT, value: float) -> None:
     hidden = hidden_states(8)
     params = [SamplingParams(seed=i, temperature=1.0, top_k=5, max_new_tokens=1) for i in range(8)]
-    healthy = next_tokens(model, hidden, params, [0] * 8, [1.0] * 8)
+    healthy = sample_from_hidden(model, hidden, params, [0] * 8, [1.0] * 8)
     hidden[2, 7] = value
-    choices = next_tokens(model, hidden, params, [0] * 8, [1.0] * 8)
+    choices = sample_from_hidden(model, hidden, params, [0] * 8, [1.0] * 8)
     assert choices == from_all(model, hidden, params, [0] * 8, [1.0] * 8)
     assert [choice for row, choice in enumerate(choices) if row != 2] == [
         choice for row, choice in enumerate(healthy) if row != 2
@@ -190,16 +191,16 @@ def test_where_too_many_logits_are_close_a_screen_gives_up() -> None:
     model = our_model(theirs, attention="ragged")
     if model.two_pass_head is None:
         pytest.skip("no instructions for bfloat16")
-    rows = 2 * GRACE
+    rows = 2 * MIN_ROWS_MEASURED
     hidden = hidden_states(rows)
     params = [
         SamplingParams(seed=i, temperature=1.0, top_k=5, max_new_tokens=1) for i in range(rows)
     ]
-    assert next_tokens(model, hidden, params, [0] * rows, [1.0] * rows) == from_all(
+    assert sample_from_hidden(model, hidden, params, [0] * rows, [1.0] * rows) == from_all(
         model, hidden, params, [0] * rows, [1.0] * rows
     )
     two_pass_head = model.two_pass_head
-    assert two_pass_head.missed == two_pass_head.rows < rows
+    assert two_pass_head.n_fallbacks == two_pass_head.n_rows < rows
     assert not two_pass_head.is_worthwhile
 
 
@@ -221,7 +222,7 @@ def test_a_run_is_the_same_with_and_without(model: GPT) -> None:
         return sorted((c.prompt.prompt_id, c.token_ids, c.min_decision_margin) for c in ended)
 
     screened = run()
-    assert screen_of(model).rows >= 40 * 12
+    assert head_of(model).n_rows >= 40 * 12
     model.two_pass_head = None
     assert screened == run()
 
@@ -232,7 +233,7 @@ def test_threads_do_not_disturb_each_other(model: GPT) -> None:
 
     @torch.inference_mode()
     def choose(states: torch.Tensor) -> list[SampledToken]:
-        return next_tokens(model, states, params, [0] * 40, [0.1] * 40)
+        return sample_from_hidden(model, states, params, [0] * 40, [0.1] * 40)
 
     alone = [choose(states) for states in hidden]
     with ThreadPoolExecutor(4) as pool:
@@ -253,7 +254,7 @@ def test_a_loaded_checkpoint_has_one_and_verifies(
         [folder / "model.safetensors"],
         dtype=torch.float32,
         device=torch.device("cpu"),
-        attention="ragged",
+        backend=RAGGED,
     )
     assert loaded.two_pass_head is not None
     prompts = write_rows(
@@ -289,7 +290,7 @@ def test_a_loaded_checkpoint_has_one_and_verifies(
 
 def test_the_start_up_check_drops_a_screen_whose_logits_are_others(model: GPT) -> None:
     assert select_batch_invariant_kernels(model).passed
-    two_pass_head = screen_of(model)
+    two_pass_head = head_of(model)
     right = two_pass_head.weight
     two_pass_head.weight = right + 1e-5
     try:

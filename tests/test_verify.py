@@ -482,7 +482,7 @@ def test_a_step_explained() -> None:
     params = SamplingParams(seed=0, temperature=0.0, top_k=2, max_new_tokens=1)
     logits = torch.tensor([1.0, 3.0, 2.0, 0.5])
     won = explain_step(logits, params, 0, 1)
-    assert (won.rank, won.kept, won.distance, won.margin, won.candidate.probability) == (
+    assert (won.rank, won.kept, won.distance, won.decision_margin, won.candidate.probability) == (
         1,
         2,
         0.0,

@@ -93,15 +93,15 @@ def _first_difference(completion: Completion, row: dict[str, Any]) -> int | None
 def _trace(
     loaded_run: LoadedRun, prompt_ids: list[int], completion: Completion
 ) -> tuple[StepTrace, ...]:
-    from gptbatch.pipeline.audit.trace import KnownRow, each_logits, explain_step, step_hidden
+    from gptbatch.pipeline.audit.trace import RecordedRow, each_logits, explain_step, step_hidden
 
     model, params = loaded_run.loaded.model, completion.prompt.params
-    known = KnownRow(prompt=prompt_ids, new=completion.token_ids, params=params)
+    known = RecordedRow(prompt=prompt_ids, new=completion.token_ids, params=params)
     return tuple(
         explain_step(row_logits, params, step, completion.token_ids[step])
-        for passages, hidden in step_hidden(model, [known])
+        for segments, hidden in step_hidden(model, [known])
         for step, row_logits in zip(
-            (step for passage in passages for step in passage.steps),
+            (step for segment in segments for step in segment.steps),
             each_logits(model, hidden),
             strict=True,
         )

@@ -1,7 +1,7 @@
-"""What happened at each step of a row whose tokens are known: its logits again, by one prefill, and the choice explained.
+"""Recompute and explain each step of a recorded row.
 
-A row's logits are the same bits in prefill and in decode, so that one pass over prompt and completion gives those of every step.
-Knows: token ids and the network. Does not know: records, text.
+The logits of a row have the same bits in prefill and in decode. One prefill over prompt and
+completion therefore gives the logits of every step.
 """
 
 from __future__ import annotations
@@ -14,18 +14,26 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.noise import gumbel
-from gptbatch.pipeline.engine.sampling import sample_tokens
+from gptbatch.pipeline.engine.sampling import kept_set, sample_tokens, top_k_size
+from gptbatch.pipeline.kv_cache.interface import KVCache
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.lm_head import HEAD_ROWS
+from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS
 from gptbatch.pipeline.types import SamplingParams
 
-MOST_TOKENS = 1024  # of a call with more than one passage
+# Limits of a forward pass over more than one segment.
+MAX_TOKENS = 1024
 MAX_SEQS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KnownRow:
-    """A row whose tokens are known. prompt: 1 to n_positions token ids; new: at least one, the row's completion."""
+class RecordedRow:
+    """A row whose tokens are recorded.
+
+    Attributes:
+        prompt: 1 to n_positions token ids.
+        new: The completion, at least one token id.
+        params: Sampling parameters.
+    """
 
     prompt: list[int]
     new: list[int]
@@ -33,8 +41,14 @@ class KnownRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
-    """A run of tokens of a row that one prefill takes, and the steps whose logits its last tokens give."""
+class Segment:
+    """Consecutive tokens of a row that one prefill takes.
+
+    Attributes:
+        row: Index of the row.
+        tokens: The tokens, at most n_positions.
+        steps: The steps whose logits follow the last len(steps) tokens.
+    """
 
     row: int
     tokens: list[int]
@@ -42,80 +56,41 @@ class Passage:
 
 
 @torch.inference_mode()
-def step_hidden(model: GPT, rows: Sequence[KnownRow]) -> Iterator[tuple[list[Passage], Tensor]]:
-    """What the head sees (S, C) at every step of every row, a call of the network at a time: of the first passage, of the second, ...
+def step_hidden(model: GPT, rows: Sequence[RecordedRow]) -> Iterator[tuple[list[Segment], Tensor]]:
+    """Yield the head's input of every step of every row, one forward pass at a time.
 
-    A row that fits the context takes one passage; after that, where the window slides, each step takes one of its own.
+    A row that fits the context is one segment. Beyond that, where the window slides, each step is
+    a segment of its own.
+
+    Yields:
+        The segments of a forward pass, and the head's input (S, C) of their steps in order.
     """
-    seq_indices = min(MAX_SEQS, max(1, sum(len(row.new) for row in rows)))
-    most = max(MOST_TOKENS, model.config.n_positions)
-    cache = model.new_cache(
-        seq_indices, capacity=model.capacity_of([most, *[1] * seq_indices])
-    )  # however these are shared out
-    for batch in _batches(_passages(rows, model.config.n_positions)):
-        tokens: list[int] = []
-        token_seq_indices: list[int] = []
-        positions: list[int] = []
-        logits_indices: list[int] = []
-        for seq_index, passage in enumerate(batch):
-            length = len(passage.tokens)
-            # what passages have in common before the first logits_indices step is computed once
-            there = cache.allocate(
-                seq_index, passage.tokens[: length - len(passage.steps) + 1], length, share=True
-            )
-            assert there is not None, "the cache has room for every call"
-            cache.mark_computed(seq_index, there, length)
-            tokens += passage.tokens[there:]
-            token_seq_indices += [seq_index] * (length - there)
-            positions += range(there, length)
-            logits_indices += range(len(tokens) - len(passage.steps), len(tokens))
-        yield (
-            batch,
-            model.hidden(
-                cache,
-                tokens=tokens,
-                seq_indices=token_seq_indices,
-                positions=positions,
-                logits_indices=logits_indices,
-            ),
-        )
+    max_seqs = min(MAX_SEQS, max(1, sum(len(row.new) for row in rows)))
+    max_tokens = max(MAX_TOKENS, model.config.n_positions)
+    # Enough however the tokens are divided among the sequences.
+    capacity = model.cache_spec.capacity_for([max_tokens, *[1] * max_seqs])
+    cache = model.new_cache(max_seqs, capacity=capacity)
+    for batch in _batches(_segments(rows, model.config.n_positions)):
+        yield batch, _prefill(model, cache, batch)
         for seq_index in range(len(batch)):
             cache.free(seq_index)
 
 
 def each_logits(model: GPT, hidden: Tensor) -> Iterator[Tensor]:
-    """hidden (S, C) -> the logits (V,) of each row, computed some at a time."""
-    for some in hidden.split(HEAD_ROWS):
-        yield from model.logits(some)
-
-
-def _passages(rows: Sequence[KnownRow], n_positions: int) -> Iterator[Passage]:
-    for index, row in enumerate(rows):
-        tokens = row.prompt + row.new[:-1]  # what the last step saw
-        inside = min(len(tokens), n_positions)
-        first = inside - len(row.prompt) + 1  # the first step beyond the context
-        yield Passage(index, tokens[:inside], range(first))
-        for step in range(first, len(row.new)):
-            end = len(row.prompt) + step
-            yield Passage(index, tokens[end - n_positions : end], range(step, step + 1))
-
-
-def _batches(passages: Iterator[Passage]) -> Iterator[list[Passage]]:
-    batch: list[Passage] = []
-    tokens = 0
-    for passage in passages:
-        tokens += len(passage.tokens)
-        if batch and (len(batch) == MAX_SEQS or tokens > MOST_TOKENS):
-            yield batch
-            batch, tokens = [], len(passage.tokens)
-        batch.append(passage)
-    if batch:
-        yield batch
+    """Yield the logits (V,) of each row of hidden (S, C), computed in pieces."""
+    for piece in hidden.split(MAX_HEAD_ROWS):
+        yield from model.logits(piece)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A token at a step. probability: of being drawn, 0 when it is not kept. score: logit + temperature * noise."""
+    """A token at a step.
+
+    Attributes:
+        token: Token id.
+        probability: Of being sampled; 0 outside the kept set.
+        score: logit + temperature * noise.
+    """
 
     token: int
     probability: float
@@ -126,14 +101,19 @@ class Candidate:
 class StepTrace:
     """One step explained.
 
-    margin: as sampling.py defines it, None in a vocabulary of one. rank: 1 for the token of the largest logit. kept: tokens that
-    top-k kept. distance: how far the logits are from ones with which the token wins, 0 when it does. runners_up: the kept tokens
-    of the next best scores.
+    Attributes:
+        step: Index of the new token.
+        candidate: The token in question.
+        decision_margin: See sampling.py; None in a vocabulary of one.
+        rank: 1 for the token with the largest logit.
+        kept: Size of the kept set of top-k.
+        distance: How far the logits are from ones with which the token wins; 0 if it does.
+        runners_up: The kept tokens with the next largest scores.
     """
 
     step: int
     candidate: Candidate
-    margin: float | None
+    decision_margin: float | None
     rank: int
     kept: int
     distance: float
@@ -143,35 +123,94 @@ class StepTrace:
 def explain_step(
     logits: Tensor, params: SamplingParams, step: int, token: int, *, runners_up: int = 3
 ) -> StepTrace:
-    """Why `token` was chosen from the logits (V,) of a row at a step, or how far it is from that. The formulas of sampling.py."""
-    (choice,) = sample_tokens(logits[None], [params], [step])
+    """Explain why `token` won a step, or how far it was from that; formulas as in sampling.py.
+
+    Args:
+        logits: (V,).
+        params: Sampling parameters of the row.
+        step: Index of the new token.
+        token: The token to explain.
+        runners_up: How many other tokens to describe.
+    """
+    (sampled,) = sample_tokens(logits[None], [params], [step])
     logits = logits.double().cpu()
     token_ids = torch.arange(len(logits))
-    scores = logits + params.temperature * gumbel(
-        torch.tensor(params.seed), torch.tensor(step), token_ids
-    )
-    kth = torch.sort(logits, descending=True).values[
-        (min(params.top_k, len(logits)) or len(logits)) - 1
-    ]
-    kept = logits >= kth
-    kept_scores = torch.where(kept, scores, -math.inf)
+    noise = gumbel(torch.tensor(params.seed), torch.tensor(step), token_ids)
+    scores = logits + params.temperature * noise
+    found = kept_set(logits[None], torch.tensor([top_k_size(params, len(logits))]))
+    is_kept = torch.zeros(len(logits), dtype=torch.bool)
+    is_kept[found.tokens()[1]] = True
+    kept_scores = torch.where(is_kept, scores, -math.inf)
     if params.temperature == 0:
         probabilities = (logits == logits.max()).double() * (token_ids == int(logits.argmax()))
     else:
-        probabilities = torch.softmax(torch.where(kept, logits / params.temperature, -math.inf), 0)
-    # how far the token is from being kept and from the best score among the kept
-    missing = max(float(kth - logits[token]), float(kept_scores.max() - scores[token]), 0.0)
+        kept_logits = torch.where(is_kept, logits / params.temperature, -math.inf)
+        probabilities = torch.softmax(kept_logits, 0)
+    to_be_kept = float(found.kth[0, 0] - logits[token])
+    to_win = float(kept_scores.max() - scores[token])
     order = [int(j) for j in kept_scores.argsort(descending=True, stable=True)[: runners_up + 1]]
 
     def candidate(j: int) -> Candidate:
         return Candidate(token=j, probability=float(probabilities[j]), score=float(scores[j]))
 
+    others = [candidate(j) for j in order if j != token and bool(is_kept[j])]
     return StepTrace(
         step=step,
         candidate=candidate(token),
-        margin=choice.margin,
+        decision_margin=sampled.decision_margin,
         rank=int((logits > logits[token]).sum()) + 1,
-        kept=int(kept.sum()),
-        distance=missing,
-        runners_up=tuple(candidate(j) for j in order if j != token and bool(kept[j]))[:runners_up],
+        kept=int(is_kept.sum()),
+        distance=max(to_be_kept, to_win, 0.0),
+        runners_up=tuple(others[:runners_up]),
     )
+
+
+def _prefill(model: GPT, cache: KVCache, batch: list[Segment]) -> Tensor:
+    """Prefill the segments and return the head's input (S, C) of their steps."""
+    tokens: list[int] = []
+    seq_indices: list[int] = []
+    positions: list[int] = []
+    logits_indices: list[int] = []
+    for seq_index, segment in enumerate(batch):
+        length, n_steps = len(segment.tokens), len(segment.steps)
+        # Common beginnings before the first step are computed once.
+        shared = segment.tokens[: length - n_steps + 1]
+        cached = cache.allocate(seq_index, shared, length, share_prefix=True)
+        assert cached is not None, "the cache has room for every batch"
+        cache.mark_computed(seq_index, cached, length)
+        tokens += segment.tokens[cached:]
+        seq_indices += [seq_index] * (length - cached)
+        positions += range(cached, length)
+        logits_indices += range(len(tokens) - n_steps, len(tokens))
+    return model.hidden(
+        cache,
+        tokens=tokens,
+        seq_indices=seq_indices,
+        positions=positions,
+        logits_indices=logits_indices,
+    )
+
+
+def _segments(rows: Sequence[RecordedRow], n_positions: int) -> Iterator[Segment]:
+    for index, row in enumerate(rows):
+        # The last new token has no step after it.
+        tokens = row.prompt + row.new[:-1]
+        n_inside = min(len(tokens), n_positions)
+        first_outside = n_inside - len(row.prompt) + 1
+        yield Segment(index, tokens[:n_inside], range(first_outside))
+        for step in range(first_outside, len(row.new)):
+            end = len(row.prompt) + step
+            yield Segment(index, tokens[end - n_positions : end], range(step, step + 1))
+
+
+def _batches(segments: Iterator[Segment]) -> Iterator[list[Segment]]:
+    batch: list[Segment] = []
+    n_tokens = 0
+    for segment in segments:
+        n_tokens += len(segment.tokens)
+        if batch and (len(batch) == MAX_SEQS or n_tokens > MAX_TOKENS):
+            yield batch
+            batch, n_tokens = [], len(segment.tokens)
+        batch.append(segment)
+    if batch:
+        yield batch

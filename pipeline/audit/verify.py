@@ -19,7 +19,7 @@ from gptbatch.pipeline.audit.loaded_run import LoadedRun, row_params
 from gptbatch.pipeline.config import EngineConfig
 
 if TYPE_CHECKING:
-    from gptbatch.pipeline.audit.trace import KnownRow
+    from gptbatch.pipeline.audit.trace import RecordedRow
 
 ROWS_PER_BATCH = 64
 # of the largest logit of a step, by dtype: what different orders of summing have been seen to make, and some
@@ -87,14 +87,13 @@ def verify_rows(loaded_run: LoadedRun, rows: Iterable[dict[str, Any]]) -> Iterat
 
 
 def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool) -> list[Verdict]:
-    from gptbatch.pipeline.audit.trace import KnownRow, explain_step, step_hidden
-    from gptbatch.pipeline.engine.engine import logits_bytes
-    from gptbatch.pipeline.engine.next_tokens import next_tokens
+    from gptbatch.pipeline.audit.trace import RecordedRow, explain_step, step_hidden
     from gptbatch.pipeline.engine.sampling import sample_tokens
-    from gptbatch.pipeline.model.lm_head import HEAD_ROWS
+    from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
+    from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS, logits_bytes
 
     verdicts: dict[int, Verdict] = {}
-    known: list[KnownRow] = []
+    known: list[RecordedRow] = []
     numbers: list[int] = []  # of the rows that can be checked
     for number, (row, (prompt, prompt_problem)) in enumerate(
         zip(rows, loaded_run.prompt_token_ids(rows), strict=True)
@@ -107,7 +106,7 @@ def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool
             verdicts[number] = _verdict(row, "mismatch", prompt_problem)
         else:
             known.append(
-                KnownRow(prompt=prompt, new=row["completion_token_ids"], params=row_params(row))
+                RecordedRow(prompt=prompt, new=row["completion_token_ids"], params=row_params(row))
             )
             numbers.append(number)
     # a margin above the recorded smallest one need not be known; just above, so that it shows if none comes down to it
@@ -119,25 +118,25 @@ def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool
     margins = [math.inf] * len(known)
     hashes = [hashlib.sha256() for _ in known]
     model = loaded_run.loaded.model
-    for passages, hidden in step_hidden(model, known):
-        places = [(passage.row, step) for passage in passages for step in passage.steps]
+    for segments, hidden in step_hidden(model, known):
+        places = [(segment.row, step) for segment in segments for step in segment.steps]
         params, steps = [known[index].params for index, _ in places], [step for _, step in places]
         most = [bounds[index] for index, _ in places]
         if loaded_run.config.record_logits_digest:
             choices = []
-            for first in range(0, len(places), HEAD_ROWS):
-                some = slice(first, first + HEAD_ROWS)
+            for first in range(0, len(places), MAX_HEAD_ROWS):
+                some = slice(first, first + MAX_HEAD_ROWS)
                 logits = model.logits(hidden[some])
                 for (index, _), step_logits in zip(places[some], logits.cpu(), strict=True):
                     hashes[index].update(logits_bytes(step_logits))
                 choices += sample_tokens(
-                    logits, params[some], steps[some], most[some], native=model.native
+                    logits, params[some], steps[some], most[some], native=model.backend.native
                 )
         else:
-            choices = next_tokens(model, hidden, params, steps, most)
+            choices = sample_from_hidden(model, hidden, params, steps, most)
         for place, ((index, step), choice) in enumerate(zip(places, choices, strict=True)):
-            if choice.margin is not None:
-                margins[index] = min(margins[index], choice.margin)
+            if choice.decision_margin is not None:
+                margins[index] = min(margins[index], choice.decision_margin)
             recorded = known[index].new[step]
             if choice.token == recorded:
                 continue
@@ -198,20 +197,22 @@ def _malformed(row: dict[str, Any], vocab_size: int) -> str:
     )
 
 
-def _other_problem(loaded_run: LoadedRun, row: dict[str, Any], known: KnownRow) -> str:
+def _other_problem(loaded_run: LoadedRun, row: dict[str, Any], known: RecordedRow) -> str:
     """What is wrong with a row whose tokens are right: where it ends, or its text."""
-    from gptbatch.pipeline.engine.engine import stop_reason
+    from gptbatch.pipeline.engine.sequence import StopRule
 
+    rule = StopRule(
+        end_tokens=loaded_run.end_tokens,
+        n_positions=loaded_run.gpt_config.n_positions,
+        window_full=loaded_run.config.window_full,
+    )
     reason = None
     for count, token in enumerate(known.new, start=1):
-        reason = stop_reason(
+        reason = rule.reason(
             token,
-            new_tokens=count,
-            total_tokens=len(known.prompt) + count,
+            num_new_tokens=count,
+            num_tokens=len(known.prompt) + count,
             max_new_tokens=known.params.max_new_tokens,
-            n_positions=loaded_run.gpt_config.n_positions,
-            end_tokens=loaded_run.end_tokens,
-            window_full=loaded_run.config.window_full,
         )
         if (reason is not None) != (count == len(known.new)):
             return f"it should {'go on after' if reason is None else 'have ended with'} token {count - 1}"

@@ -17,10 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from gptbatch.pipeline.bench.workloads import TOP_K, Workload
 from gptbatch.pipeline.engine.engine import Engine, EngineStats
-from gptbatch.pipeline.model.blocks import Block
-from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.gpt import GPT, Block
 from gptbatch.pipeline.model.linear import Linear
-from gptbatch.pipeline.model.lm_head import HEAD, HEAD_ROWS
+from gptbatch.pipeline.model.lm_head import HEAD_EVENT, MAX_HEAD_ROWS
 
 WARM_UP_TOKENS = 4
 GEMM_ROWS = (64, 128, 256)
@@ -129,7 +128,9 @@ def _seconds_by_part(engine: Engine, run: Callable[[], float]) -> dict[str, floa
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         wall = run()
     seconds = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
-    head = sum(event.cpu_time_total / 1e6 for event in profiler.key_averages() if event.key == HEAD)
+    head = sum(
+        event.cpu_time_total / 1e6 for event in profiler.key_averages() if event.key == HEAD_EVENT
+    )
     parts = {part: sum(seconds.get(name, 0.0) for name in names) for part, names in PARTS.items()}
     busy = sum(seconds.values())
     parts["linears"] -= head
@@ -155,10 +156,10 @@ def measure_limits(model: GPT) -> Limits:
         head = best
         if (
             (two_pass_head := model.two_pass_head) is not None
-            and two_pass_head.rows
+            and two_pass_head.n_rows
             and two_pass_head.is_worthwhile
         ):
-            hidden = torch.randn(HEAD_ROWS, model.config.n_embd)
+            hidden = torch.randn(MAX_HEAD_ROWS, model.config.n_embd)
             seconds = min(
                 _time(lambda: two_pass_head.approximate_logits(hidden)) for _ in range(20)
             )
@@ -215,4 +216,4 @@ def _ceiling_s(model: GPT, workload: Workload, stats: EngineStats, limits: Limit
         (row.new_tokens - 1) * (len(row.token_ids) - reused + row.new_tokens / 2)
         for row in workload.rows
     )
-    return products_s + positions * model.cache_bytes_a_token / (limits.read_gb_per_s * 1e9)
+    return products_s + positions * model.cache_spec.bytes_per_token / (limits.read_gb_per_s * 1e9)

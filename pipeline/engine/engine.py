@@ -1,51 +1,52 @@
-"""The loop: prompts in, completions out, many sequences at a time through one KV cache.
+"""The engine: prompts in, completions out, many sequences at once through one KV cache.
 
-A step is one call of the network. Each round of the loop
-  1. takes prompts from the caller, so that there are enough to choose from;
-  2. asks the scheduler which tokens to compute, and computes them: every running sequence gives its last token and gets its next
-     one, and prompts are prefilled in chunks beside them;
-  3. retires the sequences that ended.
-A row never sees another: its tokens follow from its prompt, its parameters and the weights. So when memory runs out, the rows
-that were running start again with half of the seq_indices, and nothing shows it but the clock.
-
-Knows: token ids, clocks. Does not know: text, files, or what happens to a completion.
+A step schedules tokens, runs one forward pass, samples, and frees finished sequences. A sequence's
+tokens depend only on its prompt, its parameters and the weights. So when memory runs out, the
+running sequences start again in a smaller batch and end with the same bits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-from torch import Tensor
 
-from gptbatch.pipeline.engine.next_tokens import next_tokens
 from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
-from gptbatch.pipeline.engine.scheduler import Chunk, Scheduler, Sequence
+from gptbatch.pipeline.engine.scheduler import Scheduler
+from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence, StopRule
+from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
 from gptbatch.pipeline.errors import OutOfMemoryError
+from gptbatch.pipeline.kv_cache.interface import KVCache
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.types import Completion, RowError, StopReason, Timing, TokenizedPrompt
+from gptbatch.pipeline.model.lm_head import logits_bytes
+from gptbatch.pipeline.model.padding import STEP_TOKENS
+from gptbatch.pipeline.types import Completion, RowError, TokenizedPrompt, WindowFull
 
 logger = logging.getLogger("gptbatch")
 
-STEP_TOKENS = 512
-MAX_WAITING_PER_SEQ = 3  # times the seq_indices: rows that wait
-
-WindowFull = Literal["stop", "slide"]
+MAX_WAITING_PER_SEQ = 3
+MAX_ERROR_CHARS = 200
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """What an engine has done so far.
+    """Counters of an engine.
 
-    rows sums the rows of all steps. prefilled_tokens and decoded_tokens were computed, cached_tokens had been by another row;
-    padding_tokens belong to nobody. prefill_s and decode_s share the time of each step by its tokens. halvings: how often memory
-    ran out and seq_indices were halved.
+    Attributes:
+        steps: Forward passes.
+        rows: Sum of the batch sizes of all steps.
+        prefilled_tokens: Prompt tokens computed.
+        decoded_tokens: New tokens computed.
+        cached_tokens: Prompt tokens taken from the prefix cache.
+        padding_tokens: Rows of the forward passes that held no token.
+        new_tokens: Tokens sampled.
+        prefill_s: Time of the steps, divided by their tokens: the share of prefill.
+        decode_s: The share of decode.
+        halvings: How often memory ran out and the batch was halved.
     """
 
     steps: int = 0
@@ -60,16 +61,35 @@ class EngineStats:
     halvings: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingOptions:
+    """How steps are filled. None of these changes a completion.
+
+    Attributes:
+        step_tokens: The most tokens of a step.
+        max_waiting: Prompts that are held to choose from; None is 3 times batch_size, and 0 for a
+            batch_size of 1.
+        share_prefixes: Compute common beginnings of prompts once (prefix caching).
+    """
+
+    step_tokens: int = STEP_TOKENS
+    max_waiting: int | None = None
+    share_prefixes: bool = True
+
+
 @dataclass(kw_only=True)
 class Engine:
     """Generates completions for a stream of prompts.
 
-    batch_size: most sequences at a time; fewer run where the cache has no room for more. memory_bytes: for the cache; None is as
-    much as batch_size full contexts take. end_tokens: token ids that end a row; empty where none does.
-    window_full: what happens when a sequence fills the context. stop ends it; slide goes on as the tutorial does, each step
-    on the n_positions most recent tokens, positions from 0, the whole window computed again.
-    step_tokens: most tokens of a step. max_waiting: rows that wait for a seq_index, to choose from; None is MAX_WAITING_PER_SEQ times the seq_indices, and
-    none for a single one. share_prefixes: compute what prompts begin with in common once. record_logits: hash the bits of every logit.
+    Attributes:
+        model: A packed model.
+        batch_size: The most sequences that run at once. The engine lowers it when memory runs out.
+        end_tokens: Token ids that end a completion; empty for none.
+        memory_bytes: Memory of the KV cache; None is enough for batch_size full contexts.
+        window_full: See `StopRule`.
+        scheduling: How steps are filled.
+        record_logits: Hash the bits of all logits into `Completion.logits_digest`.
+        stats: Counters so far.
     """
 
     model: GPT
@@ -77,87 +97,192 @@ class Engine:
     end_tokens: tuple[int, ...]
     memory_bytes: int | None = None
     window_full: WindowFull = "stop"
-    step_tokens: int = STEP_TOKENS
-    max_waiting: int | None = None
-    share_prefixes: bool = True
+    scheduling: SchedulingOptions = SchedulingOptions()
     record_logits: bool = False
-    stats: EngineStats = field(default_factory=EngineStats)
+    stats: EngineStats = field(default_factory=EngineStats, init=False)
 
     def __post_init__(self) -> None:
-        if self.max_waiting is None:
-            self.max_waiting = MAX_WAITING_PER_SEQ * self.batch_size if self.batch_size > 1 else 0
+        self._max_waiting = self.scheduling.max_waiting
+        if self._max_waiting is None:
+            self._max_waiting = MAX_WAITING_PER_SEQ * self.batch_size if self.batch_size > 1 else 0
         self._n_positions = self.model.config.n_positions
-        self._exhausted = False
-        self._make_cache()
+        self._stop_rule = StopRule(
+            end_tokens=self.end_tokens,
+            n_positions=self._n_positions,
+            window_full=self.window_full,
+        )
+        self._is_exhausted = False
+        self._cache, self._scheduler = self._new_cache()
 
     @property
     def max_rows_held(self) -> int:
-        """Rows that it holds at a time, running or waiting."""
-        assert self.max_waiting is not None
-        return self.batch_size + self.max_waiting
+        """The most sequences that run or wait at once."""
+        assert self._max_waiting is not None
+        return self.batch_size + self._max_waiting
 
     def generate(self, prompts: Iterator[TokenizedPrompt | None]) -> Iterator[list[Completion]]:
-        """Yields after every step what ended in it (often nothing), in no particular order.
+        """Yield, after every step, the completions that finished in it, in no particular order.
 
-        Prompts are taken from the iterator as there is room for them; each must have 1 to n_positions tokens. None stands for "none
-        now": the caller wants to see to what has ended first. Where memory runs out, half of the seq_indices go on, from the start of their
-        rows; raises OutOfMemoryError that names the row when not even one fits.
+        If memory runs out, the running sequences start again in half the batch.
+
+        Args:
+            prompts: Prompts of 1 to n_positions tokens, taken as there is room for them. None means
+                "none now": the caller gets the next completions before it is called again.
+
+        Raises:
+            OutOfMemoryError: Memory does not suffice for one sequence; the message names the row.
         """
-        self._exhausted = False
+        self._is_exhausted = False
         while True:
-            self._take(prompts)
+            # Outside of the retry: an iterator that has raised cannot continue.
+            self._add_waiting(prompts)
             if not self._scheduler.running and not self._scheduler.waiting:
-                if self._exhausted:
+                if self._is_exhausted:
                     return
                 yield []
                 continue
             failure = None
-            ended: list[Completion] = []
+            completions: list[Completion] = []
             try:
-                ended = self._round()
+                completions = self.step()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 failure = _first_line(error)
-            if (
-                failure is not None
-            ):  # the error is gone, and with it what its frames held of the old cache
-                self._halve(failure)
-            yield ended
+            # After the except clause, because the traceback holds the old cache.
+            if failure is not None:
+                self._restart_with_half_the_batch(failure)
+            yield completions
 
     @torch.inference_mode()
-    def _round(self) -> list[Completion]:
-        """One step, and what ended in it."""
-        self._step(self._scheduler.plan())
-        return [self._completion(sequence) for sequence in self._scheduler.retire()]
+    def step(self) -> list[Completion]:
+        """Schedule tokens, run the model, and return the completions that finished."""
+        began = time.monotonic()
+        chunks = self._scheduler.schedule()
+        self._start_new(chunks, began)
+        sampled = self._run(chunks)
+        self._postprocess(chunks, sampled, began)
+        return [self._completion(sequence) for sequence in self._scheduler.free_finished()]
 
-    def _take(self, prompts: Iterator[TokenizedPrompt | None]) -> None:
-        """Prompts for the window. Outside of what is tried again when memory runs out: an iterator that has raised has ended."""
+    def _add_waiting(self, prompts: Iterator[TokenizedPrompt | None]) -> None:
         scheduler = self._scheduler
         while (
-            not self._exhausted
+            not self._is_exhausted
             and len(scheduler.running) + len(scheduler.waiting) < self.max_rows_held
         ):
             try:
                 prompt = next(prompts)
             except StopIteration:
-                self._exhausted = True
+                self._is_exhausted = True
                 return
             if prompt is None:
                 return
             assert 1 <= len(prompt.token_ids) <= self._n_positions
             scheduler.add(prompt)
 
-    def _make_cache(self) -> None:
-        """The cache, as large as memory_bytes says and there is memory for; sets batch_size to what it can hold."""
-        while True:
-            capacity = (
-                None
-                if self.memory_bytes is None
-                else self.memory_bytes // self.model.cache_bytes_a_token
+    def _start_new(self, chunks: list[ScheduledChunk], now: float) -> None:
+        """Note the start of sequences that are in a step for the first time."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.scheduled_s is not None:
+                continue
+            sequence.scheduled_s, sequence.started_at_s = now, time.time()
+            sequence.steps_before, sequence.rows_before = self.stats.steps, self.stats.rows
+            sequence.logits_hash = hashlib.sha256() if self.record_logits else None
+            self.stats.cached_tokens += sequence.num_cached_tokens
+
+    def _run(self, chunks: list[ScheduledChunk]) -> list[SampledToken]:
+        """Run one forward pass and sample the next token of each chunk that needs one."""
+        tokens: list[int] = []
+        seq_indices: list[int] = []
+        positions: list[int] = []
+        logits_indices: list[int] = []
+        for chunk in chunks:
+            count = len(chunk.tokens)
+            tokens += chunk.tokens
+            seq_indices += [chunk.seq_index] * count
+            positions += range(chunk.first, chunk.first + count)
+            if chunk.needs_logits:
+                logits_indices.append(len(tokens) - 1)
+        hidden = self.model.hidden(
+            self._cache,
+            tokens=tokens,
+            seq_indices=seq_indices,
+            positions=positions,
+            logits_indices=logits_indices,
+        )
+        sequences = [chunk.sequence for chunk in chunks if chunk.needs_logits]
+        params = [sequence.params for sequence in sequences]
+        steps = [sequence.num_new_tokens for sequence in sequences]
+        bounds = [sequence.min_decision_margin for sequence in sequences]
+        if not self.record_logits:
+            return sample_from_hidden(self.model, hidden, params, steps, bounds)
+        logits = self.model.logits(hidden)
+        for sequence, row in zip(sequences, logits.cpu(), strict=True):
+            assert sequence.logits_hash is not None
+            sequence.logits_hash.update(logits_bytes(row))
+        return sample_tokens(logits, params, steps, bounds, native=self.model.backend.native)
+
+    def _postprocess(
+        self, chunks: list[ScheduledChunk], sampled: list[SampledToken], began: float
+    ) -> None:
+        """Count the step and append the sampled tokens."""
+        now = time.monotonic()
+        n_tokens = sum(len(chunk.tokens) for chunk in chunks)
+        n_prefilled = sum(
+            len(chunk.tokens) for chunk in chunks if chunk.sequence.num_new_tokens == 0
+        )
+        stats = self.stats
+        stats.steps += 1
+        stats.rows += len(chunks)
+        stats.prefilled_tokens += n_prefilled
+        stats.decoded_tokens += n_tokens - n_prefilled
+        stats.padding_tokens += self.model.padding_plan.padded(n_tokens) - n_tokens
+        stats.prefill_s += (now - began) * n_prefilled / n_tokens
+        stats.decode_s += (now - began) * (1 - n_prefilled / n_tokens)
+        sequences = [chunk.sequence for chunk in chunks if chunk.needs_logits]
+        for sequence, token in zip(sequences, sampled, strict=True):
+            self._append(sequence, token, now)
+
+    def _append(self, sequence: Sequence, sampled: SampledToken, now: float) -> None:
+        """Append the next token of a sequence and decide whether it is finished."""
+        sequence.last_token_s = now
+        if sequence.num_new_tokens == 0:
+            sequence.first_token_s = now
+        if sampled.token is None:
+            reason = f"the logits of new token {sequence.num_new_tokens} hold NaN or infinity"
+            sequence.error = RowError(kind="not_finite", reason=reason)
+            return
+        sequence.tokens.append(sampled.token)
+        self.stats.new_tokens += 1
+        if len(sequence.tokens) > self._n_positions:
+            # The window slides, and every position in it changes.
+            sequence.num_computed_tokens = 0
+        if sampled.decision_margin is not None:
+            sequence.min_decision_margin = min(
+                sequence.min_decision_margin, sampled.decision_margin
             )
-            if (most := self.model.max_seqs_for(capacity)) is not None:
-                self.batch_size = min(self.batch_size, most)
+        sequence.stop_reason = self._stop_rule.reason(
+            sampled.token,
+            num_new_tokens=sequence.num_new_tokens,
+            num_tokens=len(sequence.tokens),
+            max_new_tokens=sequence.params.max_new_tokens,
+        )
+
+    def _completion(self, sequence: Sequence) -> Completion:
+        steps = self.stats.steps - sequence.steps_before
+        rows = self.stats.rows - sequence.rows_before
+        return sequence.to_completion(mean_batch_size=rows / steps)
+
+    def _new_cache(self) -> tuple[KVCache, Scheduler]:
+        """Create the cache and its scheduler; lower batch_size to what memory allows."""
+        spec = self.model.cache_spec
+        while True:
+            capacity = None
+            if self.memory_bytes is not None:
+                capacity = self.memory_bytes // spec.bytes_per_token
+            if (max_seqs := spec.max_seqs(capacity)) is not None:
+                self.batch_size = min(self.batch_size, max_seqs)
             try:
                 with torch.inference_mode():
                     cache = self.model.new_cache(self.batch_size, capacity=capacity)
@@ -166,190 +291,51 @@ class Engine:
                     raise
                 if self.batch_size == 1:
                     raise OutOfMemoryError(
-                        f"out of memory: there is no room for the cache of one row ({_first_line(error)})"
+                        "out of memory: there is no room for the KV cache of one row "
+                        f"({_first_line(error)})"
                     ) from error
                 self.batch_size //= 2
                 self.stats.halvings += 1
             else:
                 break
-        self._cache = cache
-        self._scheduler = Scheduler(
+        scheduler = Scheduler(
             cache=cache,
             max_seqs=self.batch_size,
             n_positions=self._n_positions,
-            step_tokens=self.step_tokens,
-            spread=self.model.attention == "padded",
-            share=self.share_prefixes,
+            max_step_tokens=self.scheduling.step_tokens,
+            interleave_prefill=self.model.backend.interleaves_prefill,
+            share_prefixes=self.scheduling.share_prefixes,
             slide=self.window_full == "slide",
         )
+        return cache, scheduler
 
-    def _halve(self, failure: str) -> None:
-        """Go on with half of the seq_indices after memory ran out; rows that were running start again, and come to the same bits."""
+    def _restart_with_half_the_batch(self, failure: str) -> None:
+        """Start the running sequences again in half the batch; they end with the same bits."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
         if self.batch_size == 1:
             name = f"row {running[0].source.prompt.prompt_id!r}" if running else "the next row"
             raise OutOfMemoryError(
-                f"out of memory, even with {name} alone ({failure}); give the process more, or leave the row out with --skip-row"
+                f"out of memory, even with {name} alone ({failure}); "
+                "give the process more, or leave the row out with --skip-row"
             )
-        self.stats.new_tokens -= sum(sequence.new_tokens for sequence in running)
-        self.stats.cached_tokens -= sum(
-            sequence.cached_tokens for sequence in running if sequence.admitted_s is not None
-        )
+        for sequence in running:
+            self.stats.new_tokens -= sequence.num_new_tokens
+            if sequence.scheduled_s is not None:
+                self.stats.cached_tokens -= sequence.num_cached_tokens
         self.batch_size = max(1, min(self.batch_size, len(running) or self.batch_size) // 2)
         self.stats.halvings += 1
-        sources = [
-            sequence.source
-            for sequence in (*sorted(running, key=lambda sequence: sequence.order), *waiting)
-        ]
-        del self._scheduler, self._cache  # before there is a new one
-        self._make_cache()
+        running = sorted(running, key=lambda sequence: sequence.schedule_order)
+        sources = [sequence.source for sequence in (*running, *waiting)]
+        # Free the old cache before the new one is made.
+        del self._cache, self._scheduler
+        self._cache, self._scheduler = self._new_cache()
         for source in sources:
             self._scheduler.add(source)
         logger.warning("out of memory: going on with at most %d rows at a time", self.batch_size)
 
-    def _step(self, chunks: list[Chunk]) -> None:
-        """One call of the network: the chunks' tokens go in; of those that end, the next token comes out."""
-        now = began = time.monotonic()
-        prefilled = 0
-        tokens: list[int] = []
-        seq_indices: list[int] = []
-        positions: list[int] = []
-        last: list[int] = []
-        for chunk in chunks:
-            count = len(chunk.tokens)
-            tokens += chunk.tokens
-            seq_indices += [chunk.seq_index] * count
-            positions += range(chunk.first, chunk.first + count)
-            if chunk.ends:
-                last.append(len(tokens) - 1)
-            if chunk.sequence.admitted_s is None:
-                self._begin(chunk.sequence, now)
-            if chunk.sequence.new_tokens == 0:
-                prefilled += count
-        hidden = self.model.hidden(
-            self._cache,
-            tokens=tokens,
-            seq_indices=seq_indices,
-            positions=positions,
-            logits_indices=last,
-        )
-        sequences = [chunk.sequence for chunk in chunks if chunk.ends]
-        params, steps = (
-            [s.source.prompt.params for s in sequences],
-            [s.new_tokens for s in sequences],
-        )
-        bounds = [s.min_decision_margin for s in sequences]
-        if self.record_logits:
-            logits = self.model.logits(hidden)
-            for sequence, row in zip(sequences, logits.cpu(), strict=True):
-                assert sequence.logits_hash is not None
-                sequence.logits_hash.update(logits_bytes(row))
-            choices = sample_tokens(logits, params, steps, bounds, native=self.model.native)
-        else:
-            choices = next_tokens(self.model, hidden, params, steps, bounds)
-        now = time.monotonic()
-        self.stats.steps += 1
-        self.stats.rows += len(chunks)
-        self.stats.prefilled_tokens += prefilled
-        self.stats.decoded_tokens += len(tokens) - prefilled
-        self.stats.padding_tokens += self.model.padding_plan.rows(len(tokens)) - len(tokens)
-        self.stats.prefill_s += (now - began) * prefilled / len(tokens)
-        self.stats.decode_s += (now - began) * (1 - prefilled / len(tokens))
-        for sequence, choice in zip(sequences, choices, strict=True):
-            self._accept(sequence, choice, now)
-
-    def _begin(self, sequence: Sequence, now: float) -> None:
-        """A sequence's first token enters a step."""
-        sequence.admitted_s, sequence.started_at_s = now, time.time()
-        sequence.steps_before, sequence.rows_before = self.stats.steps, self.stats.rows
-        sequence.logits_hash = hashlib.sha256() if self.record_logits else None
-        self.stats.cached_tokens += sequence.cached_tokens
-
-    def _accept(self, sequence: Sequence, choice: SampledToken, now: float) -> None:
-        """Give a sequence its next token and decide whether it ends."""
-        params, token = sequence.source.prompt.params, choice.token
-        sequence.last_token_s = now
-        if sequence.new_tokens == 0:
-            sequence.first_token_s = now
-        if token is None:
-            reason = f"the logits of new token {sequence.new_tokens} hold NaN or infinity"
-            sequence.error = RowError(kind="not_finite", reason=reason)
-            return
-        sequence.tokens.append(token)
-        if len(sequence.tokens) > self._n_positions:
-            sequence.cached = 0  # the window slides, and every position in it changes
-        if choice.margin is not None:
-            sequence.min_decision_margin = min(sequence.min_decision_margin, choice.margin)
-        self.stats.new_tokens += 1
-        sequence.stop_reason = stop_reason(
-            token,
-            new_tokens=sequence.new_tokens,
-            total_tokens=len(sequence.tokens),
-            max_new_tokens=params.max_new_tokens,
-            n_positions=self._n_positions,
-            end_tokens=self.end_tokens,
-            window_full=self.window_full,
-        )
-
-    def _completion(self, sequence: Sequence) -> Completion:
-        source = sequence.source
-        assert sequence.admitted_s is not None
-        steps = self.stats.steps - sequence.steps_before
-        return Completion(
-            prompt=source.prompt,
-            prompt_tokens=len(source.token_ids),
-            prompt_tokens_dropped=source.tokens_dropped,
-            prompt_token_ids=source.token_ids,
-            token_ids=[] if sequence.error else sequence.tokens[len(source.token_ids) :],
-            finish_reason="error"
-            if sequence.error
-            else "stop"
-            if sequence.stop_reason == "end_of_text"
-            else "length",
-            stop_reason=None if sequence.error else sequence.stop_reason,
-            error=sequence.error,
-            min_decision_margin=None
-            if sequence.error or not math.isfinite(sequence.min_decision_margin)
-            else sequence.min_decision_margin,
-            logits_digest=None
-            if sequence.error or sequence.logits_hash is None
-            else sequence.logits_hash.hexdigest(),
-            timing=Timing(
-                queue_s=sequence.admitted_s - source.read_s,
-                prefill_s=sequence.first_token_s - sequence.admitted_s,
-                decode_s=sequence.last_token_s - sequence.first_token_s,
-                mean_batch_size=(self.stats.rows - sequence.rows_before) / steps,
-                started_at_s=sequence.started_at_s,
-                cached_tokens=sequence.cached_tokens,
-            ),
-        )
-
-
-def stop_reason(
-    token: int,
-    *,
-    new_tokens: int,
-    total_tokens: int,
-    max_new_tokens: int,
-    n_positions: int,
-    end_tokens: tuple[int, ...],
-    window_full: WindowFull,
-) -> StopReason | None:
-    """Why a row ends with its latest token, None if it goes on. total_tokens counts the prompt's and the new ones, this one included."""
-    if token in end_tokens:
-        return "end_of_text"
-    if new_tokens >= max_new_tokens:
-        return "max_new_tokens"
-    return "window" if window_full == "stop" and total_tokens > n_positions else None
-
-
-def logits_bytes(logits: Tensor) -> bytes:
-    """The bits of logits in memory order; equal bytes are equal bits, -0 and NaN included."""
-    return logits.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
-
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of torch or Python says that an allocation failed. torch has an error of its own for that on CUDA only."""
+    """Return whether an error means that an allocation failed. torch has a type for it on CUDA only."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return any(
@@ -359,4 +345,4 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_ERROR_CHARS]

@@ -1,76 +1,97 @@
-"""The oracle: the loop of the tutorial, one prompt at a time, no cache, the whole context computed again for each token.
+"""The oracle: one prompt at a time, no KV cache, the whole context computed again for each token.
 
-It is never made fast. Everything fast is tested against it.
+The engine is tested against it. It shares no code with what it judges: it has its own loop, its own
+sampling and its own noise, in plain Python. It is never made fast.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Literal, Protocol
+
 import torch
 from torch import Tensor
 
-from gptbatch.pipeline.engine.engine import WindowFull
-from gptbatch.pipeline.engine.noise import gumbel
-from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.config import GPTConfig
 from gptbatch.pipeline.types import SamplingParams, StopReason
 
 
-def sample_token(
-    logits: Tensor, *, temperature: float, sample: bool, top_k: int, seed: int, step: int
-) -> int:
-    """The formula of sampling.py for one row of logits (V,), said plainly. `sample` false is greedy."""
-    scores = logits.double()
-    if sample:
-        token_ids = torch.arange(len(logits), device=logits.device)
-        scores = scores + temperature * gumbel(
-            torch.tensor(seed), torch.tensor(step), token_ids.cpu()
-        ).to(logits.device)
-    if top_k > 0:
-        kth = torch.sort(logits, descending=True).values[min(top_k, len(logits)) - 1]
-        scores = torch.where(logits >= kth, scores, float("-inf"))
-    return int((scores == scores.max()).nonzero()[0])
+class Network(Protocol):
+    """A model: idx (B, T) -> logits (B, T, V)."""
 
+    config: GPTConfig
 
-@torch.inference_mode()
-def generate_token(
-    gpt: GPT,
-    idx: Tensor,
-    *,
-    temperature: float = 1.0,
-    sample: bool = True,
-    top_k: int = 0,
-    seed: int = 0,
-    step: int = 0,
-) -> int:
-    """The next token after idx (1, T): the last n_positions tokens through the whole network, then one choice."""
-    logits = gpt(idx[:, -gpt.config.n_positions :])[0, -1]
-    return sample_token(
-        logits, temperature=temperature, sample=sample, top_k=top_k, seed=seed, step=step
-    )
+    @property
+    def device(self) -> torch.device:
+        """Where idx must be."""
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        """Compute the logits."""
 
 
 def generate(
-    gpt: GPT,
+    network: Network,
     prompt_token_ids: list[int],
     params: SamplingParams,
     *,
     end_tokens: tuple[int, ...],
-    window_full: WindowFull = "stop",
+    window_full: Literal["stop", "slide"] = "stop",
 ) -> tuple[list[int], StopReason]:
-    """The new tokens of one prompt (1 to n_positions token ids) and why they end."""
-    tokens = list(prompt_token_ids)
+    """Return the new tokens of one prompt of 1 to n_positions tokens, and why they stop."""
+    n_positions = network.config.n_positions
+    new_tokens: list[int] = []
     for step in range(params.max_new_tokens):
-        if step > 0 and window_full == "stop" and len(tokens) > gpt.config.n_positions:
-            return tokens[len(prompt_token_ids) :], "window"
-        token = generate_token(
-            gpt,
-            torch.tensor([tokens], device=gpt.device),
-            temperature=params.temperature,
-            sample=params.temperature > 0,
-            top_k=params.top_k,
-            seed=params.seed,
-            step=step,
-        )
-        tokens.append(token)
-        if token in end_tokens:
-            return tokens[len(prompt_token_ids) :], "end_of_text"
-    return tokens[len(prompt_token_ids) :], "max_new_tokens"
+        tokens = prompt_token_ids + new_tokens
+        if step > 0 and window_full == "stop" and len(tokens) > n_positions:
+            return new_tokens, "window"
+        idx = torch.tensor([tokens[-n_positions:]], device=network.device)
+        with torch.inference_mode():
+            logits = network(idx)[0, -1]
+        new_tokens.append(sample_token(logits, params, step))
+        if new_tokens[-1] in end_tokens:
+            return new_tokens, "end_of_text"
+    return new_tokens, "max_new_tokens"
+
+
+def sample_token(logits: Tensor, params: SamplingParams, step: int) -> int:
+    """Sample from logits (V,): the kept token of the largest logit + temperature * noise."""
+    values: list[float] = logits.double().tolist()
+    k = min(params.top_k, len(values)) or len(values)
+    kth = sorted(values, reverse=True)[k - 1]
+    best_token, best_score = -1, -math.inf
+    for token, logit in enumerate(values):
+        if logit < kth:
+            continue
+        score = logit
+        if params.temperature > 0:
+            score += params.temperature * gumbel(params.seed, step, token)
+        if score > best_score:
+            best_token, best_score = token, score
+    return best_token
+
+
+def gumbel(seed: int, step: int, token: int) -> float:
+    """Return the noise g of noise.py; the last bit of the logarithms may differ from torch's."""
+    u = (random_bits(seed, step, token) + 0.5) * 2.0**-52
+    return -math.log(-math.log(u))
+
+
+def random_bits(seed: int, step: int, token: int) -> int:
+    """Return the 52 bits n of noise.py, equal bit for bit."""
+    words = philox4x32((token // 2, step, 0, 0), (seed % 2**32, seed // 2**32))
+    high, low = words[2:] if token % 2 else words[:2]
+    return high * 2**20 + low // 2**12
+
+
+def philox4x32(
+    counter: tuple[int, int, int, int], key: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Compute Philox4x32-10 (Salmon et al. 2011)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = divmod(c0 * 0xD2511F53, 2**32)
+        high2, low2 = divmod(c2 * 0xCD9E8D57, 2**32)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3

@@ -1,14 +1,14 @@
-"""Which pages of a cache hold what: each seq_index's own, and those of prefixes that sequences share.
+"""Assign blocks of the paged KV cache to sequences, with prefix caching (vLLM, Kwon et al. 2023).
 
-A page holds block_size positions. The full pages of a prompt stand in a tree: a node is one page of tokens after those of its parent, so
-that a path from the root is a prefix. A sequence that begins like another takes the pages of their common path instead of computing them
-again: keys and values depend on the tokens before alone. That holds for a prefix which is still being computed, too: whoever
-came first computes it, and the others are ready once all of it is in a call (see `ready`).
+A block holds block_size positions. The full blocks of prompts form a tree: a child holds the tokens
+after those of its parent, so a path from the root is a prefix. Keys and values depend only on the
+tokens before them, so a sequence reuses the blocks of its longest known prefix. This includes a
+prefix that another sequence is still computing: `is_ready` tells when all of it is scheduled.
 
-Pages of the tree that nobody uses any more are kept for sequences to come, as long as there is room; those that nobody ever shared go
-first, then those that have not been used for the longest time.
+A cached block without a user is evictable. It stays for later sequences while there is room. Blocks
+that were never reused are evicted first, then the least recently used.
 
-Knows: token ids and numbers of pages. Does not know: tensors.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,90 +17,220 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-IDLE_SHARE = 8  # at most one page in so many is kept without a user
+# At most one block in this many may be evictable.
+BLOCKS_PER_EVICTABLE_BLOCK = 8
 
 
 class CacheAllocator(Protocol):
-    """How a cache deals its room out. A seq_index is a sequence's place in it; it knows not whose."""
+    """How a cache assigns its memory to sequences, by index in the running batch."""
 
     def allocate(
-        self, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
+        self, seq_index: int, token_ids: Sequence[int], length: int, *, share_prefix: bool
     ) -> int | None:
-        """Give an empty seq_index to a sequence that begins with token_ids and grows to at most `length` positions.
+        """Reserve memory for a sequence at an empty index.
 
-        Returns how many of the tokens are there already, or will be when the seq_index is `ready` (never the last one, whose logits are
-        logits_indices); None when there is no room now. share: whether it may take what others have computed and others its own; its tokens
-        are then not to change.
+        Args:
+            seq_index: Index in the running batch.
+            token_ids: The tokens that are known: the prompt.
+            length: The most positions that the sequence may reach.
+            share_prefix: Reuse blocks of other sequences and offer its own. The prompt tokens must
+                then keep their positions.
+
+        Returns:
+            The number of tokens whose keys and values are cached, or will be once `is_ready`. It is
+            less than len(token_ids), because the last token's logits are needed. None when there
+            is no room now.
         """
 
     def is_ready(self, seq_index: int) -> bool:
-        """Whether what `admit` said is there, or in the call that comes next."""
+        """Return whether the cached prefix is computed, or scheduled for the next forward pass."""
 
     def mark_computed(self, seq_index: int, first: int, last: int) -> None:
-        """The seq_index's tokens from position first to before last are in the call that comes next."""
+        """Record that the next forward pass computes positions first to last - 1."""
 
     def move(self, source: int, target: int) -> None:
-        """What is in one seq_index takes the place of another's, which must have been cleared."""
+        """Move a sequence to another index, which must be empty."""
 
     def free(self, seq_index: int) -> None:
-        """Forget a seq_index's sequence."""
+        """Release the memory of a sequence."""
 
 
 @dataclass(slots=True, eq=False)
-class Node:
-    """A page of a prefix. users: seq_indices that hold it. shared: another sequence has taken it. ready: its tokens are in a call, or were."""
+class CachedBlock:
+    """A full block of a prompt: a node of the prefix tree.
 
-    page: int
-    key: tuple[int, ...]
-    parent: Node | None
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
-    users: int = 0
-    shared: bool = False
-    ready: bool = False
+    Attributes:
+        block: Index of the block.
+        token_ids: The block_size tokens in it; the key among the parent's children.
+        parent: The block before it; None for the root.
+        children: Blocks that continue this prefix, by their tokens.
+        n_users: Running sequences that hold the block.
+        was_shared: A second sequence has reused it.
+        is_computed: Its keys and values are computed or scheduled.
+    """
+
+    block: int
+    token_ids: tuple[int, ...]
+    parent: CachedBlock | None
+    children: dict[tuple[int, ...], CachedBlock] = field(default_factory=dict)
+    n_users: int = 0
+    was_shared: bool = False
+    is_computed: bool = False
 
 
 @dataclass(slots=True)
 class _SequenceBlocks:
-    """pages: in order, the first len(nodes) of them in the tree. most: pages that it may come to. taken: of the nodes, not its own."""
+    """The blocks of one running sequence.
 
-    pages: list[int] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
-    most: int = 0
-    taken: int = 0
-    waiting: int = 0  # nodes before this one are ready
+    Attributes:
+        blocks: Block indices in order.
+        cached: The first of these blocks, which are in the prefix tree.
+        max_blocks: Blocks that the sequence may reach.
+        n_reused: Leading cached blocks that another sequence computes.
+        n_ready: Leading reused blocks that are known to be computed.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    cached: list[CachedBlock] = field(default_factory=list)
+    max_blocks: int = 0
+    n_reused: int = 0
+    n_ready: int = 0
+
+    def add_cached(self, cached: CachedBlock) -> None:
+        self.cached.append(cached)
+        self.blocks.append(cached.block)
 
 
 class BlockPool:
-    """CacheAllocator that hold pages of block_size positions, n_blocks in all. One seq_index alone always gets what it needs."""
+    """A CacheAllocator over n_blocks blocks. A sequence that runs alone always gets its blocks."""
 
     def __init__(self, max_seqs: int, n_blocks: int, block_size: int) -> None:
         self.n_blocks, self.block_size = n_blocks, block_size
         self._sequences = [_SequenceBlocks() for _ in range(max_seqs)]
-        self._root = Node(page=-1, key=(), parent=None, ready=True)
-        self._free: list[int] = []  # used before
-        self._n_touched = 0  # pages from here on have never been used
-        self._idle_once: dict[
-            Node, None
-        ] = {}  # without a user and never shared, the longest idle first; a child before its parent
-        self._idle_shared: dict[Node, None] = {}  # without a user, but shared once
-        self._in_use = 0
-        self._promised = 0  # pages that seq_indices have not taken yet, but may come to
+        self._root = CachedBlock(block=-1, token_ids=(), parent=None, is_computed=True)
+        # Free blocks that were used before. Blocks from _n_touched on were never used.
+        self._free: list[int] = []
+        self._n_touched = 0
+        # Both in order of eviction: least recently used first, a child before its parent.
+        self._evictable_unshared: dict[CachedBlock, None] = {}
+        self._evictable_shared: dict[CachedBlock, None] = {}
+        self._n_in_use = 0
+        # Blocks that running sequences may still need.
+        self._n_reserved = 0
+
+    @property
+    def n_in_use(self) -> int:
+        """Blocks that running sequences hold; a shared block counts once."""
+        return self._n_in_use
+
+    @property
+    def n_evictable(self) -> int:
+        """Cached blocks that no running sequence holds."""
+        return len(self._evictable_unshared) + len(self._evictable_shared)
 
     def allocate(
-        self, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
+        self, seq_index: int, token_ids: Sequence[int], length: int, *, share_prefix: bool
     ) -> int | None:
-        state = self._sequences[seq_index]
-        assert not state.pages
+        """Reserve blocks and reuse the longest cached prefix; see `CacheAllocator`."""
+        sequence = self._sequences[seq_index]
+        assert not sequence.blocks
+        keys = self._full_blocks(token_ids) if share_prefix else []
+        reused = self._find_prefix(keys)
+        max_blocks = blocks_for(length, self.block_size)
+        n_new = max_blocks - len(reused)
+        n_evictable = sum(block.n_users == 0 for block in reused)
+        if self._n_in_use + self._n_reserved + n_evictable + n_new > self.n_blocks:
+            return None
+        self._n_in_use += n_evictable
+        self._n_reserved += n_new
+        sequence.max_blocks, sequence.n_reused, sequence.n_ready = max_blocks, len(reused), 0
+        for cached in reused:
+            self._evictable_unshared.pop(cached, None)
+            self._evictable_shared.pop(cached, None)
+            cached.n_users += 1
+            cached.was_shared = True
+            sequence.add_cached(cached)
+        parent = reused[-1] if reused else self._root
+        for key in keys[len(reused) :]:
+            cached = CachedBlock(block=self._take_block(), token_ids=key, parent=parent, n_users=1)
+            parent.children[key] = cached
+            sequence.add_cached(cached)
+            parent = cached
+        return len(reused) * self.block_size
+
+    def is_ready(self, seq_index: int) -> bool:
+        """Return whether all reused blocks are computed or scheduled; see `CacheAllocator`."""
+        sequence = self._sequences[seq_index]
+        while (
+            sequence.n_ready < sequence.n_reused and sequence.cached[sequence.n_ready].is_computed
+        ):
+            sequence.n_ready += 1
+        return sequence.n_ready == sequence.n_reused
+
+    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
+        """Mark the blocks of positions first to last - 1 as computed; see `CacheAllocator`."""
+        cached = self._sequences[seq_index].cached
+        for block in cached[first // self.block_size : last // self.block_size]:
+            block.is_computed = True
+
+    def block_at(self, seq_index: int, position: int) -> tuple[int, bool]:
+        """Return the block of a position, and whether it is newly taken.
+
+        New positions must come in order. A sequence without `allocate` takes blocks while there
+        are any.
+        """
+        sequence = self._sequences[seq_index]
+        index = position // self.block_size
+        if index < len(sequence.blocks):
+            return sequence.blocks[index], False
+        assert index == len(sequence.blocks), "positions come in order"
+        if index >= sequence.max_blocks:
+            sequence.max_blocks += 1
+            self._n_reserved += 1
+        sequence.blocks.append(self._take_block())
+        return sequence.blocks[index], True
+
+    def blocks(self, seq_index: int) -> list[int]:
+        """Return the block indices of a sequence, in order."""
+        return self._sequences[seq_index].blocks
+
+    def move(self, source: int, target: int) -> None:
+        """Move a sequence to an empty index; see `CacheAllocator`."""
+        assert not self._sequences[target].blocks
+        self._sequences[target] = self._sequences[source]
+        self._sequences[source] = _SequenceBlocks()
+
+    def free(self, seq_index: int) -> None:
+        """Release the blocks of a sequence. Computed prefix blocks become evictable."""
+        sequence = self._sequences[seq_index]
+        self._sequences[seq_index] = _SequenceBlocks()
+        self._n_reserved -= sequence.max_blocks - len(sequence.blocks)
+        uncached = sequence.blocks[len(sequence.cached) :]
+        self._free += reversed(uncached)
+        self._n_in_use -= len(uncached)
+        for cached in reversed(sequence.cached):
+            cached.n_users -= 1
+            if cached.n_users:
+                continue
+            self._n_in_use -= 1
+            if not cached.is_computed:
+                self._remove(cached)
+            elif cached.was_shared:
+                self._evictable_shared[cached] = None
+            else:
+                self._evictable_unshared[cached] = None
+        while self.n_evictable > self.n_blocks // BLOCKS_PER_EVICTABLE_BLOCK:
+            self._evict()
+
+    def _full_blocks(self, token_ids: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the tokens of each full block, without the last token of the prompt."""
         size = self.block_size
-        keys = (
-            [
-                tuple(token_ids[first : first + size])
-                for first in range(0, (len(token_ids) - 1) // size * size, size)
-            ]
-            if share
-            else []
-        )
-        path = []
+        end = (len(token_ids) - 1) // size * size
+        return [tuple(token_ids[first : first + size]) for first in range(0, end, size)]
+
+    def _find_prefix(self, keys: list[tuple[int, ...]]) -> list[CachedBlock]:
+        """Return the longest path of the tree that these blocks follow."""
+        path: list[CachedBlock] = []
         node = self._root
         for key in keys:
             child = node.children.get(key)
@@ -108,101 +238,12 @@ class BlockPool:
                 break
             path.append(child)
             node = child
-        most = blocks_for(length, size)
-        idle = sum(node.users == 0 for node in path)
-        if self._in_use + self._promised + idle + most - len(path) > self.n_blocks:
-            return None
-        self._in_use += idle
-        self._promised += most - len(path)
-        state.most, state.taken, state.waiting = most, len(path), 0
-        for node in path:
-            self._idle_once.pop(node, None)
-            self._idle_shared.pop(node, None)
-            node.users += 1
-            node.shared = True
-            self._hold(state, node)
-        node = path[-1] if path else self._root
-        for key in keys[len(path) :]:
-            child = Node(page=self._new_page(), key=key, parent=node, users=1)
-            node.children[key] = child
-            self._hold(state, child)
-            node = child
-        return len(path) * size
+        return path
 
-    def is_ready(self, seq_index: int) -> bool:
-        state = self._sequences[seq_index]
-        while state.waiting < state.taken and state.nodes[state.waiting].ready:
-            state.waiting += 1
-        return state.waiting == state.taken
-
-    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
-        for node in self._sequences[seq_index].nodes[
-            first // self.block_size : last // self.block_size
-        ]:
-            node.ready = True
-
-    def page_of(self, seq_index: int, position: int) -> tuple[int, bool]:
-        """The page that holds the seq_index's position, and whether it is new. Positions come in order.
-
-        A seq_index that nobody admitted takes what it needs, as long as there is any.
-        """
-        state = self._sequences[seq_index]
-        number = position // self.block_size
-        if number < len(state.pages):
-            return state.pages[number], False
-        assert number == len(state.pages), "positions come in order"
-        if number >= state.most:
-            state.most += 1
-            self._promised += 1
-        state.pages.append(self._new_page())
-        return state.pages[number], True
-
-    def pages(self, seq_index: int) -> list[int]:
-        """The pages of a seq_index, in order."""
-        return self._sequences[seq_index].pages
-
-    def move(self, source: int, target: int) -> None:
-        assert not self._sequences[target].pages
-        self._sequences[target], self._sequences[source] = (
-            self._sequences[source],
-            _SequenceBlocks(),
-        )
-
-    def free(self, seq_index: int) -> None:
-        state, self._sequences[seq_index] = self._sequences[seq_index], _SequenceBlocks()
-        self._promised -= state.most - len(state.pages)
-        own = state.pages[len(state.nodes) :]
-        self._free += reversed(own)
-        self._in_use -= len(own)
-        for node in reversed(state.nodes):
-            node.users -= 1
-            if node.users:
-                continue
-            self._in_use -= 1
-            if node.ready:
-                (self._idle_shared if node.shared else self._idle_once)[node] = None
-            else:
-                self._forget(node)
-        while len(self._idle_once) + len(self._idle_shared) > self.n_blocks // IDLE_SHARE:
-            self._evict()
-
-    @property
-    def in_use(self) -> int:
-        """Pages that seq_indices hold; a shared one counts once."""
-        return self._in_use
-
-    @property
-    def idle(self) -> int:
-        """Pages of prefixes that no seq_index holds."""
-        return len(self._idle_once) + len(self._idle_shared)
-
-    def _hold(self, state: _SequenceBlocks, node: Node) -> None:
-        state.nodes.append(node)
-        state.pages.append(node.page)
-
-    def _new_page(self) -> int:
-        self._in_use += 1
-        self._promised -= 1
+    def _take_block(self) -> int:
+        """Turn one reserved block into a block in use; evict if none is free."""
+        self._n_in_use += 1
+        self._n_reserved -= 1
         if not self._free and self._n_touched < self.n_blocks:
             self._n_touched += 1
             return self._n_touched - 1
@@ -211,18 +252,18 @@ class BlockPool:
         return self._free.pop()
 
     def _evict(self) -> None:
-        idle = self._idle_once or self._idle_shared
-        node = next(iter(idle))
-        del idle[node]
-        self._forget(node)
+        evictable = self._evictable_unshared or self._evictable_shared
+        cached = next(iter(evictable))
+        del evictable[cached]
+        self._remove(cached)
 
-    def _forget(self, node: Node) -> None:
-        assert not node.children
-        assert node.parent is not None
-        del node.parent.children[node.key]
-        self._free.append(node.page)
+    def _remove(self, cached: CachedBlock) -> None:
+        assert not cached.children
+        assert cached.parent is not None
+        del cached.parent.children[cached.token_ids]
+        self._free.append(cached.block)
 
 
 def blocks_for(length: int, block_size: int) -> int:
-    """How many pages hold so many positions."""
+    """Return how many blocks hold `length` positions."""
     return -(-length // block_size)

@@ -1,13 +1,13 @@
-"""Masked self-attention over flat tokens: what a backend is, and which one a machine gets.
+"""Masked self-attention over flat tokens and its KV cache: the interface, and backend selection.
 
-The formula is that of Vaswani et al. 2017, section 3.2.1, with a causal mask: softmax(q k^T * scale) v over the keys at
-positions 0 to the query's own. There are two backends, each with a KV cache laid out as it likes:
+Attention is softmax(q k^T * scale) v over the keys at positions 0 to the query's own (Vaswani et
+al. 2017, section 3.2.1, with a causal mask). Two backends implement it:
 
-    ragged   a C++ kernel over pages of 16 positions, or 64; reads just what each sequence holds. CPU only.
-    padded   matmul and softmax of torch over all seq_indices padded to one width. Everywhere.
+    ragged   C++ kernel over a paged cache (blocks of 16 or 64 positions). CPU only.
+    padded   torch matmul and softmax over all sequences, padded to one width. Any device.
 
-In both, what a token gets depends on its position and its sequence alone, not on what else runs, nor on whether it comes by
-prefill, in a chunk or alone.
+With both, a token's result depends only on its position and its sequence: not on other sequences,
+and not on whether it arrives by prefill, in a chunk or alone.
 """
 
 from __future__ import annotations
@@ -22,104 +22,75 @@ from torch import Tensor
 from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.kernels.build import KernelError, load_kernels
 from gptbatch.pipeline.kv_cache.block_pool import CacheAllocator
-from gptbatch.pipeline.kv_cache.padded import PaddedKVCache, ReductionOrder, round_up
+from gptbatch.pipeline.kv_cache.padded import PaddedKVCache
 from gptbatch.pipeline.kv_cache.paged import PagedKVCache
-from gptbatch.pipeline.kv_cache.quantization import CacheDtype
-from gptbatch.pipeline.model.config import GPTConfig
+from gptbatch.pipeline.kv_cache.spec import PADDED, RAGGED, Backend, KVCacheSpec
 
 logger = logging.getLogger("gptbatch")
 
-Backend = Literal["ragged", "padded"]
-
 
 class Attention(Protocol):
-    """Attention of one call of the network. Rows beyond the call's N tokens belong to nobody and come back as 0.
-
-    Where it is ragged, a kernel may compute whole blocks instead (blocks.py).
-    """
+    """Attention of one forward pass over N tokens. Rows beyond N are padding and come back as 0."""
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        """qkv (N or more, 3, H, D) of a layer -> (as many, C)."""
+        """Write keys and values of the layer, then attend: qkv (>= N, 3, H, D) -> (>= N, C)."""
 
 
 class KVCache(CacheAllocator, Protocol):
-    """The keys and values of the sequences that are running. A seq_index that nobody was admitted to may be used all the same."""
+    """Keys and values of the running sequences. A sequence may be used without `allocate`."""
 
     def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> Attention:
-        """The attention of one call over N tokens: the seq_index of each and its position there.
+        """Return the attention of one forward pass over N tokens.
 
-        The tokens of a seq_index stand in order, without a gap after those that the cache holds; their keys and values are
-        written to it, over what was at these positions.
+        Args:
+            seq_indices: The sequence of each token, (N,).
+            positions: The position of each token in its sequence, (N,). The tokens of a sequence
+                are in order and without a gap after those in the cache. Their keys and values
+                overwrite what was at these positions.
         """
 
 
-def new_cache(
-    backend: Backend,
-    config: GPTConfig,
-    *,
-    max_seqs: int,
-    capacity: int | None,
-    dtype: torch.dtype,
-    cache_dtype: CacheDtype,
-    reduction_order: ReductionOrder,
-    device: torch.device,
-) -> KVCache:
-    """An empty cache for sequences of the network `config`.
+def new_cache(spec: KVCacheSpec, max_seqs: int, *, capacity: int | None = None) -> KVCache:
+    """Create an empty cache.
 
-    capacity: positions that all sequences together may take, each rounded up to whole pages; None is enough for max_seqs full
-    contexts. One full context always fits. padded makes room for what comes, up to that: its seq_indices are to be limited (`max_seqs_for`).
-    reduction_order: of padded, see PaddedKVCache.
+    Args:
+        spec: The layout.
+        max_seqs: Number of sequences, indexed from 0.
+        capacity: Positions of all sequences together, each rounded up to whole blocks. None is
+            enough for max_seqs full contexts. One full context always fits. The padded backend
+            ignores it: bound max_seqs with `KVCacheSpec.max_seqs` instead.
     """
-    if backend == "padded":
-        return PaddedKVCache(
-            config,
-            max_seqs=max_seqs,
-            dtype=dtype,
-            cache_dtype=cache_dtype,
-            reduction_order=reduction_order,
-            device=device,
-        )
-    return PagedKVCache(
-        config,
-        max_seqs=max_seqs,
-        capacity=capacity,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
-        device=device,
-    )
+    if spec.backend.paged:
+        return PagedKVCache(spec, max_seqs, capacity)
+    return PaddedKVCache(spec, max_seqs)
 
 
-def max_seqs_for(backend: Backend, config: GPTConfig, *, capacity: int | None) -> int | None:
-    """How many seq_indices a cache of that capacity may have so that it cannot outgrow it; None for any number."""
-    if backend == "ragged" or capacity is None:
-        return None
-    return max(1, capacity // round_up(config.n_positions))
+def select_backend(name: Literal["auto", "ragged", "padded"], device: torch.device) -> Backend:
+    """Return the backend to use.
 
+    `auto` takes ragged on a CPU where the kernels build, and warns where they do not.
 
-def choose_backend(
-    logits_indices: Literal["auto", "ragged", "padded"], device: torch.device
-) -> Backend:
-    """The backend to use: auto takes ragged on a CPU where the kernel builds, and warns where it does not.
-
-    Raises DeviceError when ragged is asked for and cannot be had.
+    Raises:
+        DeviceError: `ragged` is not available on this device.
     """
-    if logits_indices == "padded" or (logits_indices == "auto" and device.type != "cpu"):
-        return "padded"
+    if name == "padded" or (name == "auto" and device.type != "cpu"):
+        return PADDED
     if device.type != "cpu":
         raise DeviceError(
-            f"engine.attention is ragged, which runs on a CPU only, not on {device.type}",
+            f"engine.attention is ragged, which runs on a CPU only, not on {device.type}; "
+            "use auto or padded",
             keys=("engine.attention",),
         )
     try:
         load_kernels()
     except KernelError as error:
-        if logits_indices == "ragged":
+        if name == "ragged":
             raise DeviceError(
-                f"engine.attention is ragged, but its kernel cannot be had: {error}",
+                f"engine.attention is ragged, but the C++ kernels are not available: {error}",
                 keys=("engine.attention",),
             ) from error
         logger.warning(
-            "the fast attention kernel cannot be had, attention is padded and slower: %s", error
+            "the C++ kernels are not available; attention is padded, which is slower: %s", error
         )
-        return "padded"
-    return "ragged"
+        return PADDED
+    return RAGGED

@@ -1,7 +1,4 @@
-"""The ragged backend: a cache in pages, and the C++ kernel that reads of each sequence just what is there.
-
-Knows: where the keys and values are. Does not know: which pages are shared, and why (pages.py).
-"""
+"""The ragged backend: a paged KV cache and the C++ attention kernel that reads it."""
 
 from __future__ import annotations
 
@@ -14,98 +11,111 @@ from torch import Tensor
 
 from gptbatch.pipeline.kernels.build import load_kernels
 from gptbatch.pipeline.kv_cache.block_pool import BlockPool, blocks_for
-from gptbatch.pipeline.kv_cache.quantization import BLOCK_SIZES, CacheDtype, bytes_a_head
-from gptbatch.pipeline.model.config import GPTConfig
+from gptbatch.pipeline.kv_cache.quantization import bytes_per_head
+from gptbatch.pipeline.kv_cache.spec import KVCacheSpec
 
-CACHE_LINE = 64
+CACHE_LINE_BYTES = 64
 
 
 class PagedKVCache:
-    """Per layer (H, P, page): P pages of keys and values, laid out as kv_blocks_full.h and kv_blocks_int8.h say; BlockPool deals them out.
+    """KV cache in blocks. `BlockPool` assigns the blocks; the block table maps positions to them.
 
-    All pages are there from the start, but the system gives memory for a page only when it is first written; pages that have been
-    used are used again before others are.
+    Each layer is a tensor (H, n_blocks, block bytes or numbers); the kernels define the layout of a
+    block. All blocks exist from the start, but the operating system provides memory only when a
+    block is first written. Used blocks are reused before untouched ones.
     """
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        *,
-        max_seqs: int,
-        capacity: int | None,
-        dtype: torch.dtype,
-        cache_dtype: CacheDtype,
-        device: torch.device,
-    ) -> None:
-        assert device.type == "cpu"
-        assert dtype in (torch.float32, torch.bfloat16)
+    def __init__(self, spec: KVCacheSpec, max_seqs: int, capacity: int | None = None) -> None:
+        """Create an empty cache on the CPU.
+
+        Args:
+            spec: The layout; dtype float32 or bfloat16.
+            max_seqs: Number of sequences.
+            capacity: Positions in total; None is max_seqs full contexts. See `new_cache`.
+        """
+        assert spec.device.type == "cpu"
+        assert spec.dtype in (torch.float32, torch.bfloat16)
         load_kernels()
-        size = BLOCK_SIZES[cache_dtype]
-        full = blocks_for(config.n_positions, size)  # of one full context
-        n_blocks = (
-            max_seqs * full
-            if capacity is None
-            else min(max_seqs * full, max(full, capacity // size))
-        )
-        self.pool = BlockPool(max_seqs, n_blocks, size)
-        # 0 everywhere, as the rest of a page's depth must be
-        stored = torch.uint8 if cache_dtype == "int8" else dtype
-        page = 2 * size * bytes_a_head(config, dtype, cache_dtype) // stored.itemsize
+        config, block_size = spec.config, spec.block_size
+        blocks_per_context = blocks_for(config.n_positions, block_size)
+        n_blocks = max_seqs * blocks_per_context
+        if capacity is not None:
+            n_blocks = min(n_blocks, max(blocks_per_context, capacity // block_size))
+        self.pool = BlockPool(max_seqs, n_blocks, block_size)
+        stored = torch.uint8 if spec.cache_dtype == "int8" else spec.dtype
+        block_bytes = 2 * block_size * bytes_per_head(config, spec.dtype, spec.cache_dtype)
+        # Zeros: the kernels read the padding of a head, which nothing ever writes.
         self.layers = [
-            _lazy_zeros((config.n_head, n_blocks, page), stored) for _ in range(config.n_layer)
+            _lazy_zeros((config.n_head, n_blocks, block_bytes // stored.itemsize), stored)
+            for _ in range(config.n_layer)
         ]
-        self.table = torch.zeros(max_seqs, full, dtype=torch.int32)
-        self._table = self.table.numpy()  # the same memory, quicker to write
+        self.block_table = torch.zeros(max_seqs, blocks_per_context, dtype=torch.int32)
+        # The same memory; numpy writes single elements faster.
+        self._block_table = self.block_table.numpy()
 
     def allocate(
-        self, seq_index: int, token_ids: Sequence[int], length: int, *, share: bool
+        self, seq_index: int, token_ids: Sequence[int], length: int, *, share_prefix: bool
     ) -> int | None:
-        there = self.pool.allocate(seq_index, token_ids, length, share=share)
-        if there is not None:
-            pages = self.pool.pages(seq_index)
-            self._table[seq_index, : len(pages)] = pages
-        return there
+        """Reserve blocks for a sequence and fill in its block table; see `CacheAllocator`."""
+        cached = self.pool.allocate(seq_index, token_ids, length, share_prefix=share_prefix)
+        if cached is not None:
+            blocks = self.pool.blocks(seq_index)
+            self._block_table[seq_index, : len(blocks)] = blocks
+        return cached
 
     def is_ready(self, seq_index: int) -> bool:
+        """Return whether the cached prefix of the sequence is computed; see `CacheAllocator`."""
         return self.pool.is_ready(seq_index)
 
     def mark_computed(self, seq_index: int, first: int, last: int) -> None:
+        """Mark positions first to last - 1 as computed; see `CacheAllocator`."""
         self.pool.mark_computed(seq_index, first, last)
 
     def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> PagedAttention:
+        """Return the attention of one forward pass; see `KVCache`."""
         for seq_index, position in zip(seq_indices, positions, strict=True):
-            page, new = self.pool.page_of(seq_index, position)
-            if new:
-                self._table[seq_index, position // self.pool.block_size] = page
+            block, is_new = self.pool.block_at(seq_index, position)
+            if is_new:
+                self._block_table[seq_index, position // self.pool.block_size] = block
         return PagedAttention(self, torch.tensor(seq_indices), torch.tensor(positions))
 
     def move(self, source: int, target: int) -> None:
+        """Move a sequence to an empty index; see `CacheAllocator`."""
         self.pool.move(source, target)
-        self._table[target] = self._table[source]
+        self._block_table[target] = self._block_table[source]
 
     def free(self, seq_index: int) -> None:
+        """Release the blocks of a sequence; see `CacheAllocator`."""
         self.pool.free(seq_index)
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory only as they are written; torch would write them all. Raises MemoryError when there is no room for them.
-
-    They begin where a cache line does, so that no vector of the kernel lies in two.
-    """
-    n_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(n_bytes + CACHE_LINE, np.uint8)
-    first = -memory.ctypes.data % CACHE_LINE
-    return torch.from_numpy(memory[first : first + n_bytes]).view(dtype).view(shape)
-
-
 class PagedAttention:
-    """Attention of one call. seq_indices and positions are (N,). A kernel that computes more than attention takes what it needs from here."""
+    """Attention of one forward pass over a paged cache. seq_indices, positions: (N,).
+
+    Kernels that fuse attention with other work read the fields directly.
+    """
 
     def __init__(self, cache: PagedKVCache, seq_indices: Tensor, positions: Tensor) -> None:
         self.cache, self.seq_indices, self.positions = cache, seq_indices, positions
 
     def __call__(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
+        """Attend: qkv (>= N, 3, H, D) -> (>= N, C)."""
+        cache = self.cache
         out: Tensor = torch.ops.gptbatch.paged_attention(
-            qkv, self.cache.layers[layer], self.cache.table, self.seq_indices, self.positions, scale
+            qkv, cache.layers[layer], cache.block_table, self.seq_indices, self.positions, scale
         )
         return out
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return zeros that take memory only when written; torch.zeros would write all of it.
+
+    The tensor starts at a cache line, so that no vector of the kernel spans two lines.
+
+    Raises:
+        MemoryError: The address space has no room for it.
+    """
+    n_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(n_bytes + CACHE_LINE_BYTES, np.uint8)
+    first = -memory.ctypes.data % CACHE_LINE_BYTES
+    return torch.from_numpy(memory[first : first + n_bytes]).view(dtype).view(shape)

@@ -1,15 +1,17 @@
-"""The logits that can matter, exactly, and the others nearly: half of the head's work.
+"""The two-pass LM head: approximate logits of all tokens, exact logits of the candidates.
 
-The next token follows from the few largest logits of a row, but the head computes one for every token of the vocabulary, which is a
-quarter of all the work of gpt2. A two_pass_head computes them in bfloat16, which a CPU with instructions for it does twice as fast as float32,
-says by how much each can be off, and computes those again in float32 that may be large enough. Which those are
-depends on nothing but the row, and they are the same bits as the head's.
+The next token depends on the largest few logits of a row, but the head computes one per token of
+the vocabulary: a quarter of the work of gpt2. The first pass computes all logits in bfloat16, twice
+the speed of float32 on a CPU with bfloat16 instructions. It bounds the error of each one. The
+second pass rescores the candidates in float32: every token whose logit may be at least a threshold.
+These have the same bits as the head's logits. The candidates of a row depend only on that row.
 
-With h a row of the hidden state and w one of the weight, h' and w' rounded to bfloat16 (Cauchy and Schwarz):
+The bound follows from Cauchy-Schwarz. Let h be a row of the hidden state, w a row of the weight,
+and h', w' the same rounded to bfloat16:
+
     |h w - h' w'|  <=  |h - h'| |w| + |h'| |w - w'|
-and both sums, of C products, are themselves rounded, together by less than C 2^-22 |h| |w|.
 
-Knows: hidden states and the weight of the head. Does not know: what a token is chosen by.
+Both sums over C products are rounded too, together by less than C 2^-22 |h| |w|.
 """
 
 from __future__ import annotations
@@ -22,94 +24,136 @@ from torch.profiler import record_function
 
 from gptbatch.pipeline.model.linear import Linear
 
-HEAD = "gptbatch::head"  # the name of the head's work in a profile
-HEAD_ROWS = 128  # that the head runs at once: it is as fast as with more, and the start-up check tries as many
-BLOCK = 32  # tokens that have one bound (maxima.h)
-MOST_MISSED = 2  # one row in so many may need all logits, as many first tokens do; where more do, a two_pass_head costs more than it saves
-GRACE = 2 * HEAD_ROWS  # rows before that is looked at
-LEAST_WEIGHTS = (
-    2**19
-)  # of a head: a smaller one takes no longer than what a two_pass_head does besides
-LEAST_TOKENS = (
-    1024  # of a vocabulary: the largest logits of a smaller one are too large a part of it
-)
-SUBNORMAL = 1e-36  # instructions for bfloat16 take numbers below 1.2e-38 for 0: the norm of a row of them is less
+# Name of the head's work in torch.profiler.
+HEAD_EVENT = "gptbatch::head"
+# Rows per call of the head. More rows are no faster, and the self-test covers this many.
+MAX_HEAD_ROWS = 128
+# Tokens that share one error bound; the block size of the kernel.
+TOKENS_PER_BOUND = 32
+# With more than one fallback per this many rows, two passes cost more than they save.
+ROWS_PER_FALLBACK = 2
+# Rows before the rate of fallbacks counts.
+MIN_ROWS_MEASURED = 2 * MAX_HEAD_ROWS
+# In a smaller head, two passes take longer than one.
+MIN_WEIGHTS = 2**19
+# In a smaller vocabulary, the candidates are too large a part of it.
+MIN_VOCAB_SIZE = 1024
+# bfloat16 instructions flush subnormals (below 1.2e-38) to 0. A row of these has a smaller norm.
+SUBNORMAL_NORM = 1e-36
+# Covers the rounding of a float64 norm.
+NORM_ROUNDING = 1 + 1e-9
 
 
 class TwoPassHead:
-    """Of one head without a bias. weight (V, C) in float32: the rows of the head, where they stand anyway."""
+    """Two passes over one head without a bias.
+
+    Attributes:
+        weight: (V, C) float32, the rows of the head.
+        n_rows: Rows rescored so far.
+        n_fallbacks: Rows among these that needed all logits instead.
+    """
 
     def __init__(self, weight: Tensor) -> None:
+        """Pack a bfloat16 copy of the weight and compute its error bounds."""
         assert weight.dtype == torch.float32
         self.weight = weight = weight.contiguous()
         rounded = weight.bfloat16()
         self._packed = torch.ops.gptbatch.pack_weight(rounded)
-        self._kept = threading.local()  # each thread's logits, always in the same place: the system would give new memory, slowly
-        pieces = [
+        # One buffer per thread: new memory for every call would come slowly from the system.
+        self._buffers = threading.local()
+        rows = 128 * TOKENS_PER_BOUND
+        bounds = [
             torch.stack(
-                [_largest_norms(some), _largest_norms(some - of_some.float()) + SUBNORMAL], dim=1
+                [_max_norms(part), _max_norms(part - rounded_part.float()) + SUBNORMAL_NORM], dim=1
             )
-            for some, of_some in zip(
-                weight.split(128 * BLOCK), rounded.split(128 * BLOCK), strict=True
-            )
+            for part, rounded_part in zip(weight.split(rows), rounded.split(rows), strict=True)
         ]
-        self._errors = torch.cat(pieces)
-        self.rows = self.missed = 0
+        self._weight_bounds = torch.cat(bounds)
+        self.n_rows = self.n_fallbacks = 0
 
     @property
     def is_worthwhile(self) -> bool:
-        """Whether it has saved work so far: with other weights too many logits may be near the largest ones."""
-        return self.rows <= GRACE or self.missed * MOST_MISSED <= self.rows
+        """Whether two passes have saved work so far: with some weights too many rows fall back."""
+        return (
+            self.n_rows <= MIN_ROWS_MEASURED or self.n_fallbacks * ROWS_PER_FALLBACK <= self.n_rows
+        )
 
     def approximate_logits(self, hidden: Tensor) -> Tensor:
-        """hidden (S, C), S at most HEAD_ROWS -> logits (S, V), each nearly right. They are there until the thread's next call."""
-        with record_function(HEAD):
-            if not hasattr(self._kept, "logits"):
-                self._kept.logits = self.weight.new_empty(HEAD_ROWS, self.weight.shape[0])
-            logits: Tensor = self._kept.logits[: len(hidden)]
+        """Compute the first pass: hidden (S, C), S <= MAX_HEAD_ROWS -> logits (S, V).
+
+        The result is valid until the next call in this thread.
+        """
+        with record_function(HEAD_EVENT):
+            if not hasattr(self._buffers, "logits"):
+                self._buffers.logits = self.weight.new_empty(MAX_HEAD_ROWS, self.weight.shape[0])
+            logits: Tensor = self._buffers.logits[: len(hidden)]
             torch.ops.gptbatch.linear_float32_out(hidden.bfloat16(), self._packed, logits)
             return logits
 
-    def rescore(self, logits: Tensor, hidden: Tensor, kept: Tensor, slack: Tensor) -> Tensor:
-        """Compute again those of the logits (S, V) that are at least a row's floor (S,), or may be: such are exact from now on.
+    def rescore(
+        self, logits: Tensor, hidden: Tensor, kept_counts: Tensor, exact_range: Tensor
+    ) -> Tensor:
+        """Compute the second pass: make every logit exact that may be at least the row's threshold.
 
-        The floor is below the kept-th largest by the slack at least; NaN where it is quicker to compute all logits, or where one is
-        not finite, and the row is as it was. kept (S,): 1 to V - 1. slack (S,) float64.
+        Args:
+            logits: Approximate logits (S, V); changed in place.
+            hidden: (S, C).
+            kept_counts: (S,), 1 to V - 1.
+            exact_range: (S,) float64, at least 0: how far below the kept_counts-th largest logit
+                the threshold lies, at least.
+
+        Returns:
+            Thresholds (S,) float64. NaN means fallback: computing all logits is faster, or one is
+            not finite. The row is then unchanged.
         """
-        with record_function(HEAD):
+        with record_function(HEAD_EVENT):
             rounded = hidden.bfloat16().float()
             norm = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float64)
-            of_hidden = (
-                torch.linalg.vector_norm(hidden - rounded, dim=1, dtype=torch.float64)
-                + hidden.shape[1] * 2**-22 * norm
-                + SUBNORMAL
+            rounding_norm = torch.linalg.vector_norm(hidden - rounded, dim=1, dtype=torch.float64)
+            times_weight_norm = rounding_norm + hidden.shape[1] * 2**-22 * norm + SUBNORMAL_NORM
+            times_weight_rounding = torch.linalg.vector_norm(rounded, dim=1, dtype=torch.float64)
+            hidden_bounds = torch.stack([times_weight_norm, times_weight_rounding], dim=1)
+            thresholds: Tensor = torch.ops.gptbatch.rescore(
+                logits,
+                hidden,
+                self.weight,
+                hidden_bounds,
+                self._weight_bounds,
+                kept_counts,
+                exact_range,
             )
-            of_weight = torch.linalg.vector_norm(rounded, dim=1, dtype=torch.float64)
-            errors = torch.stack([of_hidden, of_weight], dim=1)
-            floors: Tensor = torch.ops.gptbatch.rescore(
-                logits, hidden, self.weight, errors, self._errors, kept, slack
-            )
-        self.rows += len(hidden)
-        self.missed += int(floors.isnan().sum())
-        return floors
+        self.n_rows += len(hidden)
+        self.n_fallbacks += int(thresholds.isnan().sum())
+        return thresholds
 
 
 def make_two_pass_head(head: Linear, weight: Tensor) -> TwoPassHead | None:
-    """A two_pass_head for a packed head, whose weight still stands elsewhere (in a tied embedding); None where it would not be quicker: it
-    takes a float32 network, neither small nor of few tokens, and instructions for bfloat16."""
-    large = weight.numel() >= LEAST_WEIGHTS and len(weight) >= LEAST_TOKENS
+    """Return a two-pass head for a packed head, or None where it would not be faster.
+
+    It needs a float32 model of some size, a large vocabulary and bfloat16 instructions.
+
+    Args:
+        head: The packed head.
+        weight: Its plain weight (V, C), which a tied embedding keeps.
+    """
+    is_large = weight.numel() >= MIN_WEIGHTS and len(weight) >= MIN_VOCAB_SIZE
     if (
         head.kind == "native"
         and weight.dtype == torch.float32
-        and large
+        and is_large
         and torch.ops.gptbatch.has_bfloat16()
     ):
         return TwoPassHead(weight.detach())
     return None
 
 
-def _largest_norms(rows: Tensor) -> Tensor:
-    """rows (V, C) -> (blocks,) float64: the largest norm of a row in each block, and a little more."""
+def logits_bytes(logits: Tensor) -> bytes:
+    """Return the bits of logits in memory order. Equal bytes are equal bits, -0 and NaN included."""
+    return logits.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
+
+
+def _max_norms(rows: Tensor) -> Tensor:
+    """rows (V, C) -> (blocks,) float64: an upper bound of the row norms in each block."""
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    padded = torch.nn.functional.pad(norms, (0, -len(norms) % BLOCK))
-    return padded.view(-1, BLOCK).amax(dim=1) * (1 + 1e-9)
+    padded = torch.nn.functional.pad(norms, (0, -len(norms) % TOKENS_PER_BOUND))
+    return padded.view(-1, TOKENS_PER_BOUND).amax(dim=1) * NORM_ROUNDING

@@ -1,6 +1,5 @@
-"""The network of a checkpoint, loaded and ready on this machine: device, attention backend, weights, batch_invariance.
+"""Load a model and make it ready on this machine: device, backend, weights, batch invariance.
 
-Knows: gpt, and the start-up check of generation. Does not know: prompts, files of a run.
 Imports torch where it is used.
 """
 
@@ -23,38 +22,49 @@ from gptbatch.pipeline.types import NOISE_VERSION
 if TYPE_CHECKING:
     import torch
 
-    from gptbatch.pipeline.kv_cache.interface import Backend
+    from gptbatch.pipeline.kv_cache.spec import Backend
     from gptbatch.pipeline.model.gpt import GPT
+    from gptbatch.pipeline.model.self_test import SelfTestReport
 
 logger = logging.getLogger("gptbatch")
 
-ROWS_A_THREAD, LEAST_ROWS, MOST_ROWS = 32, 64, 512
-MEMORY_SHARE = 0.5  # of what is free, for the cache
+SEQS_PER_THREAD = 32
+MIN_BATCH_SIZE, MAX_BATCH_SIZE = 64, 512
+# Share of the free memory that the KV cache takes by default.
+CACHE_MEMORY_SHARE = 0.5
 
 BatchInvariance = Literal["verified", "unverified", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A loaded network. batch_invariance: whether the start-up check found a row's bits independent of the batch, or was not asked.
+    """A model that is ready to run.
 
-    environment: what the bits of a row depend on besides the job; equality is promised within a environment.
+    Attributes:
+        model: The packed model.
+        batch_invariance: Result of the batch-invariance self-test; off when it was skipped.
+        environment: What the bits of a row depend on besides the job. Equal bits are promised only
+            within one environment.
     """
 
     model: GPT
     batch_invariance: BatchInvariance
     environment: dict[str, Any]
 
-    def batch_size(self, logits_indices: int | None) -> int:
-        """Rows that run at a time: as set, or enough for each thread to read weights for many rows at once."""
-        if logits_indices is not None:
-            return logits_indices
+    def batch_size(self, configured: int | None) -> int:
+        """Return the most sequences to run at once; by default 32 per thread, from 64 to 512."""
+        if configured is not None:
+            return configured
         import torch
 
-        return max(LEAST_ROWS, min(MOST_ROWS, ROWS_A_THREAD * torch.get_num_threads()))
+        default = SEQS_PER_THREAD * torch.get_num_threads()
+        return max(MIN_BATCH_SIZE, min(MAX_BATCH_SIZE, default))
 
     def cache_memory_bytes(self, memory_gib: float | None) -> int | None:
-        """Memory for the cache: as set, or a share of what is free. None where nobody knows what is."""
+        """Return the memory for the KV cache: as configured, or half of what is free.
+
+        None means that the free memory is unknown.
+        """
         if memory_gib is not None:
             return int(memory_gib * 2**30)
         if self.model.device.type == "cuda":
@@ -63,7 +73,7 @@ class LoadedModel:
             free: int | None = torch.cuda.mem_get_info(self.model.device)[0]
         else:
             free = free_memory_bytes()
-        return None if free is None else int(free * MEMORY_SHARE)
+        return None if free is None else int(free * CACHE_MEMORY_SHARE)
 
 
 def load_model(
@@ -74,87 +84,96 @@ def load_model(
     *,
     batch_invariance: Literal["auto", "require", "off"],
 ) -> LoadedModel:
-    """Load the weights on the device and check them there.
+    """Load a checkpoint on the device and run the batch-invariance self-test.
 
-    Raises DeviceError when `batch_invariance` is require and the check fails, or when an attention backend is asked for that is not to
-    be had; ModelError for weights that cannot be used.
+    Args:
+        checkpoint: Where the weights are.
+        gpt_config: From the checkpoint's config.json.
+        engine: dtype, cache_dtype, attention and threads.
+        device: See `resolve_device`.
+        batch_invariance: auto warns if the self-test fails, require raises, off skips it.
+
+    Raises:
+        DeviceError: The self-test fails, or the attention backend is not available.
+        ModelError: The weights cannot be used.
     """
+    import torch
+
     from gptbatch.pipeline.model.weights import load_gpt
 
-    files = list(checkpoint.weights)
-    return prepare_model(
-        engine,
-        device,
-        lambda attention, dtype: load_gpt(
-            gpt_config, files, dtype=dtype, device=device, attention=attention
-        ),
-        batch_invariance=batch_invariance,
-    )
+    def load(backend: Backend) -> GPT:
+        return load_gpt(
+            gpt_config,
+            list(checkpoint.weights),
+            dtype=getattr(torch, engine.dtype),
+            device=device,
+            backend=backend,
+            cache_dtype=engine.cache_dtype,
+        )
+
+    return prepare_model(engine, device, load, batch_invariance=batch_invariance)
 
 
 def prepare_model(
     engine: EngineConfig,
     device: torch.device,
-    load: Callable[[Backend, torch.dtype], GPT],
+    load: Callable[[Backend], GPT],
     *,
     batch_invariance: Literal["auto", "require", "off"],
 ) -> LoadedModel:
-    """The network that `load` makes for an attention backend and a dtype, checked. Raises DeviceError as load_model does."""
+    """Select a backend, call `load` with it, and run the self-test; see `load_model`."""
     import torch
 
-    from gptbatch.pipeline.kv_cache.interface import choose_backend
-    from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
+    from gptbatch.pipeline.kv_cache.interface import select_backend
+    from gptbatch.pipeline.model import packing, self_test
 
     torch.set_num_threads(threads_to_use(engine.threads))
-    backend = choose_backend(engine.attention, device)
-    model = load(backend, getattr(torch, engine.dtype))
-    model.cache_dtype = engine.cache_dtype
-    if engine.cache_dtype == "int8" and backend == "padded":
+    backend = select_backend(engine.attention, device)
+    model = load(backend)
+    if engine.cache_dtype == "int8" and not backend.stores_int8:
         logger.warning(
-            "engine.cache_dtype is int8, to which padded attention rounds without storing it so: it is no faster, and coarser"
+            "engine.cache_dtype is int8, but padded attention only rounds to int8: "
+            "completions are less accurate and no faster"
         )
-    found: BatchInvariance = "off"
-    self_test_digest = None
+    report = None
     if batch_invariance != "off":
-        report = select_batch_invariant_kernels(model)
-        found = "verified" if report.passed else "unverified"
-        self_test_digest = report.self_test_digest
+        report = self_test.select_batch_invariant_kernels(model)
         if not report.passed:
-            message = f"on this machine the bits of a row depend on the batch ({', '.join(report.failures)} differ)"
-            if batch_invariance == "require":
-                raise DeviceError(
-                    f"batch_invariance is require, but {message}; batch_invariance: auto goes on with a warning",
-                    keys=("batch_invariance",),
-                )
-            logger.warning(
-                "%s: with another batch size a token may change at a near tie; the output says unverified",
-                message,
-            )
+            _report_failures(report, batch_invariance)
+    has_reduction_orders = len(backend.reduction_orders) > 1
     environment = {
-        "attention": backend,
+        "attention": backend.name,
         "linears": model.linear_kind,
-        "reduction_order": model.reduction_order if backend == "padded" else None,
-        "padding_plan": model.padding_plan_name,
+        "reduction_order": model.reduction_order if has_reduction_orders else None,
+        "padding_plan": packing.describe_padding(model),
         "torch": torch.__version__,
         "device_class": device_class(device),
         "noise_version": NOISE_VERSION,
-        "self_test_digest": self_test_digest,
+        "self_test_digest": None if report is None else report.self_test_digest,
     }
-    return LoadedModel(model=model, batch_invariance=found, environment=environment)
+    return LoadedModel(
+        model=model,
+        batch_invariance="off" if report is None else "verified" if report.passed else "unverified",
+        environment=environment,
+    )
 
 
-def threads_to_use(logits_indices: int | None) -> int:
-    """CPU threads: as set, else what torch finds, within the quota of the control group unless OMP_NUM_THREADS says more."""
+def threads_to_use(configured: int | None) -> int:
+    """Return the number of CPU threads.
+
+    By default this is torch's number, limited to the CPU quota of the control group unless
+    OMP_NUM_THREADS is set.
+    """
     import torch
 
-    if logits_indices is not None:
-        return logits_indices
-    found = torch.get_num_threads()
-    return found if os.environ.get("OMP_NUM_THREADS") else min(found, cores().threads)
+    if configured is not None:
+        return configured
+    default = torch.get_num_threads()
+    return default if os.environ.get("OMP_NUM_THREADS") else min(default, cores().threads)
 
 
 def device_class(device: torch.device) -> str:
-    """The kind of hardware: a GPU's name, or a CPU's architecture and the vector instructions that torch uses."""
+    """Return the GPU's name, or the CPU's architecture and torch's vector instructions."""
     import torch
 
     if device.type == "cuda":
@@ -163,20 +182,41 @@ def device_class(device: torch.device) -> str:
 
 
 def resolve_device(engine: EngineConfig) -> torch.device:
-    """The device that the config asks for. Raises DeviceError when this machine does not have it or its dtype."""
+    """Return the configured device; auto takes cuda where there is a GPU.
+
+    Raises:
+        DeviceError: The device is missing, or it does not support the dtype.
+    """
     import torch
 
-    logits_indices = engine.device
     has_cuda = torch.cuda.is_available()
-    if logits_indices == "cuda" and not has_cuda:
+    if engine.device == "cuda" and not has_cuda:
         raise DeviceError(
             "engine.device is cuda, but torch finds no CUDA device here; use cpu or auto",
             keys=("engine.device",),
         )
-    device = torch.device("cuda" if has_cuda and logits_indices != "cpu" else "cpu")
+    device = torch.device("cuda" if has_cuda and engine.device != "cpu" else "cpu")
     if device.type == "cpu" and engine.dtype == "float16":
         raise DeviceError(
-            "engine.dtype is float16, which CPUs compute slowly and coarsely; use float32 or bfloat16, or a CUDA device",
+            "engine.dtype is float16, which is slow and inaccurate on a CPU; "
+            "use float32 or bfloat16, or a CUDA device",
             keys=("engine.dtype",),
         )
     return device
+
+
+def _report_failures(report: SelfTestReport, batch_invariance: Literal["auto", "require"]) -> None:
+    message = (
+        "on this machine the bits of a row depend on the batch "
+        f"({', '.join(report.failures)} differ)"
+    )
+    if batch_invariance == "require":
+        raise DeviceError(
+            f"batch_invariance is require, but {message}; "
+            "batch_invariance: auto goes on with a warning",
+            keys=("batch_invariance",),
+        )
+    logger.warning(
+        "%s: with another batch size a token may change at a near tie; the output says unverified",
+        message,
+    )

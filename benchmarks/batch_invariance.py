@@ -15,11 +15,11 @@ import time
 
 import torch
 
-from gptbatch.pipeline.bench.networks import random_network
+from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.bench.shapes import shape_config
 from gptbatch.pipeline.bench.workloads import uniform_workload
 from gptbatch.pipeline.engine.engine import Engine
-from gptbatch.pipeline.kv_cache.interface import Backend, choose_backend
+from gptbatch.pipeline.kv_cache.interface import Backend, select_backend
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 
@@ -42,14 +42,14 @@ def main() -> None:
     )
 
     def network(attention: Backend) -> GPT:
-        return random_network(
+        return random_model(
             config,
             attention=attention,
             dtype=getattr(torch, args.dtype),
             device=torch.device("cpu"),
         )
 
-    fastest = choose_backend("auto", torch.device("cpu"))
+    fastest = select_backend("auto", torch.device("cpu"))
     models = {"exact": network(fastest), "off": network(fastest), "padded": network("padded")}
     check_s, exact = {}, {}
     for name in ("exact", "padded"):

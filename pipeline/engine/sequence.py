@@ -1,0 +1,175 @@
+"""A sequence on its way through the engine, its chunks, and when it stops.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+from gptbatch.pipeline.types import (
+    Completion,
+    FinishReason,
+    RowError,
+    SamplingParams,
+    StopReason,
+    Timing,
+    TokenizedPrompt,
+    WindowFull,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt and the tokens generated for it so far.
+
+    Attributes:
+        source: The prompt.
+        tokens: Prompt tokens, then new tokens.
+        num_computed_tokens: Tokens of the context (see `context_start`) that are in the KV cache.
+        num_cached_tokens: Prompt tokens that another sequence computed.
+        times_passed_over: Later sequences that were scheduled while this one was waiting.
+        schedule_order: 1 for the first sequence that was scheduled, 2 for the next, ...
+        scheduled_s: Monotonic clock of its first step; None while waiting.
+        started_at_s: Wall clock of its first step.
+        first_token_s: Monotonic clock of its first new token.
+        last_token_s: Monotonic clock of its latest new token.
+        steps_before: Steps of the engine before its first one.
+        rows_before: Sum of the batch sizes of these steps.
+        min_decision_margin: Smallest decision margin of its steps (see sampling.py).
+        logits_hash: SHA-256 of all its logits; None unless they are recorded.
+        stop_reason: Why it is finished; None while it runs, or with an error.
+        error: Why it has no completion.
+    """
+
+    source: TokenizedPrompt
+    tokens: list[int] = field(init=False)
+    num_computed_tokens: int = field(default=0, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
+    times_passed_over: int = field(default=0, init=False)
+    schedule_order: int = field(default=0, init=False)
+    scheduled_s: float | None = field(default=None, init=False)
+    started_at_s: float = field(default=0.0, init=False)
+    first_token_s: float = field(default=0.0, init=False)
+    last_token_s: float = field(default=0.0, init=False)
+    steps_before: int = field(default=0, init=False)
+    rows_before: int = field(default=0, init=False)
+    min_decision_margin: float = field(default=math.inf, init=False)
+    logits_hash: hashlib._Hash | None = field(default=None, init=False)
+    stop_reason: StopReason | None = field(default=None, init=False)
+    error: RowError | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.source.token_ids)
+
+    @property
+    def params(self) -> SamplingParams:
+        """Its sampling parameters."""
+        return self.source.prompt.params
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.source.token_ids)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has stopped, with a reason or an error."""
+        return self.stop_reason is not None or self.error is not None
+
+    def max_length(self, n_positions: int) -> int:
+        """Return the most positions that it may reach."""
+        return min(n_positions, self.num_prompt_tokens + self.params.max_new_tokens)
+
+    def context_start(self, n_positions: int) -> int:
+        """Return the index of the first token of the context: the n_positions most recent ones."""
+        return max(0, len(self.tokens) - n_positions)
+
+    def to_completion(self, *, mean_batch_size: float) -> Completion:
+        """Return the result of a finished sequence; an error has no tokens."""
+        assert self.scheduled_s is not None
+        source, has_error = self.source, self.error is not None
+        finish_reason: FinishReason = "stop" if self.stop_reason == "end_of_text" else "length"
+        has_margin = not has_error and math.isfinite(self.min_decision_margin)
+        has_digest = not has_error and self.logits_hash is not None
+        return Completion(
+            prompt=source.prompt,
+            prompt_tokens=self.num_prompt_tokens,
+            prompt_tokens_dropped=source.tokens_dropped,
+            prompt_token_ids=source.token_ids,
+            token_ids=[] if has_error else self.tokens[self.num_prompt_tokens :],
+            finish_reason="error" if has_error else finish_reason,
+            stop_reason=None if has_error else self.stop_reason,
+            error=self.error,
+            min_decision_margin=self.min_decision_margin if has_margin else None,
+            logits_digest=self.logits_hash.hexdigest()
+            if has_digest and self.logits_hash is not None
+            else None,
+            timing=Timing(
+                queue_s=self.scheduled_s - source.read_s,
+                prefill_s=self.first_token_s - self.scheduled_s,
+                decode_s=self.last_token_s - self.first_token_s,
+                mean_batch_size=mean_batch_size,
+                started_at_s=self.started_at_s,
+                cached_tokens=self.num_cached_tokens,
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """Tokens of one sequence that a step computes.
+
+    Attributes:
+        seq_index: Index of the sequence in the running batch.
+        first: Position of the first token.
+        tokens: The tokens.
+        needs_logits: The next token is sampled after the last of them.
+    """
+
+    sequence: Sequence
+    seq_index: int
+    first: int
+    tokens: list[int]
+    needs_logits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRule:
+    """When a sequence stops.
+
+    Attributes:
+        end_tokens: Token ids that stop it; empty for none.
+        n_positions: Length of the context.
+        window_full: What happens when the context is full. `stop` stops. `slide` continues: each
+            step takes the n_positions most recent tokens at positions from 0.
+    """
+
+    end_tokens: tuple[int, ...]
+    n_positions: int
+    window_full: WindowFull
+
+    def reason(
+        self, token: int, *, num_new_tokens: int, num_tokens: int, max_new_tokens: int
+    ) -> StopReason | None:
+        """Return why a sequence stops after its latest token, or None.
+
+        Args:
+            token: The latest token.
+            num_new_tokens: New tokens, this one included.
+            num_tokens: Prompt and new tokens, this one included.
+            max_new_tokens: The limit of the prompt.
+        """
+        if token in self.end_tokens:
+            return "end_of_text"
+        if num_new_tokens >= max_new_tokens:
+            return "max_new_tokens"
+        is_full = num_tokens > self.n_positions
+        return "window" if self.window_full == "stop" and is_full else None
