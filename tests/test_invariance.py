@@ -736,7 +736,12 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
             )
     assert max(lengths) > 300
     names = {event.key for event in profiler.key_averages()}
-    assert {"gptbatch::transformer_blocks", "gptbatch::paged_attention", "gptbatch::linear", "gptbatch::layer_norm"} <= names
+    assert {
+        "gptbatch::transformer_blocks",
+        "gptbatch::paged_attention",
+        "gptbatch::linear",
+        "gptbatch::layer_norm",
+    } <= names
     rounds = -(-n_head // n_threads)
     by_head = (
         rounds > 1

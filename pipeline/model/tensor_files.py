@@ -38,7 +38,7 @@ class SafetensorsFile:
         """Return the shape of every tensor by name."""
         with self._open() as file:
             # safe_open is neither a dict nor an iterator.
-            names = file.keys()  # noqa: SIM118
+            names = file.keys()
             return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
