@@ -1,10 +1,11 @@
-"""What the whole command costs over the engine alone: reading, checking, tokenizing, writing Parquet, and the start of Python.
+"""Compare the whole command with the engine alone: the cost of input, output and start-up.
 
     python benchmarks/command.py [--rows 512] [--dtype float32] [--threads N] [--repeats 3]
 
-gpt2's shape with random weights, some 33 tokens a prompt and 128 new ones, temperature 0.8, top-k 40. In turn: `gptbatch generate` in a
-process of its own, from its start to its end, less the `load_s` that it reports; and the engine in this process, on the same tokens.
-The last line is a JSON object; quote medians and ratios.
+Uses gpt2's shape with random weights, about 33 prompt tokens and 128 new tokens per row,
+temperature 0.8 and top-k 40. Runs in turn `gptbatch generate` in a process of its own, from start
+to end without its `load_s`, and the engine in this process on the same tokens. The last line is a
+JSON object; quote medians and ratios.
 """
 
 from __future__ import annotations
@@ -85,11 +86,11 @@ def main() -> None:
 
 
 def whole_command(work: Path, output: str, args: argparse.Namespace) -> float:
-    """Seconds from its start to its end, without the loading of the model."""
+    """Return the seconds of the command without loading the model."""
     command = [
         sys.executable,
         "-m",
-        "jobs",
+        "gptbatch",
         "generate",
         "--model",
         work / "model",
@@ -114,7 +115,7 @@ def whole_command(work: Path, output: str, args: argparse.Namespace) -> float:
 
 
 def engine_alone(model: Path, args: argparse.Namespace) -> Callable[[], float]:
-    """A function that runs the same rows through the engine and gives the seconds."""
+    """Return a function that runs the same rows through the engine and returns the seconds."""
     checkpoint = find_checkpoint(str(model))
     config = parse_config(checkpoint.config, str(model))
     settings = EngineConfig(device="cpu", dtype=args.dtype, threads=args.threads)

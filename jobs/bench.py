@@ -116,7 +116,9 @@ def _bench(options: dict[str, Any]) -> None:
             share_prefixes=not options["no_sharing"],
         ),
     )
-    found = measure(engine, workload, repeats=options["repeats"], top_k=options["top_k"], said=echo)
+    found = measure(
+        engine, workload, repeats=options["repeats"], top_k=options["top_k"], report=echo
+    )
     limits = found.limits
     echo(f"new tokens      {found.tokens_per_s:8.0f} a second (median)")
     echo(

@@ -140,13 +140,13 @@ def before_each_step(act: Callable[[Any, list[Any]], None]) -> None:
     """act(engine, chunks)."""
     from gptbatch.pipeline.engine.engine import Engine
 
-    original = Engine._step
+    original = Engine._run
 
-    def step(self: Engine, chunks: list[Any]) -> None:
+    def run(self: Engine, chunks: list[Any]) -> list[Any]:
         act(self, chunks)
-        original(self, chunks)
+        return original(self, chunks)
 
-    Engine._step = step  # type: ignore[method-assign]
+    Engine._run = run  # type: ignore[method-assign]
 
 
 def slow_step(seconds: str) -> None:

@@ -50,7 +50,7 @@ def load(folder: Path) -> GPT:
         list(checkpoint.weights),
         dtype=torch.float32,
         device=torch.device("cpu"),
-        pack=False,
+        packed=False,
     )
 
 

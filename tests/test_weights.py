@@ -228,11 +228,11 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
     ),
     "misshapen": (
         lambda t: t | {"transformer.wpe.weight": torch.zeros(63, 32)},
-        r"tensor wpe\.weight has shape \(63, 32\); config\.json asks for \(64, 32\)",
+        r"tensor wpe\.weight has shape \(63, 32\); config\.json needs \(64, 32\)",
     ),
     "transposed": (
         lambda t: t | {"transformer.h.0.mlp.c_fc.weight": t["transformer.h.0.mlp.c_fc.weight"].t()},
-        r"tensor h\.0\.mlp\.c_fc\.weight has shape \(128, 32\); config\.json asks for \(32, 128\)",
+        r"tensor h\.0\.mlp\.c_fc\.weight has shape \(128, 32\); config\.json needs \(32, 128\)",
     ),
     "nan": (
         spoil("transformer.h.1.attn.c_proj.weight", float("nan")),

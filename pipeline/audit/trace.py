@@ -1,6 +1,6 @@
 """Recompute and explain each step of a recorded row.
 
-The logits of a row have the same bits in prefill and in decode. One prefill over prompt and
+The logits of a row are equal in prefill and in decode, bit for bit. One prefill over prompt and
 completion therefore gives the logits of every step.
 """
 
@@ -176,7 +176,7 @@ def _prefill(model: GPT, cache: KVCache, batch: list[Segment]) -> Tensor:
         # Common beginnings before the first step are computed once.
         shared = segment.tokens[: length - n_steps + 1]
         cached = cache.allocate(seq_index, shared, length, share_prefix=True)
-        assert cached is not None, "the cache has room for every batch"
+        assert cached is not None, "every batch fits the cache"
         cache.mark_computed(seq_index, cached, length)
         tokens += segment.tokens[cached:]
         seq_indices += [seq_index] * (length - cached)

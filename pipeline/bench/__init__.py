@@ -1,1 +1,1 @@
-"""What `gptbatch bench` measures. Knows the engine and the network; does not print."""
+"""Measurements of `gptbatch bench` and of the scripts in benchmarks/; they print nothing."""

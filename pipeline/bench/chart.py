@@ -1,4 +1,4 @@
-"""The pictures of the benchmarks, by matplotlib, which is asked for where it is used."""
+"""Draw charts of benchmark results with matplotlib, which is imported where it is used."""
 
 from __future__ import annotations
 
@@ -12,27 +12,19 @@ from gptbatch.pipeline.bench.scaling import Curve
 from gptbatch.pipeline.errors import ConfigError
 
 COLOURS = {"naive": "tab:red", "cached": "tab:blue", "slide": "tab:green"}
+DPI = 120
 
 
 def check_matplotlib() -> None:
-    """Raises ConfigError where it is not installed."""
+    """Raise ConfigError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError("pictures need matplotlib; install gptbatch[bench]") from error
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(figsize=(width, height), layout="constrained")
+        raise ConfigError("charts need matplotlib; install gptbatch[bench]") from error
 
 
 def draw_scaling(curves: Sequence[Curve], path: Path, *, n_positions: int, title: str) -> None:
-    """Seconds a token against the step, on a logarithmic scale, with the best linear and quadratic fits."""
+    """Draw seconds per token over the step, on a logarithmic scale, with the best fits."""
     figure, axes = _figure(8, 5)
     for curve in curves:
         colour = COLOURS[curve.name]
@@ -50,9 +42,8 @@ def draw_scaling(curves: Sequence[Curve], path: Path, *, n_positions: int, title
                 alpha=0.7,
                 label=f"{curve.name}, {fit} fit",
             )
-    axes.set_ylim(
-        bottom=min(min(curve.seconds) for curve in curves) / 2
-    )  # a linear fit may come down to nothing
+    # A linear fit may come down to 0.
+    axes.set_ylim(bottom=min(min(curve.seconds) for curve in curves) / 2)
     axes.axvline(n_positions, color="grey", linewidth=0.8)
     axes.annotate(
         "n_positions",
@@ -64,31 +55,30 @@ def draw_scaling(curves: Sequence[Curve], path: Path, *, n_positions: int, title
     )
     axes.set(
         xlabel="step (tokens before this one)",
-        ylabel="seconds for the token",
+        ylabel="seconds per token",
         title=title,
         yscale="log",
     )
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=DPI)
 
 
 def draw_comparison(results: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Bars of new tokens a second: a group for each workload and dtype, a bar for each program."""
+    """Draw new tokens per second: a group per workload and dtype, a bar per program."""
     programs = list(dict.fromkeys(result["program"] for result in results))
     groups = list(dict.fromkeys((result["workload"], result["dtype"]) for result in results))
     figure, axes = _figure(10, 5)
     width = 0.8 / len(programs)
     for number, program in enumerate(programs):
-        found = {
+        rates = {
             (r["workload"], r["dtype"]): r["tokens_per_s"]
             for r in results
             if r["program"] == program
         }
-        places = [i for i, group in enumerate(groups) if group in found]
-        heights = [found[groups[i]] for i in places]
+        indices = [i for i, group in enumerate(groups) if group in rates]
         bars = axes.bar(
-            [i + (number - (len(programs) - 1) / 2) * width for i in places],
-            heights,
+            [i + (number - (len(programs) - 1) / 2) * width for i in indices],
+            [rates[groups[i]] for i in indices],
             width,
             label=program,
         )
@@ -96,4 +86,13 @@ def draw_comparison(results: Sequence[dict[str, Any]], path: Path, *, title: str
     axes.set_xticks(range(len(groups)), [f"{workload}\n{dtype}" for workload, dtype in groups])
     axes.set(ylabel="new tokens per second", title=title)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=DPI)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(figsize=(width, height), layout="constrained")

@@ -1,8 +1,9 @@
-"""What a measurement was made on."""
+"""Describe the machine of a measurement."""
 
 from __future__ import annotations
 
 import os
+import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Versions, threads, and the processor by its name."""
+    """Return versions, device, cores, processor name and threads."""
+    capability = torch.backends.cpu.get_cpu_capability()
     return {
         "gptbatch": _version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "machine": f"{os.cpu_count()} cores of {_processor()} ({torch.backends.cpu.get_cpu_capability()})",
+        "machine": f"{os.cpu_count()} cores of {_processor()} ({capability})",
         "threads": torch.get_num_threads(),
     }
 
@@ -24,7 +26,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def _version() -> str:
     try:
         return version("gptbatch")
-    except PackageNotFoundError:  # a checkout that is not installed
+    except PackageNotFoundError:
+        # A checkout that is not installed.
         return "not installed"
 
 
@@ -37,6 +40,4 @@ def _processor() -> str:
         name, _, value = line.partition(":")
         if name.strip() == "model name":
             return value.strip()
-    import platform
-
     return platform.processor() or platform.machine()

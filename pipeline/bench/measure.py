@@ -1,8 +1,9 @@
-"""How fast the engine is on a workload, where the time goes, and how near that is to what the machine can do.
+"""Measure the engine on a workload: rates, where the time goes, and the ceiling of this machine.
 
-The ceiling is what the workload would take if its matrix products ran at the best rate seen on this machine and each decoding
-row's keys and values came from memory at the best rate seen, one after the other, and nothing else took time. (On a CPU keys and
-values are read while the projection is multiplied, so that where they are many, a little more than the ceiling can be reached.)
+The ceiling is the rate if only two things took time, one after the other: the matrix products at
+the best GEMM rate seen here, and the keys and values of decoding rows at the best read bandwidth
+seen here. With long contexts a CPU may exceed it a little, because the kernel reads keys and values
+while it multiplies.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+import torch.profiler
 
 from gptbatch.pipeline.bench.workloads import TOP_K, Workload
 from gptbatch.pipeline.engine.engine import Engine, EngineStats
@@ -23,7 +24,11 @@ from gptbatch.pipeline.model.lm_head import HEAD_EVENT, MAX_HEAD_ROWS
 
 WARM_UP_TOKENS = 4
 GEMM_ROWS = (64, 128, 256)
-PARTS = {  # of a step, by the names of torch's operators
+GEMM_TRIES, READ_TRIES = 20, 5
+# Float32 numbers read: a gigabyte, far beyond any cache.
+NUMBERS_READ = 2**28
+# Parts of a step, by the names of torch's operators.
+PARTS = {
     "linears": (
         "gptbatch::linear",
         "gptbatch::linear_float32_out",
@@ -44,7 +49,13 @@ PARTS = {  # of a step, by the names of torch's operators
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The best rates seen: of a linear of the network, of the head (the same, unless a two_pass_head computes it), and of reading memory."""
+    """The best rates seen on this machine.
+
+    Attributes:
+        gemm_gflops: Of the blocks' linears.
+        head_gflops: Of the head: the same unless it runs in two passes.
+        read_gb_per_s: Of reading memory.
+    """
 
     gemm_gflops: float
     head_gflops: float
@@ -53,11 +64,22 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What was measured. Rates are medians over the repeats, of the wall time; shares are of the tokens or of the time.
+    """Results of `measure`. Rates are medians over the repeats, of wall time.
 
-    seconds_by_part: of one repeat more, under a profiler: prefill and decode share each step by its tokens; linears, attention (with
-    the projection to queries, keys and values, where both are one kernel), head, sampling and other are of the network, waiting is the
-    rest, in which no operator ran; between two kernels of the blocks it is other. On a GPU prefill and decode only.
+    Attributes:
+        tokens_per_s: New tokens per second.
+        repeats_tokens_per_s: The same of each repeat.
+        prompt_tokens_per_s: Prompt tokens per second of the whole workload.
+        padding_share: Padding rows among all rows of the forward passes.
+        prefix_share: Prompt tokens taken from the prefix cache.
+        tokens_per_step: Mean tokens per step.
+        seconds_by_part: Seconds of one more repeat, under torch.profiler. prefill and decode
+            divide each step by its tokens. linears, attention (with the QKV projection where one
+            kernel computes both), head, sampling and other are the model's operators. waiting is
+            time outside of operators. On a GPU only prefill and decode.
+        limits: Best rates of this machine.
+        ceiling_tokens_per_s: See the module's description.
+        ceiling_share: tokens_per_s / ceiling_tokens_per_s.
     """
 
     tokens_per_s: float
@@ -78,18 +100,26 @@ def measure(
     *,
     repeats: int,
     top_k: int = TOP_K,
-    said: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Measurement:
-    """Run the workload `repeats` times after a warm-up. said: is told of each repeat."""
+    """Run the workload after a warm-up.
+
+    Args:
+        engine: Runs the workload; its stats are reset.
+        workload: What to generate.
+        repeats: Timed runs.
+        top_k: Sampling parameter of all rows.
+        report: Receives a line per repeat.
+    """
     vocab_size = engine.model.config.vocab_size
 
-    def run(repeat: int, most_new_tokens: int | None = None) -> float:
+    def run(repeat: int, max_new_tokens: int | None = None) -> float:
         engine.stats = EngineStats()
         began = time.perf_counter()
         rows = workload.prompts(
             repeat,
             vocab_size=vocab_size,
-            most_new_tokens=most_new_tokens,
+            max_new_tokens=max_new_tokens,
             top_k=top_k,
             read_s=time.monotonic(),
         )
@@ -101,7 +131,7 @@ def measure(
     walls = []
     for repeat in range(1, repeats + 1):
         walls.append(run(repeat))
-        said(f"repeat {repeat}: {workload.new_tokens / walls[-1]:.0f} new tokens/s")
+        report(f"repeat {repeat}: {workload.new_tokens / walls[-1]:.0f} new tokens/s")
     stats = engine.stats
     wall = statistics.median(walls)
     computed = stats.prefilled_tokens + stats.decoded_tokens
@@ -121,16 +151,41 @@ def measure(
     )
 
 
+def measure_limits(model: GPT) -> Limits:
+    """Return the best rates of many tries: load on the machine can only lower them."""
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    with torch.inference_mode():
+        gemm_gflops = max(
+            _gemm_gflops(linear, rows, model)
+            for rows in GEMM_ROWS
+            for linear in (block.attn_qkv, block.mlp_in, block.mlp_out)
+        )
+        head_gflops = _two_pass_gflops(model) or gemm_gflops
+    return Limits(
+        gemm_gflops=gemm_gflops,
+        head_gflops=head_gflops,
+        read_gb_per_s=measure_reading(model.device),
+    )
+
+
+def measure_reading(device: torch.device) -> float:
+    """Return the best rate of reading memory, in GB per second."""
+    numbers = torch.zeros(NUMBERS_READ, dtype=torch.float32, device=device)
+    return numbers.nbytes / min(_time(numbers.sum) for _ in range(READ_TRIES)) / 1e9
+
+
 def _seconds_by_part(engine: Engine, run: Callable[[], float]) -> dict[str, float]:
-    if engine.model.device.type != "cpu":  # what runs on the device is not seen from here
+    if engine.model.device.type != "cpu":
+        # torch.profiler measures CPU operators here, not the device's kernels.
         run()
         return {"prefill": engine.stats.prefill_s, "decode": engine.stats.decode_s}
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         wall = run()
-    seconds = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
-    head = sum(
-        event.cpu_time_total / 1e6 for event in profiler.key_averages() if event.key == HEAD_EVENT
-    )
+    events = profiler.key_averages()
+    seconds = {event.key: event.self_cpu_time_total / 1e6 for event in events}
+    head = sum(event.cpu_time_total / 1e6 for event in events if event.key == HEAD_EVENT)
     parts = {part: sum(seconds.get(name, 0.0) for name in names) for part, names in PARTS.items()}
     busy = sum(seconds.values())
     parts["linears"] -= head
@@ -140,44 +195,22 @@ def _seconds_by_part(engine: Engine, run: Callable[[], float]) -> dict[str, floa
     return {"prefill": engine.stats.prefill_s, "decode": engine.stats.decode_s, **parts}
 
 
-def measure_limits(model: GPT) -> Limits:
-    """The best of some tries: neighbours on a shared machine can only make it slower."""
-    block = model.blocks[0]
-    assert isinstance(block, Block)
-    best = 0.0
-    with torch.inference_mode():
-        for rows in GEMM_ROWS:
-            for linear in (block.attn_qkv, block.mlp_in, block.mlp_out):
-                x = torch.randn(rows, linear.in_features, dtype=model.dtype, device=model.device)
-                seconds = min(_time(lambda linear=linear, x=x: linear(x)) for _ in range(20))  # type: ignore[misc]
-                best = max(
-                    best, 2 * rows * linear.in_features * linear.out_features / seconds / 1e9
-                )
-        head = best
-        if (
-            (two_pass_head := model.two_pass_head) is not None
-            and two_pass_head.n_rows
-            and two_pass_head.is_worthwhile
-        ):
-            hidden = torch.randn(MAX_HEAD_ROWS, model.config.n_embd)
-            seconds = min(
-                _time(lambda: two_pass_head.approximate_logits(hidden)) for _ in range(20)
-            )
-            head = (
-                2
-                * len(hidden)
-                * model.lm_head.in_features
-                * model.lm_head.out_features
-                / seconds
-                / 1e9
-            )
-    return Limits(gemm_gflops=best, head_gflops=head, read_gb_per_s=measure_reading(model.device))
+def _gemm_gflops(linear: Linear, rows: int, model: GPT) -> float:
+    x = torch.randn(rows, linear.in_features, dtype=model.dtype, device=model.device)
+    seconds = min(_time(lambda: linear(x)) for _ in range(GEMM_TRIES))
+    return 2 * rows * linear.in_features * linear.out_features / seconds / 1e9
 
 
-def measure_reading(device: torch.device) -> float:
-    """Gigabytes that come from memory in a second, the best of some tries."""
-    numbers = torch.zeros(2**28, dtype=torch.float32, device=device)  # a gigabyte
-    return numbers.nbytes / min(_time(numbers.sum) for _ in range(5)) / 1e9
+def _two_pass_gflops(model: GPT) -> float | None:
+    """Return the rate of the head's first pass; None where the head runs in one pass."""
+    two_pass_head, head = model.two_pass_head, model.lm_head
+    if two_pass_head is None or not two_pass_head.n_rows or not two_pass_head.is_worthwhile:
+        return None
+    hidden = torch.randn(MAX_HEAD_ROWS, model.config.n_embd)
+    seconds = min(
+        _time(lambda: two_pass_head.approximate_logits(hidden)) for _ in range(GEMM_TRIES)
+    )
+    return 2 * len(hidden) * head.in_features * head.out_features / seconds / 1e9
 
 
 def _time(call: Callable[[], object]) -> float:
@@ -193,7 +226,7 @@ def _time(call: Callable[[], object]) -> float:
 def _ceiling_s(model: GPT, workload: Workload, stats: EngineStats, limits: Limits) -> float:
     last = model.blocks[-1]
     assert isinstance(last, Block)
-    weights, qkv, of_last = (
+    all_weights, qkv_weights, last_weights = (
         sum(
             module.in_features * module.out_features
             for module in part.modules()
@@ -201,19 +234,17 @@ def _ceiling_s(model: GPT, workload: Workload, stats: EngineStats, limits: Limit
         )
         for part in (model.blocks, last.attn_qkv, last)
     )
-    head = model.lm_head.in_features * model.lm_head.out_features
+    head_weights = model.lm_head.in_features * model.lm_head.out_features
     tokens = stats.prefilled_tokens + stats.decoded_tokens
-    # after its attention the last block computes those alone that a new token follows
-    products_s = (
-        2
-        * (weights * tokens - (of_last - qkv) * (tokens - stats.new_tokens))
-        / (limits.gemm_gflops * 1e9)
-    )
-    products_s += 2 * head * stats.new_tokens / (limits.head_gflops * 1e9)
-    # a prefix that rows share is read once for all of them, which is next to nothing
+    # After its attention, the last block computes only the tokens whose logits are needed.
+    pruned = (last_weights - qkv_weights) * (tokens - stats.new_tokens)
+    gemm_s = 2 * (all_weights * tokens - pruned) / (limits.gemm_gflops * 1e9)
+    head_s = 2 * head_weights * stats.new_tokens / (limits.head_gflops * 1e9)
+    # A shared prefix is read once for all rows, which is negligible.
     reused = stats.cached_tokens / len(workload.rows)
     positions = sum(
         (row.new_tokens - 1) * (len(row.token_ids) - reused + row.new_tokens / 2)
         for row in workload.rows
     )
-    return products_s + positions * model.cache_spec.bytes_per_token / (limits.read_gb_per_s * 1e9)
+    read_s = positions * model.cache_spec.bytes_per_token / (limits.read_gb_per_s * 1e9)
+    return gemm_s + head_s + read_s

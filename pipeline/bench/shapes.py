@@ -1,10 +1,14 @@
-"""The published shapes of GPT-2. Imports no torch."""
+"""Shapes of the GPT-2 family.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 
-SHAPES = {  # n_layer, n_head, n_embd
+# Name -> (n_layer, n_head, n_embd)
+SHAPES = {
     "distilgpt2": (6, 12, 768),
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -14,6 +18,7 @@ SHAPES = {  # n_layer, n_head, n_embd
 
 
 def shape_config(shape: str) -> GPTConfig:
+    """Return the config of a name in SHAPES."""
     n_layer, n_head, n_embd = SHAPES[shape]
     sizes = {
         "vocab_size": 50257,

@@ -2,7 +2,7 @@
 
 A step schedules tokens, runs one forward pass, samples, and frees finished sequences. A sequence's
 tokens depend only on its prompt, its parameters and the weights. So when memory runs out, the
-running sequences start again in a smaller batch and end with the same bits.
+running sequences start again in a smaller batch and give the same completions.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ class Engine:
         If memory runs out, the running sequences start again in half the batch.
 
         Args:
-            prompts: Prompts of 1 to n_positions tokens, taken as there is room for them. None means
-                "none now": the caller gets the next completions before it is called again.
+            prompts: Prompts of 1 to n_positions tokens, taken while fewer than max_rows_held run or
+                wait. None means "none now": the caller gets the next completions before another
+                prompt is taken.
 
         Raises:
             OutOfMemoryError: Memory does not suffice for one sequence; the message names the row.
@@ -291,7 +292,7 @@ class Engine:
                     raise
                 if self.batch_size == 1:
                     raise OutOfMemoryError(
-                        "out of memory: there is no room for the KV cache of one row "
+                        "out of memory: the KV cache of one row does not fit "
                         f"({_first_line(error)})"
                     ) from error
                 self.batch_size //= 2
@@ -310,7 +311,7 @@ class Engine:
         return cache, scheduler
 
     def _restart_with_half_the_batch(self, failure: str) -> None:
-        """Start the running sequences again in half the batch; they end with the same bits."""
+        """Start the running sequences again in half the batch. No completion changes."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
         if self.batch_size == 1:
             name = f"row {running[0].source.prompt.prompt_id!r}" if running else "the next row"
@@ -335,7 +336,7 @@ class Engine:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error means that an allocation failed. torch has a type for it on CUDA only."""
+    """Return whether an allocation failed; torch has an error type for that on CUDA only."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return any(

@@ -5,9 +5,9 @@
     score  = float64(logit) + temperature * g, with g the noise of (row seed, step, token id)
     token  = the kept token with the largest score; the smallest id among ties
 
-With Gumbel noise this samples from softmax(logits / temperature) over the kept set (Maddison, Tarlow
-and Minka, "A* sampling", NeurIPS 2014). Temperature 0 is greedy by the same formula. A row's token
-does not depend on other rows.
+With Gumbel noise this samples from softmax(logits / temperature) over the kept set (Maddison,
+Tarlow and Minka, "A* sampling", NeurIPS 2014). Temperature 0 is greedy by the same formula. A row's
+token does not depend on other rows.
 
 The decision margin of a step tells how close it was to another token. It is a distance in logits:
 how much the difference of two logits must change before another token wins. It is the smallest of

@@ -56,8 +56,8 @@ class Scheduler:
     # token budget goes to prefill: first to running sequences, in the order in which they were
     # scheduled, then to waiting ones. The longest waiting sequence starts first, so that no long
     # one is left over at the end. A sequence that was passed over too often starts before it.
-    # A sequence starts only if the cache has room for its longest possible length, so a running
-    # sequence is never preempted.
+    # A sequence starts only if its longest possible length fits the cache, so a running sequence is
+    # never preempted.
     def schedule(self) -> list[ScheduledChunk]:
         """Return the chunks of the next step, which the caller must compute.
 
@@ -139,7 +139,7 @@ class Scheduler:
     def _start_next(self) -> int | None:
         """Move a waiting sequence to the running ones and return its index.
 
-        None if nothing is waiting, max_seqs are running, or the cache has no room.
+        None if nothing is waiting, max_seqs are running, or the cache is full.
         """
         if not self.waiting or len(self.running) == self.max_seqs:
             return None

@@ -1,7 +1,7 @@
 """Sample the next token of each row from the head's input, by two passes where they are faster.
 
-A token and its decision margin (see sampling.py) depend on no logit that lies further below the k-th
-largest than the margin. The two-pass head (model/lm_head.py) makes all logits exact down to a
+A token and its decision margin (see sampling.py) depend on no logit that lies further below the
+k-th largest than the margin. The two-pass head (model/lm_head.py) makes all logits exact down to a
 threshold, so tokens and margins are those of all logits, bit for bit:
 
     1. approximate all logits

@@ -5,8 +5,8 @@ after those of its parent, so a path from the root is a prefix. Keys and values 
 tokens before them, so a sequence reuses the blocks of its longest known prefix. This includes a
 prefix that another sequence is still computing: `is_ready` tells when all of it is scheduled.
 
-A cached block without a user is evictable. It stays for later sequences while there is room. Blocks
-that were never reused are evicted first, then the least recently used.
+A cached block without a user is evictable. It stays for later sequences until its memory is needed.
+Blocks that were never reused are evicted first, then the least recently used.
 
 Imports no torch.
 """
@@ -38,8 +38,8 @@ class CacheAllocator(Protocol):
 
         Returns:
             The number of tokens whose keys and values are cached, or will be once `is_ready`. It is
-            less than len(token_ids), because the last token's logits are needed. None when there
-            is no room now.
+            less than len(token_ids), because the last token's logits are needed. None when the
+            sequence does not fit now.
         """
 
     def is_ready(self, seq_index: int) -> bool:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from gptbatch.pipeline.kv_cache.quantization import round_trip_int8
 from gptbatch.pipeline.kv_cache.spec import KVCacheSpec, round_up
 
-# New tokens per sequence that the cache has room for at first. It grows when more are needed.
+# New tokens per sequence that fit at first. The cache grows when more are needed.
 RESERVED_NEW_TOKENS = 256
 # Products over heads of odd sizes were seen to depend on the batch, and torch computes products of
 # fewer than 400 multiplications (16 keys of 16 numbers) on another path.
@@ -58,7 +58,7 @@ class PaddedKVCache:
     def allocate(
         self, seq_index: int, token_ids: Sequence[int], length: int, *, share_prefix: bool
     ) -> int | None:
-        """Grow the cache if needed. Every sequence has room for a full context; none shares."""
+        """Grow the cache if needed. Every sequence can reach a full context; none shares."""
         self._widen(min(length, len(token_ids) + RESERVED_NEW_TOKENS))
         return 0
 
@@ -196,9 +196,9 @@ class PaddedAttention:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
-    """q (S, H, depth), k and v (S, H, W, depth), masked (S, 1, 1, W) -> (S, H, depth)."""
+    """Attend: q (S, H, depth), k and v (S, H, W, depth), masked (S, 1, 1, W) -> (S, H, depth)."""
     if q.shape[0] * q.shape[1] == 1:
-        # torch multiplies a single matrix on another path, with other bits. Run it as two.
+        # torch multiplies a single matrix with another kernel, which rounds differently: run two.
         return _attend(*(x.expand(2, *x.shape[1:]) for x in (q, k, v, masked)))[:1]
     # Keys first: the same products, read faster.
     scores = (k @ q[..., None]).transpose(-1, -2)  # (S, H, 1, W)
@@ -207,7 +207,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
 
 
 def _attend_pairwise(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
-    """Compute `_attend` elementwise. Keys that only widen the call have weight 0: no sum changes."""
+    """Attend elementwise, as `_attend`. Keys that only widen the call have weight 0 in all sums."""
     scores = _pairwise_sum(k * q[:, :, None], 3)  # (S, H, W)
     scores = scores.masked_fill_(masked[:, :, 0], float("-inf"))
     weights = (scores - scores.amax(-1, keepdim=True)).exp()

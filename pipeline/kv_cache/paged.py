@@ -113,7 +113,7 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     The tensor starts at a cache line, so that no vector of the kernel spans two lines.
 
     Raises:
-        MemoryError: The address space has no room for it.
+        MemoryError: The allocation fails.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
     memory = np.zeros(n_bytes + CACHE_LINE_BYTES, np.uint8)

@@ -1,7 +1,9 @@
-"""The shape and switches of a GPT-2 checkpoint, read from its config.json.
+"""The shape and switches of a GPT-2 checkpoint, parsed from its config.json.
 
-Every key that changes the numbers is honoured or refused by name; keys that do not (dropout rates, generation defaults,
-labels of other heads) are left alone. Imports no torch.
+Every key that changes the logits is applied or refused by name. Other keys (dropout rates,
+generation defaults, labels of other heads) are ignored.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ _ACTIVATIONS: dict[str, Activation] = {
     "tanh": "tanh",
 }
 
-# GPT-2 with a language model head, with other heads, or without any; the second is trl's of old
+# GPT-2 with a language model head, with other heads, or without any. HeadWithValue is of old trl.
 _ARCHITECTURES = re.compile(
-    r"GPT2(LMHead|DoubleHeads|HeadWithValue|)Model|GPT2For(SequenceClassification|TokenClassification|QuestionAnswering)"
+    r"GPT2(LMHead|DoubleHeads|HeadWithValue|)Model"
+    r"|GPT2For(SequenceClassification|TokenClassification|QuestionAnswering)"
     r"|TFGPT2LMHeadModel|FlaxGPT2LMHeadModel"
 )
 
-# other names that transformers accepts for GPT-2's own keys
+# Other names that transformers accepts for GPT-2's own keys
 _ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -44,7 +47,22 @@ _ALIASES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPTConfig:
-    """Shape: V vocab_size, n_positions, C n_embd, L n_layer, H n_head, n_inner of the MLP."""
+    """Shape and switches of a model.
+
+    Attributes:
+        vocab_size: V.
+        n_positions: Length of the context.
+        n_embd: Width of hidden states, C.
+        n_layer: Blocks, L.
+        n_head: Attention heads, H.
+        n_inner: Width of the MLP.
+        activation: Of the MLP.
+        layer_norm_epsilon: Added to variances.
+        scale_attn_weights: Scale attention scores by D^-0.5.
+        scale_attn_by_inverse_layer_idx: Divide them by layer + 1, too.
+        upcast_attention: Compute attention in float32.
+        tied: The head shares the token embedding's weight.
+    """
 
     vocab_size: int
     n_positions: int
@@ -61,15 +79,25 @@ class GPTConfig:
 
     @property
     def head_size(self) -> int:
+        """Numbers per head, D."""
         return self.n_embd // self.n_head
 
     def attention_scale(self, layer: int) -> float:
+        """Return the factor of the attention scores in a layer."""
         scale = self.head_size**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
 
 def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
-    """The config of a checkpoint from the content of its config.json; `where` names the file in errors."""
+    """Parse the content of a config.json.
+
+    Args:
+        content: The JSON object.
+        where: Names the file in errors.
+
+    Raises:
+        ModelError: It is not GPT-2, or a key has an unsupported value; the message names it.
+    """
 
     def refuse(key: str, what: str) -> ModelError:
         return ModelError(f"{where}: {key} is {content.get(key)!r}: {what}")
@@ -77,7 +105,8 @@ def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
     _check_architecture(content, where)
     for key, what in {
         "auto_map": "checkpoints that bring their own code are refused",
-        "quantization_config": "quantized weights are not supported; take the checkpoint that they were made from",
+        "quantization_config": "quantized weights are not supported; "
+        "take the checkpoint that they were made from",
         "add_cross_attention": "cross-attention is not supported",
         "pruned_heads": "pruned heads are not supported",
     }.items():
@@ -130,20 +159,26 @@ def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
 
 
 def _check_architecture(content: Mapping[str, Any], where: str) -> None:
-    """Raises ModelError unless it is GPT-2. Old checkpoints have no model_type, or neither that nor architectures."""
+    """Raise ModelError unless it is GPT-2.
+
+    Old checkpoints lack model_type, or both model_type and architectures.
+    """
     model_type, architectures = content.get("model_type"), content.get("architectures")
     names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     if model_type == "gpt2":
         return
     if model_type is not None:
         raise ModelError(
-            f"{where}: model_type is {model_type!r:.100}: only GPT-2 checkpoints (model_type 'gpt2') can be loaded"
+            f"{where}: model_type is {model_type!r:.100}: "
+            "only GPT-2 checkpoints (model_type 'gpt2') can be loaded"
         )
     if names and not any(_ARCHITECTURES.fullmatch(name) for name in names):
         raise ModelError(
-            f"{where}: architectures is {names!r:.200}: only GPT-2 checkpoints (GPT2LMHeadModel) can be loaded"
+            f"{where}: architectures is {names!r:.200}: "
+            "only GPT-2 checkpoints (GPT2LMHeadModel) can be loaded"
         )
     if not names and not {"n_embd", "n_head", "n_layer"} <= content.keys():
         raise ModelError(
-            f"{where}: model_type is missing: only GPT-2 checkpoints can be loaded; if this is one, set it to gpt2"
+            f"{where}: model_type is missing: only GPT-2 checkpoints can be loaded; "
+            "if this is one, set it to gpt2"
         )

@@ -217,8 +217,8 @@ def _activate(activation: Activation, x: Tensor) -> Tensor:
     function = ACTIVATIONS[activation]
     if x.device.type != "cpu" or activation in ("none", "relu") or x.requires_grad:
         return function(x)
-    # torch splits a tensor among threads and computes the remainder of a piece that does not fill a
-    # vector with other instructions, which give other bits. One thread and a multiple of every
+    # torch splits a tensor among threads. The remainder of a piece that does not fill a vector is
+    # computed with other instructions, which round differently. One thread and a multiple of every
     # vector length leave no remainder.
     with use_threads(1):
         padded = F.pad(x.flatten(), (0, -x.numel() % GRAIN_ACTIVATIONS))

@@ -4,7 +4,7 @@ The next token depends on the largest few logits of a row, but the head computes
 the vocabulary: a quarter of the work of gpt2. The first pass computes all logits in bfloat16, twice
 the speed of float32 on a CPU with bfloat16 instructions. It bounds the error of each one. The
 second pass rescores the candidates in float32: every token whose logit may be at least a threshold.
-These have the same bits as the head's logits. The candidates of a row depend only on that row.
+These equal the head's logits bit for bit. The candidates of a row depend only on that row.
 
 The bound follows from Cauchy-Schwarz. Let h be a row of the hidden state, w a row of the weight,
 and h', w' the same rounded to bfloat16:
@@ -148,12 +148,12 @@ def make_two_pass_head(head: Linear, weight: Tensor) -> TwoPassHead | None:
 
 
 def logits_bytes(logits: Tensor) -> bytes:
-    """Return the bits of logits in memory order. Equal bytes are equal bits, -0 and NaN included."""
+    """Return the bits of logits in memory order; -0 and NaN are compared as bits too."""
     return logits.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _max_norms(rows: Tensor) -> Tensor:
-    """rows (V, C) -> (blocks,) float64: an upper bound of the row norms in each block."""
+    """Bound the row norms in each block of tokens: rows (V, C) -> (blocks,) float64."""
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     padded = torch.nn.functional.pad(norms, (0, -len(norms) % TOKENS_PER_BOUND))
     return padded.view(-1, TOKENS_PER_BOUND).amax(dim=1) * NORM_ROUNDING

@@ -43,8 +43,8 @@ class LoadedModel:
     Attributes:
         model: The packed model.
         batch_invariance: Result of the batch-invariance self-test; off when it was skipped.
-        environment: What the bits of a row depend on besides the job. Equal bits are promised only
-            within one environment.
+        environment: What the bits of a row depend on besides the job. Bits are equal only within
+            one environment.
     """
 
     model: GPT

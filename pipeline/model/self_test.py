@@ -1,11 +1,11 @@
-"""The batch-invariance self-test: at start-up, select kernels whose bits do not depend on the batch.
+"""The batch-invariance self-test: select kernels whose bits do not depend on the batch.
 
-Fixed tokens run through the loaded model, and fixed numbers through its linears and its attention:
-alone and batched, at other indices, in chunks, at small and large row counts, with one thread and
-with all. All results of a position must be equal bit for bit. Where they are not, the next choice
-is tried: the `pairwise` reduction order of padded attention, then the padding plans of the linears
-(padding.py). Under `fixed_64` each linear gets the largest row count that passes. A two-pass head
-whose exact logits are not the head's is dropped.
+It runs at start-up. Fixed tokens pass through the loaded model, and fixed numbers through its
+linears and its attention: alone and batched, at other indices, in chunks, at small and large row
+counts, with one thread and with all. All results of a position must be equal bit for bit. Where
+they are not, the next choice is tried: the `pairwise` reduction order of padded attention, then the
+padding plans of the linears (padding.py). Under `fixed_64` each linear gets the largest row count
+that passes. A two-pass head whose exact logits are not the head's is dropped.
 """
 
 from __future__ import annotations

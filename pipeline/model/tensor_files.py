@@ -29,7 +29,7 @@ class TensorFile(Protocol):
 
 
 class SafetensorsFile:
-    """A safetensors file. It is reopened for each read, so that only these tensors are mapped."""
+    """A safetensors file. It is opened for each read, so that only these tensors are mapped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,7 +63,7 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A pytorch_model.bin. No code in it is run. It is memory-mapped unless in the oldest format."""
+    """A pytorch_model.bin. No code in it is run. All but the oldest format are memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         """Load the file.

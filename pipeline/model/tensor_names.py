@@ -51,7 +51,7 @@ _WPE = "wpe.weight"
 
 
 def plain_name(stored_name: str, prefix: str = "") -> str:
-    """Remove the components that wrappers add: module.transformer.h.0.ln_1.weight -> h.0.ln_1.weight.
+    """Remove the components that wrappers add, as in module.transformer.h.0.ln_1.weight.
 
     Args:
         stored_name: Name in the file.

@@ -187,7 +187,7 @@ class _CheckpointWeights:
             if shape != expected[name]:
                 raise ModelError(
                     f"{self._where[name][2]}: tensor {name} has shape {shape}; "
-                    f"config.json asks for {expected[name]}"
+                    f"config.json needs {expected[name]}"
                 )
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
