@@ -69,7 +69,8 @@ def main() -> None:
             command_s.append(whole_command(work, f"out-{repeat}", args))
             engine_s.append(alone())
             print(
-                f"repeat {repeat}: the command {command_s[-1]:.2f} s, the engine alone {engine_s[-1]:.2f} s",
+                f"repeat {repeat}: the command {command_s[-1]:.2f} s, "
+                f"the engine alone {engine_s[-1]:.2f} s",
                 flush=True,
             )
     ratio = statistics.median(

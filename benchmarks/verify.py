@@ -60,7 +60,8 @@ def main() -> None:
             generate_s.append(ran["generate_s"])
             verify_s.append(checked["verify_s"])
             print(
-                f"repeat {repeat}: generated in {generate_s[-1]:.1f} s, verified in {verify_s[-1]:.1f} s",
+                f"repeat {repeat}: generated in {generate_s[-1]:.1f} s, "
+                f"verified in {verify_s[-1]:.1f} s",
                 flush=True,
             )
     report = {

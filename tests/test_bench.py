@@ -1,4 +1,4 @@
-"""`gptbatch bench` and what it stands on: the work is what it says, the numbers belong together, the pictures are drawn."""
+"""`gptbatch bench`: workloads, consistent numbers, charts."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_greedy_tokens_are_those_of_transformers_on_the_gpt2_shape(batch_size: i
             assert completion.token_ids == logits.argmax(-1).tolist()
 
 
-def test_a_row_with_nan_logits_is_an_error_and_harms_nobody() -> None:
+def test_a_row_with_nan_logits_is_an_error_and_harms_no_other() -> None:
     theirs = random_model()
     with torch.no_grad():
         theirs.transformer.wte.weight[13] = float("nan")
@@ -218,7 +218,7 @@ def test_no_prompts_no_completions(model: GPT) -> None:
     assert run(model, [], batch_size=4) == []
 
 
-def test_prompts_are_taken_as_slots_fall_free(model: GPT) -> None:
+def test_prompts_are_taken_as_sequences_finish(model: GPT) -> None:
     """Never more prompts are read than fit and may wait."""
     taken = ended = 0
 
@@ -250,7 +250,7 @@ def test_engine_on_cuda_gives_the_tokens_of_the_reference_on_cuda(window_full: W
 def test_a_padded_cache_may_grow_while_rows_run(
     window_full: WindowFull, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is first made for a few new tokens; rows then retire, and move, in what it grew to."""
+    """The cache starts small; sequences then finish and move in the grown one."""
     monkeypatch.setattr(padded, "RESERVED_NEW_TOKENS", 2)
     model = our_model(random_model(), attention="padded")
     prompts = ragged_prompts(20, longest=20, max_new_tokens=60)
@@ -260,10 +260,10 @@ def test_a_padded_cache_may_grow_while_rows_run(
 
 
 @pytest.mark.parametrize("failures", [1, 3])
-def test_memory_that_runs_out_while_rows_are_admitted_halves_the_batch(
+def test_memory_that_runs_out_in_allocate_halves_the_batch(
     failures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even before any row runs: what fails is room for all sequences."""
+    """Even before any sequence runs, if the allocation of the cache fails."""
     left = failures
     original = PaddedKVCache.allocate
 

@@ -1,7 +1,7 @@
-"""The first promise: a row's tokens and the bits of its logits are the same whatever runs beside it.
+"""Batch invariance: tokens and logits of a row are equal bit for bit whatever is batched with it.
 
-Small models prove little, since products of their sizes take few of the paths that a library has: the demo model is run here, and
-the shape of gpt2 in the tests marked slow.
+Small models take few of the kernels that a library has. So the demo model runs here, and gpt2's
+shape in the tests marked slow.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Outcome = tuple[list[int], str | None, float | None, str | None]
 
 
 def outcome(completion: Completion) -> Outcome:
-    """Tokens, ending, margin and the hash of the bits of all logits."""
+    """Return tokens, stop reason, decision margin and the hash of all logits."""
     assert completion.logits_digest is not None
     return (
         completion.token_ids,
@@ -133,7 +133,7 @@ def gpt2(backend: BackendName, dtype: torch.dtype) -> GPT:
 
 
 def checked(model: GPT) -> GPT:
-    """As a run has it: with the row plan that the start-up check found."""
+    """Apply the self-test, as a run does."""
     report = select_batch_invariant_kernels(model)
     assert report.passed, report.failures
     return model
@@ -180,7 +180,7 @@ def with_parameters(
     )
 
 
-# -- the demo model ----------------------------------------------------------------------------------------------------
+# The demo model
 
 
 def test_batch_sizes_and_orders(demo: GPT) -> None:
@@ -196,7 +196,7 @@ def test_batch_sizes_and_orders(demo: GPT) -> None:
 
 @pytest.mark.parametrize("fillers", [1, 4, 60, 200])
 def test_a_needle_among_fillers(demo: GPT, fillers: int) -> None:
-    """Neighbours of other lengths, seeds, temperatures and top_k, which come and go and end early."""
+    """Other sequences have other lengths, seeds and parameters, and finish early."""
     needle = tokenized(
         10_000, [5, 77, 300, 41, 8, 900], seed=3, temperature=0.9, top_k=20, max_new_tokens=20
     )
@@ -219,7 +219,7 @@ def test_threads(demo: GPT) -> None:
 
 
 def test_cache_widths_and_prefill_groups(demo: GPT) -> None:
-    """A neighbour that fills the context makes the cache as wide as it gets; small groups make other prefill calls."""
+    """A full context makes the cache as wide as possible; small steps chunk prefill differently."""
     prompts = demo_prompts(24)
     expected = run(demo, prompts, batch_size=6)
     long = tokenized(999, [9] * 250, max_new_tokens=6)
@@ -264,7 +264,7 @@ def reference_digest(model: GPT, prompt: list[int], new: list[int]) -> str:
     return digest.hexdigest()
 
 
-# -- other shapes --------------------------------------------------------------------------------------------------------
+# Other shapes
 
 ODD_SHAPES: dict[str, dict[str, Any]] = {
     "odd-inner": {"n_inner": 37},
@@ -288,13 +288,12 @@ def test_odd_shapes(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With oneDNN and as on a machine without it; our own kernels are there with ragged attention."""
+    """With oneDNN and without it; ragged attention uses the C++ kernels in both cases."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     model = our_model(random_model(**ODD_SHAPES[name]), attention=backend, dtype=dtype)
     assert (model.linear_kind == "plain") == (not onednn and backend == "padded")
-    if not (
-        report := select_batch_invariant_kernels(model)
-    ).passed:  # such shapes are promised where the start-up check passes
+    # Batch invariance of such shapes holds where the self-test passes.
+    if not (report := select_batch_invariant_kernels(model)).passed:
         pytest.skip(f"this machine is not exact: {report.failures}")
     prompts = random_prompts(20, 300, longest=40, max_new_tokens=6)
     with threads(1):
@@ -305,8 +304,8 @@ def test_odd_shapes(
 
 
 @pytest.mark.parametrize("plan", [AS_IS, *PADDING_PLANS], ids=lambda plan: plan.name)
-def test_every_row_plan_keeps_the_bits(plan: PaddingPlan, backend: BackendName) -> None:
-    """Each under itself: under another plan they may be other bits."""
+def test_every_padding_plan_keeps_the_bits(plan: PaddingPlan, backend: BackendName) -> None:
+    """Under each plan on its own; bits may differ between plans."""
     model = our_model(random_model(), attention=backend)
     if plan not in padding_plans(model):
         pytest.skip("for our own kernel alone")
@@ -316,12 +315,11 @@ def test_every_row_plan_keeps_the_bits(plan: PaddingPlan, backend: BackendName) 
     assert run(model, prompts, batch_size=20) == run(model, prompts, batch_size=1)
 
 
-# -- prefill, chunks and decode --------------------------------------------------------------------------------------------
+# Prefill, chunks and decode
 
 
 def check_chunks(model: GPT, sequences: list[list[int]], seed: int) -> None:
-    """Whole, token by token, and in random chunks of random sequences beside each other, of which only some logits are logits_indices: the
-    same bits at every position."""
+    """Compare logits of whole sequences, token by token, and in random chunks batched at random."""
     rng = random.Random(seed)
     with torch.inference_mode():
         alone = [
@@ -398,10 +396,10 @@ def test_a_growing_cache_keeps_what_it_holds(backend: BackendName) -> None:
 
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
-def test_what_a_cleared_slot_held_reaches_nobody(
+def test_freed_memory_reaches_no_other_sequence(
     backend: BackendName, cache_dtype: CacheDtype
 ) -> None:
-    """0 x NaN is NaN: a position that nobody wrote must not enter a sum."""
+    """0 times NaN is NaN: an unwritten position must not enter a sum."""
     healthy = our_model(random_model(), attention=backend)
     healthy.cache_dtype = cache_dtype
     with torch.inference_mode():
@@ -432,7 +430,7 @@ def test_what_a_cleared_slot_held_reaches_nobody(
         assert torch.equal(both(used), expected)
 
 
-def test_pages_are_given_back() -> None:
+def test_blocks_are_freed() -> None:
     if not has_kernels():
         pytest.skip("no C++ compiler")
     model = our_model(random_model(), attention="ragged")
@@ -446,16 +444,16 @@ def test_pages_are_given_back() -> None:
     assert pool.n_evictable <= 4 * 4 // BLOCKS_PER_EVICTABLE_BLOCK
 
 
-# -- an int8 cache ---------------------------------------------------------------------------------------------------------
+# An int8 cache
 
 
 @pytest.mark.parametrize(
     "shape", [{}, {"n_embd": 100, "n_head": 1}, {"n_embd": 30, "n_head": 10}], ids=["8", "100", "3"]
 )
-def test_an_int8_cache_is_as_exact(
+def test_an_int8_cache_is_batch_invariant(
     shape: dict[str, int], backend: BackendName, dtype: torch.dtype
 ) -> None:
-    """Other logits than with a full cache, and not far from them; but the same whatever the batch, in chunks and alone."""
+    """Logits differ a little from a full cache's, but not with the batch or the chunks."""
     model = our_model(random_model(n_positions=160, **shape), attention=backend, dtype=dtype)
     prompts = random_prompts(20, 300, longest=140, max_new_tokens=6)
     full = run(model, prompts, batch_size=5)
@@ -476,7 +474,7 @@ def test_an_int8_cache_is_as_exact(
 
 
 def test_both_backends_keep_the_same_int8() -> None:
-    """Over several pages, numbers of any size, all 0; as near as rounded queries and weights allow, whatever else a page holds."""
+    """Over several blocks and numbers of any size, within the rounding of queries and weights."""
     count, heads = 200, 2
     caches = []
     for attention in ("ragged", "padded"):
@@ -492,11 +490,13 @@ def test_both_backends_keep_the_same_int8() -> None:
     v[7] *= 1e3
     v[8] = 1e-40
     q[:, :, 0] = 5
-    k[70:130, :, 0] += 2  # scores rise in the second page, and fall again
-    k[20, :, 0], k[150, :, 0] = -60, -60  # large values that nobody attends to
+    # Scores rise in the second block and fall again.
+    k[70:130, :, 0] += 2
+    # Large values with a weight of 0.
+    k[20, :, 0], k[150, :, 0] = -60, -60
     v[20] *= 1e4
     v[150] *= 1e4
-    ours, theirs = (
+    paged, padded = (
         torch.cat(
             [
                 cache.step([1] * count, range(count))(0, qkv, 0.3),
@@ -510,7 +510,7 @@ def test_both_backends_keep_the_same_int8() -> None:
     size = torch.einsum("hqk,khd->qhd", weights, v.abs().amax(-1, keepdim=True))[
         ..., 0
     ]  # of what a query sums
-    apart = (ours - theirs).view(count + 5, heads, 40).abs().amax(-1)
+    apart = (paged - padded).view(count + 5, heads, 40).abs().amax(-1)
     assert (apart <= 3e-4 * torch.cat([size, size[:5]])).all()
     assert apart.max() > 0
 
@@ -518,9 +518,10 @@ def test_both_backends_keep_the_same_int8() -> None:
 def test_what_is_not_finite_in_an_int8_cache_reaches_those_that_see_it(
     backend: BackendName,
 ) -> None:
-    """A key with NaN or infinity, a value, and a score that overflows, each in one head; and nobody else, although they share pages.
+    """NaN, infinity and overflow in one head reach only the queries that attend to them.
 
-    On padded a value also reaches up to 15 queries of its own row before it: their width is rounded up, and 0 x NaN is NaN.
+    Padded attention rounds widths up and 0 times NaN is NaN, so a value also reaches up to 15
+    earlier queries of its own sequence.
     """
     model = our_model(random_model(n_embd=80, n_head=2, n_positions=256), attention=backend)
     model.cache_dtype = "int8"
@@ -542,7 +543,7 @@ def test_what_is_not_finite_in_an_int8_cache_reaches_those_that_see_it(
     assert cache.step([1] * 200, range(200))(0, clean, 0.3).isfinite().all()
 
 
-# -- the shape of gpt2 -----------------------------------------------------------------------------------------------------
+# The shape of gpt2
 
 
 @pytest.mark.slow
@@ -569,7 +570,7 @@ def test_gpt2_threads(gpt2: GPT) -> None:
 
 @pytest.mark.slow
 def test_gpt2_chunks_and_the_reference(gpt2: GPT) -> None:
-    """One sequence beyond 192 positions, where products of other shapes have been seen to change their order of summing."""
+    """Test one sequence beyond 192 positions, where products may change their reduction order."""
     rng = random.Random(0)
     check_chunks(
         gpt2, [[rng.randrange(50257) for _ in range(length)] for length in (12, 210, 40)], seed=2
@@ -583,7 +584,7 @@ def test_gpt2_chunks_and_the_reference(gpt2: GPT) -> None:
     assert digest == reference_digest(gpt2, prompt.token_ids, token_ids)
 
 
-# -- teeth -----------------------------------------------------------------------------------------------------------------
+# Teeth
 
 
 class FlashCache:
@@ -629,7 +630,7 @@ class FlashCache:
 
 
 def test_the_comparison_has_teeth() -> None:
-    """Plain linears at as many rows as there are, and flash attention: the same sequences alone and together differ in bits."""
+    """Plain linears without padding and fused attention are not batch-invariant."""
     model = our_model(
         random_model(n_layer=2, n_head=4, n_embd=256, vocab_size=1000, n_positions=128),
         packed=False,
@@ -671,7 +672,7 @@ def test_the_comparison_has_teeth() -> None:
 def test_blocks_in_one_call_are_what_they_are_one_by_one(
     n_head: int, head_size: int, n_threads: int, cache_dtype: CacheDtype, dtype: torch.dtype
 ) -> None:
-    """Head by head, while pages are asked for, or not: the same numbers come out, and the same are in the cache."""
+    """Outputs and caches are equal, with and without prefetch of KV blocks."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
     width = n_head * head_size
@@ -687,7 +688,7 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
     )
     model.cache_dtype = cache_dtype
     if not model.blocks.fused:
-        pytest.skip("this CPU has no linear of ours in this dtype")
+        pytest.skip("the C++ linear does not support this dtype here")
     together, separate = model.new_cache(12), model.new_cache(12)
     assert isinstance(together, PagedKVCache)
     assert isinstance(separate, PagedKVCache)
@@ -732,7 +733,8 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
                 model.blocks(x, together.step(seq_indices, positions), logits_indices), y
             )
             assert all(
-                torch.equal(*pages) for pages in zip(together.layers, separate.layers, strict=True)
+                torch.equal(*blocks)
+                for blocks in zip(together.layers, separate.layers, strict=True)
             )
     assert max(lengths) > 300
     names = {event.key for event in profiler.key_averages()}
@@ -751,7 +753,7 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
     assert ("gptbatch::qkv_paged_attention" in names) == by_head
 
 
-def test_rows_that_belong_to_nobody_get_no_attention() -> None:
+def test_padding_rows_get_no_attention() -> None:
     if not has_kernels():
         pytest.skip("no C++ compiler")
     model = our_model(random_model(n_embd=64, n_head=4), attention="ragged")
@@ -781,7 +783,7 @@ def qkv_paged_attention(
     return out
 
 
-def test_the_last_block_leaves_out_what_nobody_wants(backend: BackendName) -> None:
+def test_the_last_block_computes_only_tokens_that_need_logits(backend: BackendName) -> None:
     model = our_model(random_model(), attention=backend)
     linears = (
         "gptbatch::linear",
@@ -808,7 +810,7 @@ def test_the_last_block_leaves_out_what_nobody_wants(backend: BackendName) -> No
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 @pytest.mark.parametrize("projected", [False, True], ids=["attention", "with its projection"])
 def test_two_threads_work_in_the_kernel(projected: bool) -> None:
-    """CPU time of the threads of this process while nothing but the kernel runs; without -fopenmp it would be one thread's."""
+    """Two threads take CPU time while the kernel runs; without -fopenmp only one would."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
     if (os.cpu_count() or 1) < 2:
@@ -848,7 +850,7 @@ def cpu_times() -> dict[str, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_the_kernel_shares_the_threads_of_torch() -> None:
-    """A second OpenMP runtime would have threads of its own, which wait spinning beside those of torch."""
+    """A second OpenMP runtime would have threads of its own, which spin beside torch's."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
     libraries = {

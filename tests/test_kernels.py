@@ -22,6 +22,7 @@ from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.kernels import build
 from gptbatch.pipeline.kernels.build import KernelError, build_kernels
 from gptbatch.pipeline.kv_cache.interface import select_backend
+from gptbatch.pipeline.kv_cache.spec import PADDED
 from gptbatch.pipeline.model.config import Activation
 from gptbatch.pipeline.model.linear import ACTIVATIONS, use_threads
 from gptbatch.pipeline.types import SamplingParams
@@ -327,11 +328,8 @@ def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
 def test_ragged_is_for_cpus() -> None:
     with pytest.raises(DeviceError, match="CPU only"):
         select_backend("ragged", torch.device("cuda"))
-    assert (
-        select_backend("auto", torch.device("cuda"))
-        == select_backend("padded", torch.device("cpu"))
-        == "padded"
-    )
+    assert select_backend("auto", torch.device("cuda")) == PADDED
+    assert select_backend("padded", torch.device("cpu")) == PADDED
 
 
 @pytest.mark.slow

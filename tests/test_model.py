@@ -1,4 +1,4 @@
-"""The network against transformers, and its cached forward against its plain one."""
+"""The model against transformers."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ SHAPES: dict[str, dict[str, Any]] = SWITCHES | {
 TOLERANCE = 1e-4
 
 
-def largest_difference(theirs: GPT2LMHeadModel, ours: GPT, idx: torch.Tensor) -> float:
+def largest_difference(theirs: GPT2LMHeadModel, gpt: GPT, idx: torch.Tensor) -> float:
     with torch.inference_mode():
-        return float((theirs(idx).logits - ours(idx)).abs().max())
+        return float((theirs(idx).logits - gpt(idx)).abs().max())
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain-linears", "packed-linears"])
@@ -62,12 +62,12 @@ def test_the_comparison_notices_a_switch_that_is_ignored(name: str) -> None:
 @pytest.mark.slow
 def test_logits_agree_on_the_full_gpt2_shape() -> None:
     theirs = random_model(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024)
-    ours = our_model(theirs, packed=False)
-    assert ours.parameter_count() == 163_037_184
-    pack(ours)
+    gpt = our_model(theirs, packed=False)
+    assert gpt.parameter_count() == 163_037_184
+    pack(gpt)
     idx = torch.randint(0, 50257, (2, 96), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        expected, logits = theirs(idx).logits, ours(idx)
+        expected, logits = theirs(idx).logits, gpt(idx)
     assert expected.std() > 0.5, "logits that hardly vary would agree by themselves"
     assert (expected - logits).abs().max() <= TOLERANCE
 
@@ -81,13 +81,13 @@ def test_parameter_count_is_that_of_transformers() -> None:
 
 @pytest.mark.parametrize("length", [0, 65, 1000])
 def test_sequences_that_do_not_fit_are_refused(length: int) -> None:
-    ours = our_model(random_model())
+    gpt = our_model(random_model())
     with pytest.raises(
         ValueError,
         match=f"a sequence of {length} tokens does not fit: 1 to n_positions \\(64\\) do",
     ):
-        ours(torch.zeros(1, length, dtype=torch.long))
-    assert ours(torch.zeros(1, 64, dtype=torch.long)).shape == (1, 64, 300)
+        gpt(torch.zeros(1, length, dtype=torch.long))
+    assert gpt(torch.zeros(1, 64, dtype=torch.long)).shape == (1, 64, 300)
 
 
 def test_every_parameter_matters_to_the_logits() -> None:
@@ -95,14 +95,14 @@ def test_every_parameter_matters_to_the_logits() -> None:
     theirs = random_model(n_layer=1)
     idx = torch.randint(1, 300, (2, 30), generator=torch.Generator().manual_seed(1))
     for name, parameter in theirs.named_parameters():
-        ours = our_model(theirs)
+        gpt = our_model(theirs)
         with torch.no_grad():
             kept = parameter.clone()
             parameter.mul_(1.5).add_(
                 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
             )
         if not name.endswith("c_attn.bias"):  # of which the keys' third cancels in softmax
-            assert largest_difference(theirs, ours, idx) > TOLERANCE, name
+            assert largest_difference(theirs, gpt, idx) > TOLERANCE, name
         with torch.no_grad():
             parameter.copy_(kept)
 
@@ -120,8 +120,8 @@ def test_copying_refuses_other_shapes() -> None:
 
 def test_copy_block_copies_one_block() -> None:
     theirs = random_model(n_layer=1)
-    ours = GPT(parse_config(theirs.config.to_dict(), "config"))
-    block = ours.blocks[0]
+    gpt = GPT(parse_config(theirs.config.to_dict(), "config"))
+    block = gpt.blocks[0]
     assert isinstance(block, Block)
     source = theirs.get_submodule("transformer.h.0")
     copy_block(block, source)
@@ -147,20 +147,20 @@ def test_row_counts_are_few_and_waste_little() -> None:
 def test_rows_that_fill_up_a_batch_change_no_number(plan: PaddingPlan, packed: bool) -> None:
     theirs = random_model()
     idx = torch.randint(0, 300, (11, 9), generator=torch.Generator().manual_seed(3))
-    ours = our_model(theirs, packed=packed)
-    use_padding_plan(ours, plan)
+    gpt = our_model(theirs, packed=packed)
+    use_padding_plan(gpt, plan)
     with torch.inference_mode():
-        assert (theirs(idx).logits - ours(idx)).abs().max() <= TOLERANCE
-        assert ours(idx[:1, :1]).shape == (1, 1, 300)
+        assert (theirs(idx).logits - gpt(idx)).abs().max() <= TOLERANCE
+        assert gpt(idx[:1, :1]).shape == (1, 1, 300)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["plain", "odd-sizes", "scaled-by-layer", "untied"])
 def test_logits_on_cuda_agree_with_transformers_on_cpu(name: str) -> None:
     theirs = random_model(**SHAPES[name])
-    ours = our_model(theirs, packed=False).to("cuda")
+    gpt = our_model(theirs, packed=False).to("cuda")
     idx = torch.randint(
         0, theirs.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1)
     )
     with torch.inference_mode():
-        assert (theirs(idx).logits - ours(idx.cuda()).cpu()).abs().max() <= TOLERANCE
+        assert (theirs(idx).logits - gpt(idx.cuda()).cpu()).abs().max() <= TOLERANCE

@@ -1,4 +1,4 @@
-"""Noise and the choice of tokens: known answers, the distribution, ties, edges."""
+"""Noise and sampling: known answers, the distribution, ties, edge cases."""
 
 from __future__ import annotations
 
@@ -99,9 +99,12 @@ def test_draws_follow_softmax(top_k: int, temperature: float) -> None:
     if kept > 1:
         likely = expected >= 5
         observed = torch.cat([counts[order][likely], counts[order][~likely].sum()[None]]).double()
-        wanted = torch.cat([expected[likely], expected[~likely].sum()[None]])
-        observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-        assert stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > FALSE_ALARM
+        expected_counts = torch.cat([expected[likely], expected[~likely].sum()[None]])
+        observed, expected_counts = (
+            observed[expected_counts > 0],
+            expected_counts[expected_counts > 0],
+        )
+        assert stats.chisquare(observed.numpy(), expected_counts.numpy()).pvalue > FALSE_ALARM
 
 
 def test_draws_of_one_seed_over_steps_follow_softmax_too() -> None:
@@ -176,7 +179,7 @@ def test_every_tie_at_the_kth_logit_is_kept() -> None:
 
 
 def test_rows_keep_their_own_parameters() -> None:
-    """A row's choice is the one that it makes alone, whatever its neighbours ask for."""
+    """A row's token is the one that it gets alone, whatever the parameters of other rows."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 97, generator=generator) * 3
     rows = [
@@ -219,7 +222,7 @@ def test_bfloat16_logits_are_widened_before_the_noise_is_added() -> None:
 
 
 def naive_margin(logits: torch.Tensor, p: SamplingParams, step: int) -> float | None:
-    """The definition at the top of sampling.py, for one row, every token looked at."""
+    """Compute the decision margin of sampling.py for one row, from every token."""
     if len(logits) == 1:
         return None
     ids = torch.arange(len(logits))
@@ -240,7 +243,7 @@ def naive_margin(logits: torch.Tensor, p: SamplingParams, step: int) -> float | 
 @pytest.mark.parametrize("vocab_size", [2, 7, 120])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_margins_are_as_defined(vocab_size: int, dtype: torch.dtype) -> None:
-    """bfloat16 makes ties at the k-th logit, wide temperatures make tokens that were not kept win often."""
+    """bfloat16 gives ties at the k-th logit; high temperatures let tokens outside often win."""
     logits = (
         torch.randn(300, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 3
     ).to(dtype)
@@ -267,9 +270,10 @@ def test_margins_are_as_defined(vocab_size: int, dtype: torch.dtype) -> None:
 
 
 def test_no_change_of_less_than_half_the_margin_changes_the_token() -> None:
-    """All logits moved at random by just less than half the margin, up or down; by more than it, tokens do change.
+    """Moving all logits by less than half the decision margin keeps the token.
 
-    Not for 1 < top_k < V: a token whose logit comes up to the k-th and whose score up to the winner's in one is left out of margins.
+    Not for 1 < top_k < V: margins leave out tokens that would need two changes at once, into the
+    kept set and past the winner.
     """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(400, 50, generator=generator, dtype=torch.float64) * 2

@@ -1,5 +1,7 @@
-"""The scheduler and the pages: whatever comes, every row once, no seq_index and no page lost, never more than there is, nothing read
-before it is written. Without a network, by hypothesis; then the whole engine on random work against the reference."""
+"""The scheduler and the block pool, without a model, by hypothesis; then random work on the engine.
+
+Every sequence runs once, no block is lost or read before it is written, and limits hold.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ BLOCK_TOKENS = 16
 
 @st.composite
 def work(draw: st.DrawFn) -> list[TokenizedPrompt]:
-    """Prompts many of which begin alike, or are equal."""
+    """Draw prompts, many of which share a prefix or are equal."""
     rng = random.Random(draw(st.integers(0, 2**32)))
     headers = [[rng.randrange(3) for _ in range(N_POSITIONS)] for _ in range(2)]
     prompts = []
@@ -42,24 +44,23 @@ def work(draw: st.DrawFn) -> list[TokenizedPrompt]:
 
 
 class Model:
-    """Stands in for the network: remembers what each page holds, and that nothing is read that was not written."""
+    """Stands in for the model: tracks the content of blocks and checks every read."""
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
-        self.content: dict[
-            tuple[int, int], tuple[int, ...]
-        ] = {}  # (page, place) -> the tokens up to there
+        # (block, offset) -> the tokens up to there
+        self.content: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def step(self, seq_index: int, first: int, tokens: list[int], context: list[int]) -> None:
         for position in range(first, first + len(tokens)):
-            page, _ = self.pool.block_at(seq_index, position)
-            self.content[page, position % self.pool.block_size] = tuple(context[: position + 1])
+            block, _ = self.pool.block_at(seq_index, position)
+            self.content[block, position % self.pool.block_size] = tuple(context[: position + 1])
 
     def check(self, seq_index: int, last: int, context: list[int]) -> None:
         for position in range(last):
-            page, new = self.pool.block_at(seq_index, position)
+            block, new = self.pool.block_at(seq_index, position)
             assert not new
-            assert self.content[page, position % self.pool.block_size] == tuple(
+            assert self.content[block, position % self.pool.block_size] == tuple(
                 context[: position + 1]
             )
 
@@ -69,23 +70,23 @@ class Model:
     prompts=work(),
     max_seqs=st.integers(1, 9),
     block_size=st.sampled_from([1, 16, 64]),
-    more_pages=st.integers(0, 60),
+    extra_blocks=st.integers(0, 60),
     step_tokens=st.integers(1, 200),
     window=st.integers(0, 20),
     share=st.booleans(),
     spread=st.booleans(),
 )
-def test_every_row_once_and_no_page_is_lost(
+def test_every_sequence_runs_once_and_no_block_is_lost(
     prompts: list[TokenizedPrompt],
     max_seqs: int,
     block_size: int,
-    more_pages: int,
+    extra_blocks: int,
     step_tokens: int,
     window: int,
     share: bool,
     spread: bool,
 ) -> None:
-    n_blocks = blocks_for(N_POSITIONS, block_size) + more_pages
+    n_blocks = blocks_for(N_POSITIONS, block_size) + extra_blocks
     pool = BlockPool(max_seqs, n_blocks, block_size)
     model = Model(pool)
     scheduler = Scheduler(
@@ -111,7 +112,8 @@ def test_every_row_once_and_no_page_is_lost(
         assert sum(len(chunk.tokens) for chunk in chunks) <= max(
             step_tokens, max_seqs + MIN_PREFILL_TOKENS
         ) + (max_seqs if spread else 0)
-        for chunk in chunks:  # all is written before anything is read, as in attention
+        # All chunks are written before any is read, as in attention.
+        for chunk in chunks:
             model.step(chunk.seq_index, chunk.first, chunk.tokens, chunk.sequence.tokens)
         for chunk in chunks:
             sequence = chunk.sequence
@@ -133,12 +135,12 @@ def test_every_row_once_and_no_page_is_lost(
     free = [
         pool.block_at(0, position)[0] for position in range(0, n_blocks * block_size, block_size)
     ]
-    assert sorted(free) == list(range(n_blocks)), "every page can be had again"
+    assert sorted(free) == list(range(n_blocks)), "every block can be had again"
     if not share:
         assert reused == 0
 
 
-def test_the_longest_goes_first_but_nobody_waits_for_ever() -> None:
+def test_the_longest_starts_first_but_none_waits_for_ever() -> None:
     pool = BlockPool(1, 6, BLOCK_TOKENS)
     scheduler = Scheduler(cache=pool, max_seqs=1, n_positions=N_POSITIONS, max_step_tokens=100)
     scheduler.add(tokenized(0, [0], max_new_tokens=1))
@@ -155,7 +157,7 @@ def test_the_longest_goes_first_but_nobody_waits_for_ever() -> None:
     assert order.index(0) == MAX_PASSED_OVER_PER_SEQ, "passed over so often, and no more"
 
 
-def test_rows_that_arrive_together_share_what_is_not_computed_yet() -> None:
+def test_waiting_sequences_share_a_prefix_that_is_not_computed_yet() -> None:
     header = list(range(40))
     pool = BlockPool(3, 30, BLOCK_TOKENS)
     scheduler = Scheduler(cache=pool, max_seqs=3, n_positions=N_POSITIONS, max_step_tokens=1000)
@@ -163,7 +165,7 @@ def test_rows_that_arrive_together_share_what_is_not_computed_yet() -> None:
         scheduler.add(tokenized(index, [*header, 100 + index], max_new_tokens=5))
     chunks = scheduler.schedule()
     assert [(chunk.first, len(chunk.tokens)) for chunk in chunks] == [(0, 41), (32, 9), (32, 9)], (
-        "in the same step, whole pages"
+        "in the same step, whole blocks"
     )
     small = Scheduler(
         cache=BlockPool(3, 30, BLOCK_TOKENS),
@@ -179,7 +181,7 @@ def test_rows_that_arrive_together_share_what_is_not_computed_yet() -> None:
     )
 
 
-def test_idle_prefixes_are_kept_and_those_that_nobody_shared_go_first() -> None:
+def test_evictable_blocks_are_kept_and_unshared_ones_are_evicted_first() -> None:
     pool = BlockPool(2, 8 * BLOCKS_PER_EVICTABLE_BLOCK, BLOCK_TOKENS)
     shared, alone = [1] * 33, [2] * 97
     for token_ids in (shared, shared, alone):
@@ -197,7 +199,7 @@ def test_idle_prefixes_are_kept_and_those_that_nobody_shared_go_first() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
-    """Random prompts with shared beginnings, budgets, windows, seq_indices and memory; pages end up where they were."""
+    """Random prompts with shared prefixes, budgets, windows and memory; all blocks are freed."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
     rng = random.Random(seed)

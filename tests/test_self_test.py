@@ -1,4 +1,4 @@
-"""The start-up check, and what a run makes of its answer."""
+"""The batch-invariance self-test, and how a run uses its result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.processes import child_environment
 
 
 class RowCounting(Linear):
-    """A linear whose results depend on how many rows it is run at: more than `harmless` of them do no harm."""
+    """A linear whose results depend on its row count, below `harmless` rows."""
 
     harmless = 10**9
     step = 1
@@ -74,7 +74,7 @@ def test_this_machine_passes(attention: BackendName) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_digest_tells_environments_apart(dtype: torch.dtype, seed: int) -> None:
-    """Two attention backends sum in other orders. In 16 bits the logits of a few tokens are equal all the same."""
+    """Two backends reduce in other orders, although 16-bit logits are often equal."""
     theirs = random_model(seed=seed)
     backends: tuple[BackendName, ...] = ("ragged", "padded")
     digests = {
@@ -94,7 +94,9 @@ from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.weights import load_gpt
 demo = find_checkpoint("bundled:demo/model")
 config = parse_config(demo.config, "config.json")
-print(select_batch_invariant_kernels(load_gpt(config, list(demo.weights), dtype=torch.bfloat16, device=torch.device("cpu"))).self_test_digest)
+cpu = torch.device("cpu")
+model = load_gpt(config, list(demo.weights), dtype=torch.bfloat16, device=cpu)
+print(select_batch_invariant_kernels(model).self_test_digest)
 """
 
 
@@ -120,14 +122,14 @@ def test_the_digest_tells_vector_instructions_apart() -> None:
 @pytest.mark.parametrize(
     ("harmless", "step", "plan"), [(0, 7, "pad_8"), (32, 7, "pad_32"), (10**9, 64, "fixed_64")]
 )
-def test_row_plans_are_tried_in_turn(harmless: int, step: int, plan: str) -> None:
+def test_padding_plans_are_tried_in_turn(harmless: int, step: int, plan: str) -> None:
     model = with_row_counting(our_model(random_model()), harmless=harmless, step=step)
     report = select_batch_invariant_kernels(model)
     assert (report.passed, report.padding_plan, model.padding_plan.name) == (True, plan, plan)
 
 
 def test_a_linear_that_needs_fewer_rows_gets_them_alone() -> None:
-    """What depends on the threads at 64 rows runs at 32 in every block; the others stay at 64."""
+    """A linear that depends on threads at 64 rows runs at 32 in every block; others at 64."""
 
     class ThreadCounting(Linear):
         def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -148,7 +150,7 @@ def test_a_linear_that_needs_fewer_rows_gets_them_alone() -> None:
     assert model.lm_head.fixed_rows == 64
 
 
-def test_what_cannot_be_mended_is_named() -> None:
+def test_a_failure_of_every_plan_is_named() -> None:
     class Clock(Linear):
         """Never the same twice."""
 
@@ -194,7 +196,7 @@ def test_a_fault_that_needs_a_wide_cache_is_found(monkeypatch: pytest.MonkeyPatc
 def test_products_that_depend_on_the_batch_are_replaced(
     harmless: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Matrix products that see how many sequences there are, two or more than 20, as those of some GPUs do; sums of neighbours do not."""
+    """Products that depend on the number of sequences, as on some GPUs; pairwise sums do not."""
     attend = padded._attend
 
     def shifting(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
@@ -241,7 +243,7 @@ def test_a_fault_at_many_rows_or_with_other_threads_is_found(part: str) -> None:
         finally:
             torch.set_num_threads(before)
         assert (report.passed, report.padding_plan) == (True, "fixed_64"), (
-            "64 rows at a time mend it, once it is found"
+            "64 rows at a time avoid the fault"
         )
 
 
@@ -262,7 +264,7 @@ def config(checkpoint: Path, tmp_path: Path) -> dict[str, str | int]:
     }
 
 
-def test_the_answer_is_recorded(config: dict[str, str | int], tmp_path: Path) -> None:
+def test_the_result_is_recorded(config: dict[str, str | int], tmp_path: Path) -> None:
     assert run_job(JobConfig.model_validate(config)).batch_invariance == "verified"
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     environment = manifest["environment"]
@@ -294,7 +296,7 @@ def test_off_skips_the_check(config: dict[str, str | int], monkeypatch: pytest.M
 def test_a_machine_that_fails(
     config: dict[str, str | int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """auto goes on with one warning and says unverified, exact stops and leaves no rows."""
+    """auto continues with one warning and records unverified; require stops without rows."""
 
     def failing(model: GPT) -> SelfTestReport:
         return SelfTestReport(
@@ -314,7 +316,7 @@ def test_a_machine_that_fails(
     assert RunReader(Path(str(config["output"]))).facts["batch_invariance"] == "unverified"
 
 
-def test_a_complete_run_is_not_taken_for_an_exact_one(config: dict[str, str | int]) -> None:
+def test_a_complete_run_is_not_taken_for_a_verified_one(config: dict[str, str | int]) -> None:
     run_job(
         JobConfig.model_validate(
             {**config, "batch_invariance": "off", "engine": {"attention": "padded"}}

@@ -1,4 +1,4 @@
-"""A two_pass_head computes few of the logits, and nothing shows it: choices and margins are those of all logits, to the bit."""
+"""The two-pass head changes no token and no decision margin, bit for bit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def only_model() -> GPT:
 
 @pytest.fixture
 def model(only_model: GPT) -> Iterator[GPT]:
-    """With a two_pass_head that has no history, and gets back the one it had."""
+    """The model with fresh counters; restores its two-pass head afterwards."""
     two_pass_head = head_of(only_model)
     two_pass_head.n_rows = two_pass_head.n_fallbacks = 0
     yield only_model
@@ -78,32 +78,37 @@ def from_all(
 @given(
     seed=st.integers(0, 2**32),
     kept=st.integers(1, 60),
-    slack=st.floats(0, 0.5),
+    exact_range=st.floats(0, 0.5),
     scale=st.sampled_from([1e-37, 1e-30, 1e-20, 1e-3, 1.0, 30.0, 1e4]),
     outlier=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
 @torch.inference_mode()
-def test_logits_of_at_least_the_floor_are_exact(
-    only_model: GPT, seed: int, kept: int, slack: float, scale: float, outlier: bool
+def test_logits_of_at_least_the_threshold_are_exact(
+    only_model: GPT, seed: int, kept: int, exact_range: float, scale: float, outlier: bool
 ) -> None:
     model = only_model
     two_pass_head, hidden = head_of(model), hidden_states(3, seed) * scale
     if outlier:
         hidden[:, seed % WIDTH] *= 50
     exact, logits = model.logits(hidden), two_pass_head.approximate_logits(hidden)
-    floors = two_pass_head.rescore(
-        logits, hidden, torch.full((3,), kept), torch.full((3,), slack * scale, dtype=torch.float64)
+    thresholds = two_pass_head.rescore(
+        logits,
+        hidden,
+        torch.full((3,), kept),
+        torch.full((3,), exact_range * scale, dtype=torch.float64),
     )
-    if kept <= 5 and slack < 0.1 and scale > 1e-25 and not outlier:
-        assert bool(floors.isfinite().all())
-    for row, floor in enumerate(floors.tolist()):
-        if math.isnan(floor):
+    if kept <= 5 and exact_range < 0.1 and scale > 1e-25 and not outlier:
+        assert bool(thresholds.isfinite().all())
+    for row, threshold in enumerate(thresholds.tolist()):
+        if math.isnan(threshold):
             continue
-        above = exact[row] >= floor
+        above = exact[row] >= threshold
         assert torch.equal(logits[row][above], exact[row][above])
-        assert bool((logits[row][~above] < floor).all())
-        assert float(exact[row].topk(kept).values[-1]) >= floor + slack * scale * (1 - 1e-12)
+        assert bool((logits[row][~above] < threshold).all())
+        assert float(exact[row].topk(kept).values[-1]) >= threshold + exact_range * scale * (
+            1 - 1e-12
+        )
 
 
 @torch.inference_mode()
@@ -114,10 +119,10 @@ def test_few_logits_are_computed_exactly(model: GPT) -> None:
         two_pass_head.approximate_logits(hidden).clone(),
     )
     logits = approximate_logits.clone()
-    floors = two_pass_head.rescore(
+    thresholds = two_pass_head.rescore(
         logits, hidden, torch.full((64,), 5), torch.full((64,), 0.05, dtype=torch.float64)
     )
-    assert bool(floors.isfinite().all())
+    assert bool(thresholds.isfinite().all())
     assert 5 * 64 <= int((logits != approximate_logits).sum()) < VOCAB_SIZE * 64 // 20
     assert not torch.equal(approximate_logits, exact)
 
@@ -221,10 +226,10 @@ def test_a_run_is_the_same_with_and_without(model: GPT) -> None:
         ended = (completion for some in engine.generate(iter(prompts)) for completion in some)
         return sorted((c.prompt.prompt_id, c.token_ids, c.min_decision_margin) for c in ended)
 
-    screened = run()
+    two_pass = run()
     assert head_of(model).n_rows >= 40 * 12
     model.two_pass_head = None
-    assert screened == run()
+    assert two_pass == run()
 
 
 def test_threads_do_not_disturb_each_other(model: GPT) -> None:
@@ -243,7 +248,7 @@ def test_threads_do_not_disturb_each_other(model: GPT) -> None:
 def test_a_loaded_checkpoint_has_one_and_verifies(
     tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
-    """From files, by the command: a run with it and one by padded attention, which has none, each verified."""
+    """Run the command on a checkpoint with and without recorded logits, and verify both."""
     if not has_kernels() or not torch.ops.gptbatch.has_bfloat16():
         pytest.skip("no instructions for bfloat16")
     folder = tmp_path / "model"
@@ -288,7 +293,7 @@ def test_a_loaded_checkpoint_has_one_and_verifies(
     assert tables[0].equals(tables[1])
 
 
-def test_the_start_up_check_drops_a_screen_whose_logits_are_others(model: GPT) -> None:
+def test_the_self_test_drops_a_head_whose_logits_differ(model: GPT) -> None:
     assert select_batch_invariant_kernels(model).passed
     two_pass_head = head_of(model)
     right = two_pass_head.weight
@@ -300,7 +305,7 @@ def test_the_start_up_check_drops_a_screen_whose_logits_are_others(model: GPT) -
         two_pass_head.weight = right
 
 
-def test_networks_that_have_none() -> None:
+def test_models_that_have_none() -> None:
     if not has_kernels():
         pytest.skip("no C++ compiler")
     large = {"vocab_size": VOCAB_SIZE, "n_embd": WIDTH}

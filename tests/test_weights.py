@@ -64,7 +64,7 @@ def folder(tmp_path: Path, theirs: GPT2LMHeadModel) -> Path:
     return tmp_path / "model"
 
 
-# -- forms that load -------------------------------------------------------------------------------------------------
+# Forms that load
 
 
 def test_as_transformers_saves_it(folder: Path, theirs: GPT2LMHeadModel) -> None:
@@ -201,7 +201,7 @@ def test_pickles_of_other_things_say_how_to_save_the_weights(
     assert str(caught.value).isprintable()
 
 
-# -- damage that is named --------------------------------------------------------------------------------------------
+# Damage that is named
 
 
 def drop(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -416,7 +416,7 @@ print(json.dumps([before, memory("VmRSS"), memory("VmHWM")]))
     assert peak - before <= 1.3 * (after - before)
 
 
-# -- the hub ---------------------------------------------------------------------------------------------------------
+# The hub
 
 
 @pytest.fixture
