@@ -4,7 +4,8 @@
 # make test-all            run these and the slow ones: full shapes, kernel builds, wide grids
 # make check               lint, types and tests
 # make soak                500 runs that are killed at random moments
-# make bench               new tokens a second, ours (both caches) and generate of transformers in turn
+# make bench               new tokens per second of gptbatch and transformers, in turn
+# make ablation            new tokens per second with each optimization off, in turn
 # make bench-peers PEERS=~/peers    the same with the peers that have an environment there (benchmarks/compare.py)
 PYTHON ?= python3
 CONFIG ?= demo
@@ -13,7 +14,7 @@ PEERS ?= peers
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install generate test test-all lint types check soak bench bench-peers clean
+.PHONY: install generate test test-all lint types check soak bench ablation bench-peers clean
 
 install: .venv/installed
 
@@ -45,6 +46,9 @@ soak: install
 
 bench: install
 	$(BIN)/python benchmarks/compare.py --workloads uniform --repeats 3 $(ARGS)
+
+ablation: install
+	$(BIN)/python benchmarks/ablation.py $(ARGS)
 
 bench-peers: install
 	$(BIN)/python benchmarks/compare.py --programs gptbatch gptbatch-int8-cache --peers $(PEERS) $(ARGS)

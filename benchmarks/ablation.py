@@ -1,0 +1,407 @@
+"""Ablation: new tokens per second with each optimization turned off in turn, against all on.
+
+    python benchmarks/ablation.py [--shape gpt2] [--workloads uniform ragged shared_prefix]
+                                  [--dtypes float32 bfloat16] [--rows 32] [--max-new-tokens 64]
+                                  [--repeats 2] [--threads N] [--json ablation.json]
+
+Uses random weights on a CPU with the C++ kernels. Each variant is a process of its own that loads
+its model once. A repeat is one turn of each variant, the others being idle. Prints a markdown table
+of speed-ups: the median over the repeats of (rate with it on) / (rate with it off). The column
+"same tokens" tells whether both give the same tokens. The last line is a JSON object.
+
+Three optimizations live inside the kernel that runs all blocks in one call. They are turned off in
+a Python version of that kernel, and compared with this version ("blocks one by one").
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptbatch.pipeline.bench.machine import describe_machine
+from gptbatch.pipeline.bench.random_model import random_model
+from gptbatch.pipeline.bench.shapes import SHAPES, shape_config
+from gptbatch.pipeline.bench.workloads import WORKLOADS, make_workload
+from gptbatch.pipeline.engine import two_pass_sampling
+from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
+from gptbatch.pipeline.kernels import build
+from gptbatch.pipeline.kv_cache.interface import select_backend
+from gptbatch.pipeline.kv_cache.paged import PagedAttention
+from gptbatch.pipeline.kv_cache.quantization import CacheDtype
+from gptbatch.pipeline.kv_cache.spec import RAGGED
+from gptbatch.pipeline.model import linear
+from gptbatch.pipeline.model.config import GPTConfig, parse_config
+from gptbatch.pipeline.model.fused_blocks import FusedBlocks
+from gptbatch.pipeline.model.gpt import GPT, BlockStack
+from gptbatch.pipeline.model.linear import Linear, LinearKind
+from gptbatch.pipeline.model.lm_head import make_two_pass_head
+
+CPU = torch.device("cpu")
+MAX_SEQS = 64
+WARM_UP_TOKENS = 4
+# For trying the benchmark out.
+TINY = {"vocab_size": 2048, "n_positions": 512, "n_layer": 2, "n_head": 4, "n_embd": 64}
+WEIGHTS_PER_BLOCK = 12
+# As in the kernel: the most rounds of heads times threads, relative to the heads.
+MAX_ROUNDS_PER_HEAD = 1.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One optimization turned off, or on where it is off by default.
+
+    Attributes:
+        label: In the table.
+        baseline: The variant that it is compared with.
+        patch: Called in the worker before the model is made.
+        adapt: Called with the model.
+        cache_dtype: Of the KV cache.
+        is_extra: Turns something on; the speed-up is inverted.
+    """
+
+    label: str
+    baseline: str = "all on"
+    patch: Callable[[], None] = lambda: None
+    adapt: Callable[[GPT], None] = lambda model: None
+    cache_dtype: CacheDtype = "auto"
+    is_extra: bool = False
+
+
+def use_onednn_linears() -> None:
+    """Pack linears for oneDNN; the blocks then run one by one."""
+    original = linear.packed_kind
+
+    def packed_kind(weight: Tensor, *, native: bool) -> LinearKind:
+        return original(weight, native=False)
+
+    linear.packed_kind = packed_kind
+
+
+def restore_two_pass_head(model: GPT) -> None:
+    """Make the two-pass head that only a native head gets."""
+
+    class NativeHead:
+        kind = "native"
+
+    model.two_pass_head = make_two_pass_head(cast(Linear, NativeHead()), model.wte.weight)
+
+
+def drop_two_pass_head(model: GPT) -> None:
+    """Compute all logits in one pass."""
+    model.two_pass_head = None
+
+
+def build_without_prefetch() -> None:
+    """Build kernels whose prefetch instructions are left out."""
+    original = build.compile_flags
+    build.compile_flags = lambda: [*original(), "-D__builtin_prefetch(...)="]
+
+
+def compute_all_of_the_last_block() -> None:
+    """Run the last block for all tokens, not only for those that need logits."""
+    original = BlockStack.forward
+
+    def forward(
+        self: BlockStack, x: Tensor, attention: Any, logits_indices: Tensor | None = None
+    ) -> Tensor:
+        y = original(self, x, attention)
+        return y if logits_indices is None else y[logits_indices]
+
+    BlockStack.forward = forward  # type: ignore[method-assign]
+
+
+def sample_with_torch() -> None:
+    """Sample by torch's operators."""
+
+    def sample(*arguments: Any, native: bool) -> list[SampledToken]:
+        return sample_tokens(*arguments, native=False)
+
+    two_pass_sampling.sample_tokens = sample  # type: ignore[assignment]
+
+
+def run_one_by_one(*, fuse_qkv: bool = True, native_norm: bool = True) -> Callable[[], None]:
+    """Return a patch that runs the blocks operator by operator, as the kernel does in C++."""
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+        if native_norm:
+            y: Tensor = torch.ops.gptbatch.layer_norm(x, weight, bias, epsilon)
+            return y
+        return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        y: Tensor = torch.ops.gptbatch.linear(x, weight, bias.numel(), bias, *rest)
+        return y
+
+    def attend(
+        x: Tensor, qkv: Tensor, bias: Tensor, cache: Tensor, call: tuple[Any, ...]
+    ) -> Tensor:
+        y: Tensor
+        heads = cache.shape[0]
+        head_size = bias.numel() // (3 * heads)
+        if fuse_qkv and can_fuse_qkv(heads, head_size):
+            y = torch.ops.gptbatch.qkv_paged_attention(x, qkv, bias, cache, *call)
+            return y
+        projected = product(x, qkv, bias, None, "none").view(len(x), heads, 3, head_size)
+        y = torch.ops.gptbatch.paged_attention(projected.transpose(1, 2), cache, *call)
+        return y
+
+    def run(
+        self: FusedBlocks, x: Tensor, attention: PagedAttention, logits_indices: Tensor | None
+    ) -> Tensor:
+        cache = attention.cache
+        for index, (layer, scale) in enumerate(zip(self.layers, self.scales, strict=True)):
+            first = index * WEIGHTS_PER_BLOCK
+            n1, b1, qkv, qkv_b, out, out_b, n2, b2, w_in, in_b, w_out, w_out_b = self.weights[
+                first : first + WEIGHTS_PER_BLOCK
+            ]
+            call = (cache.block_table, attention.seq_indices, attention.positions, scale)
+            normed = norm(x, n1, b1, self.epsilon)
+            attended = attend(normed, qkv, qkv_b, cache.layers[layer], call)
+            if logits_indices is not None and index == len(self.layers) - 1:
+                x, attended = x[logits_indices], attended[logits_indices]
+            x = product(attended, out, out_b, x, "none")
+            inner = product(norm(x, n2, b2, self.epsilon), w_in, in_b, None, self.activation)
+            x = product(inner, w_out, w_out_b, x, "none")
+        return x
+
+    def patch() -> None:
+        FusedBlocks.__call__ = run  # type: ignore[method-assign]
+
+    return patch
+
+
+def can_fuse_qkv(heads: int, head_size: int) -> bool:
+    """Return whether the kernel fuses projection and attention for these heads and threads."""
+    threads = torch.get_num_threads()
+    rounds = -(-heads // threads)
+    panel_width: int = torch.ops.gptbatch.pack_weight(torch.zeros(1, 1)).shape[2]
+    is_balanced = rounds * threads <= MAX_ROUNDS_PER_HEAD * heads
+    return 3 * head_size % panel_width == 0 and rounds > 1 and is_balanced
+
+
+ONE_BY_ONE = "blocks one by one"
+VARIANTS = {
+    "all on": Variant(label="all on"),
+    "linears": Variant(
+        label="C++ linears, against oneDNN's (and blocks one by one)",
+        patch=use_onednn_linears,
+        adapt=restore_two_pass_head,
+    ),
+    ONE_BY_ONE: Variant(label="all blocks in one kernel call", patch=run_one_by_one()),
+    "qkv": Variant(
+        label="QKV projection and attention in one kernel",
+        baseline=ONE_BY_ONE,
+        patch=run_one_by_one(fuse_qkv=False),
+    ),
+    "norm": Variant(
+        label="layer norm kernel, against torch's",
+        baseline=ONE_BY_ONE,
+        patch=run_one_by_one(native_norm=False),
+    ),
+    "prefetch": Variant(label="software prefetch", patch=build_without_prefetch),
+    "two-pass": Variant(label="two-pass LM head", adapt=drop_two_pass_head),
+    "last block": Variant(
+        label="last block only for tokens that need logits", patch=compute_all_of_the_last_block
+    ),
+    "sampler": Variant(label="sampling kernel, against torch", patch=sample_with_torch),
+    "int8": Variant(label="int8 KV cache (off by default)", cache_dtype="int8", is_extra=True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a worker runs: the first rows of a workload, cut to max_new_tokens."""
+
+    config: GPTConfig
+    dtype: str
+    rows: int
+    max_new_tokens: int
+    threads: int
+
+
+def main() -> None:
+    """Measure all variants and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=[*SHAPES, "tiny"], default="gpt2")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="Write the results to this file, too.")
+    args = parser.parse_args()
+    # Builds the kernels before the workers start.
+    select_backend("ragged", CPU)
+    names = list(dict.fromkeys(["all on", ONE_BY_ONE, *args.variants]))
+    tiny = parse_config({"model_type": "gpt2", **TINY}, "tiny")
+    results: list[dict[str, Any]] = []
+    for dtype in args.dtypes:
+        work = Work(
+            config=tiny if args.shape == "tiny" else shape_config(args.shape),
+            dtype=dtype,
+            rows=args.rows,
+            max_new_tokens=args.max_new_tokens,
+            threads=args.threads,
+        )
+        results += measure(names, work, args.workloads, args.repeats)
+    print(table(results, names))
+    torch.set_num_threads(args.threads)
+    machine = describe_machine(CPU) | {"shape": args.shape}
+    report = json.dumps({"machine": machine, "repeats": args.repeats, "results": results})
+    if args.json:
+        args.json.write_text(report + "\n", encoding="utf-8")
+    print(report)
+
+
+def measure(
+    names: list[str], work: Work, workloads: list[str], repeats: int
+) -> list[dict[str, Any]]:
+    """Run all variants in turn; return a result per workload and variant."""
+    context = multiprocessing.get_context("spawn")
+    connections: dict[str, Connection] = {}
+    processes = []
+    try:
+        for name in names:
+            connections[name], other = context.Pipe()
+            process = context.Process(target=serve, args=(name, work, other), daemon=True)
+            process.start()
+            other.close()
+            processes.append(process)
+            # One after the other, so that only one loads at a time.
+            connections[name].recv()
+        results = []
+        for workload in workloads:
+            rates: dict[str, list[float]] = {name: [] for name in names}
+            digests = {}
+            for repeat in range(repeats):
+                # Alternate the order, so that no variant always runs first.
+                for name in names if repeat % 2 == 0 else list(reversed(names)):
+                    connections[name].send((workload, repeat))
+                    rate, digest = connections[name].recv()
+                    rates[name].append(rate)
+                    digests[name, repeat] = digest
+                    print(
+                        f"{work.dtype}, {workload}, repeat {repeat}: {name:<18} {rate:8.1f} "
+                        "new tokens/s",
+                        flush=True,
+                    )
+            results += [summarize(name, work.dtype, workload, rates, digests) for name in names]
+        return results
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def serve(name: str, work: Work, connection: Connection) -> None:
+    """Run in a worker: load the variant, then run a workload per request."""
+    torch.set_num_threads(work.threads)
+    variant = VARIANTS[name]
+    variant.patch()
+    select_backend("ragged", CPU)
+    model = random_model(
+        work.config,
+        dtype=getattr(torch, work.dtype),
+        device=CPU,
+        backend=RAGGED,
+        cache_dtype=variant.cache_dtype,
+    )
+    variant.adapt(model)
+    engine = Engine(model=model, batch_size=MAX_SEQS, end_tokens=())
+    run(engine, work, "uniform", 0, WARM_UP_TOKENS)
+    connection.send("ready")
+    while True:
+        workload, repeat = connection.recv()
+        connection.send(run(engine, work, workload, repeat + 1, work.max_new_tokens))
+
+
+def run(
+    engine: Engine, work: Work, name: str, repeat: int, max_new_tokens: int
+) -> tuple[float, str]:
+    """Return new tokens per second, and a hash of all tokens."""
+    config = work.config
+    workload = make_workload(
+        name, vocab_size=config.vocab_size, n_positions=config.n_positions
+    ).first(work.rows)
+    prompts = workload.prompts(
+        repeat,
+        vocab_size=config.vocab_size,
+        max_new_tokens=max_new_tokens,
+        read_s=time.monotonic(),
+    )
+    began = time.perf_counter()
+    completions = [done for finished in engine.generate(prompts) for done in finished]
+    seconds = time.perf_counter() - began
+    tokens = {done.prompt.index: done.token_ids for done in completions}
+    digest = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
+    return sum(map(len, tokens.values())) / seconds, digest
+
+
+def summarize(
+    name: str,
+    dtype: str,
+    workload: str,
+    rates: dict[str, list[float]],
+    digests: dict[tuple[str, int], str],
+) -> dict[str, Any]:
+    """Compare a variant with its baseline."""
+    variant = VARIANTS[name]
+    pairs = list(zip(rates[variant.baseline], rates[name], strict=True))
+    ratios = [off / on if variant.is_extra else on / off for on, off in pairs]
+    repeats = range(len(pairs))
+    return {
+        "dtype": dtype,
+        "workload": workload,
+        "variant": name,
+        "label": variant.label,
+        "baseline": variant.baseline,
+        "tokens_per_s": [round(rate, 1) for rate in rates[name]],
+        "speed_up": round(statistics.median(ratios), 3),
+        "same_tokens": all(
+            digests[name, repeat] == digests[variant.baseline, repeat] for repeat in repeats
+        ),
+    }
+
+
+def table(results: list[dict[str, Any]], names: list[str]) -> str:
+    """Return a markdown table: a row per variant, a column per dtype and workload."""
+    columns = list(dict.fromkeys((result["dtype"], result["workload"]) for result in results))
+    by_key = {(r["dtype"], r["workload"], r["variant"]): r for r in results}
+    header = [f"{dtype}, {workload}" for dtype, workload in columns]
+    lines = [
+        f"| optimization | {' | '.join(header)} | same tokens |",
+        f"|---|{'---:|' * len(columns)}---|",
+    ]
+    rates = [statistics.median(by_key[*column, "all on"]["tokens_per_s"]) for column in columns]
+    cells = " | ".join(f"{rate:.0f} tokens/s" for rate in rates)
+    lines.append(f"| all on | {cells} | |")
+    for name in names:
+        if name == "all on":
+            continue
+        found = [by_key[*column, name] for column in columns]
+        cells = " | ".join(f"{result['speed_up']:.2f}" for result in found)
+        is_same = "yes" if all(result["same_tokens"] for result in found) else "no"
+        lines.append(f"| {VARIANTS[name].label} | {cells} | {is_same} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
