@@ -130,7 +130,7 @@ def sample_with_torch() -> None:
     def sample(*arguments: Any, native: bool) -> list[SampledToken]:
         return sample_tokens(*arguments, native=False)
 
-    two_pass_sampling.sample_tokens = sample  # type: ignore[assignment]
+    vars(two_pass_sampling)["sample_tokens"] = sample
 
 
 def run_one_by_one(*, fuse_qkv: bool = True, native_norm: bool = True) -> Callable[[], None]:
