@@ -12,6 +12,7 @@ import click
 from gptbatch.jobs.messages import say
 from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.system.paths import PathError, expand_path
+from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.run_reader import RunReader
@@ -22,9 +23,6 @@ _METAVARS = {
     "--dataset": "D",
     "--split": "S",
     "--output": "DIR",
-    "--seed": "N",
-    "--temperature": "T",
-    "--top-k": "K",
     "--batch-size": "B",
     "--part-rows": "R",
     "--max-row-errors": "N|P%",
@@ -164,8 +162,25 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
             type=None if kind is click.BOOL else kind,
             default=None,
             multiple=many,
-            metavar=_METAVARS.get(name),
+            metavar=(
+                SAMPLING_SETTINGS[key].metavar if key in SAMPLING_SETTINGS else _METAVARS.get(name)
+            ),
             help=f"{description[:1].upper()}{description[1:]}.{default}{' Can be given many times.' if many else ''}",
+        )(command)
+    return command
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command an option for every sampling setting, None where it is not given."""
+    for name, setting in reversed(SAMPLING_SETTINGS.items()):
+        range_: click.ParamType[Any] = click.FloatRange(setting.minimum, setting.maximum)
+        if setting.type is int:
+            range_ = click.IntRange(setting.minimum, int(setting.maximum))
+        command = click.option(
+            option_name(name),
+            type=range_,
+            metavar=setting.metavar,
+            help=f"Generate with this {name}. Default: as recorded.",
         )(command)
     return command
 

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Command, PathArgument, reopen_options, say_model
+from gptbatch.jobs.options import (
+    Command,
+    PathArgument,
+    reopen_options,
+    sampling_options,
+    say_model,
+)
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.trace import Candidate, StepTrace
@@ -33,39 +39,19 @@ TokenText = Callable[[int], str]  # of a token in its place
     is_flag=True,
     help="Print JSON lines: a line for each step of the trace, then one for the row.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), help="What if the row seed were this one?"
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0, 1e300),
-    help="What if the temperature were this one? The noise stays.",
-)
-@click.option(
-    "--top-k",
-    type=click.IntRange(0, 2**31 - 1),
-    help="What if top_k were this one? The noise stays.",
-)
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(1, 2**31 - 1),
-    help="What if the row might have this many tokens?",
-)
+@sampling_options
 @reopen_options
 def replay(
     output: Path,
     prompt_id: str,
     trace: bool,
     as_json: bool,
-    seed: int | None,
-    temperature: float | None,
-    top_k: int | None,
-    max_new_tokens: int | None,
     model: str | None,
     allow_pickle: bool,
     allow_other_weights: bool,
     device: str | None,
     threads: int | None,
+    **settings: int | float | None,
 ) -> None:
     """Generate one row of the run in the folder OUTPUT again, alone, compare it with what is recorded, and print it.
 
@@ -94,13 +80,7 @@ def replay(
     )
     say_model(run, model)
     loaded_run = LoadedRun(run, overrides)
-    asked = {
-        "seed": seed,
-        "temperature": temperature,
-        "top_k": top_k,
-        "max_new_tokens": max_new_tokens,
-    }
-    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     replayed = replay_row(
         loaded_run, row, dataclasses.replace(row_params(row), **changes), trace=trace
     )

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_origin
 
 import yaml
 from pydantic import (
@@ -28,7 +28,7 @@ from gptbatch.pipeline.system.bundled import PREFIX, locate
 from gptbatch.pipeline.system.paths import PathError, expand_path
 from gptbatch.pipeline.system.redact import redact
 from gptbatch.pipeline.system.yaml_reader import YamlError, read_yaml_mapping
-from gptbatch.pipeline.types import MAX_SEED, MAX_TEMPERATURE
+from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingParams
 
 ENVIRONMENT_PREFIX = "GPTBATCH_"
 MAX_PROBLEMS = 20
@@ -69,6 +69,19 @@ CountOrShare = Annotated[
     BeforeValidator(lambda value: str(value) if type(value) is int else value),
     Field(pattern=r"^(\d+|\d{1,2}(\.\d+)?%|100%)$"),
 ]
+
+
+# fields of a row that an input may keep as metadata; mypy cannot read a computed Literal
+if TYPE_CHECKING:
+    MetadataField = str
+else:
+    MetadataField = Literal[("id", *SAMPLING_SETTINGS)]
+
+
+def _sampling_field(name: str) -> Any:
+    """The field of a sampling setting: its default, range and description."""
+    setting = SAMPLING_SETTINGS[name]
+    return Field(setting.default, ge=setting.minimum, le=setting.maximum, description=setting.help)
 
 
 class _Section(BaseModel):
@@ -140,7 +153,7 @@ class JobConfig(_Section):
         description="field that holds the prompt; dots lead inside, as prompt.text or turns.0",
     )
     id_field: Name = Field("id", description="field that holds the row's id; dots lead inside")
-    metadata_field: list[Literal["id", "seed", "temperature", "top_k", "max_new_tokens"]] = Field(
+    metadata_field: list[MetadataField] = Field(
         [],
         description="row fields of these names to keep as metadata instead of taking them as the row's id or settings",
     )
@@ -175,24 +188,10 @@ class JobConfig(_Section):
         False,
         description="continue an output on a machine whose bits may differ from the recorded ones",
     )
-    seed: int = Field(
-        0,
-        ge=0,
-        le=MAX_SEED,
-        description="run seed; rows without a seed derive theirs from it and their id",
-    )
-    temperature: float = Field(
-        1.0, ge=0, le=MAX_TEMPERATURE, description="divides the logits before softmax; 0 is greedy"
-    )
-    top_k: int = Field(
-        0,
-        ge=0,
-        le=2**31 - 1,
-        description="keep the k likeliest tokens and ties with the last; 0 keeps all",
-    )
-    max_new_tokens: int = Field(
-        128, ge=1, le=2**31 - 1, description="most tokens to generate for a row"
-    )
+    seed: int = _sampling_field("seed")
+    temperature: float = _sampling_field("temperature")
+    top_k: int = _sampling_field("top_k")
+    max_new_tokens: int = _sampling_field("max_new_tokens")
     ignore_eos: bool = Field(False, description="go on after end-of-text")
     parse_special: bool = Field(
         False,
@@ -229,6 +228,11 @@ class JobConfig(_Section):
         if (self.input is None) == (self.dataset is None):
             raise ValueError("give either input or dataset" + (", not both" if self.input else ""))
         return self
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The sampling settings of the run; seed is the run seed."""
+        return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_SETTINGS})
 
     def to_yaml(self) -> str:
         """The resolved config as YAML, without secrets."""

@@ -22,19 +22,104 @@ MAX_SEED = 2**63 - 1
 DEFAULT_PART_ROWS = 512  # about a minute of gpt2 on a CPU: what a kill can cost
 MAX_TEMPERATURE = 1e300  # noise is below 37, so that no score overflows
 NOISE_VERSION = 1  # the layout of generation/noise.py; another layout gives other completions
+_MAX_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSetting:
+    """One sampling setting: its name, its range and its words, for every place that has it.
+
+    The name is the config key, the field of an input row, the attribute of SamplingParams and the
+    Parquet column. The option (`--top-k`) and the environment variable (`GPTBATCH_TOP_K`) follow
+    from it.
+
+    Args:
+        type: int accepts whole numbers only; float accepts both.
+        minimum: the smallest value that is accepted.
+        maximum: the largest value that is accepted.
+        default: the value of the run where neither a config nor an option gives one.
+        metavar: the value in the help of the option.
+        help: of the option and the config key.
+        column_type: the Arrow type of the column.
+        meaning: of the column.
+        unit: of the column; "" where there is none.
+    """
+
+    type: type[int] | type[float]
+    minimum: int
+    maximum: int | float
+    default: int | float
+    metavar: str
+    help: str
+    column_type: Literal["int32", "int64", "float64"]
+    meaning: str
+    unit: str = ""
+
+
+# Every sampling setting. To add one: an entry here, an attribute of SamplingParams and of
+# JobConfig, and the sampler (engine/sampling.py, its kernel, and engine/reference.py).
+# The order is that of the columns and of the input digest: new settings go to the end.
+SAMPLING_SETTINGS = {
+    "seed": SamplingSetting(
+        type=int,
+        minimum=0,
+        maximum=MAX_SEED,
+        default=0,
+        metavar="N",
+        help="run seed; rows without a seed derive theirs from it and their id",
+        column_type="int64",
+        meaning="the row seed that was used: the row's own, or derived from the run seed and prompt_id",
+    ),
+    "temperature": SamplingSetting(
+        type=float,
+        minimum=0,
+        maximum=MAX_TEMPERATURE,
+        default=1.0,
+        metavar="T",
+        help="divides the logits before softmax; 0 is greedy",
+        column_type="float64",
+        meaning="0 is greedy",
+    ),
+    "top_k": SamplingSetting(
+        type=int,
+        minimum=0,
+        maximum=_MAX_INT32,
+        default=0,
+        metavar="K",
+        help="keep the k likeliest tokens and ties with the last; 0 keeps all",
+        column_type="int32",
+        meaning="0 is off",
+        unit="tokens",
+    ),
+    "max_new_tokens": SamplingSetting(
+        type=int,
+        minimum=1,
+        maximum=_MAX_INT32,
+        default=128,
+        metavar="N",
+        help="most tokens to generate for a row",
+        column_type="int32",
+        meaning="the most tokens that the row might generate",
+        unit="tokens",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """What chooses the tokens of one row besides its prompt and the weights.
+    """The sampling settings of one row, or of a run. SAMPLING_SETTINGS has their ranges.
 
-    seed: 0 to 2^63-1, the row seed. temperature: 0 is greedy. top_k: 0 is off.
+    In the params of a run, seed is the run seed; in those of a row, the row seed.
     """
 
     seed: int
     temperature: float
     top_k: int
     max_new_tokens: int
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Return the settings by name, in the order of SAMPLING_SETTINGS."""
+        return {name: getattr(self, name) for name in SAMPLING_SETTINGS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

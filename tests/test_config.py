@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -10,6 +13,7 @@ from pydantic import ValidationError
 
 from gptbatch.jobs.generate import generate
 from gptbatch.jobs.options import option_name
+from gptbatch.jobs.replay import replay
 from gptbatch.pipeline.config import (
     EngineConfig,
     JobConfig,
@@ -19,6 +23,11 @@ from gptbatch.pipeline.config import (
     load_config,
 )
 from gptbatch.pipeline.errors import ConfigError
+from gptbatch.pipeline.input import config_hash
+from gptbatch.pipeline.input.fields import take_settings
+from gptbatch.pipeline.output.schema import COLUMNS
+from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingParams
+from tests.paths import REPOSITORY
 
 NEEDED = {"model": "m", "input": "i", "output": "o"}
 
@@ -143,3 +152,40 @@ def test_every_key_has_an_option_a_variable_and_a_description() -> None:
     assert {option_name(key) for key in keys} | {"--config", "--greedy", "--dry-run"} == options
     assert len({environment_name(key) for key in keys}) == len(keys)
     assert all(field.description for field in keys.values())
+
+
+@pytest.mark.parametrize("name", SAMPLING_SETTINGS)
+def test_every_place_has_every_sampling_setting(name: str) -> None:
+    setting, option = SAMPLING_SETTINGS[name], option_name(name)
+    for command in (generate, replay):
+        assert [parameter for parameter in command.params if option in parameter.opts]
+    assert get_type_hints(JobConfig)[name] is setting.type
+    assert get_type_hints(SamplingParams)[name] is setting.type
+    key = config_fields()[name]
+    assert (key.default, key.description) == (setting.default, setting.help)
+    assert name in get_args(get_args(config_fields()["metadata_field"].annotation)[0])
+    assert take_settings({name: setting.maximum}) == {name: setting.maximum}
+    with pytest.raises(ValueError, match=f"{name} must be {setting.minimum} to"):
+        take_settings({name: setting.minimum - 1})
+    (column,) = [column for column in COLUMNS if column.name == name]
+    assert (str(column.field.metadata[b"meaning"], "utf-8"), column.nullable, column.kind) == (
+        setting.meaning,
+        False,
+        "deterministic",
+    )
+    assert name in config_hash._TOKEN_KEYS
+    texts = [
+        path.read_text()
+        for path in (REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md")))
+    ]
+    lines = "\n".join(texts).splitlines()
+    assert [line for line in lines if line.startswith("|") and f"`{option}` | `{name}`" in line]
+    assert [line for line in lines if line.startswith(f"| `{name}` | `{column.type}`")]
+
+
+def test_the_attributes_of_sampling_params_are_the_settings() -> None:
+    assert [field.name for field in dataclasses.fields(SamplingParams)] == list(SAMPLING_SETTINGS)
+    config = JobConfig(model="m", input="i", output="o", seed=5, top_k=7)
+    assert config.sampling.as_dict() == {
+        name: getattr(config, name) for name in inspect.signature(SamplingParams).parameters
+    }

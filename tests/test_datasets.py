@@ -16,12 +16,13 @@ from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
 from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.prompt_reader import PromptReader
 from gptbatch.pipeline.input.rows import RowDefaults, derive_seed
-from gptbatch.pipeline.types import Prompt
+from gptbatch.pipeline.types import Prompt, SamplingParams
 
 # the library does not close the file of a stream that was not read to its end
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-DEFAULTS = RowDefaults(prompt_field="prompt", seed=0, temperature=1.0, top_k=0, max_new_tokens=4)
+SAMPLING = SamplingParams(seed=0, temperature=1.0, top_k=0, max_new_tokens=4)
+DEFAULTS = RowDefaults(prompt_field="prompt", sampling=SAMPLING)
 ROWS = [{"prompt": f"prompt {i}", "seed": i if i % 2 else None, "note": f"n{i}"} for i in range(6)]
 
 

@@ -34,7 +34,7 @@ from gptbatch.pipeline.input.prompt_reader import PromptReader
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.split import parse_split
-from gptbatch.pipeline.types import MAX_SEED, Prompt
+from gptbatch.pipeline.types import MAX_SEED, SAMPLING_SETTINGS, Prompt, SamplingParams
 from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -49,13 +49,8 @@ def reader(path: Path, **settings: Any) -> PromptReader:
         if is_input
         else DatasetSplit(dataset=str(path), split=split, revision=None, **source_settings)
     )
-    fields = {
-        "prompt_field": "prompt",
-        "seed": 0,
-        "temperature": 1.0,
-        "top_k": 0,
-        "max_new_tokens": 4,
-    }
+    sampling = SamplingParams(seed=0, temperature=1.0, top_k=0, max_new_tokens=4)
+    fields = {"prompt_field": "prompt", "sampling": sampling}
     return PromptReader(source=source, defaults=RowDefaults(**{**fields, **settings}))
 
 
@@ -413,10 +408,7 @@ def test_a_delta_table_is_rejected(tmp_path: Path) -> None:
 
 
 def test_nan_is_null(tmp_path: Path) -> None:
-    columns = {
-        name: [float("nan"), 7.0]
-        for name in ("id", "seed", "temperature", "top_k", "max_new_tokens")
-    }
+    columns = {name: [float("nan"), 7.0] for name in ("id", *SAMPLING_SETTINGS)}
     pq.write_table(pa.table({"prompt": ["a", "b"], **columns}), tmp_path / "rows.parquet")
     first, second = read(tmp_path / "rows.parquet")
     assert (first.prompt_id, first.params.temperature, first.params.top_k) == ("0", 1.0, 0)

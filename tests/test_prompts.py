@@ -26,16 +26,15 @@ from gptbatch.pipeline.input.jsonl import JsonlFile
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
 from gptbatch.pipeline.input.rows import RowDefaults, derive_seed
 from gptbatch.pipeline.input.strict_json import parse_object, to_json
-from gptbatch.pipeline.types import MAX_SEED, Prompt
+from gptbatch.pipeline.types import MAX_SEED, Prompt, SamplingParams
 
-DEFAULTS = RowDefaults(prompt_field="prompt", seed=3, temperature=0.7, top_k=5, max_new_tokens=9)
+SAMPLING = SamplingParams(seed=3, temperature=0.7, top_k=5, max_new_tokens=9)
+DEFAULTS = RowDefaults(prompt_field="prompt", sampling=SAMPLING)
 WriteRows = Callable[..., Path]
 
 
 def reader(path: Path, *, limit: int | None = None, prompt_field: str = "prompt") -> PromptReader:
-    defaults = RowDefaults(
-        prompt_field=prompt_field, seed=3, temperature=0.7, top_k=5, max_new_tokens=9
-    )
+    defaults = RowDefaults(prompt_field=prompt_field, sampling=SAMPLING)
     return PromptReader(source=JsonlFile(path), defaults=defaults, limit=limit)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gptbatch.pipeline.audit.run_reader import BATCH_ROWS, RunReader
 from gptbatch.pipeline.errors import StorageError
+from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 DifferenceKind = Literal[
     "prompt", "error", "tokens", "finish", "text", "logits", "only_in_a", "only_in_b"
@@ -27,7 +28,8 @@ _COLUMNS = (
     "min_decision_margin",
     "logits_digest",
 )
-_ROW_SETTINGS = ("seed", "temperature", "top_k")  # decide min_decision_margin besides the logits
+# these decide min_decision_margin besides the logits
+_ROW_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if name != "max_new_tokens")
 _FACTS = ("dtype", "device", "environment")
 _DIGEST_BYTES = 16
 

@@ -22,7 +22,7 @@ from gptbatch.pipeline.output.folder import CONFIG, MANIFEST, WORK
 from gptbatch.pipeline.output.json_models import validated
 from gptbatch.pipeline.output.parts import FORMAT
 from gptbatch.pipeline.system.bundled import locate
-from gptbatch.pipeline.types import MAX_SEED, MAX_TEMPERATURE, SamplingParams
+from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingParams
 
 _FILES_OF_OLD_DIGESTS = (
     "tokenizer.json",
@@ -31,13 +31,8 @@ _FILES_OF_OLD_DIGESTS = (
 )  # runs from before transformers' way was followed
 
 
-_RANGES = {
-    "seed": (0, MAX_SEED),
-    "temperature": (0.0, MAX_TEMPERATURE),
-    "top_k": (0, 2**31 - 1),
-    "max_new_tokens": (1, 2**31 - 1),
-    "prompt_tokens_dropped": (0, 2**31 - 1),
-}
+_RANGES = {name: (setting.minimum, setting.maximum) for name, setting in SAMPLING_SETTINGS.items()}
+_RANGES["prompt_tokens_dropped"] = (0, 2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,12 +194,7 @@ def recorded_model(run: RunReader) -> str:
 
 def row_params(row: dict[str, Any]) -> SamplingParams:
     """The parameters that a row was generated with."""
-    return SamplingParams(
-        seed=row["seed"],
-        temperature=row["temperature"],
-        top_k=row["top_k"],
-        max_new_tokens=row["max_new_tokens"],
-    )
+    return SamplingParams(**{name: row[name] for name in SAMPLING_SETTINGS})
 
 
 def _engine(recorded: EngineConfig, facts: dict[str, Any], overrides: Overrides) -> EngineConfig:

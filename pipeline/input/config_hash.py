@@ -10,14 +10,11 @@ from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.generation_config import SpecialTokens
-from gptbatch.pipeline.types import NOISE_VERSION
+from gptbatch.pipeline.types import NOISE_VERSION, SAMPLING_SETTINGS
 
 # config keys that change tokens, besides the checkpoint and the input
 _TOKEN_KEYS = (
-    "seed",
-    "temperature",
-    "top_k",
-    "max_new_tokens",
+    *SAMPLING_SETTINGS,
     "ignore_eos",
     "prompt_field",
     "id_field",

@@ -17,12 +17,13 @@ from gptbatch.pipeline.input.local_dataset import Splits, local_splits
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.split import SplitPart, parse_split
 from gptbatch.pipeline.system.bundled import locate
+from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 logger = logging.getLogger("gptbatch")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HIVE = re.compile(r"(?:^|/)((?:prompt_id|id|seed|temperature|top_k|max_new_tokens)=[^/]*)")
+_HIVE = re.compile(rf"(?:^|/)((?:{'|'.join(('prompt_id', 'id', *SAMPLING_SETTINGS))})=[^/]*)")
 _MAX_REMEMBERED_FILES = 10_000
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 from gptbatch.pipeline.input.csv_file import CellText
 from gptbatch.pipeline.input.strict_json import NumberText, check_utf8, json_type, shorten
-from gptbatch.pipeline.types import MAX_TEMPERATURE
+from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingSetting
 
-SETTINGS = ("seed", "temperature", "top_k", "max_new_tokens")
 MISSING = object()
 _COLUMNS = "columns, not rows: pandas writes rows with orient='records', lines=True"
 _MAX_NAMED_FIELDS = 12
@@ -117,9 +116,32 @@ def parse_id(value: Any, place: int) -> str:
     raise ValueError(f"id must be a string or a whole number, not {_seen(value)}")
 
 
-def parse_integer(value: Any, name: str, low: int, high: int) -> int | None:
-    if _is_gap(value):
-        return None
+def take_settings(fields: dict[str, Any]) -> dict[str, int | float]:
+    """Remove the sampling settings of a row and return those that it has, by name.
+
+    Raises:
+        ValueError: a value has another type or is out of range.
+    """
+    own: dict[str, int | float] = {}
+    for name, setting in SAMPLING_SETTINGS.items():
+        value = fields.pop(name, None)
+        if not _is_gap(value):
+            own[name] = _parse_setting(value, name, setting)
+    return own
+
+
+def _parse_setting(value: Any, name: str, setting: SamplingSetting) -> int | float:
+    parse = _parse_integer if setting.type is int else _parse_number
+    number = parse(value, name)
+    if not setting.minimum <= number <= setting.maximum:
+        shown = number if setting.type is int else value
+        raise ValueError(
+            f"{name} must be {setting.minimum} to {setting.maximum}, not {shorten(shown)}"
+        )
+    return number
+
+
+def _parse_integer(value: Any, name: str) -> int:
     integer = (
         _whole(value, name) if isinstance(value, _NUMBERS) and not isinstance(value, bool) else None
     )
@@ -127,25 +149,18 @@ def parse_integer(value: Any, name: str, low: int, high: int) -> int | None:
         raise ValueError(
             f"{name} must be a whole number, not {_seen(value)}{_not_a_setting(value, name)}"
         )
-    if not low <= integer <= high:
-        raise ValueError(f"{name} must be {low} to {high}, not {shorten(integer)}")
     return integer
 
 
-def parse_temperature(value: Any) -> float | None:
-    if _is_gap(value):
-        return None
+def _parse_number(value: Any, name: str) -> float:
     is_number = isinstance(value, (NumberText, int, float)) or (
         isinstance(value, CellText) and _CELL_NUMBER.fullmatch(value)
     )
     if isinstance(value, bool) or not is_number:
         raise ValueError(
-            f"temperature must be a number, not {_seen(value)}{_not_a_setting(value, 'temperature')}"
+            f"{name} must be a number, not {_seen(value)}{_not_a_setting(value, name)}"
         )
-    temperature = float(value)
-    if not 0 <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(f"temperature must be 0 to {MAX_TEMPERATURE}, not {shorten(value)}")
-    return temperature
+    return float(value)
 
 
 def _whole(value: NumberText | CellText | int | float | decimal.Decimal, name: str) -> int | None:

@@ -206,10 +206,7 @@ def open_input(config: JobConfig) -> PromptReader:
             prompt_field=config.prompt_field,
             id_field=config.id_field,
             metadata_fields=frozenset(config.metadata_field),
-            seed=config.seed,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            max_new_tokens=config.max_new_tokens,
+            sampling=config.sampling,
         ),
     )
 

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from gptbatch.pipeline.input.fields import SETTINGS
 from gptbatch.pipeline.input.strict_json import shorten
+from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 logger = logging.getLogger("gptbatch")
 
@@ -37,10 +37,9 @@ _FOREIGN = {
         ),
         "max_new_tokens",
     ),
-    **dict.fromkeys(("topk", "topks"), "top_k"),
+    "topks": "top_k",
     **dict.fromkeys(("temp", "temperatures"), "temperature"),
     **dict.fromkeys(("seeds", "randomseed", "rngseed"), "seed"),
-    **dict.fromkeys(("maxnewtokens",), "max_new_tokens"),
     **dict.fromkeys(
         (
             "stop",
@@ -81,6 +80,7 @@ _FOREIGN = {
         ),
         "",
     ),
+    **{name.replace("_", ""): name for name in SAMPLING_SETTINGS},
 }
 
 
@@ -143,12 +143,15 @@ class RowWarnings:
 
 def _meant(name: str) -> str | None:
     """The setting that a field's name resembles; "" for one that there is not; None for an ordinary name."""
-    if name in SETTINGS:
+    if name in SAMPLING_SETTINGS:
         return name
     plain = re.sub(r"[-_ ]", "", name.lower())
     if plain in _FOREIGN:
         return _FOREIGN[plain]
     close = difflib.get_close_matches(
-        name.lower(), [setting for setting in SETTINGS if len(setting) > 8], n=1, cutoff=_SIMILARITY
+        name.lower(),
+        [setting for setting in SAMPLING_SETTINGS if len(setting) > 8],
+        n=1,
+        cutoff=_SIMILARITY,
     )
     return close[0] if close else None

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gptbatch.pipeline.input.fields import (
     MISSING,
-    SETTINGS,
     name_fields,
     objects_on_path,
     parse_id,
-    parse_integer,
-    parse_temperature,
     take_field,
     take_prompt,
+    take_settings,
     to_json_values,
 )
 from gptbatch.pipeline.input.row_warnings import RowWarnings
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.strict_json import MAX_NESTING, shorten, to_json
-from gptbatch.pipeline.types import MAX_SEED, Prompt, SamplingParams
+from gptbatch.pipeline.types import SAMPLING_SETTINGS, Prompt, SamplingParams
 
-INT32_MAX = 2**31 - 1
 # json.dumps makes an encoder per call
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -57,38 +55,22 @@ class RowDefaults:
 
     Attributes:
         prompt_field: A key or a dotted path.
-        seed: The run seed, from which row seeds are derived.
-        temperature: Temperature of rows without one.
-        top_k: top_k of rows without one.
-        max_new_tokens: Limit of rows without one.
+        sampling: The settings of the run. Row seeds are derived from its seed.
         id_field: A key or a dotted path.
         metadata_fields: Names among `id` and the settings that are metadata in this input.
     """
 
     prompt_field: str
-    seed: int
-    temperature: float
-    top_k: int
-    max_new_tokens: int
+    sampling: SamplingParams
     id_field: str = "id"
     metadata_fields: frozenset[str] = frozenset()
 
-    def params(
-        self,
-        prompt_id: str,
-        *,
-        seed: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        max_new_tokens: int | None = None,
-    ) -> SamplingParams:
-        """Return the parameters of a row. None takes the default."""
-        return SamplingParams(
-            seed=derive_seed(self.seed, prompt_id) if seed is None else seed,
-            temperature=self.temperature if temperature is None else temperature,
-            top_k=self.top_k if top_k is None else top_k,
-            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        )
+    def params(self, prompt_id: str, own: Mapping[str, int | float]) -> SamplingParams:
+        """Return the parameters of a row: its own settings, and the run's for the others."""
+        settings: dict[str, Any] = {**self.sampling.as_dict(), **own}
+        if "seed" not in own:
+            settings["seed"] = derive_seed(self.sampling.seed, prompt_id)
+        return SamplingParams(**settings)
 
 
 def derive_seed(run_seed: int, prompt_id: str) -> int:
@@ -134,14 +116,7 @@ class RowParser:
         kept = {name: fields.pop(name) for name in defaults.metadata_fields if name in fields}
         text = take_prompt(fields, defaults.prompt_field)
         prompt_id = parse_id(self._take_id(fields), raw.position)
-        own: dict[str, Any] = {
-            "seed": parse_integer(fields.pop("seed", None), "seed", 0, MAX_SEED),
-            "temperature": parse_temperature(fields.pop("temperature", None)),
-            "top_k": parse_integer(fields.pop("top_k", None), "top_k", 0, INT32_MAX),
-            "max_new_tokens": parse_integer(
-                fields.pop("max_new_tokens", None), "max_new_tokens", 1, INT32_MAX
-            ),
-        }
+        own = take_settings(fields)
         self.warnings.count_settings(fields)
         for prefix, container in containers:
             self.warnings.count_settings(container, prefix)
@@ -151,10 +126,11 @@ class RowParser:
             index=index,
             prompt_id=prompt_id,
             text=text,
-            params=defaults.params(prompt_id, **own),
+            params=defaults.params(prompt_id, own),
             metadata=metadata,
         )
-        return prompt, _digest_input([prompt_id, text, *(own[name] for name in SETTINGS), metadata])
+        settings = [own.get(name) for name in SAMPLING_SETTINGS]
+        return prompt, _digest_input([prompt_id, text, *settings, metadata])
 
     def _take_id(self, fields: dict[str, Any]) -> Any:
         id_field = self.defaults.id_field

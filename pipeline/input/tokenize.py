@@ -88,7 +88,7 @@ class TokenizedInput:
                     else:
                         yield None
                 if isinstance(row, BadRow):
-                    params = self.reader.defaults.params(row.prompt_id)
+                    params = self.reader.defaults.params(row.prompt_id, {})
                     prompt = Prompt(
                         index=row.index,
                         prompt_id=row.prompt_id,

@@ -18,14 +18,12 @@ from gptbatch.pipeline.input.strict_json import parse_object, to_json
 from gptbatch.pipeline.output.folder import ERRORS, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.parts import is_damage, open_parquet, reading_error
+from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 _COLUMNS = [
     "prompt_id",
     "prompt",
-    "seed",
-    "temperature",
-    "top_k",
-    "max_new_tokens",
+    *SAMPLING_SETTINGS,
     "metadata",
     "error",
 ]
@@ -64,10 +62,7 @@ def _lines(folder: OutputFolder, part: Part, defaults: RowDefaults) -> Iterator[
         own = {
             defaults.id_field: row["prompt_id"],
             defaults.prompt_field: row["prompt"],
-            "seed": row["seed"],
-            "temperature": row["temperature"],
-            "top_k": row["top_k"],
-            "max_new_tokens": row["max_new_tokens"],
+            **{name: row[name] for name in SAMPLING_SETTINGS},
             "error": row["error"],
         }
         fields = {

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gptbatch.pipeline.types import Completion
+from gptbatch.pipeline.types import SAMPLING_SETTINGS, Completion
 
 Kind = Literal["deterministic", "observed"]
 
@@ -82,15 +82,9 @@ COLUMNS = (
         "tokens cut off the prompt's front by truncate_left",
         unit="tokens",
     ),
-    _fixed(
-        "seed",
-        pa.int64(),
-        "the row seed that was used: the row's own, or derived from the run seed and prompt_id",
-    ),
-    _fixed("temperature", pa.float64(), "0 is greedy"),
-    _fixed("top_k", pa.int32(), "0 is off", unit="tokens"),
-    _fixed(
-        "max_new_tokens", pa.int32(), "the most tokens that the row might generate", unit="tokens"
+    *(
+        _fixed(name, pa.type_for_alias(setting.column_type), setting.meaning, unit=setting.unit)
+        for name, setting in SAMPLING_SETTINGS.items()
     ),
     _fixed(
         "metadata",
@@ -150,7 +144,7 @@ SCHEMA_DIGEST = hashlib.sha256(
 
 def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
     """The row of a completion; `text` is its decoded new tokens, None for an error."""
-    prompt, params, timing = completion.prompt, completion.prompt.params, completion.timing
+    prompt, timing = completion.prompt, completion.timing
     count = len(completion.token_ids)
     return {
         "prompt_id": prompt.prompt_id,
@@ -164,10 +158,7 @@ def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": count,
         "prompt_tokens_dropped": completion.prompt_tokens_dropped,
-        "seed": params.seed,
-        "temperature": params.temperature,
-        "top_k": params.top_k,
-        "max_new_tokens": params.max_new_tokens,
+        **prompt.params.as_dict(),
         "metadata": prompt.metadata,
         "min_decision_margin": completion.min_decision_margin,
         "logits_digest": completion.logits_digest,
