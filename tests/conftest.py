@@ -133,9 +133,15 @@ def save_tokenizer(folder: Path, vocab_size: int = 300) -> None:
     ).save_pretrained(folder)
 
 
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def log_levels() -> Iterator[None]:
-    """Restore the levels of loggers, which a command in this process sets."""
+def process_state() -> Iterator[None]:
+    """Restore what a command in this process sets: the levels of loggers and torch's threads.
+
+    Tests start with one thread, because several test processes share the cores.
+    """
     loggers = [
         logging.getLogger(name) for name in ("gptbatch", "gptbatch.kernels", "gptbatch.loading")
     ]
@@ -143,6 +149,7 @@ def log_levels() -> Iterator[None]:
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
