@@ -1,3 +1,6 @@
-"""Tests. Imported before any of them: the library sets how threads wait before torch is imported."""
+"""Tests of gptbatch.
+
+The package is imported first: it sets how OpenMP threads wait, before torch is imported.
+"""
 
 import gptbatch.pipeline  # noqa: F401

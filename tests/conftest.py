@@ -228,7 +228,7 @@ def run_fresh(
     env: dict[str, str] | None = None,
     stdin: bytes | None = None,
 ) -> Ran:
-    """Run `python -m gptbatch ARGUMENTS...` in a fresh interpreter, which needs seconds to start."""
+    """Run `python -m gptbatch ARGUMENTS...` in a fresh interpreter, which starts slowly."""
     done = subprocess.run(
         [sys.executable, "-m", "gptbatch", *map(str, arguments)],
         cwd=cwd,

@@ -1,14 +1,17 @@
-"""Faults at each step of a commit: the process is killed after the step, or the step fails with an error of the file system.
+"""Faults for child processes: kills and errors at each step of a commit, and others.
 
-write      the temporary file of the second part has its content
-close      it is closed
-fsync      it is on the disk
-replace    it has its final name
-folder     the folders are on the disk
-manifest   the last manifest is written
-success    `_SUCCESS` is written
+A fault of `STEPS` strikes while the second part is written, or at the end of the run. With kind
+"kill" the process kills itself after the step. With the name of an errno the step fails instead.
 
-And what else may befall a run: locks that do not work, steps that take long, memory that runs out, a row that kills.
+    write      write the content of the temporary file
+    close      close it
+    fsync      sync it to the disk
+    replace    rename it to its final name
+    folder     sync the folder
+    manifest   write the last manifest
+    success    write `_SUCCESS`
+
+The faults of `OTHERS` break locks, delay steps, exhaust memory or kill the process at a prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ TARGETS = {"manifest": MANIFEST, "success": SUCCESS}
 
 
 class FailingClose:
-    """A file whose close fails, as it does where what was buffered no longer fits."""
+    """A file whose close fails, like on a disk without room for the buffered bytes."""
 
     def __init__(self, file: BinaryIO, fail: Callable[[], None]) -> None:
         self._file, self._fail = file, fail
@@ -43,13 +46,19 @@ class FailingClose:
 
 
 def install(step: str, kind: str) -> None:
-    """In this process, for good. kind: "kill", or the name of an errno; or as `OTHERS` say."""
+    """Install a fault in this process.
+
+    Args:
+        step: A name of `STEPS` or `OTHERS`.
+        kind: For `STEPS`: "kill", or the name of an errno. For `OTHERS`: the function's argument.
+    """
     if step in OTHERS:
         OTHERS[step](kind)
         return
     part = "part-00001.parquet"
     target = TARGETS.get(step, part)
-    now: list[Path] = []  # what is being written
+    # the files being written, innermost last
+    now: list[Path] = []
 
     def strike() -> None:
         if kind == "kill":
@@ -57,7 +66,7 @@ def install(step: str, kind: str) -> None:
         raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
 
     def around(function: Callable[..., Any], at: Callable[..., bool]) -> Callable[..., Any]:
-        """A kill comes after the call, an error instead of it."""
+        """Wrap a step: kill after the call, or raise instead of it."""
 
         def call(*arguments: Any, **settings: Any) -> Any:
             hit = bool(now) and now[-1].name == target and at(*arguments)
@@ -119,11 +128,11 @@ def install(step: str, kind: str) -> None:
         os.link = around(os.link, lambda *_: True)
 
 
-# -- other faults ------------------------------------------------------------------------------------------------------
+# -- other faults ----------------------------------------------------------------------------------
 
 
 def no_locks(kind: str) -> None:
-    """Every lock fails with this errno."""
+    """Fail every lock with this errno."""
     from gptbatch.pipeline.output import lock
 
     class NoLock:
@@ -137,7 +146,7 @@ def no_locks(kind: str) -> None:
 
 
 def before_each_step(act: Callable[[Any, list[Any]], None]) -> None:
-    """act(engine, chunks)."""
+    """Call act(engine, chunks) before each step of the engine."""
     from gptbatch.pipeline.engine.engine import Engine
 
     original = Engine._run
@@ -168,31 +177,32 @@ def slow_load(seconds: str) -> None:
 
 
 def memory(times: str) -> None:
-    """The words of torch's allocator, so many times; or "always"."""
+    """Fail a number of steps with the error of torch's allocator; "always" fails all."""
     left = [float("inf") if times == "always" else int(times)]
 
     def fail(engine: Any, chunks: list[Any]) -> None:
         if left[0] > 0:
             left[0] -= 1
             raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. "
+                "DefaultCPUAllocator: can't allocate memory: you tried to ..."
             )
 
     before_each_step(fail)
 
 
 def poison(prompt_id: str) -> None:
-    """The process dies when this row runs."""
+    """Kill the process in the first step that computes this prompt."""
 
-    def die(engine: Any, chunks: list[Any]) -> None:
+    def kill(engine: Any, chunks: list[Any]) -> None:
         if any(chunk.sequence.source.prompt.prompt_id == prompt_id for chunk in chunks):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    before_each_step(die)
+    before_each_step(kill)
 
 
 def cleared(kind: str) -> None:
-    """The process dies when the run that it replaces is deleted, and its own has not begun."""
+    """Kill the process between the deletion of the replaced run and the start of its own."""
     original = OutputFolder.clear
 
     def clear(self: OutputFolder, state: Any, **settings: Any) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from tests.paths import PYTHONPATH
 
-# Only a process that hangs reaches this limit. It is far above what any step takes on a busy machine.
+# Far above what any step takes on a busy machine, so that only a process that hangs reaches it.
 LIMIT_S = 900.0
 POLL_S = 0.01
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """Return the environment of this process with `changes`, offline, with the package's path."""
+    """Return this process's environment with `changes`, offline, with the package's path."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": PYTHONPATH, **changes}
 
 
