@@ -388,8 +388,7 @@ def test_digests_follow_the_files(folder: Path) -> None:
     assert find_checkpoint(str(folder)).model_digest != before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stored", ["float32", "float16"])
+@pytest.mark.parametrize("stored", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_loading_holds_no_second_copy(tmp_path: Path, stored: str) -> None:
     """Peak memory while loading is at most 1.3 times what stays resident: a model of 130 MB in a process of its own."""
     model = random_model(n_layer=12, n_embd=384, n_head=6, vocab_size=20_000)
