@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import importlib.util
 import inspect
 import io
+import json
 import os
 import re
 import shlex
@@ -26,6 +28,7 @@ from gptbatch.jobs.options import option_name
 from gptbatch.pipeline import errors
 from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.output.schema import COLUMNS
+from gptbatch.pipeline.output.summary import RunSummary
 from tests.paths import PYTHONPATH, REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -33,7 +36,7 @@ README = REPOSITORY / "README.md"
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in [*PAGES, REPOSITORY / "CHANGELOG.md"]}
 MAX_README_BYTES = 7 * 1024
-MAX_BLOCKS_NOT_RUN = 12
+MAX_BLOCKS_NOT_RUN = 8
 LANGUAGES = {"console", "python", "text"}
 
 # an optional marker, then a fenced block
@@ -213,6 +216,21 @@ def test_the_table_of_readme_is_the_output_of_the_demo(demo_output: Path) -> Non
         assert (row["finish_reason"], str(row["seed"])) == (finish_reason, seed)
         for text, cell in ((row["prompt"], prompt), (row["completion"], completion)):
             assert text.replace("\n", "⏎").strip().startswith(cell.strip().removesuffix("…"))
+
+
+def test_the_keys_of_json_files_are_documented(demo_output: Path) -> None:
+    folder = demo_output / "demo"
+    manifest = json.loads((folder / "_manifest.json").read_text(encoding="utf-8"))
+    progress = json.loads((folder / ".gptbatch/progress.json").read_text(encoding="utf-8"))
+    documented = {
+        "output.md": manifest,
+        "batch-invariance.md": manifest["environment"],
+        "schedulers.md": progress,
+        "cli.md": [field.name for field in dataclasses.fields(RunSummary)],
+    }
+    for page, keys in documented.items():
+        for key in keys:
+            assert f"`{key}`" in TEXTS[DOCS / page], f"docs/{page}: {key}"
 
 
 @pytest.fixture
