@@ -300,6 +300,8 @@ def run_console(command: str, capfd: pytest.CaptureFixture[str]) -> Ended:
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_the_examples_run(page: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The blocks of a page, in order, in one folder. A failure is shown by `$ echo $?`."""
+    if re.search(r"^\$ jq ", TEXTS[page], re.MULTILINE) and shutil.which("jq") is None:
+        pytest.skip("jq is not installed")
     for block in BLOCK.finditer(TEXTS[page]):
         body = block["body"]
         if block["reason"] is not None or block["language"] == "text":
