@@ -36,7 +36,7 @@ README = REPOSITORY / "README.md"
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in [*PAGES, REPOSITORY / "CHANGELOG.md"]}
 MAX_README_BYTES = 7 * 1024
-MAX_BLOCKS_NOT_RUN = 8
+MAX_BLOCKS_NOT_RUN = 9
 LANGUAGES = {"console", "python", "text"}
 
 # an optional marker, then a fenced block
@@ -171,6 +171,14 @@ def test_every_page_is_linked_from_readme() -> None:
 def test_paths_of_the_repository_exist(page: Path) -> None:
     for path in PATH.findall(TEXTS[page]):
         assert list(REPOSITORY.glob(path.rstrip("/"))), f"{named(page)}: {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_targets_of_make_exist(page: Path) -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for targets in re.findall(r"(?:`|^\$ )make ([a-z -]+)", TEXTS[page], re.MULTILINE):
+        for target in targets.split():
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{named(page)}: {target}"
 
 
 # -- examples ----------------------------------------------------------------------------------
