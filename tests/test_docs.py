@@ -181,6 +181,18 @@ def test_targets_of_make_exist(page: Path) -> None:
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{named(page)}: {target}"
 
 
+WALK = re.compile(r"^\| \d+ \| `([\w/.]+)` \| `([\w.]+)` \|", re.MULTILINE)
+
+
+def test_the_functions_of_the_walks_exist() -> None:
+    steps = WALK.findall(TEXTS[DOCS / "architecture.md"])
+    assert len(steps) >= 20
+    for path, name in steps:
+        code = (REPOSITORY / path).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"\b(def|class) {part}\b", code), f"{path}: {name}"
+
+
 # -- examples ----------------------------------------------------------------------------------
 
 
