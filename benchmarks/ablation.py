@@ -5,7 +5,7 @@
                                   [--repeats 2] [--threads N] [--json ablation.json]
 
 Uses random weights on a CPU with the C++ kernels. Each variant is a process of its own that loads
-its model once. A repeat is one turn of each variant, the others being idle. Prints a markdown table
+its model once. A repeat is one turn of each variant while the others wait. Prints a markdown table
 of speed-ups: the median over the repeats of (rate with it on) / (rate with it off). The column
 "same tokens" tells whether both give the same tokens. The last line is a JSON object.
 

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def tokens_per_s(folder: Path, load: str, spin: str, threads: int) -> float:
-    """The mean rate of the jobs that run at once under this load."""
+    """Return the mean rate of the jobs that run at once under this load."""
     loops = 2 * (os.cpu_count() or 1) if load == "busy" else 0
     with busy_loops(loops):
         jobs = [start(folder, spin, threads) for _ in range(2 if load == "two jobs" else 1)]

@@ -114,7 +114,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(scope="module")
 def demo(backend: BackendName, dtype: torch.dtype) -> GPT:
-    """The bundled model."""
+    """Load the bundled model and apply the self-test."""
     checkpoint = find_checkpoint("bundled:demo/model")
     config = parse_config(checkpoint.config, "config")
     return checked(
@@ -130,7 +130,7 @@ def demo(backend: BackendName, dtype: torch.dtype) -> GPT:
 
 @pytest.fixture(scope="module")
 def gpt2(backend: BackendName, dtype: torch.dtype) -> GPT:
-    """The widths of gpt2, every weight and bias random."""
+    """Return the widths of gpt2 with random weights and biases."""
     return checked(our_model(random_model(**GPT2_SHAPE), attention=backend, dtype=dtype))
 
 
@@ -142,7 +142,7 @@ def checked(model: GPT) -> GPT:
 
 
 def demo_prompts(count: int, *, max_new_tokens: int = 12) -> list[TokenizedPrompt]:
-    """The first of the bundled prompts, with parameters of their own."""
+    """Return the first bundled prompts with random parameters."""
     checkpoint = find_checkpoint("bundled:demo/model")
     tokenizer = PromptTokenizer(load_tokenizer(checkpoint.folder), start_token=0)
     lines = Path(locate("bundled:demo/prompts.jsonl")).read_text(encoding="utf-8").splitlines()

@@ -296,7 +296,7 @@ def test_off_skips_the_check(config: dict[str, str | int], monkeypatch: pytest.M
 def test_a_machine_that_fails(
     config: dict[str, str | int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """auto continues with one warning and records unverified; require stops without rows."""
+    """Only `auto` continues, with one warning, and records unverified; require stops."""
 
     def failing(model: GPT) -> SelfTestReport:
         return SelfTestReport(

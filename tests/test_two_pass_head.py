@@ -49,7 +49,7 @@ def only_model() -> GPT:
 
 @pytest.fixture
 def model(only_model: GPT) -> Iterator[GPT]:
-    """The model with fresh counters; restores its two-pass head afterwards."""
+    """Yield the model with fresh counters; restore its two-pass head afterwards."""
     two_pass_head = head_of(only_model)
     two_pass_head.n_rows = two_pass_head.n_fallbacks = 0
     yield only_model

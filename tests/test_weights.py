@@ -390,7 +390,7 @@ def test_digests_follow_the_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("stored", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_loading_holds_no_second_copy(tmp_path: Path, stored: str) -> None:
-    """Peak memory while loading is at most 1.3 times what stays resident: a model of 130 MB in a process of its own."""
+    """Peak memory while loading 130 MB is at most 1.3 times what stays resident."""
     model = random_model(n_layer=12, n_embd=384, n_head=6, vocab_size=20_000)
     model.to(getattr(torch, stored)).save_pretrained(tmp_path)
     program = f"""
@@ -420,7 +420,7 @@ print(json.dumps([before, memory("VmRSS"), memory("VmHWM")]))
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of hub downloads, as the library lays it out, while the hub cannot be reached."""
+    """Return an empty cache of hub downloads; the hub cannot be reached."""
     cache = tmp_path / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

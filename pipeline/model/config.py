@@ -36,6 +36,15 @@ _ARCHITECTURES = re.compile(
     r"|TFGPT2LMHeadModel|FlaxGPT2LMHeadModel"
 )
 
+# Keys that must be absent or empty, and why.
+_REFUSED_KEYS = {
+    "auto_map": "checkpoints that bring their own code are refused",
+    "quantization_config": "quantized weights are not supported; "
+    "take the checkpoint that they were made from",
+    "add_cross_attention": "cross-attention is not supported",
+    "pruned_heads": "pruned heads are not supported",
+}
+
 # Other names that transformers accepts for GPT-2's own keys
 _ALIASES = {
     "hidden_size": "n_embd",
@@ -103,13 +112,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> GPTConfig:
         return ModelError(f"{where}: {key} is {content.get(key)!r}: {what}")
 
     _check_architecture(content, where)
-    for key, what in {
-        "auto_map": "checkpoints that bring their own code are refused",
-        "quantization_config": "quantized weights are not supported; "
-        "take the checkpoint that they were made from",
-        "add_cross_attention": "cross-attention is not supported",
-        "pruned_heads": "pruned heads are not supported",
-    }.items():
+    for key, what in _REFUSED_KEYS.items():
         if content.get(key):
             raise refuse(key, what)
     content = {

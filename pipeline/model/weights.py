@@ -76,19 +76,9 @@ def load_gpt(
     gpt.eval().requires_grad_(False)
     weights.check({name: shape for group in _groups(gpt) for name, shape in group.shapes.items()})
     for group in _groups(gpt):
-        is_tied_head = config.tied and HEAD_NAME in group.shapes
-        if is_tied_head and _equals_embedding(weights, gpt.wte.weight):
-            gpt.lm_head.tie(gpt.wte)
+        if config.tied and HEAD_NAME in group.shapes:
+            _load_tied_head(gpt, weights, group, dtype=dtype, device=device)
         else:
-            if is_tied_head:
-                logger.warning(
-                    "%s: %s differs from %s and is used, "
-                    "though config.json says tie_word_embeddings: true",
-                    files[0].parent,
-                    HEAD_NAME,
-                    EMBEDDING_NAME,
-                )
-                gpt.config = dataclasses.replace(config, tied=False)
             group.fill(weights.read(list(group.shapes)), dtype, device)
         if packed and group.module is not gpt.lm_head:
             for module in group.module.modules():
@@ -102,16 +92,39 @@ def load_gpt(
     return gpt
 
 
+def _load_tied_head(
+    gpt: GPT,
+    weights: _CheckpointWeights,
+    group: _Group,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Share the embedding's weight with the head; if the stored head differs, use that instead."""
+    if _equals_embedding(weights, gpt.wte.weight):
+        gpt.lm_head.tie(gpt.wte)
+        return
+    logger.warning(
+        "%s: %s differs from %s and is used, though config.json says tie_word_embeddings: true",
+        weights.folder,
+        HEAD_NAME,
+        EMBEDDING_NAME,
+    )
+    gpt.config = dataclasses.replace(gpt.config, tied=False)
+    group.fill(weights.read([HEAD_NAME]), dtype, device)
+
+
 class _CheckpointWeights:
     """The tensors of all files of a checkpoint under their plain names.
 
     Attributes:
+        folder: Of the files.
         heads: Plain names of tensors that belong to heads beside the language model.
         prefix: Prefix of all names that no known wrapper adds; "" for none.
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._files = files
+        self.folder = files[0].parent
         self._where: dict[str, tuple[TensorFile, str, Path]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.heads: list[str] = []
@@ -132,17 +145,16 @@ class _CheckpointWeights:
 
     def warn_about_names(self) -> None:
         """Log a removed prefix and heads that are left out."""
-        folder = self._files[0].parent
         if self.prefix:
             logger.warning(
                 "%s: the names of its tensors are taken without their prefix %s.",
-                folder,
+                self.folder,
                 self.prefix,
             )
         if self.heads:
             logger.warning(
                 "%s: heads beside the language model are left out: %s",
-                folder,
+                self.folder,
                 describe_heads(self.heads),
             )
 
@@ -164,7 +176,7 @@ class _CheckpointWeights:
         missing = [name for name in expected if name not in self._where]
         extra = [name for name in self._where if name not in expected]
         if missing:
-            where = self._files[0].parent
+            where = self.folder
             if missing == [HEAD_NAME]:
                 raise ModelError(
                     f"{where}: the checkpoint lacks {HEAD_NAME}, and config.json says "
