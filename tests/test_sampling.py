@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from gptbatch.pipeline.engine import reference
 from gptbatch.pipeline.engine.noise import gumbel, philox4x32, random_bits
 from gptbatch.pipeline.engine.reference import sample_token
 from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
@@ -72,6 +73,17 @@ def test_noise_version_1_is_pinned() -> None:
     u = (int(bits[0]) + 0.5) / 2**52
     assert gumbel(seeds, steps, token_ids)[0].item() == pytest.approx(
         -math.log(-math.log(u)), rel=1e-14
+    )
+
+
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (7, 3), (2**40 + 5, 1000), (MAX_SEED, 12)])
+def test_the_oracle_has_the_same_noise(seed: int, step: int) -> None:
+    """The integers are equal bit for bit; the logarithms may differ in their last bit."""
+    token_ids = torch.arange(500)
+    call = torch.tensor(seed), torch.tensor(step), token_ids
+    assert random_bits(*call).tolist() == [reference.random_bits(seed, step, t) for t in range(500)]
+    assert gumbel(*call).tolist() == pytest.approx(
+        [reference.gumbel(seed, step, t) for t in range(500)], rel=1e-14
     )
 
 

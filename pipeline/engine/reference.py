@@ -6,6 +6,7 @@ sampling and its own noise, in plain Python. It is never made fast.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, Protocol
 
@@ -83,6 +84,8 @@ def random_bits(seed: int, step: int, token: int) -> int:
     return high * 2**20 + low // 2**12
 
 
+# Two tokens share a result.
+@functools.lru_cache(maxsize=2**17)
 def philox4x32(
     counter: tuple[int, int, int, int], key: tuple[int, int]
 ) -> tuple[int, int, int, int]:
