@@ -31,6 +31,14 @@ REPOSITORY = DOCS.parent
 DOCUMENTS = ("cli.md", "output.md", "architecture.md")
 SECTION = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+TYPES = {
+    "integer": "whole number",
+    "integer range": "whole number",
+    "float": "number",
+    "float range": "number",
+}
+DEFAULT_IN_HELP = re.compile(r"\s*\[default: ([^\]]+)\]")
+
 # exit codes that no error class of gptbatch has, or that more than the class leads to
 OTHER_EXIT_CODES = {
     0: "The work is done. Error rows do not count as a failure. Nothing left to do is also 0.",
@@ -137,7 +145,7 @@ def _usage_and_options(command: click.Command, context: click.Context) -> list[s
             _code(", ".join(option.opts)),
             _values(option),
             _option_default(option),
-            _sentence(option.help or ""),
+            _sentence(DEFAULT_IN_HELP.sub("", option.help or "")),
         )
         for option in command.get_params(context)
         if isinstance(option, click.Option) and option.name not in keys and option.name != "help"
@@ -248,19 +256,22 @@ def _option_default(option: click.Parameter) -> str:
     if option.required:
         return "required"
     value = option.to_info_dict()["default"]
-    plain = isinstance(value, (int, float, str)) and not isinstance(value, bool)
-    return _code(str(value)) if plain else ""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return _code(str(value))
+    in_help = DEFAULT_IN_HELP.search(getattr(option, "help", None) or "")
+    return in_help[1] if in_help else ""
 
 
 def _values(option: click.Parameter) -> str:
     """Return the choices of an option, or the type of its value."""
     kind = option.type
-    if isinstance(kind, click.Choice):
-        return ", ".join(_code(str(choice)) for choice in kind.choices)
     if isinstance(option, click.Option) and (option.is_flag or kind is click.BOOL):
         return "flag"
-    names = {"integer": "whole number", "float": "number", "integer range": "whole number"}
-    return names.get(kind.name, "number" if kind.name == "float range" else kind.name)
+    if isinstance(kind, click.Choice):
+        values = ", ".join(_code(str(choice)) for choice in kind.choices)
+    else:
+        values = TYPES.get(kind.name, kind.name)
+    return values + (" (repeatable)" if getattr(option, "multiple", False) else "")
 
 
 def _sentence(text: str) -> str:
