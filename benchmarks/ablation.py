@@ -7,7 +7,9 @@
 Uses random weights on a CPU with the C++ kernels. Each variant is a process of its own that loads
 its model once. A repeat is one turn of each variant while the others wait. Prints a markdown table
 of speed-ups: the median over the repeats of (rate with it on) / (rate with it off). The column
-"same tokens" tells whether both give the same tokens. The last line is a JSON object.
+"same tokens" tells whether both give the same tokens. "n/a" stands where the optimization is never
+used: the two-pass head needs float32 and bfloat16 instructions, and the fused blocks need linears
+in the model's own dtype. The last line is a JSON object.
 
 Three optimizations live inside the kernel that runs all blocks in one call. They are turned off in
 a Python version of that kernel, and compared with this version ("blocks one by one").
@@ -49,6 +51,7 @@ from gptbatch.pipeline.model.fused_blocks import FusedBlocks
 from gptbatch.pipeline.model.gpt import GPT, BlockStack
 from gptbatch.pipeline.model.linear import Linear, LinearKind
 from gptbatch.pipeline.model.lm_head import make_two_pass_head
+from gptbatch.pipeline.model.norm import Norm
 
 CPU = torch.device("cpu")
 MAX_SEQS = 64
@@ -69,6 +72,7 @@ class Variant:
         baseline: The variant that it is compared with.
         patch: Called in the worker before the model is made.
         adapt: Called with the model.
+        applies: Returns whether the packed model uses the optimization at all.
         cache_dtype: Of the KV cache.
         is_extra: Turns something on; the speed-up is inverted.
     """
@@ -77,6 +81,7 @@ class Variant:
     baseline: str = "all on"
     patch: Callable[[], None] = lambda: None
     adapt: Callable[[GPT], None] = lambda model: None
+    applies: Callable[[GPT], bool] = lambda model: True
     cache_dtype: CacheDtype = "auto"
     is_extra: bool = False
 
@@ -180,6 +185,9 @@ def run_one_by_one(*, fuse_qkv: bool = True, native_norm: bool = True) -> Callab
 
     def patch() -> None:
         FusedBlocks.__call__ = run  # type: ignore[method-assign]
+        if not native_norm:
+            # The norms outside of fused blocks.
+            Norm.pack = lambda self, *, native: None  # type: ignore[method-assign]
 
     return patch
 
@@ -193,6 +201,21 @@ def can_fuse_qkv(heads: int, head_size: int) -> bool:
     return 3 * head_size % panel_width == 0 and rounds > 1 and is_balanced
 
 
+def has_fused_blocks(model: GPT) -> bool:
+    """Return whether all blocks run in one kernel call."""
+    return model.blocks.fused is not None
+
+
+def has_fused_qkv(model: GPT) -> bool:
+    """Return whether the kernel fuses projection and attention of this model."""
+    return has_fused_blocks(model) and can_fuse_qkv(model.config.n_head, model.config.head_size)
+
+
+def has_two_pass_head(model: GPT) -> bool:
+    """Return whether the head runs in two passes."""
+    return model.two_pass_head is not None
+
+
 ONE_BY_ONE = "blocks one by one"
 VARIANTS = {
     "all on": Variant(label="all on"),
@@ -201,11 +224,14 @@ VARIANTS = {
         patch=use_onednn_linears,
         adapt=restore_two_pass_head,
     ),
-    ONE_BY_ONE: Variant(label="all blocks in one kernel call", patch=run_one_by_one()),
+    ONE_BY_ONE: Variant(
+        label="all blocks in one kernel call", patch=run_one_by_one(), applies=has_fused_blocks
+    ),
     "qkv": Variant(
         label="QKV projection and attention in one kernel",
         baseline=ONE_BY_ONE,
         patch=run_one_by_one(fuse_qkv=False),
+        applies=has_fused_qkv,
     ),
     "norm": Variant(
         label="layer norm kernel, against torch's",
@@ -213,7 +239,9 @@ VARIANTS = {
         patch=run_one_by_one(native_norm=False),
     ),
     "prefetch": Variant(label="software prefetch", patch=build_without_prefetch),
-    "two-pass": Variant(label="two-pass LM head", adapt=drop_two_pass_head),
+    "two-pass": Variant(
+        label="two-pass LM head", adapt=drop_two_pass_head, applies=has_two_pass_head
+    ),
     "last block": Variant(
         label="last block only for tokens that need logits", patch=compute_all_of_the_last_block
     ),
@@ -277,6 +305,7 @@ def measure(
     """Run all variants in turn; return a result per workload and variant."""
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
+    applies: dict[str, bool] = {}
     processes = []
     try:
         for name in names:
@@ -286,7 +315,7 @@ def measure(
             other.close()
             processes.append(process)
             # One after the other, so that only one loads at a time.
-            connections[name].recv()
+            applies[name] = connections[name].recv()
         results = []
         for workload in workloads:
             rates: dict[str, list[float]] = {name: [] for name in names}
@@ -303,7 +332,10 @@ def measure(
                         "new tokens/s",
                         flush=True,
                     )
-            results += [summarize(name, work.dtype, workload, rates, digests) for name in names]
+            results += [
+                summarize(name, work.dtype, workload, rates, digests) | {"applies": applies[name]}
+                for name in names
+            ]
         return results
     finally:
         for process in processes:
@@ -324,10 +356,11 @@ def serve(name: str, work: Work, connection: Connection) -> None:
         backend=RAGGED,
         cache_dtype=variant.cache_dtype,
     )
+    applies = variant.applies(model)
     variant.adapt(model)
     engine = Engine(model=model, batch_size=MAX_SEQS, end_tokens=())
     run(engine, work, "uniform", 0, WARM_UP_TOKENS)
-    connection.send("ready")
+    connection.send(applies)
     while True:
         workload, repeat = connection.recv()
         connection.send(run(engine, work, workload, repeat + 1, work.max_new_tokens))
@@ -397,7 +430,9 @@ def table(results: list[dict[str, Any]], names: list[str]) -> str:
         if name == "all on":
             continue
         found = [by_key[*column, name] for column in columns]
-        cells = " | ".join(f"{result['speed_up']:.2f}" for result in found)
+        cells = " | ".join(
+            f"{result['speed_up']:.2f}" if result["applies"] else "n/a" for result in found
+        )
         is_same = "yes" if all(result["same_tokens"] for result in found) else "no"
         lines.append(f"| {VARIANTS[name].label} | {cells} | {is_same} |")
     return "\n".join(lines)
