@@ -459,21 +459,40 @@ json_lines = st.dictionaries(
 ).map(lambda row: json.dumps(row).encode())
 
 
-@given(
+any_bytes = given(
     st.lists(st.binary(max_size=30) | json_lines | st.just(GOOD.strip()), max_size=6),
     st.sampled_from(["fail", "record"]),
 )
-@settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+few_runs = settings(
+    deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@any_bytes
+@few_runs
 def test_any_bytes_give_a_documented_exit_code(
     generate: Generate,
     tmp_path_factory: pytest.TempPathFactory,
     lines: list[bytes],
     on_bad_row: str,
 ) -> None:
+    check_any_bytes(generate, tmp_path_factory.mktemp("bytes"), lines, on_bad_row)
+
+
+@pytest.mark.slow
+@any_bytes
+@settings(few_runs, max_examples=80)
+def test_any_bytes_in_more_examples(
+    generate: Generate,
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[bytes],
+    on_bad_row: str,
+) -> None:
+    check_any_bytes(generate, tmp_path_factory.mktemp("bytes"), lines, on_bad_row)
+
+
+def check_any_bytes(generate: Generate, folder: Path, lines: list[bytes], on_bad_row: str) -> None:
     """No traceback. The output has a row per line, or there is no output."""
-    folder = tmp_path_factory.mktemp("bytes")
     content = b"\n".join(lines)
     (folder / "prompts.jsonl").write_bytes(content)
     code, child = generate(folder, "--input", "prompts.jsonl", "--on-bad-row", on_bad_row)

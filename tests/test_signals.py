@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,8 +71,20 @@ def run_struck(tmp_path: Path) -> Callable[..., tuple[int, str]]:
     return run
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("moment", ["gptbatch.jobs.group", "click"])
+def each_name_once(*moments: str) -> list[Any]:
+    """Return all cases (moment, name); those beyond one moment per signal are slow."""
+    return [
+        pytest.param(
+            moment,
+            name,
+            marks=() if number % len(moments) == moments.index(moment) else pytest.mark.slow,
+        )
+        for moment in moments
+        for number, name in enumerate(NAMES)
+    ]
+
+
+@pytest.mark.parametrize(("moment", "name"), each_name_once("gptbatch.jobs.group", "click"))
 def test_while_the_program_is_imported(
     name: str, moment: str, run_struck: Callable[..., tuple[int, str]]
 ) -> None:
@@ -111,8 +124,7 @@ def test_while_libraries_are_imported(
     assert not list(tmp_path.glob("out/part-*"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("moment", ["exit", "teardown"])
+@pytest.mark.parametrize(("moment", "name"), each_name_once("exit", "teardown"))
 def test_after_the_last_line(
     name: str, moment: str, run_struck: Callable[..., tuple[int, str]]
 ) -> None:
@@ -199,7 +211,13 @@ def test_nohup_keeps_a_run_alive(
     assert (code, stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("SIGTERM", "SIGINT") else pytest.mark.slow)
+        for name in NAMES
+    ],
+)
 def test_a_signal_sent_twice_at_once_is_one(
     name: str, run_struck: Callable[..., tuple[int, str]]
 ) -> None:
