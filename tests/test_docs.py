@@ -36,7 +36,7 @@ README = REPOSITORY / "README.md"
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in [*PAGES, REPOSITORY / "CHANGELOG.md"]}
 MAX_README_BYTES = 7 * 1024
-MAX_BLOCKS_NOT_RUN = 9
+MAX_BLOCKS_NOT_RUN = 10
 LANGUAGES = {"console", "python", "text"}
 
 # an optional marker, then a fenced block
