@@ -1,4 +1,4 @@
-"""The config hash: one digest of all that decides the tokens of a given row. Imports no torch."""
+"""Computes the config hash, a digest of everything besides the row that decides its tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ _TOKEN_KEYS = (
 def job_identity(
     config: JobConfig, checkpoint: Checkpoint, tokenizer: LoadedTokenizer
 ) -> dict[str, Any]:
-    """All that makes two runs the same job, its input aside; `config_hash` hashes the part of it that changes tokens of a given row."""
+    """Return the values that identify a job, except its input.
+
+    Two runs with equal values produce equal rows for equal input. `config_hash` is the SHA-256 of
+    the values that change the tokens of a given row.
+    """
     tokens = {
         "model_digest": checkpoint.model_digest,
         "tokenizer_digest": tokenizer.digest,
@@ -48,12 +52,16 @@ def job_identity(
 
 
 def special_token_identity(checkpoint: Checkpoint, tokenizer: LoadedTokenizer) -> dict[str, Any]:
-    """The start token and the end tokens, by their names in the identity of a job."""
+    """Return the start token and the end tokens under their keys in the identity of a job."""
     special = checkpoint.special_tokens
     return {"start_token": start_token(special, tokenizer), "end_tokens": list(special.ends)}
 
 
 def start_token(special_tokens: SpecialTokens, tokenizer: LoadedTokenizer) -> int | None:
-    """What an empty prompt starts from: BOS as the model's files name it, else as the tokenizer's do, else the first end token."""
+    """Return the first token of an empty prompt, None without any.
+
+    It is the BOS token of the model's files, or else of the tokenizer's, or else the first end
+    token.
+    """
     candidates = (special_tokens.start, tokenizer.bos_token, *special_tokens.ends)
     return next((token for token in candidates if token is not None), None)

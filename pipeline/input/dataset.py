@@ -1,4 +1,4 @@
-"""Rows of a split of a dataset: local files, a `save_to_disk` folder, or a dataset of the Hugging Face hub."""
+"""Reads a split of a dataset: local files, a `save_to_disk` folder, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _MAX_REMEMBERED_FILES = 10_000
 
 
 class DatasetSplit:
-    """One split of a dataset, or slices and sums of splits. A row's place is its place in its split, whatever the slice.
+    """The rows of a split of a dataset, or of slices and sums of splits.
+
+    The position of a row is its position in its split, also in a slice. Rows of several splits are
+    numbered consecutively.
 
     Args:
-        dataset: a file, a folder, or a name on the hub.
-        config: name of a configuration of the dataset; None takes its default.
-        split: as `train`, `train[50%:]`, `train+test`. Rows of several splits are numbered through.
-        revision: branch, tag or commit of a hub dataset.
-        delimiter: between the cells of CSV files; None takes a comma, or a tab for `.tsv`.
-
-    Raises:
-        InputNotFoundError: when rows are first asked for, if there is no such dataset, configuration or split.
+        dataset: A file, a folder, or a name on the hub.
+        config: Name of a configuration of the dataset. None takes the default.
+        split: A split expression: `train`, `train[50%:]`, `train+test`.
+        revision: Branch, tag or commit of a hub dataset. None takes the default branch.
+        delimiter: Of CSV files. None takes a comma, and a tab for `.tsv`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DatasetSplit:
         )
 
     def files(self) -> list[Path] | None:
-        """All files of a local dataset; none for a commit of the hub, which never changes."""
+        """Return all files of a local dataset, and no files for a commit, which never changes."""
         path = locate(self._dataset)
         if path.is_file():
             return [path]
@@ -70,6 +70,11 @@ class DatasetSplit:
         return [] if self._revision is not None and _COMMIT.fullmatch(self._revision) else None
 
     def rows(self) -> Iterator[RawRow]:
+        """Yield the rows.
+
+        Raises:
+            InputNotFoundError: There is no such dataset, configuration or split.
+        """
         try:
             parts = parse_split(self._split)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a user should hear about the rows of an input besides errors: said once per run, with counts."""
+"""Collects warnings about the rows of an input, and logs each kind once with counts."""
 
 from __future__ import annotations
 
@@ -16,98 +16,68 @@ logger = logging.getLogger("gptbatch")
 
 _MAX_NAMED = 8
 _SIMILARITY = 0.85
-_CONTAINERS = (
-    "parameters",
-    "params",
-    "options",
-    "config",
-    "kwargs",
-    "settings",
-)  # objects in which requests hold settings
-# names that other programs give to settings, without case and separators -> ours, "" where there is none
-_FOREIGN = {
-    **dict.fromkeys(
-        (
-            "maxtokens",
-            "maxlength",
-            "maxcompletiontokens",
-            "maxoutputtokens",
-            "numpredict",
-            "npredict",
-        ),
-        "max_new_tokens",
-    ),
+# objects in which requests of other programs hold settings
+_CONTAINERS = ("parameters", "params", "options", "config", "kwargs", "settings")
+# settings without an equivalent here
+_UNSUPPORTED = """
+    stop stopsequences stopstrings stoptokenids topp minp typicalp n bestof numreturnsequences
+    dosample numbeams beamsize repetitionpenalty presencepenalty frequencypenalty lengthpenalty
+    norepeatngramsize logitbias logprobs echo badwords mintokens minnewtokens minlength ignoreeos
+    until maxgentoks maxtokenstosample badwordsids eostokenid samplingparams generationconfig
+    generationkwargs genkwargs
+"""
+_MAX_NEW_TOKENS = (
+    "maxtokens maxlength maxcompletiontokens maxoutputtokens numpredict npredict".split()
+)
+# names of settings in other programs, in lower case and without separators -> the name here, ""
+# where there is no equivalent
+_OTHER_NAMES = {
+    **dict.fromkeys(_MAX_NEW_TOKENS, "max_new_tokens"),
     "topks": "top_k",
     **dict.fromkeys(("temp", "temperatures"), "temperature"),
     **dict.fromkeys(("seeds", "randomseed", "rngseed"), "seed"),
-    **dict.fromkeys(
-        (
-            "stop",
-            "stopsequences",
-            "stopstrings",
-            "stoptokenids",
-            "topp",
-            "minp",
-            "typicalp",
-            "n",
-            "bestof",
-            "numreturnsequences",
-            "dosample",
-            "numbeams",
-            "beamsize",
-            "repetitionpenalty",
-            "presencepenalty",
-            "frequencypenalty",
-            "lengthpenalty",
-            "norepeatngramsize",
-            "logitbias",
-            "logprobs",
-            "echo",
-            "badwords",
-            "mintokens",
-            "minnewtokens",
-            "minlength",
-            "ignoreeos",
-            "until",
-            "maxgentoks",
-            "maxtokenstosample",
-            "badwordsids",
-            "eostokenid",
-            "samplingparams",
-            "generationconfig",
-            "generationkwargs",
-            "genkwargs",
-        ),
-        "",
-    ),
+    **dict.fromkeys(_UNSUPPORTED.split(), ""),
     **{name.replace("_", ""): name for name in SAMPLING_SETTINGS},
 }
 
 
 class RowWarnings:
-    """Collects over all rows, and tells at the end."""
+    """Counts fields that look like settings, and values without a JSON form."""
 
     def __init__(self) -> None:
         self._settings: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
-        self._verdicts: dict[str, str | None] = {}
+        self._resembled: dict[str, str | None] = {}
 
     def count_settings(self, fields: Mapping[str, Any], prefix: str = "") -> None:
-        """Count the fields of one object that look like settings and are none, and those of objects that hold settings elsewhere."""
+        """Count the fields of an object that look like settings.
+
+        Objects that hold settings in requests of other programs are searched too.
+
+        Args:
+            fields: The fields of a row that are neither prompt, id nor settings, or a nested
+                object.
+            prefix: The path of a nested object with a final dot.
+        """
         for name, value in fields.items():
-            if name not in self._verdicts:
-                self._verdicts[name] = _meant(name)
-            if self._verdicts[name] is not None:
+            if name not in self._resembled:
+                self._resembled[name] = _resembled_setting(name)
+            if self._resembled[name] is not None:
                 self._settings[prefix + name] += 1
             elif isinstance(value, dict) and name.lower() in _CONTAINERS:
                 self.count_settings(value, f"{prefix}{name}.")
 
     def count_left_out(self, path: str) -> None:
-        """Count a value that JSON has no form for."""
+        """Count a value without a JSON form by its path."""
         self._left_out[path] += 1
 
     def log(self, source: str, rows: int) -> None:
-        """Log a warning per kind."""
+        """Log a warning per kind.
+
+        Args:
+            source: The input in messages.
+            rows: Number of rows.
+        """
         if not rows:
             logger.warning("%s: has no rows", source)
         if self._settings:
@@ -135,22 +105,26 @@ class RowWarnings:
 
     def _described(self, name: str, count: int) -> str:
         short = name.rpartition(".")[2]
-        meant = self._verdicts[short]
+        setting = self._resembled[short]
         return f"{shorten(name)} in {count} row{'s' * (count > 1)}" + (
-            f" (did you mean {meant}?)" if meant and meant != short else ""
+            f" (did you mean {setting}?)" if setting and setting != short else ""
         )
 
 
-def _meant(name: str) -> str | None:
-    """The setting that a field's name resembles; "" for one that there is not; None for an ordinary name."""
+def _resembled_setting(name: str) -> str | None:
+    """Return the setting that a field name resembles.
+
+    Returns:
+        None for other names, and "" for a setting without an equivalent here.
+    """
     if name in SAMPLING_SETTINGS:
         return name
     plain = re.sub(r"[-_ ]", "", name.lower())
-    if plain in _FOREIGN:
-        return _FOREIGN[plain]
+    if plain in _OTHER_NAMES:
+        return _OTHER_NAMES[plain]
     close = difflib.get_close_matches(
         name.lower(),
-        [setting for setting in SAMPLING_SETTINGS if len(setting) > 8],
+        [known for known in SAMPLING_SETTINGS if len(known) > 8],
         n=1,
         cutoff=_SIMILARITY,
     )

@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptbatch.pipeline.input.fields import (
-    MISSING,
     name_fields,
     objects_on_path,
-    parse_id,
     take_field,
     take_prompt,
     take_settings,
-    to_json_values,
 )
 from gptbatch.pipeline.input.row_warnings import RowWarnings
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.strict_json import MAX_NESTING, shorten, to_json
+from gptbatch.pipeline.input.values import MISSING, parse_id, to_json_values
 from gptbatch.pipeline.types import SAMPLING_SETTINGS, Prompt, SamplingParams
 
 # json.dumps makes an encoder per call

@@ -1,7 +1,4 @@
-"""A job before it runs: its checkpoint, tokenizer and input have been found, its rows can be checked and tokenized.
-
-Knows: config and data. Does not know: the network. Imports no torch.
-"""
+"""Tokenizes an input: each row becomes a TokenizedPrompt, or an error row of the output."""
 
 from __future__ import annotations
 
@@ -24,11 +21,24 @@ from gptbatch.pipeline.types import Completion, Prompt, RowError, TokenizedPromp
 
 logger = logging.getLogger("gptbatch")
 
+# rows per call of the tokenizers library
 TOKENIZE_ROWS = 256
-_SPECIAL_TEXT = "prompts with the text of a special token: %d; it is plain text there, parse_special takes it as the token"
-_UNKNOWN_TEXT = "prompts with text that the tokenizer has no token for: %d; its token for unknown text stands there"
-_LOST_TEXT = "prompts with characters that the tokenizer drops: %d; they run without these (on_lost_text: warn)"
-_ADDED_AFTER = "prompts that the tokenizer's template adds tokens after, as an end of text: %d; add_special_tokens: false leaves them out"
+_SPECIAL_TEXT = (
+    "prompts with the text of a special token: %d; it is plain text there, parse_special takes it "
+    "as the token"
+)
+_UNKNOWN_TEXT = (
+    "prompts with text that the tokenizer has no token for: %d; its token for unknown text stands "
+    "there"
+)
+_LOST_TEXT = (
+    "prompts with characters that the tokenizer drops: %d; they run without these "
+    "(on_lost_text: warn)"
+)
+_ADDED_AFTER = (
+    "prompts that the tokenizer's template adds tokens after, as an end of text: %d; "
+    "add_special_tokens: false leaves them out"
+)
 
 
 class TokenizedInput:
@@ -52,11 +62,9 @@ class TokenizedInput:
         reader: PromptReader,
     ) -> None:
         self.config, self.checkpoint, self.reader = config, checkpoint, reader
-        self.gpt_config: GPTConfig = parse_config(
-            self.checkpoint.config, str(self.checkpoint.config_path)
-        )
-        self.special_tokens = self.checkpoint.special_tokens
-        for warning in self.checkpoint.generation_warnings:
+        self.gpt_config: GPTConfig = parse_config(checkpoint.config, str(checkpoint.config_path))
+        self.special_tokens = checkpoint.special_tokens
+        for warning in checkpoint.generation_warnings:
             logger.warning("%s", warning)
         self.tokenizer = prompt_tokenizer(config, self.special_tokens, tokenizer)
         self._check_template()
@@ -68,106 +76,144 @@ class TokenizedInput:
         *,
         reject: Callable[[Completion], object],
         parts: Collection[int] | None = None,
-        may_start: Callable[[int], bool] = lambda number: True,
+        may_start: Callable[[int], bool] = lambda part: True,
     ) -> Iterator[TokenizedPrompt | None]:
-        """The prompts of these parts (by number; None takes all) as the engine takes them; None stands for "not now".
+        """Yield the prompts of a checked input in order, ready for the engine.
 
-        Rows that the engine cannot take are given to `reject` as error rows. may_start: asked before the first row of each part, and
-        again while it says no.
+        Args:
+            summary: The result of `PromptReader.check`.
+            reject: Receives the error row of each row that the engine cannot run.
+            parts: Numbers of the parts to read. None reads all.
+            may_start: Returns whether a part may start. Called before its first row. While it
+                returns False, None is yielded.
+
+        Raises:
+            InputRowsError: The input has changed since it was checked.
         """
-        rows = self.reader.prompts(summary, parts)
-        current = -1
-        while batch := list(islice(rows, TOKENIZE_ROWS)):
-            read_s = time.monotonic()
-            texts = [row.text if isinstance(row, Prompt) else "" for row in batch]
-            for row, encoded in zip(batch, self.tokenizer.encode(texts), strict=True):
-                number = row.index // summary.part_rows
-                while number != current:
-                    if may_start(number):
-                        current = number
-                    else:
-                        yield None
-                if isinstance(row, BadRow):
-                    params = self.reader.defaults.params(row.prompt_id, {})
-                    prompt = Prompt(
-                        index=row.index,
-                        prompt_id=row.prompt_id,
-                        text="",
-                        params=params,
-                        metadata=None,
-                    )
-                    reject(_error_row(prompt, 0, RowError(kind="bad_row", reason=row.reason)))
-                    continue
-                kept, error = self._fit(row, encoded)
-                self._count_warnings(encoded, error)
-                count = len(encoded.token_ids)
-                if error is None:
-                    yield TokenizedPrompt(
-                        prompt=row, token_ids=kept, tokens_dropped=count - len(kept), read_s=read_s
-                    )
+        current = None
+        for row, encoded, read_s in self._encoded(self.reader.prompts(summary, parts)):
+            part = row.index // summary.part_rows
+            while part != current:
+                if may_start(part):
+                    current = part
                 else:
-                    reject(_error_row(row, count, error))
+                    yield None
+            if isinstance(row, BadRow):
+                reject(self._bad_row(row))
+                continue
+            error = self._error(row, encoded)
+            self._count_warnings(encoded, error)
+            if error is None:
+                yield self._fit(row, encoded.token_ids, read_s)
+            else:
+                reject(_error_row(row, len(encoded.token_ids), error))
 
     def log_warnings(self) -> None:
-        """Warn, once per kind, of prompts that may not have become the tokens that their author meant."""
+        """Log a warning per kind of prompt whose tokens may not be the intended ones."""
         for warning, rows in sorted(self._warned_rows.items()):
             logger.warning(warning, rows)
         self._warned_rows.clear()
 
-    def _check_template(self) -> None:
-        """Raises ModelError where every row would be an error: the template adds a token that the model lacks."""
-        vocab_size = self.gpt_config.vocab_size
-        if lacking := [token for token in self.tokenizer.template_tokens if token >= vocab_size]:
-            raise ModelError(
-                f"{self.config.model}: the tokenizer's template adds {self.tokenizer.name(lacking[0])!r} (token {lacking[0]}) to every "
-                f"prompt, which the model (vocab_size {vocab_size}) does not have; add_special_tokens: false leaves the template out"
-            )
+    def _encoded(
+        self, rows: Iterator[Prompt | BadRow]
+    ) -> Iterator[tuple[Prompt | BadRow, EncodedText, float]]:
+        """Yield each row with its tokens and the time when it was read. A bad row has no text."""
+        while batch := list(islice(rows, TOKENIZE_ROWS)):
+            read_s = time.monotonic()
+            texts = [row.text if isinstance(row, Prompt) else "" for row in batch]
+            for row, encoded in zip(batch, self.tokenizer.encode(texts), strict=True):
+                yield row, encoded, read_s
 
-    def _count_warnings(self, encoded: EncodedText, error: RowError | None) -> None:
-        if encoded.has_special_text:
-            self._warned_rows[_SPECIAL_TEXT] += 1
-        if error is None and encoded.has_unknown:
-            self._warned_rows[_UNKNOWN_TEXT] += 1
-        if error is None and encoded.lost:
-            self._warned_rows[_LOST_TEXT] += 1
-        if error is None and self.tokenizer.adds_after:
-            self._warned_rows[_ADDED_AFTER] += 1
-
-    def _fit(self, prompt: Prompt, encoded: EncodedText) -> tuple[list[int], RowError | None]:
-        """The tokens of a prompt that go into the context, or why none do."""
+    def _error(self, prompt: Prompt, encoded: EncodedText) -> RowError | None:
+        """Return why the engine cannot run a prompt, None where it can."""
         n_positions, vocab_size = self.gpt_config.n_positions, self.gpt_config.vocab_size
-        if prompt.prompt_id in self.config.skip_row:
-            return [], RowError(kind="skipped", reason="skipped by skip_row")
         token_ids = encoded.token_ids
+        if prompt.prompt_id in self.config.skip_row:
+            return RowError(kind="skipped", reason="skipped by skip_row")
         if encoded.problem:
-            return [], RowError(
+            return RowError(
                 kind="unencodable", reason=f"the prompt cannot be encoded: {encoded.problem}"
             )
         if encoded.lost and self.config.on_lost_text == "error":
-            reason = f"the tokenizer drops {encoded.lost} of the prompt's {len(prompt.text)} characters; on_lost_text: warn runs the rest"
-            return [], RowError(kind="unencodable", reason=reason)
+            return RowError(
+                kind="unencodable",
+                reason=f"the tokenizer drops {encoded.lost} of the prompt's {len(prompt.text)} "
+                "characters; on_lost_text: warn runs the rest",
+            )
         if not token_ids:
-            return [], RowError(
+            return RowError(
                 kind="empty_prompt",
                 reason="the prompt is empty, and the checkpoint names no token to start from",
             )
         if max(token_ids) >= vocab_size:
-            reason = f"the prompt holds token {max(token_ids)}, which the model (vocab_size {vocab_size}) does not have"
-            return [], RowError(kind="unknown_token", reason=reason)
-        if len(token_ids) <= n_positions:
-            return token_ids, None
-        if self.config.context_overflow == "error":
-            reason = (
-                f"the prompt has {len(token_ids)} tokens, more than n_positions ({n_positions})"
+            return RowError(
+                kind="unknown_token",
+                reason=f"the prompt holds token {max(token_ids)}, which the model "
+                f"(vocab_size {vocab_size}) does not have",
             )
-            return [], RowError(kind="too_long", reason=reason)
-        return token_ids[-max(1, n_positions - prompt.params.max_new_tokens + 1) :], None
+        if len(token_ids) > n_positions and self.config.context_overflow == "error":
+            return RowError(
+                kind="too_long",
+                reason=f"the prompt has {len(token_ids)} tokens, more than n_positions "
+                f"({n_positions})",
+            )
+        return None
+
+    def _fit(self, prompt: Prompt, token_ids: list[int], read_s: float) -> TokenizedPrompt:
+        """Drop tokens from the front of a prompt that is longer than the context.
+
+        The rest leaves room for all new tokens but the last, whose keys and values are not needed.
+        """
+        n_positions = self.gpt_config.n_positions
+        kept = token_ids
+        if len(token_ids) > n_positions:
+            kept = token_ids[-max(1, n_positions - prompt.params.max_new_tokens + 1) :]
+        return TokenizedPrompt(
+            prompt=prompt,
+            token_ids=kept,
+            tokens_dropped=len(token_ids) - len(kept),
+            read_s=read_s,
+        )
+
+    def _bad_row(self, row: BadRow) -> Completion:
+        """Return the error row of a row that is not a valid prompt. Its prompt is empty."""
+        prompt = Prompt(
+            index=row.index,
+            prompt_id=row.prompt_id,
+            text="",
+            params=self.reader.defaults.params(row.prompt_id, {}),
+            metadata=None,
+        )
+        return _error_row(prompt, 0, RowError(kind="bad_row", reason=row.reason))
+
+    def _count_warnings(self, encoded: EncodedText, error: RowError | None) -> None:
+        if encoded.has_special_text:
+            self._warned_rows[_SPECIAL_TEXT] += 1
+        if error is not None:
+            return
+        if encoded.has_unknown:
+            self._warned_rows[_UNKNOWN_TEXT] += 1
+        if encoded.lost:
+            self._warned_rows[_LOST_TEXT] += 1
+        if self.tokenizer.adds_after:
+            self._warned_rows[_ADDED_AFTER] += 1
+
+    def _check_template(self) -> None:
+        """Raise ModelError if the template adds a token that the model does not have."""
+        vocab_size = self.gpt_config.vocab_size
+        if lacking := [token for token in self.tokenizer.template_tokens if token >= vocab_size]:
+            raise ModelError(
+                f"{self.config.model}: the tokenizer's template adds "
+                f"{self.tokenizer.name(lacking[0])!r} (token {lacking[0]}) to every prompt, which "
+                f"the model (vocab_size {vocab_size}) does not have; "
+                "add_special_tokens: false leaves the template out"
+            )
 
 
 def prompt_tokenizer(
     config: JobConfig, special_tokens: SpecialTokens, tokenizer: LoadedTokenizer
 ) -> PromptTokenizer:
-    """The tokenizer as a job's settings want it."""
+    """Return the tokenizer of prompts with the settings of a job."""
     return PromptTokenizer(
         tokenizer,
         start_token=start_token(special_tokens, tokenizer),
