@@ -212,7 +212,7 @@ class _Record:
                 return False
             self._quoted.append(line[at:close])
             at = close + 1
-            # a doubled quote stands for one
+            # a doubled quote is one quote of the cell
             if line.startswith('"', at):
                 self._quoted.append('"')
                 at += 1

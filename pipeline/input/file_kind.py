@@ -1,4 +1,4 @@
-"""Detects the format of a file that is not what it was opened as, with advice in one line."""
+"""Detects files in an unexpected format and describes them, with advice in one line."""
 
 from __future__ import annotations
 

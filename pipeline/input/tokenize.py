@@ -162,7 +162,8 @@ class TokenizedInput:
     def _fit(self, prompt: Prompt, token_ids: list[int], read_s: float) -> TokenizedPrompt:
         """Drop tokens from the front of a prompt that is longer than the context.
 
-        The rest leaves room for all new tokens but the last, whose keys and values are not needed.
+        The kept tokens and the new tokens fit into the context. The last new token does not count,
+        since its keys and values are not needed.
         """
         n_positions = self.gpt_config.n_positions
         kept = token_ids

@@ -1,4 +1,4 @@
-"""Checks the files of a tokenizer, and describes what is wrong with them and what to do."""
+"""Checks the files of a tokenizer, and describes errors with advice."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def reject_random(where: Path, backend: Tokenizer) -> None:
 
 
 def reason_and_advice(folder: Path, tokenizer_class: Any, error: Exception) -> tuple[str, str]:
-    """Return why transformers cannot build a tokenizer, and what to do."""
+    """Return the reason why transformers cannot build a tokenizer, and advice."""
     there = {
         name
         for name in (TOKENIZER_JSON, "merges.txt", *VOCABULARY_FILES)
