@@ -1,4 +1,4 @@
-"""Tokenizer files in random combinations of options, as `tokenizers` and `transformers` write them."""
+"""Tokenizer files with random combinations of options, as tokenizers and transformers write them."""
 
 from __future__ import annotations
 

@@ -334,7 +334,7 @@ def test_unusual_valid_input(generate: Generate, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.jsonl"]
 
 
-# -- bad rows as error rows ------------------------------------------------------------------------------------------------
+# -- bad rows as error rows --
 
 
 def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
@@ -526,7 +526,7 @@ def check_any_bytes(generate: Generate, folder: Path, lines: list[bytes], on_bad
     shutil.rmtree(folder)
 
 
-# -- outputs, weights, secrets ---------------------------------------------------------------------------------------------
+# -- outputs, weights, secrets --
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def run(model: Path, folder: Path, prompts: list[str], **settings: Any) -> list[
     return rows
 
 
-# -- start and end tokens --------------------------------------------------------------------------------------------
+# -- start and end tokens --
 
 # what config.json says (... leaves the key out), what generation_config.json says -> the end tokens, those left out
 ENDS: dict[str, tuple[Any, dict[str, Any] | None, tuple[int, ...], tuple[int, ...]]] = {
@@ -257,7 +257,7 @@ def test_another_end_token_is_another_job(tmp_path: Path) -> None:
     assert run_command(["verify", str(tmp_path / "out")]) == 78
 
 
-# -- generation settings that are not followed -----------------------------------------------------------------------
+# -- generation settings that are not followed --
 
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] = {
     "as the hub's gpt2": (
@@ -324,7 +324,7 @@ def test_a_long_setting_is_shortened(tmp_path: Path) -> None:
     assert len(warning) < 300
 
 
-# -- heads, prefixes, constants, types -------------------------------------------------------------------------------
+# -- heads, prefixes, constants, types --
 
 ONE = np.full((2, 32), 0.5, np.float32)
 
@@ -527,7 +527,7 @@ def test_unknown_tensors_are_rejected_by_name(tmp_path: Path, name: str) -> None
         load(write_checkpoint(tmp_path / "model", config=config, tensors=tensors))
 
 
-# -- config.json without a model_type --------------------------------------------------------------------------------
+# -- config.json without a model_type --
 
 ARCHITECTURES = [
     "GPT2LMHeadModel",
@@ -574,7 +574,7 @@ def test_other_architectures_are_named(
         load(write_checkpoint(tmp_path / "model", config=changes))
 
 
-# -- folders and files of another kind -------------------------------------------------------------------------------
+# -- folders and files of another kind --
 
 # the files of a folder and their content ("" ends a folder's name in /) -> what is said
 OTHERS: dict[str, tuple[dict[str, str], str]] = {
@@ -722,7 +722,7 @@ def test_an_lfs_pointer_in_place_of_a_folder(tmp_path: Path) -> None:
         )
 
 
-# -- disks that fail -------------------------------------------------------------------------------------------------
+# -- disks that fail --
 
 
 @pytest.mark.parametrize(
@@ -761,7 +761,7 @@ def test_a_failing_disk_names_the_file(
     assert f"{folder / file}: cannot be read (Input/output error)" in capsys.readouterr().err
 
 
-# -- check-model -----------------------------------------------------------------------------------------------------
+# -- check-model --
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -809,7 +809,7 @@ def test_check_model_where_transformers_finds_no_tensors(
     )
 
 
-# -- files that are not what their names say -------------------------------------------------------------------------
+# -- files that are not what their names say --
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def metadata(prompt: Prompt) -> Any:
     return json.loads(prompt.metadata or "null")
 
 
-# -- CSV -------------------------------------------------------------------------------------------------------------------
+# -- CSV --
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_malformed_csv_line_is_one_bad_row(tmp_path: Path) -> None:
     assert [type(row).__name__ for _, row in rows] == ["Prompt", "BadRow", "BadRow", "Prompt"]
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------------
+# -- numbers --
 
 BIG = [1038100642990219405, 541768576607746334, 2**53 + 1, MAX_SEED]
 
@@ -241,7 +241,7 @@ def test_inexact_whole_floats_are_rejected(tmp_path: Path, field: str, value: fl
     assert len(read(tmp_path / "rows.parquet")) == 2
 
 
-# -- files of a folder -------------------------------------------------------------------------------------------------------
+# -- files of a folder --
 
 
 @pytest.mark.parametrize(
@@ -512,7 +512,7 @@ def test_nothing_is_guessed_from_keys(tmp_path: Path, keys: dict[str, Any]) -> N
     assert metadata(prompt) == keys
 
 
-# -- splits --------------------------------------------------------------------------------------------------------------------
+# -- splits --
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,7 @@ def test_slices_match_the_datasets_library(text: str, length: int) -> None:
     assert part.bounds(length) == (min(theirs.from_, length), min(theirs.to, length))
 
 
-# -- what a file is ------------------------------------------------------------------------------------------------------------
+# -- what a file is --
 
 ROWS = [{"instruction": f"Say {i}.", "input": ""} for i in range(30)]
 KINDS: dict[str, tuple[bytes, str]] = {
@@ -679,7 +679,7 @@ def test_numbers_of_a_json_array_keep_their_text(tmp_path: Path) -> None:
     )
 
 
-# -- fields --------------------------------------------------------------------------------------------------------------------
+# -- fields --
 
 
 @pytest.mark.parametrize(
@@ -829,7 +829,7 @@ def test_fields_that_look_like_settings_are_one_warning(
     assert (len(caplog.messages) == 1 and named in caplog.text) if named else not caplog.messages
 
 
-# -- values that JSON has no form for --------------------------------------------------------------------------------------------
+# -- values that JSON has no form for --
 
 
 def png() -> bytes:
@@ -921,7 +921,7 @@ def test_text_that_is_not_utf8_fails_in_its_own_row(tmp_path: Path) -> None:
     )
 
 
-# -- saved datasets and the hub --------------------------------------------------------------------------------------------------
+# -- saved datasets and the hub --
 
 
 def test_damage_in_a_saved_dataset_raises_input_errors(tmp_path: Path) -> None:
@@ -1095,7 +1095,7 @@ def test_invalid_dataset_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert str(caught.value) == f"{name}: no such file or folder"
 
 
-# -- well-known files ------------------------------------------------------------------------------------------------------------
+# -- well-known files --
 
 DIALOGUE = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "?"}]
 REQUEST = {"model": "gpt2", "prompt": "p", "max_tokens": 5}

@@ -162,7 +162,7 @@ def test_a_full_cgroup(system: Path) -> None:
     assert machine.free_memory_bytes() == 0
 
 
-# -- CPU time ------------------------------------------------------------------------------------------------------------
+# -- CPU time --
 
 
 def quota(folder: Path, quota_us: str, period_us: int = 100_000, *, version: int = 2) -> None:

@@ -148,7 +148,7 @@ BERT = [
     "中",
 ]
 
-# -- which files decide ----------------------------------------------------------------------------------------------
+# -- which files decide --
 
 USER, BOT = VOCAB_SIZE, VOCAB_SIZE + 1
 ADDED = {"<|user|>": USER, "<|bot|>": BOT}
@@ -365,7 +365,7 @@ def test_a_run_of_an_earlier_version_is_verified(tmp_path: Path) -> None:
     assert verify(model) == {"equal"}
 
 
-# -- templates and where an empty prompt starts ----------------------------------------------------------------------
+# -- templates and where an empty prompt starts --
 
 
 def with_template(template: str, *, post_processor: Any = None) -> Tokenizer:
@@ -443,7 +443,7 @@ def test_a_template_that_ends_prompts_is_a_warning(
     ]
 
 
-# -- completions -----------------------------------------------------------------------------------------------------
+# -- completions --
 
 WORDS = [
     "<s>",
@@ -567,7 +567,7 @@ def test_clean_up_of_spaces(tmp_path: Path, clean_up: bool) -> None:
     expect_as_transformers(model, ["hello", "hello world"])
 
 
-# -- files that are not there, or not as they are called -------------------------------------------------------------
+# -- files that are not there, or not as they are called --
 
 
 def vocabulary_files(folder: Path, tokenizer_class: str | None, **names: str) -> Path:
@@ -698,7 +698,7 @@ def test_a_class_that_cannot_read_the_tokenizer_json(tmp_path: Path, kind: str) 
     load_tokenizer(model)
 
 
-# -- text that cannot be encoded -------------------------------------------------------------------------------------
+# -- text that cannot be encoded --
 
 
 def letters(model: Any = None, *, pre_tokenizer: Any = None, normalizer: Any = None) -> Tokenizer:
@@ -936,7 +936,7 @@ def load(tokenizer: Tokenizer) -> PromptTokenizer:
     )
 
 
-# -- special tokens as text ------------------------------------------------------------------------------------------
+# -- special tokens as text --
 
 
 @pytest.mark.parametrize("token", [END_OF_TEXT, "<|stop|>", "<|other|>"])
@@ -956,7 +956,7 @@ def test_special_tokens_in_prompts_are_text_with_a_warning(
     assert not [message for message in caplog.messages if "special token" in message]
 
 
-# -- tokens that the model lacks -------------------------------------------------------------------------------------
+# -- tokens that the model lacks --
 
 
 def test_a_tokenizer_may_be_larger_than_the_model(tmp_path: Path) -> None:
@@ -995,7 +995,7 @@ def test_a_template_with_tokens_outside_of_the_model(tmp_path: Path, kind: str) 
         assert [row["error"] for row in run(model, ["hi"], add_special_tokens=False)] == [None]
 
 
-# -- other tokenizers than GPT-2's -----------------------------------------------------------------------------------
+# -- other tokenizers than GPT-2's --
 
 
 @pytest.mark.parametrize("where", ["config", "tokenizer_config"])
@@ -1065,7 +1065,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(checkpoint(tmp_path / "model"))
 
 
-# -- randomness and panics -------------------------------------------------------------------------------------------
+# -- randomness and panics --
 
 
 def changed(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], object]) -> str:
@@ -1197,7 +1197,7 @@ def test_a_decoder_that_panics_is_an_error(
     assert "panicked" not in capfd.readouterr().err
 
 
-# -- check-model -----------------------------------------------------------------------------------------------------
+# -- check-model --
 
 
 @pytest.mark.parametrize("name", ["bytes", "words", "added"])
