@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gptbatch.pipeline.errors import InputNotFoundError
 from gptbatch.pipeline.input.dataset_files import ARROW_SUFFIXES, TEXT_SUFFIXES, suffix_of, walk
-from gptbatch.pipeline.input.hub_dataset import hub_splits
+from gptbatch.pipeline.input.hub_dataset import HubDataset
 from gptbatch.pipeline.input.local_dataset import Splits, local_splits
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.split import SplitPart, parse_split
@@ -110,4 +110,10 @@ class DatasetSplit:
         )
         if looks_like_path or not _HUB_NAME.fullmatch(self._dataset):
             raise InputNotFoundError(f"{self._dataset}: no such file or folder")
-        return hub_splits(self._dataset, self.name, self._config, self._revision, self._delimiter)
+        return HubDataset(
+            dataset=self._dataset,
+            where=self.name,
+            config=self._config,
+            revision=self._revision,
+            delimiter=self._delimiter,
+        ).splits()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,84 +33,101 @@ _LOADERS = frozenset(
 )
 
 
-def hub_splits(
-    dataset: str, where: str, config: str | None, revision: str | None, delimiter: str | None
-) -> Splits:
-    """Find the splits of a dataset on the hub, or in the cache where the hub is unreachable.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubDataset:
+    """A dataset on the hub.
 
-    Args:
+    Attributes:
         dataset: Its name on the hub, OWNER/NAME.
         where: The dataset in messages.
         config: Name of one of its configs. None takes the default.
         revision: Branch, tag or commit. None takes the default branch.
         delimiter: Of CSV files. None takes the default.
-
-    Raises:
-        InputNotFoundError: There is no such dataset, or it is neither reachable nor cached.
     """
-    from huggingface_hub import HfApi, constants, hf_hub_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    if dataset in _LOADERS:
-        raise InputNotFoundError(
-            f"{dataset}: no such file or folder (and on the hub a dataset is called OWNER/NAME)"
+    dataset: str
+    where: str
+    config: str | None
+    revision: str | None
+    delimiter: str | None
+
+    def splits(self) -> Splits:
+        """Find the splits, in the cache if the hub is offline or unreachable.
+
+        Raises:
+            InputNotFoundError: There is no such dataset, or it is neither reachable nor cached.
+        """
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
         )
-    if (
-        constants.HF_HUB_OFFLINE
-        or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
-    ):
-        return _cached(dataset, where, config, revision, delimiter) or LibrarySplits(
-            dataset, where, config, revision
-        )
-    try:
-        info = HfApi().dataset_info(dataset, revision=revision)
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise InputNotFoundError(
-            f"{where}: no such file or folder, and the hub does not give it ({first_line(error)})"
-        ) from error
-    except Exception as error:
-        if (cached := _cached(dataset, where, config, revision, delimiter)) is None:
+
+        if self.dataset in _LOADERS:
             raise InputNotFoundError(
-                f"{where}: no such file or folder, and the hub cannot be reached "
+                f"{self.dataset}: no such file or folder (and on the hub a dataset is called "
+                "OWNER/NAME)"
+            )
+        datasets_offline = os.environ.get("HF_DATASETS_OFFLINE", "").upper()
+        if constants.HF_HUB_OFFLINE or datasets_offline in constants.ENV_VARS_TRUE_VALUES:
+            return self._cached() or self._streamed(self.revision)
+        try:
+            info = HfApi().dataset_info(self.dataset, revision=self.revision)
+        except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise InputNotFoundError(
+                f"{self.where}: no such file or folder, and the hub does not give it "
                 f"({first_line(error)})"
             ) from error
-        logger.warning("%s: the hub cannot be reached; its copy in the cache is read", where)
-        return cached
-
-    def fetch(name: str) -> Path:
-        try:
-            return Path(hf_hub_download(dataset, name, repo_type="dataset", revision=info.sha))
         except Exception as error:
-            raise InputNotFoundError(
-                f"{where}: {name} cannot be fetched ({first_line(error)})"
-            ) from error
+            if (cached := self._cached()) is None:
+                raise InputNotFoundError(
+                    f"{self.where}: no such file or folder, and the hub cannot be reached "
+                    f"({first_line(error)})"
+                ) from error
+            logger.warning(
+                "%s: the hub cannot be reached; its copy in the cache is read", self.where
+            )
+            return cached
+        return self._online([file.rfilename for file in info.siblings or []], info.sha)
 
-    names = [file.rfilename for file in info.siblings or []]
-    card = fetch(CARD).read_text(encoding="utf-8", errors="replace") if CARD in names else ""
-    try:
-        files = arrange(where, names, card, config)
-    except NoDataFilesError:
-        return LibrarySplits(dataset, where, config, info.sha)
-    return FileSplits(where, files, fetch, lambda name: f"{dataset}/{name}", delimiter)
+    def _online(self, names: list[str], commit: str | None) -> Splits:
+        """Return the splits of the files of a commit. They are downloaded when they are read."""
+        from huggingface_hub import hf_hub_download
 
+        def fetch(name: str) -> Path:
+            try:
+                path = hf_hub_download(self.dataset, name, repo_type="dataset", revision=commit)
+                return Path(path)
+            except Exception as error:
+                raise InputNotFoundError(
+                    f"{self.where}: {name} cannot be fetched ({first_line(error)})"
+                ) from error
 
-def _cached(
-    dataset: str, where: str, config: str | None, revision: str | None, delimiter: str | None
-) -> Splits | None:
-    """Return the splits of a dataset in the cache of the hub, None where it is not cached."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            dataset, repo_type="dataset", revision=revision, local_files_only=True
+        card = fetch(CARD).read_text(encoding="utf-8", errors="replace") if CARD in names else ""
+        try:
+            files = arrange(self.where, names, card, self.config)
+        except NoDataFilesError:
+            return self._streamed(commit)
+        return FileSplits(
+            self.where, files, fetch, lambda name: f"{self.dataset}/{name}", self.delimiter
         )
-    except Exception:  # noqa: BLE001 - the library raises several types for a missing entry
-        return None
-    return local_splits(Path(folder), where, config, delimiter)
+
+    def _cached(self) -> Splits | None:
+        """Return the splits in the cache of the hub, None where the dataset is not cached."""
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(
+                self.dataset, repo_type="dataset", revision=self.revision, local_files_only=True
+            )
+        # the library raises several types for a missing entry
+        except Exception:  # noqa: BLE001
+            return None
+        return local_splits(Path(folder), self.where, self.config, self.delimiter)
+
+    def _streamed(self, revision: str | None) -> LibrarySplits:
+        return LibrarySplits(self.dataset, self.where, self.config, revision)
 
 
 class LibrarySplits:

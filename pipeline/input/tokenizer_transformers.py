@@ -47,19 +47,7 @@ def load_with_transformers(folder: Path, tokenizer_class: Any) -> LoadedTokenize
             made = AutoTokenizer.from_pretrained(
                 str(folder.resolve()), trust_remote_code=False, local_files_only=True
             )
-            backend = getattr(made, "_tokenizer", None)
-            if not isinstance(backend, Tokenizer):
-                raise ModelError(
-                    f"{folder}: its tokenizer is {type(made).__name__}, which is written in "
-                    "Python; only those of the tokenizers library are supported; convert it to a "
-                    "tokenizer.json"
-                )
-            reject_placeholder(folder, made, backend)
-            reject_empty(folder, backend)
-            reject_random(folder, backend)
-            backend.no_padding()
-            backend.no_truncation()
-            _check_backend(folder, made, backend)
+            backend = _checked_backend(folder, made)
     except ModelError:
         raise
     except Exception as error:
@@ -88,7 +76,24 @@ def load_with_transformers(folder: Path, tokenizer_class: Any) -> LoadedTokenize
     )
 
 
-def _check_backend(folder: Path, made: Any, backend: Tokenizer) -> None:
+def _checked_backend(folder: Path, made: Any) -> Tokenizer:
+    """Return the backend of a tokenizer of transformers. Raises ModelError."""
+    backend = getattr(made, "_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ModelError(
+            f"{folder}: its tokenizer is {type(made).__name__}, which is written in Python; only "
+            "those of the tokenizers library are supported; convert it to a tokenizer.json"
+        )
+    reject_placeholder(folder, made, backend)
+    reject_empty(folder, backend)
+    reject_random(folder, backend)
+    backend.no_padding()
+    backend.no_truncation()
+    _compare_with_backend(folder, made, backend)
+    return backend
+
+
+def _compare_with_backend(folder: Path, made: Any, backend: Tokenizer) -> None:
     """Raise ModelError if the class of transformers changes texts before its backend encodes."""
     for text in _PROBES:
         try:
