@@ -51,13 +51,8 @@ class DatasetSplit:
         delimiter: str | None = None,
     ) -> None:
         self.name = f"{dataset}[{split}]"
-        self._dataset, self._config, self._split, self._revision, self._delimiter = (
-            dataset,
-            config,
-            split,
-            revision,
-            delimiter,
-        )
+        self._dataset, self._config, self._split = dataset, config, split
+        self._revision, self._delimiter = revision, delimiter
 
     def files(self) -> list[Path] | None:
         """Return all files of a local dataset, and no files for a commit, which never changes."""
