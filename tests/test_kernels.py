@@ -1,7 +1,9 @@
-"""The C++ kernels: built once, whole or not at all; they compute what torch computes; and everything works without them."""
+"""The C++ kernels: build, cache, and results. The ops are tested for each instruction set."""
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import os
 import platform
@@ -9,27 +11,50 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from torch import Tensor
 from torch.nn import functional as F
 
 from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.kernels import build
-from gptbatch.pipeline.kernels.build import KernelError, build_kernels
+from gptbatch.pipeline.kernels.build import KERNELS, KernelError, Sources, Unit, build_kernels
+from gptbatch.pipeline.kernels.constants import HEAD_SIZE_MULTIPLE
 from gptbatch.pipeline.kv_cache.interface import select_backend
+from gptbatch.pipeline.kv_cache.quantization import BLOCK_SIZES, CacheDtype, round_trip_int8
 from gptbatch.pipeline.kv_cache.spec import PADDED
 from gptbatch.pipeline.model.config import Activation
 from gptbatch.pipeline.model.linear import ACTIVATIONS, use_threads
 from gptbatch.pipeline.types import SamplingParams
-from tests.conftest import has_kernels, run_gptbatch
-from tests.paths import PYTHONPATH
+from tests.conftest import has_kernels, run_fresh
+from tests.paths import REPOSITORY
+from tests.processes import LIMIT_S, child_environment, is_running, wait_for
 
-BUILD = "import sys; from pathlib import Path; from gptbatch.pipeline.kernels.build import build_kernels; build_kernels(Path(sys.argv[1]))"
+# Builds a stand-in for the kernels, which takes a fraction of a second, in another process.
+BUILD = """
+import sys
+from pathlib import Path
+from gptbatch.pipeline.kernels.build import Sources, Unit, build_kernels
+folder, sources = map(Path, sys.argv[1:])
+build_kernels(folder, Sources(folder=sources, units=(Unit(name="tiny", sources=("tiny.cpp",)),)))
+"""
+# A compiler that records each call and writes "ok" to its output file.
+FAKE = 'echo x >> {calls}\nwhile [ "$1" != -o ]; do shift; done; echo ok > "$2"'
+CALLS_PER_BUILD = len(KERNELS.units) + 1  # each unit, and the link
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Sources:
+    """Return sources that compile at once."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "tiny.h").write_text("int answer();\n")
+    (folder / "tiny.cpp").write_text('#include "tiny.h"\nint answer() { return 42; }\n')
+    return Sources(folder=folder, units=(Unit(name="tiny", sources=("tiny.cpp",)),))
 
 
 def needs_compiler() -> None:
@@ -37,12 +62,14 @@ def needs_compiler() -> None:
         pytest.skip("no C++ compiler")
 
 
-def build_in_child(folder: Path, compiler: str | None = None) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH} | (
-        {} if compiler is None else {"CXX": compiler}
-    )
+def build_in_child(
+    folder: Path, sources: Sources, compiler: str | None = None
+) -> subprocess.Popen[bytes]:
+    environment = child_environment(**({} if compiler is None else {"CXX": compiler}))
     return subprocess.Popen(
-        [sys.executable, "-c", BUILD, str(folder)], env=environment, start_new_session=True
+        [sys.executable, "-c", BUILD, str(folder), str(sources.folder)],
+        env=environment,
+        start_new_session=True,
     )
 
 
@@ -52,77 +79,86 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.slow
-def test_a_build_killed_half_way_neither_hangs_nor_breaks_the_next(tmp_path: Path) -> None:
-    """Killed while the compiler runs, which has written half of its files; then two builds at once."""
+def test_a_killed_build_leaves_nothing_and_two_builds_share_a_folder(
+    tmp_path: Path, tiny: Sources
+) -> None:
+    """The process is killed while a compiler runs that has written half of its output."""
     needs_compiler()
     folder = tmp_path / "kernels"
     started = tmp_path / "started"
     slow = script(
         tmp_path / "slow-c++",
-        f'while [ "$1" != -o ]; do shift; done; echo half > "$2"; echo $$ >> {started}; exec sleep 600',
+        'while [ "$1" != -o ]; do shift; done; echo half > "$2"; '
+        f"echo $$ >> {started}; exec sleep 600",
     )
-    child = build_in_child(folder, slow)
+    child = build_in_child(folder, tiny, slow)
     try:
-        deadline = time.monotonic() + 60
-        while not started.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: started.exists() and started.read_text(), "the compiler")
         assert "half\n" in [left_over.read_text() for left_over in folder.glob("build-*/*.o")]
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-    while any(is_running(int(compiler)) for compiler in started.read_text().split()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    for compiler in started.read_text().split():
+        wait_for(lambda: not is_running(int(compiler)), "the end of the compiler")  # noqa: B023
     assert not list(folder.glob("*.so"))
-    children = [build_in_child(folder), build_in_child(folder)]
-    assert [child.wait(timeout=240) for child in children] == [0, 0]
-    (library,) = folder.glob("*.so")
+    children = [build_in_child(folder, tiny), build_in_child(folder, tiny)]
+    assert [child.wait(timeout=LIMIT_S) for child in children] == [0, 0]
+    assert len(list(folder.glob("*.so"))) == 1
     assert not list(folder.glob("build-*"))
-    load = (
-        "import sys, torch; torch.ops.load_library(sys.argv[1]); torch.ops.gptbatch.paged_attention"
-    )
-    subprocess.run([sys.executable, "-c", load, str(library)], check=True, timeout=120)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
-@pytest.mark.parametrize("cpu", ["AVX512 with AMX", "AVX2", "DEFAULT"])
-def test_they_build_for_other_cpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: str
+def test_kernels_for_avx512_and_amx_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled and linked, whatever this machine has; a CPU without the instructions could not load it."""
+    """Compiled and linked only: a CPU without the instructions cannot run them."""
     needs_compiler()
-    capability, _, amx = cpu.partition(" with ")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for name in ("_is_avx512_bf16_supported", "_is_vnni_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: bool(amx))
-    assert ("-mamx-bf16" in build.compile_flags()) == bool(amx)
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    assert {"-mavx512bf16", "-mavx512vnni", "-mamx-bf16"} <= set(build.compile_flags())
     assert build_kernels(tmp_path).exists()
 
 
-RUNS = len(build.SOURCES) + 1  # of the compiler: each source, then all together
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_ops_pass_their_tests_with_fewer_instructions(capability: str) -> None:
+    """Kernels for AVX2, and for no vector instructions, are built once per machine and run."""
+    needs_compiler()
+    if capability.upper() == torch.backends.cpu.get_cpu_capability():
+        pytest.skip("the tests of this process run these kernels")
+    file = Path(__file__).relative_to(REPOSITORY)
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-k", "test_op_", "-m", "not slow")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(file)],
+        cwd=REPOSITORY,
+        env=child_environment(ATEN_CPU_CAPABILITY=capability, PYTEST_ADDOPTS=""),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name holds all that it depends on, so that another flag or source builds another one."""
+    """Another flag or source changes the name, and so builds another library."""
     calls = tmp_path / "calls"
     fake = script(
         tmp_path / "c++",
-        f'echo x >> {calls}\nwhile [ "$1" != -o ]; do shift; done; echo ok > "$2"',
+        FAKE.format(calls=calls),
     )
     monkeypatch.setenv("CXX", fake)
     first = build_kernels(tmp_path / "kernels")
     assert build_kernels(tmp_path / "kernels") == first
     assert first.read_text() == "ok\n"
-    assert calls.read_text() == "x\n" * RUNS
+    assert calls.read_text() == "x\n" * CALLS_PER_BUILD
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build_kernels(tmp_path / "kernels") == first, "what is built needs no compiler"
     monkeypatch.setenv("CXX", f"{fake} -some-flag")
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-DANOTHER"))
     assert build_kernels(tmp_path / "kernels") != first
-    assert calls.read_text() == "x\n" * 2 * RUNS
+    assert calls.read_text() == "x\n" * 2 * CALLS_PER_BUILD
     assert "-ffast-math" not in build.compile_flags()
     assert {"-fopenmp", "-ffp-contract=off"} <= set(build.compile_flags())
 
@@ -132,12 +168,13 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("exit 3", "exit code 3): no message"),
         (
-            '[ "$1" = --version ] && exit 0\necho "linear.cpp:1: error: no such header" >&2; exit 1',
+            '[ "$1" = --version ] && exit 0\n'
+            'echo "linear.cpp:1: error: no such header" >&2; exit 1',
             "exit code 1): linear.cpp:1: error: no such",
         ),
     ],
 )
-def test_compilers_that_fail_are_named(
+def test_the_error_of_a_compiler_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
 ) -> None:
     monkeypatch.setenv("CXX", script(tmp_path / "bad-c++", text))
@@ -147,7 +184,7 @@ def test_compilers_that_fail_are_named(
     assert not list(tmp_path.glob("kernels/*.so")) + list(tmp_path.glob("kernels/build-*"))
 
 
-def test_a_lock_that_never_opens_and_a_folder_that_cannot_be_written(
+def test_a_held_lock_and_a_folder_that_cannot_be_written_are_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", script(tmp_path / "c++", "exit 0"))
@@ -161,10 +198,10 @@ def test_a_lock_that_never_opens_and_a_folder_that_cannot_be_written(
         build_kernels(tmp_path / "file" / "kernels")
 
 
-def test_compilers_end_with_a_build_that_is_interrupted(
+def test_an_interrupted_build_kills_its_compilers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their children too: g++ starts others."""
+    """Including the processes that a compiler driver such as g++ starts."""
     pids = tmp_path / "pids"
     monkeypatch.setenv(
         "CXX",
@@ -173,7 +210,7 @@ def test_compilers_end_with_a_build_that_is_interrupted(
             f"trap '' TERM\nsleep 600 &\necho $! >> {pids}; echo $$ >> {pids}\nwait; wait",
         ),
     )
-    started = 2 * len(build.SOURCES)
+    started = 2 * len(KERNELS.units)
 
     def interrupt(number: int, frame: object) -> None:
         if pids.exists() and len(pids.read_text().splitlines()) == started:
@@ -188,24 +225,13 @@ def test_compilers_end_with_a_build_that_is_interrupted(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    deadline = time.monotonic() + 30
-    for pid in pids.read_text().split():
-        while is_running(int(pid)):
-            assert time.monotonic() < deadline, f"process {pid} goes on"
-            time.sleep(0.01)
+    for pid in map(int, pids.read_text().split()):
+        wait_for(lambda: not is_running(pid), f"the end of process {pid}")  # noqa: B023
     assert not list(tmp_path.glob("kernels/build-*"))
 
 
-def is_running(pid: int) -> bool:
-    """False for a zombie, which nobody may have waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the path look as if it were another user's."""
+    """Let the path belong to another user."""
     if os.geteuid() == 0:
         os.chown(path, 12345, -1, follow_symlinks=False)
     else:
@@ -218,17 +244,15 @@ def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["for all", "for the group", "for others", "of another user"],
 )
 @pytest.mark.parametrize("where", ["kernels", "its parent"])
-def test_a_cache_that_others_may_write_is_not_used(
+def test_a_cache_that_other_users_may_write_is_not_used(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     where: str,
     mode: int | None,
 ) -> None:
-    """The library that lies there is not loaded; one is built elsewhere, and is gone afterwards."""
-    monkeypatch.setenv(
-        "CXX", script(tmp_path / "c++", 'while [ "$1" != -o ]; do shift; done; echo ok > "$2"')
-    )
+    """The kernels are built in a private folder, which is removed afterwards."""
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", FAKE.format(calls=tmp_path / "calls")))
     monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
     loaded: list[Path] = []
     monkeypatch.setattr(build, "_load", loaded.append)
@@ -251,16 +275,14 @@ def test_a_cache_that_others_may_write_is_not_used(
 
 
 @pytest.mark.parametrize("mode", [0o777, None])
-def test_a_library_that_others_may_have_changed_is_built_again(
+def test_a_library_that_other_users_may_write_is_built_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     mode: int | None,
 ) -> None:
     calls = tmp_path / "calls"
-    fake = script(
-        tmp_path / "c++", f'echo x >> {calls}\nwhile [ "$1" != -o ]; do shift; done; echo ok > "$2"'
-    )
+    fake = script(tmp_path / "c++", FAKE.format(calls=calls))
     monkeypatch.setenv("CXX", fake)
     library = build_kernels(tmp_path / "kernels")
     if mode is None:
@@ -270,17 +292,15 @@ def test_a_library_that_others_may_have_changed_is_built_again(
     else:
         library.chmod(mode)
     again = build_kernels(tmp_path / "kernels")
-    assert calls.read_text() == "x\n" * 2 * RUNS
+    assert calls.read_text() == "x\n" * 2 * CALLS_PER_BUILD
     assert build.distrust(again) is None
     assert "not trusted; building it again" in caplog.text
 
 
-def test_folders_are_private_whatever_the_umask(
+def test_cache_folders_are_private_whatever_the_umask_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(
-        "CXX", script(tmp_path / "c++", 'while [ "$1" != -o ]; do shift; done; echo ok > "$2"')
-    )
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", FAKE.format(calls=tmp_path / "calls")))
     before = os.umask(0)
     try:
         library = build_kernels(tmp_path / "cache" / "gptbatch" / "kernels")
@@ -289,10 +309,10 @@ def test_folders_are_private_whatever_the_umask(
     assert [build.distrust(path) for path in (library, *library.parents[:3])] == [None] * 4
 
 
-def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
-    """One warning that says how to get it; asked for by name it is an error."""
+def test_runs_and_verify_work_without_a_compiler(tmp_path: Path) -> None:
+    """A warning says how to get one. With `--attention ragged` it is an error."""
     environment = {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    ran = run_gptbatch(
+    ran = run_fresh(
         "generate",
         "--config",
         "demo",
@@ -306,10 +326,10 @@ def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
     assert ran.stderr.count("WARNING") == 1
     assert "install g++ or clang++" in ran.stderr
     assert ran.summary["batch_invariance"] == "verified"
-    verified = run_gptbatch("verify", tmp_path / "out", "--all", env=environment)
+    verified = run_fresh("verify", tmp_path / "out", "--all", env=environment)
     assert verified.code == 0, verified.stderr
     assert verified.summary["judged"] == "exactly"
-    refused = run_gptbatch(
+    refused = run_fresh(
         "generate",
         "--config",
         "demo",
@@ -325,48 +345,36 @@ def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
     assert "no-such-compiler" in refused.stderr
 
 
-def test_ragged_is_for_cpus() -> None:
+def test_the_ragged_backend_is_for_cpus() -> None:
     with pytest.raises(DeviceError, match="CPU only"):
         select_backend("ragged", torch.device("cuda"))
     assert select_backend("auto", torch.device("cuda")) == PADDED
     assert select_backend("padded", torch.device("cpu")) == PADDED
 
 
-@pytest.mark.slow
-def test_the_first_run_says_what_it_builds_and_a_damaged_library_is_built_again(
-    tmp_path: Path,
+def test_a_build_is_announced_and_a_damaged_library_is_built_again(
+    tmp_path: Path, tiny: Sources, caplog: pytest.LogCaptureFixture
 ) -> None:
     needs_compiler()
-    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    arguments = (
-        "generate",
-        "--config",
-        "demo",
-        "--limit",
-        "2",
-        "--max-new-tokens",
-        "2",
-        "--attention",
-        "ragged",
-        "--output",
-    )
-    first = run_gptbatch(*arguments, tmp_path / "a", env=environment)
-    assert first.code == 0, first.stderr
-    assert "building the kernels" in first.stderr
-    (library,) = (tmp_path / "cache" / "gptbatch" / "kernels").glob("kernels-*.so")
-    assert "building" not in run_gptbatch(*arguments, tmp_path / "b", env=environment).stderr
+    caplog.set_level(logging.INFO, logger="gptbatch.kernels")
+    folder = tmp_path / "kernels"
+    library = build_kernels(folder, tiny)
+    assert "building the C++ kernels" in caplog.text
+    assert str(folder) in caplog.text
+    caplog.clear()
+    assert build_kernels(folder, tiny) == library
+    assert not caplog.text
     library.write_bytes(library.read_bytes()[:5000])
-    again = run_gptbatch(*arguments, tmp_path / "c", env=environment)
-    assert again.code == 0, again.stderr
-    assert "damaged; building it again" in again.stderr
-    assert run_gptbatch("diff", tmp_path / "a", tmp_path / "c").code == 0
+    again = build_kernels(folder, tiny)
+    assert "damaged; building it again" in caplog.text
+    assert build_kernels(folder, tiny) == again
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("in_features", "out_features"), [(1, 1), (5, 47), (33, 48), (64, 49), (768, 100), (301, 500)]
 )
-def test_linears_are_those_of_torch_and_rows_do_not_know_each_other(
+def test_op_linear_matches_torch_and_rows_are_independent(
     in_features: int, out_features: int, dtype: torch.dtype
 ) -> None:
     needs_compiler()
@@ -399,7 +407,7 @@ def test_linears_are_those_of_torch_and_rows_do_not_know_each_other(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_are_those_of_torch(activation: Activation) -> None:
+def test_op_linear_activations_match_torch(activation: Activation) -> None:
     needs_compiler()
     x = torch.cat(
         [torch.linspace(-12, 12, 499), torch.tensor([-1e4, -90.0, -0.0, 0.0, 90.0, 1e4])]
@@ -413,7 +421,7 @@ def test_activations_are_those_of_torch(activation: Activation) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [1, 5, 16, 33, 100, 768])
-def test_norms_are_those_of_torch_and_rows_do_not_know_each_other(
+def test_op_layer_norm_matches_torch_and_rows_are_independent(
     width: int, dtype: torch.dtype
 ) -> None:
     needs_compiler()
@@ -423,7 +431,7 @@ def test_norms_are_those_of_torch_and_rows_do_not_know_each_other(
     weight, bias = torch.randn(width, dtype=dtype), torch.randn(width, dtype=dtype)
     y = torch.ops.gptbatch.layer_norm(x, weight, bias, 1e-5)
     exact = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
-    # what rounding x - mean leaves is stretched where a row hardly varies
+    # The rounding error of x - mean is divided by the standard deviation.
     tolerance = (
         1e-2
         if dtype == torch.bfloat16
@@ -442,22 +450,80 @@ def test_norms_are_those_of_torch_and_rows_do_not_know_each_other(
     assert spoilt.isnan().any(1).nonzero().flatten().tolist() == [3]
 
 
-def test_linears_say_what_does_not_fit() -> None:
+def test_op_linear_and_layer_norm_reject_wrong_inputs() -> None:
     needs_compiler()
     packed = torch.ops.gptbatch.pack_weight(torch.zeros(5, 3))
     with pytest.raises(RuntimeError, match="shapes"):
         torch.ops.gptbatch.linear(torch.zeros(2, 3), packed, 500, None, None, "none")
-    with pytest.raises(RuntimeError, match="types"):
+    with pytest.raises(RuntimeError, match="one supported dtype"):
         torch.ops.gptbatch.linear(
             torch.zeros(2, 3, dtype=torch.float64), packed, 5, None, None, "none"
         )
-    with pytest.raises(RuntimeError, match="no activation selu"):
+    with pytest.raises(RuntimeError, match="unknown activation selu"):
         torch.ops.gptbatch.linear(torch.zeros(2, 3), packed, 5, None, None, "selu")
-    with pytest.raises(RuntimeError, match="layer_norm: the shapes or types do not fit"):
+    with pytest.raises(RuntimeError, match="layer_norm: the shapes or dtypes"):
         torch.ops.gptbatch.layer_norm(torch.zeros(2, 3), torch.zeros(3), torch.zeros(4), 1e-5)
 
 
-def test_attention_says_what_does_not_fit() -> None:
+def naive_attention(qkv: Tensor, scale: float, cache_dtype: CacheDtype) -> Tensor:
+    """Attend causally over one sequence in float64: qkv (N, 3, H, D) -> (N, H D)."""
+    q, k, v = qkv.transpose(0, 1).transpose(1, 2)  # (H, N, D) each
+    if cache_dtype == "int8":
+        k, v = round_trip_int8(k), round_trip_int8(v)
+    scores = scale * q.double() @ k.double().mT
+    mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril()
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (weights @ v.double()).transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("head_size", [1, 16, 64, 80])
+def test_op_paged_attention_matches_softmax_and_tokens_are_independent(
+    head_size: int, dtype: torch.dtype, cache_dtype: CacheDtype
+) -> None:
+    """All tokens in one call, then in calls of 1 to 7: the results are equal bit for bit."""
+    needs_compiler()
+    heads, n_tokens, scale = 3, 150, head_size**-0.5
+    generator = torch.Generator().manual_seed(head_size)
+    qkv = torch.randn(n_tokens, 3, heads, head_size, generator=generator).to(dtype)
+    size = BLOCK_SIZES[cache_dtype]
+    padded = -(-head_size // HEAD_SIZE_MULTIPLE) * HEAD_SIZE_MULTIPLE
+    n_blocks = -(-n_tokens // size)
+    stored, numbers = (torch.uint8, padded + 4) if cache_dtype == "int8" else (dtype, padded)
+    table = torch.randperm(n_blocks, generator=generator).to(torch.int32)[None]
+
+    def attend(calls: list[slice]) -> Tensor:
+        cache = torch.zeros(heads, n_blocks, 2 * size * numbers, dtype=stored)
+        positions = torch.arange(n_tokens)
+        outs = [
+            torch.ops.gptbatch.paged_attention(
+                qkv[part],
+                cache,
+                table,
+                torch.zeros(len(positions[part]), dtype=torch.long),
+                positions[part],
+                scale,
+            )
+            for part in calls
+        ]
+        return torch.cat(outs)
+
+    whole = attend([slice(0, n_tokens)])
+    expected = naive_attention(qkv, scale, cache_dtype)
+    # int8 also quantizes queries and weights, to 15 bits; bfloat16 rounds the result to 8.
+    tolerance = 0.03 if dtype == torch.bfloat16 else 1e-3 if cache_dtype == "int8" else 1e-5
+    assert (whole.double() - expected).abs().max() <= tolerance
+    rng, ends = random.Random(0), [0]
+    while ends[-1] < n_tokens:
+        ends.append(min(n_tokens, ends[-1] + rng.randint(1, 7)))
+    pieces = [slice(*pair) for pair in itertools.pairwise(ends)]
+    for threads in (1, 3):
+        with use_threads(threads):
+            assert torch.equal(attend(pieces), whole)
+
+
+def test_op_attention_rejects_wrong_inputs() -> None:
     needs_compiler()
     bias, x = torch.zeros(3 * 2 * 16), torch.zeros(1, 8)
     packed = torch.ops.gptbatch.pack_weight(torch.zeros(len(bias), 8))
@@ -469,21 +535,21 @@ def test_attention_says_what_does_not_fit() -> None:
         torch.ops.gptbatch.qkv_paged_attention(x, packed, bias, cache, table, seq_indices, one, 1.0)
 
     attend(torch.zeros(2, 1, 2 * 16 * 32))
-    with pytest.raises(RuntimeError, match="the pages of the cache are of another size"):
+    with pytest.raises(RuntimeError, match="a block of the cache has 512 numbers, not 1024"):
         attend(torch.zeros(2, 1, 2 * 16 * 16))
-    with pytest.raises(RuntimeError, match="the cache is of the type of qkv, or uint8"):
+    with pytest.raises(RuntimeError, match="the cache must be uint8 or have the dtype of qkv"):
         attend(torch.zeros(2, 1, 2 * 16 * 32, dtype=torch.bfloat16))
-    with pytest.raises(RuntimeError, match="a head takes whole panels"):
+    with pytest.raises(RuntimeError, match="the columns of a head must fill whole panels"):
         attend(torch.zeros(2, 1, 2 * 16 * 32), bias=torch.zeros(3 * 2 * 16 + 2))
-    with pytest.raises(RuntimeError, match="paged_attention: the shapes do not fit each other"):
+    with pytest.raises(RuntimeError, match="must have one shape"):
         attend(torch.zeros(2, 1, 2 * 16 * 32), seq_indices=torch.zeros(2, dtype=torch.long))
-    with pytest.raises(RuntimeError, match=r"qkv is to be \(R, 3, H, D\)"):
+    with pytest.raises(RuntimeError, match=r"qkv must be \(R, 3, H, D\)"):
         torch.ops.gptbatch.paged_attention(
             torch.zeros(1, 3 * 2 * 16), torch.zeros(2, 1, 2 * 16 * 32), table, one, one, 1.0
         )
 
 
-def test_blocks_say_what_does_not_fit() -> None:
+def test_op_transformer_blocks_rejects_wrong_inputs() -> None:
     needs_compiler()
     weights = [
         torch.zeros(8),
@@ -499,22 +565,21 @@ def test_blocks_say_what_does_not_fit() -> None:
             torch.zeros(1, 8), weights, 1e-5, "relu", caches, scales, table, one, one, None
         )
 
-    for some, scales in ((weights[1:], [1.0]), (weights, [])):
-        with pytest.raises(
-            RuntimeError, match=r"weights, 1 caches and . scales do not fit each other"
-        ):
-            run(some, 1, scales)
+    for given, scales in ((weights[1:], [1.0]), (weights, [])):
+        with pytest.raises(RuntimeError, match=r"weights, 1 caches and . scales do not fit"):
+            run(given, 1, scales)
     for n_head in (0, 7):
-        with pytest.raises(RuntimeError, match="the heads of the cache do not fit the projection"):
+        with pytest.raises(RuntimeError, match="does not fit a projection"):
             run(weights, n_head, [1.0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [1, 2, 5, 31, 32, 33, 65, 700, 5003])
-def test_the_kernel_chooses_the_tokens_that_torch_chooses(
-    vocab_size: int, dtype: torch.dtype
-) -> None:
-    """Ties, infinities, NaN, any parameters; margins agree but for the last bits of their logarithms."""
+def test_op_sample_matches_torch(vocab_size: int, dtype: torch.dtype) -> None:
+    """Tokens are equal. Margins differ by the rounding of their logarithms at most.
+
+    Logits include ties, infinities and NaN.
+    """
     needs_compiler()
     rng = random.Random(vocab_size)
     generator = torch.Generator().manual_seed(vocab_size)
@@ -543,15 +608,15 @@ def test_the_kernel_chooses_the_tokens_that_torch_chooses(
         ]
         steps = [rng.randrange(1000) for _ in range(60)]
         bounds = [rng.choice([math.inf, 0.01, 1.0]) for _ in range(60)]
-        theirs, ours = (
+        expected, sampled = (
             sample_tokens(logits, rows, steps, bounds, native=native) for native in (False, True)
         )
-        assert [choice.token for choice in ours] == [choice.token for choice in theirs]
-        for row, a, b in zip(rows, ours, theirs, strict=True):
+        assert [s.token for s in sampled] == [s.token for s in expected]
+        for row, a, b in zip(rows, sampled, expected, strict=True):
             assert a.decision_margin == b.decision_margin or a.decision_margin == pytest.approx(
                 b.decision_margin, rel=1e-9, abs=1e-9 * max(1, row.temperature)
             )
         with use_threads(3):
-            assert sample_tokens(logits, rows, steps, bounds, native=True) == ours
-        differing += len({choice.token for choice in ours})
+            assert sample_tokens(logits, rows, steps, bounds, native=True) == sampled
+        differing += len({s.token for s in sampled})
     assert vocab_size == 1 or differing > 3

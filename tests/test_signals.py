@@ -14,7 +14,7 @@ import pytest
 
 from gptbatch.jobs.group import COMMANDS
 from gptbatch.jobs.signals import STOPPED, STOPPING, Signals
-from gptbatch.pipeline.kernels.build import SOURCES
+from gptbatch.pipeline.kernels.build import KERNELS
 from tests.launcher import Launcher
 from tests.processes import LIMIT_S, child_environment, is_running, wait_for
 
@@ -191,7 +191,7 @@ def test_compilers_end_with_the_build(
         env={"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(compiler)},
     )
     wait_for(
-        lambda: started.exists() and len(started.read_text().split()) == 2 * len(SOURCES),
+        lambda: started.exists() and len(started.read_text().split()) == 2 * len(KERNELS.units),
         "compilers",
     )
     for number in numbers:

@@ -1,10 +1,13 @@
-"""Builds the C++ kernels on first use, into the user's cache folder, and loads them.
+"""Build the C++ kernels on first use, keep them in the user's cache folder, and load them.
 
-A library is kept under a key of all that it depends on (source, flags, torch, the CPU's vector instructions), so that a
-cache folder which machines share holds one for each kind, and under a hash of its content. It is compiled in a temporary folder
-and moved into place whole, under a file lock: a build that was killed leaves nothing that could be loaded, and the next one
-sweeps its folder. A library runs with the rights of the process, so it is loaded only where nobody else but root can have put
-it there. Compilers end with the build, also where its process is killed.
+The file name of a library holds two hashes. The first is of all inputs of the build: sources,
+flags, torch version, CPU capability. Machines of several kinds can share a cache folder. The
+second is of the library's content and detects damage.
+
+A library is compiled in a temporary folder, under a file lock, and moved into place when it is
+complete. The next build removes the folder of a killed one. Compilers are killed together with the
+process that started them. A library runs with the rights of the process, so files that other users
+could have written are not loaded.
 """
 
 from __future__ import annotations
@@ -25,39 +28,51 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
+from gptbatch.pipeline.kernels.constants import LAYOUT
+
 logger = logging.getLogger("gptbatch.kernels")
 
-FOLDER = Path(__file__).parent / "cpu"
-SOURCES = (
-    "attention.cpp",
-    "transformer_blocks.cpp",
-    "sample.cpp",
-    "linear.cpp",
-    "layer_norm.cpp",
-    "rescore.cpp",
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One translation unit: sources that are compiled together, which parses their headers once."""
+
+    name: str
+    sources: tuple[str, ...]
+    optimization: str = "-O3"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """The C++ files of a library. Headers are all files *.h in the folder."""
+
+    folder: Path
+    units: tuple[Unit, ...]
+
+
+# Headers take most of the build time. Only the first unit includes torch/library.h, and only the
+# others the vector headers. The first one computes nothing, so -O1 does for it.
+KERNELS = Sources(
+    folder=Path(__file__).parent / "cpu",
+    units=(
+        Unit(name="ops", sources=("ops.cpp", "transformer_blocks.cpp"), optimization="-O1"),
+        Unit(name="attention", sources=("attention.cpp",)),
+        Unit(name="dense", sources=("linear.cpp", "layer_norm.cpp", "sample.cpp", "rescore.cpp")),
+    ),
 )
-HEADERS = (
-    "common.h",
-    "attention.h",
-    "epilogue.h",
-    "kv_blocks_full.h",
-    "kv_blocks_int8.h",
-    "maxima.h",
-    "gemm.h",
-    "tokens.h",
-)
-LOCK_TIMEOUT_S = (
-    600.0  # another process that builds takes seconds; one that hangs must not stop us for ever
-)
+# Another process builds for seconds. The limit is for one that hangs.
+LOCK_TIMEOUT_S = 600.0
 BUILD_TIMEOUT_S = 600.0
 _TEMPORARY = "build-"
-# Waits for the end of its standard input, which the kernel closes when the build's process ends, and kills its process group.
+# A process that reads its standard input. The read returns when the building process ends, however
+# it ends, and the guard then kills its own process group, which holds the compilers.
 _GUARD = """
 import os, signal
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
@@ -66,7 +81,7 @@ os.read(0, 1)
 os.killpg(0, signal.SIGKILL)
 """
 
-# by torch.backends.cpu.get_cpu_capability(): without these at::vec falls back to plain loops
+# By torch.backends.cpu.get_cpu_capability(). Without these, at::vec uses plain loops.
 _CAPABILITY_FLAGS = {
     "AVX512": (
         "-mavx512f",
@@ -79,25 +94,30 @@ _CAPABILITY_FLAGS = {
     ),
     "AVX2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
 }
-# -ffp-contract=off and no -ffast-math: the order and rounding of every sum is as written. -fopenmp: at::parallel_for runs on
-# one thread without it, and says nothing.
-_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
+# -ffp-contract=off and no -ffast-math keep the order and rounding of every sum. at::parallel_for
+# needs -fopenmp: without it, it runs on one thread and reports nothing.
+_FLAGS = ("-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
 
 
 class KernelError(Exception):
-    """The kernels cannot be had on this machine; the message says why and what would help."""
+    """The kernels are not available on this machine; the message says why and what to do."""
 
 
 @functools.cache
 def load_kernels() -> None:
-    """Make torch.ops.gptbatch available; builds it first where the cache has none. Raises KernelError.
+    """Make torch.ops.gptbatch available.
 
-    A cache folder that other users may write is not used: the library is built in a private one, for this process alone.
+    Builds the library if the cache has none. If other users may write the cache folder, the library
+    is built in a private folder, for this process only.
+
+    Raises:
+        KernelError: There is no compiler, or it fails, or the library cannot be stored or loaded.
     """
     folder = user_cache_path("gptbatch") / "kernels"
     if problem := distrust(folder.parent) or distrust(folder):
         logger.warning(
-            "%s: the kernels are built for this run alone; mend it, or name another cache folder in XDG_CACHE_HOME",
+            "%s: the kernels are built for this run only; correct the owner and mode, "
+            "or set XDG_CACHE_HOME to another cache folder",
             problem,
         )
         with tempfile.TemporaryDirectory(prefix="gptbatch-kernels-") as private:
@@ -110,22 +130,23 @@ def _load(library: Path) -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise KernelError(f"{library}: cannot be loaded ({error})") from error
+        raise KernelError(f"{library}: cannot be loaded ({error}); delete the file") from error
 
 
 def distrust(path: Path) -> str | None:
-    """Why other users may have put a file there or changed it; None where they cannot, or where there is nothing yet.
+    """Say why another user could have written this path; None if only this user and root could.
 
-    The owner must be this user or root, and nobody else may write.
+    A path that does not exist is trusted.
     """
-    if not hasattr(os, "geteuid"):  # Windows has no such owners and modes
+    # Windows has no such owners and modes.
+    if not hasattr(os, "geteuid"):
         return None
     try:
         status = path.stat()
     except FileNotFoundError:
         return None
     except OSError as error:
-        return f"{path}: cannot be looked at ({error.strerror})"
+        return f"{path}: cannot read owner and mode ({error.strerror})"
     if status.st_uid not in (os.geteuid(), 0):
         return f"{path}: belongs to another user (uid {status.st_uid})"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -133,40 +154,82 @@ def distrust(path: Path) -> str | None:
     return None
 
 
-def build_kernels(folder: Path) -> Path:
-    """The library in `folder`, built there unless it is there already: then no compiler is needed. Raises KernelError."""
-    key = _key()
+def build_kernels(folder: Path, sources: Sources = KERNELS) -> Path:
+    """Return the library in `folder`; build it if it is missing.
+
+    A library that exists needs no compiler.
+
+    Raises:
+        KernelError: There is no compiler, or it fails, or the folder cannot be written.
+    """
+    key = _key(sources)
     if (library := _find(folder, key)) is not None:
         return library
     compiler = shlex.split(os.environ.get("CXX") or "c++") or ["c++"]
     if shutil.which(compiler[0]) is None:
         raise KernelError(
-            f"there is no C++ compiler {compiler[0]} here; install g++ or clang++, or name one in CXX"
+            f"no C++ compiler {compiler[0]} found; install g++ or clang++, or name one in CXX"
         )
     try:
         _make_private_folder(folder)
         with FileLock(folder / "lock", timeout=LOCK_TIMEOUT_S):
-            return _find(folder, key) or _build(compiler, folder, key)
+            return _find(folder, key) or _build(compiler, folder, key, sources)
     except Timeout as error:
         raise KernelError(
-            f"{folder / 'lock'}: another process has held it for {LOCK_TIMEOUT_S:.0f} s"
+            f"{folder / 'lock'}: another process has held it for {LOCK_TIMEOUT_S:.0f} s; "
+            "end that process, or set XDG_CACHE_HOME to another cache folder"
         ) from error
-    except (
-        OSError,
-        NotImplementedError,
-    ) as error:  # filelock raises the latter where a file system has no locks
-        if isinstance(error, OSError) and error.errno in (
-            errno.ENOMEM,
-            errno.EAGAIN,
-        ):  # no memory or process for a compiler
+    # filelock raises NotImplementedError on a file system without locks.
+    except (OSError, NotImplementedError) as error:
+        # No memory or process for a compiler: not a property of the folder.
+        if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN):
             raise
         raise KernelError(
-            f"{folder}: cannot be written ({error}); name another cache folder in XDG_CACHE_HOME"
+            f"{folder}: cannot be written ({error}); set XDG_CACHE_HOME to another cache folder"
         ) from error
+
+
+def compile_flags() -> list[str]:
+    """Return the flags that decide the machine code."""
+    capability = _CAPABILITY_FLAGS.get(
+        torch.backends.cpu.get_cpu_capability(),
+        ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
+    )
+    extensions = []
+    if capability is _CAPABILITY_FLAGS["AVX512"]:
+        extensions += ["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []
+        extensions += ["-mavx512vnni"] if torch.cpu._is_vnni_supported() else []
+        extensions += ["-mamx-tile", "-mamx-bf16"] if torch.cpu._is_amx_tile_supported() else []
+    return [
+        *_FLAGS,
+        *capability,
+        *extensions,
+        *(f"-DGPTBATCH_{name}={value}" for name, value in LAYOUT.items()),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
+
+
+def _key(sources: Sources) -> str:
+    """Hash all inputs of a build, except the compiler, to 16 hexadecimal digits."""
+    files = [*sorted(sources.folder.glob("*.h")), *sorted(sources.folder.glob("*.cpp"))]
+    parts = [
+        *(path.name for path in files),
+        *(path.read_text(encoding="utf-8") for path in files),
+        repr(sources.units),
+        *compile_flags(),
+        torch.__version__,
+        platform.machine(),
+        platform.system(),
+    ]
+    return hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()[:16]
+
+
+def _name(key: str, library: Path) -> str:
+    return f"kernels-{key}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
 def _find(folder: Path, key: str) -> Path | None:
-    """The library of this key whose content is what its name says: a damaged one would end the process when it is loaded."""
+    """Return the intact library of this key; loading a damaged one could crash the process."""
     for library in folder.glob(f"kernels-{key}-*.so"):
         if library.is_file() and distrust(library) is None and library.name == _name(key, library):
             return library
@@ -174,87 +237,50 @@ def _find(folder: Path, key: str) -> Path | None:
 
 
 def _make_private_folder(folder: Path) -> None:
-    """Create the folder and its parents as far as they are missing, writable by this user alone whatever the umask is."""
+    """Create the folder and missing parents, writable by this user only, whatever the umask is."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(mode=0o700, exist_ok=True)
 
 
-def _name(key: str, library: Path) -> str:
-    return f"kernels-{key}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
-
-
-def compile_flags() -> list[str]:
-    """The flags that decide what the machine code does."""
-    capability = _CAPABILITY_FLAGS.get(
-        torch.backends.cpu.get_cpu_capability(),
-        ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
-    )
-    more = []
-    if capability is _CAPABILITY_FLAGS["AVX512"]:
-        more += ["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []
-        more += ["-mavx512vnni"] if torch.cpu._is_vnni_supported() else []
-        more += ["-mamx-tile", "-mamx-bf16"] if torch.cpu._is_amx_tile_supported() else []
-    return [
-        *_FLAGS,
-        *capability,
-        *more,
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-    ]
-
-
-def _key() -> str:
-    """16 hexadecimal digits of a hash of all that the results of the library depend on; which compiler made it is not among that."""
-    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
-    parts = [*sources, *compile_flags(), torch.__version__, platform.machine(), platform.system()]
-    return hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()[:16]
-
-
-def _build(compiler: list[str], folder: Path, key: str) -> Path:
-    """Compile under the lock.
-
-    Folders of killed builds are swept, since their builder held this lock; so are libraries that are damaged or another user's.
-    """
+def _build(compiler: list[str], folder: Path, key: str, sources: Sources) -> Path:
+    """Compile and link; the caller holds the lock."""
+    # A temporary folder that exists belongs to a killed build, which held this lock.
     for left_over in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(left_over, ignore_errors=True)
     for damaged in folder.glob(f"kernels-{key}-*.so"):
-        logger.warning(
-            "%s: %s; building it again", damaged, "not trusted" if distrust(damaged) else "damaged"
-        )
+        problem = "not trusted" if distrust(damaged) else "damaged"
+        logger.warning("%s: %s; building it again", damaged, problem)
         damaged.unlink()
+    logger.info(
+        "building the C++ kernels with %s, once for this machine and this version of torch "
+        "(under a minute); the library is kept in %s",
+        compiler[0],
+        folder,
+    )
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as temporary:
-        target = Path(temporary) / "kernels.so"
-        logger.info("building the kernels, once for this machine and this torch; up to a minute")
         headers, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))
-        objects = {
-            FOLDER / name: str(Path(temporary) / Path(name).with_suffix(".o").name)
-            for name in SOURCES
-        }
-        compile_one = [*compiler, *compile_flags(), f"-I{headers}", "-c"]
-        _run_together(
-            [[*compile_one, str(source), "-o", made] for source, made in objects.items()], temporary
-        )
-        link = [
-            *compiler,
-            "-shared",
-            "-fopenmp",
-            *objects.values(),
-            "-o",
-            str(target),
-            f"-L{libraries}",
-            "-ltorch_cpu",
-            "-lc10",
-        ]
-        _run_together([link], temporary)
+        compiles, objects = [], []
+        for unit in sources.units:
+            source = Path(temporary) / f"unit_{unit.name}.cpp"
+            source.write_text("".join(f'#include "{name}"\n' for name in unit.sources))
+            objects.append(str(source.with_suffix(".o")))
+            flags = [unit.optimization, *compile_flags(), f"-I{headers}", f"-I{sources.folder}"]
+            compiles.append([*compiler, *flags, "-c", str(source), "-o", objects[-1]])
+        target = Path(temporary) / "kernels.so"
+        link = [*compiler, "-shared", "-fopenmp", *objects, "-o", str(target)]
+        _run_in_parallel(compiles, temporary)
+        _run_in_parallel([[*link, f"-L{libraries}", "-ltorch_cpu", "-lc10"]], temporary)
         target.chmod(0o755)
         return target.replace(folder / _name(key, target))
 
 
 @contextmanager
 def _process_group() -> Iterator[int]:
-    """A process group of this session; all in it are killed at the end of the block or of this process, SIGKILL included.
+    """Yield a process group whose members are killed when the block or this process ends.
 
-    A parent-death signal would end the compiler driver alone, not the compiler that it starts.
+    That includes an end by SIGKILL. PR_SET_PDEATHSIG would end the compiler driver only, not
+    the compiler that it starts.
     """
     guard = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _GUARD],
@@ -273,45 +299,52 @@ def _process_group() -> Iterator[int]:
             guard.stdin.close()
 
 
-def _run_together(commands: list[list[str]], temporary: str) -> None:
-    """Run compilers side by side, with their temporary files in `temporary`. Raises KernelError with the first error.
+def _run_in_parallel(commands: list[list[str]], temporary: str) -> None:
+    """Run compilers in parallel, with their temporary files in `temporary`.
 
-    None outlives the call, nor this process.
+    All of them have ended when this returns or raises.
+
+    Raises:
+        KernelError: A compiler fails or runs too long; the message has its first error.
     """
     deadline = time.monotonic() + BUILD_TIMEOUT_S
     running: list[subprocess.Popen[str]] = []
     try:
         with _process_group() as group:
             for command in commands:
-                running.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.PIPE,
-                        text=True,
-                        errors="replace",
-                        env={**os.environ, "TMPDIR": temporary},
-                        process_group=group,
-                    )
-                )
+                running.append(_start(command, temporary, group))
             for process in running:
-                _, said = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+                _, stderr = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
                 if process.returncode != 0:
-                    lines = (
-                        [line for line in said.splitlines() if "error" in line.lower()]
-                        or said.splitlines()
-                        or ["no message"]
-                    )
                     raise KernelError(
-                        f"{commands[0][0]} cannot build it (exit code {process.returncode}): {lines[0][:300]}"
+                        f"{commands[0][0]} cannot build the kernels (exit code "
+                        f"{process.returncode}): {_first_error(stderr)}"
                     )
     except subprocess.TimeoutExpired as error:
         raise KernelError(
-            f"{commands[0][0]} has not ended after {BUILD_TIMEOUT_S:.0f} s"
+            f"{commands[0][0]} has not finished after {BUILD_TIMEOUT_S:.0f} s"
         ) from error
     finally:
         for process in running:
             process.wait()
             if process.stderr is not None:
                 process.stderr.close()
+
+
+def _start(command: list[str], temporary: str, group: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, "TMPDIR": temporary},
+        process_group=group,
+    )
+
+
+def _first_error(stderr: str) -> str:
+    lines = stderr.splitlines()
+    errors = [line for line in lines if "error" in line.lower()] or lines or ["no message"]
+    return errors[0][:300]

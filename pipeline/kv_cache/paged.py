@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.kernels.build import load_kernels
+from gptbatch.pipeline.kernels.constants import CACHE_LINE_BYTES
 from gptbatch.pipeline.kv_cache.block_pool import BlockPool, blocks_for
 from gptbatch.pipeline.kv_cache.quantization import bytes_per_head
 from gptbatch.pipeline.kv_cache.spec import KVCacheSpec
-
-CACHE_LINE_BYTES = 64
 
 
 class PagedKVCache:

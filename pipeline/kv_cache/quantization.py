@@ -15,25 +15,31 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from gptbatch.pipeline.kernels.constants import (
+    FULL_BLOCK_SIZE,
+    HEAD_SIZE_MULTIPLE,
+    INT8_BLOCK_SIZE,
+    INT8_MAX,
+    INT8_MIN_ABSMAX,
+    INT8_SCALE_BYTES,
+)
+
 if TYPE_CHECKING:
     from gptbatch.pipeline.model.config import GPTConfig
 
 CacheDtype = Literal["auto", "int8"]
 
-# Stored numbers per head are rounded up to a multiple of this.
-GRAIN_HEAD_SIZE = 32
-SCALE_BYTES_PER_HEAD = 4
-INT8_STEPS = 127
-# Below this absmax a head is stored as zeros.
-MIN_ABSMAX = 1e-30
 # Positions per block of the paged cache: the unit of allocation and of prefix caching.
-BLOCK_SIZES: dict[CacheDtype, int] = {"auto": 16, "int8": 64}
+BLOCK_SIZES: dict[CacheDtype, int] = {
+    "auto": FULL_BLOCK_SIZE,
+    "int8": INT8_BLOCK_SIZE,
+}
 
 
 def bytes_per_head(config: GPTConfig, dtype: torch.dtype, cache_dtype: CacheDtype) -> int:
     """Return the bytes that one key (or one value) of one head takes."""
-    depth = -(-config.head_size // GRAIN_HEAD_SIZE) * GRAIN_HEAD_SIZE
-    return depth + SCALE_BYTES_PER_HEAD if cache_dtype == "int8" else depth * dtype.itemsize
+    depth = -(-config.head_size // HEAD_SIZE_MULTIPLE) * HEAD_SIZE_MULTIPLE
+    return depth + INT8_SCALE_BYTES if cache_dtype == "int8" else depth * dtype.itemsize
 
 
 def round_trip_int8(x: Tensor) -> Tensor:
@@ -43,5 +49,5 @@ def round_trip_int8(x: Tensor) -> Tensor:
     """
     absmax = x.float().abs().amax(-1, keepdim=True)
     # One division: rounding the scale first would round twice.
-    factor = torch.where(absmax < MIN_ABSMAX, 0.0, torch.full_like(absmax, INT8_STEPS) / absmax)
-    return ((x.float() * factor).round() * (absmax / INT8_STEPS)).to(x.dtype)
+    factor = torch.where(absmax < INT8_MIN_ABSMAX, 0.0, torch.full_like(absmax, INT8_MAX) / absmax)
+    return ((x.float() * factor).round() * (absmax / INT8_MAX)).to(x.dtype)

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from gptbatch.pipeline.kernels.constants import TOKENS_PER_BOUND
 from gptbatch.pipeline.model.linear import Linear
 
 # Name of the head's work in torch.profiler.
 HEAD_EVENT = "gptbatch::head"
 # Rows per call of the head. More rows are no faster, and the self-test covers this many.
 MAX_HEAD_ROWS = 128
-# Tokens that share one error bound; the block size of the kernel.
-TOKENS_PER_BOUND = 32
 # With more than one fallback per this many rows, two passes cost more than they save.
 ROWS_PER_FALLBACK = 2
 # Rows before the rate of fallbacks counts.

@@ -1,206 +1,218 @@
-// Causal attention of flat tokens over a paged cache, each query's sum in one fixed order.
+// Causal attention over a paged KV cache (PagedAttention: Kwon et al. 2023), for a flat batch of
+// tokens of many sequences.
 //
-//     gptbatch::paged_attention(qkv, cache, pages, slots, positions, scale) -> out
-//     gptbatch::qkv_paged_attention(x, packed, bias, cache, pages, slots, positions, scale) -> out
+//     paged_attention      queries, keys and values are given
+//     qkv_paged_attention  computes them from x first, head by head
 //
-//     qkv        (R, 3, H, D)   float32 or bfloat16, the last dimension contiguous; rows from N on belong to nobody and come back as 0
-//     x          (R, C)         qkv is linear(x, packed, bias)
-//     packed                    as linear.cpp has it, of 3 H D columns in the order (H, 3, D): a head takes whole panels
-//     bias       (3 H D,)       float32
-//     cache      (H, P, page)   of qkv's dtype, pages as kv_blocks_full.h has them, or uint8, as kv_blocks_int8.h does
-//     pages      (slots, most)  int32: which page holds the first positions of a slot, the next, ...
-//     slots      (N,)           int64: the slot of each token
-//     positions  (N,)           int64: its position there; all positions before it are in the cache or in this call
-//     out        (R, H D)
+// Both write the keys and values of the batch to the cache before they are read. Arithmetic is in
+// float32, or in exact integers (kv_blocks_int8.h).
 //
-// The keys and values of the N tokens are written to the cache before they are read. Arithmetic is in float32, or exact.
+// Batch invariance: the result of a query depends on its row, its position and the cache of its
+// sequence. Up to four queries of one sequence share loads of KV blocks. That changes no reduction
+// order. The compiler must not reorder or contract: -ffp-contract=off, no -ffast-math.
 //
-// What a query gets depends on its own row, its position and the cache of its slot, and on nothing else. Queries of one sequence are
-// taken up to four at a time, which shares loads and changes no sum.
-//
-// Attention waits for memory, products do not. So `qkv_paged_attention` goes head by head: while a thread multiplies the rows of one
-// head, it asks for the pages of the head before, and attends to these a few at a time, when they have come into its own cache; it goes on
-// asking meanwhile, for what follows, so that memory is seldom idle. Queries stay in that cache, too, where rows are as few as in a decode
-// step, and no thread waits for another between the two.
-// The compiler must not contract or reorder: -ffp-contract=off, never -ffast-math.
+// qkv_paged_attention overlaps a GEMM, which is bound by computation, with attention, which is
+// bound by memory. While a thread multiplies the rows of head h, it prefetches the KV blocks of
+// head h - 1 into L2, and attends over them tile by tile. Few rows, as in a decode step, keep the
+// queries in cache. No barrier stands between projection and attention.
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
+#include "attention_tiles.h"
+#include "gemm.h"
 #include "kv_blocks_full.h"
 #include "kv_blocks_int8.h"
-#include "gemm.h"
-#include "tokens.h"
 
+namespace gptbatch {
 namespace {
 
-using namespace gptbatch;
-constexpr int64_t FEW = 4;  // tiles that a thread takes at a time
-constexpr int LISTED = 2;   // lines of pages that are asked for at each step of a product: more slow it down
+constexpr int64_t TILES_PER_GRAIN = 4;
+// Lines of KV blocks to prefetch per GEMM step. More slow the GEMM down.
+constexpr int LISTED_LINES_PER_STEP = 2;
 
-template <class T, class Pages>
-void run(const at::Tensor& qkv, const Tokens<T, Pages>& tokens) {
-  const T* numbers = qkv.const_data_ptr<T>();
-  const auto head = [&](int64_t h) { return Head<T>{numbers + h * qkv.stride(2), qkv.stride(0), qkv.stride(1)}; };
-  const std::vector<int64_t>& early = tokens.early();
-  for_each(static_cast<int64_t>(early.size()), FEW, [&](int64_t i) {
-    for (int64_t h = 0; h < tokens.heads(); h++) tokens.write(early[i], h, head(h));
+template <class T, class Blocks>
+void attend_all(const T* qkv, int64_t token_stride, int64_t part_stride, int64_t head_stride,
+                const AttentionTiles<T, Blocks>& tiles) {
+  const auto head = [&](int64_t h) {
+    return HeadQkv<T>{qkv + h * head_stride, token_stride, part_stride};
+  };
+  const std::vector<int64_t>& shared = tiles.shared_tokens();
+  parallel_for_each(static_cast<int64_t>(shared.size()), TILES_PER_GRAIN, [&](int64_t i) {
+    for (int64_t h = 0; h < tiles.n_heads(); h++) tiles.write(shared[i], h, head(h));
   });
-  const int64_t tiles = tokens.tiles(), shares = (tiles + FEW - 1) / FEW;
-  for_each(tokens.heads() * shares, 1, [&](int64_t i) {
-    const int64_t h = i / shares, from = i % shares * FEW, to = std::min(from + FEW, tiles);
-    Lookahead ahead = tokens.lookahead(from, to, h);
-    ahead.ask(LEAD);
-    tokens.attend(from, to, h, head(h), ahead);
+  const int64_t n_tiles = tiles.n_tiles();
+  const int64_t grains = (n_tiles + TILES_PER_GRAIN - 1) / TILES_PER_GRAIN;
+  parallel_for_each(tiles.n_heads() * grains, 1, [&](int64_t i) {
+    const int64_t h = i / grains, from = i % grains * TILES_PER_GRAIN;
+    const int64_t to = std::min(from + TILES_PER_GRAIN, n_tiles);
+    BlockPrefetcher prefetcher = tiles.prefetcher(from, to, h);
+    prefetcher.prefetch(MIN_PREFETCH_DISTANCE);
+    tiles.attend(from, to, h, head(h), prefetcher);
   });
 }
 
-// What a thread does with its heads, one after the other.
-template <class T, class Pages>
-class Worker {
+// One thread of qkv_paged_attention: takes heads one after the other.
+template <class T, class Blocks>
+class HeadWorker {
  public:
-  Worker(const T* x, int64_t in, const T* weights, const float* bias, int64_t panels, const Tokens<T, Pages>& tokens)
-      : x_(x), weights_(weights), bias_(bias), in_(in), panels_(panels), tokens_(tokens) {
-    for (auto& some : kept_.projected) some.resize(tokens.count() * panels * COLUMNS);
+  HeadWorker(const T* x, int64_t in, const T* weights, const float* bias, int64_t panels_per_head,
+             const AttentionTiles<T, Blocks>& tiles)
+      : x_(x),
+        weights_(weights),
+        bias_(bias),
+        in_(in),
+        panels_(panels_per_head),
+        attention_(tiles) {
+    for (auto& buffer : buffers_.projected) buffer.resize(tiles.n_tokens() * panels_ * NR);
   }
 
-  // Makes head h's queries, keys and values, and attends to the head before. next: the head that is likely to come after h.
+  // Projects head h, and attends over the previous head meanwhile. next: the head that this thread
+  // probably takes after h.
   void take(int64_t h, int64_t next) {
-    T* const numbers = kept_.projected[turn_].data();
-    const int64_t rows = tokens_.count(), chunks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, stride = panels_ * COLUMNS;
+    T* const projected = buffers_.projected[turn_].data();
+    const int64_t rows = attention_.n_tokens(), stride = panels_ * NR;
+    const int64_t chunks = (rows + MAX_ROWS_PER_CHUNK - 1) / MAX_ROWS_PER_CHUNK;
     int64_t done = 0;  // rows times panels
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
       const int64_t first = rows * chunk / chunks, count = rows * (chunk + 1) / chunks - first;
-      const Tiles<T> tiles(x_ + first * in_, count, in_);
+      const RowTiles<T> tiles(x_ + first * in_, count, in_);
       for (int64_t p = 0; p < panels_; p++) {
-        const int64_t panel = h * panels_ + p, after = p + 1 < panels_ ? panel + 1 : (chunk + 1 < chunks ? h : next) * panels_;
+        const int64_t panel = h * panels_ + p;
+        const int64_t next_panel =
+            p + 1 < panels_ ? panel + 1 : (chunk + 1 < chunks ? h : next) * panels_;
         for (int64_t tile = 0; tile < tiles.count(); tile++) {
           const int64_t row = tiles.first_row(tile), begun = done;
           done += tiles.first_row(tile + 1) - row;
-          const Ending<T> ending{bias_ + panel * COLUMNS, nullptr, numbers + (first + row) * stride + p * COLUMNS, stride, COLUMNS,
-                                 Activation::none};
-          const T *weights = weights_ + panel * in_ * COLUMNS, *then = weights_ + after * in_ * COLUMNS;
-          if (before_ < 0) {
-            tiles.template multiply<0>(tile, weights, then, nullptr, ending);
-            continue;
-          }
-          const int64_t all = rows * panels_, from = tokens_.tiles() * begun / all, to = tokens_.tiles() * done / all;
-          tiles.template multiply<LISTED>(tile, weights, then, list(to, LISTED * tiles.asks()), ending);
-          tokens_.attend(from, to, before_, head_, ahead_);
+          const Epilogue<T> epilogue{bias_ + panel * NR,
+                                     nullptr,
+                                     projected + (first + row) * stride + p * NR,
+                                     stride,
+                                     NR,
+                                     Activation::none};
+          project_tile(tiles, tile, panel, next_panel, begun, done, epilogue);
         }
       }
     }
-    before_ = h;
-    ahead_ = tokens_.lookahead(0, tokens_.tiles(), h);
-    ahead_.ask(LEAD);
-    head_ = Head<T>{numbers, stride, stride / 3};
+    previous_ = h;
+    prefetcher_ = attention_.prefetcher(0, attention_.n_tiles(), h);
+    prefetcher_.prefetch(MIN_PREFETCH_DISTANCE);
+    head_ = HeadQkv<T>{projected, stride, stride / 3};
     turn_ = 1 - turn_;
-    for (const int64_t token : tokens_.early()) tokens_.write(token, h, head_);
+    for (const int64_t token : attention_.shared_tokens()) attention_.write(token, h, head_);
   }
 
-  // Attends to the last head.
+  // Attends over the last head.
   void finish() {
-    if (before_ < 0) return;
-    for (int64_t from = 0; from < tokens_.tiles(); from += FEW)
-      tokens_.attend(from, std::min(from + FEW, tokens_.tiles()), before_, head_, ahead_);
+    if (previous_ < 0) return;
+    for (int64_t from = 0; from < attention_.n_tiles(); from += TILES_PER_GRAIN) {
+      const int64_t to = std::min(from + TILES_PER_GRAIN, attention_.n_tiles());
+      attention_.attend(from, to, previous_, head_, prefetcher_);
+    }
   }
 
  private:
-  // Room that a thread keeps from one call to the next.
-  struct Kept {
-    std::vector<T> projected[2];  // of one head and the one before
+  // Buffers that a thread keeps between calls.
+  struct Buffers {
+    std::vector<T> projected[2];  // of the current head and the previous one
     std::vector<const char*> lines;
   };
 
-  // The next `count` lines of the head before, or as many as are to be asked for before tile `to`, and then some other that is near.
-  const char* const* list(int64_t to, int64_t count) {
-    kept_.lines.resize(count);
-    auto listed = kept_.lines.begin();
-    ahead_.next(std::min(count, tokens_.lines_before(to, ahead_)), [&](const char* line) { *listed++ = line; });
-    std::fill(listed, kept_.lines.end(), reinterpret_cast<const char*>(x_));
-    return kept_.lines.data();
+  static Buffers& buffers() {
+    static thread_local Buffers of_thread;
+    return of_thread;
   }
 
-  static Kept& kept() {
-    static thread_local Kept of_thread;
-    return of_thread;
+  // Multiplies one tile by one panel, then attends over the previous head's share of tiles. `begun`
+  // and `done`: rows times panels of this head before and after the tile.
+  void project_tile(const RowTiles<T>& tiles, int64_t tile, int64_t panel, int64_t next_panel,
+                    int64_t begun, int64_t done, const Epilogue<T>& epilogue) {
+    const T* weights = weights_ + panel * in_ * NR;
+    const T* next_weights = weights_ + next_panel * in_ * NR;
+    if (previous_ < 0) {
+      tiles.template multiply<0>(tile, weights, next_weights, nullptr, epilogue);
+      return;
+    }
+    const int64_t all = attention_.n_tokens() * panels_;
+    const int64_t from = attention_.n_tiles() * begun / all, to = attention_.n_tiles() * done / all;
+    const char* const* lines = list_lines(to, LISTED_LINES_PER_STEP * tiles.prefetch_steps());
+    tiles.template multiply<LISTED_LINES_PER_STEP>(tile, weights, next_weights, lines, epilogue);
+    attention_.attend(from, to, previous_, head_, prefetcher_);
+  }
+
+  // Exactly `count` lines to prefetch: those of the previous head before tile `to`, then a line of
+  // x, which is cached.
+  const char* const* list_lines(int64_t to, int64_t count) {
+    buffers_.lines.resize(count);
+    auto end = buffers_.lines.begin();
+    prefetcher_.take(std::min(count, attention_.lines_before(to, prefetcher_)),
+                     [&](const char* line) { *end++ = line; });
+    std::fill(end, buffers_.lines.end(), reinterpret_cast<const char*>(x_));
+    return buffers_.lines.data();
   }
 
   const T *x_, *weights_;
   const float* bias_;
-  int64_t in_, panels_, before_ = -1;
-  const Tokens<T, Pages>& tokens_;
-  Head<T> head_{};   // of before_
-  Lookahead ahead_;  // likewise
+  int64_t in_, panels_, previous_ = -1;
+  const AttentionTiles<T, Blocks>& attention_;
+  HeadQkv<T> head_{};           // of the previous head
+  BlockPrefetcher prefetcher_;  // likewise
   int turn_ = 0;
-  Kept& kept_ = kept();
+  Buffers& buffers_ = buffers();
 };
 
-template <class T, class Pages>
-void run_by_head(const at::Tensor& x, const at::Tensor& packed, const float* bias, const Tokens<T, Pages>& tokens) {
-  const int64_t heads = tokens.heads(), in = x.size(1);
-  const int64_t multiplications = tokens.count() * in * packed.size(0) * COLUMNS + tokens.multiplications();
-  const int64_t threads = multiplications < SMALL ? 1 : at::get_num_threads();
+template <class T, class Blocks>
+void attend_by_head(const T* x, int64_t in, const T* packed, int64_t n_panels, const float* bias,
+                    const AttentionTiles<T, Blocks>& tiles) {
+  const int64_t heads = tiles.n_heads();
+  const int64_t multiplications = tiles.n_tokens() * in * n_panels * NR + tiles.multiplications();
+  const int64_t threads =
+      multiplications < MIN_PARALLEL_MULTIPLICATIONS ? 1 : at::get_num_threads();
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min(threads, heads), 1, [&](int64_t, int64_t) {
-    Worker<T, Pages> worker(x.const_data_ptr<T>(), in, packed.const_data_ptr<T>(), bias, packed.size(0) / heads, tokens);
-    for (int64_t h; (h = taken.fetch_add(1)) < heads;) worker.take(h, std::min(h + threads, heads - 1));
+    HeadWorker<T, Blocks> worker(x, in, packed, bias, n_panels / heads, tiles);
+    for (int64_t h; (h = taken.fetch_add(1)) < heads;)
+      worker.take(h, std::min(h + threads, heads - 1));
     worker.finish();
   });
 }
 
-// Calls work(T(), Tokens<T, Pages>) for the types of x and the cache.
-template <class F>
-void with_tokens(const at::Tensor& x, at::Tensor& cache, const at::Tensor& pages, const at::Tensor& slots, const at::Tensor& positions,
-                 double scale, at::Tensor& out, const F& work) {
-  const bool whole = cache.scalar_type() == at::kByte;
-  TORCH_CHECK(cache.dim() == 3 && cache.is_contiguous() && pages.is_contiguous() && slots.is_contiguous() && positions.is_contiguous(),
-              "paged_attention: contiguous tensors are needed");
-  TORCH_CHECK(slots.sizes() == positions.sizes() && slots.size(0) <= x.size(0), "paged_attention: the shapes do not fit each other");
-  TORCH_CHECK(whole || cache.scalar_type() == x.scalar_type(), "paged_attention: the cache is of the type of qkv, or uint8");
-  const auto with = [&](auto number) {
-    using T = decltype(number);
-    if (whole) {
-      work(number, Tokens<T, Int8Pages<T>>(cache, pages, slots, positions, scale, out));
-    } else {
-      work(number, Tokens<T, FullPages<T>>(cache, pages, slots, positions, scale, out));
-    }
-  };
-  x.scalar_type() == at::kFloat ? with(float()) : with(at::BFloat16());
-}
-
-at::Tensor paged_attention(const at::Tensor& qkv, at::Tensor cache, const at::Tensor& pages, const at::Tensor& slots, const at::Tensor& positions,
-                  double scale) {
-  TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(2) == cache.size(0) && qkv.stride(3) == 1, "paged_attention: qkv is to be (R, 3, H, D)");
-  at::Tensor out = at::empty({qkv.size(0), qkv.size(2) * qkv.size(3)}, qkv.options());
-  with_tokens(qkv, cache, pages, slots, positions, scale, out, [&](auto, const auto& tokens) { run(qkv, tokens); });
-  return out;
-}
-
-at::Tensor qkv_paged_attention(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias, at::Tensor cache, const at::Tensor& pages,
-                              const at::Tensor& slots, const at::Tensor& positions, double scale) {
-  const int64_t columns = bias.numel(), heads = cache.size(0);
-  TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous(), "qkv_paged_attention: bias");
-  TORCH_CHECK(heads > 0 && columns % (heads * COLUMNS) == 0, "qkv_paged_attention: a head takes whole panels");
-  const at::Tensor inputs = fitting(x, packed, columns);
-  at::Tensor out = at::empty({x.size(0), columns / 3}, x.options());
-  with_tokens(inputs, cache, pages, slots, positions, scale, out, [&](auto number, const auto& tokens) {
-    using T = decltype(number);
-    if constexpr (std::is_same_v<T, float> || HAS_BFLOAT16) run_by_head(inputs, packed, bias.const_data_ptr<float>(), tokens);
-  });
-  return out;
-}
-
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
-  library.def("paged_attention(Tensor qkv, Tensor(a!) cache, Tensor pages, Tensor slots, Tensor positions, float scale) -> Tensor");
-  library.def(
-      "qkv_paged_attention(Tensor x, Tensor packed, Tensor bias, Tensor(a!) cache, Tensor pages, Tensor slots, Tensor positions, float scale) "
-      "-> Tensor");
+int64_t kv_block_numbers(bool is_int8, int64_t head_size) {
+  const int64_t padded_size =
+      (head_size + HEAD_SIZE_MULTIPLE - 1) / HEAD_SIZE_MULTIPLE * HEAD_SIZE_MULTIPLE;
+  return is_int8 ? Int8BlocksBase::block_numbers(padded_size)
+                 : FullBlocks<float>::block_numbers(padded_size);
 }
 
-TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
-  library.impl("paged_attention", paged_attention);
-  library.impl("qkv_paged_attention", qkv_paged_attention);
+template <class T>
+void paged_attention(const T* qkv, int64_t token_stride, int64_t part_stride, int64_t head_stride,
+                     const PagedTokens& tokens, T* out) {
+  if (tokens.is_int8) {
+    attend_all(qkv, token_stride, part_stride, head_stride,
+               AttentionTiles<T, Int8Blocks<T>>(tokens, out));
+  } else {
+    attend_all(qkv, token_stride, part_stride, head_stride,
+               AttentionTiles<T, FullBlocks<T>>(tokens, out));
+  }
 }
+
+template <class T>
+void qkv_paged_attention(const T* x, int64_t in, const T* packed, int64_t n_panels,
+                         const float* bias, const PagedTokens& tokens, T* out) {
+  if (tokens.is_int8) {
+    attend_by_head(x, in, packed, n_panels, bias, AttentionTiles<T, Int8Blocks<T>>(tokens, out));
+  } else {
+    attend_by_head(x, in, packed, n_panels, bias, AttentionTiles<T, FullBlocks<T>>(tokens, out));
+  }
+}
+
+template void paged_attention(const float*, int64_t, int64_t, int64_t, const PagedTokens&, float*);
+template void paged_attention(const BFloat16*, int64_t, int64_t, int64_t, const PagedTokens&,
+                              BFloat16*);
+template void qkv_paged_attention(const float*, int64_t, const float*, int64_t, const float*,
+                                  const PagedTokens&, float*);
+#ifdef __AVX512BF16__
+template void qkv_paged_attention(const BFloat16*, int64_t, const BFloat16*, int64_t, const float*,
+                                  const PagedTokens&, BFloat16*);
+#endif
+
+}  // namespace gptbatch

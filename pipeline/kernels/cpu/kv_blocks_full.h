@@ -1,33 +1,37 @@
-// Pages of the network's own type, and the attention of queries over them: all scores, then their weights, then the values.
+// KV blocks in the model's dtype, and the attention of queries over them.
 //
-// A page holds the keys and values of 16 positions, depth being D rounded up to a multiple of 32, and the rest 0:
+// A block holds 16 positions of one head. P is the head size D padded to a multiple of 32 with 0:
 //
-//     keys       (depth, 16)  one number of each position side by side; in bfloat16, where the CPU has a dot product of pairs
-//                             (AVX512_BF16), two numbers of each: (depth / 2, 16, 2)
-//     values     (16, depth)
+//     keys    (P, 16)  transposed. In bfloat16 with AVX512_BF16: (P / 2, 16, 2), pairs interleaved
+//     values  (16, P)
 //
-// A score is the sum over d = 0, 2, 4, ... and that over d = 1, 3, 5, ... by fused multiply-add, added to each other; with a dot product
-// of pairs, over every other pair of d. The weights are exp(score - largest score), their total a sum lane by lane, key by key, then over
-// the lanes. An output is a sum over keys 0, 1, 2, ... by fused multiply-add. Pages are taken several at a time, which changes no sum.
+// Naive code that computes the same:
+//
+//     for (k = 0; k < n_keys; k++) score[k] = scale * dot(query, key[k]);
+//     for (k = 0; k < n_keys; k++) weight[k] = exp(score[k] - max(score));
+//     for (k = 0; k < n_keys; k++)
+//       for (d = 0; d < D; d++) out[d] = fma(weight[k], value[k][d], out[d]);
+//     out /= sum(weight);
+//
+// Reduction orders: a dot product is the sum over even d plus the sum over odd d, each by fused
+// multiply-add in ascending order (with pairs: over every other pair). The sum of weights is made
+// lane by lane, then over the lanes. Taking several blocks at once changes no order.
 
 #pragma once
 
 #include <cstring>
 #include <limits>
 
-#include "attention.h"
+#include "kv_blocks_full_avx512.h"
+#include "prefetch.h"
 
 namespace gptbatch {
 
-// 2 * LANES values as float32, in an order that is quick to load; `store_values` stores sums of such in the right one.
+// 2 * LANES values as float32, in the order that store_values undoes.
 template <class T>
 inline std::tuple<Vec, Vec> load_values(const T* from) {
 #ifdef CPU_CAPABILITY_AVX512
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
-    const __m512i both = _mm512_loadu_si512(from);
-    const __m512i even = _mm512_slli_epi32(both, 16), odd = _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
-    return {_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)};
-  }
+  if constexpr (std::is_same_v<T, BFloat16>) return load_even_odd(from);
 #endif
   return load_pair(from);
 }
@@ -35,196 +39,234 @@ inline std::tuple<Vec, Vec> load_values(const T* from) {
 template <class T>
 inline void store_values(const Vec& first, const Vec& second, float* to) {
 #ifdef CPU_CAPABILITY_AVX512
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
-    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    _mm512_storeu_ps(to, _mm512_permutex2var_ps(first, low, second));
-    _mm512_storeu_ps(to + LANES, _mm512_permutex2var_ps(first, high, second));
-    return;
-  }
+  if constexpr (std::is_same_v<T, BFloat16>) return store_even_odd(first, second, to);
 #endif
   first.store(to);
   second.store(to + LANES);
 }
 
-// Turns `count` scores into weights exp(score - largest) and returns their total. What follows in the last vector is 0.
-inline float weigh(float* scores, int64_t count) {
+// Softmax without the division: scores become exp(score - max), and their sum is returned. The
+// lanes after `count` in the last vector become 0.
+inline float exp_and_sum(float* scores, int64_t count) {
   const int64_t end = (count + LANES - 1) / LANES * LANES;
   std::fill(scores + count, scores + end, -std::numeric_limits<float>::infinity());
-  Vec top = Vec::loadu(scores);
-  for (int64_t k = LANES; k < end; k += LANES) top = at::vec::maximum(top, Vec::loadu(scores + k));
-  const Vec largest(largest_of(top));
+  Vec lane_max = Vec::loadu(scores);
+  for (int64_t k = LANES; k < end; k += LANES)
+    lane_max = at::vec::maximum(lane_max, Vec::loadu(scores + k));
+  const Vec max(max_lanes(lane_max));
   Vec total(0.0f);
   for (int64_t k = 0; k < end; k += LANES) {
-    const Vec weight = (Vec::loadu(scores + k) - largest).exp();
+    const Vec weight = (Vec::loadu(scores + k) - max).exp();
     weight.store(scores + k);
     total = total + weight;
   }
-  return sum_of(total);
+  return sum_lanes(total);
 }
 
-// One head of the cache, as one slot sees it. T: the type of queries, keys and values, and of the cache.
+// One head of the cache, through the block table of one sequence. T: the dtype of the model.
 template <class T>
-class FullPages {
+class FullBlocks {
  public:
   using Number = T;
-  static constexpr int64_t SIZE = 16;
+  static constexpr int64_t SIZE = FULL_BLOCK_SIZE;
 
-  static int64_t page_numbers(int64_t depth) { return 2 * SIZE * depth; }
+  static int64_t block_numbers(int64_t padded_size) { return 2 * SIZE * padded_size; }
 
-  FullPages(int64_t depth, const int32_t* pages, T* cache) : depth_(depth), pages_(pages), cache_(cache) {}
+  FullBlocks(int64_t padded_size, const int32_t* block_table, T* cache)
+      : padded_size_(padded_size), block_table_(block_table), cache_(cache) {}
 
-  // Writes a key and a value to their place.
-  void write(int64_t position, const T* key, const T* value, int64_t head_size, Scratch&) const {
-    const int64_t page = position / SIZE, place = position % SIZE;
-    T* to = keys(page);
-    for (int64_t d = 0; d < head_size; d++) to[PAIRS ? d / 2 * 2 * SIZE + place * 2 + d % 2 : d * SIZE + place] = key[d];
-    std::memcpy(values(page) + place * depth_, value, head_size * sizeof(T));
+  void write(int64_t position, const T* key, const T* value, int64_t head_size,
+             AttentionScratch&) const {
+    const int64_t block = position / SIZE, place = position % SIZE;
+    T* to = keys(block);
+    for (int64_t d = 0; d < head_size; d++)
+      to[INTERLEAVED ? d / 2 * 2 * SIZE + place * 2 + d % 2 : d * SIZE + place] = key[d];
+    std::memcpy(values(block) + place * padded_size_, value, head_size * sizeof(T));
   }
 
-  // Q queries at consecutive positions, the first of which sees first_count keys: mixed (Q, depth) and totals (Q,), which divide it.
-  // write_own() is called before the last page is read; it has no use for the scratch.
+  // Attention of Q queries at consecutive positions; the first one sees first_count keys. Writes
+  // the weighted sums of values (Q, P) and the sums of weights (Q,), by which the caller divides.
+  // Calls write_own() before it reads the last block.
   template <int Q, class F>
-  void attend(const T* q, int64_t q_stride, int64_t head_size, float scale, int64_t first_count, const F& write_own, Lookahead& ahead,
-              float* mixed, float* totals, Scratch& scratch) const {
-    const int64_t n_pages = (first_count + Q - 1 + SIZE - 1) / SIZE, stride = n_pages * SIZE;
-    scratch.numbers.resize(Q * (depth_ + stride));
-    float *queries = scratch.numbers.data(), *scores = queries + Q * depth_;
-    using Query = std::conditional_t<PAIRS, T, float>;
+  void attend(const T* q, int64_t q_stride, int64_t head_size, float scale, int64_t first_count,
+              const F& write_own, BlockPrefetcher& prefetcher, float* sums, float* totals,
+              AttentionScratch& scratch) const {
+    const int64_t n_blocks = (first_count + Q - 1 + SIZE - 1) / SIZE, stride = n_blocks * SIZE;
+    scratch.numbers.resize(Q * (padded_size_ + stride));
+    float *queries = scratch.numbers.data(), *scores = queries + Q * padded_size_;
+    using Query = std::conditional_t<INTERLEAVED, T, float>;
     for (int i = 0; i < Q; i++) {
-      Query* query = reinterpret_cast<Query*>(queries) + i * depth_;
+      Query* query = reinterpret_cast<Query*>(queries) + i * padded_size_;
       for (int64_t d = 0; d < head_size; d++) query[d] = static_cast<Query>(q[i * q_stride + d]);
-      std::fill(query + head_size, query + depth_, Query(0.0f));
+      std::fill(query + head_size, query + padded_size_, Query(0.0f));
     }
-    score<Q>(queries, scale, n_pages, scores, stride, write_own, ahead);
-    for (int i = 0; i < Q; i++) totals[i] = weigh(scores + i * stride, first_count + i);
-    mix<Q>(scores, stride, first_count, mixed, ahead);
+    score<Q>(queries, scale, n_blocks, scores, stride, write_own, prefetcher);
+    for (int i = 0; i < Q; i++) totals[i] = exp_and_sum(scores + i * stride, first_count + i);
+    weigh_values<Q>(scores, stride, first_count, sums, prefetcher);
   }
 
-  // Adds the halves of a sequence's pages, in the order in which they are read.
-  static void order(const int32_t* pages, int64_t count, std::vector<int32_t>& halves) {
-    for (int64_t i = 0; i < count; i++) halves.push_back(2 * pages[i]);
-    for (int64_t i = 0; i < count; i++) halves.push_back(2 * pages[i] + 1);
+  // Appends the half blocks of a sequence in reading order: all keys, then all values.
+  static void append_reading_order(const int32_t* blocks, int64_t count,
+                                   std::vector<int32_t>& halves) {
+    for (int64_t i = 0; i < count; i++) halves.push_back(2 * blocks[i]);
+    for (int64_t i = 0; i < count; i++) halves.push_back(2 * blocks[i] + 1);
   }
 
  private:
-  static constexpr int64_t PER_ROW = SIZE / LANES;  // vectors of one row of a page of keys
-  static_assert(SIZE % LANES == 0 && 32 % (2 * LANES) == 0);
+  static constexpr int64_t KEY_VECTORS = SIZE / LANES;  // per row of a block of keys
+  static_assert(SIZE % LANES == 0 && HEAD_SIZE_MULTIPLE % (2 * LANES) == 0);
 #ifdef __AVX512BF16__
-  static constexpr bool PAIRS = std::is_same_v<T, at::BFloat16>;
+  static constexpr bool INTERLEAVED = std::is_same_v<T, BFloat16>;
 #else
-  static constexpr bool PAIRS = false;
+  static constexpr bool INTERLEAVED = false;
 #endif
 
-  T* keys(int64_t i) const { return cache_ + pages_[i] * page_numbers(depth_); }
-  T* values(int64_t i) const { return keys(i) + SIZE * depth_; }
+  T* keys(int64_t i) const { return cache_ + block_table_[i] * block_numbers(padded_size_); }
+  T* values(int64_t i) const { return keys(i) + SIZE * padded_size_; }
 
-  // scores[q][16 i + lane] = scale * (query q . key of that position).
+  // scores[q][position] = scale * (query q . key of the position).
   template <int Q, class F>
-  void score(const float* queries, float scale, int64_t n_pages, float* scores, int64_t stride, const F& write_own, Lookahead& ahead) const {
-    constexpr int P = std::max<int>(1, 4 / (Q * PER_ROW));  // pages at once: enough sums side by side to hide the latency of one
-    int64_t page = 0;
+  void score(const float* queries, float scale, int64_t n_blocks, float* scores, int64_t stride,
+             const F& write_own, BlockPrefetcher& prefetcher) const {
+    // Blocks at once: enough independent sums to hide the latency of fused multiply-add.
+    constexpr int B = std::max<int>(1, 4 / (Q * KEY_VECTORS));
+    int64_t block = 0;
     const auto take = [&](auto count) {
-      for (; page + count <= n_pages; page += count) {
-        if (page + count == n_pages) write_own();
-        score_pages<Q, count>(queries, scale, page, scores, stride, ahead);
+      for (; block + count <= n_blocks; block += count) {
+        if (block + count == n_blocks) write_own();
+        score_blocks<Q, count>(queries, scale, block, scores, stride, prefetcher);
       }
     };
-    take(std::integral_constant<int, P>());
-    if constexpr (P > 2) take(std::integral_constant<int, 2>());
+    take(std::integral_constant<int, B>());
+    if constexpr (B > 2) take(std::integral_constant<int, 2>());
     take(std::integral_constant<int, 1>());
   }
 
-  // For the pages first to first + P - 1.
-  template <int Q, int P>
-  FLAT void score_pages(const float* queries, float scale, int64_t first, float* scores, int64_t stride, Lookahead& ahead) const {
-    constexpr int64_t STEP = PAIRS ? 4 : 2;
-    const int64_t asks = (P * ahead.pace() * STEP + depth_ - 1) / depth_;
-    const T* from[P];
-    unroll<P>([&](auto p) { from[p] = keys(first + p); });
-    Register sums[Q][P][PER_ROW][2];  // of even and of odd steps: one alone would wait for itself
-    unroll<Q>([&](auto q) { unroll<P>([&](auto p) { unroll<PER_ROW>([&](auto g) { sums[q][p][g][0] = sums[q][p][g][1] = Vec(0.0f); }); }); });
-    for (int64_t d = 0; d < depth_; d += STEP) {
-      ahead.ask(asks);
-      unroll<P>([&](auto p) {
+  // Micro-kernel: scores of B blocks from `first` on.
+  //
+  // Register map (Q B KEY_VECTORS 2 = 8 or 16 sums):
+  //
+  //     sums[q][b][v][0]  even steps of d, query q, block b, LANES positions
+  //     sums[q][b][v][1]  odd steps of d; one chain alone would wait for its own latency
+  //     key[...]          2 * KEY_VECTORS vectors: d and d + 1 of the block's positions
+  //     number            one number of the query in all lanes
+  template <int Q, int B>
+  FLAT void score_blocks(const float* queries, float scale, int64_t first, float* scores,
+                         int64_t stride, BlockPrefetcher& prefetcher) const {
+    constexpr int64_t D_STEP = INTERLEAVED ? 4 : 2;
+    const int64_t prefetches =
+        (B * prefetcher.rate() * D_STEP + padded_size_ - 1) / padded_size_;
+    const T* from[B];
+    unroll<B>([&](auto b) { from[b] = keys(first + b); });
+    Register sums[Q][B][KEY_VECTORS][2];
+    unroll<Q>([&](auto q) {
+      unroll<B>([&](auto b) {
+        unroll<KEY_VECTORS>([&](auto v) { sums[q][b][v][0] = sums[q][b][v][1] = Vec(0.0f); });
+      });
+    });
+    for (int64_t d = 0; d < padded_size_; d += D_STEP) {
+      prefetcher.prefetch(prefetches);
+      unroll<B>([&](auto b) {
 #ifdef __AVX512BF16__
-        if constexpr (PAIRS) {
+        if constexpr (INTERLEAVED) {
           unroll<2>([&](auto j) {
-            const __m512i key = _mm512_loadu_si512(from[p] + (d + 2 * j) * SIZE);
+            const __m512i key = _mm512_loadu_si512(from[b] + (d + 2 * j) * SIZE);
             unroll<Q>([&](auto q) {
-              int two;
-              __builtin_memcpy(&two, reinterpret_cast<const T*>(queries) + q * depth_ + d + 2 * j, sizeof(two));
-              const __m512i pair = _mm512_set1_epi32(two);
-              sums[q][p][0][j] = _mm512_dpbf16_ps(sums[q][p][0][j], (__m512bh)pair, (__m512bh)key);
+              const T* query = reinterpret_cast<const T*>(queries) + q * padded_size_ + d + 2 * j;
+              sums[q][b][0][j] = add_pair_products(sums[q][b][0][j], query, key);
             });
           });
           return;
         }
 #endif
-        Register key[2 * PER_ROW];
-        unroll<PER_ROW>([&](auto j) { std::tie(key[2 * j], key[2 * j + 1]) = load_pair(from[p] + d * SIZE + 2 * j * LANES); });
+        Register key[2 * KEY_VECTORS];
+        unroll<KEY_VECTORS>([&](auto j) {
+          std::tie(key[2 * j], key[2 * j + 1]) = load_pair(from[b] + d * SIZE + 2 * j * LANES);
+        });
         unroll<Q>([&](auto q) {
           unroll<2>([&](auto j) {
-            const Vec number(queries[q * depth_ + d + j]);
-            unroll<PER_ROW>([&](auto g) { sums[q][p][g][j] = multiply_add(number, key[j * PER_ROW + g], sums[q][p][g][j]); });
+            const Vec number(queries[q * padded_size_ + d + j]);
+            unroll<KEY_VECTORS>([&](auto v) {
+              sums[q][b][v][j] = multiply_add(number, key[j * KEY_VECTORS + v], sums[q][b][v][j]);
+            });
           });
         });
       });
     }
-    unroll<P>([&](auto p) {
-      unroll<PER_ROW>([&](auto g) {
+    unroll<B>([&](auto b) {
+      unroll<KEY_VECTORS>([&](auto v) {
         unroll<Q>([&](auto q) {
-          ((Vec(sums[q][p][g][0]) + Vec(sums[q][p][g][1])) * Vec(scale)).store(scores + q * stride + (first + p) * SIZE + g * LANES);
+          ((Vec(sums[q][b][v][0]) + Vec(sums[q][b][v][1])) * Vec(scale))
+              .store(scores + q * stride + (first + b) * SIZE + v * LANES);
         });
       });
     });
   }
 
   template <int Q>
-  void mix(const float* weights, int64_t stride, int64_t first_count, float* mixed, Lookahead& ahead) const {
+  void weigh_values(const float* weights, int64_t stride, int64_t first_count, float* out,
+                    BlockPrefetcher& prefetcher) const {
     int64_t d = 0;
-    if constexpr (Q == 1) {  // read whole rows: a lone query waits for memory
-      for (; d + 8 * LANES <= depth_; d += 8 * LANES) mix_columns<Q, 4>(weights, stride, first_count, d, mixed, ahead);
-      for (; d + 4 * LANES <= depth_; d += 4 * LANES) mix_columns<Q, 2>(weights, stride, first_count, d, mixed, ahead);
+    // One query alone is bound by memory: it reads whole rows of values.
+    if constexpr (Q == 1) {
+      for (; d + 8 * LANES <= padded_size_; d += 8 * LANES)
+        weigh_columns<Q, 4>(weights, stride, first_count, d, out, prefetcher);
+      for (; d + 4 * LANES <= padded_size_; d += 4 * LANES)
+        weigh_columns<Q, 2>(weights, stride, first_count, d, out, prefetcher);
     }
-    for (; d < depth_; d += 2 * LANES) mix_columns<Q, 1>(weights, stride, first_count, d, mixed, ahead);
+    for (; d < padded_size_; d += 2 * LANES)
+      weigh_columns<Q, 1>(weights, stride, first_count, d, out, prefetcher);
   }
 
-  // mixed[q][d0 ...] = sum over keys of weight * value, for N pairs of vectors; query q sees first_count + q keys.
+  // Micro-kernel: out[q][d0 + ...] = sum over keys of weight * value, for N pairs of vectors. Query
+  // q sees first_count + q keys.
+  //
+  // Register map:
+  //
+  //     sums[q][c]  query q, LANES columns: Q * 2 N registers
+  //     value[c]    LANES columns of one key's value: 2 N registers
+  //     weight      of one query and key in all lanes
   template <int Q, int N>
-  FLAT void mix_columns(const float* weights, int64_t stride, int64_t first_count, int64_t d0, float* mixed, Lookahead& ahead) const {
+  FLAT void weigh_columns(const float* weights, int64_t stride, int64_t first_count, int64_t d0,
+                          float* out, BlockPrefetcher& prefetcher) const {
     Register sums[Q][2 * N], value[2 * N];
     unroll<Q>([&](auto q) { unroll<2 * N>([&](auto c) { sums[q][c] = Vec(0.0f); }); });
     const auto load = [&](const T* row) {
-      unroll<N>([&](auto c) { std::tie(value[2 * c], value[2 * c + 1]) = load_values(row + 2 * c * LANES); });
+      unroll<N>([&](auto c) {
+        std::tie(value[2 * c], value[2 * c + 1]) = load_values(row + 2 * c * LANES);
+      });
     };
     const auto add = [&](auto q, int64_t k) {
       const Vec weight(weights[q * stride + k]);
       unroll<2 * N>([&](auto c) { sums[q][c] = multiply_add(weight, value[c], sums[q][c]); });
     };
     for (int64_t k = 0; k < first_count;) {
-      if (d0 == 0) ahead.ask(ahead.pace());
+      if (d0 == 0) prefetcher.prefetch(prefetcher.rate());
       const T* row = values(k / SIZE) + d0;
-      for (const int64_t end = std::min(first_count, k + SIZE); k < end; k++, row += depth_) {
+      for (const int64_t end = std::min(first_count, k + SIZE); k < end; k++, row += padded_size_) {
         load(row);
         unroll<Q>([&](auto q) { add(q, k); });
       }
     }
-    unroll<Q - 1>([&](auto later) {  // keys that only the later queries see
+    // Keys that only the later queries see.
+    unroll<Q - 1>([&](auto later) {
       const int64_t k = first_count + later;
-      load(values(k / SIZE) + k % SIZE * depth_ + d0);
+      load(values(k / SIZE) + k % SIZE * padded_size_ + d0);
       unroll<Q>([&](auto q) {
         if constexpr (q > later) add(q, k);
       });
     });
     unroll<Q>([&](auto q) {
-      unroll<N>([&](auto c) { store_values<T>(sums[q][2 * c], sums[q][2 * c + 1], mixed + q * depth_ + d0 + 2 * c * LANES); });
+      unroll<N>([&](auto c) {
+        float* to = out + q * padded_size_ + d0 + 2 * c * LANES;
+        store_values<T>(sums[q][2 * c], sums[q][2 * c + 1], to);
+      });
     });
   }
 
-  int64_t depth_;
-  const int32_t* pages_;  // of the slot
-  T* cache_;              // of the head
+  int64_t padded_size_;
+  const int32_t* block_table_;  // of the sequence
+  T* cache_;                    // of the head
 };
 
 }  // namespace gptbatch

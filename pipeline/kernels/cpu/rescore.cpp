@@ -1,122 +1,108 @@
-// Of logits that are known roughly, exactly those that can matter: gpt/screen.py says which and why.
+// Second pass of the two-pass LM head: recomputes in float32 the logits that can matter.
 //
-//     gptbatch::rescore(logits, hidden, weight, of_rows, of_blocks, kept, slack) -> floors; changes logits
+// The first pass gives approximate logits and, per row and group of 32 tokens, a bound of their
+// error. pipeline/model/lm_head.py derives the bound. For each row:
 //
-//     logits     (B, V)       float32: in, each nearly the row of `hidden` times the row of `weight`; out, exactly it where it may
-//                             be at least the row's floor, as `linear` computes it in float32
-//     hidden     (B, C)       float32
-//     weight     (V, C)       float32
-//     of_rows    (B, 2)       float64 and
-//     of_blocks  (blocks, 2)  float64: their product bounds how far a row's logits of a block of 32 tokens are from exact
-//     kept       (B,)         int64, 1 to V - 1
-//     slack      (B,)         float64, at least 0
-//     floors     (B,)         float64: at most the kept-th largest exact logit less the slack; NaN where too many logits would have
-//                             to be computed, or one is not finite, and the row was left alone
-
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+//     threshold = k-th largest approximate logit - largest error - distance
+//     for (t = 0; t < V; t++)
+//       if (logit[t] >= threshold - error[group of t]) logit[t] = dot(hidden, weight[t]);
+//
+// At least k exact logits reach (threshold + distance), so every exact logit within `distance` of
+// the k-th largest is recomputed. Fallback: the row is left unchanged and its threshold is NaN if
+// more than 1 in 64 logits are candidates, or if a logit is not finite. The caller then computes
+// the row with the exact head.
 
 #include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "epilogue.h"
-#include "maxima.h"
+#include "vocab_maxima.h"
 
+namespace gptbatch {
 namespace {
 
-using namespace gptbatch;
-
-constexpr int AT_ONCE = 8;          // sums side by side: as many as hide how long one addition takes
-constexpr int64_t MOST_SHARE = 64;  // one logit in so many is computed at most: more are no quicker than all of them
-constexpr double TINY = 1e-30;       // instructions for bfloat16 take products below 1.2e-38 for 0
-constexpr double HUGE_ERROR = 1e28;  // below, no sum can have come near the end of float32
+constexpr int DOTS_AT_ONCE = 8;  // independent sums that hide the latency of fused multiply-add
+constexpr int64_t LOGITS_PER_CANDIDATE = 64;  // with more candidates, the exact head is faster
+constexpr double MIN_ERROR = 1e-30;  // bfloat16 instructions flush products below 1.2e-38 to 0
+constexpr double MAX_ERROR = 1e28;   // below it, no sum came near the largest float32
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 
-struct Errors {
-  double of_hidden, of_weight;
-  double bound(const double* block) const { return of_hidden * block[0] + of_weight * block[1] + TINY; }
+struct RowErrors {
+  double hidden, weight;
+  double bound(const double* group) const {
+    return hidden * group[0] + weight * group[1] + MIN_ERROR;
+  }
 };
 
-// The logits of some tokens, each summed as `linear` does: over the inputs 0, 1, 2, ... by fused multiply-add.
-void compute(const float* hidden, const float* weight, int64_t in, const std::vector<int64_t>& tokens, float* logits) {
-  for (size_t first = 0; first < tokens.size(); first += AT_ONCE) {
-    const size_t count = std::min<size_t>(AT_ONCE, tokens.size() - first);
-    std::array<const float*, AT_ONCE> rows, next;  // next: of the tokens after these, asked for on the way
-    float sums[AT_ONCE] = {};
-    for (size_t i = 0; i < AT_ONCE; i++) {
-      rows[i] = weight + tokens[first + std::min(i, count - 1)] * in;
-      next[i] = weight + tokens[std::min(first + AT_ONCE + i, tokens.size() - 1)] * in;
+struct RescoreScratch {
+  std::vector<float> maxima, work;
+  std::vector<int64_t> candidates;
+};
+
+// Exact logits of the candidates, in the reduction order of `linear` in float32: k = 0, 1, 2, ...
+// by fused multiply-add. sums[0] to sums[7] are of eight candidates. Prefetches the weights of the
+// next eight.
+void compute_logits(const float* hidden, const float* weight, int64_t width,
+                    const std::vector<int64_t>& candidates, float* logits) {
+  constexpr int64_t LINE = CACHE_LINE_BYTES / static_cast<int64_t>(sizeof(float));
+  for (size_t first = 0; first < candidates.size(); first += DOTS_AT_ONCE) {
+    const size_t count = std::min<size_t>(DOTS_AT_ONCE, candidates.size() - first);
+    std::array<const float*, DOTS_AT_ONCE> rows, next;
+    float sums[DOTS_AT_ONCE] = {};
+    for (size_t i = 0; i < DOTS_AT_ONCE; i++) {
+      rows[i] = weight + candidates[first + std::min(i, count - 1)] * width;
+      next[i] = weight +
+                candidates[std::min(first + DOTS_AT_ONCE + i, candidates.size() - 1)] * width;
     }
-    for (int64_t begin = 0; begin < in; begin += CACHE_LINE / 4) {
-      for (int i = 0; i < AT_ONCE; i++) __builtin_prefetch(next[i] + begin);
-      const int64_t end = std::min<int64_t>(in, begin + CACHE_LINE / 4);
+    for (int64_t begin = 0; begin < width; begin += LINE) {
+      for (int i = 0; i < DOTS_AT_ONCE; i++) __builtin_prefetch(next[i] + begin);
+      const int64_t end = std::min<int64_t>(width, begin + LINE);
       for (int64_t k = begin; k < end; k++) {
         UNROLL
-        for (int i = 0; i < AT_ONCE; i++) sums[i] = std::fma(hidden[k], rows[i][k], sums[i]);
+        for (int i = 0; i < DOTS_AT_ONCE; i++) sums[i] = std::fma(hidden[k], rows[i][k], sums[i]);
       }
     }
-    for (size_t i = 0; i < count; i++) logits[tokens[first + i]] = sums[i];
+    for (size_t i = 0; i < count; i++) logits[candidates[first + i]] = sums[i];
   }
 }
 
-struct Scratch {
-  std::vector<float> maxima, groups;
-  std::vector<int64_t> tokens;
-};
-
-double rescore_row(float* logits, int64_t vocab_size, const float* hidden, const float* weight, int64_t in, const Errors& errors,
-                  const double* of_blocks, int64_t kept, double slack, Scratch& scratch) {
-  auto& [maxima, groups, tokens] = scratch;
+// Returns the threshold of row i.
+double rescore_row(float* logits, const RescoreInputs& inputs, int64_t i,
+                   RescoreScratch& scratch) {
+  auto& [maxima, work, candidates] = scratch;
+  const int64_t vocab_size = inputs.vocab_size;
+  const RowErrors errors{inputs.row_errors[2 * i], inputs.row_errors[2 * i + 1]};
   find_maxima(logits, vocab_size, maxima);
   double largest_error = 0.0;
-  for (size_t b = 0; b < maxima.size(); b++) {
-    const double error = errors.bound(of_blocks + 2 * b);
-    if (!std::isfinite(maxima[b]) || !(error < HUGE_ERROR)) return NOT_A_NUMBER;
+  for (size_t g = 0; g < maxima.size(); g++) {
+    const double error = errors.bound(inputs.group_errors + 2 * g);
+    if (!std::isfinite(maxima[g]) || !(error < MAX_ERROR)) return NOT_A_NUMBER;
     largest_error = std::max(largest_error, error);
   }
-  // at least `kept` rough logits reach the first number, and so as many exact ones the second
-  const double floor = find_floor(logits, vocab_size, kept, maxima, groups) - largest_error - slack;
-  tokens.clear();
-  for (size_t b = 0; b < maxima.size(); b++) {
-    const double least = floor - errors.bound(of_blocks + 2 * b);
-    if (maxima[b] < least) continue;
-    const int64_t first = static_cast<int64_t>(b) * BLOCK;
-    for (int64_t token = first; token < std::min(vocab_size, first + BLOCK); token++)
-      if (logits[token] >= least) tokens.push_back(token);
-    if (static_cast<int64_t>(tokens.size()) * MOST_SHARE > vocab_size) return NOT_A_NUMBER;
+  const double threshold = find_threshold(logits, vocab_size, inputs.kept[i], maxima, work) -
+                           largest_error - inputs.distances[i];
+  candidates.clear();
+  for (size_t g = 0; g < maxima.size(); g++) {
+    const double min_logit = threshold - errors.bound(inputs.group_errors + 2 * g);
+    if (maxima[g] < min_logit) continue;
+    const int64_t first = static_cast<int64_t>(g) * GROUP_SIZE;
+    for (int64_t token = first; token < std::min(vocab_size, first + GROUP_SIZE); token++)
+      if (logits[token] >= min_logit) candidates.push_back(token);
+    if (static_cast<int64_t>(candidates.size()) * LOGITS_PER_CANDIDATE > vocab_size)
+      return NOT_A_NUMBER;
   }
-  compute(hidden, weight, in, tokens, logits);
-  return floor;
-}
-
-at::Tensor rescore(at::Tensor& logits, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& of_rows,
-                  const at::Tensor& of_blocks, const at::Tensor& kept, const at::Tensor& slack) {
-  const int64_t batch = logits.size(0), vocab_size = logits.size(1), in = hidden.size(1);
-  TORCH_CHECK(logits.is_contiguous() && hidden.is_contiguous() && weight.is_contiguous() && of_rows.is_contiguous() &&
-                  of_blocks.is_contiguous() && hidden.size(0) == batch && weight.size(0) == vocab_size && weight.size(1) == in &&
-                  of_rows.numel() == 2 * batch && of_blocks.numel() == 2 * ((vocab_size + BLOCK - 1) / BLOCK) && kept.numel() == batch &&
-                  slack.numel() == batch,
-              "rescore: the shapes do not fit each other");
-  at::Tensor floors = at::empty({batch}, slack.options());
-  float* of_logits = logits.data_ptr<float>();
-  const float *of_hidden = hidden.const_data_ptr<float>(), *of_weight = weight.const_data_ptr<float>();
-  const double *rows = of_rows.const_data_ptr<double>(), *blocks = of_blocks.const_data_ptr<double>(), *slacks = slack.const_data_ptr<double>();
-  const int64_t* counts = kept.const_data_ptr<int64_t>();
-  double* floor = floors.data_ptr<double>();
-  for_each(batch, 1, [&](int64_t i) {
-    static thread_local Scratch scratch;
-    floor[i] = rescore_row(of_logits + i * vocab_size, vocab_size, of_hidden + i * in, of_weight, in, {rows[2 * i], rows[2 * i + 1]}, blocks,
-                          counts[i], slacks[i], scratch);
-  });
-  return floors;
+  compute_logits(inputs.hidden + i * inputs.width, inputs.weight, inputs.width, candidates, logits);
+  return threshold;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
-  library.def("rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor of_rows, Tensor of_blocks, Tensor kept, Tensor slack) -> Tensor");
+void rescore(float* logits, const RescoreInputs& inputs, double* thresholds) {
+  parallel_for_each(inputs.n_rows, 1, [&](int64_t i) {
+    static thread_local RescoreScratch scratch;
+    thresholds[i] = rescore_row(logits + i * inputs.vocab_size, inputs, i, scratch);
+  });
 }
 
-TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("rescore", rescore); }
+}  // namespace gptbatch

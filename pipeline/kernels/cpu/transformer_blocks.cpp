@@ -1,118 +1,151 @@
-// The blocks of the network, one after the other, in one call: the numbers that pipeline/model/blocks.py makes operator by operator.
+// All transformer blocks of the model in one op: what pipeline/model/blocks.py computes op by op.
 //
-//     gptbatch::transformer_blocks(x, weights, epsilon, activation, caches, scales, pages, slots, positions, wanted) -> y
+//     transformer_blocks(x, weights, epsilon, activation, caches, scales, block_table, seq_indices,
+//                        positions, logits_indices) -> y
+//         x               (R, C)
+//         weights         12 tensors per block, in the order of BlockWeights; packed as in ops.cpp,
+//                         qkv with columns in the order (H, 3, D)
+//         epsilon         of the layer norms
+//         activation      of the MLP
+//         caches, scales  one per block; block_table, seq_indices and positions as in ops.cpp
+//         logits_indices  (S,) int64: tokens whose final hidden states are needed; None: all.
+//                         After the attention of the last block, only these are computed
+//         y               (R, C), or (S, C)
 //
-//     x           (R, C)
-//     weights     of each block, in the order of `Weights`; packed as linear.cpp has it, the projection in the order (H, 3, D)
-//     epsilon     of the norms
-//     activation  of the MLP
-//     caches      of each block; pages, slots and positions of all: as in attention.cpp
-//     scales      of each block's attention
-//     wanted      (S,) int64: the tokens for which the last block computes what comes after its attention; none for all
-//     y           (R, C), or (S, C)
+//     for (block : blocks) {
+//       x = x + out(attention(qkv(layer_norm_1(x))));
+//       x = x + mlp_out(activation(mlp_in(layer_norm_2(x))));
+//     }
 //
-// In a decode step an operator takes a millisecond or less, and called from Python each would come late: the interpreter has left the
-// CPU's cache whenever weights have passed through.
+// In a decode step an op takes a millisecond or less. Calls from Python would add a delay to each:
+// the weights that pass through the CPU's cache evict the interpreter.
 
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/Parallel.h>
+#include <ATen/record_function.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <string>
+#include <vector>
 
-#include "epilogue.h"
+#include "kernels.h"
+#include "ops.h"
 
+namespace gptbatch {
 namespace {
 
-using namespace gptbatch;
 using at::Tensor;
-using Maybe = std::optional<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
-// Heads are dealt out in rounds, one for each thread; rounds times threads is at most so many times the heads.
-constexpr double MOST_ROUNDS = 1.1;
+// qkv_paged_attention deals heads out in rounds of one per thread. It is used if rounds * threads
+// is at most this multiple of the heads, so that few threads have nothing to do in the last round.
+constexpr double MAX_ROUNDING = 1.1;
 
-struct Weights {
+struct BlockWeights {
   static constexpr int64_t COUNT = 12;
-  const Tensor &norm_1, &bias_1, &qkv, &qkv_bias, &out, &out_bias, &norm_2, &bias_2, &mlp_in, &mlp_in_bias, &mlp_out, &mlp_out_bias;
+  const Tensor &norm_1, &norm_1_bias, &qkv, &qkv_bias, &out, &out_bias;
+  const Tensor &norm_2, &norm_2_bias, &mlp_in, &mlp_in_bias, &mlp_out, &mlp_out_bias;
 
-  explicit Weights(at::TensorList of_block)
-      : norm_1(of_block[0]),
-        bias_1(of_block[1]),
-        qkv(of_block[2]),
-        qkv_bias(of_block[3]),
-        out(of_block[4]),
-        out_bias(of_block[5]),
-        norm_2(of_block[6]),
-        bias_2(of_block[7]),
-        mlp_in(of_block[8]),
-        mlp_in_bias(of_block[9]),
-        mlp_out(of_block[10]),
-        mlp_out_bias(of_block[11]) {}
+  explicit BlockWeights(at::TensorList w)
+      : norm_1(w[0]),
+        norm_1_bias(w[1]),
+        qkv(w[2]),
+        qkv_bias(w[3]),
+        out(w[4]),
+        out_bias(w[5]),
+        norm_2(w[6]),
+        norm_2_bias(w[7]),
+        mlp_in(w[8]),
+        mlp_in_bias(w[9]),
+        mlp_out(w[10]),
+        mlp_out_bias(w[11]) {}
 };
 
-// An operator as torch's dispatcher knows it, so that a profiler sees it, too.
-template <class F>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
+struct BlockTokens {
+  const Tensor &block_table, &seq_indices, &positions;
+};
+
+// The ops are called directly. RECORD_FUNCTION shows them to torch.profiler under their names.
+using Inputs = std::vector<c10::IValue>;
+
+Tensor call_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon) {
+  RECORD_FUNCTION("gptbatch::layer_norm", Inputs({x, weight, bias}));
+  return layer_norm_op(x, weight, bias, epsilon);
 }
 
-Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon) {
-  static const auto call = find<Tensor(const Tensor&, const Tensor&, const Tensor&, double)>("gptbatch::layer_norm");
-  return call.call(x, weight, bias, epsilon);
+Tensor call_linear(const Tensor& x, const Tensor& packed, const Tensor& bias,
+                   const OptionalTensor& residual, const std::string& activation) {
+  RECORD_FUNCTION("gptbatch::linear", Inputs({x, packed}));
+  return linear_op(x, packed, bias.numel(), bias, residual, activation);
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& bias, const Maybe& residual, const std::string& activation) {
-  static const auto call = find<Tensor(const Tensor&, const Tensor&, int64_t, const Maybe&, const Maybe&, std::string)>("gptbatch::linear");
-  return call.call(x, packed, bias.numel(), bias, residual, activation);
-}
-
-// Whether threads may each take whole heads, projection and all: where these are of whole panels, and few threads are idle in the last
-// round. With one round alone there would be no head before, whose pages are asked for.
-bool head_by_head(int64_t heads, int64_t head_size) {
+// Whether each thread takes whole heads, projection included. A head's columns must fill whole
+// panels. With a single round there is no previous head whose KV blocks a GEMM could prefetch.
+bool runs_by_head(int64_t heads, int64_t head_size) {
   const int64_t threads = at::get_num_threads(), rounds = (heads + threads - 1) / threads;
-  return 3 * head_size % COLUMNS == 0 && rounds > 1 && static_cast<double>(rounds * threads) <= MOST_ROUNDS * static_cast<double>(heads);
+  return 3 * head_size % panel_columns() == 0 && rounds > 1 &&
+         static_cast<double>(rounds * threads) <= MAX_ROUNDING * static_cast<double>(heads);
 }
 
-Tensor attention(const Tensor& x, const Weights& weights, const Tensor& cache, const Tensor& pages, const Tensor& slots,
-                 const Tensor& positions, double scale) {
-  static const auto fused = find<Tensor(const Tensor&, const Tensor&, const Tensor&, Tensor, const Tensor&, const Tensor&, const Tensor&,
-                                        double)>("gptbatch::qkv_paged_attention");
-  static const auto attend = find<Tensor(const Tensor&, Tensor, const Tensor&, const Tensor&, const Tensor&, double)>("gptbatch::paged_attention");
-  const int64_t heads = cache.size(0), head_size = heads == 0 ? 0 : weights.qkv_bias.numel() / (3 * heads);
-  TORCH_CHECK(heads > 0 && weights.qkv_bias.numel() == 3 * heads * head_size, "transformer_blocks: the heads of the cache do not fit the projection");
-  if (head_by_head(heads, head_size)) return fused.call(x, weights.qkv, weights.qkv_bias, cache, pages, slots, positions, scale);
-  const Tensor qkv = linear(x, weights.qkv, weights.qkv_bias, std::nullopt, "none").view({x.size(0), heads, 3, head_size}).transpose(1, 2);
-  return attend.call(qkv, cache, pages, slots, positions, scale);
+Tensor call_attention(const Tensor& x, const BlockWeights& weights, const Tensor& cache,
+                      const BlockTokens& tokens, double scale) {
+  const auto& [block_table, seq_indices, positions] = tokens;
+  const int64_t heads = cache.size(0), columns = weights.qkv_bias.numel();
+  const int64_t head_size = heads == 0 ? 0 : columns / (3 * heads);
+  TORCH_CHECK(heads > 0 && columns == 3 * heads * head_size,
+              "transformer_blocks: a cache of ", heads, " heads does not fit a projection to ",
+              columns, " columns");
+  if (runs_by_head(heads, head_size)) {
+    RECORD_FUNCTION("gptbatch::qkv_paged_attention", Inputs({x, weights.qkv}));
+    return qkv_paged_attention_op(x, weights.qkv, weights.qkv_bias, cache, block_table, seq_indices,
+                                  positions, scale);
+  }
+  const Tensor qkv = call_linear(x, weights.qkv, weights.qkv_bias, std::nullopt, "none")
+                         .view({x.size(0), heads, 3, head_size})
+                         .transpose(1, 2);
+  RECORD_FUNCTION("gptbatch::paged_attention", Inputs({qkv}));
+  return paged_attention_op(qkv, cache, block_table, seq_indices, positions, scale);
 }
 
-Tensor transformer_blocks(const Tensor& x, at::TensorList weights, double epsilon, std::string activation, at::TensorList caches,
-              at::ArrayRef<double> scales, const Tensor& pages, const Tensor& slots, const Tensor& positions, const Maybe& wanted) {
+Tensor transformer_blocks_op(const Tensor& x, at::TensorList weights, double epsilon,
+                             std::string activation, at::TensorList caches,
+                             at::ArrayRef<double> scales, const Tensor& block_table,
+                             const Tensor& seq_indices, const Tensor& positions,
+                             const OptionalTensor& logits_indices) {
   const size_t count = caches.size();
-  TORCH_CHECK(count > 0 && weights.size() == count * Weights::COUNT && scales.size() == count, "transformer_blocks: ", weights.size(), " weights, ", count,
-              " caches and ", scales.size(), " scales do not fit each other");
+  TORCH_CHECK(count > 0 && weights.size() == count * BlockWeights::COUNT && scales.size() == count,
+              "transformer_blocks: ", weights.size(), " weights, ", count, " caches and ",
+              scales.size(), " scales do not fit; each block takes ", BlockWeights::COUNT,
+              " weights, one cache and one scale");
+  const BlockTokens tokens{block_table, seq_indices, positions};
   Tensor y = x;
   for (size_t layer = 0; layer < count; layer++) {
-    const Weights of_block(weights.slice(layer * Weights::COUNT, Weights::COUNT));
-    Tensor attended =
-        attention(layer_norm(y, of_block.norm_1, of_block.bias_1, epsilon), of_block, caches[layer], pages, slots, positions, scales[layer]);
-    if (wanted && layer + 1 == count) {
-      y = y.index_select(0, *wanted);
-      attended = attended.index_select(0, *wanted);
+    const BlockWeights block(weights.slice(layer * BlockWeights::COUNT, BlockWeights::COUNT));
+    Tensor attended = call_attention(call_norm(y, block.norm_1, block.norm_1_bias, epsilon), block,
+                                     caches[layer], tokens, scales[layer]);
+    if (logits_indices && layer + 1 == count) {
+      y = y.index_select(0, *logits_indices);
+      attended = attended.index_select(0, *logits_indices);
     }
-    y = linear(attended, of_block.out, of_block.out_bias, y, "none");
-    const Tensor normed = layer_norm(y, of_block.norm_2, of_block.bias_2, epsilon);
-    const Tensor inner = linear(normed, of_block.mlp_in, of_block.mlp_in_bias, std::nullopt, activation);
-    y = linear(inner, of_block.mlp_out, of_block.mlp_out_bias, y, "none");
+    y = call_linear(attended, block.out, block.out_bias, y, "none");
+    const Tensor normed = call_norm(y, block.norm_2, block.norm_2_bias, epsilon);
+    const Tensor inner =
+        call_linear(normed, block.mlp_in, block.mlp_in_bias, std::nullopt, activation);
+    y = call_linear(inner, block.mlp_out, block.mlp_out_bias, y, "none");
   }
   return y;
 }
 
 }  // namespace
+}  // namespace gptbatch
 
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
   library.def(
-      "transformer_blocks(Tensor x, Tensor[] weights, float epsilon, str activation, Tensor(a!)[] caches, float[] scales, Tensor pages, Tensor slots, "
-      "Tensor positions, Tensor? wanted) -> Tensor");
+      "transformer_blocks(Tensor x, Tensor[] weights, float epsilon, str activation, "
+      "Tensor(a!)[] caches, float[] scales, Tensor block_table, Tensor seq_indices, "
+      "Tensor positions, Tensor? logits_indices) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(gptbatch, CPU, library) { library.impl("transformer_blocks", transformer_blocks); }
+TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
+  library.impl("transformer_blocks", gptbatch::transformer_blocks_op);
+}

@@ -1,0 +1,120 @@
+// The GEMM's tile in bfloat16, by the matrix product of AMX.
+//
+//     for (k = 0; k < in; k += 32)  // one tdpbf16ps
+//       for (pair = 0; pair < 16; pair++)
+//         sum[r][c] += x[r][k + 2 pair] * panel[k + 2 pair][c] + x[r][k + 2 pair + 1] * ...
+//
+// The reduction order of a row is the same at any number of rows.
+
+#pragma once
+
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "epilogue.h"
+
+namespace gptbatch {
+
+constexpr int64_t AMX_MAX_ROWS = 16, AMX_ROW_BYTES = 64;  // the capacity of a tile register
+constexpr int64_t AMX_K_STEP = 32;
+
+#ifdef __AMX_BF16__
+// Requests the use of AMX tile data, once per process. False if the system refuses.
+inline bool request_amx() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  static const bool granted =
+      syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+  return granted;
+}
+
+// Configures tiles 0 to 6 with `height` rows and tile 7 with 16, all of 64 bytes per row.
+inline void configure_amx_tiles(int64_t height) {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } shapes;
+  for (int i = 0; i < 8; i++) {
+    shapes.bytes[i] = AMX_ROW_BYTES;
+    shapes.rows[i] = static_cast<uint8_t>(i == 7 ? AMX_MAX_ROWS : height);
+  }
+  // Some compilers assume that _tile_loadconfig reads 8 bytes only and drop the other stores.
+  __asm__ volatile("" : : "r"(&shapes) : "memory");
+  _tile_loadconfig(&shapes);
+}
+
+// Micro-kernel: up to 2 * AMX_MAX_ROWS rows of x times one panel. The rows are covered by two tiles
+// of one height; if their number is odd, the tiles share a row.
+//
+// Tile map:
+//
+//                        panel columns 0-15   16-31     32-47
+//     lower rows (tmm6)  tmm0                 tmm1      tmm2
+//     upper rows (tmm6)  tmm3                 tmm4      tmm5
+//     panel              tmm7                 tmm7      tmm7
+//
+// Takes `prefetches` steps of `prefetch` per K step.
+template <class P, class Y>
+void gemm_tile_amx(int64_t rows, const BFloat16* x, int64_t in, const BFloat16* panel, P prefetch,
+                   int64_t prefetches, const Epilogue<Y>& epilogue) {
+  static_assert(PANEL_VECTORS == 3 && LANES * 4 == AMX_ROW_BYTES);
+  const int64_t height = (rows + 1) / 2, second = rows - height;
+  configure_amx_tiles(height);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  const int64_t stride = in * 2, panel_stride = NR * 4;
+  for (int64_t k = 0; k < in; k += AMX_K_STEP, panel += NR * AMX_K_STEP) {
+    for (int64_t i = 0; i < prefetches; i++) prefetch.step();
+    const BFloat16 *lower = x + k, *upper = x + second * in + k;
+    _tile_loadd(7, panel, panel_stride);
+    _tile_loadd(6, lower, stride);
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_loadd(6, upper, stride);
+    _tile_dpbf16ps(3, 6, 7);
+    _tile_loadd(7, panel + 2 * LANES, panel_stride);
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_loadd(6, lower, stride);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_loadd(7, panel + 4 * LANES, panel_stride);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_loadd(6, upper, stride);
+    _tile_dpbf16ps(5, 6, 7);
+  }
+  alignas(64) float sums[2][AMX_MAX_ROWS][NR];
+  _tile_stored(0, sums[0][0], panel_stride);
+  _tile_stored(1, sums[0][0] + LANES, panel_stride);
+  _tile_stored(2, sums[0][0] + 2 * LANES, panel_stride);
+  _tile_stored(3, sums[1][0], panel_stride);
+  _tile_stored(4, sums[1][0] + LANES, panel_stride);
+  _tile_stored(5, sums[1][0] + 2 * LANES, panel_stride);
+  _tile_release();
+  for (int64_t row = 0; row < rows; row++) {
+    const float* row_sums = row < height ? sums[0][row] : sums[1][row - second];
+    Vec numbers[PANEL_VECTORS];
+    for (int v = 0; v < PANEL_VECTORS; v++) numbers[v] = Vec::loadu(row_sums + v * LANES);
+    if (epilogue.columns == NR) {
+      epilogue.template finish<true>(row, numbers);
+    } else {
+      epilogue.template finish<false>(row, numbers);
+    }
+  }
+}
+#endif
+
+// Whether the GEMM of this dtype runs on AMX.
+template <class T>
+bool uses_amx() {
+#ifdef __AMX_BF16__
+  return std::is_same_v<T, BFloat16> && request_amx();
+#else
+  return false;
+#endif
+}
+
+}  // namespace gptbatch

@@ -1,0 +1,108 @@
+// Interfaces of the kernels: raw pointers to contiguous memory. ops.cpp checks the tensors first.
+//
+// This header includes no header of torch but BFloat16.h. The kernels are compiled without
+// torch/library.h, and ops.cpp without the vector headers, which halves the build time.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+
+namespace gptbatch {
+
+using c10::BFloat16;
+
+// Data layouts that Python uses, too: pipeline/kernels/constants.py, passed by the build.
+constexpr int64_t FULL_BLOCK_SIZE = GPTBATCH_FULL_BLOCK_SIZE;
+constexpr int64_t INT8_BLOCK_SIZE = GPTBATCH_INT8_BLOCK_SIZE;
+constexpr int64_t HEAD_SIZE_MULTIPLE = GPTBATCH_HEAD_SIZE_MULTIPLE;
+constexpr int64_t INT8_SCALE_BYTES = GPTBATCH_INT8_SCALE_BYTES;
+constexpr int32_t INT8_MAX_VALUE = GPTBATCH_INT8_MAX;
+constexpr float INT8_MIN_ABSMAX = static_cast<float>(GPTBATCH_INT8_MIN_ABSMAX);
+constexpr int64_t TOKENS_PER_BOUND = GPTBATCH_TOKENS_PER_BOUND;
+constexpr int64_t CACHE_LINE_BYTES = GPTBATCH_CACHE_LINE_BYTES;
+
+#ifdef __AVX512BF16__
+constexpr bool HAS_BFLOAT16 = true;
+#else
+constexpr bool HAS_BFLOAT16 = false;
+#endif
+
+enum class Activation { none, gelu_tanh, gelu, relu, silu, tanh };
+
+// linear.cpp
+
+int64_t panel_columns();      // NR: output features per packed panel
+int64_t bfloat16_k_multiple();  // in_features of a packed bfloat16 weight are padded to this
+
+// packed (panels, in_padded, NR), filled with 0 before the call <- weight (out, in).
+template <class T>
+void pack_weight(const T* weight, int64_t out, int64_t in, int64_t in_padded, T* packed);
+
+// y (rows, out) = activation(x (rows, in) W^T + bias) + residual; bias and residual may be null.
+template <class T, class Y>
+void linear(const T* x, int64_t rows, int64_t in, const T* packed, int64_t out, const float* bias,
+            const Y* residual, Activation activation, Y* y);
+
+// layer_norm.cpp
+
+template <class T>
+void layer_norm(const T* x, int64_t rows, int64_t width, const T* weight, const T* bias,
+                double epsilon, T* y);
+
+// attention.cpp
+
+// One layer's cache (H, n_blocks, block_numbers), and the tokens of a call.
+struct PagedTokens {
+  int64_t n_tokens, n_heads, head_size;
+  const int64_t* seq_indices;  // (n_tokens,)
+  const int64_t* positions;    // (n_tokens,)
+  const int32_t* block_table;  // (sequences, blocks_per_seq)
+  int64_t blocks_per_seq;
+  void* cache;
+  int64_t n_blocks;
+  bool is_int8;  // the cache's dtype: uint8, or that of the queries
+  float scale;
+};
+
+// Numbers of the cache's dtype in one block of one head.
+int64_t kv_block_numbers(bool is_int8, int64_t head_size);
+
+// qkv: number d of part p (query, key, value) of head h of token t is at
+// qkv[t * token_stride + p * part_stride + h * head_stride + d]. out (n_tokens, H D).
+template <class T>
+void paged_attention(const T* qkv, int64_t token_stride, int64_t part_stride, int64_t head_stride,
+                     const PagedTokens& tokens, T* out);
+
+// x (n_tokens, in); packed has n_panels panels with columns in the order (H, 3, D).
+template <class T>
+void qkv_paged_attention(const T* x, int64_t in, const T* packed, int64_t n_panels,
+                         const float* bias, const PagedTokens& tokens, T* out);
+
+// sample.cpp: each array has one number per row of logits; ops.cpp describes them.
+
+struct SampleRows {
+  const int64_t *seeds, *steps;
+  const double* temperatures;
+  const int64_t* kept;
+  const double* bounds;
+};
+
+template <class T>
+void sample(const T* logits, int64_t n_rows, int64_t vocab_size, const SampleRows& rows,
+            int64_t* tokens, double* margins);
+
+// rescore.cpp
+
+struct RescoreInputs {
+  const float *hidden, *weight;
+  int64_t n_rows, vocab_size, width;
+  const double *row_errors, *group_errors;
+  const int64_t* kept;
+  const double* distances;
+};
+
+void rescore(float* logits, const RescoreInputs& inputs, double* thresholds);
+
+}  // namespace gptbatch

@@ -1,0 +1,368 @@
+// The ops torch.ops.gptbatch.*: checks of shapes and dtypes, output tensors, registration.
+//
+// Letters: N tokens, C width, H heads, D head size, V vocabulary size. float is float32 or
+// bfloat16. Weights are packed by pack_weight: (panels, in, NR), columns of W^T in panels of NR,
+// padded with 0. In bfloat16 two rows of W^T are interleaved, and `in` is padded to a multiple of
+// 2, or 32 with AMX.
+//
+//     pack_weight(weight (out, in)) -> packed
+//     linear(x (N, in), packed, out_features, bias (out,) float32, residual (N, out), activation)
+//         -> y (N, out)
+//     linear_float32_out(x (N, in) bfloat16, packed, y (N, out) float32): writes y
+//     has_bfloat16() -> whether pack_weight and linear take bfloat16 (AVX512_BF16)
+//     layer_norm(x (N, C), weight (C,), bias (C,), epsilon) -> y (N, C)
+//     paged_attention(qkv (R, 3, H, D), cache, block_table, seq_indices, positions, scale)
+//         -> out (R, H D); rows from N on are 0
+//     qkv_paged_attention(x (R, C), packed, bias, cache, ...): paged_attention of
+//         linear(x, packed, bias), with columns in the order (H, 3, D)
+//         cache        (H, n_blocks, block_numbers): float as in kv_blocks_full.h, or uint8 as in
+//                      kv_blocks_int8.h
+//         block_table  (sequences, blocks per sequence) int32
+//         seq_indices  (N,) int64: the row of block_table of each token
+//         positions    (N,) int64: all earlier positions are in the cache or in this call
+//     sample(logits (B, V), seeds, steps, temperatures, kept, bounds) -> (tokens, margins)
+//         seeds, steps  (B,) int64
+//         temperatures  (B,) float64
+//         kept          (B,) int64, 1 to V: top-k
+//         bounds        (B,) float64: margins above may be cut to it
+//         tokens        (B,) int64; -1 if logits hold NaN or +inf, or only -inf
+//         margins       (B,) float64
+//     rescore(logits (B, V), hidden (B, C), weight (V, C), row_errors (B, 2), group_errors (G, 2),
+//             kept (B,), distances (B,)) -> thresholds (B,); changes logits
+//         logits, hidden and weight are float32, kept is int64, the others float64. An approximate
+//         logit of row b and group g (32 tokens) is off by at most row_errors[b] . group_errors[g]
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+#include "ops.h"
+
+namespace gptbatch {
+namespace {
+
+using at::Tensor;
+
+Activation parse_activation(const std::string& name) {
+  if (name == "none") return Activation::none;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  TORCH_CHECK(name == "tanh", "linear: unknown activation ", name);
+  return Activation::tanh;
+}
+
+bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kFloat || (HAS_BFLOAT16 && dtype == at::kBFloat16);
+}
+
+// x, contiguous, and padded with 0 to the in_features of a packed weight.
+Tensor prepare_input(const Tensor& x, const Tensor& packed, int64_t out_features) {
+  TORCH_CHECK(x.dim() == 2 && packed.dim() == 3, "linear: x must have 2 dimensions, packed 3; got ",
+              x.sizes(), " and ", packed.sizes());
+  TORCH_CHECK(x.scalar_type() == packed.scalar_type() && is_supported(x.scalar_type()),
+              "linear: x and packed must have one supported dtype; got ", x.scalar_type(), " and ",
+              packed.scalar_type());
+  const int64_t padding = packed.size(1) - x.size(1);
+  const int64_t max_padding = x.scalar_type() == at::kFloat ? 0 : bfloat16_k_multiple() - 1;
+  const int64_t panels = (out_features + panel_columns() - 1) / panel_columns();
+  TORCH_CHECK(padding >= 0 && padding <= max_padding && packed.size(2) == panel_columns() &&
+                  packed.size(0) == panels,
+              "linear: the shapes of x ", x.sizes(), " and packed ", packed.sizes(),
+              " do not fit out_features ", out_features);
+  if (padding == 0) return x.contiguous();
+  Tensor padded = x.new_zeros({x.size(0), packed.size(1)});
+  padded.narrow(1, 0, x.size(1)).copy_(x);
+  return padded;
+}
+
+Tensor pack_weight_op(const Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(),
+              "pack_weight: weight must be a contiguous matrix; got ", weight.sizes());
+  TORCH_CHECK(is_supported(weight.scalar_type()), "pack_weight: dtype ", weight.scalar_type(),
+              " is not supported by this CPU");
+  const bool is_float = weight.scalar_type() == at::kFloat;
+  const int64_t out = weight.size(0), in = weight.size(1), columns = panel_columns();
+  const int64_t multiple = is_float ? 1 : bfloat16_k_multiple();
+  const int64_t in_padded = (in + multiple - 1) / multiple * multiple;
+  Tensor packed = weight.new_zeros({(out + columns - 1) / columns, in_padded, columns});
+  if (is_float) {
+    pack_weight(weight.const_data_ptr<float>(), out, in, in_padded, packed.data_ptr<float>());
+  } else {
+#ifdef __AVX512BF16__
+    pack_weight(weight.const_data_ptr<BFloat16>(), out, in, in_padded, packed.data_ptr<BFloat16>());
+#endif
+  }
+  return packed;
+}
+
+template <class T>
+void call_linear(const Tensor& x, const Tensor& packed, const float* bias, const Tensor& residual,
+                 Activation activation, Tensor& y) {
+  const T* added = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
+  linear(x.const_data_ptr<T>(), x.size(0), x.size(1), packed.const_data_ptr<T>(), y.size(1), bias,
+         added, activation, y.data_ptr<T>());
+}
+
+}  // namespace
+
+Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t out_features,
+                 const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                 std::string activation) {
+  const Tensor input = prepare_input(x, packed, out_features);
+  TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() &&
+                        bias->numel() == out_features),
+              "linear: bias must be contiguous float32 of ", out_features, " numbers");
+  Tensor y = at::empty({x.size(0), out_features}, x.options());
+  const Tensor added = residual ? residual->contiguous() : Tensor();
+  TORCH_CHECK(!residual || (added.sizes() == y.sizes() && added.scalar_type() == y.scalar_type()),
+              "linear: residual must have the shape ", y.sizes(), " and dtype of the output");
+  if (x.size(0) == 0) return y;
+  const float* bias_numbers = bias ? bias->const_data_ptr<float>() : nullptr;
+  const Activation parsed = parse_activation(activation);
+  if (x.scalar_type() == at::kFloat) {
+    call_linear<float>(input, packed, bias_numbers, added, parsed, y);
+  } else {
+#ifdef __AVX512BF16__
+    call_linear<BFloat16>(input, packed, bias_numbers, added, parsed, y);
+#endif
+  }
+  return y;
+}
+
+namespace {
+
+void linear_float32_out_op(const Tensor& x, const Tensor& packed, Tensor& y) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && y.scalar_type() == at::kFloat &&
+                  y.is_contiguous() && y.size(0) == x.size(0),
+              "linear_float32_out: x must be bfloat16, y contiguous float32 with as many rows");
+  const Tensor input = prepare_input(x, packed, y.size(1));
+#ifdef __AVX512BF16__
+  if (x.size(0) > 0)
+    linear<BFloat16, float>(input.const_data_ptr<BFloat16>(), input.size(0), input.size(1),
+                            packed.const_data_ptr<BFloat16>(), y.size(1), nullptr, nullptr,
+                            Activation::none, y.data_ptr<float>());
+#endif
+}
+
+bool has_bfloat16() { return HAS_BFLOAT16; }
+
+template <class T>
+void call_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon,
+                     Tensor& y) {
+  layer_norm(x.const_data_ptr<T>(), x.size(0), x.size(1), weight.const_data_ptr<T>(),
+             bias.const_data_ptr<T>(), epsilon, y.data_ptr<T>());
+}
+
+}  // namespace
+
+Tensor layer_norm_op(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon) {
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && weight.is_contiguous() &&
+                  bias.is_contiguous() && weight.numel() == x.size(1) &&
+                  bias.numel() == x.size(1) && weight.scalar_type() == x.scalar_type() &&
+                  bias.scalar_type() == x.scalar_type(),
+              "layer_norm: the shapes or dtypes of x ", x.sizes(), ", weight ", weight.sizes(),
+              " and bias ", bias.sizes(), " do not fit");
+  Tensor y = at::empty(x.sizes(), x.options());
+  if (x.scalar_type() == at::kFloat) {
+    call_layer_norm<float>(x, weight, bias, epsilon, y);
+  } else {
+    call_layer_norm<BFloat16>(x, weight, bias, epsilon, y);
+  }
+  return y;
+}
+
+namespace {
+
+// Checks the cache and the tokens of a call on x, which has `rows` rows and this dtype.
+PagedTokens paged_tokens(const Tensor& x, Tensor& cache, const Tensor& block_table,
+                         const Tensor& seq_indices, const Tensor& positions, double scale,
+                         int64_t head_size) {
+  const bool is_int8 = cache.scalar_type() == at::kByte;
+  TORCH_CHECK(cache.dim() == 3 && cache.is_contiguous() && block_table.is_contiguous() &&
+                  seq_indices.is_contiguous() && positions.is_contiguous(),
+              "paged_attention: cache, block_table, seq_indices and positions must be contiguous");
+  TORCH_CHECK(seq_indices.sizes() == positions.sizes() && seq_indices.size(0) <= x.size(0),
+              "paged_attention: seq_indices ", seq_indices.sizes(), " and positions ",
+              positions.sizes(), " must have one shape, of at most ", x.size(0), " tokens");
+  TORCH_CHECK(is_int8 || cache.scalar_type() == x.scalar_type(),
+              "paged_attention: the cache must be uint8 or have the dtype of qkv; got ",
+              cache.scalar_type(), " and ", x.scalar_type());
+  TORCH_CHECK(cache.size(2) == kv_block_numbers(is_int8, head_size),
+              "paged_attention: a block of the cache has ", cache.size(2), " numbers, not ",
+              kv_block_numbers(is_int8, head_size));
+  return {seq_indices.size(0),
+          cache.size(0),
+          head_size,
+          seq_indices.const_data_ptr<int64_t>(),
+          positions.const_data_ptr<int64_t>(),
+          block_table.const_data_ptr<int32_t>(),
+          block_table.size(1),
+          cache.data_ptr(),
+          cache.size(1),
+          is_int8,
+          static_cast<float>(scale)};
+}
+
+// An output of which the kernel writes the first n_tokens rows; the others are 0.
+Tensor empty_output(const Tensor& x, int64_t n_tokens, int64_t columns) {
+  Tensor out = at::empty({x.size(0), columns}, x.options());
+  const size_t row_bytes = static_cast<size_t>(columns) * out.element_size();
+  std::memset(static_cast<char*>(out.data_ptr()) + static_cast<size_t>(n_tokens) * row_bytes, 0,
+              static_cast<size_t>(x.size(0) - n_tokens) * row_bytes);
+  return out;
+}
+
+template <class T>
+void call_paged_attention(const Tensor& qkv, const PagedTokens& tokens, Tensor& out) {
+  paged_attention(qkv.const_data_ptr<T>(), qkv.stride(0), qkv.stride(1), qkv.stride(2), tokens,
+                  out.data_ptr<T>());
+}
+
+}  // namespace
+
+Tensor paged_attention_op(const Tensor& qkv, Tensor cache, const Tensor& block_table,
+                          const Tensor& seq_indices, const Tensor& positions, double scale) {
+  TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(2) == cache.size(0) &&
+                  qkv.stride(3) == 1,
+              "paged_attention: qkv must be (R, 3, H, D) with contiguous D; got ", qkv.sizes());
+  const PagedTokens tokens =
+      paged_tokens(qkv, cache, block_table, seq_indices, positions, scale, qkv.size(3));
+  Tensor out = empty_output(qkv, tokens.n_tokens, qkv.size(2) * qkv.size(3));
+  if (qkv.scalar_type() == at::kFloat) {
+    call_paged_attention<float>(qkv, tokens, out);
+  } else {
+    call_paged_attention<BFloat16>(qkv, tokens, out);
+  }
+  return out;
+}
+
+namespace {
+
+template <class T>
+void call_qkv_paged_attention(const Tensor& x, const Tensor& packed, const Tensor& bias,
+                              const PagedTokens& tokens, Tensor& out) {
+  qkv_paged_attention(x.const_data_ptr<T>(), x.size(1), packed.const_data_ptr<T>(), packed.size(0),
+                      bias.const_data_ptr<float>(), tokens, out.data_ptr<T>());
+}
+
+}  // namespace
+
+Tensor qkv_paged_attention_op(const Tensor& x, const Tensor& packed, const Tensor& bias,
+                              Tensor cache, const Tensor& block_table, const Tensor& seq_indices,
+                              const Tensor& positions, double scale) {
+  const int64_t columns = bias.numel(), heads = cache.size(0);
+  TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous(),
+              "qkv_paged_attention: bias must be contiguous float32");
+  TORCH_CHECK(heads > 0 && columns % (heads * panel_columns()) == 0,
+              "qkv_paged_attention: the columns of a head must fill whole panels of ",
+              panel_columns(), "; got ", columns, " columns for ", heads, " heads");
+  const Tensor input = prepare_input(x, packed, columns);
+  const PagedTokens tokens = paged_tokens(x, cache, block_table, seq_indices, positions, scale,
+                                          columns / 3 / heads);
+  Tensor out = empty_output(x, tokens.n_tokens, columns / 3);
+  if (x.scalar_type() == at::kFloat) {
+    call_qkv_paged_attention<float>(input, packed, bias, tokens, out);
+  } else {
+#ifdef __AVX512BF16__
+    call_qkv_paged_attention<BFloat16>(input, packed, bias, tokens, out);
+#endif
+  }
+  return out;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> sample_op(const Tensor& logits, const Tensor& seeds,
+                                     const Tensor& steps, const Tensor& temperatures,
+                                     const Tensor& kept, const Tensor& bounds) {
+  const int64_t batch = logits.size(0), vocab_size = logits.size(1);
+  TORCH_CHECK(logits.is_contiguous() && seeds.numel() == batch && steps.numel() == batch &&
+                  temperatures.numel() == batch && kept.numel() == batch &&
+                  bounds.numel() == batch,
+              "sample: logits must be contiguous, and the other inputs must have ", batch,
+              " numbers each");
+  Tensor tokens = at::empty({batch}, seeds.options());
+  Tensor margins = at::empty({batch}, temperatures.options());
+  const SampleRows rows{seeds.const_data_ptr<int64_t>(), steps.const_data_ptr<int64_t>(),
+                        temperatures.const_data_ptr<double>(), kept.const_data_ptr<int64_t>(),
+                        bounds.const_data_ptr<double>()};
+  int64_t* token = tokens.data_ptr<int64_t>();
+  double* margin = margins.data_ptr<double>();
+  if (logits.scalar_type() == at::kFloat) {
+    sample(logits.const_data_ptr<float>(), batch, vocab_size, rows, token, margin);
+  } else {
+    sample(logits.const_data_ptr<BFloat16>(), batch, vocab_size, rows, token, margin);
+  }
+  return {tokens, margins};
+}
+
+Tensor rescore_op(Tensor& logits, const Tensor& hidden, const Tensor& weight,
+                  const Tensor& row_errors, const Tensor& group_errors, const Tensor& kept,
+                  const Tensor& distances) {
+  const int64_t batch = logits.size(0), vocab_size = logits.size(1), width = hidden.size(1);
+  const int64_t groups = (vocab_size + TOKENS_PER_BOUND - 1) / TOKENS_PER_BOUND;
+  TORCH_CHECK(logits.is_contiguous() && hidden.is_contiguous() && weight.is_contiguous() &&
+                  row_errors.is_contiguous() && group_errors.is_contiguous(),
+              "rescore: all inputs must be contiguous");
+  TORCH_CHECK(hidden.size(0) == batch && weight.size(0) == vocab_size && weight.size(1) == width &&
+                  row_errors.numel() == 2 * batch && group_errors.numel() == 2 * groups &&
+                  kept.numel() == batch && distances.numel() == batch,
+              "rescore: the shapes of logits ", logits.sizes(), ", hidden ", hidden.sizes(),
+              ", weight ", weight.sizes(), ", row_errors ", row_errors.sizes(),
+              " and group_errors ", group_errors.sizes(), " do not fit");
+  Tensor thresholds = at::empty({batch}, distances.options());
+  const RescoreInputs inputs{hidden.const_data_ptr<float>(),
+                             weight.const_data_ptr<float>(),
+                             batch,
+                             vocab_size,
+                             width,
+                             row_errors.const_data_ptr<double>(),
+                             group_errors.const_data_ptr<double>(),
+                             kept.const_data_ptr<int64_t>(),
+                             distances.const_data_ptr<double>()};
+  rescore(logits.data_ptr<float>(), inputs, thresholds.data_ptr<double>());
+  return thresholds;
+}
+
+}  // namespace
+}  // namespace gptbatch
+
+TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
+  library.def("pack_weight(Tensor weight) -> Tensor");
+  library.def(
+      "linear(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor? residual, "
+      "str activation) -> Tensor");
+  library.def("linear_float32_out(Tensor x, Tensor packed, Tensor(a!) y) -> ()");
+  library.def("has_bfloat16() -> bool", gptbatch::has_bfloat16);
+  library.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float epsilon) -> Tensor");
+  library.def(
+      "paged_attention(Tensor qkv, Tensor(a!) cache, Tensor block_table, Tensor seq_indices, "
+      "Tensor positions, float scale) -> Tensor");
+  library.def(
+      "qkv_paged_attention(Tensor x, Tensor packed, Tensor bias, Tensor(a!) cache, "
+      "Tensor block_table, Tensor seq_indices, Tensor positions, float scale) -> Tensor");
+  library.def(
+      "sample(Tensor logits, Tensor seeds, Tensor steps, Tensor temperatures, Tensor kept, "
+      "Tensor bounds) -> (Tensor, Tensor)");
+  library.def(
+      "rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor row_errors, "
+      "Tensor group_errors, Tensor kept, Tensor distances) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
+  library.impl("pack_weight", gptbatch::pack_weight_op);
+  library.impl("linear", gptbatch::linear_op);
+  library.impl("linear_float32_out", gptbatch::linear_float32_out_op);
+  library.impl("layer_norm", gptbatch::layer_norm_op);
+  library.impl("paged_attention", gptbatch::paged_attention_op);
+  library.impl("qkv_paged_attention", gptbatch::qkv_paged_attention_op);
+  library.impl("sample", gptbatch::sample_op);
+  library.impl("rescore", gptbatch::rescore_op);
+}
