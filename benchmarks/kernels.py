@@ -1,9 +1,9 @@
-"""The kernels beside what torch offers, in turn: linears at the shapes of gpt2, and the choice of 64 tokens of 50,257.
+"""Compare the kernels with torch: the linears of a step of gpt2, and sampling for 64 rows.
 
     python benchmarks/kernels.py [--threads N] [--repeats 9]
 
-The linears of a step stand against the same weights prepacked for oneDNN, the choice against its own formula in terms of torch. Medians;
-the last line is a JSON object.
+Linears are compared with oneDNN on prepacked weights, sampling from 50,257 logits with the same
+formula in torch. Times are medians of alternating calls. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LINEARS = {
 
 
 def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each call; one after the other in every repeat, after one that does not count."""
+    """Return the median seconds of each call; they alternate, after one warm-up each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
@@ -44,17 +44,17 @@ def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 
 def linears(dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
-    """GFLOP/s of all linears of a step together."""
-    seconds = {"ours": 0.0, "oneDNN": 0.0}
+    """Return the GFLOP/s of all linears of a step together."""
+    seconds = {"gptbatch": 0.0, "oneDNN": 0.0}
     operations = 0
     for in_features, out_features, layers in LINEARS.values():
         x = torch.randn(rows, in_features).to(dtype)
         weights = [torch.randn(out_features, in_features).to(dtype) for _ in range(layers)]
-        ours = [torch.ops.gptbatch.pack_weight(weight) for weight in weights]
-        theirs = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
+        packed = [torch.ops.gptbatch.pack_weight(weight) for weight in weights]
+        reordered = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
         calls: dict[str, Callable[[], object]] = {
-            "ours": partial(_our_linears, x, ours, out_features),
-            "oneDNN": partial(_onednn_linears, x, theirs),
+            "gptbatch": partial(_gptbatch_linears, x, packed, out_features),
+            "oneDNN": partial(_onednn_linears, x, reordered),
         }
         for name, median in medians(calls, repeats).items():
             seconds[name] += median
@@ -62,7 +62,7 @@ def linears(dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
     return {name: round(operations / s / 1e9, 1) for name, s in seconds.items()}
 
 
-def _our_linears(x: Tensor, weights: list[Tensor], out_features: int) -> None:
+def _gptbatch_linears(x: Tensor, weights: list[Tensor], out_features: int) -> None:
     for weight in weights:
         torch.ops.gptbatch.linear(x, weight, out_features, None, None, "none")
 
@@ -72,15 +72,15 @@ def _onednn_linears(x: Tensor, weights: list[Tensor]) -> None:
         torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-def choice(dtype: torch.dtype, top_k: int, repeats: int) -> dict[str, float]:
-    """Milliseconds for 64 rows."""
+def sampling(dtype: torch.dtype, top_k: int, repeats: int) -> dict[str, float]:
+    """Return the milliseconds that 64 rows take."""
     logits = (torch.randn(64, 50257) / 2).to(dtype)
     params = [
         SamplingParams(seed=row, temperature=0.8, top_k=top_k, max_new_tokens=1)
         for row in range(64)
     ]
     calls: dict[str, Callable[[], object]] = {
-        "ours": lambda: sample_tokens(logits, params, [0] * 64, [1e-3] * 64, native=True),
+        "gptbatch": lambda: sample_tokens(logits, params, [0] * 64, [1e-3] * 64, native=True),
         "torch": lambda: sample_tokens(logits, params, [0] * 64, [1e-3] * 64),
     }
     return {name: round(s * 1e3, 2) for name, s in medians(calls, repeats).items()}
@@ -105,9 +105,9 @@ def main() -> None:
                     dtype, rows, args.repeats
                 )
         for top_k in (40, 1000, 0):
-            report[f"choice, top_k {top_k}, {name}, ms"] = choice(dtype, top_k, args.repeats)
-    for what, found in report.items():
-        print(f"{what:<40}", *(f"{name} {value:8.2f}" for name, value in found.items()))
+            report[f"sampling, top_k {top_k}, {name}, ms"] = sampling(dtype, top_k, args.repeats)
+    for title, found in report.items():
+        print(f"{title:<40}", *(f"{name} {value:8.2f}" for name, value in found.items()))
     print(json.dumps({"threads": args.threads, **report}))
 
 
