@@ -114,7 +114,7 @@ def differences(a: Path, b: Path) -> list[RowDifference]:
     return list(diff_runs(RunReader(a), RunReader(b)))
 
 
-# -- reading a run ---------------------------------------------------------------------------------------------------
+# -- reading a run ---------------------------------------------------------------------------------
 
 
 def test_a_run_is_read_back_in_order(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_reading_and_comparing_import_no_torch() -> None:
     )
 
 
-# -- what is equal ---------------------------------------------------------------------------------------------------
+# -- what is equal ---------------------------------------------------------------------------------
 
 
 def test_equal_runs(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_runs_without_rows_are_equal(tmp_path: Path) -> None:
     assert (a.n_rows, len(a.parts)) == (0, 1)
 
 
-# -- what is not -----------------------------------------------------------------------------------------------------
+# -- what is not -----------------------------------------------------------------------------------
 
 
 def test_a_changed_token_is_found_at_its_place(tmp_path: Path) -> None:
@@ -569,7 +569,7 @@ def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None
     }
 
 
-# -- the command -----------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

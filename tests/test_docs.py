@@ -30,6 +30,7 @@ from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.output.schema import COLUMNS
 from gptbatch.pipeline.output.summary import RunSummary
 from tests.paths import PYTHONPATH, REPOSITORY
+from tests.processes import LIMIT_S
 
 DOCS = REPOSITORY / "docs"
 README = REPOSITORY / "README.md"
@@ -300,7 +301,7 @@ def run_console(command: str, capfd: pytest.CaptureFixture[str]) -> Ended:
     plain = PLAIN.fullmatch(command.replace("\\\n", " "))
     if plain is None:
         done = subprocess.run(
-            ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False
+            ["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT_S, check=False
         )
         return Ended(done.returncode, done.stdout, done.stderr)
     variables = dict(word.split("=", 1) for word in plain["variables"].split())

@@ -120,7 +120,7 @@ def wait_for_parts(output: Path, count: int) -> None:
     wait_for(lambda: len(list(output.glob("part-*.parquet"))) >= count, f"{count} parts")
 
 
-# -- faults at each step of a commit ---------------------------------------------------------------------------------------
+# -- faults at each step of a commit ---------------------------------------------------------------
 
 # per step: the first error in make test, the second one takes the same path
 CAN_FAIL = {
@@ -168,7 +168,7 @@ def test_a_fault_at_a_step_of_a_commit(
     )
 
 
-# -- kills -----------------------------------------------------------------------------------------------------------------
+# -- kills -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=pytest.mark.slow)])
@@ -241,7 +241,7 @@ def test_a_step_that_outlasts_the_patience_is_cut_off(long: Setting, tmp_path: P
     assert "gptbatch: stopped; run the same command again\n" in child.stderr
 
 
-# -- two runs, changed inputs, full disks ----------------------------------------------------------------------------------
+# -- two runs, changed inputs, full disks ----------------------------------------------------------
 
 
 def test_two_runs_at_once(long: Setting, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_file_that_may_not_grow(long: Setting, tmp_path: Path) -> None:
     assert table(output).equals(long.expected)
 
 
-# -- resuming --------------------------------------------------------------------------------------------------------------
+# -- resuming --------------------------------------------------------------------------------------
 
 
 def test_batch_size_and_threads_may_change(setting: Setting, tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_a_complete_output_imports_nothing_heavy(setting: Setting, tmp_path: Pat
     assert (code, "another input" in child.stderr) == (78, True)
 
 
-# -- memory ----------------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["ragged", "padded"])

@@ -98,7 +98,7 @@ def change_footer(path: Path, change: Callable[[dict[str, Any]], object] | str) 
     pq.write_table(table.replace_schema_metadata({FOOTER_KEY: text}), path)
 
 
-# -- types of what is read back ----------------------------------------------------------------------------------------
+# -- types of what is read back --------------------------------------------------------------------
 
 HUGE = 10**1000
 MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -364,7 +364,7 @@ def test_the_model_of_the_settings_is_named_where_its_folder_is_gone(
     assert "not where it was; name a copy of it with --model" in stderr
 
 
-# -- links, FIFOs, sockets ---------------------------------------------------------------------------------------------
+# -- links, FIFOs, sockets -------------------------------------------------------------------------
 
 WORK_FILES = [
     "config.yaml",
@@ -456,7 +456,7 @@ def test_parts_behind_links_are_read(output: Path, tmp_path: Path, command: Comm
     assert RunReader(output).n_rows == 7
 
 
-# -- other tables beside the parts --------------------------------------------------------------------------------------
+# -- other tables beside the parts -----------------------------------------------------------------
 
 STRAYS = [
     "part-00000 (1).parquet",
@@ -558,7 +558,7 @@ def test_a_copy_that_appears_during_the_run_keeps_it_from_being_complete(tmp_pat
     assert not (tmp_path / "_SUCCESS").exists()
 
 
-# -- a manifest that promises more, or is of another run --------------------------------------------------------------
+# -- a manifest that promises more, or is of another run -------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [8, 10**9, 2**63 - 1])
@@ -610,7 +610,7 @@ def test_what_is_no_folder_in_place_of_the_work_folder(
             run_job(job(finished, output=str(output), **settings))
 
 
-# -- damage and trouble ------------------------------------------------------------------------------------------------
+# -- damage and trouble ----------------------------------------------------------------------------
 
 TROUBLE: list[tuple[Exception, type[Exception], str]] = [
     (OSError(errno.EIO, "Input/output error"), StorageError, "Input/output error"),
@@ -729,7 +729,7 @@ def test_every_name_of_a_folder_is_a_name(tmp_path: Path, name: str) -> None:
     assert (RunReader(out).n_rows, output_status(out).state) == (3, "complete")
 
 
-# -- two jobs, one folder ----------------------------------------------------------------------------------------------
+# -- two jobs, one folder --------------------------------------------------------------------------
 
 OTHER = {"config_hash": "e" * 64, "seed": 1}
 
@@ -900,7 +900,7 @@ def test_a_part_with_more_rows_than_its_name_says_is_not_counted(tmp_path: Path)
     )
 
 
-# -- failed runs, empty runs, other versions -----------------------------------------------------------------------------
+# -- failed runs, empty runs, other versions -------------------------------------------------------
 
 
 @pytest.mark.parametrize(

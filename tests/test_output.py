@@ -342,7 +342,7 @@ def test_everyone_reads_it(
     assert [row["prompt_id"] for row in dataset] == expected
 
 
-# -- the folder ------------------------------------------------------------------------------------------------------
+# -- the folder ------------------------------------------------------------------------------------
 
 
 def run(checkpoint: Path, path: Path, output: Path, **settings: Any) -> RunSummary:

@@ -67,7 +67,7 @@ def gptbatch(
     return run
 
 
-# -- paths -------------------------------------------------------------------------------------------------------------
+# -- paths -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", ["file", "environment", "options"])
@@ -267,7 +267,7 @@ def test_names_that_no_file_can_have(text: str) -> None:
         expand_path(text)
 
 
-# -- environment -------------------------------------------------------------------------------------------------------
+# -- environment -----------------------------------------------------------------------------------
 
 SERVICE = {
     "GPTBATCH_SERVICE_HOST": "10.96.0.17",
@@ -373,7 +373,7 @@ def _others(key: str) -> dict[str, str]:
     }
 
 
-# -- config files ------------------------------------------------------------------------------------------------------
+# -- config files ----------------------------------------------------------------------------------
 
 
 def _bomb(levels: int) -> str:
@@ -525,7 +525,7 @@ def test_configs_that_are_no_files(
     assert find_config("demo").name == "demo.yaml", "the bundled one"
 
 
-# -- messages ----------------------------------------------------------------------------------------------------------
+# -- messages --------------------------------------------------------------------------------------
 
 TOKEN = "hf_" + "hunTer2" * 5  # as the hub makes them: 34 letters and digits of both cases
 SECRETS = [
@@ -798,7 +798,7 @@ def test_an_output_whose_name_is_too_long(
     )
 
 
-# -- standard output, the current folder, libraries --------------------------------------------------------------------
+# -- standard output, the current folder, libraries ------------------------------------------------
 
 CLOSED = "gptbatch: standard output is closed, and the result goes there; redirect it, to /dev/null at least\n"
 COMMAND_LINES = [
@@ -978,7 +978,7 @@ def test_an_end_of_file_is_no_wish_to_stop(
     assert gptbatch("generate")[0] == 70
 
 
-# -- limits ------------------------------------------------------------------------------------------------------------
+# -- limits ----------------------------------------------------------------------------------------
 
 SHORTAGES: list[tuple[BaseException, str]] = [
     (MemoryError(), "out of memory"),
@@ -1069,7 +1069,7 @@ def test_too_few_threads_are_named(gptbatch: Command, monkeypatch: pytest.Monkey
     assert "no more threads or processes can be started" in stderr
 
 
-# -- shared machines ---------------------------------------------------------------------------------------------------
+# -- shared machines -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1163,7 +1163,7 @@ def test_status_says_that_cores_are_shared_while_a_run_goes_on(
         )
 
 
-# -- options -----------------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 
 def test_the_help_of_generate_has_a_heading_for_every_option() -> None:
@@ -1208,7 +1208,7 @@ def test_an_option_given_twice_is_an_error_in_every_command(name: str, gptbatch:
     )
 
 
-# -- error rows --------------------------------------------------------------------------------------------------------
+# -- error rows ------------------------------------------------------------------------------------
 
 
 def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(
@@ -1261,7 +1261,7 @@ def test_the_sentence_about_error_rows(kinds: dict[str, int], rows: int, said: s
     assert describe_errors(kinds, rows) == said
 
 
-# -- where an output may stand -----------------------------------------------------------------------------------------
+# -- where an output may stand ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1313,7 +1313,7 @@ def test_a_folder_named_as_a_column_is_warned_of(
     ] == ([True] if warned else [])
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 LATIN = os.fsdecode(b"mod\xe8le")
 NAMES = [LATIN, "run:1", "nightly-2026-11-27T02:55", "a::b", "50% [v2] {x} 'quoted\"\t"]

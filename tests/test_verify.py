@@ -107,7 +107,7 @@ def long_row(output: Path) -> str:
     )
 
 
-# -- verify ----------------------------------------------------------------------------------------------------------------
+# -- verify ----------------------------------------------------------------------------------------
 
 
 def test_an_untouched_run(output: Path, command: Command) -> None:
@@ -387,7 +387,7 @@ def test_rows_are_spread_evenly() -> None:
     assert evenly_spaced(4, 0) == []
 
 
-# -- replay ----------------------------------------------------------------------------------------------------------------
+# -- replay ----------------------------------------------------------------------------------------
 
 
 def test_a_row_is_replayed_from_the_folder_alone(
@@ -494,7 +494,7 @@ def test_a_step_explained() -> None:
     assert (lost.rank, lost.distance, lost.candidate.probability) == (3, 2.0, 0.0)
 
 
-# -- the real command ------------------------------------------------------------------------------------------------------
+# -- the real command ------------------------------------------------------------------------------
 
 
 def test_the_columns_of_a_run(finished: Path) -> None:
