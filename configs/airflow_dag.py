@@ -1,7 +1,7 @@
-"""gptbatch as an Airflow task. Copy it into your folder of DAGs.
+"""gptbatch as an Airflow task. Copy this file into the folder of DAGs.
 
-Airflow tries a task again whatever its exit code, so the command turns the codes that trying again cannot help into a failure
-without retries. gptbatch never exits with 99, which BashOperator takes for "skipped".
+Airflow retries a failed task after every exit code. The task raises AirflowFailException, which
+stops the retries, for the exit codes that a retry does not mend.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ COMMAND = [
     "--output",
     "/data/out",
 ]
-TRY_AGAIN = (
-    69,
-    74,
-    75,
-)  # another run holds the output; an I/O error; stopped by a signal or out of memory
+# another run holds the output; an I/O error; stopped by a signal or out of memory
+RETRY_CODES = (69, 74, 75)
 
 
 def generate(command: list[str] = COMMAND) -> None:
-    """Run the command; a task that is killed hands SIGTERM on and waits for it."""
+    """Run the command. If the task is killed, send SIGTERM to the command and wait for it."""
     import subprocess
 
     process = subprocess.Popen(command)
@@ -40,10 +37,10 @@ def generate(command: list[str] = COMMAND) -> None:
         process.terminate()
         process.wait(timeout=30)
         raise
-    if code in TRY_AGAIN:
-        raise RuntimeError(f"gptbatch exited with {code}; the next try goes on where it was")
+    if code in RETRY_CODES:
+        raise RuntimeError(f"gptbatch exited with {code}; the next try continues the run")
     if code != 0:
-        raise AirflowFailException(f"gptbatch exited with {code}; trying again changes nothing")
+        raise AirflowFailException(f"gptbatch exited with {code}; a retry does not help")
 
 
 with DAG(dag_id="gptbatch", start_date=datetime(2026, 1, 1), schedule=None, catchup=False) as dag:

@@ -152,10 +152,9 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
         default = (
             ""
             if field.is_required() or field.default in (None, [])
-            else f" [default: {_yaml(field.default)}]"
+            else f" Default: {_yaml(field.default)}."
         )
         declaration = f"{name}/--no-{name[2:]}" if kind is click.BOOL else name
-        description = (field.description or "").replace("null", "unset")
         command = click.option(
             declaration,
             key.replace(".", "__"),
@@ -165,7 +164,7 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar=(
                 SAMPLING_SETTINGS[key].metavar if key in SAMPLING_SETTINGS else _METAVARS.get(name)
             ),
-            help=f"{description[:1].upper()}{description[1:]}.{default}{' Can be given many times.' if many else ''}",
+            help=f"{field.description}{default}{' May be repeated.' if many else ''}",
         )(command)
     return command
 

@@ -92,33 +92,42 @@ class EngineConfig(_Section):
     """How the work is done on this machine."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto takes cuda where there is a GPU"
+        "auto", description="Device to compute on. auto: cuda where PyTorch finds a GPU, else cpu."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="type of weights and activations; float16 needs cuda"
+        "float32", description="Type of weights and activations. float16 needs cuda."
     )
     cache_dtype: Literal["auto", "int8"] = Field(
         "auto",
-        description="type of keys and values that are kept: auto is dtype; int8 is faster with ragged attention, and coarser",
+        description=(
+            "Type of the cached keys and values. auto: the same as dtype. int8: faster with "
+            "ragged attention and less precise."
+        ),
     )
     batch_size: int | None = Field(
         None,
         ge=1,
         le=65536,
-        description="most rows that run at a time; null takes 32 a CPU thread, from 64 to 512, as far as memory goes",
+        description=(
+            "Maximum number of rows that run at the same time. Default: 32 per CPU thread, "
+            "between 64 and 512, as far as memory allows."
+        ),
     )
     threads: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="CPU threads; null takes what torch finds, at most the CPU quota",
+        description="CPU threads. Default: the number that PyTorch finds, at most the CPU quota.",
     )
     attention: Literal["auto", "ragged", "padded"] = Field(
         "auto",
-        description="ragged is for CPUs, with C++ kernels that are built on first use; auto takes it where they build, else padded",
+        description=(
+            "Attention backend. ragged: C++ kernels for CPUs, built on first use. padded: "
+            "PyTorch. auto: ragged where the kernels can be built, else padded."
+        ),
     )
     memory_gib: float | None = Field(
-        None, gt=0, le=2**20, description="GiB for the KV cache; null takes half of what is free"
+        None, gt=0, le=2**20, description="GiB for the KV cache. Default: half of the free memory."
     )
 
 
@@ -126,101 +135,152 @@ class JobConfig(_Section):
     """One job. Paths are relative to the working directory; `bundled:demo/...` names files of the package."""
 
     model: InputPath = Field(
-        description="folder of a checkpoint, or a name on the Hugging Face hub"
+        description="Folder of a checkpoint, or a model name on the Hugging Face hub."
     )
-    revision: Name | None = Field(None, description="branch, tag or commit of a hub model")
+    revision: Name | None = Field(
+        None, description="Branch, tag or commit of a model on the hub. Default: its main branch."
+    )
     allow_pickle: bool = Field(
-        False, description="accept pytorch_model.bin where there are no safetensors"
+        False, description="Read pytorch_model.bin where the checkpoint has no safetensors."
     )
     input: InputPath | None = Field(
-        None, description="JSONL file, compressed or not; - is standard input"
+        None, description="JSON Lines file, compressed or not; - is standard input."
     )
     dataset: InputPath | None = Field(
         None,
-        description="instead of input: hub name, folder, file or save_to_disk folder of a dataset",
+        description=(
+            "Dataset to read instead of input: a name on the hub, a folder, a file, or a "
+            "save_to_disk folder."
+        ),
     )
-    dataset_config: Name | None = Field(None, description="configuration name of the dataset")
+    dataset_config: Name | None = Field(
+        None, description="Configuration name of the dataset. Default: the dataset's own default."
+    )
     dataset_revision: Name | None = Field(
-        None, description="branch, tag or commit of a hub dataset"
+        None, description="Branch, tag or commit of a dataset on the hub. Default: its main branch."
     )
-    split: Name = Field("train", description="split of the dataset, slices such as train[:100] too")
+    split: Name = Field(
+        "train", description="Split of the dataset. Slices such as train[:100] are allowed."
+    )
     csv_delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
         None,
-        description="character between the cells of CSV files; null takes a comma, or a tab for .tsv",
+        description="Character between the cells of CSV files. Default: a comma, or a tab for .tsv.",
     )
     prompt_field: Name = Field(
         "prompt",
-        description="field that holds the prompt; dots lead inside, as prompt.text or turns.0",
+        description=(
+            "Field of a row that holds the prompt. Dots select nested values: prompt.text, turns.0."
+        ),
     )
-    id_field: Name = Field("id", description="field that holds the row's id; dots lead inside")
+    id_field: Name = Field(
+        "id", description="Field of a row that holds its id. Dots select nested values."
+    )
     metadata_field: list[MetadataField] = Field(
         [],
-        description="row fields of these names to keep as metadata instead of taking them as the row's id or settings",
+        description=(
+            "Field that is metadata in this input. It is kept in the column metadata and not read"
+            " as the row's id or setting."
+        ),
     )
     limit: int | None = Field(
         None,
         ge=0,
         le=2**63 - 1,
-        description="rows to take from the front of the input; null takes all",
+        description="Number of rows to read from the start of the input. Default: all.",
     )
-    output: OutputPath = Field(description="folder to write; created if missing")
+    output: OutputPath = Field(description="Folder to write. It is created if it does not exist.")
     part_rows: int | None = Field(
         None,
         ge=1,
         le=2**31 - 1,
-        description="rows a Parquet file, which is what a kill can lose; null takes the output's, or 512",
+        description=(
+            "Rows per Parquet file; at most this many are recomputed after a crash. Default: 512,"
+            " or the value of the run that is continued."
+        ),
     )
     overwrite: bool = Field(
         False,
-        description="replace an earlier run in the output folder; an unfinished one of this job is continued",
+        description=(
+            "Replace a finished run, or a run of another job, in the output folder. An unfinished"
+            " run of this job is continued."
+        ),
     )
     on_bad_row: Literal["fail", "record"] = Field(
         "fail",
-        description="a row that cannot be read or is invalid: stop before the model loads, or record it as an error row",
+        description=(
+            "Action for a row that cannot be read or is invalid. fail: stop before the model is "
+            "loaded. record: write an error row."
+        ),
     )
     max_row_errors: CountOrShare | None = Field(
-        None, description="stop when more rows than N, or than P%, are errors; null never stops"
+        None,
+        description=(
+            "Stop when more than N rows, or more than P% of all rows, are error rows. Default: "
+            "never."
+        ),
     )
     skip_row: list[Name] = Field(
-        [], description="ids of rows to record as errors instead of running them"
+        [], description="Id of a row that is not generated. It is written as an error row."
     )
     allow_other_environment: bool = Field(
         False,
-        description="continue an output on a machine whose bits may differ from the recorded ones",
+        description=(
+            "Continue a run that another environment began: other hardware, library versions or "
+            "kernels. Tokens of the new parts may differ from those that the first environment "
+            "would give."
+        ),
     )
     seed: int = _sampling_field("seed")
     temperature: float = _sampling_field("temperature")
     top_k: int = _sampling_field("top_k")
     max_new_tokens: int = _sampling_field("max_new_tokens")
-    ignore_eos: bool = Field(False, description="go on after end-of-text")
+    ignore_eos: bool = Field(False, description="Continue after an end-of-text token.")
     parse_special: bool = Field(
         False,
-        description="take the text of a special token inside a prompt, as <|endoftext|>, as that token",
+        description=(
+            "Read the text of a special token in a prompt, such as <|endoftext|>, as that token "
+            "instead of plain text."
+        ),
     )
     add_special_tokens: bool = Field(
-        True, description="add what the tokenizer's template adds to a prompt, as <s>"
+        True,
+        description="Add the special tokens of the tokenizer's template, such as <s>, to every prompt.",
     )
     on_lost_text: Literal["error", "warn"] = Field(
         "error",
-        description="characters that the tokenizer drops: an error row, or a warning with the number of rows",
+        description=(
+            "Action for a prompt with characters that the tokenizer drops. error: write an error "
+            "row. warn: generate without them, and log the number of such rows."
+        ),
     )
     context_overflow: Literal["error", "truncate_left"] = Field(
         "error",
-        description="a prompt of more than n_positions tokens becomes an error row, or loses its front",
+        description=(
+            "Action for a prompt of more than n_positions tokens. error: write an error row. "
+            "truncate_left: drop its first tokens."
+        ),
     )
     window_full: Literal["stop", "slide"] = Field(
         "stop",
-        description="when prompt and completion fill the context: end the row, or go on with the latest n_positions tokens",
+        description=(
+            "Action when prompt and completion fill the context of n_positions tokens. stop: end "
+            "the completion. slide: continue with the latest n_positions tokens, which is much "
+            "slower."
+        ),
     )
     batch_invariance: Literal["auto", "require", "off"] = Field(
         "auto",
-        description="check that a row's bits do not depend on the batch; where they do, auto warns, require stops; off skips it",
+        description=(
+            "Test at start-up that the results of a row do not depend on the other rows of its "
+            "batch. auto: log a warning if they do. require: stop if they do. off: skip the test."
+        ),
     )
     record_logits_digest: bool = Field(
-        False, description="fill logits_digest, a hash of the bits of all logits of a row"
+        False,
+        description="Fill the column logits_digest with a SHA-256 of the logits of every step.",
     )
     engine: EngineConfig = Field(
-        default_factory=lambda: EngineConfig(), description="how the work is done on this machine"
+        default_factory=lambda: EngineConfig(), description="How the job runs on this machine."
     )
 
     @model_validator(mode="after")

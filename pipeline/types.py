@@ -1,6 +1,6 @@
-"""The nouns that travel between the rooms: frozen records, no torch, no files.
+"""The records that the packages exchange, and the table of sampling settings. Imports no torch.
 
-Prompt -> (tokenizer) -> TokenizedPrompt -> (engine) -> Completion -> (data) -> one row of a part.
+Prompt -> input/tokenize -> TokenizedPrompt -> engine -> Completion -> output -> Parquet row
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "error"]
-# bad_row: could not be read, or holds invalid values. too_long: more tokens than the context. empty_prompt: nothing to start from.
-# unknown_token: the model lacks a token of the prompt. unencodable: the prompt holds text that no
-# token stands for. not_finite: the logits hold NaN or infinity. skipped: the user named it.
+# bad_row: not readable, or invalid values. too_long: more tokens than the context has positions.
+# empty_prompt: no tokens, and the checkpoint has no start token. unknown_token: a token id outside
+# the model's vocabulary. unencodable: text without a token. not_finite: NaN or infinity in the
+# logits. skipped: named by skip_row.
 ErrorKind = Literal[
     "bad_row", "too_long", "empty_prompt", "unknown_token", "unencodable", "not_finite", "skipped"
 ]
@@ -19,15 +20,18 @@ StopReason = Literal["end_of_text", "max_new_tokens", "window"]
 WindowFull = Literal["stop", "slide"]
 
 MAX_SEED = 2**63 - 1
-DEFAULT_PART_ROWS = 512  # about a minute of gpt2 on a CPU: what a kill can cost
-MAX_TEMPERATURE = 1e300  # noise is below 37, so that no score overflows
-NOISE_VERSION = 1  # the layout of generation/noise.py; another layout gives other completions
+# about a minute of gpt2 on a CPU, which is what a crash costs
+DEFAULT_PART_ROWS = 512
+# Gumbel noise is below 37, so logit + temperature * noise stays finite
+MAX_TEMPERATURE = 1e300
+# counter layout of engine/noise.py; it is part of the config hash, since it decides the tokens
+NOISE_VERSION = 1
 _MAX_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSetting:
-    """One sampling setting: its name, its range and its words, for every place that has it.
+    """The type, range and texts of one sampling setting.
 
     The name is the config key, the field of an input row, the attribute of SamplingParams and the
     Parquet column. The option (`--top-k`) and the environment variable (`GPTBATCH_TOP_K`) follow
@@ -66,7 +70,7 @@ SAMPLING_SETTINGS = {
         maximum=MAX_SEED,
         default=0,
         metavar="N",
-        help="run seed; rows without a seed derive theirs from it and their id",
+        help="Run seed. A row without a seed of its own derives one from the run seed and its id.",
         column_type="int64",
         meaning="the row seed that was used: the row's own, or derived from the run seed and prompt_id",
     ),
@@ -76,7 +80,7 @@ SAMPLING_SETTINGS = {
         maximum=MAX_TEMPERATURE,
         default=1.0,
         metavar="T",
-        help="divides the logits before softmax; 0 is greedy",
+        help="Divides the logits before softmax. 0 is greedy decoding.",
         column_type="float64",
         meaning="0 is greedy",
     ),
@@ -86,7 +90,7 @@ SAMPLING_SETTINGS = {
         maximum=_MAX_INT32,
         default=0,
         metavar="K",
-        help="keep the k likeliest tokens and ties with the last; 0 keeps all",
+        help="Sample from the k most likely tokens and from ties with the k-th. 0 keeps all tokens.",
         column_type="int32",
         meaning="0 is off",
         unit="tokens",
@@ -97,7 +101,7 @@ SAMPLING_SETTINGS = {
         maximum=_MAX_INT32,
         default=128,
         metavar="N",
-        help="most tokens to generate for a row",
+        help="Maximum number of tokens to generate per row.",
         column_type="int32",
         meaning="the most tokens that the row might generate",
         unit="tokens",
@@ -124,7 +128,15 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One input row, its parameters resolved. `metadata` is the JSON text of its other fields, None without any."""
+    """One valid input row.
+
+    Attributes:
+        index: Index of the row in the input, from 0.
+        prompt_id: The row's id; its index as text where the input has no ids.
+        text: The prompt as it was read.
+        params: The row's own settings, and the run's for the others.
+        metadata: The other fields of the row as JSON text; None if there are none.
+    """
 
     index: int
     prompt_id: str
@@ -135,7 +147,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowError:
-    """Why a row has no completion. `reason` is what the table says; it never quotes the prompt."""
+    """The error of a row without a completion. `reason` is the text of the column `error`.
+
+    The reason never quotes the prompt.
+    """
 
     kind: ErrorKind
     reason: str
@@ -143,7 +158,13 @@ class RowError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedPrompt:
-    """A prompt that is ready for the engine. `read_s` is the monotonic clock when its row was read."""
+    """The token ids of a prompt.
+
+    Attributes:
+        token_ids: The tokens that fit the context.
+        tokens_dropped: Number of tokens cut from the front by truncate_left.
+        read_s: Monotonic clock in seconds at which the row was read.
+    """
 
     prompt: Prompt
     token_ids: list[int]
@@ -153,11 +174,17 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Observed seconds of a monotonic clock; rows of a batch share time, so sums over rows exceed the run's.
+    """Observed times of one row, in seconds of a monotonic clock.
 
-    queue_s: from reading the row to its first token entering a step. prefill_s: from there to its first new token known
-    on the host. decode_s: from there to its last. mean_batch_size: mean rows a step while the row was resident.
-    started_at_s: wall clock (seconds since 1970) at admission. cached_tokens: of the prompt, what another row had computed.
+    Rows of a batch run at the same time, so sums over rows exceed the wall time of the run.
+
+    Attributes:
+        queue_s: From reading the row to the first step that computes one of its tokens.
+        prefill_s: From there until its first new token reaches the host.
+        decode_s: From its first new token to its last.
+        mean_batch_size: Mean number of rows per step, over the steps of this row.
+        started_at_s: Wall clock in seconds since 1970 at which the row was scheduled.
+        cached_tokens: Prompt tokens that were found in the prefix cache.
     """
 
     queue_s: float
@@ -178,11 +205,17 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """How one prompt ended. An error has its reason and no tokens; `timing` is None when it never entered the engine.
+    """The result of one prompt: new tokens or an error.
 
-    prompt_token_ids: what the engine took, [] when it took nothing. min_decision_margin: the smallest margin
-    of its steps (see sampling.py), None without a step. logits_digest: hexadecimal SHA-256 of the
-    bits of every step's logits, None unless it was asked for.
+    Attributes:
+        prompt_tokens: Number of prompt tokens, without those that were dropped.
+        token_ids: The new tokens, with the end token if there is one; empty for an error.
+        timing: None for a row that the engine never computed.
+        prompt_token_ids: The prompt tokens that the engine computed.
+        min_decision_margin: Smallest decision margin of all steps (see engine/sampling.py);
+            None without a step.
+        logits_digest: SHA-256 in hexadecimal of the logits of every step; None unless
+            record_logits_digest is set.
     """
 
     prompt: Prompt
