@@ -1,1 +1,1 @@
-"""Bundled configs and the demo's prompts and model, found by name through `bundled:` (see pipeline/system/bundled.py)."""
+"""Bundled configs, and the prompts and the model of the demo. `bundled:NAME` finds its files."""

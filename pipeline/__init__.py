@@ -1,6 +1,10 @@
-"""gptbatch as a library: `run_job(JobConfig(model="gpt2", input="prompts.jsonl", output="out"))`.
+"""The public API of gptbatch.
 
-Names are imported when they are first used, so that a command that needs few of them starts fast.
+    from gptbatch.pipeline import JobConfig, run_job
+
+    run_job(JobConfig(model="gpt2", input="prompts.jsonl", output="out"))
+
+A name is imported on first use, so that a command loads only the libraries that it needs.
 """
 
 from __future__ import annotations
@@ -13,27 +17,51 @@ from gptbatch.pipeline.system.openmp import limit_spinning
 if TYPE_CHECKING:
     from gptbatch.pipeline.config import EngineConfig, JobConfig, load_config
     from gptbatch.pipeline.dry_run import InputReport, inspect_job
-    from gptbatch.pipeline.errors import GptbatchError
+    from gptbatch.pipeline.errors import (
+        ConfigError,
+        DeviceError,
+        GptbatchError,
+        InputNotFoundError,
+        InputRowsError,
+        ModelError,
+        OutOfMemoryError,
+        OutputBusyError,
+        OutputConflictError,
+        OutputCreationError,
+        StoppedError,
+        StorageError,
+    )
     from gptbatch.pipeline.output.part_runner import Progress, Stop
     from gptbatch.pipeline.output.summary import RunSummary
     from gptbatch.pipeline.run import run_job
 
 __all__ = [
+    "ConfigError",
+    "DeviceError",
     "EngineConfig",
     "GptbatchError",
+    "InputNotFoundError",
     "InputReport",
+    "InputRowsError",
     "JobConfig",
+    "ModelError",
+    "OutOfMemoryError",
+    "OutputBusyError",
+    "OutputConflictError",
+    "OutputCreationError",
     "Progress",
     "RunSummary",
     "Stop",
+    "StoppedError",
+    "StorageError",
     "inspect_job",
     "load_config",
     "run_job",
 ]
 
+# the module of each name; the errors are in `errors`
 _MODULES = {
     "EngineConfig": "config",
-    "GptbatchError": "errors",
     "InputReport": "dry_run",
     "JobConfig": "config",
     "Progress": "output.part_runner",
@@ -48,9 +76,9 @@ limit_spinning()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

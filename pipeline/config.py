@@ -1,4 +1,4 @@
-"""JobConfig: all settings of a run, checked once, from a YAML file, the environment and options. Imports no torch."""
+"""The settings of a job, from a YAML file, the environment and options. Imports no torch."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ ENVIRONMENT_PREFIX = "GPTBATCH_"
 MAX_PROBLEMS = 20
 _PATH_KEYS = ("model", "input", "dataset", "output")
 MAX_VALUE_CHARACTERS = 200
-# what Kubernetes and Docker set for a service or container called gptbatch or gptbatch-NAME, and the values that two of them have:
-# GPTBATCH_MODEL_NAME=gpt2 is a mistake
+# Kubernetes and Docker set these for a service or container called gptbatch or gptbatch-NAME. Two
+# of them are told from a misspelt setting, such as GPTBATCH_MODEL_NAME=gpt2, by their value.
 _SERVICE_VARIABLES = (
     re.compile(
         r"GPTBATCH_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*",
@@ -49,7 +49,7 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 def _path_setting(*, writes: bool) -> Any:
-    """A validator for paths. pydantic's own for text refuses names that are not UTF-8."""
+    """Return a validator for paths. pydantic's own validator rejects names that are not UTF-8."""
 
     def check(value: Any) -> str:
         if not isinstance(value, str):
@@ -89,7 +89,7 @@ class _Section(BaseModel):
 
 
 class EngineConfig(_Section):
-    """How the work is done on this machine."""
+    """Settings that depend on the machine: device, types, memory."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Device to compute on. auto: cuda where PyTorch finds a GPU, else cpu."
@@ -132,7 +132,10 @@ class EngineConfig(_Section):
 
 
 class JobConfig(_Section):
-    """One job. Paths are relative to the working directory; `bundled:demo/...` names files of the package."""
+    """All settings of one job.
+
+    Paths are relative to the working directory. `bundled:demo/...` names a file of the package.
+    """
 
     model: InputPath = Field(
         description="Folder of a checkpoint, or a model name on the Hugging Face hub."
@@ -164,7 +167,7 @@ class JobConfig(_Section):
     )
     csv_delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
         None,
-        description="Character between the cells of CSV files. Default: a comma, or a tab for .tsv.",
+        description="Character between CSV cells. Default: a comma, or a tab for .tsv.",
     )
     prompt_field: Name = Field(
         "prompt",
@@ -244,7 +247,7 @@ class JobConfig(_Section):
     )
     add_special_tokens: bool = Field(
         True,
-        description="Add the special tokens of the tokenizer's template, such as <s>, to every prompt.",
+        description="Add the tokens of the tokenizer's template, such as <s>, to every prompt.",
     )
     on_lost_text: Literal["error", "warn"] = Field(
         "error",
@@ -291,11 +294,11 @@ class JobConfig(_Section):
 
     @property
     def sampling(self) -> SamplingParams:
-        """The sampling settings of the run; seed is the run seed."""
+        """The sampling settings of the run. Its seed is the run seed."""
         return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_SETTINGS})
 
     def to_yaml(self) -> str:
-        """The resolved config as YAML, without secrets."""
+        """Return the resolved config as YAML, without secrets."""
         text: str = yaml.safe_dump(
             _redacted(self.model_dump()), sort_keys=False, allow_unicode=True
         )
@@ -305,10 +308,16 @@ class JobConfig(_Section):
 def load_config(
     file: str | None, *, environment: Mapping[str, str] = os.environ, options: Mapping[str, Any]
 ) -> JobConfig:
-    """Options > environment > file > defaults.
+    """Merge options, environment and file, in this order of precedence, and validate the result.
 
-    file: a path, or the name of a bundled config (demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda). options: flat, "engine.dtype" for nested keys.
-    Raises ConfigError that names the source and the key; its `keys` are those at fault that options set, or that nobody did.
+    Args:
+        file: A path, or the name of a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda.
+        environment: Variables; those that begin with GPTBATCH_ are settings.
+        options: Settings by config key. Nested keys are flat: "engine.dtype".
+
+    Raises:
+        ConfigError: A setting is wrong. The message names its source and key. `keys` holds the
+            wrong keys that come from options, and the required keys that are missing.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     if file is not None:
@@ -319,7 +328,7 @@ def load_config(
     merged: dict[str, Any] = {}
     source: dict[str, str] = {}
     for name, values in layers:
-        # a layer that names an input replaces the one below it, of either kind
+        # an input or a dataset replaces both kinds of a lower layer
         if values.get("input") is not None or values.get("dataset") is not None:
             merged = {
                 key: value for key, value in merged.items() if key not in ("input", "dataset")
@@ -340,16 +349,19 @@ def load_config(
 
 
 def find_config(name: str) -> Path:
-    """A path, or the name of a bundled config. Raises ConfigError."""
+    """Return the path of a config file, or of the bundled config of this name.
+
+    Raises:
+        ConfigError: There is no such file and no such bundled config.
+    """
     try:
         path = Path(expand_path(name))
     except PathError as error:
         raise ConfigError(f"--config {name[:MAX_VALUE_CHARACTERS]}: {error}") from error
     try:
         is_folder = path.is_dir()
-        if (
-            path.exists() and not is_folder
-        ):  # a pipe, as of <(envsubst < job.yaml), can be read once
+        # exists(), since a pipe such as <(envsubst < job.yaml) is no regular file
+        if path.exists() and not is_folder:
             return path
     except OSError as error:
         raise ConfigError(f"{name[:80]}: cannot be a config file ({error.strerror})") from error
@@ -363,17 +375,14 @@ def find_config(name: str) -> Path:
 
 
 def config_fields() -> dict[str, FieldInfo]:
-    """Every config key under its full name: `seed`, `engine.dtype`."""
+    """Return every config key by its full name: `seed`, `engine.dtype`."""
     fields = {name: info for name, info in JobConfig.model_fields.items() if name != "engine"}
     return fields | {f"engine.{name}": info for name, info in EngineConfig.model_fields.items()}
 
 
 def environment_name(key: str) -> str:
-    """GPTBATCH_SEED for seed, GPTBATCH_ENGINE_DTYPE for engine.dtype."""
+    """Return GPTBATCH_SEED for seed, GPTBATCH_ENGINE_DTYPE for engine.dtype."""
     return ENVIRONMENT_PREFIX + key.replace(".", "_").upper()
-
-
-# -- sources ---------------------------------------------------------------------------------------------------------
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -386,7 +395,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _redacted(value: Any) -> Any:
-    """Settings without secrets, each redacted by itself: a path of a file is kept, blanks and all."""
+    """Redact each setting by itself, so that a path with blanks stays whole."""
     if isinstance(value, dict):
         return {key: _redacted(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -419,7 +428,8 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     names = {environment_name(key): key for key in fields}
     values: dict[str, Any] = {}
     for name, value in environment.items():
-        text = value.rstrip("\r\n")  # of a file of variables with Windows line ends
+        # a file of variables may have Windows line ends
+        text = value.rstrip("\r\n")
         if not name.startswith(ENVIRONMENT_PREFIX) or text == "":
             continue
         if name not in names:
@@ -431,9 +441,10 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         key = names[name]
         if key in _PATH_KEYS and text != text.strip() and not os.path.lexists(text):
             raise ConfigError(
-                f"environment variable {name}: {text!r} begins or ends with blanks; leave them out"
+                f"environment variable {name}: {text!r} begins or ends with blanks; remove them"
             )
-        if fields[key].annotation is str:  # checked with the config
+        # validated with the config
+        if fields[key].annotation is str:
             values[key] = text
             continue
         adapter: TypeAdapter[Any] = TypeAdapter(fields[key].annotation or str)
@@ -456,7 +467,10 @@ def _explain(problem: ErrorDetails, source: Mapping[str, str]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{source[key]}: there is no key {key!r}{_nearest(key, list(config_fields()))}"
     if problem["type"] == "missing":
-        return f"{key} is needed: give it as an option, in the config file or as {environment_name(key)}"
+        return (
+            f"{key} is required: give it as an option, in the config file or as "
+            f"{environment_name(key)}"
+        )
     if not key:
         return problem["msg"].removeprefix("Value error, ")
     origin = source.get(_setting(key), "config")
@@ -465,12 +479,12 @@ def _explain(problem: ErrorDetails, source: Mapping[str, str]) -> str:
 
 
 def _setting(key: str) -> str:
-    """The config key of a problem: skip_row for its item skip_row.0."""
+    """Return the config key of a location: skip_row for its item skip_row.0."""
     return re.sub(r"(\.\d+)+$", "", key)
 
 
 def _with_value(problem: ErrorDetails) -> str:
-    """What is wrong with a value, and the value."""
+    """Return the problem and the value."""
     value = problem["input"]
     shown = (
         repr(value)
@@ -489,7 +503,10 @@ def _with_value(problem: ErrorDetails) -> str:
             word for word in words if problem["type"] == "string_type" or f"'{word}'" in message
         ]
         if fitting:
-            quoted = f"; YAML reads {', '.join(words[:2])} and {words[2]} without quotes so; if it is a word, quote it: '{fitting[0]}'"
+            quoted = (
+                f"; YAML reads {', '.join(words[:2])} and {words[2]} without quotes as a boolean; "
+                f"quote the word: '{fitting[0]}'"
+            )
     elif problem["type"] == "string_type" and isinstance(value, int | float):
         quoted = "; quote it to make it text"
     return f"{message[0].lower()}{message[1:]}, not {shown}{quoted}"

@@ -1,8 +1,8 @@
-"""The errors that gptbatch raises on purpose, each with the exit code of the command that meets it.
+"""The errors of gptbatch, and the exit code of the command for each of them.
 
     GptbatchError                 70
-    +-- ConfigError               78  a setting is wrong, alone or together with others
-    |   +-- DeviceError           78  this machine does not have what the config asks for
+    +-- ConfigError               78  a setting is wrong
+    |   +-- DeviceError           78  the machine lacks a device or feature of the config
     |   +-- ModelError            78  the checkpoint cannot be used
     |   +-- OutputConflictError   78  the output folder holds something else
     +-- InputRowsError            65  rows that cannot be read or hold invalid values
@@ -10,10 +10,11 @@
     +-- OutputBusyError           69  another run holds the output
     +-- OutputCreationError       73  the output folder cannot be created
     +-- StorageError              74  reading or writing failed
-    +-- StoppedError              75  stopped on the way, run it again to go on
+    +-- StoppedError              75  stopped by a signal; the same command continues the run
         +-- OutOfMemoryError      75  not even one row fits
 
-A message says what, where, the value seen and what to do. It never holds a prompt or a completion.
+A message says what is wrong, where, the value, and what to do. It never quotes a prompt or a
+completion.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import ClassVar
 
 
 class GptbatchError(Exception):
-    """Base of all errors that are not bugs."""
+    """Base class of all errors that are not bugs."""
 
     exit_code: ClassVar[int] = 70
 
@@ -30,7 +31,8 @@ class GptbatchError(Exception):
 class ConfigError(GptbatchError):
     """A setting is wrong.
 
-    `keys` are the config keys at fault ("engine.dtype"), so that a caller who set them can name its own words for them.
+    Attributes:
+        keys: The wrong config keys, such as "engine.dtype". The command line names their options.
     """
 
     exit_code = 78
@@ -41,7 +43,7 @@ class ConfigError(GptbatchError):
 
 
 class DeviceError(ConfigError):
-    """This machine does not have what the config asks for."""
+    """The machine lacks the device or a feature that the config requires."""
 
 
 class ModelError(ConfigError):
@@ -49,7 +51,7 @@ class ModelError(ConfigError):
 
 
 class OutputConflictError(ConfigError):
-    """The output folder holds something that this run must not touch."""
+    """The output folder holds another job, or files that this run must not change."""
 
 
 class InputRowsError(GptbatchError):
@@ -77,16 +79,16 @@ class OutputCreationError(GptbatchError):
 
 
 class StorageError(GptbatchError):
-    """Reading or writing failed: a full disk, a damaged file, a device that went away."""
+    """Reading or writing failed: a full disk, a damaged file, a lost device."""
 
     exit_code = 74
 
 
 class StoppedError(GptbatchError):
-    """Stopped on the way, by a signal say. What is committed stays; the same run again goes on from there."""
+    """The run was stopped, for example by a signal. The same command continues it."""
 
     exit_code = 75
 
 
 class OutOfMemoryError(StoppedError):
-    """Not even one row at a time fits into memory; the message names it."""
+    """One row alone does not fit into memory; the message names the row."""

@@ -72,7 +72,9 @@ SAMPLING_SETTINGS = {
         metavar="N",
         help="Run seed. A row without a seed of its own derives one from the run seed and its id.",
         column_type="int64",
-        meaning="the row seed that was used: the row's own, or derived from the run seed and prompt_id",
+        meaning=(
+            "the row seed that was used: the row's own, or derived from the run seed and prompt_id"
+        ),
     ),
     "temperature": SamplingSetting(
         type=float,
@@ -90,7 +92,7 @@ SAMPLING_SETTINGS = {
         maximum=_MAX_INT32,
         default=0,
         metavar="K",
-        help="Sample from the k most likely tokens and from ties with the k-th. 0 keeps all tokens.",
+        help="Sample from the k most likely tokens and ties with the k-th. 0 keeps all tokens.",
         column_type="int32",
         meaning="0 is off",
         unit="tokens",

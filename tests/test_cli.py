@@ -281,7 +281,8 @@ def test_what_is_needed_and_missing(
     code, _, stderr = in_process("generate", "--model", checkpoint)
     assert code == 2
     assert (
-        "output is needed: give it as an option, in the config file or as GPTBATCH_OUTPUT" in stderr
+        "output is required: give it as an option, in the config file or as GPTBATCH_OUTPUT"
+        in stderr
     )
     code, _, stderr = in_process("generate", "--model", checkpoint, "--output", tmp_path / "out")
     assert code == 2

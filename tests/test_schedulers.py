@@ -236,9 +236,7 @@ def test_the_airflow_task(airflow: dict[str, Any]) -> None:
         with pytest.raises(RuntimeError, match=f"exited with {code}; the next try goes on"):
             generate(["sh", "-c", f"exit {code}"])
     for code in (2, 65, 78):
-        with pytest.raises(
-            airflow["Failed"], match=f"exited with {code}; trying again changes nothing"
-        ):
+        with pytest.raises(airflow["Failed"], match=f"exited with {code}; a retry does not help"):
             generate(["sh", "-c", f"exit {code}"])
     check_command(airflow["COMMAND"])
 

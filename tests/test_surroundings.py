@@ -409,11 +409,11 @@ HOSTILE = [
     ("temperature: 1:30.5", "temperature: input should be a valid number, not '1:30.5'"),
     (
         "batch_invariance: off",
-        "batch_invariance: input should be 'auto', 'require' or 'off', not False; YAML reads off, no and false without quotes so",
+        "batch_invariance: input should be 'auto', 'require' or 'off', not False; YAML reads off, no and false without quotes as a boolean",
     ),
     (
         "prompt_field: yes",
-        "YAML reads on, yes and true without quotes so; if it is a word, quote it: 'on'",
+        "YAML reads on, yes and true without quotes as a boolean; quote the word: 'on'",
     ),
     (
         "skip_row: [a, no]",
