@@ -1,6 +1,6 @@
-"""The console script `gptbatch`: signals are handled from its first line to its last, and every end has a documented code.
+"""The console script `gptbatch`: installs the signal handlers, runs the command, exits with its code.
 
-Imports nothing heavy, so that a signal finds its handler as early as can be.
+Imports no heavy library, so that the handlers are installed early.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import gc
 import os
 import sys
 
-from gptbatch.jobs.signals import STOPPED, Signals
+from gptbatch.jobs.signals import EXIT_STOPPED, Signals
 
-GARBAGE_THRESHOLD = 100_000  # new objects before the collector looks; Python's own is 700 to 2,000
+# allocated objects per collection; the default of Python is 700 to 2,000
+GARBAGE_THRESHOLD = 100_000
 
 
 def main() -> None:
@@ -20,26 +21,26 @@ def main() -> None:
     try:
         open_standard_files()
         signals.install()
-        # torch and what comes with it are many objects that stay: to look through them for garbage again and again
-        # while they are loaded, and a last time at the end, is a good part of a short run
+        # torch allocates many objects that stay alive. Repeated collections while it is imported,
+        # and the one at exit, take a large part of the time of a short run.
         gc.set_threshold(GARBAGE_THRESHOLD)
         code = _run(sys.argv[1:], signals)
-    except KeyboardInterrupt:  # between two lines of ours
-        code = STOPPED
+    except KeyboardInterrupt:
+        code = EXIT_STOPPED
     signals.finish()
     gc.disable()
     sys.exit(code)
 
 
 def open_standard_files() -> None:
-    """Put /dev/null where the caller has closed a standard file: the next file that is opened would take its place."""
+    """Open /dev/null for each closed standard file, so that no other file gets its descriptor."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run `gptbatch ARGUMENTS...` and return its exit code; messages go to standard error."""
+    """Run `gptbatch ARGUMENTS...` and return its exit code. Messages go to standard error."""
     with Signals() as signals:
         return _run(arguments, signals)
 
@@ -50,11 +51,11 @@ def _run(arguments: list[str], signals: Signals) -> int:
 
         code = cli.main(args=arguments, prog_name="gptbatch", standalone_mode=False, obj=signals)
         return code if isinstance(code, int) else 0
-    except BaseException as error:  # noqa: BLE001 (panics of Rust libraries are no Exceptions)
+    except BaseException as error:  # noqa: BLE001 (a Rust panic is no Exception)
         try:
-            from gptbatch.jobs.failures import report
+            from gptbatch.jobs.failures import report_error
 
-            return report(error, signals.requested())
+            return report_error(error, signals.requested())
         except MemoryError:
             os.write(2, b"gptbatch: out of memory\n")
-            return STOPPED
+            return EXIT_STOPPED

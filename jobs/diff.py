@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gptbatch.jobs.messages import echo, say
+from gptbatch.jobs.messages import echo, print_message
 from gptbatch.jobs.options import Command, PathArgument
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     run_a, run_b = RunReader(a), RunReader(b)
     for name, run in (("A", run_a), ("B", run_b)):
         if not run.complete:
-            say(
+            print_message(
                 f"{name} ({run.path}) is not complete; compared are the {run.n_rows} rows that it holds"
             )
         if run.stray_tables:
-            say(f"{name} ({run.path}): {describe_stray_tables(run.stray_tables)}")
+            print_message(f"{name} ({run.path}): {describe_stray_tables(run.stray_tables)}")
     shown: list[RowDifference] = []
     summary = summarize(run_a, run_b, _collected(diff_runs(run_a, run_b), shown, limit, common))
     if common and not summary.common and (run_a.n_rows or run_b.n_rows):

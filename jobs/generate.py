@@ -33,24 +33,26 @@ class _Generate(GroupedCommand):
     "--config",
     "config_file",
     metavar="FILE",
-    help="YAML file, or the name of a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda.",
+    help="YAML file, or a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda.",
 )
 @config_options
-@click.option("--greedy", is_flag=True, help="The same as --temperature 0.")
+@click.option("--greedy", is_flag=True, help="Decode greedily: the same as --temperature 0.")
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Check every row, print counts and token lengths; load no model, write nothing.",
+    help="Validate every row and print token counts. Loads no model and writes nothing.",
 )
 @click.pass_context
 def generate(
     context: click.Context, /, config_file: str | None, greedy: bool, dry_run: bool, **settings: Any
 ) -> None:
-    """Generate a completion for every prompt of an input and write them to a folder of Parquet files.
+    """Generate a completion for every prompt of an input and write them to Parquet files.
 
-    Options win over GPTBATCH_... environment variables, these over the config file. The last line on standard output is
-    a JSON object that sums the run up. The same command again goes on where the last one was stopped or killed: parts that are
-    written are not done again. SIGTERM, SIGINT, SIGUSR1 and their like end it within 10 seconds, with 75; a second one at once.
+    A stopped or crashed run is continued by the same command: finished parts are not computed
+    again. SIGTERM, SIGINT and SIGUSR1 stop a run within 10 seconds with exit code 75; a second
+    signal stops it at once. The last line on standard output is a JSON summary.
+
+    Options override environment variables (GPTBATCH_SEED=1), and these override the config file.
     """
     options = {
         name.replace("__", "."): list(value) if isinstance(value, tuple) else value

@@ -6,22 +6,27 @@ from importlib import import_module
 
 import click
 
-# name -> its module, and what `gptbatch --help` says of it
+# name -> module, and its text in `gptbatch --help`
 COMMANDS = {
     "generate": ("gptbatch.jobs.generate", "Generate a completion for every prompt of an input."),
-    "status": ("gptbatch.jobs.status", "Say what an output folder holds."),
-    "verify": ("gptbatch.jobs.verify", "Check rows of a run against its weights."),
-    "replay": ("gptbatch.jobs.replay", "Generate one row of a run again, and say why."),
+    "status": ("gptbatch.jobs.status", "Show the rows, parts and errors of an output folder."),
+    "verify": ("gptbatch.jobs.verify", "Check recorded rows against the weights."),
+    "replay": ("gptbatch.jobs.replay", "Generate one row of a run again and explain its tokens."),
     "diff": ("gptbatch.jobs.diff", "Compare two runs, row by row."),
-    "check-model": ("gptbatch.jobs.check_model", "Compare our network with transformers."),
+    "check-model": (
+        "gptbatch.jobs.check_model",
+        "Compare a checkpoint in gptbatch and in transformers.",
+    ),
     "bench": ("gptbatch.jobs.bench", "Measure new tokens per second."),
     "train-demo": ("gptbatch.jobs.train_demo", "Train the small GPT-2 of the demo."),
 }
-# commands that always import torch; generate does when there is something to do
-COMPUTING = {"verify", "replay", "check-model", "bench", "train-demo"}
+# commands that always import torch; generate imports it only if rows are missing
+TORCH_COMMANDS = {"verify", "replay", "check-model", "bench", "train-demo"}
 
 
-class _Lazy(click.Group):
+class LazyGroup(click.Group):
+    """A group that imports the module of a command when the command is called."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -30,7 +35,7 @@ class _Lazy(click.Group):
             return None
         from gptbatch.jobs.limits import check_limits
 
-        check_limits(computes=cmd_name in COMPUTING)
+        check_limits(computes=cmd_name in TORCH_COMMANDS)
         module = import_module(COMMANDS[cmd_name][0])
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
@@ -41,18 +46,27 @@ class _Lazy(click.Group):
 
 
 @click.group(
-    cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 @click.version_option(package_name="gptbatch", prog_name="gptbatch")
 @click.option("-v", "--verbose", is_flag=True, help="Log more to standard error.")
 def cli(verbose: bool) -> None:
-    """Reproducible batch text generation with GPT-2: prompts in, seeded completions out, as Parquet.
+    """Reproducible batch text generation with GPT-2, from a file of prompts to Parquet files.
 
     \b
-    Exit codes: 0 done, error rows included; 1 verify or diff found a difference; 2 a bad option; 65 bad input rows;
-    66 no such input or output; 69 another run holds the output; 70 a bug; 73 output cannot be created; 74 I/O error;
-    75 stopped by a signal, or out of memory: run it again; 78 bad config, model or machine, or an output folder that
-    holds something else.
+    Exit codes:
+       0  done (error rows do not count as a failure)
+       1  verify or diff found a difference
+       2  bad option
+      65  bad input rows
+      66  input or output not found
+      69  another run holds the output
+      70  bug in gptbatch
+      73  output cannot be created
+      74  I/O error
+      75  stopped by a signal, or out of memory; the same command continues
+      78  bad config, model or machine, or the output folder holds another job
     """
     from gptbatch.jobs.messages import set_up_logging
 

@@ -1,4 +1,4 @@
-"""What reaches a terminal: without secrets, and without characters that a terminal obeys."""
+"""Output to a terminal: messages and log lines without secrets and control characters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from gptbatch.pipeline.system.redact import printable, redact
 MAX_LINE = 4000
 
 
-def say(message: str) -> None:
-    """Write a message to standard error: `gptbatch: ` and its lines, those after the first indented."""
-    with suppress(OSError):  # nobody may be left to read it
+def print_message(message: str) -> None:
+    """Write `gptbatch: MESSAGE` to standard error. Lines after the first are indented."""
+    # the reader of standard error may have closed it
+    with suppress(OSError):
         click.echo(f"gptbatch: {cut(clean(message))}", err=True)
 
 
@@ -26,19 +27,24 @@ def echo(text: str) -> None:
 
 
 def is_from_echo(error: BaseException) -> bool:
-    """Whether writing to standard output failed: `say` lets no error pass."""
+    """Return whether the error comes from writing to standard output."""
     return any(
         frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)
     )
 
 
 def clean(text: str, indent: str = "  ") -> str:
-    """Lines without secrets and control characters. indent: of all but the first, so that no name can forge a message."""
+    """Remove secrets and control characters.
+
+    Args:
+        text: One or several lines.
+        indent: Put before each line but the first, so that a file name cannot forge a message.
+    """
     return f"\n{indent}".join(printable(line) for line in redact(text).split("\n"))
 
 
 def cut(text: str) -> str:
-    """Lines of bounded length: a library may say all that it was given."""
+    """Limit the length of each line: the message of a library may quote its whole input."""
     lines = text.split("\n")
     return "\n".join(
         line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}... ({len(line)} characters)"
@@ -47,7 +53,7 @@ def cut(text: str) -> str:
 
 
 class LogFormatter(logging.Formatter):
-    """Records and tracebacks, cleaned. A message is one line."""
+    """Formats log records and tracebacks without secrets and control characters."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(name)s %(levelname)s: %(message)s")
@@ -57,9 +63,18 @@ class LogFormatter(logging.Formatter):
 
 
 def set_up_logging(verbose: bool) -> None:
-    """Warnings, and what takes long enough to look like nothing: loading, building kernels."""
+    """Log warnings, and the slow steps at start-up: loading, and building the kernels.
+
+    Args:
+        verbose: Log everything of level INFO.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter())
     logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.WARNING)
     for name in ("gptbatch.kernels", "gptbatch.loading"):
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+def log_verbosely() -> None:
+    """Log everything of level INFO from now on."""
+    logging.getLogger().setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""The options of commands. Those of `gptbatch generate` are the config keys, one for one, so that neither can be forgotten."""
+"""The options of the commands. `gptbatch generate` has one option for each config key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 
-from gptbatch.jobs.messages import say
+from gptbatch.jobs.messages import log_verbosely, print_message
 from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.system.paths import PathError, expand_path
 from gptbatch.pipeline.types import SAMPLING_SETTINGS
@@ -31,7 +31,11 @@ _METAVARS = {
 
 
 class PathArgument(click.ParamType[Path]):
-    """A path in which `~` is home. writes: it is an output, which need not exist."""
+    """A path in which `~` is the home folder.
+
+    Args:
+        writes: The path is an output, which need not exist.
+    """
 
     name = "path"
 
@@ -48,7 +52,7 @@ class PathArgument(click.ParamType[Path]):
 
 
 class ModelArgument(click.ParamType[str]):
-    """A folder of a checkpoint, in whose path `~` is home, or a name on the hub."""
+    """The folder of a checkpoint, or a model name on the hub. `~` is the home folder."""
 
     name = "model"
 
@@ -59,19 +63,35 @@ class ModelArgument(click.ParamType[str]):
             self.fail(f"{value!r} {error}", param, ctx)
 
 
+def _log_verbosely(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        log_verbosely()
+
+
+_VERBOSE = click.Option(
+    ["-v", "--verbose"],
+    is_flag=True,
+    expose_value=False,
+    callback=_log_verbosely,
+    help="Log more to standard error.",
+)
+
 # the first config key of each group of options, in the order of the fields
 _GROUPS = {
     "model": "Model",
     "input": "Input",
     "output": "Output",
     "seed": "Sampling",
-    "batch_invariance": "BatchInvariance",
+    "batch_invariance": "Batch invariance",
     "engine.device": "Engine",
 }
 
 
 class Command(click.Command):
-    """A command that refuses an option given twice; click takes the last."""
+    """A command with `-v` that rejects an option given twice; click would take the last."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), _VERBOSE]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         refuse_repeated_options(self, ctx, args)
@@ -79,7 +99,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group whose own options cannot be given twice either."""
+    """A group of commands that rejects an option given twice."""
 
     command_class = Command
 
@@ -89,7 +109,7 @@ class Group(click.Group):
 
 
 class GroupedCommand(Command):
-    """A command whose `--help` shows the options under the headings of their config keys, then examples."""
+    """A command whose `--help` groups the options of the config keys and ends with examples."""
 
     example = ""
 
@@ -114,7 +134,7 @@ class GroupedCommand(Command):
 
 
 def option_groups() -> dict[str, str]:
-    """The heading of each config key."""
+    """Return the heading of each config key."""
     title, titles = "", {}
     for key in config_fields():
         title = _GROUPS.get(key, title)
@@ -123,10 +143,11 @@ def option_groups() -> dict[str, str]:
 
 
 def refuse_repeated_options(command: click.Command, ctx: click.Context, args: list[str]) -> None:
-    """Raises UsageError for an option that is given twice and takes one value."""
+    """Raise UsageError for an option that takes one value and is given twice."""
     try:
         _, _, order = command.make_parser(ctx).parse_args(args=list(args))
-    except click.UsageError:  # said by the command's own parsing
+    except click.UsageError:
+        # the parsing of the command reports it
         return
     for parameter in order:
         repeated = (
@@ -140,12 +161,12 @@ def refuse_repeated_options(command: click.Command, ctx: click.Context, args: li
 
 
 def option_name(key: str) -> str:
-    """--batch-size for the config key engine.batch_size."""
+    """Return --batch-size for the config key engine.batch_size."""
     return "--" + key.rpartition(".")[2].replace("_", "-")
 
 
 def config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for every config key. Ranges are checked with the config, where all sources meet."""
+    """Give a command an option for every config key. JobConfig checks their ranges."""
     for key, field in reversed(config_fields().items()):
         name, kind = option_name(key), _click_type(field.annotation)
         many = get_origin(field.annotation) is list
@@ -185,45 +206,45 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of how a recorded run is loaded again."""
+    """Give a command the options for loading the model of a recorded run."""
     for option in (
         click.option(
             "--threads",
             type=click.IntRange(1, 1024),
-            help="CPU threads. [default: what torch finds]",
+            help="CPU threads. Default: the number that PyTorch finds.",
         ),
         click.option(
             "--device",
             type=click.Choice(["auto", "cpu", "cuda"]),
-            help="Where to compute. [default: as recorded]",
+            help="Device to compute on. Default: as recorded.",
         ),
         click.option(
             "--allow-pickle",
             is_flag=True,
-            help="Read pytorch_model.bin where there are no safetensors, whatever the run said.",
+            help="Read pytorch_model.bin where the checkpoint has no safetensors.",
         ),
         click.option(
             "--allow-other-weights",
             is_flag=True,
-            help="Go on with weights that are not the run's, by digest.",
+            help="Continue if the SHA-256 of the weights is not that of the run.",
         ),
         click.option(
             "--model",
             type=ModelArgument(),
             metavar="M",
-            help="Another copy of the weights: a folder, or a name on the hub. [default: as recorded]",
+            help="Copy of the weights: a folder, or a name on the hub. Default: as recorded.",
         ),
     ):
         command = option(command)
     return command
 
 
-def say_model(run: RunReader, model: str | None) -> None:
-    """Name the checkpoint that a run's folder names, before it is read: anybody may have written it."""
+def print_checkpoint(run: RunReader, model: str | None) -> None:
+    """Print the checkpoint that a run names before it is read, since the folder is not trusted."""
     from gptbatch.pipeline.audit.loaded_run import recorded_model
 
     if model is None:
-        say(f"reading the checkpoint {recorded_model(run)}, which {run.path} names")
+        print_message(f"reading the checkpoint {recorded_model(run)}, which {run.path} names")
 
 
 def _click_type(annotation: Any) -> click.ParamType[Any]:

@@ -14,9 +14,9 @@ from gptbatch.jobs.messages import echo
 from gptbatch.jobs.options import (
     Command,
     PathArgument,
+    print_checkpoint,
     reopen_options,
     sampling_options,
-    say_model,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def replay(
         device=device,
         threads=threads,
     )
-    say_model(run, model)
+    print_checkpoint(run, model)
     loaded_run = LoadedRun(run, overrides)
     changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     replayed = replay_row(

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
-STOPPED = 75  # errors.StoppedError.exit_code
-STOPPING = (
+EXIT_STOPPED = 75  # errors.StoppedError.exit_code
+STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
     signal.SIGUSR1,
@@ -71,7 +71,7 @@ class Signals:
             return
         self._before = {
             number: signal.signal(number, self._note)
-            for number in STOPPING
+            for number in STOP_SIGNALS
             if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN)
         }
         self._read, self._write = os.pipe()
@@ -140,11 +140,11 @@ class Signals:
                             sys.__stderr__.fileno(),
                             b"gptbatch: stopped; run the same command again\n",
                         )
-                os._exit(STOPPED)
+                os._exit(EXIT_STOPPED)
             for number in os.read(self._read, 64):
                 if number == 0 or self._finished:
                     return
-                if number not in STOPPING:
+                if number not in STOP_SIGNALS:
                     continue
                 now = time.monotonic()
                 if first is None:

@@ -13,7 +13,7 @@ from gptbatch.jobs.options import Command, PathArgument
 from gptbatch.pipeline.output.status import OutputStatus, output_status
 from gptbatch.pipeline.system.machine import cores, describe_cores
 
-MOST_NAMED = 10
+MAX_NAMED = 10
 
 
 @click.command(cls=Command)
@@ -61,5 +61,5 @@ def _lines(found: OutputStatus) -> list[str]:
 
 
 def _some(numbers: list[int], count: int) -> str:
-    shown = ", ".join(map(str, numbers[:MOST_NAMED]))
-    return shown if count <= MOST_NAMED else f"{shown} and {count - MOST_NAMED} more"
+    shown = ", ".join(map(str, numbers[:MAX_NAMED]))
+    return shown if count <= MAX_NAMED else f"{shown} and {count - MAX_NAMED} more"

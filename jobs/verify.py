@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gptbatch.jobs.messages import echo, say
-from gptbatch.jobs.options import Command, PathArgument, reopen_options, say_model
+from gptbatch.jobs.messages import echo, print_message
+from gptbatch.jobs.options import Command, PathArgument, print_checkpoint, reopen_options
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.verify import Verdict
 
 MISMATCH = 1
-MOST_LINES = 20
+MAX_LINES = 20
 
 
 @click.command(cls=Command)
@@ -60,7 +60,9 @@ def verify(
     if run.stray_tables:
         raise StorageError(f"{output}: {describe_stray_tables(run.stray_tables)}")
     if not run.complete:
-        say(f"{output} is not complete; only the {run.n_rows} rows that it holds can be checked")
+        print_message(
+            f"{output} is not complete; only the {run.n_rows} rows that it holds can be checked"
+        )
     overrides = Overrides(
         model=model,
         allow_pickle=allow_pickle,
@@ -68,7 +70,7 @@ def verify(
         device=device,
         threads=threads,
     )
-    say_model(run, model)
+    print_checkpoint(run, model)
     loaded_run = LoadedRun(run, overrides)
     wanted = run.rows() if all_rows else run.reader().take(evenly_spaced(rows or 100, run.n_rows))
     reasons = loaded_run.reasons_bits_may_differ()
@@ -79,11 +81,11 @@ def verify(
         outcomes[verdict.outcome] += 1
         if verdict.outcome == "mismatch":
             first = first or verdict
-            if outcomes["mismatch"] <= MOST_LINES:
+            if outcomes["mismatch"] <= MAX_LINES:
                 echo(_in_words(verdict))
     mismatches = outcomes["mismatch"]
-    if mismatches > MOST_LINES:
-        echo(f"... and {mismatches - MOST_LINES} more")
+    if mismatches > MAX_LINES:
+        echo(f"... and {mismatches - MAX_LINES} more")
     checked = sum(outcomes.values()) - outcomes["skipped"]
     echo(
         f"{_count(checked, 'row')} checked, {_count(mismatches, 'mismatch', 'mismatches')}"

@@ -223,14 +223,13 @@ class JobConfig(_Section):
         ),
     )
     skip_row: list[Name] = Field(
-        [], description="Id of a row that is not generated. It is written as an error row."
+        [], description="Skip the row with this id: write it as an error row without generating it."
     )
     allow_other_environment: bool = Field(
         False,
         description=(
-            "Continue a run that another environment began: other hardware, library versions or "
-            "kernels. Tokens of the new parts may differ from those that the first environment "
-            "would give."
+            "Continue a run that was started in another environment: hardware, library versions or "
+            "kernels. Tokens may then differ from those of an uninterrupted run."
         ),
     )
     seed: int = _sampling_field("seed")
@@ -275,7 +274,7 @@ class JobConfig(_Section):
         "auto",
         description=(
             "Test at start-up that the results of a row do not depend on the other rows of its "
-            "batch. auto: log a warning if they do. require: stop if they do. off: skip the test."
+            "batch. auto: log a warning if the test fails. require: stop if it fails. off: skip it."
         ),
     )
     record_logits_digest: bool = Field(

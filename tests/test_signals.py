@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from gptbatch.jobs.group import COMMANDS
-from gptbatch.jobs.signals import STOPPED, STOPPING, Signals
+from gptbatch.jobs.signals import EXIT_STOPPED, STOP_SIGNALS, Signals
 from gptbatch.pipeline.kernels.build import KERNELS
 from tests.launcher import Launcher
 from tests.processes import LIMIT_S, child_environment, is_running, wait_for
 
-NAMES = [number.name for number in STOPPING]
+NAMES = [number.name for number in STOP_SIGNALS]
 
 # The console script, with a signal at a chosen moment: a process that sends it to itself, just before it imports a module or calls
 # a function, needs no clock.
@@ -89,7 +89,7 @@ def test_while_the_program_is_imported(
     name: str, moment: str, run_struck: Callable[..., tuple[int, str]]
 ) -> None:
     code, stderr = run_struck(moment, signal.Signals[name], "status", "nowhere")
-    assert code == STOPPED, stderr
+    assert code == EXIT_STOPPED, stderr
     assert stderr.strip() == f"gptbatch: stopped by {name}; run the same command again"
 
 
@@ -98,7 +98,7 @@ def test_in_every_command(command: str, run_struck: Callable[..., tuple[int, str
     """While its module is imported."""
     code, stderr = run_struck("gptbatch.jobs.options", signal.SIGTERM, command, "--help")
     assert (code, stderr.strip()) == (
-        STOPPED,
+        EXIT_STOPPED,
         "gptbatch: stopped by SIGTERM; run the same command again",
     )
 
@@ -119,7 +119,7 @@ def test_while_libraries_are_imported(
         "--output",
         "out",
     )
-    assert code == STOPPED, stderr
+    assert code == EXIT_STOPPED, stderr
     assert "stopped by SIGUSR2; run the same command again" in stderr
     assert not list(tmp_path.glob("out/part-*"))
 
@@ -157,14 +157,14 @@ def test_python_m_jobs(tmp_path: Path) -> None:
     process.send_signal(signal.SIGHUP)
     _, stderr = process.communicate(timeout=LIMIT_S)
     os.close(writer)
-    assert process.returncode == STOPPED
+    assert process.returncode == EXIT_STOPPED
     assert "stopped by SIGHUP" in stderr
 
 
 @pytest.mark.parametrize(
     ("numbers", "codes"),
     [
-        ([signal.SIGTERM], {STOPPED}),
+        ([signal.SIGTERM], {EXIT_STOPPED}),
         ([signal.SIGKILL], {-signal.SIGKILL}),
         ([signal.SIGTERM, signal.SIGINT], {128 + signal.SIGTERM, 128 + signal.SIGINT}),
         ([signal.SIGTERM, signal.SIGKILL], {-signal.SIGKILL}),
@@ -230,16 +230,16 @@ def test_a_signal_sent_twice_at_once_is_one(
     assert twice != PROGRAM
     code, stderr = run_struck("click", signal.Signals[name], "status", "nowhere", program=twice)
     assert (code, stderr.strip()) == (
-        STOPPED,
+        EXIT_STOPPED,
         f"gptbatch: stopped by {name}; run the same command again",
     )
 
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    assert {number: signal.getsignal(number) for number in STOPPING} == before
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
 @pytest.mark.usefixtures("handlers")

@@ -22,10 +22,10 @@ from click.testing import CliRunner
 from platformdirs import user_cache_path
 
 from gptbatch.jobs.cli import run_command
-from gptbatch.jobs.failures import find_library, find_shortage
+from gptbatch.jobs.failures import find_exhausted_resource, find_failed_library
 from gptbatch.jobs.generate import generate
 from gptbatch.jobs.group import COMMANDS, cli
-from gptbatch.jobs.messages import LogFormatter, say
+from gptbatch.jobs.messages import LogFormatter, print_message
 from gptbatch.jobs.options import option_groups, option_name
 from gptbatch.pipeline.config import (
     JobConfig,
@@ -690,7 +690,7 @@ def test_hiding_takes_time_in_proportion_to_the_text(unit: str) -> None:
 
 
 def test_a_message_has_lines_of_bounded_length(capfd: pytest.CaptureFixture[str]) -> None:
-    say("x" * 5000 + "\nshort")
+    print_message("x" * 5000 + "\nshort")
     assert capfd.readouterr().err == "gptbatch: " + "x" * 4000 + "... (5000 characters)\n  short\n"
 
 
@@ -800,7 +800,7 @@ def test_an_output_whose_name_is_too_long(
 
 # -- standard output, the current folder, libraries ------------------------------------------------
 
-CLOSED = "gptbatch: standard output is closed, and the result goes there; redirect it, to /dev/null at least\n"
+CLOSED = "gptbatch: standard output is closed, but the result is written there; redirect it to a file or to /dev/null\n"
 COMMAND_LINES = [
     ["status", "x"],
     ["verify", "x"],
@@ -859,7 +859,7 @@ def test_the_current_folder_is_gone(
         (
             "gptbatch status nowhere >&-",
             74,
-            "gptbatch: standard output is closed, and the result goes there; redirect it, to /dev/null at least\n",
+            "gptbatch: standard output is closed, but the result is written there; redirect it to a file or to /dev/null\n",
         ),
         ("gptbatch generate --help | true; exit ${PIPESTATUS[0]}", 74, ""),
         ("_GPTBATCH_COMPLETE=bash_source gptbatch >/dev/null", 0, ""),
@@ -931,7 +931,7 @@ def test_a_library_that_fails_while_it_is_imported(
     sys.modules.pop(library, None)
     assert (exit_code, stdout) == (78, "")
     assert stderr.startswith(f"gptbatch: the library {library} cannot be imported (")
-    assert "; correct or unset what it reads from the environment: " in stderr
+    assert "; correct or unset these environment variables: " in stderr
     assert f" {variable}=a" in stderr
     assert len(stderr) < 1500
     assert "Traceback" not in stderr
@@ -958,7 +958,7 @@ def test_a_mistake_of_ours_is_a_bug(
         ImportError("cannot import name 'x'"),
         ModuleNotFoundError("No module named 'gptbatch.pipeline.x'", name="gptbatch.pipeline.x"),
     ):
-        assert find_library(error) is None
+        assert find_failed_library(error) is None
     monkeypatch.setattr(
         "gptbatch.jobs.generate.load_config",
         lambda *arguments, **settings: click.style("x", fg="no colour"),
@@ -1036,7 +1036,7 @@ def test_other_errors_are_no_shortage() -> None:
         ModelError("out of memory"),
         RuntimeError("x"),
     ):
-        assert find_shortage(error) is None
+        assert find_exhausted_resource(error) is None
 
 
 @pytest.mark.parametrize(
@@ -1175,7 +1175,7 @@ def test_the_help_of_generate_has_a_heading_for_every_option() -> None:
             "Input",
             "Output",
             "Sampling",
-            "BatchInvariance",
+            "Batch invariance",
             "Engine",
             "Run",
             "Examples",
