@@ -1,4 +1,4 @@
-"""`gptbatch bench`: how fast this machine generates, where the time goes, and how near that is to what it can do."""
+"""`gptbatch bench`: measures tokens per second, the time per part, and the machine's ceiling."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     type=click.Choice(list(SHAPES)),
     default="gpt2",
     show_default=True,
-    help="Size of the random network.",
+    help="Size of the model with random weights.",
 )
 @click.option(
     "--workload",
     type=click.Choice(WORKLOADS),
     default="uniform",
     show_default=True,
-    help="What to generate.",
+    help="Prompts to generate from.",
 )
 @click.option(
     "--dtype",
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "int8"]),
     default="auto",
     show_default=True,
-    help="Type of the keys and values kept.",
+    help="Type of the cached keys and values.",
 )
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True
@@ -61,14 +61,18 @@ if TYPE_CHECKING:
     default="auto",
     show_default=True,
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: what torch finds.")
 @click.option(
-    "--batch-size", type=click.IntRange(1), help="Most rows at a time. Default: that of `generate`."
+    "--threads", type=click.IntRange(1), help="CPU threads. Default: the number that PyTorch finds."
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Maximum rows at a time. Default: that of `generate`.",
 )
 @click.option(
     "--step-tokens",
     type=click.IntRange(1),
-    help="Most tokens of a step. Default: that of `generate`.",
+    help="Maximum tokens per step. Default: that of `generate`.",
 )
 @click.option(
     "--top-k",
@@ -78,16 +82,18 @@ if TYPE_CHECKING:
     help="0 keeps the whole vocabulary.",
 )
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-@click.option(
-    "--no-sharing", is_flag=True, help="Compute prefixes that rows share once for each row."
-)
+@click.option("--no-sharing", is_flag=True, help="Compute a prefix that rows share once per row.")
 @click.pass_context
 def bench(context: click.Context, /, **options: Any) -> None:
-    """Measure new tokens per second on a workload: uniform (64 prompts of 32 tokens, 128 new ones each), ragged (256 of 4 to 640, 8 to
-    256 new ones) or shared_prefix (128 that begin with the same 384 tokens, 48 new ones each).
+    """Measure new tokens per second on a workload.
 
-    Prints rates (medians over the repeats), where the time goes, and what the machine itself could do, measured in the same run. The
-    last line is a JSON object.
+    \b
+    uniform        64 prompts of 32 tokens, 128 new tokens each
+    ragged         256 prompts of 4 to 640 tokens, 8 to 256 new tokens each
+    shared_prefix  128 prompts with the same first 384 tokens, 48 new tokens each
+
+    Prints medians over the repeats, the time per part, and the ceiling of the machine, which is
+    measured in the same run. The last line is a JSON object.
     """
     context.obj = options
     if context.invoked_subcommand is None:
@@ -99,7 +105,7 @@ def _bench(options: dict[str, Any]) -> None:
     from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
     from gptbatch.pipeline.model.padding import STEP_TOKENS
 
-    loaded = _network(options)
+    loaded = _load(options)
     model = loaded.model
     workload = make_workload(
         options["workload"],
@@ -120,23 +126,26 @@ def _bench(options: dict[str, Any]) -> None:
         engine, workload, repeats=options["repeats"], top_k=options["top_k"], report=echo
     )
     limits = found.limits
-    echo(f"new tokens      {found.tokens_per_s:8.0f} a second (median)")
+    echo(f"new tokens      {found.tokens_per_s:8.0f} tokens/s (median)")
     echo(
-        f"prompt tokens   {found.prompt_tokens_per_s:8.0f} a second, {found.prefix_share:.1%} of them reused from other rows"
+        f"prompt tokens   {found.prompt_tokens_per_s:8.0f} tokens/s, "
+        f"{found.prefix_share:.1%} from the prefix cache"
     )
-    echo(f"tokens a step   {found.tokens_per_step:8.0f}, and {found.padding_share:.1%} padding")
+    echo(f"tokens per step {found.tokens_per_step:8.0f}, {found.padding_share:.1%} padding")
     echo(
-        f"ceiling         {found.ceiling_tokens_per_s:8.0f} new tokens a second, of which {found.ceiling_share:.0%} are reached"
+        f"ceiling         {found.ceiling_tokens_per_s:8.0f} tokens/s, "
+        f"of which {found.ceiling_share:.0%} are reached"
     )
     head = (
         ""
         if limits.head_gflops == limits.gemm_gflops
-        else f", {limits.head_gflops:.0f} of the head's"
+        else f", {limits.head_gflops:.0f} for the LM head"
     )
     echo(
-        f"                ({limits.gemm_gflops:.0f} GFLOP/s of matrix products{head}, {limits.read_gb_per_s:.0f} GB/s of memory)"
+        f"                ({limits.gemm_gflops:.0f} GFLOP/s of matrix products{head}, "
+        f"{limits.read_gb_per_s:.0f} GB/s of memory)"
     )
-    echo("seconds of one repeat, under a profiler:")
+    echo("seconds of one repeat, with torch.profiler:")
     for part, seconds in found.seconds_by_part.items():
         echo(f"  {part:<12} {seconds:8.2f}")
     summary = {
@@ -164,25 +173,29 @@ def _bench(options: dict[str, Any]) -> None:
     type=click.IntRange(4),
     default=40,
     show_default=True,
-    help="Steps at which the naive loop is measured.",
+    help="Number of steps at which the naive loop is measured.",
 )
 @click.pass_obj
 def scaling(options: dict[str, Any], output: Path, points: int) -> None:
-    """Seconds for one more token as the context grows, from one token to beyond n_positions: the naive loop, the cached engine and
-    `window_full: slide`, with the best linear and quadratic fits, as a picture and JSON. One row, temperature 0.8, top-k 40.
+    """Measure the time of one more token as the context grows to beyond n_positions.
 
-    Options of the network stand before `scaling`; those of the work have no effect on it.
+    Compares the naive loop, the engine, and window_full: slide, for one row with temperature 0.8
+    and top-k 40. Writes scaling.png, with linear and quadratic fits, and scaling.json. Give the
+    options of the model before `scaling`.
     """
     from gptbatch.pipeline.bench.chart import check_matplotlib, draw_scaling
     from gptbatch.pipeline.bench.scaling import measure_scaling
 
     check_matplotlib()
     output.mkdir(parents=True, exist_ok=True)
-    model = _network(options).model
+    model = _load(options).model
     curves = measure_scaling(model, points=points)
     described = _described(options, model)
     cache = "" if described["cache_dtype"] == "auto" else f", {described['cache_dtype']} cache"
-    title = f"{described['model']}, {described['dtype']}{cache}, {described['threads']} threads of {described['machine']}"
+    title = (
+        f"{described['model']}, {described['dtype']}{cache}, "
+        f"{described['threads']} threads of {described['machine']}"
+    )
     draw_scaling(curves, output / "scaling.png", n_positions=model.config.n_positions, title=title)
     (output / "scaling.json").write_text(
         json.dumps({**described, "curves": [asdict(curve) for curve in curves]}) + "\n",
@@ -196,7 +209,8 @@ def scaling(options: dict[str, Any], output: Path, points: int) -> None:
         )
         ends[curve.name] = round(last / first, 2)
         echo(
-            f"{curve.name:<7} {first * 1e3:8.2f} ms at a tenth of the context, {last * 1e3:8.2f} ms at nine tenths"
+            f"{curve.name:<7} {first * 1e3:8.2f} ms at a tenth of the context, "
+            f"{last * 1e3:8.2f} ms at nine tenths"
         )
     echo(
         json.dumps(
@@ -210,13 +224,13 @@ def scaling(options: dict[str, Any], output: Path, points: int) -> None:
 
 
 def _at(steps: list[int], seconds: list[float], step: int) -> float:
-    """The median of the steps nearest to this one."""
+    """Return the median of the five steps nearest to this one."""
     nearest = sorted(range(len(steps)), key=lambda i: abs(steps[i] - step))[:5]
     return statistics.median(seconds[i] for i in nearest)
 
 
-def _network(options: dict[str, Any]) -> Any:
-    """The network that the options name, or one of that shape, checked as `generate` does."""
+def _load(options: dict[str, Any]) -> Any:
+    """Load the model of the options, or one with random weights, as `generate` does."""
     import torch
 
     from gptbatch.pipeline.bench.random_model import random_model

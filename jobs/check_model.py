@@ -1,4 +1,4 @@
-"""`gptbatch check-model`: the tutorial's sanity check, for any checkpoint: do network and tokenizer agree with transformers?"""
+"""`gptbatch check-model`: compares model and tokenizer of a checkpoint with transformers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from gptbatch.pipeline.model.checkpoint import Checkpoint
     from gptbatch.pipeline.model.gpt import GPT
 
-TOLERANCE = (
-    1e-4  # largest logit difference in float32, relative to the largest logit where that is above 1
-)
+# largest logit difference in float32, relative to the largest logit if that is above 1
+TOLERANCE = 1e-4
 MAX_TOKENS = 64
 
 PROMPTS = (
@@ -27,15 +26,20 @@ PROMPTS = (
     "The",
     "Once upon a time there was a king who",
     "def fibonacci(n):\n    if n < 2:\n",
-    "In 1969, the first people landed on the Moon. They had travelled for four days, and what they found there was",
+    "In 1969, the first people landed on the Moon. They had travelled for four days, and what they "
+    "found there was",
 )
 
 
 @click.command("check-model", cls=Command)
 @click.argument("model", type=ModelArgument())
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option(
-    "--allow-pickle", is_flag=True, help="Accept pytorch_model.bin where there are no safetensors."
+    "--revision", help="Branch, tag or commit of a model on the hub. Default: its main branch."
+)
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read pytorch_model.bin where the checkpoint has no safetensors.",
 )
 @click.option(
     "--new-tokens",
@@ -45,12 +49,14 @@ PROMPTS = (
     help="Greedy tokens to compare per prompt.",
 )
 def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens: int) -> None:
-    """Compare our network and tokenizer with transformers on the checkpoint MODEL (a folder or a hub name), in float32 on CPU.
+    """Compare the checkpoint MODEL (a folder or a hub name) in gptbatch and in transformers.
 
-    Prints the parameter counts of both, the largest logit difference, whether both choose the same greedy tokens over a few
-    prompts, whether tokens, special tokens and decoded texts are the same over hard texts, which end tokens both stop at, and which
-    generation settings of the checkpoint gptbatch does not follow; its last line is a JSON object. Exits with 0 when they
-    agree, else with 78. End tokens agree when gptbatch stops at all those of transformers.
+    Runs in float32 on the CPU. Compares parameter counts, logits and greedy tokens of a few
+    prompts, the tokenizers on difficult texts, and the end tokens. Prints the generation settings
+    of the checkpoint that gptbatch ignores. The last line is a JSON object.
+
+    Exits with 0 if both agree, else with 78. End tokens agree if gptbatch stops at all end tokens
+    of transformers.
     """
     import torch
 
@@ -66,14 +72,14 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     torch.set_num_threads(threads_to_use(None))
     checkpoint = find_checkpoint(model, revision=revision, allow_pickle=allow_pickle)
     config = parse_config(checkpoint.config, str(checkpoint.config_path))
-    ours = load_gpt(
+    gpt = load_gpt(
         config,
         list(checkpoint.weights),
         dtype=torch.float32,
         device=torch.device("cpu"),
         packed=False,
     )
-    theirs = _load_with_transformers(checkpoint)
+    hf_model = _load_with_transformers(checkpoint)
     tokenizer = PromptTokenizer(
         load_tokenizer(checkpoint.folder), start_token=checkpoint.special_tokens.start
     )
@@ -82,57 +88,52 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
         for prompt in tokenizer.encode(list(PROMPTS))
     ]
 
-    our_count = ours.parameter_count()
-    their_count = sum(
-        parameter.numel() for _, parameter in theirs.named_parameters(remove_duplicate=False)
+    count = gpt.parameter_count()
+    hf_count = sum(
+        parameter.numel() for _, parameter in hf_model.named_parameters(remove_duplicate=False)
     )
+    echo(f"parameters, including the LM head: gptbatch {count:,}, transformers {hf_count:,}")
+    networks = _compare_networks(gpt, hf_model, prompts, new_tokens)
     echo(
-        f"parameters, the head counted as its own: ours {our_count:,}, transformers {their_count:,}"
-    )
-    networks = _compare_networks(ours, theirs, prompts, new_tokens)
-    echo(
-        f"largest logit difference: {networks.difference:.3g} (largest logit {networks.largest:.3g})"
+        f"largest logit difference: {networks.difference:.3g} "
+        f"(largest logit {networks.largest:.3g})"
     )
     echo(f"greedy tokens equal: {networks.equal_tokens} of {networks.tokens}")
     compared = compare_tokenizers(checkpoint.folder)
     echo(
-        f"tokenizer ({compared.way}): {compared.encodings} encodings, {compared.texts} decoded texts, "
-        f"{compared.special_tokens} special tokens: "
+        f"tokenizer ({compared.way}): {compared.encodings} encodings, "
+        f"{compared.texts} decoded texts, {compared.special_tokens} special tokens: "
         + (f"differ in {compared.difference}" if compared.difference else "equal")
     )
     ends, unfollowed = checkpoint.special_tokens.ends, checkpoint.settings_not_followed
-    their_ends = _end_tokens(theirs)
-    missed_ends = {token for token in their_ends if 0 <= token < config.vocab_size} - set(ends)
-    echo(f"end tokens: ours {list(ends)}, transformers {their_ends}")
-    echo(
-        f"generation settings that are not followed: {json.dumps(unfollowed) if unfollowed else 'none'}"
-    )
+    hf_ends = _end_tokens(hf_model)
+    missing_ends = {token for token in hf_ends if 0 <= token < config.vocab_size} - set(ends)
+    echo(f"end tokens: gptbatch {list(ends)}, transformers {hf_ends}")
+    echo(f"ignored generation settings: {json.dumps(unfollowed) if unfollowed else 'none'}")
 
-    agree = our_count == their_count and networks.agree and compared.agree and not missed_ends
+    agree = count == hf_count and networks.agree and compared.agree and not missing_ends
     summary = {
         "model": model,
-        "parameters": our_count,
-        "parameters_transformers": their_count,
+        "parameters": count,
+        "parameters_transformers": hf_count,
         "largest_logit_difference": networks.difference,
         "greedy_tokens_equal": networks.equal_tokens,
         "greedy_tokens_compared": networks.tokens,
         "tokenizer_difference": compared.difference,
         "end_tokens": ends,
-        "end_tokens_transformers": their_ends,
+        "end_tokens_transformers": hf_ends,
         "settings_not_followed": unfollowed,
         "agree": agree,
     }
     echo(json.dumps(summary))
     if not agree:
-        differing = (
-            "tokenizer" if not compared.agree else "end tokens" if missed_ends else "network"
-        )
-        raise ModelError(f"{model}: our {differing} and transformers do not agree")
+        differing = "tokenizer" if not compared.agree else "end tokens" if missing_ends else "model"
+        raise ModelError(f"{model}: the {differing} of gptbatch and transformers do not agree")
 
 
 @dataclass(slots=True)
 class _Networks:
-    """Two networks compared: the largest difference of a logit, the largest logit, and greedy tokens."""
+    """Largest logit difference, largest logit, and counts of equal greedy tokens."""
 
     difference: float = 0.0
     largest: float = 0.0
@@ -148,31 +149,31 @@ class _Networks:
 
 
 def _compare_networks(
-    ours: GPT, theirs: GPT2LMHeadModel, prompts: list[list[int]], new_tokens: int
+    gpt: GPT, hf_model: GPT2LMHeadModel, prompts: list[list[int]], new_tokens: int
 ) -> _Networks:
-    """Compare logits and greedy tokens, step by step, of our network and of a copy of theirs in ours."""
+    """Compare the loaded model, and a GPT with the weights of transformers, with transformers."""
     import torch
 
     from gptbatch.pipeline.model.from_transformers import copy_model
     from gptbatch.pipeline.model.gpt import GPT
 
-    copied = GPT(ours.config).eval()
-    copy_model(copied, theirs)
+    copied = GPT(gpt.config).eval()
+    copy_model(copied, hf_model)
     found = _Networks()
-    n_positions = ours.config.n_positions
+    n_positions = gpt.config.n_positions
     with torch.inference_mode():
         for prompt in prompts:
             idx = torch.tensor([prompt[:MAX_TOKENS] or [0]])[:, :n_positions]
             for _ in range(new_tokens):
-                logits = theirs(idx).logits
+                logits = hf_model(idx).logits
                 found.largest = max(found.largest, logits.abs().max().item())
-                for network in (ours, copied):
+                for network in (gpt, copied):
                     found.difference = max(
                         found.difference, (network(idx) - logits).abs().max().item()
                     )
                 token = logits[0, -1].argmax()
                 found.tokens += 1
-                found.equal_tokens += int(ours(idx)[0, -1].argmax() == token)
+                found.equal_tokens += int(gpt(idx)[0, -1].argmax() == token)
                 if idx.shape[1] == n_positions:
                     break
                 idx = torch.cat([idx, token.view(1, 1)], dim=1)
@@ -180,7 +181,11 @@ def _compare_networks(
 
 
 def _load_with_transformers(checkpoint: Checkpoint) -> GPT2LMHeadModel:
-    """Raises ModelError where transformers would make up tensors that it does not find."""
+    """Load the checkpoint with transformers.
+
+    Raises:
+        ModelError: Tensors are missing, which transformers would initialize at random.
+    """
     import torch
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging as transformers_logging
@@ -188,22 +193,24 @@ def _load_with_transformers(checkpoint: Checkpoint) -> GPT2LMHeadModel:
     from gptbatch.pipeline.errors import ModelError
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # its report of tensors that it leaves out
+    # silence the report of unused tensors
+    transformers_logging.set_verbosity_error()
     loaded: Any = GPT2LMHeadModel.from_pretrained(
         checkpoint.folder, dtype=torch.float32, output_loading_info=True
     )
     model: GPT2LMHeadModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
         raise ModelError(
-            f"{checkpoint.name}: transformers does not find {len(missing)} tensors here, such as {missing[0]}, and makes them up: there is "
-            "nothing to compare with; if names have the prefix of a training program, save the model without it"
+            f"{checkpoint.name}: transformers does not find {len(missing)} tensors, such as "
+            f"{missing[0]}, and initializes them at random: there is nothing to compare with; if "
+            "tensor names have the prefix of a training program, save the model without it"
         )
     model.eval()
     return model
 
 
-def _end_tokens(theirs: GPT2LMHeadModel) -> list[int]:
-    """The ends of `generate`."""
-    generation: Any = theirs.generation_config
+def _end_tokens(hf_model: GPT2LMHeadModel) -> list[int]:
+    """Return the end tokens of `generate` of transformers."""
+    generation: Any = hf_model.generation_config
     ends = generation.eos_token_id
     return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]

@@ -1,4 +1,4 @@
-"""The console script `gptbatch`: installs the signal handlers, runs the command, exits with its code.
+"""The console script `gptbatch`: installs signal handlers, runs the command, exits.
 
 Imports no heavy library, so that the handlers are installed early.
 """

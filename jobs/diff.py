@@ -1,4 +1,4 @@
-"""`gptbatch diff`: do two runs hold the same rows, and if not, where do they part and which settings differ?"""
+"""`gptbatch diff`: compares two runs row by row, and their settings."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ DIFFERENT = 1
     default=20,
     show_default=True,
     type=click.IntRange(0),
-    help="Most differences to print; 0 prints all.",
+    help="Maximum number of differing rows to print; 0 prints all.",
 )
 @click.option("--common", is_flag=True, help="Compare only the ids that both runs have.")
 def diff(a: Path, b: Path, limit: int, common: bool) -> int:
-    """Compare the runs in the output folders A and B, finished or not, row by row, joined by prompt_id.
+    """Compare the runs in the output folders A and B row by row, joined by prompt_id.
 
-    Prints how many rows differ and in what, then each setting that differs, A's value first, then the rows; its last line is a
-    JSON object. Exits with 0 when both hold the same ids with the same prompts, tokens, endings and texts, with 1 when not.
-    With --common, rows that one run alone has are no difference; without a common id it exits with 66. Rows whose tokens are
-    equal but whose logits were not, by min_decision_margin and logits_digest, are counted as equal_from_other_logits. Prompts and
-    completions are never printed.
+    Prints the number of rows that differ, the settings that differ (A / B), and the rows. The last
+    line is a JSON object. Prompts and completions are never printed. Rows with equal tokens but
+    another min_decision_margin or logits_digest count as equal_from_other_logits.
+
+    Exits with 0 if both runs have the same ids with the same prompts, tokens, finish reasons and
+    texts, else with 1. With --common, rows of only one run are ignored; without a common id the
+    exit code is 66.
     """
     from gptbatch.pipeline.audit.diff import diff_runs, settings_that_differ, summarize
     from gptbatch.pipeline.audit.run_reader import RunReader
@@ -49,7 +51,8 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
     for name, run in (("A", run_a), ("B", run_b)):
         if not run.complete:
             print_message(
-                f"{name} ({run.path}) is not complete; compared are the {run.n_rows} rows that it holds"
+                f"{name} ({run.path}) is not complete; "
+                f"comparing the {run.n_rows} rows that it holds"
             )
         if run.stray_tables:
             print_message(f"{name} ({run.path}): {describe_stray_tables(run.stray_tables)}")
@@ -85,17 +88,20 @@ def diff(a: Path, b: Path, limit: int, common: bool) -> int:
 def _collected(
     differences: Iterable[RowDifference], shown: list[RowDifference], limit: int, common: bool
 ) -> Iterator[RowDifference]:
-    """Hands the differences on, and puts the first `limit` (0: all) into `shown`: rows that both runs have before the others."""
-    most = limit or sys.maxsize
+    """Yield the differences, and put the first `limit` of them (0: all) into `shown`.
+
+    Rows of both runs come before rows of only one run.
+    """
+    max_shown = limit or sys.maxsize
     only: list[RowDifference] = []
     for difference in differences:
         if difference.kind in ("only_in_a", "only_in_b"):
-            if len(only) < most and not common:
+            if len(only) < max_shown and not common:
                 only.append(difference)
-        elif difference.kind != "logits" and len(shown) < most:  # bits: equal all the same
+        elif difference.kind != "logits" and len(shown) < max_shown:
             shown.append(difference)
         yield difference
-    shown.extend(only[: most - len(shown)])
+    shown.extend(only[: max_shown - len(shown)])
 
 
 def _summary_lines(summary: DiffSummary, common: bool) -> Iterator[str]:
@@ -110,7 +116,7 @@ def _summary_lines(summary: DiffSummary, common: bool) -> Iterator[str]:
         if count:
             yield f"{count} rows are only in {name}" + (", and not compared" if common else "")
     if summary.equal_from_other_logits:
-        yield f"{summary.equal_from_other_logits} rows have equal tokens from logits of other bits"
+        yield f"{summary.equal_from_other_logits} rows have equal tokens, but other logits"
 
 
 def _in_words(difference: RowDifference) -> str:
@@ -122,17 +128,18 @@ def _in_words(difference: RowDifference) -> str:
         case "prompt":
             return "the prompts differ"
         case "error":
-            return f"{_ending(difference.finish_reason_a)} in A, {_ending(difference.finish_reason_b)} in B"
+            a, b = _result(difference.finish_reason_a), _result(difference.finish_reason_b)
+            return f"{a} in A, {b} in B"
         case "finish":
             a, b = (
                 difference.stop_reason_a or difference.finish_reason_a,
                 difference.stop_reason_b or difference.finish_reason_b,
             )
-            return f"the same tokens end differently: {a} / {b}"
+            return f"the same tokens, but other finish reasons: {a} / {b}"
         case "text":
-            return "the same tokens stand for different texts"
+            return "the same tokens, but other texts"
         case "logits":
-            return "the same tokens from other logits"
+            return "the same tokens, but other logits"
         case "tokens":
             tokens = " / ".join(
                 "end" if token is None else str(token)
@@ -147,5 +154,5 @@ def _in_words(difference: RowDifference) -> str:
             )
 
 
-def _ending(finish_reason: str | None) -> str:
+def _result(finish_reason: str | None) -> str:
     return "an error" if finish_reason == "error" else "a completion"

@@ -13,7 +13,7 @@ LINE_EVERY_S = 5.0
 
 
 class Bar:
-    """A tqdm bar over rows, with tokens/s beside it."""
+    """A tqdm bar over rows, with tokens/s."""
 
     def begin(self, total_rows: int, done_rows: int) -> None:
         self._bar = tqdm(
@@ -34,7 +34,7 @@ class Bar:
 
 
 class Lines:
-    """`120 of 2000 rows, 0 errors, 950 tokens/s, about 40 s left`. Whoever reads them may go away."""
+    """A line every few seconds: `120 of 2000 rows, 0 errors, 950 tokens/s, about 40 s left`."""
 
     def begin(self, total_rows: int, done_rows: int) -> None:
         self._total, self._done = total_rows, done_rows
@@ -48,9 +48,11 @@ class Lines:
         elapsed = now - self._began
         done = self._done + rows
         left = f", about {elapsed / rows * (self._total - done):.0f} s left" if rows else ""
+        speed = f"{completion_tokens / elapsed:.0f} tokens/s"
+        # the reader of standard error may have closed it
         with suppress(OSError):
             click.echo(
-                f"{done} of {self._total} rows, {errors} errors, {completion_tokens / elapsed:.0f} tokens/s{left}",
+                f"{done} of {self._total} rows, {errors} errors, {speed}{left}",
                 err=True,
             )
 
@@ -59,5 +61,7 @@ class Lines:
 
 
 def progress_for_terminal() -> Bar | Lines:
-    has_terminal = sys.stderr is not None and sys.stderr.isatty()  # None when the caller closed it
+    """Return a bar if standard error is a terminal, else lines."""
+    # sys.stderr is None if the caller has closed it
+    has_terminal = sys.stderr is not None and sys.stderr.isatty()
     return Bar() if has_terminal else Lines()

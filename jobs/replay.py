@@ -1,4 +1,4 @@
-"""`gptbatch replay`: one row of a run again, alone, and why each of its tokens was chosen."""
+"""`gptbatch replay`: generates one row of a run again and explains each of its tokens."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from gptbatch.jobs.options import (
 )
 
 if TYPE_CHECKING:
+    from gptbatch.pipeline.audit.replay import Replay
     from gptbatch.pipeline.audit.trace import Candidate, StepTrace
 
-TokenText = Callable[[int], str]  # of a token in its place
+# the text of a token id at its position
+TokenText = Callable[[int], str]
 
 
 @click.command(cls=Command)
 @click.argument("output", type=PathArgument())
-@click.option("--prompt-id", required=True, help="The id of the row.")
+@click.option("--prompt-id", required=True, help="Id of the row.")
 @click.option(
     "--trace",
     is_flag=True,
-    help="Show each step: token, probability, rank, tokens kept, margin, runners-up.",
+    help="Print a table of steps: token, probability, rank, kept set size, margin, runners-up.",
 )
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print JSON lines: a line for each step of the trace, then one for the row.",
+    help="Print JSON lines: one per step with --trace, then one for the row.",
 )
 @sampling_options
 @reopen_options
@@ -53,9 +55,10 @@ def replay(
     threads: int | None,
     **settings: int | float | None,
 ) -> None:
-    """Generate one row of the run in the folder OUTPUT again, alone, compare it with what is recorded, and print it.
+    """Generate one row of the run in the folder OUTPUT again, alone, and compare it.
 
-    Needs the folder and the weights, not the input. Exits with 0 whether the row is equal or not; verify judges.
+    Needs the folder and the weights, but not the input. Exits with 0 even if the row differs; use
+    verify for an exit code of 1.
     """
     from gptbatch.pipeline.audit.loaded_run import LoadedRun, Overrides, row_params
     from gptbatch.pipeline.audit.replay import replay_row
@@ -91,8 +94,32 @@ def replay(
         return lambda token: loaded_run.tokenizer.added_text(before, [token])
 
     reasons = loaded_run.reasons_bits_may_differ()
-    summary = {
-        "prompt_id": prompt_id,
+    if as_json:
+        for step in replayed.trace:
+            click.echo(json.dumps(_step_in_json(step, text_of_step(step.step))))
+        click.echo(json.dumps(_summary(row, replayed, changes, reasons)))
+        return
+    if trace:
+        echo("\n".join(_table(replayed.trace, text_of_step)) + "\n")
+    text = f" [{completion.error}]" if replayed.text is None else replayed.text
+    echo(f"{row['prompt']}{text}\n")
+    echo(
+        _verdict(
+            replayed.first_difference,
+            changes,
+            reasons,
+            len(completion.token_ids),
+            completion.min_decision_margin,
+        )
+    )
+
+
+def _summary(
+    row: dict[str, Any], replayed: Replay, changes: dict[str, Any], reasons: list[str]
+) -> dict[str, Any]:
+    completion = replayed.completion
+    return {
+        "prompt_id": row["prompt_id"],
         "equal": replayed.equal,
         "first_difference": replayed.first_difference,
         "changed": changes,
@@ -110,25 +137,6 @@ def replay(
         "logits_digest": completion.logits_digest,
         "recorded_logits_digest": row["logits_digest"],
     }
-    if as_json:
-        for step in replayed.trace:
-            click.echo(json.dumps(_step_in_json(step, text_of_step(step.step))))
-        click.echo(json.dumps(summary))
-        return
-    if trace:
-        echo("\n".join(_table(replayed.trace, text_of_step)) + "\n")
-    echo(
-        f"{row['prompt']}{replayed.text if replayed.text is not None else f' [{completion.error}]'}\n"
-    )
-    echo(
-        _verdict(
-            replayed.first_difference,
-            changes,
-            reasons,
-            len(completion.token_ids),
-            completion.min_decision_margin,
-        )
-    )
 
 
 def _verdict(
@@ -138,19 +146,23 @@ def _verdict(
     count: int,
     margin: float | None,
 ) -> str:
-    asked = ", ".join(f"{name} {value}" for name, value in changes.items())
+    changed = ", ".join(f"{name} {value}" for name, value in changes.items())
     nearest = "" if margin is None else f", smallest margin {margin:.3g}"
     if first_difference is None:
         unsure = f"; bits may differ: {', '.join(reasons)}" if reasons else ""
-        return f"equal to the recorded row{f' with {asked}' if asked else ''}: {count} tokens{nearest}{unsure}"
+        settings = f" with {changed}" if changed else ""
+        return f"equal to the recorded row{settings}: {count} tokens{nearest}{unsure}"
     why = (
-        f" with {asked}"
-        if asked
+        f" with {changed}"
+        if changed
         else f" ({', '.join(reasons)})"
         if reasons
         else ", though this machine should give the same bits"
     )
-    return f"differs from the recorded row from token {first_difference} on{why}: {count} tokens{nearest}"
+    return (
+        f"differs from the recorded row from token {first_difference} on{why}: "
+        f"{count} tokens{nearest}"
+    )
 
 
 def _step_in_json(step: StepTrace, text: TokenText) -> dict[str, Any]:
@@ -176,7 +188,8 @@ def _table(steps: tuple[StepTrace, ...], text_of_step: Callable[[int], TokenText
         return json.dumps(text_of_step(step.step)(candidate.token), ensure_ascii=False)
 
     lines = [
-        f"{'step':>5} {'token':>6} {'text':<18} {'probability':>11} {'rank':>6} {'kept':>6} {'margin':>9}  runners-up"
+        f"{'step':>5} {'token':>6} {'text':<18} {'probability':>11} {'rank':>6} {'kept':>6} "
+        f"{'margin':>9}  runners-up"
     ]
     for step in steps:
         runners_up = ", ".join(
@@ -184,7 +197,8 @@ def _table(steps: tuple[StepTrace, ...], text_of_step: Callable[[int], TokenText
         )
         margin = "" if step.decision_margin is None else f"{step.decision_margin:.3g}"
         lines.append(
-            f"{step.step:>5} {step.candidate.token:>6} {text(step, step.candidate):<18} {step.candidate.probability:>11.3g} "
-            f"{step.rank:>6} {step.kept:>6} {margin:>9}  {runners_up}"
+            f"{step.step:>5} {step.candidate.token:>6} {text(step, step.candidate):<18} "
+            f"{step.candidate.probability:>11.3g} {step.rank:>6} {step.kept:>6} "
+            f"{margin:>9}  {runners_up}"
         )
     return lines

@@ -1,11 +1,11 @@
-"""Signals that ask a command to stop: SIGTERM, SIGINT, SIGHUP, SIGXCPU, and SIGUSR1 and SIGUSR2, which schedulers send.
+"""Stops a command on SIGTERM, SIGINT, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2.
 
-The first one stops the command with 75: at the next step while rows are generated, at once while
-it imports, loads or builds. A second one ends the process at once with 128 + n. A thread watches
-both: where the main thread is held up inside a library, the process is ended all the same, which
-costs nothing, since parts are written whole or not at all.
+The first signal stops the command with exit code 75: while rows are generated, after the current
+step; while it imports, loads or builds, at once. A second signal ends the process with 128 + n.
+A thread watches for both, and ends the process if a library blocks the main thread. No finished
+part is lost, since parts are written atomically.
 
-Imports nothing heavy: this is the first module of ours that the console script runs.
+Imports no heavy library, since the console script imports this module first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
-EXIT_STOPPED = 75  # errors.StoppedError.exit_code
+# StoppedError.exit_code of pipeline/errors.py, without importing it
+EXIT_STOPPED = 75
 STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -29,23 +30,23 @@ STOP_SIGNALS = (
     signal.SIGUSR2,
     signal.SIGXCPU,
 )
-LOADING_PATIENCE_S = 2.0
-RUNNING_PATIENCE_S = 9.0  # a run that is asked to stop ends within 10 s
-ONE_SIGNAL_S = (
-    0.2  # timeout(1) sends its signal to the process and to its group: within this it is one signal
-)
+# the watcher ends the process this long after the first signal; a run stops within 10 s
+LOADING_TIMEOUT_S = 2.0
+RUNNING_TIMEOUT_S = 9.0
+# timeout(1) signals the process and its group; two equal signals within this time count as one
+ONE_SIGNAL_S = 0.2
 _END = b"\0"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal while nothing is at stake. Libraries treat it as they treat Ctrl-C."""
+    """A signal outside `deferred`. Libraries handle it like Ctrl-C."""
 
 
 class Signals:
-    """Turns signals into wishes (gptbatch.pipeline.output.part_runner.Stop).
+    """Records the first signal, as a Stop of pipeline/output/part_runner.py.
 
-    Only the main thread of a process has any. SIGHUP stays ignored where it is (nohup).
-    As a context manager it restores the handlers at the end.
+    Handlers are installed in the main thread only. SIGHUP stays ignored under nohup. As a context
+    manager it restores the earlier handlers at the end.
     """
 
     def __init__(self) -> None:
@@ -56,10 +57,12 @@ class Signals:
         self._watcher: threading.Thread | None = None
 
     def requested(self) -> str | None:
+        """Return the name of the signal that was received; None for no signal."""
         return self._requested
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
+        """Record a signal without raising Interrupted, while rows are generated."""
         self._deferred = True
         try:
             yield
@@ -78,14 +81,13 @@ class Signals:
         os.set_blocking(self._write, False)
         self._before_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
-        with suppress(
-            RuntimeError
-        ):  # no threads to be had: signals arrive between two instructions only
+        # without a thread, signals still arrive between two instructions of the main thread
+        with suppress(RuntimeError):
             watcher.start()
             self._watcher = watcher
 
     def finish(self) -> None:
-        """The exit code is decided: what arrives from now on changes nothing, to the end of the process."""
+        """Ignore all further signals: the exit code is decided."""
         self._finished = True
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
@@ -112,7 +114,7 @@ class Signals:
             os.close(self._write)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread, between two of its instructions."""
+        """Handle a signal in the main thread, between two of its instructions."""
         if self._finished or self._requested is not None:
             return
         self._requested = signal.Signals(number).name
@@ -120,21 +122,22 @@ class Signals:
             raise Interrupted(self._requested)
 
     def _watch(self) -> None:
-        """In a thread of its own: the numbers of the signals arrive in a pipe at once, whatever the main thread is in."""
+        """Read signal numbers from the wake-up pipe in a thread, without the main thread."""
         first: tuple[int, float] | None = None
         while True:
-            patience = (
+            timeout = (
                 None
                 if first is None
-                else RUNNING_PATIENCE_S
+                else RUNNING_TIMEOUT_S
                 if self._deferred
-                else LOADING_PATIENCE_S
+                else LOADING_TIMEOUT_S
             )
-            ready, _, _ = select.select([self._read], [], [], patience)
+            ready, _, _ = select.select([self._read], [], [], timeout)
             if not ready:
                 if self._finished:
                     return
-                with suppress(OSError):  # nobody may be left to read it
+                # the reader of standard error may have closed it
+                with suppress(OSError):
                     if sys.__stderr__ is not None:
                         os.write(
                             sys.__stderr__.fileno(),

@@ -1,4 +1,4 @@
-"""`gptbatch status`: what an output holds and what is missing."""
+"""`gptbatch status`: prints the state of an output folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ MAX_NAMED = 10
 
 @click.command(cls=Command)
 @click.argument("output", type=PathArgument())
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 def status(output: Path, as_json: bool) -> None:
-    """Say what the output folder OUTPUT holds: rows and parts that are there, missing or damaged, errors by kind, and, of a run
-    that is going on, its speed and the time left. Reads footers only; `gptbatch verify` looks at the rows.
+    """Show the state of the output folder OUTPUT: rows, parts and errors.
+
+    Lists missing and damaged parts, and errors by kind. For a running job it adds the speed and
+    the remaining time. Only the footers of the files are read; `gptbatch verify` checks the rows.
     """
     found = output_status(output)
     if as_json:
@@ -29,11 +31,14 @@ def status(output: Path, as_json: bool) -> None:
         return
     lines = _lines(found)
     if found.state == "running" and (shared := describe_cores(cores().threads)):
-        lines.append(f"cores    not the run's own, if it runs on this machine: {shared}")
+        lines.append(
+            f"cores    shared with other programs, if the run is on this machine: {shared}"
+        )
     echo("\n".join(lines))
 
 
 def _lines(found: OutputStatus) -> list[str]:
+    damaged = _first(found.parts_damaged, len(found.parts_damaged))
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.errors.items())
     lines = [
         f"{found.output}: {found.state}",
@@ -41,15 +46,11 @@ def _lines(found: OutputStatus) -> list[str]:
         + (f", {found.rows_missing} missing" if found.rows_missing else ""),
         f"parts    {found.parts_done} of {found.parts_total}"
         + (
-            f", missing {_some(found.parts_missing, found.n_parts_missing)}"
+            f", missing {_first(found.parts_missing, found.n_parts_missing)}"
             if found.parts_missing
             else ""
         )
-        + (
-            f", damaged {_some(found.parts_damaged, len(found.parts_damaged))}: the next run does them again"
-            if found.parts_damaged
-            else ""
-        ),
+        + (f", damaged {damaged}: recomputed by the next run" if found.parts_damaged else ""),
         f"errors   {sum(found.errors.values())}" + (f" ({kinds})" if kinds else ""),
         f"tokens   {found.prompt_tokens} of prompts, {found.completion_tokens} of completions",
     ]
@@ -60,6 +61,6 @@ def _lines(found: OutputStatus) -> list[str]:
     return lines
 
 
-def _some(numbers: list[int], count: int) -> str:
+def _first(numbers: list[int], count: int) -> str:
     shown = ", ".join(map(str, numbers[:MAX_NAMED]))
     return shown if count <= MAX_NAMED else f"{shown} and {count - MAX_NAMED} more"

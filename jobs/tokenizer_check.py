@@ -1,4 +1,4 @@
-"""The tokenizer half of check-model: are texts, token ids and special tokens the same as in transformers?"""
+"""Compares a tokenizer with transformers, for check-model: token ids, special tokens, texts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ HARD_TEXTS = (
     "The king is dead. Isn't he? He 's, they 've; 1,234.50!",
     "line\nline\r\nline\r\n\r\n\x0b\x0c\x1c\x85\u2028end",
     "\x00\x01\x1f\x7f\u200b\ufeff\u00ad\ufffd",
-    "caf\u00e9 cafe\u0301 \ufb01 \u212b \uff21\uff22 \u0130\u0131 \u00df \u1e9b\u0323 \ud55c \u1112\u1161\u11ab",
+    "caf\u00e9 cafe\u0301 \ufb01 \u212b \uff21\uff22 \u0130\u0131 "
+    "\u00df \u1e9b\u0323 \ud55c \u1112\u1161\u11ab",
     "中文，日本語 ภาษา العربية हिन्दी עברית",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 "
+    "\U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd",
     "\U0010ffff\ue000\u0378",
     "a" * 5000,
     "<s>[CLS]<|endoftext|></s><unk>[UNK]<pad>[MASK]\u2581##a</w>\u0120",
@@ -25,7 +27,12 @@ HARD_TEXTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerComparison:
-    """How many encodings, decoded texts and special tokens were compared, and where they differ first ("" nowhere)."""
+    """Counts of compared encodings, decoded texts and special tokens.
+
+    Attributes:
+        way: How transformers loads the tokenizer.
+        difference: The first difference; "" if there is none.
+    """
 
     way: str
     encodings: int
@@ -41,20 +48,23 @@ class TokenizerComparison:
 def compare_tokenizers(folder: Path) -> TokenizerComparison:
     """Compare the tokenizer of a checkpoint's folder with `AutoTokenizer` on hard texts.
 
-    Every text is encoded with and without special tokens taken as such, and with and without the template. Raises ModelError
-    where gptbatch refuses the tokenizer.
+    Every text is encoded with and without parse_special, and with and without the template.
+
+    Raises:
+        ModelError: gptbatch does not support the tokenizer.
     """
     from transformers import AutoTokenizer
 
     from gptbatch.pipeline.input.tokenizer import PromptTokenizer
     from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 
-    theirs = AutoTokenizer.from_pretrained(
+    hf_tokenizer = AutoTokenizer.from_pretrained(
         str(folder.resolve()), trust_remote_code=False, local_files_only=True
     )
     loaded = load_tokenizer(folder)
     special = {
-        content: theirs.convert_tokens_to_ids(content) for content in theirs.all_special_tokens
+        content: hf_tokenizer.convert_tokens_to_ids(content)
+        for content in hf_tokenizer.all_special_tokens
     }
     texts = [*HARD_TEXTS, *(f"a{content} {content}b" for content in special)]
     encodings = decoded = 0
@@ -65,15 +75,15 @@ def compare_tokenizers(folder: Path) -> TokenizerComparison:
     ]
     for parse_special in (False, True):
         for add_special_tokens in (True, False):
-            ours = PromptTokenizer(
+            own_tokenizer = PromptTokenizer(
                 loaded,
                 start_token=None,
                 parse_special=parse_special,
                 add_special_tokens=add_special_tokens,
             )
-            for text, encoded in zip(texts, ours.encode(texts), strict=True):
+            for text, encoded in zip(texts, own_tokenizer.encode(texts), strict=True):
                 token_ids = _encode(
-                    theirs,
+                    hf_tokenizer,
                     text,
                     add_special_tokens=add_special_tokens,
                     split_special_tokens=not parse_special,
@@ -84,7 +94,7 @@ def compare_tokenizers(folder: Path) -> TokenizerComparison:
                         differences.append(f"the tokens of {text[:40]!r}")
                     continue
                 decoded += 1
-                if ours.decode(token_ids) != theirs.decode(token_ids):
+                if own_tokenizer.decode(token_ids) != hf_tokenizer.decode(token_ids):
                     differences.append(f"the text of the tokens of {text[:40]!r}")
     return TokenizerComparison(
         way=loaded.loaded_by,
@@ -96,7 +106,7 @@ def compare_tokenizers(folder: Path) -> TokenizerComparison:
 
 
 def _encode(tokenizer: Any, text: str, **options: bool) -> list[int] | None:
-    """The token ids, None where the tokenizer cannot encode the text."""
+    """Return the token ids; None if the tokenizer cannot encode the text."""
     from gptbatch.pipeline.system.rust_panics import panics_as_errors
 
     try:

@@ -1,8 +1,7 @@
-"""`gptbatch train-demo`: trains the small GPT-2 that the project bundles.
+"""`gptbatch train-demo`: trains the small GPT-2 of the demo on a text file.
 
-Knows: how to turn a text file into a tokenizer and a model in the Hugging Face format. It uses the model class of
-transformers, so that the bundled checkpoint is a stranger's checkpoint to our own network.
-Does not know: anything of the pipeline. Nothing else imports this file.
+It trains GPT2LMHeadModel of transformers, so that the demo checkpoint does not depend on the model
+code of gptbatch.
 """
 
 from __future__ import annotations
@@ -34,14 +33,18 @@ END_OF_TEXT = "<|endoftext|>"
     "--steps", default=3600, show_default=True, type=click.IntRange(1), help="Optimizer steps."
 )
 @click.option(
-    "--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Sequences a step."
+    "--batch-size",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Sequences per step.",
 )
 @click.option(
     "--vocab-size",
     default=1024,
     show_default=True,
     type=click.IntRange(257, 2048),
-    help="Tokens of the BPE.",
+    help="Vocabulary size of the BPE tokenizer.",
 )
 @click.option(
     "--n-positions",
@@ -56,14 +59,19 @@ END_OF_TEXT = "<|endoftext|>"
 @click.option(
     "--dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1, max_open=True)
 )
-@click.option("--learning-rate", default=2e-3, show_default=True, help="Peak, after the warm-up.")
+@click.option(
+    "--learning-rate",
+    default=2e-3,
+    show_default=True,
+    help="Peak learning rate, after the warm-up.",
+)
 @click.option("--weight-decay", default=0.1, show_default=True)
 @click.option(
     "--validation-share",
     default=0.1,
     show_default=True,
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Share of the text, taken from its end.",
+    help="Share of the text, at its end, that is used for validation.",
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
@@ -86,7 +94,7 @@ def train_demo(
 ) -> None:
     """Train a small GPT-2 on the file TEXT and write it to the folder OUTPUT.
 
-    Prints the validation loss in nats per character; its last line is a JSON object.
+    Prints the validation loss in nats per character. The last line is a JSON object.
     """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -107,7 +115,8 @@ def train_demo(
     validation_tokens = encode_documents(tokenizer, validation_documents)
     if len(training_tokens) <= n_positions or len(content) == cut:
         raise InputRowsError(
-            f"{text}: too short: {len(training_tokens)} training tokens, and more than n_positions ({n_positions}) are needed"
+            f"{text}: too short: {len(training_tokens)} training tokens; more than n_positions "
+            f"({n_positions}) are required"
         )
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     config = GPT2Config(
@@ -118,15 +127,18 @@ def train_demo(
         n_head=n_head,
         resid_pdrop=dropout,
         embd_pdrop=dropout,
-        attn_pdrop=0.0,  # costs a third of the speed on CPU and gains little here
-        activation_function="gelu_pytorch_tanh",  # the same formula as gelu_new, in one kernel
+        # dropout in attention takes a third of the speed on a CPU and hardly lowers the loss
+        attn_pdrop=0.0,
+        # the formula of gelu_new in one kernel
+        activation_function="gelu_pytorch_tanh",
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
     )
     model = GPT2LMHeadModel(config)
     parameters = sum(p.numel() for p in model.parameters())
     click.echo(
-        f"{parameters:,} parameters, {len(training_tokens):,} training tokens, {len(content[cut:]):,} validation characters"
+        f"{parameters:,} parameters, {len(training_tokens):,} training tokens, "
+        f"{len(content[cut:]):,} validation characters"
     )
 
     decayed = [p for p in model.parameters() if p.dim() >= 2]
@@ -163,8 +175,8 @@ def train_demo(
         if (step + 1) % 500 == 0 or step + 1 == steps:
             nats = validation_nats(model, validation_tokens) / len(content[cut:])
             click.echo(
-                f"step {step + 1}: training loss {loss.item():.3f} per token, validation {nats:.4f} nats per character, "
-                f"{time.perf_counter() - began:.0f} s"
+                f"step {step + 1}: training loss {loss.item():.3f} per token, "
+                f"validation {nats:.4f} nats per character, {time.perf_counter() - began:.0f} s"
             )
     nats = validation_nats(model, validation_tokens) / len(content[cut:])
     save(model, tokenizer, output)
@@ -179,7 +191,7 @@ def train_demo(
 
 
 def split_documents(content: str, rng: random.Random) -> list[str]:
-    """Groups of 4 to 16 paragraphs (speeches), so that the model learns where a text may end."""
+    """Group 4 to 16 paragraphs (speeches) per document, so that the model learns end-of-text."""
     paragraphs = content.split("\n\n")
     documents = []
     while paragraphs:
@@ -206,7 +218,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor:
-    """All documents in one row of tokens (N,), end-of-text before each and after the last."""
+    """Join all documents to one tensor of tokens (N,), with end-of-text around each of them."""
     import torch
 
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
@@ -217,7 +229,7 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor
 
 
 def validation_nats(model: GPT2LMHeadModel, tokens: torch.Tensor) -> float:
-    """Sum of -log p over all tokens but the first, in float32, in blocks that share no context."""
+    """Return the sum of -log p over all tokens but the first, in independent blocks."""
     import torch
 
     model.eval()
@@ -232,10 +244,11 @@ def validation_nats(model: GPT2LMHeadModel, tokens: torch.Tensor) -> float:
 
 
 def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, output: Path) -> None:
-    """A folder in the Hugging Face format: config.json, model.safetensors, tokenizer.json, tokenizer_config.json."""
+    """Save model and tokenizer in the Hugging Face format."""
     from transformers import PreTrainedTokenizerFast
 
-    model.config.activation_function = "gelu_new"  # the name that GPT-2 checkpoints use
+    # the name in GPT-2 checkpoints
+    model.config.activation_function = "gelu_new"
     model.save_pretrained(output)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,4 +1,4 @@
-"""`gptbatch verify`: do the weights still give the recorded rows?"""
+"""`gptbatch verify`: checks recorded rows against the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_LINES = 20
 @click.option(
     "--rows",
     type=click.IntRange(1),
-    help="Rows to check, evenly spaced over the run. [default: 100]",
+    help="Number of rows to check, evenly spaced over the run. Default: 100.",
 )
 @click.option("--all", "all_rows", is_flag=True, help="Check every row.")
 @reopen_options
@@ -39,13 +39,15 @@ def verify(
     device: str | None,
     threads: int | None,
 ) -> int:
-    """Check rows of the run in the folder OUTPUT against its weights, without generating them again.
+    """Check rows of the run in the folder OUTPUT against its weights without generating them.
 
-    One prefill a row gives the logits at every step; with the row's noise they must choose the recorded token, the final
-    end-of-text included. Where this machine computes the same bits as the one that ran, the answer is exact; elsewhere a
-    recorded token that is within rounding of winning is a near tie, and no mismatch. Rows whose window slid cost a prefill a
-    step. Its last line is a JSON object. Exits with 0 when all rows agree, with 1 when one does not, with 66 when there was none to
-    check (a complete run of no rows is fine), with 74 when rows of a complete run are lost or other tables stand among its parts.
+    One prefill per row gives the logits of every step. With the noise of the row they must give
+    the recorded token, including a final end-of-text. In the environment of the run the check is
+    exact. In another one, a recorded token within rounding distance is a near tie, not a mismatch.
+    A row whose window slid takes one prefill per step. The last line is a JSON object.
+
+    Exits with 0 if all rows agree, with 1 if a row does not, with 66 if there is no row to check,
+    and with 74 if rows of a complete run are lost or the folder holds other tables.
     """
     if all_rows and rows is not None:
         raise click.UsageError("--rows and --all cannot be given together")
@@ -60,9 +62,7 @@ def verify(
     if run.stray_tables:
         raise StorageError(f"{output}: {describe_stray_tables(run.stray_tables)}")
     if not run.complete:
-        print_message(
-            f"{output} is not complete; only the {run.n_rows} rows that it holds can be checked"
-        )
+        print_message(f"{output} is not complete; checking the {run.n_rows} rows that it holds")
     overrides = Overrides(
         model=model,
         allow_pickle=allow_pickle,
@@ -72,12 +72,12 @@ def verify(
     )
     print_checkpoint(run, model)
     loaded_run = LoadedRun(run, overrides)
-    wanted = run.rows() if all_rows else run.reader().take(evenly_spaced(rows or 100, run.n_rows))
+    selected = run.rows() if all_rows else run.reader().take(evenly_spaced(rows or 100, run.n_rows))
     reasons = loaded_run.reasons_bits_may_differ()
     began = time.monotonic()
     outcomes: Counter[str] = Counter()
     first: Verdict | None = None
-    for verdict in verify_rows(loaded_run, wanted):
+    for verdict in verify_rows(loaded_run, selected):
         outcomes[verdict.outcome] += 1
         if verdict.outcome == "mismatch":
             first = first or verdict
@@ -112,16 +112,17 @@ def verify(
     }
     echo(json.dumps(summary))
     if not checked and not (run.complete and run.n_rows == 0):
-        what = (
+        reason = (
             f"all {outcomes['skipped']} rows looked at are error rows"
             if outcomes["skipped"]
             else "it holds no rows yet"
         )
-        raise InputNotFoundError(f"{output}: nothing was checked: {what}")
+        raise InputNotFoundError(f"{output}: nothing was checked: {reason}")
     if run.marked_complete and not run.complete and not mismatches:
         held = f"{run.n_rows} of {run.rows_expected} rows"
         raise StorageError(
-            f"{output}: is marked complete, but holds {held}; the same generate command makes the rest"
+            f"{output}: is marked complete, but holds {held}; "
+            "run the same generate command for the others"
         )
     return MISMATCH if mismatches else 0
 
@@ -135,6 +136,7 @@ def _in_words(verdict: Verdict) -> str:
     if verdict.step is None:
         return f"{row}: {verdict.problem}"
     return (
-        f"{row}: step {verdict.step}: token {verdict.recorded_token} is recorded, {verdict.problem}; "
+        f"{row}: step {verdict.step}: token {verdict.recorded_token} is recorded, "
+        f"{verdict.problem}; "
         f"the recorded one is {verdict.distance:.3g} from winning"
     )

@@ -79,7 +79,7 @@ else:
 
 
 def _sampling_field(name: str) -> Any:
-    """The field of a sampling setting: its default, range and description."""
+    """Return the field of a sampling setting, with its default, range and description."""
     setting = SAMPLING_SETTINGS[name]
     return Field(setting.default, ge=setting.minimum, le=setting.maximum, description=setting.help)
 

@@ -250,7 +250,7 @@ def prepare(request: dict[str, Any]) -> None:
     if (limit := request["file_size_limit"]) is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    signals.LOADING_PATIENCE_S = signals.RUNNING_PATIENCE_S = request["patience_s"]
+    signals.LOADING_TIMEOUT_S = signals.RUNNING_TIMEOUT_S = request["patience_s"]
     if request["fault"] is not None:
         install(*request["fault"])
 

@@ -475,7 +475,7 @@ def test_check_model_agrees(checkpoint: Path) -> None:
     assert 0 < ran.summary["largest_logit_difference"] < 1e-4
     assert ran.summary["greedy_tokens_equal"] == ran.summary["greedy_tokens_compared"] > 60
     assert re.search(
-        r"parameters, the head counted as its own: ours ([\d,]+), transformers \1\n", ran.stdout
+        r"parameters, including the LM head: gptbatch ([\d,]+), transformers \1\n", ran.stdout
     )
 
 
@@ -488,7 +488,7 @@ def test_check_model_notices_a_network_that_differs(
     code, stdout, stderr = in_process("check-model", checkpoint)
     assert code == 78
     assert json.loads(stdout.splitlines()[-1])["agree"] is False
-    assert "our network and transformers do not agree" in stderr
+    assert "the model of gptbatch and transformers do not agree" in stderr
 
 
 def test_every_command_has_help() -> None:

@@ -327,7 +327,7 @@ def test_equal_rows_from_other_logits_are_counted(
     ]
     assert run_command(["diff", str(a), str(b)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "2 rows have equal tokens from logits of other bits" in lines
+    assert "2 rows have equal tokens, but other logits" in lines
     summary = json.loads(lines[-1])
     assert (summary["equal"], summary["equal_from_other_logits"], summary["different"]) == (3, 2, 0)
 
@@ -654,7 +654,7 @@ def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_dif
         "row 'token': token 2 differs: 123 / 456 (min_decision_margin 0.0012 / 0.0013)",
         "row 'shorter': token 2 differs: end / 3 (min_decision_margin 0.25 / none)",
         "row 'fails': a completion in A, an error in B",
-        "row 'ends': the same tokens end differently: max_new_tokens / window",
+        "row 'ends': the same tokens, but other finish reasons: max_new_tokens / window",
         "row 'prompt': the prompts differ",
         "row 'line\\nbreak': only in A",
         "row 'only b': only in B",
@@ -738,7 +738,7 @@ def test_the_command_says_that_a_run_is_not_complete(tmp_path: Path, gptbatch_di
     a, b = write_run(tmp_path / "a", many(7)), write_run(tmp_path / "b", many(7), first_rows=5)
     code, lines, stderr = gptbatch_diff(a, b)
     assert code == 1
-    assert stderr == f"gptbatch: B ({b}) is not complete; compared are the 4 rows that it holds\n"
+    assert stderr == f"gptbatch: B ({b}) is not complete; comparing the 4 rows that it holds\n"
     assert json.loads(lines[-1])["missing_in_b"] == 3
 
 

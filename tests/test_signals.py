@@ -38,7 +38,7 @@ builtins.__import__ = importing
 from gptbatch.jobs.cli import main
 from gptbatch.jobs import signals
 # a busy machine may need longer than the patience of the watching thread
-signals.LOADING_PATIENCE_S = signals.RUNNING_PATIENCE_S = 900
+signals.LOADING_TIMEOUT_S = signals.RUNNING_TIMEOUT_S = 900
 if moment == "exit":
     import atexit
     atexit.register(strike)

@@ -1158,7 +1158,7 @@ def test_status_says_that_cores_are_shared_while_a_run_goes_on(
     (tmp_path / "out" / "_SUCCESS").unlink()
     with OutputLock(tmp_path / "out" / ".gptbatch"):
         assert (
-            "cores    not the run's own, if it runs on this machine: other processes run or wait for them\n"
+            "cores    shared with other programs, if the run is on this machine: other processes run or wait for them\n"
             in gptbatch("status", "out")[1]
         )
 

@@ -1230,7 +1230,7 @@ def test_check_model_finds_another_tokenizer(
     )
     assert run_command(["check-model", str(model), "--new-tokens", "1"]) == 78
     captured = capsys.readouterr()
-    assert "our tokenizer and transformers do not agree" in captured.err
+    assert "the tokenizer of gptbatch and transformers do not agree" in captured.err
     assert json.loads(captured.out.splitlines()[-1])["agree"] is False
 
 
