@@ -37,7 +37,7 @@ TYPES = {
     "float": "number",
     "float range": "number",
 }
-DEFAULT_IN_HELP = re.compile(r"\s*\[default: ([^\]]+)\]")
+DEFAULT_IN_HELP = re.compile(r"\s*Default: (.+)\.$")
 
 # exit codes that no error class of gptbatch has, or that more than the class leads to
 OTHER_EXIT_CODES = {
@@ -106,7 +106,10 @@ def config_options() -> str:
                 "",
                 *_header("option", "config key", "values", "default", "meaning"),
             ]
+        description = field.description or ""
         default = "required" if field.is_required() else _code(_yaml(field.default))
+        if not default and (in_help := DEFAULT_IN_HELP.search(description)):
+            default = in_help[1]
         option = options[key.replace(".", "__")]
         lines.append(
             _row(
@@ -114,7 +117,7 @@ def config_options() -> str:
                 _code(key),
                 _values(option),
                 default,
-                _sentence(field.description or ""),
+                _sentence(DEFAULT_IN_HELP.sub("", description)),
             )
         )
     return "\n".join(lines[1:]) + "\n"
