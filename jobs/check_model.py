@@ -62,31 +62,13 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
 
     from gptbatch.jobs.tokenizer_check import compare_tokenizers
     from gptbatch.pipeline.errors import ModelError
-    from gptbatch.pipeline.input.tokenizer import PromptTokenizer
-    from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
     from gptbatch.pipeline.model.checkpoint import find_checkpoint
-    from gptbatch.pipeline.model.config import parse_config
     from gptbatch.pipeline.model.loading import threads_to_use
-    from gptbatch.pipeline.model.weights import load_gpt
 
     torch.set_num_threads(threads_to_use(None))
     checkpoint = find_checkpoint(model, revision=revision, allow_pickle=allow_pickle)
-    config = parse_config(checkpoint.config, str(checkpoint.config_path))
-    gpt = load_gpt(
-        config,
-        list(checkpoint.weights),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        packed=False,
-    )
+    gpt, prompts = _load(checkpoint)
     hf_model = _load_with_transformers(checkpoint)
-    tokenizer = PromptTokenizer(
-        load_tokenizer(checkpoint.folder), start_token=checkpoint.special_tokens.start
-    )
-    prompts = [
-        [token for token in prompt.token_ids if token < config.vocab_size]
-        for prompt in tokenizer.encode(list(PROMPTS))
-    ]
 
     count = gpt.parameter_count()
     hf_count = sum(
@@ -107,7 +89,7 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     )
     ends, unfollowed = checkpoint.special_tokens.ends, checkpoint.settings_not_followed
     hf_ends = _end_tokens(hf_model)
-    missing_ends = {token for token in hf_ends if 0 <= token < config.vocab_size} - set(ends)
+    missing_ends = {token for token in hf_ends if 0 <= token < gpt.config.vocab_size} - set(ends)
     echo(f"end tokens: gptbatch {list(ends)}, transformers {hf_ends}")
     echo(f"ignored generation settings: {json.dumps(unfollowed) if unfollowed else 'none'}")
 
@@ -129,6 +111,33 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     if not agree:
         differing = "tokenizer" if not compared.agree else "end tokens" if missing_ends else "model"
         raise ModelError(f"{model}: the {differing} of gptbatch and transformers do not agree")
+
+
+def _load(checkpoint: Checkpoint) -> tuple[GPT, list[list[int]]]:
+    """Load the model in float32 on the CPU, and encode PROMPTS."""
+    import torch
+
+    from gptbatch.pipeline.input.tokenizer import PromptTokenizer
+    from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
+    from gptbatch.pipeline.model.config import parse_config
+    from gptbatch.pipeline.model.weights import load_gpt
+
+    config = parse_config(checkpoint.config, str(checkpoint.config_path))
+    gpt = load_gpt(
+        config,
+        list(checkpoint.weights),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        packed=False,
+    )
+    tokenizer = PromptTokenizer(
+        load_tokenizer(checkpoint.folder), start_token=checkpoint.special_tokens.start
+    )
+    prompts = [
+        [token for token in prompt.token_ids if token < config.vocab_size]
+        for prompt in tokenizer.encode(list(PROMPTS))
+    ]
+    return gpt, prompts
 
 
 @dataclass(slots=True)

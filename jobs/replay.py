@@ -18,9 +18,11 @@ from gptbatch.jobs.options import (
     reopen_options,
     sampling_options,
 )
+from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.replay import Replay
+    from gptbatch.pipeline.audit.run_reader import RunReader
     from gptbatch.pipeline.audit.trace import Candidate, StepTrace
 
 # the text of a token id at its position
@@ -48,12 +50,7 @@ def replay(
     prompt_id: str,
     trace: bool,
     as_json: bool,
-    model: str | None,
-    allow_pickle: bool,
-    allow_other_weights: bool,
-    device: str | None,
-    threads: int | None,
-    **settings: int | float | None,
+    **options: Any,
 ) -> None:
     """Generate one row of the run in the folder OUTPUT again, alone, and compare it.
 
@@ -63,25 +60,12 @@ def replay(
     from gptbatch.pipeline.audit.loaded_run import LoadedRun, Overrides, row_params
     from gptbatch.pipeline.audit.replay import replay_row
     from gptbatch.pipeline.audit.run_reader import RunReader
-    from gptbatch.pipeline.errors import InputNotFoundError
 
     run = RunReader(output)
-    row = run.find(prompt_id)
-    if row is None:
-        size = (
-            f"the run has {run.n_rows} rows"
-            if run.complete
-            else f"the run is not complete; it has {run.n_rows} rows so far"
-        )
-        raise InputNotFoundError(f"{output}: no row has the id {prompt_id!r}; {size}")
-    overrides = Overrides(
-        model=model,
-        allow_pickle=allow_pickle,
-        allow_other_weights=allow_other_weights,
-        device=device,
-        threads=threads,
-    )
-    print_checkpoint(run, model)
+    row = _find_row(run, prompt_id)
+    settings = {name: options.pop(name) for name in SAMPLING_SETTINGS}
+    overrides = Overrides(**options)
+    print_checkpoint(run, overrides.model)
     loaded_run = LoadedRun(run, overrides)
     changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     replayed = replay_row(
@@ -112,6 +96,21 @@ def replay(
             completion.min_decision_margin,
         )
     )
+
+
+def _find_row(run: RunReader, prompt_id: str) -> dict[str, Any]:
+    """Return the row of this id. Raise InputNotFoundError if there is none."""
+    from gptbatch.pipeline.errors import InputNotFoundError
+
+    row = run.find(prompt_id)
+    if row is None:
+        size = (
+            f"the run has {run.n_rows} rows"
+            if run.complete
+            else f"the run is not complete; it has {run.n_rows} rows so far"
+        )
+        raise InputNotFoundError(f"{run.path}: no row has the id {prompt_id!r}; {size}")
+    return row
 
 
 def _summary(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,8 @@ from gptbatch.jobs.messages import echo, print_message
 from gptbatch.jobs.options import Command, PathArgument, print_checkpoint, reopen_options
 
 if TYPE_CHECKING:
+    from gptbatch.pipeline.audit.loaded_run import LoadedRun
+    from gptbatch.pipeline.audit.run_reader import RunReader
     from gptbatch.pipeline.audit.verify import Verdict
 
 MISMATCH = 1
@@ -33,11 +36,7 @@ def verify(
     output: Path,
     rows: int | None,
     all_rows: bool,
-    model: str | None,
-    allow_pickle: bool,
-    allow_other_weights: bool,
-    device: str | None,
-    threads: int | None,
+    **options: Any,
 ) -> int:
     """Check rows of the run in the folder OUTPUT against its weights without generating them.
 
@@ -54,8 +53,8 @@ def verify(
 
     from gptbatch.pipeline.audit.loaded_run import LoadedRun, Overrides
     from gptbatch.pipeline.audit.run_reader import RunReader
-    from gptbatch.pipeline.audit.verify import evenly_spaced, verify_rows
-    from gptbatch.pipeline.errors import InputNotFoundError, StorageError
+    from gptbatch.pipeline.audit.verify import evenly_spaced
+    from gptbatch.pipeline.errors import StorageError
     from gptbatch.pipeline.output.stray_tables import describe_stray_tables
 
     run = RunReader(output)
@@ -63,29 +62,14 @@ def verify(
         raise StorageError(f"{output}: {describe_stray_tables(run.stray_tables)}")
     if not run.complete:
         print_message(f"{output} is not complete; checking the {run.n_rows} rows that it holds")
-    overrides = Overrides(
-        model=model,
-        allow_pickle=allow_pickle,
-        allow_other_weights=allow_other_weights,
-        device=device,
-        threads=threads,
-    )
-    print_checkpoint(run, model)
+    overrides = Overrides(**options)
+    print_checkpoint(run, overrides.model)
     loaded_run = LoadedRun(run, overrides)
     selected = run.rows() if all_rows else run.reader().take(evenly_spaced(rows or 100, run.n_rows))
     reasons = loaded_run.reasons_bits_may_differ()
     began = time.monotonic()
-    outcomes: Counter[str] = Counter()
-    first: Verdict | None = None
-    for verdict in verify_rows(loaded_run, selected):
-        outcomes[verdict.outcome] += 1
-        if verdict.outcome == "mismatch":
-            first = first or verdict
-            if outcomes["mismatch"] <= MAX_LINES:
-                echo(_in_words(verdict))
+    outcomes, first = _check_rows(loaded_run, selected)
     mismatches = outcomes["mismatch"]
-    if mismatches > MAX_LINES:
-        echo(f"... and {mismatches - MAX_LINES} more")
     checked = sum(outcomes.values()) - outcomes["skipped"]
     echo(
         f"{_count(checked, 'row')} checked, {_count(mismatches, 'mismatch', 'mismatches')}"
@@ -111,20 +95,47 @@ def verify(
         "verify_s": round(time.monotonic() - began, 3),
     }
     echo(json.dumps(summary))
+    _raise_if_rows_are_missing(run, outcomes)
+    return MISMATCH if mismatches else 0
+
+
+def _check_rows(
+    loaded_run: LoadedRun, rows: Iterable[dict[str, Any]]
+) -> tuple[Counter[str], Verdict | None]:
+    """Print the first mismatches. Return the counts of the outcomes, and the first mismatch."""
+    from gptbatch.pipeline.audit.verify import verify_rows
+
+    outcomes: Counter[str] = Counter()
+    first: Verdict | None = None
+    for verdict in verify_rows(loaded_run, rows):
+        outcomes[verdict.outcome] += 1
+        if verdict.outcome == "mismatch":
+            first = first or verdict
+            if outcomes["mismatch"] <= MAX_LINES:
+                echo(_in_words(verdict))
+    if outcomes["mismatch"] > MAX_LINES:
+        echo(f"... and {outcomes['mismatch'] - MAX_LINES} more")
+    return outcomes, first
+
+
+def _raise_if_rows_are_missing(run: RunReader, outcomes: Counter[str]) -> None:
+    """Raise an error if no row was checked, or if a complete run has lost rows."""
+    from gptbatch.pipeline.errors import InputNotFoundError, StorageError
+
+    checked = sum(outcomes.values()) - outcomes["skipped"]
     if not checked and not (run.complete and run.n_rows == 0):
         reason = (
             f"all {outcomes['skipped']} rows looked at are error rows"
             if outcomes["skipped"]
             else "it holds no rows yet"
         )
-        raise InputNotFoundError(f"{output}: nothing was checked: {reason}")
-    if run.marked_complete and not run.complete and not mismatches:
+        raise InputNotFoundError(f"{run.path}: nothing was checked: {reason}")
+    if run.marked_complete and not run.complete and not outcomes["mismatch"]:
         held = f"{run.n_rows} of {run.rows_expected} rows"
         raise StorageError(
-            f"{output}: is marked complete, but holds {held}; "
+            f"{run.path}: is marked complete, but holds {held}; "
             "run the same generate command for the others"
         )
-    return MISMATCH if mismatches else 0
 
 
 def _count(count: int, one: str, many: str | None = None) -> str:
