@@ -1,4 +1,4 @@
-"""The real command in a child process: exit codes, messages, and what is on which stream."""
+"""The command in a child process: exit codes, messages, standard output and standard error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WriteRows = Callable[..., Path]
 
 @pytest.fixture
 def in_process(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """`gptbatch ARGUMENTS...` without the price of a new process: for what ends before a model is loaded."""
+    """Run `gptbatch ARGUMENTS...` in this process, for commands that load no model."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         code = run_command([str(argument) for argument in arguments])
@@ -42,7 +42,9 @@ def in_process(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, st
 InProcess = Callable[..., tuple[int, str, str]]
 
 
-def test_the_main_job(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_generate_writes_rows_and_prints_a_summary(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     path = write_rows([{"prompt": f"secret {i}"} for i in range(5)])
     command = [
         "generate",
@@ -106,7 +108,7 @@ def test_prompts_from_standard_input(checkpoint: Path, tmp_path: Path) -> None:
     assert "<stdin>:1: there is no field 'prompt'" in bad.stderr
 
 
-def test_a_dataset_split(checkpoint: Path, tmp_path: Path) -> None:
+def test_generate_reads_a_dataset_split(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.csv").write_text("question,seed\nThe king,1\nThe queen,\n")
     ran = run_gptbatch(
@@ -256,7 +258,7 @@ def test_a_complete_output_is_recognised_without_torch(
         (["--dtype", "float16", "--device", "cpu"], 78, "engine.dtype is float16"),
     ],
 )
-def test_options_that_cannot_be(
+def test_invalid_options(
     checkpoint: Path,
     write_rows: WriteRows,
     tmp_path: Path,
@@ -275,9 +277,7 @@ def test_options_that_cannot_be(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_needed_and_missing(
-    checkpoint: Path, in_process: InProcess, tmp_path: Path
-) -> None:
+def test_missing_required_settings(checkpoint: Path, in_process: InProcess, tmp_path: Path) -> None:
     code, _, stderr = in_process("generate", "--model", checkpoint)
     assert code == 2
     assert (
@@ -290,7 +290,7 @@ def test_what_is_needed_and_missing(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none(
+def test_cuda_without_a_gpu(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess
 ) -> None:
     path = write_rows([{"prompt": "The king"}])
@@ -346,7 +346,7 @@ def test_bad_rows_stop_the_run_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_split_that_is_not_there(checkpoint: Path, tmp_path: Path, in_process: InProcess) -> None:
+def test_a_missing_split(checkpoint: Path, tmp_path: Path, in_process: InProcess) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "a"}\n')
     base = ["generate", "--model", checkpoint, "--output", tmp_path / "out"]
@@ -355,7 +355,7 @@ def test_a_split_that_is_not_there(checkpoint: Path, tmp_path: Path, in_process:
     assert "[validation]: there is no split 'validation'" in stderr
 
 
-def test_a_folder_that_holds_something_else(
+def test_an_output_folder_with_other_files(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -392,7 +392,7 @@ def test_a_folder_that_holds_something_else(
         ("a: " + "[" * 3000, "not readable as YAML"),
     ],
 )
-def test_config_files_that_cannot_be(
+def test_invalid_config_files(
     checkpoint: Path,
     write_rows: WriteRows,
     tmp_path: Path,
@@ -430,7 +430,7 @@ def test_an_unexpected_error_is_a_bug_with_a_traceback(
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_ctrl_c_says_to_run_again(
+def test_ctrl_c_prints_how_to_continue(
     launcher: Launcher, checkpoint: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     path = write_rows([{"prompt": f"{i}"} for i in range(600)])
@@ -467,7 +467,7 @@ def test_progress_is_plain_lines_without_a_terminal(
     ]
 
 
-def test_check_model_agrees(checkpoint: Path) -> None:
+def test_check_model_of_an_equal_model(checkpoint: Path) -> None:
     ran = run_gptbatch("check-model", checkpoint)
     assert ran.code == 0, ran.stderr
     assert ran.summary["agree"] is True
@@ -479,7 +479,7 @@ def test_check_model_agrees(checkpoint: Path) -> None:
     )
 
 
-def test_check_model_notices_a_network_that_differs(
+def test_check_model_of_a_different_model(
     checkpoint: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gptbatch.pipeline.model.config import GPTConfig

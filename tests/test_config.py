@@ -1,4 +1,4 @@
-"""Where settings come from, which source wins, and that no key is forgotten anywhere."""
+"""Sources of settings and their precedence, and tables of all keys."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.paths import REPOSITORY
 NEEDED = {"model": "m", "input": "i", "output": "o"}
 
 
-def test_options_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+def test_options_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(
         "{model: m, input: i, output: o, seed: 1, top_k: 1, max_new_tokens: 1, engine: {threads: 1, batch_size: 1}}"
@@ -48,7 +48,7 @@ def test_options_win_over_the_environment_and_that_over_the_file(tmp_path: Path)
     assert (config.engine.threads, config.engine.batch_size) == (2, 1)
 
 
-def test_an_input_replaces_a_dataset_below_it_and_the_other_way_round(tmp_path: Path) -> None:
+def test_an_input_replaces_a_dataset_of_a_lower_layer_and_vice_versa(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("{model: m, input: i, output: o}")
     config = load_config(str(path), environment={}, options={"dataset": "d"})
@@ -61,7 +61,7 @@ def test_an_input_replaces_a_dataset_below_it_and_the_other_way_round(tmp_path: 
 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("1", True)])
-def test_the_environment_is_text(text: str, value: bool) -> None:
+def test_environment_variables_are_parsed_from_text(text: str, value: bool) -> None:
     config = load_config(
         None,
         environment={"GPTBATCH_IGNORE_EOS": text, "GPTBATCH_TEMPERATURE": "0.25"},
@@ -92,12 +92,12 @@ def test_the_environment_is_text(text: str, value: bool) -> None:
         ("GPTBATCH_ENGINE_DEVICE", "tpu", "environment variable GPTBATCH_ENGINE_DEVICE"),
     ],
 )
-def test_environment_variables_that_cannot_be(name: str, text: str, message: str) -> None:
+def test_invalid_environment_variables(name: str, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         load_config(None, environment={name: text}, options=NEEDED)
 
 
-def test_the_library_takes_values_as_strictly() -> None:
+def test_the_library_validates_values_strictly() -> None:
     assert (
         JobConfig(model="m", input="i", output="o", engine=EngineConfig(threads=2)).engine.threads
         == 2
@@ -108,7 +108,7 @@ def test_the_library_takes_values_as_strictly() -> None:
             JobConfig.model_validate({**NEEDED, **wrong})
 
 
-def test_the_resolved_config_can_be_run_again(tmp_path: Path) -> None:
+def test_the_resolved_config_loads_to_the_same_config(tmp_path: Path) -> None:
     config = load_config("demo", environment={}, options={"limit": 3, "engine.threads": 1})
     path = tmp_path / "resolved.yaml"
     path.write_text(config.to_yaml())
@@ -116,7 +116,7 @@ def test_the_resolved_config_can_be_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "gpt2-cpu", "gpt2-cpu-fast", "gpt2-cuda"])
-def test_bundled_configs_hold(name: str) -> None:
+def test_bundled_configs_load_and_comment_every_key(name: str) -> None:
     config = load_config(name, environment={}, options={"input": "i", "output": "o"})
     for line in find_config(name).read_text().splitlines():
         if ":" in line and not line.startswith("#") and not line.rstrip().endswith(":"):
@@ -124,7 +124,7 @@ def test_bundled_configs_hold(name: str) -> None:
     assert config.output == "o"
 
 
-def test_the_longest_bundled_config_shows_every_key_and_its_default() -> None:
+def test_gpt2_cpu_yaml_shows_every_key_and_its_default() -> None:
     text = find_config("gpt2-cpu").read_text()
     body = text[text.index("\nmodel:") :]
     uncommented = "\n".join(
@@ -155,7 +155,7 @@ def test_every_key_has_an_option_a_variable_and_a_description() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLING_SETTINGS)
-def test_every_place_has_every_sampling_setting(name: str) -> None:
+def test_every_sampling_setting_has_an_option_a_field_a_column_and_docs(name: str) -> None:
     setting, option = SAMPLING_SETTINGS[name], option_name(name)
     for command in (generate, replay):
         assert [parameter for parameter in command.params if option in parameter.opts]

@@ -1,4 +1,4 @@
-"""The bundled demo: it is what its card says, it writes plays, and it can be trained again."""
+"""The bundled demo: its model card, its completions, and train-demo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptbatch.pipeline.system.bundled import locate
 from tests.conftest import SENTENCES, run_gptbatch
 
 
-def test_the_demo_is_small_and_its_card_says_so() -> None:
+def test_the_model_card_states_the_size_of_the_demo() -> None:
     folder = locate("bundled:demo/model")
     assert (folder / "model.safetensors").stat().st_size <= 10_000_000
     config = json.loads((folder / "config.json").read_text())
@@ -26,7 +26,7 @@ def test_the_demo_is_small_and_its_card_says_so() -> None:
     assert "gptbatch train-demo" in card
 
 
-def test_the_prompts_are_many_and_mixed() -> None:
+def test_the_prompts_have_every_kind() -> None:
     rows = [
         json.loads(line) for line in locate("bundled:demo/prompts.jsonl").read_text().splitlines()
     ]
@@ -38,7 +38,7 @@ def test_the_prompts_are_many_and_mixed() -> None:
 
 
 def test_completions_read_as_lines_of_a_play(tmp_path: Path) -> None:
-    """Most bring a speaker on: a line of capitals that ends in a colon."""
+    """Most completions name a speaker: a line of capitals that ends in a colon."""
     config = load_config("demo", environment={}, options={"output": str(tmp_path / "out")})
     summary = run_job(config)
     assert (summary.rows, summary.errors) == (200, 0)
@@ -61,7 +61,7 @@ def test_check_model_on_the_demo() -> None:
     assert ran.summary["agree"] is True
 
 
-def test_texts_that_cannot_be_trained_on(tmp_path: Path) -> None:
+def test_invalid_training_texts(tmp_path: Path) -> None:
     for content, options, code, message in (
         (b"short", [], 65, "too short"),
         (b"\xff" * 1000, [], 65, "not UTF-8 at byte 1"),

@@ -1,4 +1,4 @@
-"""The launcher of the tests: an exit code is that of its child, whatever happened before."""
+"""The launcher of the tests returns the exit code of the right child."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 from tests.launcher import Launcher
 
 
-def test_codes_are_told_apart(launcher: Launcher) -> None:
+def test_each_child_has_its_own_exit_code(launcher: Launcher) -> None:
     good, bad = launcher.start("--version"), launcher.start("--unknown")
     assert (bad.wait(), good.wait(), bad.wait()) == (2, 0, 2)
     assert not good.is_running()
@@ -16,8 +16,8 @@ def test_codes_are_told_apart(launcher: Launcher) -> None:
     assert good.wait() == 0
 
 
-def test_an_answer_that_nobody_read_is_passed_over(launcher: Launcher) -> None:
-    """As a time-out leaves it, in the middle of a question."""
+def test_an_unread_answer_is_discarded(launcher: Launcher) -> None:
+    """A time-out in the middle of a request leaves an unread answer."""
     child = launcher.start("--unknown")
     assert launcher._server.stdin is not None
     launcher._server.stdin.write(json.dumps({"poll": True, "token": child.token, "tag": 0}) + "\n")

@@ -1,4 +1,4 @@
-"""The files for schedulers, run as the schedulers would."""
+"""The templates for schedulers, run with stand-ins for the schedulers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_program(path: Path, text: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts slurm.sbatch under bash with a stand-in for scontrol, and one for gptbatch unless there is one in tmp_path/bin."""
+    """Start slurm.sbatch under bash with a fake scontrol, and a fake gptbatch if there is none."""
     (tmp_path / "bin").mkdir()
     write_program(tmp_path / "bin" / "scontrol", '#!/bin/bash\necho "$@" >> requeued\n')
     write_program(tmp_path / "bin" / "gptbatch", STAND_IN)
@@ -79,7 +79,7 @@ def test_slurm_requeues_on_75_only(
 
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
-def test_slurm_hands_signals_on(
+def test_slurm_forwards_signals(
     slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
 ) -> None:
     process = slurm()
@@ -92,10 +92,10 @@ def test_slurm_hands_signals_on(
 
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
-def test_slurm_hands_on_a_signal_that_comes_first(
+def test_slurm_forwards_a_signal_that_arrives_before_the_program(
     slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
 ) -> None:
-    """gptbatch sends it to the shell and is ended by it: the script, in whose trap it arrives, sends it to a program without handlers."""
+    """The fake gptbatch signals the shell, whose trap signals it before it has handlers."""
     write_program(
         tmp_path / "bin" / "gptbatch", f"#!/bin/bash\nkill -{name} $PPID\nexec sleep 900\n"
     )
@@ -105,7 +105,7 @@ def test_slurm_hands_on_a_signal_that_comes_first(
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
-def test_slurm_does_not_requeue_what_the_system_killed(
+def test_slurm_does_not_requeue_a_killed_program(
     slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     write_program(tmp_path / "bin" / "gptbatch", "#!/bin/bash\nkill -KILL $$\n")
@@ -150,7 +150,7 @@ def test_slurm_with_the_real_program(
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows"] == 2000
 
 
-def test_every_code_has_its_place_in_the_kubernetes_job() -> None:
+def test_the_kubernetes_job_handles_every_exit_code() -> None:
     job = yaml.safe_load((CONFIGS / "kubernetes-job.yml").read_text())
     assert (job["kind"], job["spec"]["template"]["spec"]["restartPolicy"]) == ("Job", "Never")
     assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 10
@@ -171,14 +171,14 @@ def all_errors(base: type[GptbatchError]) -> set[type[GptbatchError]]:
 
 
 def check_command(words: list[str]) -> None:
-    """The command line is one that click takes."""
+    """Parse the command line with click."""
     assert words[0] == "gptbatch"
     command = cli.get_command(click.Context(cli), words[1])
     assert command is not None
     command.make_context("gptbatch", words[2:])
 
 
-def test_the_crontab_line_is_a_command() -> None:
+def test_the_crontab_line_is_a_valid_command() -> None:
     lines = [
         line
         for line in (CONFIGS / "crontab").read_text().splitlines()
@@ -194,7 +194,7 @@ def test_the_crontab_line_is_a_command() -> None:
 
 @pytest.fixture
 def airflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The DAG's file, read with stand-ins for the few names of Airflow that it uses."""
+    """Import the DAG file with fakes for the names of Airflow."""
 
     class Failed(Exception):  # noqa: N818
         pass
@@ -227,7 +227,7 @@ def airflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {**runpy.run_path(str(CONFIGS / "airflow_dag.py")), "tasks": tasks, "Failed": Failed}
 
 
-def test_the_airflow_task(airflow: dict[str, Any]) -> None:
+def test_the_airflow_task_retries_only_codes_that_a_retry_mends(airflow: dict[str, Any]) -> None:
     (task,) = airflow["tasks"]
     assert task["retries"] > 0
     generate = task["python_callable"]
@@ -241,6 +241,6 @@ def test_the_airflow_task(airflow: dict[str, Any]) -> None:
     check_command(airflow["COMMAND"])
 
 
-def test_status_of_what_is_no_run(tmp_path: Path) -> None:
+def test_status_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["status", str(tmp_path)], standalone_mode=False)
     assert "holds no run of gptbatch" in str(result.exception)

@@ -1,4 +1,4 @@
-"""Signals at any moment: from the first line of the program to the last, in every command."""
+"""Signals at every stage of a command, from the first import to the exit."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def each_name_once(*moments: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(("moment", "name"), each_name_once("gptbatch.jobs.group", "click"))
-def test_while_the_program_is_imported(
+def test_signal_during_the_import_of_the_program(
     name: str, moment: str, run_struck: Callable[..., tuple[int, str]]
 ) -> None:
     code, stderr = run_struck(moment, signal.Signals[name], "status", "nowhere")
@@ -94,8 +94,9 @@ def test_while_the_program_is_imported(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_in_every_command(command: str, run_struck: Callable[..., tuple[int, str]]) -> None:
-    """While its module is imported."""
+def test_signal_during_the_import_of_each_command(
+    command: str, run_struck: Callable[..., tuple[int, str]]
+) -> None:
     code, stderr = run_struck("gptbatch.jobs.options", signal.SIGTERM, command, "--help")
     assert (code, stderr.strip()) == (
         EXIT_STOPPED,
@@ -104,7 +105,7 @@ def test_in_every_command(command: str, run_struck: Callable[..., tuple[int, str
 
 
 @pytest.mark.parametrize("moment", ["pydantic", "torch"])
-def test_while_libraries_are_imported(
+def test_signal_during_the_import_of_libraries(
     moment: str, checkpoint: Path, tmp_path: Path, run_struck: Callable[..., tuple[int, str]]
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
@@ -125,15 +126,15 @@ def test_while_libraries_are_imported(
 
 
 @pytest.mark.parametrize(("moment", "name"), each_name_once("exit", "teardown"))
-def test_after_the_last_line(
+def test_signal_after_the_exit_code_is_decided(
     name: str, moment: str, run_struck: Callable[..., tuple[int, str]]
 ) -> None:
-    """The exit code was decided: the signal changes nothing."""
+    """The signal does not change the exit code."""
     code, stderr = run_struck(moment, signal.Signals[name], "status", "nowhere")
     assert code == 66, stderr
 
 
-def test_python_m_jobs(tmp_path: Path) -> None:
+def test_signal_to_python_m_gptbatch(tmp_path: Path) -> None:
     """A FIFO as a config's name holds the command up where a signal must end it; the text on standard error says that it is there."""
     os.mkfifo(tmp_path / "prompts.jsonl")
     command = [
@@ -171,14 +172,14 @@ def test_python_m_jobs(tmp_path: Path) -> None:
     ],
     ids=lambda value: "+".join(number.name for number in value) if isinstance(value, list) else "",
 )
-def test_compilers_end_with_the_build(
+def test_compilers_end_with_a_stopped_build(
     launcher: Launcher,
     checkpoint: Path,
     tmp_path: Path,
     numbers: list[signal.Signals],
     codes: set[int],
 ) -> None:
-    """They have children of their own, which must end too. The fake one names both before it waits."""
+    """Their child processes end too. The fake compiler prints both process ids."""
     compiler, started = tmp_path / "c++", tmp_path / "started"
     compiler.write_text(
         f"#!/bin/bash\ntrap '' HUP INT TERM\nsleep 600 &\necho $$ $! >> {started}\nwait; wait\n"
@@ -203,7 +204,7 @@ def test_compilers_end_with_the_build(
     )
 
 
-def test_nohup_keeps_a_run_alive(
+def test_sighup_is_ignored_under_nohup(
     tmp_path: Path, run_struck: Callable[..., tuple[int, str]]
 ) -> None:
     program = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{PROGRAM}"
@@ -218,10 +219,10 @@ def test_nohup_keeps_a_run_alive(
         for name in NAMES
     ],
 )
-def test_a_signal_sent_twice_at_once_is_one(
+def test_two_equal_signals_at_once_count_as_one(
     name: str, run_struck: Callable[..., tuple[int, str]]
 ) -> None:
-    """As timeout(1) does: to the process, and to its group."""
+    """timeout(1) signals the process and its group."""
     twice = PROGRAM.replace(
         "    os.kill(os.getpid(), number)",
         "    signals.ONE_SIGNAL_S = 900\n    [os.kill(os.getpid(), number) for _ in range(2)]",
@@ -243,7 +244,7 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("handlers")
-def test_as_a_library_the_handlers_come_back() -> None:
+def test_the_library_restores_the_handlers() -> None:
     with Signals() as signals:
         with signals.deferred():
             os.kill(os.getpid(), signal.SIGUSR1)

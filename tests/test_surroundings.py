@@ -1,4 +1,4 @@
-"""Paths, environments and configs as people have them."""
+"""Paths, environment variables, configs, and limits of the process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Command = Callable[..., tuple[int, str, str]]
 def gptbatch(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Command:
-    """`gptbatch ARGUMENTS...` in this process, in an empty folder that is home too: code, standard output, standard error."""
+    """Run `gptbatch ARGUMENTS...` in this process, in an empty home folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(user_cache_path()))  # where the kernels are
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -114,8 +114,8 @@ def test_home_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert expand_path("~/x") == str(tmp_path / "home" / "x")
 
 
-def test_the_command_takes_home(gptbatch: Command, checkpoint: Path, tmp_path: Path) -> None:
-    """In options, the config's own name and the arguments of the commands that read a run."""
+def test_the_command_expands_a_tilde(gptbatch: Command, checkpoint: Path, tmp_path: Path) -> None:
+    """In options, in --config, and in the arguments of the commands that read a run."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
@@ -156,7 +156,7 @@ UNEXPANDED = [
 
 @pytest.mark.parametrize("key", PATH_KEYS)
 @pytest.mark.parametrize("text", UNEXPANDED)
-def test_variables_that_nothing_expanded_are_refused(
+def test_unexpanded_variables_are_rejected(
     text: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -188,7 +188,7 @@ def test_variables_that_nothing_expanded_are_refused(
         "it`s",
     ],
 )
-def test_names_with_such_characters_are_names(text: str) -> None:
+def test_file_names_with_dollar_signs_or_braces_are_accepted(text: str) -> None:
     assert expand_path(text) == text
 
 
@@ -210,7 +210,7 @@ URLS = [
 
 @pytest.mark.parametrize("key", PATH_KEYS)
 @pytest.mark.parametrize(("text", "advice"), URLS)
-def test_urls_are_refused_at_once(
+def test_urls_are_rejected(
     text: str, advice: str, key: str, gptbatch: Command, tmp_path: Path
 ) -> None:
     options = (
@@ -227,7 +227,7 @@ def test_urls_are_refused_at_once(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_config_behind_a_url(gptbatch: Command) -> None:
+def test_a_config_url_is_rejected(gptbatch: Command) -> None:
     code, _, stderr = gptbatch("generate", "--config", "s3://bucket/job.yaml")
     assert code == 78
     assert "is a URL" in stderr
@@ -240,7 +240,7 @@ def test_a_colon_makes_no_url(text: str) -> None:
     assert expand_path(text, writes=True) == expand_path(text) == text
 
 
-def test_a_file_under_a_urls_name_is_that_file(
+def test_an_existing_file_with_the_name_of_a_url_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -250,7 +250,7 @@ def test_a_file_under_a_urls_name_is_that_file(
 
 @pytest.mark.parametrize("key", PATH_KEYS)
 @pytest.mark.parametrize("text", [" ", "   ", "\t", "\n"])
-def test_a_blank_path_is_refused(text: str, key: str) -> None:
+def test_a_blank_path_is_rejected(text: str, key: str) -> None:
     options = (
         {**NEEDED, key: text}
         if key != "dataset"
@@ -262,7 +262,7 @@ def test_a_blank_path_is_refused(text: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["a\0b", "half \ud83d of a pair"])
-def test_names_that_no_file_can_have(text: str) -> None:
+def test_invalid_file_names(text: str) -> None:
     with pytest.raises(PathError, match="no name that a file can have"):
         expand_path(text)
 
@@ -290,13 +290,13 @@ SERVICE = {
 
 
 @pytest.mark.parametrize("name", SERVICE)
-def test_variables_of_a_service_called_gptbatch_are_passed_over(name: str) -> None:
+def test_variables_of_a_service_called_gptbatch_are_ignored(name: str) -> None:
     assert load_config(None, environment={name: SERVICE[name]}, options=NEEDED) == load_config(
         None, environment={}, options=NEEDED
     )
 
 
-def test_no_setting_is_passed_over() -> None:
+def test_no_setting_is_ignored_as_a_service_variable() -> None:
     values: dict[str, Any] = {"seed": 5, "engine.threads": 3, "top_k": 7}
     environment = SERVICE | {environment_name(key): str(value) for key, value in values.items()}
     config = load_config(None, environment=environment, options=NEEDED)
@@ -441,7 +441,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("text", "message"), HOSTILE, ids=[text[:20] for text, _ in HOSTILE])
-def test_hostile_configs_are_refused_at_once(text: str, message: str, tmp_path: Path) -> None:
+def test_hostile_configs_are_rejected_quickly(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(text)
     began = time.process_time()
@@ -458,7 +458,7 @@ def test_hostile_configs_are_refused_at_once(text: str, message: str, tmp_path: 
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_config_in_any_unicode(encoding: str, tmp_path: Path) -> None:
+def test_a_config_in_each_unicode_encoding(encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes("prompt_field: größe\noutput: 2026-11-27\n".encode(encoding))
     config = load_config(str(path), environment={}, options={"model": "m", "input": "i"})
@@ -474,7 +474,7 @@ def test_a_number_where_text_is_needed(tmp_path: Path) -> None:
         load_config(str(path), environment={}, options={"model": "m", "input": "i"})
 
 
-def test_words_and_times_of_yaml(tmp_path: Path) -> None:
+def test_yaml_words_and_times(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(
         "batch_invariance: 'off'\noutput: 1:30\nprompt_field: 12:30:45\nignore_eos: yes\nseed: 0\ntop_k: 0x1f\n"
@@ -514,7 +514,7 @@ def test_a_config_from_a_pipe(tmp_path: Path) -> None:
         ("/dev/null", ""),
     ],
 )
-def test_configs_that_are_no_files(
+def test_config_paths_that_are_no_files(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -602,7 +602,7 @@ def test_secrets_are_hidden(text: str, shown: str) -> None:
         ),
     ],
 )
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_text_without_secrets_is_unchanged(text: str) -> None:
     assert redact(text) == text
 
 
@@ -617,8 +617,8 @@ LIKE_SECRETS = [
 
 
 @pytest.mark.parametrize("name", LIKE_SECRETS)
-def test_the_name_of_a_file_is_no_secret(name: str, tmp_path: Path) -> None:
-    """In messages, and in the settings that a run records."""
+def test_file_names_are_not_redacted(name: str, tmp_path: Path) -> None:
+    """In messages, and in the recorded settings of a run."""
     folder = tmp_path / "my files" / name
     folder.mkdir(parents=True)
     (folder / "a b").touch()
@@ -639,7 +639,7 @@ def test_the_name_of_a_file_is_no_secret(name: str, tmp_path: Path) -> None:
     "value", ["environment-token", "environment-token\n", " environment-token\r\n"]
 )
 @pytest.mark.parametrize("variable", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
-def test_the_token_of_the_environment_is_hidden(
+def test_the_hub_token_of_the_environment_is_hidden(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -678,8 +678,8 @@ HARD += [
 
 
 @pytest.mark.parametrize("unit", HARD)
-def test_hiding_takes_time_in_proportion_to_the_text(unit: str) -> None:
-    """Four times the text takes four times as long; 16 times where a pattern looks from every place to the end."""
+def test_redaction_takes_linear_time(unit: str) -> None:
+    """Four times the text takes four times the time; a quadratic pattern takes 16 times."""
     seconds = []
     for size in (25_000, 100_000):
         text = unit * (size // len(unit))
@@ -689,7 +689,7 @@ def test_hiding_takes_time_in_proportion_to_the_text(unit: str) -> None:
     assert seconds[1] < 0.5 or seconds[1] < 9 * seconds[0]
 
 
-def test_a_message_has_lines_of_bounded_length(capfd: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_a_message_have_a_maximum_length(capfd: pytest.CaptureFixture[str]) -> None:
     print_message("x" * 5000 + "\nshort")
     assert capfd.readouterr().err == "gptbatch: " + "x" * 4000 + "... (5000 characters)\n  short\n"
 
@@ -751,7 +751,7 @@ def test_a_log_record_is_cleaned(caplog: pytest.LogCaptureFixture) -> None:
     assert all(line.startswith("  ") for line in shown.splitlines()[1:])
 
 
-def test_what_a_folder_says_of_itself_is_cleaned(
+def test_text_from_an_output_folder_is_cleaned(
     checkpoint: Path, gptbatch: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
@@ -811,7 +811,7 @@ COMMAND_LINES = [
 
 
 def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A shell in which `gptbatch` is this code."""
+    """A shell with this code as `gptbatch`."""
     program = f'gptbatch() {{ "{sys.executable}" -m gptbatch "$@"; }}; {command}'
     return subprocess.run(
         ["bash", "-c", program],
@@ -824,9 +824,7 @@ def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize("arguments", COMMAND_LINES)
-def test_the_current_folder_is_gone(
-    arguments: list[str], gptbatch: Command, tmp_path: Path
-) -> None:
+def test_a_deleted_current_folder(arguments: list[str], gptbatch: Command, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     os.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -873,7 +871,7 @@ def test_standard_files_that_are_full_or_closed(
     assert (done.returncode, done.stderr) == (code, said)
 
 
-def test_the_result_of_a_run_is_not_lost_in_silence(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_lost_summary_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
     line = f"gptbatch generate --model {checkpoint} --input prompts.jsonl --output out --dry-run"
     done = shell(f"{line} >/dev/full", tmp_path)
@@ -884,7 +882,7 @@ def test_the_result_of_a_run_is_not_lost_in_silence(checkpoint: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("closed", [(), (0,), (1,), (0, 1), (1, 2), (0, 1, 2)])
-def test_no_file_takes_the_place_of_a_standard_file(closed: tuple[int, ...]) -> None:
+def test_no_file_gets_the_descriptor_of_a_closed_standard_file(closed: tuple[int, ...]) -> None:
     program = "import os; from gptbatch.jobs.cli import open_standard_files as o; o(); d = os.open('/dev/null', 0); os._exit(d if d > 2 else 100)"
     command = f'exec "{sys.executable}" -c "{program}" ' + " ".join(
         f"{number}>&-" for number in closed
@@ -911,7 +909,7 @@ LIBRARIES = [
 
 
 @pytest.mark.parametrize(("library", "variable", "code"), LIBRARIES)
-def test_a_library_that_fails_while_it_is_imported(
+def test_a_library_that_fails_on_import(
     library: str,
     variable: str,
     code: str,
@@ -919,7 +917,7 @@ def test_a_library_that_fails_while_it_is_imported(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A library that reads the environment badly is a matter of the environment, not a bug of ours."""
+    """A library that rejects an environment variable is no bug of gptbatch."""
     (tmp_path / f"{library}.py").write_text(f"def read():\n    {code}\n\n\nread()\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, library, raising=False)
@@ -937,7 +935,7 @@ def test_a_library_that_fails_while_it_is_imported(
     assert "Traceback" not in stderr
 
 
-def test_a_library_that_is_not_there_or_broken(
+def test_a_missing_or_broken_library(
     gptbatch: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
@@ -950,10 +948,10 @@ def test_a_library_that_is_not_there_or_broken(
     assert "; install it again" in stderr
 
 
-def test_a_mistake_of_ours_is_a_bug(
+def test_an_error_in_gptbatch_is_reported_as_a_bug(
     gptbatch: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also in a module of ours that is imported, and in a library that is called."""
+    """During an import of gptbatch too, and during a call of a library."""
     for error in (
         ImportError("cannot import name 'x'"),
         ModuleNotFoundError("No module named 'gptbatch.pipeline.x'", name="gptbatch.pipeline.x"),
@@ -966,10 +964,10 @@ def test_a_mistake_of_ours_is_a_bug(
     assert gptbatch("generate")[0] == 70
 
 
-def test_an_end_of_file_is_no_wish_to_stop(
+def test_an_eof_error_is_not_reported_as_stopped(
     gptbatch: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """click takes an EOFError for the end of what a user types, and 75 would be tried again for ever."""
+    """click turns an EOFError into Abort; exit code 75 would be retried without end."""
 
     def fail(*arguments: Any, **settings: Any) -> None:
         raise EOFError("ended before the end-of-stream marker")
@@ -1007,10 +1005,10 @@ SHORTAGES: list[tuple[BaseException, str]] = [
     SHORTAGES,
     ids=[type(error).__name__ + str(n) for n, (error, _) in enumerate(SHORTAGES)],
 )
-def test_memory_and_threads_that_run_out_say_so(
+def test_a_lack_of_memory_or_threads_is_reported(
     error: BaseException, message: str, gptbatch: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Raised as it is, and under an error of ours that blames something else."""
+    """Raised directly, and as the cause of an error with another message."""
 
     def fail(*arguments: Any, **settings: Any) -> None:
         raise error
@@ -1029,7 +1027,7 @@ def test_memory_and_threads_that_run_out_say_so(
         assert "Traceback" not in stderr
 
 
-def test_other_errors_are_no_shortage() -> None:
+def test_other_errors_are_not_reported_as_a_lack_of_resources() -> None:
     for error in (
         ValueError("out of memory"),
         OSError(errno.ENOSPC, "full"),
@@ -1043,7 +1041,7 @@ def test_other_errors_are_no_shortage() -> None:
     ("limit_kib", "arguments"),
     [(300_000, ["status", "out"]), (1_000_000, ["verify", "out"]), (150_000, ["generate"])],
 )
-def test_a_small_address_space_is_named(
+def test_a_small_address_space_is_reported(
     limit_kib: int, arguments: list[str], tmp_path: Path
 ) -> None:
     command = f'ulimit -v {limit_kib}; exec "{sys.executable}" -m gptbatch {" ".join(arguments)}'
@@ -1059,7 +1057,7 @@ def test_a_small_address_space_is_named(
     assert f"the address space is limited to {limit_kib / 2**20:.2f} GiB (ulimit -v)" in done.stderr
 
 
-def test_too_few_threads_are_named(gptbatch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_threads_are_reported(gptbatch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -1080,7 +1078,7 @@ def test_too_few_threads_are_named(gptbatch: Command, monkeypatch: pytest.Monkey
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
     ],
 )
-def test_threads_spin_for_a_moment_only(
+def test_openmp_threads_spin_briefly(
     before: dict[str, str], after: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch")
@@ -1089,13 +1087,13 @@ def test_threads_spin_for_a_moment_only(
     assert environment == after
 
 
-def test_nothing_is_set_once_torch_is_there() -> None:
+def test_the_spin_count_is_not_set_after_torch_is_imported() -> None:
     environment: dict[str, str] = {}
     limit_spinning(environment)
     assert environment == {}
 
 
-def test_the_library_sets_it_and_imports_nothing_heavy() -> None:
+def test_the_library_sets_the_spin_count_without_heavy_imports() -> None:
     program = (
         "import sys, os, gptbatch.pipeline as pipeline; assert os.environ['GOMP_SPINCOUNT'] == '1000'; assert 'pydantic' not in sys.modules; "
         "pipeline.run_job, pipeline.JobConfig, pipeline.load_config; assert 'torch' not in sys.modules; assert 'run_job' in dir(pipeline)"
@@ -1113,7 +1111,7 @@ def test_the_library_sets_it_and_imports_nothing_heavy() -> None:
     )
 
 
-def test_a_run_says_what_it_loads_and_that_the_cores_are_shared(
+def test_a_run_logs_what_it_loads_and_shared_cores(
     launcher: Launcher, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "The queen"}\n')
@@ -1135,7 +1133,7 @@ def test_a_run_says_what_it_loads_and_that_the_cores_are_shared(
     )
 
 
-def test_status_says_that_cores_are_shared_while_a_run_goes_on(
+def test_status_shows_shared_cores_of_a_running_job(
     checkpoint: Path, gptbatch: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n')
@@ -1257,7 +1255,7 @@ def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(
         ),
     ],
 )
-def test_the_sentence_about_error_rows(kinds: dict[str, int], rows: int, said: str) -> None:
+def test_the_message_about_error_rows(kinds: dict[str, int], rows: int, said: str) -> None:
     assert describe_errors(kinds, rows) == said
 
 
@@ -1276,7 +1274,7 @@ def data(tmp_path: Path) -> Path:
     "output", ["data", "data/out", "data/runs/../deeper/out", "link/out", "./data/../data/x"]
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_an_output_inside_its_own_dataset_is_refused(
+def test_an_output_inside_its_dataset_is_rejected(
     output: str, dry: list[str], data: Path, checkpoint: Path, gptbatch: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "link").symlink_to(data)
@@ -1289,7 +1287,7 @@ def test_an_output_inside_its_own_dataset_is_refused(
 
 
 @pytest.mark.parametrize("output", ["out", "data-out", "deep/data/out"])
-def test_an_output_beside_its_dataset_is_none_of_it(output: str, data: Path) -> None:
+def test_an_output_beside_its_dataset_is_accepted(output: str, data: Path) -> None:
     check_placement(JobConfig(model="m", dataset=str(data), output=str(data.parent / output)))
 
 
@@ -1304,7 +1302,7 @@ def test_an_output_beside_its_dataset_is_none_of_it(output: str, data: Path) -> 
         ("=", ""),
     ],
 )
-def test_a_folder_named_as_a_column_is_warned_of(
+def test_a_folder_named_like_a_column_gives_a_warning(
     output: str, warned: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     check_placement(JobConfig(model="m", input="i", output=str(tmp_path / output)))
@@ -1320,7 +1318,7 @@ NAMES = [LATIN, "run:1", "nightly-2026-11-27T02:55", "a::b", "50% [v2] {x} 'quot
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_name_for_model_input_and_output(
+def test_unusual_names_of_model_input_and_output(
     name: str, checkpoint: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     folder = tmp_path / name
