@@ -156,7 +156,7 @@ def _verdict(
         if changed
         else f" ({', '.join(reasons)})"
         if reasons
-        else ", though this machine should give the same bits"
+        else ", although the environment is that of the run"
     )
     return (
         f"differs from the recorded row from token {first_difference} on{why}: "
