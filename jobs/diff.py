@@ -128,8 +128,11 @@ def _in_words(difference: RowDifference) -> str:
         case "prompt":
             return "the prompts differ"
         case "error":
-            a, b = _result(difference.finish_reason_a), _result(difference.finish_reason_b)
-            return f"{a} in A, {b} in B"
+            result_a, result_b = (
+                _result(reason)
+                for reason in (difference.finish_reason_a, difference.finish_reason_b)
+            )
+            return f"{result_a} in A, {result_b} in B"
         case "finish":
             a, b = (
                 difference.stop_reason_a or difference.finish_reason_a,
