@@ -233,7 +233,9 @@ def test_the_airflow_task_retries_only_codes_that_a_retry_mends(airflow: dict[st
     generate = task["python_callable"]
     generate(["true"])
     for code in (69, 74, 75):
-        with pytest.raises(RuntimeError, match=f"exited with {code}; the next try goes on"):
+        with pytest.raises(
+            RuntimeError, match=f"exited with {code}; the next try continues the run"
+        ):
             generate(["sh", "-c", f"exit {code}"])
     for code in (2, 65, 78):
         with pytest.raises(airflow["Failed"], match=f"exited with {code}; a retry does not help"):
