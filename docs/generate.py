@@ -158,7 +158,7 @@ def _usage_and_options(command: click.Command, context: click.Context) -> list[s
 
 
 def global_options() -> str:
-    context = click.Context(cli, info_name="gptbatch")
+    context = click.Context(cli, info_name="gptbatch", **cli.context_settings)
     rows = [
         _row(_code(", ".join(option.opts)), _sentence(option.help or ""))
         for option in cli.get_params(context)
