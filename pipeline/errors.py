@@ -61,7 +61,7 @@ class InputRowsError(GptbatchError):
 
 
 class InputNotFoundError(GptbatchError):
-    """No such file, dataset or split."""
+    """No such file, dataset, split, recorded run or row."""
 
     exit_code = 66
 
