@@ -477,7 +477,7 @@ def test_overwrite_continues_what_it_began(setting: Setting, tmp_path: Path) -> 
 
 
 def test_a_complete_output_imports_nothing_heavy(setting: Setting, tmp_path: Path) -> None:
-    """In a fresh interpreter: within 2 s of CPU time, without torch, transformers and datasets, for a dataset too."""
+    """In a fresh interpreter: without torch, transformers and datasets, for a dataset too."""
     import subprocess
     import sys
 
@@ -503,9 +503,9 @@ def test_a_complete_output_imports_nothing_heavy(setting: Setting, tmp_path: Pat
         setting.launcher.run(*arguments, env={"HF_HOME": str(tmp_path / "hf")})[0] == 0
     )  # looks at what was written a moment ago
     program = (
-        "import sys, time; from gptbatch.jobs.cli import run_command; code = run_command(sys.argv[1:]); "
+        "import sys; from gptbatch.jobs.cli import run_command; code = run_command(sys.argv[1:]); "
         "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules); assert not heavy, heavy; "
-        "assert time.process_time() < 2; sys.exit(code)"
+        "sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
