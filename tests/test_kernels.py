@@ -473,7 +473,8 @@ def naive_attention(qkv: Tensor, scale: float, cache_dtype: CacheDtype) -> Tenso
     scores = scale * q.double() @ k.double().mT
     mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril()
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    return (weights @ v.double()).transpose(0, 1).flatten(1)
+    out: Tensor = (weights @ v.double()).transpose(0, 1).flatten(1)
+    return out
 
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
