@@ -30,7 +30,7 @@ from gptbatch.pipeline.input.prompt_reader import PromptReader
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.output.crash_journal import CrashJournal
 from gptbatch.pipeline.output.folder import OutputFolder
-from gptbatch.pipeline.output.parts import PartWriter
+from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.progress_file import ProgressFile
 
 TINY = {
@@ -51,10 +51,10 @@ DURABILITY = {
     "check input": (PromptReader, "check"),
     "commit part": (PartWriter, "_commit"),
     "manifest and marks": (OutputFolder, "write_manifest"),
-    "begin": (OutputFolder, "begin"),
+    "begin": (OutputFolder, "claim"),
     "complete": (OutputFolder, "complete"),
-    "digests": (OutputFolder, "remember"),
-    "journal": (CrashJournal, "note"),
+    "digests": (OutputFolder, "write_hashes"),
+    "journal": (CrashJournal, "record"),
     "progress file": (ProgressFile, "write"),
 }
 OTHERS = {

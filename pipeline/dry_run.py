@@ -15,7 +15,7 @@ from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
-from gptbatch.pipeline.output.error_advice import describe_errors
+from gptbatch.pipeline.output.error_rows import describe_errors
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import check_same_input, find_continued_run, part_rows_of

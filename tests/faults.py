@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptbatch.pipeline.output import atomic_write
-from gptbatch.pipeline.output.folder import MANIFEST, SUCCESS, OutputFolder
+from gptbatch.pipeline.output.folder import SUCCESS, OutputFolder
+from gptbatch.pipeline.output.manifest import MANIFEST
 
 STEPS = ("write", "close", "fsync", "replace", "folder", "manifest", "success")
 TARGETS = {"manifest": MANIFEST, "success": SUCCESS}
@@ -203,13 +204,13 @@ def poison(prompt_id: str) -> None:
 
 def cleared(kind: str) -> None:
     """Kill the process between the deletion of the replaced run and the start of its own."""
-    original = OutputFolder.clear
+    original = OutputFolder.delete_run
 
     def clear(self: OutputFolder, state: Any, **settings: Any) -> None:
         original(self, state, **settings)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(OutputFolder, "clear", clear)  # noqa: B010
+    setattr(OutputFolder, "delete_run", clear)  # noqa: B010
 
 
 OTHERS = {

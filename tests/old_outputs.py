@@ -22,7 +22,7 @@ PROMPTS = OUTPUTS / "prompts.jsonl"
 def write_output(folder: Path) -> Path:
     from gptbatch.pipeline import JobConfig, run_job
     from gptbatch.pipeline.config import EngineConfig
-    from gptbatch.pipeline.output.parts import FORMAT
+    from gptbatch.pipeline.output.schema import FORMAT
 
     shutil.copytree(MODEL, folder / MODEL.name, dirs_exist_ok=True)
     shutil.copy(PROMPTS, folder)

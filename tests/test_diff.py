@@ -21,8 +21,9 @@ from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import InputNotFoundError, StorageError
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import OutputFolder
-from gptbatch.pipeline.output.parts import FORMAT, PartPlan, PartWriter, count_parts
-from gptbatch.pipeline.output.schema import COLUMNS
+from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
+from gptbatch.pipeline.output.part_writer import PartWriter
+from gptbatch.pipeline.output.schema import COLUMNS, FORMAT
 from gptbatch.pipeline.types import Completion, Prompt, RowError, SamplingParams, Timing
 from tests.processes import LIMIT_S, child_environment
 
@@ -90,7 +91,7 @@ def write_run(
     folder.create()
     identity = {**IDENTITY, "rows": len(completions), "part_rows": part_rows, **(identity or {})}
     facts = {"format": FORMAT, "identity": identity, **FACTS, **(facts or {})}
-    folder.begin("seed: 0\nengine:\n  dtype: float32\n", facts, [])
+    folder.claim("seed: 0\nengine:\n  dtype: float32\n", facts, [])
     plan = PartPlan(
         identity=identity, input_digests=["0" * 64] * count_parts(part_rows, len(completions))
     )
@@ -240,10 +241,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for name, message in {
         "missing": "no such folder",
-        "file": "is no folder",
+        "file": "is not a folder",
         "empty": r"holds no run of gptbatch \(it is empty\)",
         "notes": r"holds no run of gptbatch \(no _manifest\.json\)",
-        "damaged": r"_manifest\.json is damaged, or not ours",
+        "damaged": r"_manifest\.json is damaged, or not written by gptbatch",
     }.items():
         with pytest.raises(InputNotFoundError, match=message) as caught:
             RunReader(tmp_path / name)

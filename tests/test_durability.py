@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptbatch.pipeline.output.atomic_write import TEMPORARY_NAME
-from gptbatch.pipeline.output.parts import inspect_part
+from gptbatch.pipeline.output.part_file import inspect_part
 from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
 from tests.faults import STEPS
 from tests.launcher import Child, Launcher
@@ -564,7 +564,7 @@ def test_after_two_deaths_parts_run_one_row_at_a_time(setting: Setting, tmp_path
         assert "one row at a time" not in child.stderr
     code, child = setting.run(output, fault=poison)
     assert code == -signal.SIGKILL
-    assert "runs have died twice while parts " in child.stderr
+    assert "two runs crashed while parts " in child.stderr
     code, child = setting.run(output, fault=poison)
     assert code == -signal.SIGKILL
     assert "the last one while row 'r20' ran alone; --skip-row leaves it out" in child.stderr

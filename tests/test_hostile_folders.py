@@ -22,12 +22,15 @@ from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import OutOfMemoryError, OutputConflictError, StorageError
-from gptbatch.pipeline.output import parts
+from gptbatch.pipeline.output import part_writer
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import OutputFolder
-from gptbatch.pipeline.output.parts import FOOTER_KEY, FORMAT, PartPlan, PartWriter, inspect_part
+from gptbatch.pipeline.output.part_file import FOOTER_KEY, PartFile, inspect_part
+from gptbatch.pipeline.output.part_plan import PartPlan
+from gptbatch.pipeline.output.part_writer import PartWriter
+from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.status import output_status
-from gptbatch.pipeline.output.stray_tables import stray_tables
+from gptbatch.pipeline.output.stray_tables import find_stray_tables
 from tests.test_diff import FACTS, IDENTITY, completion, many, write_run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -149,7 +152,7 @@ def test_a_manifest_of_other_types_is_made_again_from_the_parts(
     ):
         code, _, stderr = command(*arguments)
         assert code == 66
-        assert "_manifest.json is damaged, or not ours: " in stderr
+        assert "_manifest.json is damaged, or not written by gptbatch: " in stderr
 
 
 @pytest.mark.parametrize(
@@ -527,7 +530,7 @@ def test_a_link_to_a_folder_of_tables_is_followed(
     assert len(pd.read_parquet(output)) == 7 + 3
     (tmp_path / "elsewhere/loop").symlink_to(".")
     (tmp_path / "elsewhere/self").symlink_to("self")
-    assert stray_tables(output) == ["old/part-00000.parquet"]
+    assert find_stray_tables(output) == ["old/part-00000.parquet"]
 
 
 def test_another_programs_table_under_a_parts_name(output: Path, command: Command) -> None:
@@ -548,7 +551,7 @@ def test_many_are_counted(output: Path) -> None:
 def test_a_copy_that_appears_during_the_run_keeps_it_from_being_complete(tmp_path: Path) -> None:
     mine, plan, facts = writer(tmp_path, 2)
     OutputFolder(tmp_path).writer.work.mkdir()
-    OutputFolder(tmp_path).begin("seed: 0\n", facts, [])
+    OutputFolder(tmp_path).claim("seed: 0\n", facts, [])
     part = add(mine, range(2))
     shutil.copy(tmp_path / part.name, tmp_path / "part-00000 (1).parquet")
     with pytest.raises(
@@ -636,7 +639,7 @@ def test_trouble_is_no_damage(
     def fail(*arguments: Any, **settings: Any) -> None:
         raise error
 
-    monkeypatch.setattr("gptbatch.pipeline.output.parts.pq.read_metadata", fail)
+    monkeypatch.setattr("gptbatch.pipeline.output.part_file.pq.read_metadata", fail)
     with pytest.raises(kind, match=rf"part-00000\.parquet: cannot be read.*{message}"):
         inspect_part(output / "part-00000.parquet")
     with pytest.raises(kind, match=rf"part-0000.\.parquet: cannot be read.*{message}"):
@@ -657,7 +660,7 @@ def test_damage_keeps_its_cause(
     def fail(*arguments: Any, **settings: Any) -> None:
         raise error
 
-    monkeypatch.setattr("gptbatch.pipeline.output.parts.pq.read_metadata", fail)
+    monkeypatch.setattr("gptbatch.pipeline.output.part_file.pq.read_metadata", fail)
     found = inspect_part(output / "part-00000.parquet")
     assert (found.state, found.problem) == ("damaged", str(error))
 
@@ -710,12 +713,13 @@ def test_a_failing_hash_names_the_file(output: Path, monkeypatch: pytest.MonkeyP
 def test_a_part_that_reads_back_otherwise_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path, **settings: Any) -> parts.PartFile:
-        return parts.PartFile(path=path, state="damaged", problem="page 3: CRC differs")
+    def fail(path: Path, **settings: Any) -> PartFile:
+        return PartFile(path=path, state="damaged", problem="page 3: CRC differs")
 
-    monkeypatch.setattr(parts, "inspect_part", fail)
+    monkeypatch.setattr(part_writer, "inspect_part", fail)
     with pytest.raises(
-        StorageError, match=r"reads back otherwise \(page 3: CRC differs\); is the disk failing\?"
+        StorageError,
+        match=r"reads back differently from what was written \(page 3: CRC differs\); is the disk failing\?",
     ):
         write_run(tmp_path / "out", many(2))
     assert not list((tmp_path / "out").glob("part-*"))
@@ -825,7 +829,7 @@ def test_a_part_of_this_job_that_is_not_whole_is_replaced(folder: Path, damage: 
 def test_nobody_finishes_a_folder_with_a_part_of_another_job(folder: Path) -> None:
     """One job's run, and a part of another that came in between, under a name that was free."""
     mine, plan, facts = writer(folder, 4)
-    OutputFolder(folder).begin("seed: 0\n", facts, [])
+    OutputFolder(folder).claim("seed: 0\n", facts, [])
     done = {part.number: part for part in (add(mine, range(2)), add(mine, range(2, 4)))}
     (folder / "part-00001.parquet").unlink()
     add(writer(folder, 4, **OTHER)[0], range(2, 4))
@@ -847,10 +851,10 @@ def test_nobody_finishes_a_folder_with_a_part_of_another_job(folder: Path) -> No
 def test_the_manifest_is_claimed_once(folder: Path) -> None:
     _, _, facts = writer(folder, 4)
     _, _, other = writer(folder, 4, **OTHER)
-    OutputFolder(folder).begin("seed: 0\n", facts, [])
+    OutputFolder(folder).claim("seed: 0\n", facts, [])
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     acts: list[Callable[[], object]] = [
-        lambda: OutputFolder(folder).begin("seed: 1\n", other, []),
+        lambda: OutputFolder(folder).claim("seed: 1\n", other, []),
         lambda: OutputFolder(folder).write_manifest(other, [], complete=False),
     ]
     for act in acts:
@@ -860,8 +864,8 @@ def test_the_manifest_is_claimed_once(folder: Path) -> None:
         ):
             act()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    OutputFolder(folder).begin("seed: 0\n", facts, [])
-    OutputFolder(folder).begin("seed: 1\n", other, [], replaces=facts["identity"])
+    OutputFolder(folder).claim("seed: 0\n", facts, [])
+    OutputFolder(folder).claim("seed: 1\n", other, [], replaces=facts["identity"])
 
 
 def test_parts_copied_together_are_no_run(tmp_path: Path, command: Command) -> None:

@@ -12,8 +12,7 @@ from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import OutputConflictError
-from gptbatch.pipeline.output.parts import FORMAT
-from gptbatch.pipeline.output.schema import SCHEMA
+from gptbatch.pipeline.output.schema import FORMAT, SCHEMA
 from tests.old_outputs import MODEL, OUTPUTS, PROMPTS
 
 FORMATS = sorted(path.name for path in OUTPUTS.glob("gptbatch-*"))

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.errors import InputRowsError, OutputConflictError, OutputCreationError
-from gptbatch.pipeline.output.parts import read_footer
+from gptbatch.pipeline.output.part_file import read_footer
 from gptbatch.pipeline.output.schema import COLUMNS, DETERMINISTIC_COLUMNS, SCHEMA, content_digest
 from gptbatch.pipeline.output.summary import RunSummary
 from tests.conftest import random_model
@@ -524,7 +524,7 @@ def test_a_folder_that_holds_something_else_is_refused(
         (output / name).unlink()
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(OutputConflictError, match="exists and is no folder"):
+    with pytest.raises(OutputConflictError, match="exists and is not a folder"):
         run(checkpoint, path, file)
     with pytest.raises((OutputCreationError, OutputConflictError)):
         run(checkpoint, path, file / "below")

@@ -35,7 +35,7 @@ from gptbatch.pipeline.config import (
     load_config,
 )
 from gptbatch.pipeline.errors import ConfigError, ModelError
-from gptbatch.pipeline.output.error_advice import describe_errors
+from gptbatch.pipeline.output.error_rows import describe_errors
 from gptbatch.pipeline.output.lock import OutputLock
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.system.openmp import limit_spinning

@@ -18,9 +18,10 @@ from gptbatch.pipeline.input.tokenizer_loading import file_digest, load_tokenize
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
-from gptbatch.pipeline.output.folder import CONFIG, MANIFEST, WORK
+from gptbatch.pipeline.output.folder import CONFIG, WORK
 from gptbatch.pipeline.output.json_models import validated
-from gptbatch.pipeline.output.parts import FORMAT
+from gptbatch.pipeline.output.manifest import MANIFEST
+from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.system.bundled import locate
 from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingParams
 

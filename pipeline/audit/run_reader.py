@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError, StorageError
-from gptbatch.pipeline.output.folder import CONFIG, OutputFolder, run_facts
+from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
+from gptbatch.pipeline.output.manifest import run_facts
 from gptbatch.pipeline.output.old_formats import OLD_COLUMN_NAMES, is_old_format, translate_config
-from gptbatch.pipeline.output.part_listing import PartListing, read_run_state
-from gptbatch.pipeline.output.parts import is_damage, open_parquet, reading_error
+from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
+from gptbatch.pipeline.output.part_listing import list_parts, read_run_state
 from gptbatch.pipeline.output.schema import SCHEMA
 from gptbatch.pipeline.system.regular_file import named_in_errors, open_regular
 from gptbatch.pipeline.system.yaml_reader import MAX_RECORDED_BYTES, YamlError, parse_yaml_mapping
@@ -44,7 +45,7 @@ class RunReader:
                 raise InputNotFoundError(
                     f"{path}: holds no run of gptbatch (it is empty); name the output folder of a run"
                 )
-            found = PartListing(state)
+            found = list_parts(state)
         except OSError as error:
             raise StorageError(
                 f"{error.filename or path}: cannot be read ({error.strerror or error})"
@@ -148,7 +149,7 @@ class RunReader:
                     raise StorageError(
                         f"{path}: cannot be read ({error}); the part is damaged or gone"
                     ) from error
-                raise reading_error(path, error) from error
+                raise read_error(path, error) from error
 
     def _part_at(self, place: int) -> tuple[int, int]:
         """The part that holds a place, and the place of its first row."""

@@ -1,9 +1,9 @@
-"""Files that appear whole or not at all, and stay: how every file of an output is written.
+"""Atomic and durable writes: every file of an output appears whole, or not at all.
 
     temporary file on the same file system -> close -> fsync -> check -> link or replace -> fsync of both folders
 
-After a kill or a power cut at any moment the name holds the old content or the new one; the next run sweeps the temporary file.
-A temporary name is `NAME.RUN.tmp`, RUN being 12 hexadecimal digits that each run draws anew.
+After a kill or a power cut the name holds the old content or the new one. The next run deletes the temporary file. Its name is
+`NAME.RUN.tmp`; RUN is 12 random hexadecimal digits of the run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ TEMPORARY_NAME = re.compile(r".+\.[0-9a-f]{12}\.tmp")
 
 
 class Writer:
-    """Writes files of one run. `work` holds the temporary ones, and is on the same file system as the targets."""
+    """Writes the files of one run.
+
+    Args:
+        work: The folder of the temporary files, on the file system of the targets.
+    """
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -39,22 +43,22 @@ class Writer:
         durable: bool = True,
         only_if_absent: bool = False,
     ) -> bool:
-        """Put what `content` writes under the name `target`. A symbolic link there is replaced, never followed.
+        """Write a file. A symbolic link at `target` is replaced, not followed.
 
         Args:
             target: The final name.
             content: Writes the content to an open file.
-            check: Looks at the finished temporary file, and raises to leave the target as it was.
-            durable: Wait until it would survive a power cut; without, the replacement is still atomic.
-            only_if_absent: Leave what has the name, and return False. Of several writers one succeeds, by a hard link; where the
-                file system has none, two that write at the same moment may both succeed, and the last one stays.
+            check: Inspects the finished temporary file; raises to keep the old target.
+            durable: Wait until the file survives a power cut. The replacement is atomic in both cases.
+            only_if_absent: Keep an existing target, and return False. A hard link makes one of several writers succeed. On a
+                file system without hard links, two simultaneous writers may both succeed, and the last one wins.
 
         Returns:
-            Whether the target is this file now.
+            Whether the file was written.
 
         Raises:
-            StorageError: It cannot be written; the message names the target.
-            OutOfMemoryError: There is no memory to write it.
+            StorageError: The file cannot be written.
+            OutOfMemoryError: There is not enough memory to write it.
         """
         temporary = self.work / f"{target.name}.{self.run_id}.tmp"
         try:
@@ -88,7 +92,10 @@ class Writer:
     def write_text(
         self, target: Path, text: str, *, durable: bool = True, only_if_absent: bool = False
     ) -> bool:
-        r"""As `write`, in UTF-8. A name that is not UTF-8 becomes `\udce8`, an escape of JSON and YAML."""
+        r"""Write a text in UTF-8, as `write` does.
+
+        Bytes of file names that are not UTF-8 become escapes of JSON and YAML, such as `\udce8`.
+        """
         content = text.encode("utf-8", "backslashreplace")
         return self.write(
             target,
@@ -98,7 +105,11 @@ class Writer:
         )
 
     def remove(self, target: Path) -> None:
-        """Remove a file for good; none there is fine. Raises StorageError."""
+        """Delete a file durably; a missing file is no error.
+
+        Raises:
+            StorageError: The file cannot be deleted.
+        """
         try:
             with suppress(FileNotFoundError):
                 target.unlink()
@@ -110,20 +121,22 @@ class Writer:
 
 
 def sweep(work: Path) -> None:
-    """Remove the temporary files of runs that are dead. Call while holding the lock of the folder."""
+    """Delete the temporary files of crashed runs. The caller holds the lock of the folder."""
     for path in work.iterdir():
         if TEMPORARY_NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 
 
 def _link(temporary: Path, target: Path) -> bool:
-    """Give the file a name that nothing has. False when something has it."""
+    """Rename a file to a free name. Returns False when the name is taken."""
     try:
         os.link(temporary, target)
     except FileExistsError:
-        try:  # NFS may lose the reply to a link that succeeded
+        try:
+            # NFS may lose the reply to a link that succeeded.
             return os.path.samestat(target.lstat(), temporary.lstat())
-        except FileNotFoundError:  # gone again
+        except FileNotFoundError:
+            # The other file is deleted again.
             return False
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
@@ -139,7 +152,7 @@ def _write_all(file: BinaryIO, content: bytes) -> None:
 
 
 def _fsync(path: Path) -> None:
-    """Of a file or a folder. Some file systems have no fsync of folders, and say so."""
+    """Flush a file or folder to the disk. Errors of file systems without fsync of folders are ignored."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

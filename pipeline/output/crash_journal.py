@@ -1,9 +1,10 @@
-"""What a run was at when it died: `crash_journal.json`, kept up to date while parts are in flight and empty after a clean end.
+"""`crash_journal.json`: the parts in flight, so that the next run can tell which part a crash is due to.
 
     {"parts_in_flight": [3, 4], "prompt_id": null, "crashes_per_part": {"3": 1, "4": 1}}
 
-A run that finds parts in flight knows that the last one died of something that it could not see (a kill, memory, power). Parts that
-were in flight at two crashes are run with one slot: whatever a row among them does to the process, it then does alone, by its name.
+The file is updated while parts are in flight, and deleted by a run that ends without a crash. A run that finds parts in
+flight concludes that the last run was killed, or lost power or memory. Parts that were in flight at two crashes run with a
+batch size of 1: the journal then names the row that runs alone.
 """
 
 from __future__ import annotations
@@ -20,60 +21,75 @@ MIN_CRASHES_TO_SUSPECT = 2
 
 
 class CrashJournal:
-    """crashes: of each part that was in flight at one and has not been written since. last_prompt_id: that ran alone when the last run died."""
+    """The crash journal of an output.
+
+    Args:
+        work: The folder `.gptbatch` of the output.
+        writer: Writes files atomically.
+
+    Attributes:
+        crashes_per_part: Number of crashes while a part was in flight, by part number. Written parts are left out.
+        last_prompt_id: Id of the row that ran alone at the last crash; None where none did.
+    """
 
     def __init__(self, work: Path, writer: Writer) -> None:
         self._path, self._writer = work / CRASH_JOURNAL, writer
-        self.crashes, in_flight, self.last_prompt_id = _read(self._path)
-        for number in in_flight:
-            self.crashes[number] = self.crashes.get(number, 0) + 1
-        self._in_flight: list[int] = []
-        self._row: str | None = None
+        content = _read(self._path)
+        self.last_prompt_id = content.prompt_id
+        self.crashes_per_part = {
+            int(number): crashes for number, crashes in content.crashes_per_part.items()
+        }
+        for number in content.parts_in_flight:
+            self.crashes_per_part[number] = self.crashes_per_part.get(number, 0) + 1
+        self._parts_in_flight: list[int] = []
+        self._prompt_id: str | None = None
 
     @property
     def suspect_parts(self) -> set[int]:
-        """Parts that are to be run with one slot."""
+        """Numbers of the parts that run with a batch size of 1."""
         return {
-            number for number, crashes in self.crashes.items() if crashes >= MIN_CRASHES_TO_SUSPECT
+            number
+            for number, crashes in self.crashes_per_part.items()
+            if crashes >= MIN_CRASHES_TO_SUSPECT
         }
 
-    def note(self, in_flight: list[int], row: str | None = None) -> None:
-        """Say what is in flight from now on; row: the id of one that runs alone."""
-        if (in_flight, row) != (self._in_flight, self._row):
-            self._in_flight, self._row = in_flight, row
+    def record(self, parts_in_flight: list[int], prompt_id: str | None = None) -> None:
+        """Record the parts that are in flight from now on.
+
+        Args:
+            parts_in_flight: Their numbers.
+            prompt_id: Id of a row that runs alone; None where rows share a batch.
+        """
+        if (parts_in_flight, prompt_id) != (self._parts_in_flight, self._prompt_id):
+            self._parts_in_flight, self._prompt_id = parts_in_flight, prompt_id
             self._save()
 
-    def written(self, number: int) -> None:
-        """A part is written: whatever it was, it has passed."""
-        self.crashes.pop(number, None)
+    def clear_part(self, number: int) -> None:
+        """Forget the crashes of a part that is written."""
+        self.crashes_per_part.pop(number, None)
 
-    def end(self) -> None:
-        """The run ends in a way that it knows."""
-        self._in_flight, self._row = [], None
-        if self.crashes:
+    def close(self) -> None:
+        """Record that the run ends without a crash."""
+        self._parts_in_flight, self._prompt_id = [], None
+        if self.crashes_per_part:
             self._save()
         else:
             self._path.unlink(missing_ok=True)
 
     def _save(self) -> None:
         content = {
-            "parts_in_flight": self._in_flight,
-            "prompt_id": self._row,
+            "parts_in_flight": self._parts_in_flight,
+            "prompt_id": self._prompt_id,
             "crashes_per_part": {
-                str(number): crashes for number, crashes in sorted(self.crashes.items())
+                str(number): crashes for number, crashes in sorted(self.crashes_per_part.items())
             },
         }
         self._writer.write_text(self._path, json.dumps(content) + "\n", durable=False)
 
 
-def _read(path: Path) -> tuple[dict[int, int], list[int], str | None]:
-    """A damaged file is an empty one."""
+def _read(path: Path) -> CrashJournalContent:
+    """Read the file; a missing or damaged one is read as empty."""
     try:
-        note = validated(CrashJournalContent, read_json(path))
+        return validated(CrashJournalContent, read_json(path))
     except (OSError, ValueError):
-        return {}, [], None
-    return (
-        {int(number): crashes for number, crashes in note.crashes_per_part.items()},
-        note.parts_in_flight,
-        note.prompt_id,
-    )
+        return CrashJournalContent(parts_in_flight=[], prompt_id=None, crashes_per_part={})

@@ -1,14 +1,14 @@
-"""`errors.jsonl`: the error rows of an output as lines that a run can read again.
+"""The error rows of an output: the file `errors.jsonl`, and a sentence that counts them.
 
-A line has the row's id, prompt, parameters and other fields, and `error`, the reason. Rows that could not be read have an empty
-prompt.
+A line of errors.jsonl holds a row's id, prompt, settings and other fields, and `error`, the reason. The file can be the input
+of another run. Rows that could not be read have an empty prompt.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import pyarrow.compute as pc
 
@@ -17,7 +17,7 @@ from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.input.strict_json import parse_object, to_json
 from gptbatch.pipeline.output.folder import ERRORS, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
-from gptbatch.pipeline.output.parts import is_damage, open_parquet, reading_error
+from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
 from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 _COLUMNS = [
@@ -27,13 +27,46 @@ _COLUMNS = [
     "metadata",
     "error",
 ]
+_ADVICE = {
+    "bad_row": "mend them in the input",
+    "too_long": "context_overflow: truncate_left keeps the end of such prompts",
+    "empty_prompt": "give them a prompt",
+    "unknown_token": "the model lacks a token of the tokenizer",
+    "unencodable": "the tokenizer has no tokens for parts of their text; on_lost_text: warn runs those that only lose characters",
+    "not_finite": "dtype: float32 has the widest range",
+    "skipped": "named by skip_row",
+}
+
+
+def describe_errors(kinds: Mapping[str, int], rows: int) -> str:
+    """Return a sentence that counts error rows by kind, with advice; "" without error rows.
+
+    Args:
+        kinds: Number of error rows of each kind (`types.ErrorKind`).
+        rows: Rows of the whole input.
+    """
+    count = sum(kinds.values())
+    if count == 0:
+        return ""
+    described = [
+        f"{number} {kind}" + (f" ({_ADVICE[kind]})" if kind in _ADVICE else "")
+        for kind, number in sorted(kinds.items())
+        if number
+    ]
+    noun = "row is an error" if count == rows == 1 else "rows are errors"
+    return f"{count} of {rows} {noun}: {', '.join(described)}"
 
 
 def write_error_rows(folder: OutputFolder, parts: Iterable[Part], defaults: RowDefaults) -> None:
-    """Write the error rows of these parts; removes the file when there are none. Raises StorageError.
+    """Write errors.jsonl; remove it when no row is an error.
 
     Args:
-        defaults: where the run finds prompt and id of a row; a dotted path becomes a key of that name.
+        folder: The output folder.
+        parts: Its written parts.
+        defaults: The names of the input's fields. A dotted path becomes one key.
+
+    Raises:
+        StorageError: A part cannot be read, or the file cannot be written.
     """
     with_errors = sorted((part for part in parts if part.errors), key=lambda part: part.first_row)
     path = folder.work / ERRORS
@@ -41,15 +74,15 @@ def write_error_rows(folder: OutputFolder, parts: Iterable[Part], defaults: RowD
         folder.writer.remove(path)
         return
 
-    def content(file: BinaryIO) -> None:
+    def write_lines(file: BinaryIO) -> None:
         for part in with_errors:
-            for line in _lines(folder, part, defaults):
-                file.write(line.encode("utf-8") + b"\n")
+            for row in _error_rows(folder, part):
+                file.write(_to_line(row, defaults).encode("utf-8") + b"\n")
 
-    folder.writer.write(path, content)
+    folder.writer.write(path, write_lines)
 
 
-def _lines(folder: OutputFolder, part: Part, defaults: RowDefaults) -> Iterator[str]:
+def _error_rows(folder: OutputFolder, part: Part) -> Iterator[dict[str, Any]]:
     path = folder.path / part.name
     try:
         with open_parquet(path) as parquet:
@@ -57,26 +90,25 @@ def _lines(folder: OutputFolder, part: Part, defaults: RowDefaults) -> Iterator[
     except Exception as error:
         if is_damage(error):
             raise StorageError(f"{path}: damaged ({error}); run the same command again") from error
-        raise reading_error(path, error) from error
-    for row in table.filter(pc.is_valid(table["error"])).to_pylist():
-        own = {
-            defaults.id_field: row["prompt_id"],
-            defaults.prompt_field: row["prompt"],
-            **{name: row[name] for name in SAMPLING_SETTINGS},
-            "error": row["error"],
-        }
-        fields = {
-            key: json.dumps(value, ensure_ascii=False)
-            for key, value in own.items()
-            if key not in defaults.metadata_fields
-        }
-        if row["metadata"] is not None:
-            others = parse_object(row["metadata"])  # numbers as they are written
-            fields |= {key: to_json(value) for key, value in others.items() if key not in fields}
-        yield (
-            "{"
-            + ", ".join(
-                f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in fields.items()
-            )
-            + "}"
-        )
+        raise read_error(path, error) from error
+    yield from table.filter(pc.is_valid(table["error"])).to_pylist()
+
+
+def _to_line(row: dict[str, Any], defaults: RowDefaults) -> str:
+    """Return a row as a JSON object. Numbers in the metadata keep their digits."""
+    columns = {
+        defaults.id_field: row["prompt_id"],
+        defaults.prompt_field: row["prompt"],
+        **{name: row[name] for name in SAMPLING_SETTINGS},
+        "error": row["error"],
+    }
+    fields = {
+        key: json.dumps(value, ensure_ascii=False)
+        for key, value in columns.items()
+        if key not in defaults.metadata_fields
+    }
+    if row["metadata"] is not None:
+        others = parse_object(row["metadata"])
+        fields |= {key: to_json(value) for key, value in others.items() if key not in fields}
+    pairs = (f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in fields.items())
+    return "{" + ", ".join(pairs) + "}"

@@ -1,6 +1,10 @@
-"""SHA-256 of files, remembered: a file whose size, times and inode are as they were is not read again.
+"""SHA-256 hashes of files, recorded in `digests.json`: a file with the same size, times and inode is not read again.
 
-digests.json    {"files": {path: {"stat": [...], "sha256": "..."}}, "input": {...}, "parts": {name: {"stat", "sha256"}}}
+{
+    "files": {path: {"stat": [size, mtime_ns, ctime_ns, inode], "sha256": ...}},
+    "input": {"settings_sha256": ..., "files": {path: stat}, "summary": {"rows": ..., "digest": ...}},
+    "parts": {name: {"stat": ..., "sha256": ...}}
+}
 """
 
 from __future__ import annotations
@@ -12,20 +16,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gptbatch.pipeline.output.json_models import Digests, validated
+from gptbatch.pipeline.output.json_models import DigestsContent, validated
 from gptbatch.pipeline.system.redact import redact
 from gptbatch.pipeline.system.regular_file import file_sha256, read_json
 
-Stat = list[int]  # size, mtime in ns, ctime in ns, inode
+# size, mtime in ns, ctime in ns, inode
+Stat = list[int]
+
+# A file that was changed within this time may be changed again without a visible change of its times.
+CLOCK_TICK_NS = 50_000_000
+# The same for file systems whose times are in whole seconds.
+COARSE_CLOCK_TICK_NS = 2_000_000_000
 
 
 def stat_of(path: Path) -> Stat:
+    """Return the size, times and inode of a file."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 class FileHashes:
-    """What is known of files, from an earlier run and from this one. A damaged memory is an empty one."""
+    """Hashes of the checkpoint's files, the input and the parts, from earlier runs and from this one.
+
+    Args:
+        content: The content of `digests.json`, validated; None for no hashes.
+    """
 
     def __init__(self, content: dict[str, Any] | None = None) -> None:
         content = content or {}
@@ -35,105 +50,126 @@ class FileHashes:
 
     @classmethod
     def load(cls, path: Path) -> FileHashes:
+        """Read the hashes of a file; a missing or damaged file gives none."""
         try:
             content = read_json(path)
-            validated(Digests, content)
+            validated(DigestsContent, content)
         except (OSError, ValueError):
             return cls()
         return cls(content)
 
     def to_json(self) -> str:
-        return (
-            json.dumps(
-                {"files": self._files, "input": self._input, "parts": self._parts},
-                indent=1,
-                ensure_ascii=False,
-            )
-            + "\n"
-        )
+        """Return the content of `digests.json`."""
+        content = {"files": self._files, "input": self._input, "parts": self._parts}
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     def sha256(self, path: Path) -> str:
-        """Hexadecimal. Raises OSError when the file cannot be read."""
+        """Return the hash of a file in hexadecimal; read the file only if it has changed.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
         key = _key(path)
         before = stat_of(path)
-        known = self._files.get(key)
-        if known is not None and known["stat"] == before:
-            return str(known["sha256"])
+        recorded = self._files.get(key)
+        if recorded is not None and recorded["stat"] == before:
+            return str(recorded["sha256"])
         began_ns = time.time_ns()
         digest = file_sha256(path)
         self._files.pop(key, None)
-        if _settled([before], began_ns) and stat_of(path) == before:
+        if _is_stable([before], began_ns) and stat_of(path) == before:
             self._files[key] = {"stat": before, "sha256": digest}
         return digest
+
+    # -- input -------------------------------------------------------------------------------------
 
     def find_input(
         self, settings: dict[str, Any], files: list[Path] | None
     ) -> dict[str, Any] | None:
-        """What was remembered of the input that these settings name, if its files are as they were; else None.
+        """Return the recorded summary of an input whose files have not changed.
 
-        files: None when it cannot be known whether they are.
+        Args:
+            settings: The settings that name the input.
+            files: The files of the input. None when they are not known, as for a dataset on the hub.
+
+        Returns:
+            The summary given to `record_input`; None when none is recorded for these settings, or a file has changed.
         """
-        known = self._input
+        recorded = self._input
         if (
             files is None
-            or known is None
-            or known["settings"] != _hash(settings)
-            or known["files"] != _stats(files)
+            or recorded is None
+            or recorded["settings_sha256"] != _hash(settings)
+            or recorded["files"] != _stats(files)
         ):
             return None
-        found: dict[str, Any] = known["found"]
-        return found
+        summary: dict[str, Any] = recorded["summary"]
+        return summary
 
     def record_input(
         self,
         settings: dict[str, Any],
         files: list[Path] | None,
         began_ns: int,
-        found: dict[str, Any],
+        summary: dict[str, Any],
     ) -> None:
-        """found: what a reading that began then (nanoseconds since 1970) found in the input."""
+        """Record the summary of an input, for `find_input`.
+
+        Args:
+            settings: The settings that name the input.
+            files: The files of the input; None records nothing.
+            began_ns: When reading them began, in nanoseconds since 1970.
+            summary: A JSON value.
+        """
         self._input = None
         stats = None if files is None else _stats(files)
-        if stats is not None and _settled(stats.values(), began_ns):
-            self._input = {"settings": _hash(settings), "files": stats, "found": found}
+        if stats is not None and _is_stable(stats.values(), began_ns):
+            self._input = {"settings_sha256": _hash(settings), "files": stats, "summary": summary}
+
+    # -- parts -------------------------------------------------------------------------------------
 
     def is_unchanged(self, path: Path) -> bool:
-        """Whether the file looks as it did when `confirm_parts` saw it."""
-        known = self._parts.get(path.name)
+        """Return whether a part has the size, times and inode that `confirm_parts` recorded."""
+        recorded = self._parts.get(path.name)
         try:
-            return known is not None and bool(known["stat"] == stat_of(path))
+            return recorded is not None and bool(recorded["stat"] == stat_of(path))
         except OSError:
             return False
 
     def is_altered(self, path: Path) -> bool:
-        """Whether the file is known and not, to the bit, the one that was written. Reads all of it. Raises OSError."""
-        known = self._parts.get(path.name)
-        return known is not None and bool(known["sha256"] != file_sha256(path))
+        """Read a part, and return whether a hash is recorded for it that differs.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        recorded = self._parts.get(path.name)
+        return recorded is not None and bool(recorded["sha256"] != file_sha256(path))
 
     def record_part(self, name: str, sha256: str) -> None:
-        """A part that has just been written."""
+        """Record the hash of a part that has just been written."""
         self._parts[name] = {"stat": None, "sha256": sha256}
 
     def keep_parts(self, names: Iterable[str]) -> None:
-        """Forget all parts but these: others are about to be written."""
+        """Delete the records of all parts but these: the others are about to be written."""
         self._parts = {name: self._parts[name] for name in names if name in self._parts}
 
     def confirm_parts(self, paths: Iterable[Path]) -> None:
-        """Parts that are as they should be. One that was written a moment ago is looked at again the next time."""
+        """Record size and times of parts that are known to be whole.
+
+        A part that was written a moment ago gets no times, so that the next run reads it.
+        """
         now_ns = time.time_ns()
         for path in paths:
-            stat, known = stat_of(path), self._parts.get(path.name)
-            if known is not None:
-                known["stat"] = stat if _settled([stat], now_ns) else None
-            else:
-                self._parts[path.name] = {
-                    "stat": stat if _settled([stat], now_ns) else None,
-                    "sha256": file_sha256(path),
-                }
+            stat = stat_of(path)
+            recorded = self._parts.get(path.name)
+            self._parts[path.name] = {
+                "stat": stat if _is_stable([stat], now_ns) else None,
+                "sha256": file_sha256(path) if recorded is None else recorded["sha256"],
+            }
 
 
 def _hash(settings: dict[str, Any]) -> str:
-    """Settings may hold secrets."""
+    """Hash settings: they may hold secrets, and are not stored."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -148,10 +184,13 @@ def _stats(files: list[Path]) -> dict[str, Stat] | None:
         return None
 
 
-def _settled(stats: Iterable[Stat], began_ns: int) -> bool:
-    """Whether a later change would show in the times: clocks of file systems tick every few milliseconds, some every second or two."""
-    margins = (
-        (ctime, 2_000_000_000 if ctime % 1_000_000_000 == 0 else 50_000_000)
+def _is_stable(stats: Iterable[Stat], began_ns: int) -> bool:
+    """Return whether a change after `began_ns` would change the times of these files.
+
+    The clocks of file systems tick every few milliseconds, or every one or two seconds.
+    """
+    ticks = (
+        (ctime, COARSE_CLOCK_TICK_NS if ctime % 1_000_000_000 == 0 else CLOCK_TICK_NS)
         for _, _, ctime, _ in stats
     )
-    return all(ctime + margin < began_ns for ctime, margin in margins)
+    return all(ctime + tick < began_ns for ctime, tick in ticks)

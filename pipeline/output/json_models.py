@@ -1,11 +1,11 @@
-"""The types of all JSON that is read back from an output folder; each file is validated before anything uses it.
+"""Models of the JSON that is read back from an output folder: every file is validated before it is used.
 
-    _manifest.json   Manifest      .gptbatch/progress.json   Progress
+    _manifest.json   Manifest      .gptbatch/progress.json        ProgressContent
     part footers     Footer        .gptbatch/crash_journal.json   CrashJournalContent
-                                   .gptbatch/digests.json    Digests
-                                   .gptbatch/holder.json     Holder
+                                   .gptbatch/digests.json         DigestsContent
+                                   .gptbatch/holder.json          HolderContent
 
-Types are strict: "5", 5.0 and true are no integers. Keys that another version added are kept.
+Types are strict: "5", 5.0 and true are not integers. Unknown keys, which another version may write, are kept.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-MAX_VALUE_SHOWN = 60  # characters
-MAX_TEXT = 1 << 16  # characters
+MAX_VALUE_CHARACTERS = 60
+MAX_TEXT_CHARACTERS = 1 << 16
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise ValueError(f"a text of at most {MAX_TEXT} characters is needed")
+    if not isinstance(value, str) or len(value) > MAX_TEXT_CHARACTERS:
+        raise ValueError(f"a text of at most {MAX_TEXT_CHARACTERS} characters is needed")
     return value
 
 
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 PartRows = Annotated[int, Field(ge=1, le=2**31 - 1)]
-# pydantic's own text refuses names that are not UTF-8
+# The str of pydantic refuses file names that are not UTF-8.
 Text = Annotated[str, PlainValidator(_text)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kinds = dict[Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")], Count]
@@ -39,15 +39,22 @@ Stat = Annotated[
 PART_NAME_PATTERN = r"part-(\d{5,9})\.parquet"
 
 
-class _Recorded(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
 
-class Part(_Recorded):
-    """A written part: the rows that it holds and how they ended. Its footer says so, and so does the manifest.
+class Part(_StrictModel):
+    """A written part, as its footer and the manifest describe it.
 
-    error_kinds: number of error rows by kind. input_rows_digest: SHA-256 of these rows of the input. content_digest: SHA-256 of
-    the deterministic columns. prompt_tokens and completion_tokens: sums over the rows.
+    Attributes:
+        name: The file name.
+        first_row: Index of its first row in the input, from 0.
+        rows: Number of rows.
+        error_kinds: Number of error rows by kind.
+        prompt_tokens: Sum over the rows.
+        completion_tokens: Sum over the rows.
+        input_rows_digest: SHA-256 of these rows of the input.
+        content_digest: SHA-256 of the deterministic columns (see `schema.content_digest`).
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -63,15 +70,17 @@ class Part(_Recorded):
 
     @property
     def errors(self) -> int:
+        """Number of error rows."""
         return sum(self.error_kinds.values())
 
     @property
     def number(self) -> int:
+        """The part number in the name."""
         return int(self.name.removeprefix("part-").removesuffix(".parquet"))
 
 
-class Identity(_Recorded):
-    """What makes two runs the same job, and the input that they read. Other keys are settings that change tokens."""
+class Identity(_StrictModel):
+    """The identity of a job and its input. Further keys are the settings that decide tokens."""
 
     config_hash: Digest
     rows: Count | None = None
@@ -82,8 +91,8 @@ class Identity(_Recorded):
     tokenizer_digest: Digest | None = None
 
 
-class RunFacts(_Recorded):
-    """What the manifest and each footer say of the run."""
+class RunFacts(_StrictModel):
+    """The facts of a run in its manifest and in every footer."""
 
     format: Annotated[str, Field(pattern=r"^gptbatch-\d+(-[0-9a-f]{8})?$")]
     identity: Identity
@@ -98,6 +107,8 @@ class RunFacts(_Recorded):
 
 
 class Manifest(RunFacts):
+    """The content of `_manifest.json`."""
+
     complete: bool = False
     rows: Count = 0
     errors: Count = 0
@@ -106,10 +117,12 @@ class Manifest(RunFacts):
 
 
 class Footer(RunFacts, Part):
-    """Of the part that has it."""
+    """The footer of a part: the facts of its run, and its rows."""
 
 
-class Progress(_Recorded):
+class ProgressContent(_StrictModel):
+    """The content of `progress.json` (see ProgressFile)."""
+
     state: Text | None = None
     rows_total: Count
     rows_done: Count
@@ -119,32 +132,42 @@ class Progress(_Recorded):
     updated_at: Time | None = None
 
 
-class CrashJournalContent(_Recorded):
+class CrashJournalContent(_StrictModel):
+    """The content of `crash_journal.json` (see CrashJournal)."""
+
     parts_in_flight: list[Count]
     prompt_id: Text | None
     crashes_per_part: dict[PartNumber, Count]
 
 
-class Holder(_Recorded):
+class HolderContent(_StrictModel):
+    """The content of `holder.json`: the process that holds the lock."""
+
     host: Text
     pid: Count
     since: Time
 
 
-class FileDigest(_Recorded):
+class FileDigest(_StrictModel):
+    """The hash of a file, and its size, times and inode; None where a later change may not show in these."""
+
     stat: Stat | None
     sha256: Digest
 
 
-class InputMemory(_Recorded):
-    settings: Digest
+class InputDigest(_StrictModel):
+    """The summary of an input, and its files when they were read."""
+
+    settings_sha256: Digest
     files: dict[Text, Stat]
-    found: dict[Text, Any]
+    summary: dict[Text, Any]
 
 
-class Digests(_Recorded):
+class DigestsContent(_StrictModel):
+    """The content of `digests.json` (see FileHashes)."""
+
     files: dict[Text, FileDigest] = {}
-    input: InputMemory | None = None
+    input: InputDigest | None = None
     parts: dict[Text, FileDigest] = {}
 
 
@@ -152,14 +175,18 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validated(model: type[Model], content: Any) -> Model:
-    """The content as the model has it. Raises ValueError that names the key, and the value seen, at fault."""
+    """Validate JSON content.
+
+    Raises:
+        ValueError: A key is missing or has the wrong type. The message names the key and the value.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
-        key = repr(".".join(str(step) for step in problem["loc"])[: 2 * MAX_VALUE_SHOWN])[
-            1:-1
-        ]  # it may hold control characters
+        path = ".".join(str(step) for step in problem["loc"])
+        # repr escapes control characters.
+        key = repr(path[: 2 * MAX_VALUE_CHARACTERS])[1:-1]
         seen = "" if problem["type"] == "missing" else f", not {_shown(problem['input'])}"
         message = problem["msg"].removeprefix("Value error, ")
         raise ValueError(f"{key or 'content'}: {message[0].lower()}{message[1:]}{seen}") from error
@@ -171,9 +198,9 @@ def _shown(value: Any) -> str:
         if isinstance(value, (str, int, float, type(None))) and not _huge(value)
         else type(value).__name__
     )
-    return text if len(text) <= MAX_VALUE_SHOWN else f"{text[:MAX_VALUE_SHOWN]}..."
+    return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[:MAX_VALUE_CHARACTERS]}..."
 
 
 def _huge(value: Any) -> bool:
-    """Python refuses to print whole numbers of more than 4,300 digits."""
+    """Return whether a value is an integer that may be too long to print: Python refuses more than 4,300 digits."""
     return isinstance(value, int) and value.bit_length() > 128

@@ -1,7 +1,8 @@
 """The lock of an output folder: one writer at a time.
 
-The lock is the operating system's (flock), so that a dead process holds none. Correctness does not rest on it: where a file system
-has no locks, runs go on with a warning and without sweeping: names of parts are taken once, and by one job (parts.py).
+The operating system holds the lock (flock), so that it ends with the process. Correctness does not depend on it: where a file
+system has no locks, runs continue with a warning, and keep temporary files of crashed runs. Part names are still taken once,
+and by one job (part_writer.py).
 """
 
 from __future__ import annotations
@@ -21,20 +22,29 @@ from filelock import SoftFileLock as _SoftFileLock
 
 from gptbatch.pipeline.errors import OutputBusyError, StorageError
 from gptbatch.pipeline.output.atomic_write import Writer
-from gptbatch.pipeline.output.json_models import Holder, validated
+from gptbatch.pipeline.output.json_models import HolderContent, validated
 from gptbatch.pipeline.system.regular_file import read_json
 
 logger = logging.getLogger("gptbatch")
 
 LOCK = "lock"
 HOLDER = "holder.json"
-LOCK_TIMEOUT_S = 0.5  # whoever asks for the status of an output holds its lock for a moment
+# `gptbatch status` holds the lock for a moment.
+LOCK_TIMEOUT_S = 0.5
 
 
 class OutputLock:
-    """A context manager. `works` inside it says whether the lock was had: without, nobody may sweep.
+    """A context manager that holds the lock of an output folder.
 
-    Raises OutputBusyError at once, naming host and process, when another run holds it.
+    Args:
+        work: The folder `.gptbatch` of the output.
+
+    Attributes:
+        works: Whether the lock is held. It is not where the file system has no locks; temporary files of other runs must then
+            stay.
+
+    Raises:
+        OutputBusyError: Another run holds the lock. The message names its host and process.
     """
 
     def __init__(self, work: Path) -> None:
@@ -46,9 +56,8 @@ class OutputLock:
         lock = FileLock(self._work / LOCK)
         try:
             lock.acquire(timeout=LOCK_TIMEOUT_S, poll_interval=LOCK_TIMEOUT_S / 10)
-            if isinstance(
-                lock, _SoftFileLock
-            ):  # what the library falls back to; a dead process on another host would hold it for ever
+            # The fallback of the library. A crashed process on another host would hold it for ever.
+            if isinstance(lock, _SoftFileLock):
                 lock.release()
                 raise NotImplementedError("the file system has no locks")
         except Timeout as error:
@@ -57,7 +66,7 @@ class OutputLock:
             ) from error
         except (NotImplementedError, OSError) as error:
             logger.warning(
-                "%s cannot be locked (%s): see to it that no other run writes it; left-overs of dead runs are not swept",
+                "%s cannot be locked (%s): start no other run with this output; temporary files of crashed runs are kept",
                 self._work.parent,
                 error,
             )
@@ -72,7 +81,8 @@ class OutputLock:
             Writer(self._work).write_text(
                 self._work / HOLDER, json.dumps(holder) + "\n", durable=False
             )
-        except StorageError as error:  # a full disk: the name of the holder is a courtesy
+        except StorageError as error:
+            # A full disk: the lock works without the name of its holder.
             logger.warning("%s", error)
         return self
 
@@ -90,11 +100,10 @@ class OutputLock:
 
 
 def is_held(work: Path) -> bool:
-    """Whether a run is writing there now. Asks the lock, for a moment."""
+    """Return whether a run holds the lock of an output. Acquires the lock for a moment."""
     try:
-        if not stat.S_ISREG(
-            (work / LOCK).lstat().st_mode
-        ):  # opening it would truncate the file that a link names
+        # Opening a link would truncate its target.
+        if not stat.S_ISREG((work / LOCK).lstat().st_mode):
             return False
     except OSError:
         return False
@@ -111,7 +120,7 @@ def is_held(work: Path) -> bool:
 
 def _describe(work: Path) -> str:
     try:
-        holder = validated(Holder, read_json(work / HOLDER))
+        holder = validated(HolderContent, read_json(work / HOLDER))
     except (OSError, ValueError):
-        return "it has not said which"
+        return "its host and process are unknown"
     return f"process {holder.pid} on host {holder.host}, since {holder.since}"

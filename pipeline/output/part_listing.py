@@ -1,149 +1,159 @@
-"""The parts in a folder, for reading: those of its job, and what is wrong with the others."""
+"""The parts in a folder, for readers: those of its job, and the problems of the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError
 from gptbatch.pipeline.output.file_hashes import FileHashes
-from gptbatch.pipeline.output.folder import (
-    MANIFEST,
-    DamagedManifestError,
-    FolderState,
-    OutputFolder,
-    group_by_job,
-)
+from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
-from gptbatch.pipeline.output.parts import PartFile, differing_keys, inspect_part, rows_of_part
+from gptbatch.pipeline.output.manifest import MANIFEST, DamagedManifestError
+from gptbatch.pipeline.output.part_file import PartFile, inspect_footer
+from gptbatch.pipeline.output.part_plan import differing_keys, group_by_job, rows_of_part
 
 READING_THREADS = 8
 MAX_NAMED = 3
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PartListing:
-    """What stands under the names of parts.
+    """The files with parts' names in a folder.
 
-    parts: those of the folder's job that hold the rows that their names say, in order. footers: theirs, as far as they were read.
-    unusable: damaged ones, files that are no parts, and parts with other rows than their names say; each says why. other_jobs: one
-    line when the folder holds parts of more than one job, else "".
-
-    memory: what a complete run has remembered of its parts. Those that look as they did then are not read.
+    Attributes:
+        parts: The parts of the folder's job that hold the rows of their numbers, in order.
+        footers: The footers of these parts, as far as they were read.
+        unusable: Damaged parts, files that are no parts, and parts with the rows of another number.
+        other_jobs: A sentence when the folder holds parts of more than one job; else "".
     """
 
-    def __init__(self, state: FolderState, memory: FileHashes | None = None) -> None:
-        listed = (
-            {part["name"]: part for part in state.manifest.get("parts", [])}
-            if state.marked_complete and memory
-            else {}
-        )
-        known = {
-            path: listed[path.name]
-            for path in state.parts.values()
-            if path.name in listed and memory and memory.is_unchanged(path)
-        }
-        found = _each(
-            inspect_part_footer, [path for path in state.parts.values() if path not in known]
-        )
-        identity = state.identity
-        self.parts: list[Part] = [Part.model_validate(part) for part in known.values()]
-        self.footers: list[dict[str, Any]] = []
-        self.unusable: list[PartFile] = []
-        strangers: list[PartFile] = []
-        for file in found:
-            if file.state == "missing":
-                continue
-            if file.footer is None or file.part is None or file.state != "sound":
-                self.unusable.append(file)
-            elif file.footer["format"] != state.manifest["format"] or differing_keys(
-                identity, file.footer["identity"]
-            ):
-                strangers.append(file)
-            elif problem := _misplaced(file.part, identity):
-                self.unusable.append(
-                    PartFile(
-                        path=file.path,
-                        state="damaged",
-                        problem=problem,
-                        footer=file.footer,
-                        part=file.part,
-                    )
-                )
-            else:
-                self.parts.append(file.part)
-                self.footers.append(file.footer)
-        self.parts.sort(key=lambda part: part.number)
-        self.other_jobs = _describe(state.manifest, self.parts, strangers) if strangers else ""
+    parts: list[Part]
+    footers: list[dict[str, Any]]
+    unusable: list[PartFile]
+    other_jobs: str
+
+
+def list_parts(state: FolderState, hashes: FileHashes | None = None) -> PartListing:
+    """Inspect the footers of all parts in a folder.
+
+    Args:
+        state: The run in the folder.
+        hashes: Hashes of a complete run; a part that has not changed since is not read. None reads all.
+    """
+    unchanged = _unchanged_parts(state, hashes) if state.marked_complete and hashes else {}
+    parts = list(unchanged.values())
+    footers: list[dict[str, Any]] = []
+    unusable: list[PartFile] = []
+    of_other_jobs: list[PartFile] = []
+    paths = [path for path in state.parts.values() if path not in unchanged]
+    for file in _map_in_threads(inspect_footer, paths):
+        if file.state == "missing":
+            continue
+        if file.footer is None or file.part is None or file.state != "sound":
+            unusable.append(file)
+        elif file.footer["format"] != state.manifest["format"] or differing_keys(
+            state.identity, file.footer["identity"]
+        ):
+            of_other_jobs.append(file)
+        elif problem := _misplaced(file.part, state.identity):
+            unusable.append(replace(file, state="damaged", problem=problem))
+        else:
+            parts.append(file.part)
+            footers.append(file.footer)
+    parts.sort(key=lambda part: part.number)
+    other_jobs = _describe_jobs(state.manifest, len(parts), of_other_jobs) if of_other_jobs else ""
+    return PartListing(parts=parts, footers=footers, unusable=unusable, other_jobs=other_jobs)
 
 
 def read_run_state(path: Path) -> FolderState | None:
-    """The run in a folder, for readers; None for a folder without one. Raises InputNotFoundError when it holds something else."""
+    """Return the run in a folder, for readers; None for a folder without one.
+
+    Raises:
+        InputNotFoundError: There is no folder, or it holds other files.
+    """
     if not path.exists():
         raise InputNotFoundError(f"{path}: no such folder; name the output folder of a run")
     if not path.is_dir():
-        raise InputNotFoundError(f"{path}: is no folder; name the output folder of a run")
+        raise InputNotFoundError(f"{path}: is not a folder; name the output folder of a run")
     try:
         return OutputFolder(path).state()
     except DamagedManifestError as error:
-        what = f"{MANIFEST} is damaged, or not ours: {error.why}"
+        problem = f"{MANIFEST} is damaged, or not written by gptbatch: {error.why}"
         raise InputNotFoundError(
-            f"{path}: holds no run of gptbatch ({what}); name the output folder of a run"
+            f"{path}: holds no run of gptbatch ({problem}); name the output folder of a run"
         ) from error
     except OutputConflictError as error:
-        what = f"{MANIFEST} is not ours" if (path / MANIFEST).exists() else f"no {MANIFEST}"
+        exists = (path / MANIFEST).exists()
+        problem = f"{MANIFEST} is not written by gptbatch" if exists else f"no {MANIFEST}"
         raise InputNotFoundError(
-            f"{path}: holds no run of gptbatch ({what}); name the output folder of a run"
+            f"{path}: holds no run of gptbatch ({problem}); name the output folder of a run"
         ) from error
 
 
-def inspect_part_footer(path: Path) -> PartFile:
-    """Without the rows; through a link, as a download from a hub leaves it."""
-    return inspect_part(path, content=False, follow_links=True)
+def _unchanged_parts(state: FolderState, hashes: FileHashes) -> dict[Path, Part]:
+    """Return the parts of the manifest whose files have not changed."""
+    listed = {part["name"]: part for part in state.manifest.get("parts", [])}
+    return {
+        path: Part.model_validate(listed[path.name])
+        for path in state.parts.values()
+        if path.name in listed and hashes.is_unchanged(path)
+    }
 
 
 def _misplaced(part: Part, identity: dict[str, Any]) -> str:
-    """Why a part cannot be at its place, "" when it can. A part of a smaller limit holds the first of its rows."""
+    """Return why a part cannot have its number; "" when it can. A part of a smaller limit may hold fewer rows."""
     part_rows, rows = identity.get("part_rows"), identity.get("rows")
     if part_rows is None or rows is None:
         return ""
-    number = part.number
-    first, most = number * part_rows, rows_of_part(number, part_rows, rows)
-    if part.first_row == first and part.rows <= most:
+    first_row = part.number * part_rows
+    max_rows = rows_of_part(part.number, part_rows, rows)
+    if part.first_row == first_row and part.rows <= max_rows:
         return ""
-    return f"it holds rows {part.first_row} to {part.first_row + part.rows - 1} of its run, not {first} to {first + most - 1}"
+    last_row = part.first_row + part.rows - 1
+    return f"it holds rows {part.first_row} to {last_row} of its run, not {first_row} to {first_row + max_rows - 1}"
 
 
-def _describe(manifest: dict[str, Any], parts: list[Part], strangers: list[PartFile]) -> str:
-    """`holds parts of 2 jobs: 8 of its own, 2 of 1a2b3c4d (part-00003.parquet, part-00007.parquet; seed 0 / 1)`."""
-    identity = manifest["identity"]
-    names = {id(file.footer): file.path.name for file in strangers}
-    jobs = group_by_job([file.footer for file in strangers if file.footer is not None])
+def _describe_jobs(manifest: dict[str, Any], n_parts: int, files: list[PartFile]) -> str:
+    """Describe the parts of other jobs.
+
+    `holds parts of 2 jobs: 8 of job 5e6f7a8b, 2 of job 1a2b3c4d (part-00003.parquet, part-00007.parquet; seed 0 / 1)`
+    """
+    names = {id(file.footer): file.path.name for file in files}
+    jobs = group_by_job([file.footer for file in files if file.footer is not None])
     described = []
     for job in jobs:
-        theirs = job[0]["identity"]
-        pairs: dict[str, tuple[str, str]] = (
-            {"format": (manifest["format"], job[0]["format"])}
-            if job[0]["format"] != manifest["format"]
-            else {}
-        )
-        keys = [key for key in differing_keys(identity, theirs) if key != "config_hash"]
-        pairs |= {key: (_short(identity.get(key)), _short(theirs.get(key))) for key in keys}
         differences = ", ".join(
-            f"{key} {ours} / {others}" for key, (ours, others) in islice(pairs.items(), MAX_NAMED)
+            f"{key} {value} / {other}"
+            for key, (value, other) in islice(_differences(manifest, job[0]).items(), MAX_NAMED)
         )
         shown = ", ".join(names[id(footer)] for footer in job[:MAX_NAMED]) + (
             ", ..." if len(job) > MAX_NAMED else ""
         )
-        described.append(
-            f"{len(job)} of job {theirs['config_hash'][:8]} ({shown}{f'; {differences}' if differences else ''})"
-        )
-    own = identity["config_hash"][:8]
-    if parts:
-        return f"holds parts of {len(jobs) + 1} jobs: {len(parts)} of job {own}, {', '.join(described)}"
-    return f"holds no part of job {own}, which {MANIFEST} names, but {', '.join(described)}"
+        config_hash = job[0]["identity"]["config_hash"]
+        detail = f"{shown}; {differences}" if differences else shown
+        described.append(f"{len(job)} of job {config_hash[:8]} ({detail})")
+    config_hash = manifest["identity"]["config_hash"][:8]
+    others = ", ".join(described)
+    if n_parts:
+        return f"holds parts of {len(jobs) + 1} jobs: {n_parts} of job {config_hash}, {others}"
+    return f"holds no part of job {config_hash}, which {MANIFEST} names, but {others}"
+
+
+def _differences(manifest: dict[str, Any], footer: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the values of the settings in which a footer differs from the manifest."""
+    identity, other = manifest["identity"], footer["identity"]
+    pairs = {}
+    if footer["format"] != manifest["format"]:
+        pairs["format"] = (manifest["format"], footer["format"])
+    for key in differing_keys(identity, other):
+        if key != "config_hash":
+            pairs[key] = (_short(identity.get(key)), _short(other.get(key)))
+    return pairs
 
 
 def _short(value: Any) -> str:
@@ -151,11 +161,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 20 else f"{text[:8]}..."
 
 
-def _each(look: Callable[[Path], PartFile], paths: Iterable[Path]) -> list[PartFile]:
-    """Look at each, several at a time: on a network disk, waiting takes most of the time."""
+def _map_in_threads(inspect: Callable[[Path], PartFile], paths: Iterable[Path]) -> list[PartFile]:
+    """Inspect files in parallel: on a network disk most of the time is latency."""
     paths = list(paths)
     try:
         with ThreadPoolExecutor(min(READING_THREADS, max(1, len(paths)))) as pool:
-            return list(pool.map(look, paths))
-    except RuntimeError:  # no thread can be started
-        return [look(path) for path in paths]
+            return list(pool.map(inspect, paths))
+    except RuntimeError:
+        # No thread can be started.
+        return [inspect(path) for path in paths]

@@ -1,4 +1,4 @@
-"""Where an output may stand. Looked at before anything is loaded, and by the dry run; writes nothing."""
+"""Checks of the place of an output folder, before anything is loaded. Writes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger("gptbatch")
 
 
 def check_placement(config: JobConfig) -> None:
-    """Refuse an output inside its own dataset, and warn of a folder whose name readers take for a column.
+    """Refuse an output inside its own dataset, and warn of folder names that readers take for columns.
 
     Raises:
         OutputConflictError: The next run would read the output as rows of the dataset.
@@ -35,8 +35,8 @@ def check_placement(config: JobConfig) -> None:
     ]
     if hive:
         logger.warning(
-            "%s: readers of Parquet take the folder name %s for a column, in place of the table's own or as a conflict; "
-            "a name without = has no such effect",
+            "%s: readers of Parquet take the folder name %s for a column, which replaces or contradicts that of the table; "
+            "use a name without =",
             config.output,
             ", ".join(hive),
         )

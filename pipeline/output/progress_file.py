@@ -1,4 +1,4 @@
-"""`progress.json`: how far a run is, for whoever watches; replaced every few seconds, never half-written."""
+"""`progress.json`: the progress of a run for monitoring, replaced every few seconds by an atomic write."""
 
 from __future__ import annotations
 
@@ -6,56 +6,98 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from gptbatch.pipeline.errors import StorageError
+from gptbatch.pipeline.errors import OutputConflictError, StoppedError, StorageError
 from gptbatch.pipeline.output.atomic_write import Writer
-from gptbatch.pipeline.output.json_models import Progress, validated
+from gptbatch.pipeline.output.json_models import ProgressContent, validated
 from gptbatch.pipeline.system.regular_file import read_json
 
 PROGRESS = "progress.json"
 WRITE_INTERVAL_S = 2.0
-MAX_SILENCE_S = 600.0  # loading a large model says nothing for minutes
+# Loading a large model takes minutes without an update.
+MAX_SILENCE_S = 600.0
 
 State = Literal["loading", "running", "complete", "stopped", "failed"]
 
 
 class ProgressFile:
-    """total, done and failed count rows of the whole output; tokens/s and the time left are this run's."""
+    """Writes the progress of a run.
 
-    def __init__(self, work: Path, writer: Writer, *, total: int, done: int, failed: int) -> None:
+    Args:
+        work: The folder `.gptbatch` of the output.
+        writer: Writes files atomically.
+        rows_total: Rows of the whole output.
+        rows_kept: Rows that earlier runs have done.
+        error_rows_kept: Error rows among these.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        writer: Writer,
+        *,
+        rows_total: int,
+        rows_kept: int,
+        error_rows_kept: int,
+    ) -> None:
         self._path, self._writer = work / PROGRESS, writer
-        self._total, self._done, self._failed = total, done, failed
-        self._began = time.monotonic()
-        self._written = -WRITE_INTERVAL_S
+        self._rows_total, self._rows_kept, self._errors_kept = (
+            rows_total,
+            rows_kept,
+            error_rows_kept,
+        )
+        self._began_s = time.monotonic()
+        self._written_s = -WRITE_INTERVAL_S
         self._rows = self._errors = self._tokens = 0
 
-    def begin(self) -> None:
-        """The first row is about to run."""
-        self._began = time.monotonic()
+    @contextmanager
+    def recording_state(self) -> Iterator[None]:
+        """Record the state of the run inside: loading at first, then complete, stopped or failed."""
+        self.write("loading")
+        try:
+            yield
+        except (StoppedError, KeyboardInterrupt):
+            self.write("stopped")
+            raise
+        except OutputConflictError:
+            # The files in .gptbatch belong to another job now.
+            raise
+        except BaseException:
+            self.write("failed")
+            raise
+        self.write("complete")
+
+    def begin(self, total_rows: int, done_rows: int) -> None:
+        """Start the clock of tokens/s: the first row is about to run."""
+        self._began_s = time.monotonic()
         self.write("running")
 
     def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
-        """Counts of this run. Writes now and then."""
+        """Take the counts of this run, and write the file at most every WRITE_INTERVAL_S."""
         self._rows, self._errors, self._tokens = rows, errors, completion_tokens
-        if time.monotonic() - self._written >= WRITE_INTERVAL_S:
+        if time.monotonic() - self._written_s >= WRITE_INTERVAL_S:
             self.write("running")
 
+    def end(self) -> None:
+        """Do nothing: `recording_state` writes the final state."""
+
     def write(self, state: State) -> None:
-        """Now. A full disk must not end a run for the sake of this file."""
-        self._written = time.monotonic()
-        elapsed = self._written - self._began
-        left = self._total - self._done - self._rows
+        """Write the file now. A full disk does not end the run for the sake of this file."""
+        self._written_s = time.monotonic()
+        elapsed_s = self._written_s - self._began_s
+        rows_left = self._rows_total - self._rows_kept - self._rows
         content = {
             "state": state,
-            "rows_total": self._total,
-            "rows_done": self._done + self._rows,
-            "error_rows": self._failed + self._errors,
-            "tokens_per_s": round(self._tokens / elapsed, 1) if elapsed > 0 else 0.0,
-            "remaining_s": round(elapsed / self._rows * left, 1)
+            "rows_total": self._rows_total,
+            "rows_done": self._rows_kept + self._rows,
+            "error_rows": self._errors_kept + self._errors,
+            "tokens_per_s": round(self._tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,
+            "remaining_s": round(elapsed_s / self._rows * rows_left, 1)
             if self._rows and state == "running"
             else None,
             "host": socket.gethostname(),
@@ -67,7 +109,10 @@ class ProgressFile:
 
 
 def seems_running(work: Path) -> bool:
-    """Whether a run has said less than MAX_SILENCE_S ago that it is going on. For file systems without locks: a guess."""
+    """Return whether `progress.json` was updated by a running run less than MAX_SILENCE_S ago.
+
+    This is a guess, for file systems without locks.
+    """
     progress = read_progress(work)
     if (
         progress is None
@@ -77,14 +122,15 @@ def seems_running(work: Path) -> bool:
         return False
     try:
         updated_s = datetime.fromisoformat(progress.updated_at).timestamp()
-    except ValueError:  # the 99th of a month
+    except ValueError:
+        # The pattern of the field accepts the 99th day of a month.
         return False
     return time.time() - updated_s < MAX_SILENCE_S
 
 
-def read_progress(work: Path) -> Progress | None:
-    """What a run has said of its progress; None when it has not, or the file is damaged."""
+def read_progress(work: Path) -> ProgressContent | None:
+    """Read `progress.json`; None when the file is missing or damaged."""
     try:
-        return validated(Progress, read_json(work / PROGRESS))
+        return validated(ProgressContent, read_json(work / PROGRESS))
     except (OSError, ValueError):
         return None

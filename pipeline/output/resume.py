@@ -1,7 +1,8 @@
-"""What of an output can be trusted: whether it is the same job's, and which of its parts need not be done again.
+"""Continuing a run: whether an output is of the same job, and which of its parts are kept.
 
-A part is trusted when its footer is of this job, it holds the rows that its name says, the input says in these rows what it said,
-and its content has the digest that it had. A damaged part is done again; a part of another job is refused and left alone. Imports no torch.
+A part is kept when its footer is of this job, it holds the rows of its number, these rows of the input have not changed, and
+its content has the recorded digest. The rows of a damaged part are generated again. A part of another job is refused, and stays.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,38 +14,69 @@ from typing import Any
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import OutputConflictError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
-from gptbatch.pipeline.output.folder import FolderState, OutputFolder, refuse_stray_tables
+from gptbatch.pipeline.input.source import RowSource
+from gptbatch.pipeline.output.file_hashes import FileHashes
+from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
-from gptbatch.pipeline.output.parts import FORMAT, PartFile, PartPlan, count_parts
+from gptbatch.pipeline.output.part_file import PartFile
+from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
+from gptbatch.pipeline.output.schema import FORMAT
+from gptbatch.pipeline.output.stray_tables import refuse_stray_tables
 from gptbatch.pipeline.types import DEFAULT_PART_ROWS
 
-_ELSE = "name another output, or use --overwrite"
+_INPUT_SETTINGS = {
+    "input",
+    "dataset",
+    "dataset_config",
+    "dataset_revision",
+    "split",
+    "csv_delimiter",
+    "limit",
+    "on_bad_row",
+    "skip_row",
+    "prompt_field",
+    "id_field",
+    "metadata_field",
+}
+_ADVICE = "name another output, or use --overwrite"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptParts:
-    """The parts that stay, by number, and what the footer of the latest of them says, {} without any."""
+    """The parts of an output that are kept.
+
+    Attributes:
+        parts: The parts by number.
+        footer: The footer of the last of them; {} without parts.
+    """
 
     parts: dict[int, Part]
     footer: dict[str, Any]
 
     @property
     def rows(self) -> int:
+        """Rows in these parts."""
         return sum(part.rows for part in self.parts.values())
 
     @property
     def errors(self) -> int:
+        """Error rows in these parts."""
         return sum(part.errors for part in self.parts.values())
 
 
+# -- is it the same job ----------------------------------------------------------------------------
+
+
 def is_same_job(state: FolderState, identity: dict[str, Any]) -> bool:
+    """Return whether a folder holds a run of this job, apart from its input."""
     return state.manifest["format"] == FORMAT and not _differing(state, identity)
 
 
 def is_replaced(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> bool:
-    """Whether nothing that is there stays.
+    """Return whether this job keeps nothing of the run in a folder.
 
-    A folder without a part holds no job. overwrite replaces what is complete or another job's; what it has begun itself goes on.
+    A folder without parts holds no job. `overwrite` replaces a complete run and a run of another job, but continues an
+    unfinished run of the same job.
     """
     return not state.holds_job or (
         config.overwrite and (state.marked_complete or not is_same_job(state, identity))
@@ -54,10 +86,15 @@ def is_replaced(config: JobConfig, state: FolderState, identity: dict[str, Any])
 def find_continued_run(
     config: JobConfig, folder: OutputFolder, identity: Callable[[], dict[str, Any]]
 ) -> FolderState | None:
-    """The run in the output that this job goes on with; None where it starts anew.
+    """Return the run in the output that this job continues; None where the job starts anew.
 
-    identity: of this job; it hashes the weights, and is asked for where there is a run to compare with.
-    Raises OutputConflictError when the folder holds something else.
+    Args:
+        config: The settings of the job.
+        folder: The output folder.
+        identity: Returns the identity of the job. It hashes the weights, and is called only where there is a run.
+
+    Raises:
+        OutputConflictError: The folder holds a run of another job, or other files.
     """
     folder.refuse_links()
     state = folder.state()
@@ -70,11 +107,15 @@ def find_continued_run(
 
 
 def check_same_job(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> None:
-    """Raises OutputConflictError, naming what differs, unless the folder's run is the same job, by all but its input."""
+    """Check that the run in a folder is of this job, apart from its input.
+
+    Raises:
+        OutputConflictError: The format, a setting, the attention backend or the batch invariance differs.
+    """
     if state.manifest["format"] != FORMAT:
         raise OutputConflictError(
             f"{config.output}: holds a run of format {state.manifest['format']}, and this version writes {FORMAT}, which cannot be mixed; "
-            f"go on with the version that began it ({_version(state)}), {_ELSE}"
+            f"go on with the version that began it ({_version(state)}), {_ADVICE}"
         )
     differing = _differing(state, identity)
     recorded = state.identity.get("part_rows")
@@ -82,62 +123,133 @@ def check_same_job(config: JobConfig, state: FolderState, identity: dict[str, An
         differing.append("part_rows")
     if differing:
         raise OutputConflictError(
-            f"{config.output}: holds a run of another job ({', '.join(differing)} differ); {_ELSE}"
+            f"{config.output}: holds a run of another job ({', '.join(differing)} differ); {_ADVICE}"
         )
-    machine = state.manifest.get("environment")
+    environment = state.manifest.get("environment")
     if (
-        isinstance(machine, dict)
-        and config.engine.attention not in ("auto", machine.get("attention"))
+        isinstance(environment, dict)
+        and config.engine.attention not in ("auto", environment.get("attention"))
         and not config.allow_other_environment
     ):
         raise OutputConflictError(
-            f"{config.output}: holds a run with engine.attention {machine.get('attention')}, not {config.engine.attention}; {_ELSE}"
+            f"{config.output}: holds a run with engine.attention {environment.get('attention')}, not {config.engine.attention}; {_ADVICE}"
         )
     batch_invariance = state.manifest.get("batch_invariance")
     if config.batch_invariance == "require" and batch_invariance not in (None, "verified"):
         raise OutputConflictError(
-            f"{config.output}: holds a run whose batch_invariance is {batch_invariance}, not verified; {_ELSE}"
+            f"{config.output}: holds a run whose batch_invariance is {batch_invariance}, not verified; {_ADVICE}"
         )
 
 
+def check_same_environment(
+    config: JobConfig, kept: KeptParts, environment: dict[str, Any], batch_invariance: str
+) -> None:
+    """Check that new rows are computed in the same way as the kept rows.
+
+    Raises:
+        OutputConflictError: The environments differ, and allow_other_environment is off.
+    """
+    recorded = {
+        **kept.footer.get("environment", {}),
+        "batch_invariance": kept.footer.get("batch_invariance"),
+    }
+    current = {**environment, "batch_invariance": batch_invariance}
+    differing = [
+        f"{key} was {recorded.get(key)}, is {value}"
+        for key, value in current.items()
+        if recorded.get(key) != value
+    ]
+    if kept.parts and differing and not config.allow_other_environment:
+        raise OutputConflictError(
+            f"{config.output}: holds rows of another environment ({'; '.join(differing)}), whose bits these may not match; "
+            "go on where it was begun, name another output, or use --allow-other-environment"
+        )
+
+
+# -- is it the same input --------------------------------------------------------------------------
+
+
+def input_settings(config: JobConfig) -> dict[str, Any]:
+    """Return the settings that decide the rows of the input."""
+    return config.model_dump(include=_INPUT_SETTINGS)
+
+
 def part_rows_of(config: JobConfig, state: FolderState | None) -> int:
-    """Rows a part: the output's where there is one, since a part's name follows from it."""
+    """Return the rows per part: those of the continued run, since they decide the parts' names; else those of the config.
+
+    Args:
+        config: The settings of the job.
+        state: The continued run; None for a new run.
+    """
     recorded = None if state is None else state.identity.get("part_rows")
     return int(recorded or config.part_rows or DEFAULT_PART_ROWS)
 
 
 def check_same_input(config: JobConfig, state: FolderState, summary: InputSummary) -> None:
-    """Raises OutputConflictError unless the input says what it said, and has more rows only where a larger limit lets more in."""
+    """Check that the input begins with the rows of the run, and has more only where a larger limit adds them.
+
+    Raises:
+        OutputConflictError: The input has changed.
+    """
     rows, digest, limit = (state.identity.get(key) for key in ("rows", "input_digest", "limit"))
     if not isinstance(rows, int):
         raise OutputConflictError(
-            f"{config.output}: another version wrote it, which did not say how many rows it has; {_ELSE}"
+            f"{config.output}: another version wrote it, which did not record its number of rows; {_ADVICE}"
         )
     if rows > summary.rows:
         raise OutputConflictError(
-            f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows}; {_ELSE}"
+            f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows}; {_ADVICE}"
         )
     if summary.prefix_digests.get(rows) != digest:
         raise OutputConflictError(
-            f"{config.output}: holds a run of another input (input_digest differs in its {rows} rows); {_ELSE}"
+            f"{config.output}: holds a run of another input (input_digest differs in its {rows} rows); {_ADVICE}"
         )
     grown = isinstance(limit, int) and (config.limit is None or config.limit > limit)
     if rows < summary.rows and not grown:
         raise OutputConflictError(
-            f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows} now; only a larger --limit adds rows; {_ELSE}"
+            f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows} now; only a larger --limit adds rows; {_ADVICE}"
         )
 
 
-def find_kept_parts(found: dict[int, PartFile], plan: PartPlan) -> KeptParts:
-    """The parts that need not be done again. found: every file under a part's name, looked at.
+def is_up_to_date(
+    config: JobConfig, state: FolderState, source: RowSource, hashes: FileHashes
+) -> bool:
+    """Return whether a run is complete and nothing has changed, judging by sizes and times of files.
 
-    Raises OutputConflictError for files under parts' names that no run of this job can have written, or that it has no rows for.
+    This takes no time. False means that the input and the parts must be read.
     """
-    check_no_foreign_parts(found, plan.n_parts)
+    if not state.marked_complete:
+        return False
+    recorded_input = hashes.find_input(input_settings(config), source.files())
+    if recorded_input is None or recorded_input != {
+        "rows": state.identity.get("rows"),
+        "digest": state.identity.get("input_digest"),
+    }:
+        return False
+    recorded_parts = [part["name"] for part in state.manifest.get("parts", [])]
+    return recorded_parts == [path.name for path in state.parts.values()] and all(
+        hashes.is_unchanged(path) for path in state.parts.values()
+    )
+
+
+# -- which parts are kept --------------------------------------------------------------------------
+
+
+def find_kept_parts(files: dict[int, PartFile], plan: PartPlan) -> KeptParts:
+    """Return the parts that are kept.
+
+    Args:
+        files: Every file with a part's name, by number.
+        plan: The parts of the job.
+
+    Raises:
+        OutputConflictError: No run of this job can have written one of the files.
+    """
+    check_no_foreign_parts(files, plan.n_parts)
     parts: dict[int, Part] = {}
     footer: dict[str, Any] = {}
-    for number, file in found.items():
-        plan.check_ours(file)
+    for number, file in files.items():
+        plan.check_same_job(file)
         if (
             file.state == "sound"
             and file.part is not None
@@ -148,9 +260,13 @@ def find_kept_parts(found: dict[int, PartFile], plan: PartPlan) -> KeptParts:
     return KeptParts(parts=parts, footer=footer)
 
 
-def check_no_foreign_parts(found: dict[int, PartFile], n_parts: int) -> None:
-    """Raises OutputConflictError for files under parts' names that a run of so many parts cannot have written."""
-    for number, file in found.items():
+def check_no_foreign_parts(files: dict[int, PartFile], n_parts: int) -> None:
+    """Check that a run of `n_parts` parts can have written these files.
+
+    Raises:
+        OutputConflictError: A file is not a part, or its number is too large.
+    """
+    for number, file in files.items():
         if file.state == "foreign":
             raise OutputConflictError(
                 f"{file.path}: is not a part that gptbatch wrote ({file.problem}); move it away, or name another output"
@@ -161,36 +277,18 @@ def check_no_foreign_parts(found: dict[int, PartFile], n_parts: int) -> None:
             )
 
 
-def check_replaceable(state: FolderState, found: dict[int, PartFile]) -> None:
-    """Raises OutputConflictError for files under parts' names that are not those of the run which is to be replaced."""
+def check_replaceable(state: FolderState, files: dict[int, PartFile]) -> None:
+    """Check that all files with parts' names are parts of the run that is replaced.
+
+    Raises:
+        OutputConflictError: Another program wrote one of them.
+    """
     rows, part_rows = state.identity.get("rows"), state.identity.get("part_rows")
-    known = (
+    n_parts = (
         count_parts(part_rows, rows) if isinstance(rows, int) and isinstance(part_rows, int) else 0
     )
-    check_no_foreign_parts(
-        {number: file for number, file in found.items() if file.footer is None}, known
-    )
-
-
-def check_same_environment(
-    config: JobConfig, trusted: KeptParts, environment: dict[str, Any], batch_invariance: str
-) -> None:
-    """Raises OutputConflictError, naming both, when the rows to come would be made in another way than those that are there."""
-    recorded = {
-        **trusted.footer.get("environment", {}),
-        "batch_invariance": trusted.footer.get("batch_invariance"),
-    }
-    now = {**environment, "batch_invariance": batch_invariance}
-    differing = [
-        f"{key} was {recorded.get(key)}, is {now.get(key)}"
-        for key in now
-        if recorded.get(key) != now.get(key)
-    ]
-    if trusted.parts and differing and not config.allow_other_environment:
-        raise OutputConflictError(
-            f"{config.output}: holds rows of another environment ({'; '.join(differing)}), whose bits these may not match; go on where it was "
-            "begun, name another output, or use --allow-other-environment"
-        )
+    without_footer = {number: file for number, file in files.items() if file.footer is None}
+    check_no_foreign_parts(without_footer, n_parts)
 
 
 def _differing(state: FolderState, identity: dict[str, Any]) -> list[str]:

@@ -141,6 +141,9 @@ SCHEMA_DIGEST = hashlib.sha256(
     ).encode()
 ).hexdigest()[:8]
 
+# The version of the folder's layout, and the digest of the schema of its parts.
+FORMAT = f"gptbatch-3-{SCHEMA_DIGEST}"
+
 
 def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
     """The row of a completion; `text` is its decoded new tokens, None for an error."""

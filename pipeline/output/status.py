@@ -1,6 +1,6 @@
-"""What an output holds: which rows are there, which are missing, how fast a run is and how long it has to go.
+"""The status of an output: which rows it holds and lacks, and the speed and remaining time of a run.
 
-Reads small files and footers, not the rows; of parts that are as the folder remembers them, not even the footers.
+Reads small files and the footers of parts, not the rows. Footers of parts that have not changed are not read either.
 """
 
 from __future__ import annotations
@@ -13,25 +13,43 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptbatch.pipeline.errors import InputNotFoundError, StorageError
-from gptbatch.pipeline.output.folder import CONFIG, MANIFEST, WORK, FolderState, OutputFolder
-from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.folder import CONFIG, WORK, FolderState, OutputFolder
+from gptbatch.pipeline.output.json_models import Part, ProgressContent
 from gptbatch.pipeline.output.lock import is_held
-from gptbatch.pipeline.output.part_listing import PartListing, read_run_state
-from gptbatch.pipeline.output.parts import count_parts, part_number
+from gptbatch.pipeline.output.manifest import MANIFEST
+from gptbatch.pipeline.output.part_file import part_number
+from gptbatch.pipeline.output.part_listing import PartListing, list_parts, read_run_state
+from gptbatch.pipeline.output.part_plan import count_parts
 from gptbatch.pipeline.output.progress_file import read_progress
 from gptbatch.pipeline.output.stray_tables import describe_stray_tables
 
 MAX_NAMED = 3
-MAX_LISTED = 1000
+MAX_MISSING_PARTS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputStatus:
-    """state: complete; running, a process holds it now; unfinished, none does. rows_done: in parts of the folder's job.
+    """The status of an output.
 
-    parts_missing: numbers of the first MAX_LISTED of the `n_parts_missing`. parts_damaged: numbers. errors: error rows by kind.
-    tokens_per_s and remaining_s: of the run that is going on, or the last; None when it has not said. problems: what is wrong with
-    the folder, a line each.
+    Attributes:
+        output: The output folder.
+        state: "complete"; "running": a process holds its lock; "unfinished": no process does.
+        rows_total: Rows of the input.
+        rows_done: Rows in parts of the folder's job.
+        rows_missing: Rows that are not done.
+        parts_total: Parts of the whole output.
+        parts_done: Parts that are written.
+        n_parts_missing: Number of missing parts.
+        parts_missing: Numbers of the first MAX_MISSING_PARTS missing parts.
+        parts_damaged: Numbers of damaged parts.
+        errors: Number of error rows by kind.
+        prompt_tokens: Sum over the rows that are done.
+        completion_tokens: Sum over the rows that are done.
+        tokens_per_s: Speed of the current run, or of the last one. None when no run has recorded it.
+        remaining_s: Estimated seconds until the current run ends. None when none is running.
+        updated_at: When the run recorded its progress, in UTC.
+        config_hash: Hash of all settings that decide tokens.
+        problems: Problems of the folder, a sentence each.
     """
 
     output: str
@@ -55,13 +73,18 @@ class OutputStatus:
 
 
 def output_status(path: Path) -> OutputStatus:
-    """Raises InputNotFoundError when there is no run of ours, StorageError when it cannot be read."""
+    """Return the status of an output folder.
+
+    Raises:
+        InputNotFoundError: The folder holds no run.
+        StorageError: It cannot be read.
+    """
     folder = OutputFolder(path)
     progress = read_progress(folder.work)
     try:
         state = read_run_state(path)
-        found = None if state is None else PartListing(state, folder.memory())
-        problems = [] if state is None or found is None else _problems(folder, state, found)
+        listing = None if state is None else list_parts(state, folder.read_hashes())
+        problems = [] if state is None or listing is None else _problems(folder, state, listing)
     except OSError as error:
         raise StorageError(
             f"{error.filename or path}: cannot be read ({error.strerror or error})"
@@ -70,41 +93,50 @@ def output_status(path: Path) -> OutputStatus:
         raise InputNotFoundError(
             f"{path}: holds no run of gptbatch; name the output folder of a run"
         )
+    return _status(folder, state, listing, progress, problems)
+
+
+def _status(
+    folder: OutputFolder,
+    state: FolderState | None,
+    listing: PartListing | None,
+    progress: ProgressContent | None,
+    problems: list[str],
+) -> OutputStatus:
     identity: dict[str, Any] = {} if state is None else state.identity
     rows, part_rows = identity.get("rows"), identity.get("part_rows")
     if rows is None:
         rows = progress.rows_total if progress is not None else 0
     n_parts = count_parts(part_rows, rows) if part_rows is not None else 0
-    parts = [] if found is None else found.parts
-    numbers = {part.number for part in parts}
-    unusable = (
-        [] if found is None else [(part_number(file.path.name), file) for file in found.unusable]
-    )
-    damaged = sorted(
-        number
-        for number, file in unusable
-        if number is not None and number < n_parts and file.state == "damaged"
-    )
-    there = numbers | {number for number, _ in unusable if number is not None}
-    missing = (number for number in range(n_parts) if number not in there)
-    done = sum(part.rows for part in parts)
+    parts = [] if listing is None else listing.parts
+    unusable: dict[int, str] = {}
+    for file in [] if listing is None else listing.unusable:
+        if (number := part_number(file.path.name)) is not None:
+            unusable[number] = file.state
+    present = {part.number for part in parts} | unusable.keys()
+    missing = (number for number in range(n_parts) if number not in present)
+    rows_done = sum(part.rows for part in parts)
     complete = (
-        (state is not None and state.marked_complete and found is not None)
-        and not (found.other_jobs or found.unusable or state.stray_tables)
-        and (len(parts), done) == (n_parts, rows)
+        (state is not None and state.marked_complete and listing is not None)
+        and not (listing.other_jobs or listing.unusable or state.stray_tables)
+        and (len(parts), rows_done) == (n_parts, rows)
     )
     running = not complete and is_held(folder.work)
     return OutputStatus(
-        output=str(path),
+        output=str(folder.path),
         state="complete" if complete else "running" if running else "unfinished",
         rows_total=rows,
-        rows_done=done,
-        rows_missing=max(0, rows - done),
+        rows_done=rows_done,
+        rows_missing=max(0, rows - rows_done),
         parts_total=n_parts,
         parts_done=len(parts),
-        n_parts_missing=n_parts - sum(number < n_parts for number in there),
-        parts_missing=list(islice(missing, MAX_LISTED)),
-        parts_damaged=damaged,
+        n_parts_missing=n_parts - sum(number < n_parts for number in present),
+        parts_missing=list(islice(missing, MAX_MISSING_PARTS)),
+        parts_damaged=sorted(
+            number
+            for number, file_state in unusable.items()
+            if number < n_parts and file_state == "damaged"
+        ),
         errors=_error_kinds(parts),
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         completion_tokens=sum(part.completion_tokens for part in parts),
@@ -123,23 +155,22 @@ def _error_kinds(parts: list[Part]) -> dict[str, int]:
     return dict(sorted(errors.items()))
 
 
-def _problems(folder: OutputFolder, state: FolderState, found: PartListing) -> list[str]:
-    problems = [found.other_jobs] if found.other_jobs else []
+def _problems(folder: OutputFolder, state: FolderState, listing: PartListing) -> list[str]:
+    problems = [listing.other_jobs] if listing.other_jobs else []
     if state.stray_tables:
         problems.append(describe_stray_tables(state.stray_tables))
-    strangers = [file for file in found.unusable if file.state == "foreign"]
+    foreign = [file for file in listing.unusable if file.state == "foreign"]
     problems += [
         f"{file.path.name}: is not a part of gptbatch ({file.problem})"
-        for file in strangers[:MAX_NAMED]
+        for file in foreign[:MAX_NAMED]
     ]
-    if len(strangers) > MAX_NAMED:
-        problems.append(f"{len(strangers) - MAX_NAMED} more files under names of parts are none")
-    problems += [
-        f"{file.path.name}: {file.problem}" for file in found.unusable if file.state == "damaged"
-    ][:MAX_NAMED]
+    if len(foreign) > MAX_NAMED:
+        problems.append(f"{len(foreign) - MAX_NAMED} more files under names of parts are none")
+    damaged = [file for file in listing.unusable if file.state == "damaged"]
+    problems += [f"{file.path.name}: {file.problem}" for file in damaged[:MAX_NAMED]]
     if state.manifest_lost:
         problems.append(
-            f"{MANIFEST} is missing or damaged: this is what the footers of the parts say"
+            f"{MANIFEST} is missing or damaged: its facts are taken from the footers of the parts"
         )
     if os.path.lexists(folder.work) and not folder.work.is_dir():
         problems.append(f"{WORK} is not a folder: verify and replay need the settings in it")

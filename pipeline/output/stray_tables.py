@@ -1,6 +1,6 @@
-"""Tables in an output folder that are not its parts, and that readers of the folder would add to it.
+"""Stray tables: tables in an output folder that are not its parts, which readers of the folder would read too.
 
-Such files are copies: of sync programs (`part-00000 (1).parquet`), of editors and rsync (`part-00000.parquet.~1~`), of hand.
+Sync programs (`part-00000 (1).parquet`), editors and rsync (`part-00000.parquet.~1~`) and users make such copies.
 """
 
 from __future__ import annotations
@@ -8,25 +8,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gptbatch.pipeline.output.parts import part_number
+from gptbatch.pipeline.errors import OutputConflictError
+from gptbatch.pipeline.output.part_file import part_number
 from gptbatch.pipeline.system.regular_file import open_regular
 
 MAX_NAMED = 3
-MAX_SEARCHED = 10_000  # files of subfolders: one may be a link to a data lake
+# Files of subfolders that are searched: a subfolder may be a link to a data lake.
+MAX_SEARCHED = 10_000
 PARQUET_MAGIC = b"PAR1"
-_HIDDEN = (
-    ".",
-    "_",
-)  # pandas, pyarrow, Spark and datasets pass over files and folders of such names
+# pandas, pyarrow, Spark and datasets ignore files and folders whose names begin with these.
+_HIDDEN = (".", "_")
 
 
-def stray_tables(folder: Path) -> list[str]:
+def find_stray_tables(folder: Path) -> list[str]:
     """Return the paths of stray tables, relative to `folder`, sorted.
 
-    A table is a file that is named `*.parquet`, or that begins as Parquet files do under any other name. Subfolders and links to
-    folders are searched as readers search them, each folder once, up to MAX_SEARCHED files.
+    A table is a file named `*.parquet`, or a file of any name that begins with the magic bytes of Parquet. Subfolders and
+    links to folders are searched as readers search them, each folder once, up to MAX_SEARCHED files.
     """
-    found = []
+    strays = []
     seen: set[tuple[int, int]] = set()
     searched = 0
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -44,8 +44,8 @@ def stray_tables(folder: Path) -> list[str]:
             if not (
                 name.startswith(_HIDDEN) or (at_top and part_number(name) is not None)
             ) and _is_table(path):
-                found.append(str(path.relative_to(folder)))
-    return sorted(found)
+                strays.append(str(path.relative_to(folder)))
+    return sorted(strays)
 
 
 def describe_stray_tables(names: list[str]) -> str:
@@ -58,8 +58,25 @@ def describe_stray_tables(names: list[str]) -> str:
     return f"readers will also read {shown}, which are no parts of the run; move them away"
 
 
+def refuse_stray_tables(path: Path, names: list[str]) -> None:
+    """Check that a folder holds no stray tables.
+
+    Args:
+        path: The output folder.
+        names: Its stray tables.
+
+    Raises:
+        OutputConflictError: There are stray tables.
+    """
+    if names:
+        raise OutputConflictError(f"{path}: {describe_stray_tables(names)}, or name another output")
+
+
 def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
-    """Add the folder to those seen. False when it is there already, as where a link points back to it, or cannot be reached."""
+    """Add a folder to `seen`.
+
+    Returns False when it is in `seen`, as where a link points back to it, or when it cannot be reached.
+    """
     try:
         status = folder.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a run says of itself when it has ended: the last line on standard output. Imports no torch."""
+"""RunSummary: the result of a run, printed as the last line on standard output. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,25 @@ from gptbatch.pipeline.config import JobConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """What a run did. `rows_kept` rows were there already; all other counts, times and rates are this run's."""
+    """What a run did.
+
+    Attributes:
+        output: The output folder.
+        rows: Rows that this run has generated, error rows included.
+        ok: Rows among these with a completion.
+        errors: Rows among these with an error.
+        rows_kept: Rows that the output already held.
+        prompt_tokens: Tokens of the prompts of `rows`.
+        completion_tokens: Tokens that this run has generated.
+        load_s: Seconds to load the model.
+        generate_s: Seconds to generate and write the rows.
+        wall_s: Seconds of the whole run.
+        tokens_per_s: completion_tokens / generate_s.
+        device: "cpu" or "cuda"; "unknown" where the output does not record it.
+        dtype: Type of weights and activations.
+        batch_invariance: "verified", "unverified" or "off".
+        config_hash: Hash of all settings that decide tokens.
+    """
 
     output: str
     rows: int
@@ -32,7 +50,13 @@ class RunSummary:
 def summarize_complete_output(
     config: JobConfig, manifest: dict[str, Any], wall_s: float
 ) -> RunSummary:
-    """Of a run that found everything there. manifest: of the output."""
+    """Return the summary of a run whose output already held every row.
+
+    Args:
+        config: The settings of the job.
+        manifest: The manifest of the output.
+        wall_s: Seconds of the run.
+    """
     return RunSummary(
         output=config.output,
         rows=0,

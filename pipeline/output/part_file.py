@@ -1,0 +1,171 @@
+"""Part files: their names, their footers, and the inspection of a file that has a part's name.
+
+A part is a Parquet file of the table. Its schema metadata holds a footer under FOOTER_KEY: JSON with the facts of the run,
+the rows that the part holds and the digest of their content.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gptbatch.pipeline.errors import GptbatchError, OutOfMemoryError, StorageError
+from gptbatch.pipeline.output.json_models import PART_NAME_PATTERN, Footer, Part, validated
+from gptbatch.pipeline.output.old_formats import translate_facts
+from gptbatch.pipeline.output.schema import FORMAT, content_digest
+from gptbatch.pipeline.system.regular_file import named_in_errors, open_regular, parse_json
+
+FOOTER_KEY = b"gptbatch"
+PART_NAME = re.compile(PART_NAME_PATTERN)
+
+
+def part_name(number: int) -> str:
+    """Return the file name of a part."""
+    return f"part-{number:05d}.parquet"
+
+
+def part_number(name: str) -> int | None:
+    """Return the number in a part's name; None for other names."""
+    match = PART_NAME.fullmatch(name)
+    return int(match[1]) if match is not None and name == part_name(int(match[1])) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartFile:
+    """A file with a part's name, as `inspect_part` found it.
+
+    Attributes:
+        path: The file.
+        state: "sound": a whole part. "damaged": unreadable, or changed since it was written. "foreign": another Parquet
+            file, a link, folder, FIFO, socket or device. "missing": deleted since the folder was listed.
+        problem: Why the file is not sound; "" for a sound one.
+        footer: The whole footer; None where there is no valid one.
+        part: The part that the footer describes; None where there is no valid footer.
+    """
+
+    path: Path
+    state: Literal["sound", "damaged", "foreign", "missing"]
+    problem: str = ""
+    footer: dict[str, Any] | None = None
+    part: Part | None = None
+
+
+class _NoFooterError(Exception):
+    """A Parquet file that gptbatch did not write."""
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file that verifies page checksums and reads without threads.
+
+    The file is opened here because pyarrow takes names with a colon for URLs. Raises the errors of pyarrow: see `is_damage`.
+    """
+    with (
+        named_in_errors(path),
+        open_regular(path) as file,
+        pq.ParquetFile(
+            file, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 16
+        ) as parquet,
+    ):
+        yield parquet
+
+
+def is_damage(error: Exception) -> bool:
+    """Return whether a read error is due to the bytes of the file, not to memory, threads, permissions or the disk.
+
+    Arrow raises OSError without an errno for bytes that it cannot decode.
+    """
+    if isinstance(error, (MemoryError, pa.ArrowCancelled)):
+        return False
+    if isinstance(error, OSError):
+        return error.errno is None
+    return isinstance(error, (pa.ArrowException, ValueError, LookupError, TypeError))
+
+
+def read_error(path: Path, error: Exception) -> GptbatchError:
+    """Return the error to raise for a read error that is no damage."""
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError(f"{path}: cannot be read: out of memory ({error})")
+    cause = (
+        error.strerror
+        if isinstance(error, OSError) and error.strerror
+        else f"{type(error).__name__}: {error}"
+    )
+    return StorageError(f"{path}: cannot be read ({cause})")
+
+
+def inspect_part(
+    path: Path, *, name: str | None = None, content: bool = True, follow_links: bool = False
+) -> PartFile:
+    """Inspect a file with a part's name.
+
+    Args:
+        path: The file.
+        name: The final name of the part, where the file does not have it yet. None takes that of `path`.
+        content: Read all rows and compare their digest with the footer. Otherwise only the footer is read.
+        follow_links: Accept a link to a regular file, as readers of the table do. A run refuses links.
+
+    Raises:
+        StorageError: The file cannot be read, for a reason other than its content.
+        OutOfMemoryError: There is not enough memory to read it.
+    """
+    footer: dict[str, Any] | None = None
+    part: Part | None = None
+    try:
+        mode = (path.stat() if follow_links else path.lstat()).st_mode
+        if not stat.S_ISREG(mode):
+            problem = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+            return PartFile(path=path, state="foreign", problem=problem)
+        footer, rows = _read_footer(path)
+        part = validated(Part, {**footer, "name": path.name if name is None else name})
+        if rows != part.rows:
+            raise ValueError(f"it holds {rows} rows, and its footer says {part.rows}")
+        if content and footer["format"] == FORMAT:
+            _check_content(path, part)
+    except FileNotFoundError:
+        return PartFile(path=path, state="missing", problem="gone")
+    except _NoFooterError:
+        return PartFile(path=path, state="foreign", problem="a Parquet file without its footer")
+    except Exception as error:
+        if not is_damage(error):
+            raise read_error(path, error) from error
+        problem = str(error) or type(error).__name__
+        return PartFile(path=path, state="damaged", problem=problem, footer=footer, part=part)
+    return PartFile(path=path, state="sound", footer=footer, part=part)
+
+
+def inspect_footer(path: Path) -> PartFile:
+    """Inspect a part by its footer alone, through a link too: downloads from a hub consist of links."""
+    return inspect_part(path, content=False, follow_links=True)
+
+
+def read_footer(path: Path) -> dict[str, Any] | None:
+    """Return the footer of a part; None when the file has none. Raises the errors of `inspect_part`."""
+    return inspect_footer(path).footer
+
+
+def _read_footer(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the valid footer, and the number of rows in the metadata of Parquet."""
+    with named_in_errors(path), open_regular(path) as file:
+        metadata = pq.read_metadata(file)
+    text = (metadata.metadata or {}).get(FOOTER_KEY)
+    if text is None:
+        raise _NoFooterError
+    footer = translate_facts(parse_json(text))
+    validated(Footer, {**footer, "name": part_name(0)} if isinstance(footer, dict) else footer)
+    return footer, int(metadata.num_rows)
+
+
+def _check_content(path: Path, part: Part) -> None:
+    with open_parquet(path) as parquet:
+        digest = content_digest(parquet.read(use_threads=False))
+    if digest != part.content_digest:
+        raise ValueError("its rows are not those that were written (content_digest differs)")

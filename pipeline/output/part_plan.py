@@ -1,0 +1,132 @@
+"""Which rows each part of a job holds, and to which job a part belongs.
+
+Part k holds the input rows [k R, (k+1) R) in input order, R being `part_rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from gptbatch.pipeline.errors import OutputConflictError
+from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.part_file import PartFile
+from gptbatch.pipeline.output.schema import FORMAT
+
+# A larger limit changes these keys of the identity, and continues the same job.
+_INPUT_KEYS = ("input_digest", "rows", "limit")
+
+
+def rows_of_part(number: int, part_rows: int, total_rows: int) -> int:
+    """Return the number of input rows in part `number`."""
+    return max(0, min(part_rows, total_rows - number * part_rows))
+
+
+def count_parts(part_rows: int, total_rows: int) -> int:
+    """Return the number of parts; an input without rows makes one part without rows."""
+    return max(1, -(-total_rows // part_rows))
+
+
+def differing_keys(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return the keys in which two identities (see `job_identity`) differ; empty for the same job.
+
+    The input is compared only between identities with the same number of rows: a larger limit continues the same job.
+    """
+    keys = [
+        key for key, value in identity.items() if key not in _INPUT_KEYS and other.get(key) != value
+    ]
+    if identity.get("rows") == other.get("rows") and identity.get("input_digest") != other.get(
+        "input_digest"
+    ):
+        keys.append("input_digest")
+    return keys
+
+
+def group_by_job(footers: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the footers of each job, in the given order."""
+    jobs: list[list[dict[str, Any]]] = []
+    for footer in footers:
+        for job in jobs:
+            if job[0]["format"] == footer["format"] and not differing_keys(
+                job[0]["identity"], footer["identity"]
+            ):
+                job.append(footer)
+                break
+        else:
+            jobs.append([footer])
+    return jobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartPlan:
+    """The parts of a job.
+
+    Attributes:
+        identity: The identity of the job, with `rows`, `part_rows` and `input_digest` of its input.
+        input_digests: Digest of the input rows of each part, by part number.
+    """
+
+    identity: dict[str, Any]
+    input_digests: list[str]
+
+    @property
+    def part_rows(self) -> int:
+        """Rows per part; the last part may hold fewer."""
+        return int(self.identity["part_rows"])
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of the input."""
+        return int(self.identity["rows"])
+
+    @property
+    def n_parts(self) -> int:
+        """Number of parts, at least 1."""
+        return count_parts(self.part_rows, self.total_rows)
+
+    def rows_of(self, number: int) -> int:
+        """Return the number of rows in part `number`."""
+        return rows_of_part(number, self.part_rows, self.total_rows)
+
+    def is_whole(self, part: Part) -> bool:
+        """Return whether a part of this job holds all rows of its number, from the same input rows."""
+        number = part.number
+        return number < self.n_parts and (part.first_row, part.rows, part.input_rows_digest) == (
+            number * self.part_rows,
+            self.rows_of(number),
+            self.input_digests[number],
+        )
+
+    def check_same_job(self, file: PartFile) -> None:
+        """Check that a file is a part of this job.
+
+        Raises:
+            OutputConflictError: Another job, or another program, wrote it.
+        """
+        if file.state == "foreign":
+            raise OutputConflictError(
+                f"{file.path}: is not a part that gptbatch wrote ({file.problem}); move it away, or name another output"
+            )
+        if file.footer is None:
+            return
+        if file.footer["format"] != FORMAT:
+            raise OutputConflictError(
+                f"{file.path}: has format {file.footer['format']}, and this version writes {FORMAT}; name another output"
+            )
+        # The number of rows in the identity says nothing about one part: input_rows_digest is compared below.
+        keys = differing_keys({**self.identity, "rows": None}, file.footer["identity"])
+        if keys:
+            raise OutputConflictError(
+                f"{file.path}: is a part of another job ({', '.join(keys)} differ); name another output"
+            )
+        if file.part is not None and self._has_other_input(file.part):
+            raise OutputConflictError(
+                f"{file.path}: is a part of another input (input_rows_digest differs); name another output"
+            )
+
+    def _has_other_input(self, part: Part) -> bool:
+        """Return whether a part holds all rows of a number, which need not be that of its name, from other input rows."""
+        number, offset = divmod(part.first_row, self.part_rows)
+        whole = offset == 0 and part.rows == self.rows_of(number) and number < self.n_parts
+        return whole and part.input_rows_digest != self.input_digests[number]

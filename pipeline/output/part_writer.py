@@ -1,0 +1,172 @@
+"""Writing parts: rows in any order become Parquet files, each committed when its last row arrives.
+
+A part under its final name is the record that its rows are done. The file appears whole and checked (atomic_write.py), and
+takes its name only where no other file has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gptbatch.pipeline.errors import OutputConflictError, StorageError
+from gptbatch.pipeline.output.atomic_write import Writer
+from gptbatch.pipeline.output.file_hashes import FileHashes
+from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.part_file import FOOTER_KEY, PartFile, inspect_part, part_name
+from gptbatch.pipeline.output.part_plan import PartPlan
+from gptbatch.pipeline.output.schema import content_digest, to_row, to_table
+from gptbatch.pipeline.system.regular_file import file_sha256
+from gptbatch.pipeline.types import Completion
+
+# Tries to commit a part while another program creates and deletes files of its name.
+MAX_COMMIT_TRIES = 3
+
+
+class PartWriter:
+    """Collects rows in any order and commits each part when its last row arrives.
+
+    Args:
+        output: The output folder.
+        writer: Writes files atomically.
+        hashes: Records the SHA-256 of each part.
+        plan: The parts of the job.
+        facts: The facts of the run, for the footers.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        writer: Writer,
+        hashes: FileHashes,
+        *,
+        plan: PartPlan,
+        facts: dict[str, Any],
+    ) -> None:
+        self._output, self._writer, self._hashes, self._plan = output, writer, hashes, plan
+        self.facts = facts
+        self._rows: dict[int, dict[int, dict[str, Any]]] = {}
+        self._error_kinds: dict[int, Counter[str]] = {}
+
+    def add(self, completion: Completion, text: str | None) -> Part | None:
+        """Add one row.
+
+        Args:
+            completion: The result of the row.
+            text: The decoded new tokens; None for an error.
+
+        Returns:
+            The part that this row completes; None while its part lacks rows.
+
+        Raises:
+            StorageError: The part cannot be written.
+            OutputConflictError: A part of another job has its name.
+        """
+        index = completion.prompt.index
+        number = index // self._plan.part_rows
+        rows = self._rows.setdefault(number, {})
+        assert index not in rows
+        rows[index] = to_row(completion, text)
+        if completion.error is not None:
+            self._error_kinds.setdefault(number, Counter())[completion.error.kind] += 1
+        if len(rows) < self._plan.rows_of(number):
+            return None
+        part = self._commit(number, [rows[index] for index in sorted(rows)])
+        del self._rows[number]
+        return part
+
+    def add_empty(self) -> Part:
+        """Write the part of an input without rows, so that readers find the schema."""
+        assert self._plan.total_rows == 0
+        return self._commit(0, [])
+
+    def _commit(self, number: int, rows: list[dict[str, Any]]) -> Part:
+        """Write the part where its name is free.
+
+        Where another run of this job wrote the same part, keep that one; replace a damaged file.
+        """
+        part, table = self._to_part(number, rows)
+        path = self._output / part.name
+        for _ in range(MAX_COMMIT_TRIES):
+            if self._write(path, table, part, only_if_absent=True):
+                return part
+            existing = inspect_part(path)
+            if existing.state == "missing":
+                continue
+            self._plan.check_same_job(existing)
+            if (
+                existing.state == "sound"
+                and existing.part is not None
+                and self._plan.is_whole(existing.part)
+            ):
+                self._check_same_rows(existing, part)
+                self._hashes.record_part(part.name, file_sha256(path))
+                return existing.part
+            self._write(path, table, part, only_if_absent=False)
+            return part
+        raise StorageError(
+            f"{path}: appears and disappears; is another program working in this folder?"
+        )
+
+    def _to_part(self, number: int, rows: list[dict[str, Any]]) -> tuple[Part, pa.Table]:
+        """Return the part and its table, with the footer in the schema metadata."""
+        table = to_table(rows)
+        part = Part(
+            name=part_name(number),
+            first_row=number * self._plan.part_rows,
+            rows=len(rows),
+            error_kinds=dict(sorted(self._error_kinds.pop(number, Counter()).items())),
+            prompt_tokens=sum(row["prompt_tokens"] for row in rows),
+            completion_tokens=sum(row["completion_tokens"] for row in rows),
+            input_rows_digest=self._plan.input_digests[number],
+            content_digest=content_digest(table),
+        )
+        footer = {**self.facts, **part.model_dump(exclude={"name"})}
+        return part, table.replace_schema_metadata({FOOTER_KEY: json.dumps(footer)})
+
+    def _write(self, path: Path, table: pa.Table, part: Part, *, only_if_absent: bool) -> bool:
+        """Write the part and read it back. Returns False where `only_if_absent` and the name is taken."""
+        digests: list[str] = []
+
+        def check(temporary: Path) -> None:
+            written = inspect_part(temporary, name=part.name)
+            if written.state != "sound" or written.part != part:
+                cause = written.problem or "its footer differs"
+                raise StorageError(
+                    f"{path}: reads back differently from what was written ({cause}); is the disk failing?"
+                )
+            digests.append(file_sha256(temporary))
+
+        done = self._writer.write(
+            path,
+            lambda file: _write_table(file, table),
+            check=check,
+            only_if_absent=only_if_absent,
+        )
+        if done:
+            self._hashes.record_part(part.name, digests[0])
+        return done
+
+    def _check_same_rows(self, existing: PartFile, part: Part) -> None:
+        assert existing.part is not None
+        assert existing.footer is not None
+        if existing.part.content_digest != part.content_digest:
+            same = existing.footer.get("environment") == self.facts.get("environment")
+            where = "on a machine with the same environment" if same else "with another environment"
+            raise OutputConflictError(
+                f"{existing.path}: another run of this job wrote it {where}, and its rows differ (content_digest); name another output"
+            )
+
+
+def _write_table(file: BinaryIO, table: pa.Table) -> None:
+    with pq.ParquetWriter(
+        file, table.schema, compression="zstd", write_page_checksum=True
+    ) as writer:
+        # load_dataset fails on a row group without rows, but accepts a file without row groups.
+        if len(table):
+            writer.write_table(table)

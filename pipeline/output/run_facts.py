@@ -1,0 +1,55 @@
+"""The facts of a run that its manifest and the footer of each part record."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from gptbatch.pipeline.config import JobConfig
+from gptbatch.pipeline.model.checkpoint import Checkpoint
+from gptbatch.pipeline.model.loading import LoadedModel
+from gptbatch.pipeline.output.schema import FORMAT
+from gptbatch.pipeline.system.redact import redact
+
+_PACKAGES = ("gptbatch", "torch", "tokenizers", "datasets", "pyarrow", "numpy")
+
+
+def collect_run_facts(
+    config: JobConfig, identity: dict[str, Any], checkpoint: Checkpoint, loaded: LoadedModel
+) -> dict[str, Any]:
+    """Return the facts of a run as JSON values.
+
+    Args:
+        config: The settings of the job.
+        identity: The identity of the job, its input included.
+        checkpoint: The checkpoint of the model.
+        loaded: The model on this machine.
+    """
+    source = config.input if config.input is not None else f"{config.dataset}[{config.split}]"
+    return {
+        "format": FORMAT,
+        "identity": identity,
+        "config_hash": identity["config_hash"],
+        "model": redact(config.model),
+        "model_path": str(checkpoint.folder.resolve()),
+        "model_digest": identity["model_digest"],
+        "tokenizer_digest": identity["tokenizer_digest"],
+        "input": redact(source),
+        "input_digest": identity["input_digest"],
+        "dtype": config.engine.dtype,
+        "device": loaded.model.device.type,
+        "batch_invariance": loaded.batch_invariance,
+        "environment": loaded.environment,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
