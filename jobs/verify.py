@@ -65,7 +65,9 @@ def verify(
     overrides = Overrides(**options)
     print_checkpoint(run, overrides.model)
     loaded_run = LoadedRun(run, overrides)
-    selected = run.rows() if all_rows else run.reader().take(evenly_spaced(rows or 100, run.n_rows))
+    selected = (
+        run.rows() if all_rows else run.row_reader().take(evenly_spaced(rows or 100, run.n_rows))
+    )
     reasons = loaded_run.reasons_bits_may_differ()
     began = time.monotonic()
     outcomes, first = _check_rows(loaded_run, selected)

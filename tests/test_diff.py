@@ -179,7 +179,7 @@ def test_rows_are_read_at_any_place(
 ) -> None:
     monkeypatch.setattr(gptbatch.pipeline.audit.run_reader, "BATCH_ROWS", batch_rows)
     run = RunReader(write_run(tmp_path / "out", many(23), part_rows=5))
-    reader = run.reader(["prompt_id"])
+    reader = run.row_reader(["prompt_id"])
     for places in (
         [0],
         [1, 2],

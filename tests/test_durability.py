@@ -447,7 +447,7 @@ def test_another_profile_is_refused(setting: Setting, tmp_path: Path) -> None:
     )
     assert code == 0, child.stderr
     code, child = setting.launcher.run("verify", tmp_path / "mixed")
-    assert "its parts were made in more than one way" in child.stdout
+    assert "its parts were computed in several environments" in child.stdout
 
 
 def test_overwrite_is_killed_before_it_has_begun(setting: Setting, tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def test_a_run_that_was_not_checked_is_judged_by_tolerance(
     code, lines = command("verify", tmp_path / "off", "--all")
     assert (code, json.loads(lines[-1])["because"]) == (
         0,
-        ["the run skipped the start-up check (batch_invariance: off)"],
+        ["the run skipped the self-test (batch_invariance: off)"],
     )
     assert command("diff", finished / "out", tmp_path / "off")[0] == 0
 

@@ -1,4 +1,4 @@
-"""Two recorded runs, row by row: which rows have other tokens, where they part, and which settings differ. Imports no torch."""
+"""diff: compare two recorded runs row by row, and the settings that explain the differences. Imports no torch."""
 
 from __future__ import annotations
 
@@ -36,20 +36,28 @@ _DIGEST_BYTES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowDifference:
-    """One id whose rows are not equal. A row is named by the first of these that holds:
+    """An id whose rows differ between the runs.
 
-        only_in_a, only_in_b   the other run has no such id; all fields below are None
-        prompt                 the prompts differ
-        error                  one has a completion, the other an error
-        tokens                 the tokens differ
-        ending                 the same tokens, but another finish_reason or stop_reason
-        text                   the same tokens as another text
-        bits                   the same in all this, but from other logits: another logits_digest where both have one, or another
-                               min_decision_margin where seed, temperature and top_k are the same
-
-    token_index: the first place, from 0, where the tokens differ; None where they do not. token_a, token_b: the token there, None
-    for a completion that had ended. min_decision_margin_a, min_decision_margin_b: how far each row was from other tokens under other rounding, in
-    logits; None for a row without a step.
+    Attributes:
+        prompt_id: The id.
+        kind: The first of these that holds:
+            only_in_a, only_in_b: The other run has no such id. All attributes below are None.
+            prompt: The prompts differ.
+            error: One has a completion, the other an error.
+            tokens: The tokens differ.
+            finish: The same tokens, with another finish_reason or stop_reason.
+            text: The same tokens, with another text.
+            logits: All of these are equal, but the logits differ: another logits_digest where both have one, or another
+                min_decision_margin with the same seed, temperature and top_k.
+        token_index: Index of the first token that differs; None where the tokens are equal.
+        token_a: The token of run a there; None where its completion has ended.
+        token_b: The same of run b.
+        min_decision_margin_a: The column of run a, in logits; None for a row without a step.
+        min_decision_margin_b: The same of run b.
+        finish_reason_a: The column of run a.
+        finish_reason_b: The column of run b.
+        stop_reason_a: The column of run a.
+        stop_reason_b: The column of run b.
     """
 
     prompt_id: str
@@ -67,7 +75,13 @@ class RowDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingDifference:
-    """A setting that the runs do not share: a key of their identity, `device`, or `environment.NAME`. None: a run does not say."""
+    """A setting in which the runs differ.
+
+    Attributes:
+        name: A key of the identity, `device`, `dtype` or `environment.NAME`.
+        a: The value of run a; None where it is not recorded.
+        b: The value of run b; None where it is not recorded.
+    """
 
     name: str
     a: Any
@@ -76,9 +90,17 @@ class SettingDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffSummary:
-    """Rows of a diff. different: ids in both runs whose rows are not equal, by kind in `kinds`. missing_in_a: ids that only b has.
+    """Counts of a diff.
 
-    equal_from_other_logits: those of the equal rows that differ in `bits` alone.
+    Attributes:
+        rows_a: Rows of run a.
+        rows_b: Rows of run b.
+        equal: Ids in both runs whose rows are equal.
+        equal_from_other_logits: Ids among these whose logits differ.
+        different: Ids in both runs whose rows differ.
+        kinds: Number of these by kind.
+        missing_in_a: Ids that only run b has.
+        missing_in_b: Ids that only run a has.
     """
 
     rows_a: int
@@ -92,56 +114,64 @@ class DiffSummary:
 
     @property
     def all_equal(self) -> bool:
-        """Whether both runs hold the same ids and every row is equal; so do two runs without rows."""
+        """Whether both runs hold the same ids with equal rows. Two runs without rows are equal."""
         return not (self.different or self.missing_in_a or self.missing_in_b)
 
     @property
     def common(self) -> int:
-        """Ids that both runs have."""
+        """Number of ids in both runs."""
         return self.equal + self.different
 
 
 def diff_runs(a: RunReader, b: RunReader) -> Iterator[RowDifference]:
-    """The rows that are not equal, joined by prompt_id: in the order of `a`, then those that only `b` has, in its order.
+    """Yield the rows that differ, joined by prompt_id: in the order of `a`, then those that only `b` has.
 
-    Clocks and an error's words do not count. In memory are an id and a digest for each row of `b`, and a batch of rows of each run.
-    It is one pass over each, and for rows that are not equal another over `b`, or, where they also stand in another order, several.
-    Raises StorageError when a part cannot be read, or where a run holds an id twice.
+    Timings and the texts of errors are not compared. Memory holds an id and a digest per row of `b`, and a batch of rows of each
+    run. Each run is read once; rows of `b` that differ are read a second time, or several times where the orders differ.
+
+    Raises:
+        StorageError: A part cannot be read, or a run holds an id twice.
     """
-    places: dict[str, int] = {}
+    indices: dict[str, int] = {}
     digests = bytearray()
-    for place, row in enumerate(b.rows(_COLUMNS)):
-        if places.setdefault(row["prompt_id"], place) != place:
-            raise _twice(b, row["prompt_id"])
+    for index, row in enumerate(b.rows(_COLUMNS)):
+        if indices.setdefault(row["prompt_id"], index) != index:
+            raise _duplicate_id(b, row["prompt_id"])
         digests += _digest(row)
-    seen = bytearray(len(places))
-    reader = b.reader(_COLUMNS + _ROW_SETTINGS)
+    seen = bytearray(len(indices))
+    reader = b.row_reader(_COLUMNS + _ROW_SETTINGS)
     rows = a.rows(_COLUMNS + _ROW_SETTINGS)
     while block := list(islice(rows, BATCH_ROWS)):
         unequal: dict[str, int] = {}
         for row in block:
-            place_b = places.get(row["prompt_id"])
-            if place_b is None:
+            index_b = indices.get(row["prompt_id"])
+            if index_b is None:
                 continue
-            if seen[place_b]:
-                raise _twice(a, row["prompt_id"])
-            seen[place_b] = True
-            if digests[place_b * _DIGEST_BYTES : (place_b + 1) * _DIGEST_BYTES] != _digest(row):
-                unequal[row["prompt_id"]] = place_b
+            if seen[index_b]:
+                raise _duplicate_id(a, row["prompt_id"])
+            seen[index_b] = True
+            if digests[index_b * _DIGEST_BYTES : (index_b + 1) * _DIGEST_BYTES] != _digest(row):
+                unequal[row["prompt_id"]] = index_b
         partners = {row["prompt_id"]: row for row in reader.take(sorted(unequal.values()))}
         for row in block:
             if row["prompt_id"] in partners:
                 if (difference := _compare(row, partners[row["prompt_id"]])) is not None:
                     yield difference
-            elif row["prompt_id"] not in places:
+            elif row["prompt_id"] not in indices:
                 yield RowDifference(prompt_id=row["prompt_id"], kind="only_in_a")
-    for prompt_id, place in places.items():
-        if not seen[place]:
+    for prompt_id, index in indices.items():
+        if not seen[index]:
             yield RowDifference(prompt_id=prompt_id, kind="only_in_b")
 
 
 def summarize(a: RunReader, b: RunReader, differences: Iterable[RowDifference]) -> DiffSummary:
-    """Count the differences that `diff_runs(a, b)` gives, all of them."""
+    """Count differences.
+
+    Args:
+        a: A run.
+        b: Another run.
+        differences: All that `diff_runs(a, b)` yields.
+    """
     kinds = Counter(difference.kind for difference in differences)
     different = kinds.total() - kinds["only_in_a"] - kinds["only_in_b"] - kinds["logits"]
     return DiffSummary(
@@ -161,14 +191,14 @@ def summarize(a: RunReader, b: RunReader, differences: Iterable[RowDifference]) 
 
 
 def settings_that_differ(a: RunReader, b: RunReader) -> list[SettingDifference]:
-    """Why rows may differ: the keys of the identities, the device and the environment that are not the same, by name.
+    """Return the identity keys, device, dtype and environment in which two runs differ, by name.
 
-    A run that has written no part yet says nothing of its device and environment, and these are then left out.
+    Device and environment are left out where a run has no part yet, which does not record them.
     """
     left, right = dict(a.manifest["identity"]), dict(b.manifest["identity"])
     if a.facts and b.facts:
-        left.update(_machine(a.facts))
-        right.update(_machine(b.facts))
+        left.update(_environment(a.facts))
+        right.update(_environment(b.facts))
     names = sorted(left.keys() | right.keys())
     return [
         SettingDifference(name=name, a=left.get(name), b=right.get(name))
@@ -177,7 +207,7 @@ def settings_that_differ(a: RunReader, b: RunReader) -> list[SettingDifference]:
     ]
 
 
-def _machine(facts: dict[str, Any]) -> dict[str, Any]:
+def _environment(facts: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name in _FACTS:
         value = facts.get(name)
@@ -190,13 +220,13 @@ def _machine(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(row: dict[str, Any]) -> bytes:
-    """16 bytes, the same for rows that are the same and, but for an accident of 2^-128, for no others."""
+    """Return a 16-byte hash of the compared columns."""
     compared = [row[name] is None if name == "error" else row[name] for name in _COLUMNS]
     return hashlib.blake2b(repr(compared).encode(), digest_size=_DIGEST_BYTES).digest()
 
 
 def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
-    """How two rows of one id differ; None when they do not, but that one has a logits_digest and the other has none."""
+    """Return how two rows of one id differ; None when they differ only in that one has no logits_digest."""
     tokens_a, tokens_b = a["completion_token_ids"], b["completion_token_ids"]
     kind: DifferenceKind
     if a["prompt"] != b["prompt"]:
@@ -232,12 +262,12 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
 
 
 def _differ(a: dict[str, Any], b: dict[str, Any], name: str) -> bool:
-    """Whether both say something, and not the same."""
+    """Return whether both rows have a value in a column, and the values differ."""
     return a[name] != b[name] and None not in (a[name], b[name])
 
 
 def _sampled_alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether equal logits give both rows the same min_decision_margin. Greedy rows have neither noise nor top_k."""
+    """Return whether equal logits give both rows the same min_decision_margin. Greedy rows use neither noise nor top_k."""
     return a["temperature"] == b["temperature"] and (
         a["temperature"] == 0 or all(a[name] == b[name] for name in _ROW_SETTINGS)
     )
@@ -250,7 +280,7 @@ def _first_difference(a: list[int], b: list[int]) -> int | None:
     return next((index for index in range(shorter) if a[index] != b[index]), shorter)
 
 
-def _twice(run: RunReader, prompt_id: str) -> StorageError:
+def _duplicate_id(run: RunReader, prompt_id: str) -> StorageError:
     return StorageError(
         f"{run.path}: holds the id {prompt_id!r} twice, so that rows cannot be paired; does it hold parts of two runs?"
     )

@@ -1,4 +1,4 @@
-"""A recorded run brought back to life: its settings, tokenizer and weights loaded again, its rows as the network takes them."""
+"""LoadedRun: a recorded run with its checkpoint found again, to compute its rows again."""
 
 from __future__ import annotations
 
@@ -38,10 +38,14 @@ _RANGES["prompt_tokens_dropped"] = (0, 2**31 - 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
-    """What is taken otherwise than recorded; None takes it as recorded. model: a folder or hub name of the same weights.
+    """Settings that replace those of the run; None keeps the recorded one.
 
-    allow_pickle: read pickled weights; what the folder says of it does not count, as anybody may have written it. threads: None takes
-    what torch finds, whatever the run took, since bits do not depend on it.
+    Attributes:
+        model: A folder or hub name of the same weights.
+        allow_pickle: Read pickled weights. The recorded setting is ignored, because anyone may have written the folder.
+        allow_other_weights: Accept weights with another digest.
+        device: "cpu" or "cuda".
+        threads: CPU threads. None takes the default of torch, not the recorded number: bits do not depend on it.
     """
 
     model: str | None = None
@@ -52,10 +56,23 @@ class Overrides:
 
 
 class LoadedRun:
-    """A run whose checkpoint has been found again. The network is loaded when it is first asked for.
+    """A run whose checkpoint is found. The model is loaded at the first use of `loaded`.
 
-    Raises ModelError when the weights or the tokenizer are not those of the run, OutputConflictError when its settings cannot be
-    read.
+    Args:
+        run: The run.
+        overrides: Settings that replace those of the run.
+
+    Attributes:
+        run: The run.
+        is_older: Whether an older version wrote the run.
+        config: Its settings, with the overrides.
+        checkpoint: Its checkpoint.
+        gpt_config: The architecture of the model.
+        tokenizer: The tokenizer, with the run's settings.
+
+    Raises:
+        ModelError: The weights or the tokenizer are not those of the run.
+        OutputConflictError: The recorded settings cannot be read.
     """
 
     def __init__(self, run: RunReader, overrides: Overrides) -> None:
@@ -69,7 +86,8 @@ class LoadedRun:
         self.is_older = run.manifest["format"] != FORMAT
         changes: dict[str, Any] = {"engine": _engine(recorded.engine, run.facts, overrides)}
         if "add_special_tokens" not in run.config:
-            changes["add_special_tokens"] = False  # the run is from before there was a template
+            # The version that wrote the run did not apply the tokenizer's template.
+            changes["add_special_tokens"] = False
         self.config = recorded.model_copy(update=changes)
         self.checkpoint, tokenizer = self._find_checkpoint(overrides)
         self.gpt_config: GPTConfig = parse_config(
@@ -79,7 +97,7 @@ class LoadedRun:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """The weights, loaded and checked on this machine."""
+        """The model on this machine, after the self-test."""
         engine = self.config.engine
         return load_model(
             self.checkpoint,
@@ -91,11 +109,11 @@ class LoadedRun:
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """Token ids that end a row; empty if none was to."""
+        """Token ids that end a row; empty with ignore_eos."""
         return () if self.config.ignore_eos else self.checkpoint.special_tokens.ends
 
     def reasons_bits_may_differ(self) -> list[str]:
-        """Why bits here may differ from those recorded; empty when they must not."""
+        """Return why bits computed here may differ from the recorded ones; empty when they must be equal."""
         recorded: dict[str, Any] = self.run.facts.get("environment", {})
         reasons = [
             f"{key} differs"
@@ -105,20 +123,24 @@ class LoadedRun:
         ]
         batch_invariance = self.run.facts.get("batch_invariance")
         if batch_invariance == "off":
-            reasons.append("the run skipped the start-up check (batch_invariance: off)")
+            reasons.append("the run skipped the self-test (batch_invariance: off)")
         elif batch_invariance != "verified":
-            reasons.append("the machine of the run did not pass the start-up check")
+            reasons.append("the machine of the run did not pass the self-test")
         if len(self.run.environments) > 1:
-            reasons.append("its parts were made in more than one way")
+            reasons.append("its parts were computed in several environments")
         if self.loaded.batch_invariance != "verified":
-            reasons.append("this machine does not pass the start-up check")
+            reasons.append("this machine does not pass the self-test")
         identity = self.run.manifest["identity"]
         if self.checkpoint.model_digest != identity["model_digest"]:
             reasons.append("the weights differ")
         return reasons
 
     def prompt_token_ids(self, rows: Sequence[dict[str, Any]]) -> list[tuple[list[int], str]]:
-        """The token ids of each row's prompt as the network saw them, and why they cannot be those, "" when they can."""
+        """Return the token ids of each row's prompt, and why they cannot be those of the run; "" when they can.
+
+        Args:
+            rows: Rows of the run.
+        """
         encoded = self.tokenizer.encode([row["prompt"] or "" for row in rows])
         kept = [
             prompt.token_ids[row["prompt_tokens_dropped"] :]
@@ -188,18 +210,18 @@ class LoadedRun:
 
 
 def recorded_model(run: RunReader) -> str:
-    """The checkpoint that a run names: its folder where it is still there, else what the settings say."""
+    """Return the checkpoint of a run: its folder if that still exists, otherwise the recorded setting."""
     path = run.facts.get("model_path")
     return str(path if path and Path(path).is_dir() else run.config.get("model"))
 
 
 def row_params(row: dict[str, Any]) -> SamplingParams:
-    """The parameters that a row was generated with."""
+    """Return the sampling parameters of a row."""
     return SamplingParams(**{name: row[name] for name in SAMPLING_SETTINGS})
 
 
 def _engine(recorded: EngineConfig, facts: dict[str, Any], overrides: Overrides) -> EngineConfig:
-    """As recorded, with the attention backend that was used, if it can be had here."""
+    """Return the recorded settings with the overrides, and the attention backend of the run where this machine has it."""
     backend = facts.get("environment", {}).get("attention")
     changes: dict[str, Any] = {
         "attention": "padded" if backend == "padded" else "auto",

@@ -1,7 +1,4 @@
-"""replay: one recorded row generated again, alone, and each of its steps explained.
-
-Knows: a loaded_run run and one of its rows. Does not print.
-"""
+"""replay: generate one recorded row again, alone, and explain each of its steps."""
 
 from __future__ import annotations
 
@@ -19,10 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """A row generated again. text: of the completion, None for an error.
+    """A row generated again.
 
-    first_difference: the index of the first token that is not as recorded (the length of the shorter where one goes on); None
-    when all are, and the endings too.
+    Attributes:
+        completion: The result.
+        text: The text of the completion; None for an error.
+        first_difference: Index of the first token that differs from the recorded one; the length of the shorter completion where
+            the other one continues. None when all tokens and the stop reason are equal.
+        trace: Each step explained; empty where no trace was requested.
     """
 
     completion: Completion
@@ -32,13 +33,24 @@ class Replay:
 
     @property
     def equal(self) -> bool:
+        """Whether all tokens and the stop reason are equal to the recorded ones."""
         return self.first_difference is None
 
 
 def replay_row(
     loaded_run: LoadedRun, row: dict[str, Any], params: SamplingParams, *, trace: bool
 ) -> Replay:
-    """Generate the row with these parameters. Raises InputNotFoundError for a row whose prompt never reached the network."""
+    """Generate a row again.
+
+    Args:
+        loaded_run: The run.
+        row: A row of it, with all columns.
+        params: The parameters to generate it with.
+        trace: Explain each step.
+
+    Raises:
+        InputNotFoundError: The row has no prompt that the model can take, as an error row.
+    """
     from gptbatch.pipeline.engine.engine import Engine
 
     ((prompt_ids, problem),) = loaded_run.prompt_token_ids([row])
@@ -67,7 +79,7 @@ def replay_row(
         window_full=loaded_run.config.window_full,
         record_logits=row["logits_digest"] is not None,
     )
-    (completion,) = [ended for round_ in engine.generate(iter([source])) for ended in round_]
+    (completion,) = [done for step in engine.generate(iter([source])) for done in step]
     token_ids = completion.token_ids
     text = None
     if completion.finish_reason != "error":
@@ -81,12 +93,12 @@ def replay_row(
 
 
 def _first_difference(completion: Completion, row: dict[str, Any]) -> int | None:
-    ours, recorded = completion.token_ids, row["completion_token_ids"]
-    if ours == recorded and completion.stop_reason == row["stop_reason"]:
+    token_ids, recorded = completion.token_ids, row["completion_token_ids"]
+    if token_ids == recorded and completion.stop_reason == row["stop_reason"]:
         return None
     return next(
-        (i for i, (a, b) in enumerate(zip(ours, recorded, strict=False)) if a != b),
-        min(len(ours), len(recorded)),
+        (i for i, (a, b) in enumerate(zip(token_ids, recorded, strict=False)) if a != b),
+        min(len(token_ids), len(recorded)),
     )
 
 
@@ -96,10 +108,10 @@ def _trace(
     from gptbatch.pipeline.audit.trace import RecordedRow, each_logits, explain_step, step_hidden
 
     model, params = loaded_run.loaded.model, completion.prompt.params
-    known = RecordedRow(prompt=prompt_ids, new=completion.token_ids, params=params)
+    recorded = RecordedRow(prompt=prompt_ids, new=completion.token_ids, params=params)
     return tuple(
         explain_step(row_logits, params, step, completion.token_ids[step])
-        for segments, hidden in step_hidden(model, [known])
+        for segments, hidden in step_hidden(model, [recorded])
         for step, row_logits in zip(
             (step for segment in segments for step in segment.steps),
             each_logits(model, hidden),

@@ -1,10 +1,10 @@
-"""A run that has been written, finished or not: its settings and its rows, for reading only. Imports no torch."""
+"""RunReader: the settings and rows of a recorded run, finished or not, for reading only. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +17,7 @@ from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
 from gptbatch.pipeline.output.manifest import run_facts
 from gptbatch.pipeline.output.old_formats import OLD_COLUMN_NAMES, is_old_format, translate_config
 from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
-from gptbatch.pipeline.output.part_listing import list_parts, read_run_state
+from gptbatch.pipeline.output.part_listing import PartListing, list_parts, read_run_state
 from gptbatch.pipeline.output.schema import SCHEMA
 from gptbatch.pipeline.system.regular_file import named_in_errors, open_regular
 from gptbatch.pipeline.system.yaml_reader import MAX_RECORDED_BYTES, YamlError, parse_yaml_mapping
@@ -26,15 +26,27 @@ BATCH_ROWS = 2048
 
 
 class RunReader:
-    """The run in an output folder. What it holds is looked up once: parts that appear later are not seen.
+    """The run in an output folder. The folder is listed once: parts that are written later are not seen.
 
-    manifest: what the folder says of the run, its identity among it. facts: what the run says of itself, model and environment among it.
-    environments: how the parts were made, each way once: a run that went on elsewhere has more than one. parts: the files of the table, in
-    order. n_rows: rows in them. marked_complete: whether the run has ended. complete: whether it has, and all of its rows are there.
-    rows_expected: rows of its input, None where an older version did not say. stray_tables: names of tables that are not its parts.
+    Args:
+        path: The output folder.
 
-    Raises InputNotFoundError when there is no folder or no run of ours in it, OutputConflictError when it holds parts of several
-    jobs, StorageError when it cannot be read.
+    Attributes:
+        path: The output folder.
+        manifest: The manifest, with the identity of the job.
+        facts: The facts of the run: model, device, environment and others.
+        environments: The different environments of the parts. A run that was continued elsewhere has more than one.
+        parts: The part files, in order.
+        n_rows: Rows in them.
+        marked_complete: Whether the run has ended.
+        complete: Whether the run has ended and all of its rows are present.
+        rows_expected: Rows of the input; None where an older version did not record it.
+        stray_tables: Tables that are not parts of the run.
+
+    Raises:
+        InputNotFoundError: There is no folder, or no run in it.
+        OutputConflictError: The folder holds parts of several jobs.
+        StorageError: The folder or a part cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,51 +57,40 @@ class RunReader:
                 raise InputNotFoundError(
                     f"{path}: holds no run of gptbatch (it is empty); name the output folder of a run"
                 )
-            found = list_parts(state)
+            listing = list_parts(state)
         except OSError as error:
             raise StorageError(
                 f"{error.filename or path}: cannot be read ({error.strerror or error})"
             ) from error
-        self.manifest = state.manifest
-        if found.other_jobs:
+        if listing.other_jobs:
             raise OutputConflictError(
-                f"{path}: {found.other_jobs}; they are no run together: move the parts of each job into a folder of their own"
+                f"{path}: {listing.other_jobs}; they are no run together: move the parts of each job into a folder of their own"
             )
-        promised = {part["name"]: part["content_digest"] for part in self.manifest.get("parts", [])}
-        self.stray_tables = list(state.stray_tables)
-        for part in found.unusable:
-            # a file without a footer is damaged where the manifest promises a part, else a stranger's
-            if part.footer is not None or part.path.name in promised:
-                raise StorageError(
-                    f"{part.path}: cannot be read ({part.problem}); the part is damaged"
-                )
-            self.stray_tables.append(part.path.name)
-        self.parts = [self.path / part.name for part in found.parts]
-        there = {part.name: part.content_digest for part in found.parts}
+        self.manifest = state.manifest
+        self.facts = run_facts(self.manifest)
         self.marked_complete = state.marked_complete
         self.rows_expected: int | None = state.identity.get("rows")
-        self.facts = run_facts(self.manifest)
-        self.environments: list[dict[str, Any]] = []
-        for footer in found.footers:
-            if (
-                environment := {
-                    **footer.get("environment", {}),
-                    "batch_invariance": footer.get("batch_invariance"),
-                }
-            ) not in self.environments:
-                self.environments.append(environment)
-        counts = [part.rows for part in found.parts]
+        recorded = {part["name"]: part["content_digest"] for part in self.manifest.get("parts", [])}
+        self.stray_tables = state.stray_tables + _foreign_files(listing, recorded)
+        self.parts = [self.path / part.name for part in listing.parts]
+        self.environments = _environments(listing.footers)
+        counts = [part.rows for part in listing.parts]
         self.n_rows = sum(counts)
+        present = {part.name: part.content_digest for part in listing.parts}
         self.complete = (
             state.marked_complete
             and self.rows_expected in (None, self.n_rows)
-            and all(there.get(name) == digest for name, digest in promised.items())
+            and all(present.get(name) == digest for name, digest in recorded.items())
         )
-        self._first_places = list(accumulate(counts[:-1], initial=0))
+        self._first_rows = list(accumulate(counts[:-1], initial=0))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved config that the run was started with. Raises StorageError when it is missing or damaged."""
+        """The resolved config of the run.
+
+        Raises:
+            StorageError: The file is missing or damaged.
+        """
         path = OutputFolder(self.path).work / CONFIG
         try:
             with named_in_errors(path), open_regular(path) as file:
@@ -113,22 +114,26 @@ class RunReader:
             raise StorageError(f"{path}: {error}; the settings of the run are lost") from error
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """All rows, part after part, a batch in memory at a time. Raises StorageError when a part cannot be read.
+        """Yield all rows, part after part. Memory holds one batch of rows.
 
-        columns: names of the schema; None takes all. A column that an older version did not write is None.
+        Args:
+            columns: Names of columns; None takes all. A column that an older version did not write is None.
+
+        Raises:
+            StorageError: A part cannot be read.
         """
         for batch in self._batches(_names(columns), first_part=0):
             yield from batch.to_pylist()
 
-    def reader(self, columns: Sequence[str] | None = None) -> RowReader:
-        """For rows at places; columns as in `rows`."""
+    def row_reader(self, columns: Sequence[str] | None = None) -> RowReader:
+        """Return a reader of rows by index; columns as in `rows`."""
         return RowReader(self, _names(columns))
 
     def find(self, prompt_id: str) -> dict[str, Any] | None:
-        """The row of that id, all of its columns; None when there is none. Reads the ids up to it."""
-        for place, row in enumerate(self.rows(["prompt_id"])):
+        """Return the row with an id, with all columns; None when there is none. Reads the ids up to it."""
+        for index, row in enumerate(self.rows(["prompt_id"])):
             if row["prompt_id"] == prompt_id:
-                return next(self.reader().take([place]))
+                return next(self.row_reader().take([index]))
         return None
 
     def _batches(self, names: list[str], *, first_part: int) -> Iterator[pa.RecordBatch]:
@@ -151,41 +156,53 @@ class RunReader:
                     ) from error
                 raise read_error(path, error) from error
 
-    def _part_at(self, place: int) -> tuple[int, int]:
-        """The part that holds a place, and the place of its first row."""
-        number = bisect_right(self._first_places, place) - 1
-        return number, self._first_places[number]
+    def _part_of(self, index: int) -> tuple[int, int]:
+        """Return the number of the part that holds a row, and the index of the part's first row."""
+        number = bisect_right(self._first_rows, index) - 1
+        return number, self._first_rows[number]
 
 
 class RowReader:
-    """Rows of a run by their places: 0 is the first row of the first part.
+    """Reads rows of a run by index; 0 is the first row of the first part.
 
-    It goes on from where it is when it can, so that places that rise from call to call cost one pass over the table.
+    Indices that increase from call to call cost one pass over the table.
+
+    Args:
+        run: The run.
+        names: The columns.
     """
 
     def __init__(self, run: RunReader, names: list[str]) -> None:
         self._run, self._names = run, names
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None
-        self._first = self._end = 0  # the places of _batch
+        # _batch holds the rows from _first to _end - 1.
+        self._first = self._end = 0
 
-    def take(self, places: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The rows at `places`, which rise and are 0 to n_rows - 1. Raises StorageError when a part cannot be read."""
+    def take(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Yield rows.
+
+        Args:
+            indices: Increasing indices from 0 to n_rows - 1.
+
+        Raises:
+            StorageError: A part cannot be read.
+        """
         done = 0
-        while done < len(places):
-            batch = self._seek(places[done])
-            stop = bisect_left(places, self._end, lo=done)
-            yield from batch.take(
-                pa.array([place - self._first for place in places[done:stop]], pa.int64())
-            ).to_pylist()
+        while done < len(indices):
+            batch = self._seek(indices[done])
+            stop = bisect_left(indices, self._end, lo=done)
+            offsets = [index - self._first for index in indices[done:stop]]
+            yield from batch.take(pa.array(offsets, pa.int64())).to_pylist()
             done = stop
 
-    def _seek(self, place: int) -> pa.RecordBatch:
-        part, first_of_part = self._run._part_at(place)
-        if self._batch is None or place < self._first or first_of_part > self._end:
+    def _seek(self, index: int) -> pa.RecordBatch:
+        """Return the batch that holds a row."""
+        part, first_of_part = self._run._part_of(index)
+        if self._batch is None or index < self._first or first_of_part > self._end:
             self._batches = self._run._batches(self._names, first_part=part)
             self._first = self._end = first_of_part
-        while self._batch is None or place >= self._end:
+        while self._batch is None or index >= self._end:
             self._batch = next(self._batches, None)
             if self._batch is None:
                 raise StorageError(
@@ -193,6 +210,34 @@ class RowReader:
                 )
             self._first, self._end = self._end, self._end + len(self._batch)
         return self._batch
+
+
+def _foreign_files(listing: PartListing, recorded: Mapping[str, str]) -> list[str]:
+    """Return the files with parts' names that another program wrote.
+
+    A file without a footer is a damaged part where the manifest lists its name, and foreign otherwise.
+
+    Raises:
+        StorageError: A part is damaged.
+    """
+    foreign = []
+    for file in listing.unusable:
+        if file.footer is not None or file.path.name in recorded:
+            raise StorageError(f"{file.path}: cannot be read ({file.problem}); the part is damaged")
+        foreign.append(file.path.name)
+    return foreign
+
+
+def _environments(footers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    environments: list[dict[str, Any]] = []
+    for footer in footers:
+        environment = {
+            **footer.get("environment", {}),
+            "batch_invariance": footer.get("batch_invariance"),
+        }
+        if environment not in environments:
+            environments.append(environment)
+    return environments
 
 
 def _stored_name(name: str, present: set[str]) -> str | None:

@@ -1,7 +1,7 @@
-"""verify: do the weights still give the recorded tokens? Each row by one prefill, nothing is generated.
+"""verify: check that the weights give the recorded tokens. A prefill per row gives the logits of every step.
 
-Where this machine computes the same bits as the one that ran, the answer is exact: any difference is a mismatch. Elsewhere it
-is judged by margin: a recorded token that is within the tolerance of winning is a near tie, which rounding explains.
+Where this machine computes the same bits as the run's machine, every difference is a mismatch. Elsewhere a recorded token
+within a tolerance of being sampled is a near tie, which rounding explains.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,24 +19,33 @@ from gptbatch.pipeline.audit.loaded_run import LoadedRun, row_params
 from gptbatch.pipeline.config import EngineConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gptbatch.pipeline.audit.trace import RecordedRow
+    from gptbatch.pipeline.engine.sampling import SampledToken
 
 ROWS_PER_BATCH = 64
-# of the largest logit of a step, by dtype: what different orders of summing have been seen to make, and some
+# Relative to the largest logit of a step, by dtype: above all differences seen between reduction orders.
 TOLERANCES = {"float32": 2.0**-13, "bfloat16": 2.0**-5, "float16": 2.0**-8}
-INT8_TOLERANCE = (
-    2.0**-7
-)  # at least, where the cache is int8: a number near the middle of two steps may be rounded up here and down there
+# A lower bound with an int8 cache: a value near the middle of two int8 values may round to either.
+INT8_TOLERANCE = 2.0**-7
 
 Outcome = Literal["equal", "near_tie", "mismatch", "skipped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the check of one row found. problem says what differs first, "" for nothing.
+    """The result of checking one row.
 
-    step: the first step that differs. distance: how far, in logits, the recorded token was from winning there. Both None where
-    no step differs.
+    Attributes:
+        prompt_id: Id of the row.
+        prompt_index: Index of the row in the input.
+        outcome: "equal"; "near_tie": equal within the tolerance; "mismatch"; "skipped": an error row.
+        problem: The first difference; "" for none.
+        step: The first step whose token differs; None where none does.
+        recorded_token: The recorded token of that step.
+        sampled_token: The token that the weights give; None for logits that are not finite.
+        distance: How far, in logits, the recorded token was from being sampled at that step.
     """
 
     prompt_id: str
@@ -50,21 +59,25 @@ class Verdict:
 
 
 def evenly_spaced(count: int, n_rows: int) -> list[int]:
-    """At most `count` places of 0 to n_rows - 1, the first and the last among them."""
+    """Return at most `count` indices from 0 to n_rows - 1, the first and the last among them."""
     if count >= n_rows:
         return list(range(n_rows))
     return [round(i * (n_rows - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def verify_rows(loaded_run: LoadedRun, rows: Iterable[dict[str, Any]]) -> Iterator[Verdict]:
-    """A verdict for each row, in order. Error rows have nothing to check and are skipped.
+    """Yield a verdict for each row, in order.
 
-    Batches of rows are checked beside each other, each by a thread of its own: threads that share every product of a small
-    network wait for each other more than they work.
+    On a CPU each thread checks a batch of rows by itself: threads that share every GEMM of a small model spend most of their
+    time on synchronization.
+
+    Args:
+        loaded_run: The run.
+        rows: Rows of the run with all columns. Error rows are skipped.
     """
     import torch
 
-    exact = not loaded_run.reasons_bits_may_differ()
+    bits_equal = not loaded_run.reasons_bits_may_differ()
     on_cpu = loaded_run.loaded.model.device.type == "cpu"
     threads = torch.get_num_threads()
     workers = threads if on_cpu else 1
@@ -78,26 +91,25 @@ def verify_rows(loaded_run: LoadedRun, rows: Iterable[dict[str, Any]]) -> Iterat
                 while len(running) < 2 * workers and (
                     batch := list(islice(iterator, ROWS_PER_BATCH))
                 ):
-                    running.append(pool.submit(_verify_batch, loaded_run, batch, exact))
+                    running.append(pool.submit(_verify_batch, loaded_run, batch, bits_equal))
                 if not running:
                     return
                 yield from running.popleft().result()
     finally:
-        torch.set_num_threads(threads)  # what a thread sets is what later threads start with
+        # Threads that start later inherit the last value set.
+        torch.set_num_threads(threads)
 
 
-def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool) -> list[Verdict]:
-    from gptbatch.pipeline.audit.trace import RecordedRow, explain_step, step_hidden
-    from gptbatch.pipeline.engine.sampling import sample_tokens
-    from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
-    from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS, logits_bytes
+def _verify_batch(
+    loaded_run: LoadedRun, rows: list[dict[str, Any]], bits_equal: bool
+) -> list[Verdict]:
+    """Return the verdicts of a batch: rows that cannot be prefilled first, then those that can."""
+    from gptbatch.pipeline.audit.trace import RecordedRow
 
     verdicts: dict[int, Verdict] = {}
-    known: list[RecordedRow] = []
-    numbers: list[int] = []  # of the rows that can be checked
-    for number, (row, (prompt, prompt_problem)) in enumerate(
-        zip(rows, loaded_run.prompt_token_ids(rows), strict=True)
-    ):
+    recorded: dict[int, RecordedRow] = {}
+    prompts = loaded_run.prompt_token_ids(rows)
+    for number, (row, (prompt, prompt_problem)) in enumerate(zip(rows, prompts, strict=True)):
         if problem := _malformed(row, loaded_run.gpt_config.vocab_size):
             verdicts[number] = _verdict(row, "mismatch", problem)
         elif row["finish_reason"] == "error":
@@ -105,74 +117,135 @@ def _verify_batch(loaded_run: LoadedRun, rows: list[dict[str, Any]], exact: bool
         elif prompt_problem:
             verdicts[number] = _verdict(row, "mismatch", prompt_problem)
         else:
-            known.append(
-                RecordedRow(prompt=prompt, new=row["completion_token_ids"], params=row_params(row))
+            recorded[number] = RecordedRow(
+                prompt=prompt, new=row["completion_token_ids"], params=row_params(row)
             )
-            numbers.append(number)
-    # a margin above the recorded smallest one need not be known; just above, so that it shows if none comes down to it
-    recorded_margins = [rows[number]["min_decision_margin"] for number in numbers]
+    margins = [rows[number]["min_decision_margin"] for number in recorded]
+    checks = _check_steps(loaded_run, list(recorded.values()), margins)
+    for (number, tokens), check in zip(recorded.items(), checks, strict=True):
+        verdicts[number] = _judge(loaded_run, rows[number], tokens, check, bits_equal=bits_equal)
+    return [verdicts[number] for number in range(len(rows))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OtherToken:
+    """A step at which the weights give another token than the recorded one."""
+
+    step: int
+    recorded: int
+    sampled: int | None
+    distance: float
+    max_logit: float
+
+
+class _StepChecks:
+    """What the steps of one row gave: the steps with other tokens, the smallest margin, and the hash of the logits."""
+
+    def __init__(self) -> None:
+        self.other_tokens: list[_OtherToken] = []
+        self.min_decision_margin = math.inf
+        self.logits_hash = hashlib.sha256()
+
+
+def _check_steps(
+    loaded_run: LoadedRun,
+    rows: Sequence[RecordedRow],
+    recorded_margins: Sequence[float | None],
+) -> list[_StepChecks]:
+    """Sample every step of every row again, and compare the tokens with the recorded ones."""
+    from gptbatch.pipeline.audit.trace import explain_step, step_hidden
+
+    model = loaded_run.loaded.model
+    checks = [_StepChecks() for _ in rows]
+    # Margins above the recorded minimum need not be exact. The bound lies just above it, so that a larger minimum shows.
     bounds = [
         math.inf if margin is None else math.nextafter(margin, math.inf)
         for margin in recorded_margins
     ]
-    margins = [math.inf] * len(known)
-    hashes = [hashlib.sha256() for _ in known]
+    for segments, hidden in step_hidden(model, rows):
+        steps = [(segment.row, step) for segment in segments for step in segment.steps]
+        samples = _sample(
+            loaded_run, rows, steps, [bounds[index] for index, _ in steps], hidden, checks
+        )
+        for number, ((index, step), sample) in enumerate(zip(steps, samples, strict=True)):
+            check, token = checks[index], rows[index].new[step]
+            if sample.decision_margin is not None:
+                check.min_decision_margin = min(check.min_decision_margin, sample.decision_margin)
+            if sample.token != token:
+                (logits,) = model.logits(hidden[number : number + 1])
+                distance = explain_step(logits, rows[index].params, step, token).distance
+                check.other_tokens.append(
+                    _OtherToken(
+                        step=step,
+                        recorded=token,
+                        sampled=sample.token,
+                        distance=distance,
+                        max_logit=float(logits.abs().max()),
+                    )
+                )
+    return checks
+
+
+def _sample(
+    loaded_run: LoadedRun,
+    rows: Sequence[RecordedRow],
+    steps: Sequence[tuple[int, int]],
+    bounds: Sequence[float],
+    hidden: Tensor,
+    checks: Sequence[_StepChecks],
+) -> list[SampledToken]:
+    """Sample the tokens of steps, given as (row index, step), and hash their logits where the run recorded a digest.
+
+    hidden: (S, C).
+    """
+    from gptbatch.pipeline.engine.sampling import sample_tokens
+    from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
+    from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS, logits_bytes
+
     model = loaded_run.loaded.model
-    for segments, hidden in step_hidden(model, known):
-        places = [(segment.row, step) for segment in segments for step in segment.steps]
-        params, steps = [known[index].params for index, _ in places], [step for _, step in places]
-        most = [bounds[index] for index, _ in places]
-        if loaded_run.config.record_logits_digest:
-            choices = []
-            for first in range(0, len(places), MAX_HEAD_ROWS):
-                some = slice(first, first + MAX_HEAD_ROWS)
-                logits = model.logits(hidden[some])
-                for (index, _), step_logits in zip(places[some], logits.cpu(), strict=True):
-                    hashes[index].update(logits_bytes(step_logits))
-                choices += sample_tokens(
-                    logits, params[some], steps[some], most[some], native=model.backend.native
-                )
-        else:
-            choices = sample_from_hidden(model, hidden, params, steps, most)
-        for place, ((index, step), choice) in enumerate(zip(places, choices, strict=True)):
-            if choice.decision_margin is not None:
-                margins[index] = min(margins[index], choice.decision_margin)
-            recorded = known[index].new[step]
-            if choice.token == recorded:
-                continue
-            (step_logits,) = model.logits(hidden[place : place + 1])
-            distance = explain_step(step_logits, known[index].params, step, recorded).distance
-            tolerance = _tolerance(loaded_run.config.engine) * float(step_logits.abs().max())
-            near = not exact and choice.token is not None and distance <= tolerance
-            earlier = verdicts.get(numbers[index])
-            if earlier is None or (earlier.outcome == "near_tie" and not near):
-                verdicts[numbers[index]] = replace(
-                    _verdict(
-                        rows[numbers[index]],
-                        "near_tie" if near else "mismatch",
-                        f"the weights choose {choice.token}",
-                    ),
-                    step=step,
-                    recorded_token=recorded,
-                    sampled_token=choice.token,
-                    distance=distance,
-                )
-    for index, number in enumerate(numbers):
-        if number in verdicts and verdicts[number].outcome == "mismatch":
-            continue
-        digest = hashes[index].hexdigest() if loaded_run.config.record_logits_digest else None
-        problem = _other_problem(loaded_run, rows[number], known[index])
-        if (
-            not problem
-            and exact
-            and not (loaded_run.is_older and rows[number]["min_decision_margin"] is None)
-        ):
-            problem = _other_bits(rows[number], margins[index], digest)
-        if problem:
-            verdicts[number] = _verdict(rows[number], "mismatch", problem)
-        else:
-            verdicts.setdefault(number, _verdict(rows[number], "equal"))
-    return [verdicts[number] for number in range(len(rows))]
+    params, step_numbers = [rows[index].params for index, _ in steps], [step for _, step in steps]
+    if not loaded_run.config.record_logits_digest:
+        return sample_from_hidden(model, hidden, params, step_numbers, bounds)
+    samples: list[SampledToken] = []
+    for first in range(0, len(steps), MAX_HEAD_ROWS):
+        chunk = slice(first, first + MAX_HEAD_ROWS)
+        logits = model.logits(hidden[chunk])
+        for (index, _), step_logits in zip(steps[chunk], logits.cpu(), strict=True):
+            checks[index].logits_hash.update(logits_bytes(step_logits))
+        samples += sample_tokens(
+            logits, params[chunk], step_numbers[chunk], bounds[chunk], native=model.backend.native
+        )
+    return samples
+
+
+def _judge(
+    loaded_run: LoadedRun,
+    row: dict[str, Any],
+    tokens: RecordedRow,
+    check: _StepChecks,
+    *,
+    bits_equal: bool,
+) -> Verdict:
+    """Return the verdict of a row whose steps were sampled again."""
+    relative = _tolerance(loaded_run.config.engine)
+    near_tie: _OtherToken | None = None
+    for other in check.other_tokens:
+        is_near = other.sampled is not None and other.distance <= relative * other.max_logit
+        if bits_equal or not is_near:
+            return _token_verdict(row, "mismatch", other)
+        near_tie = near_tie or other
+    problem = _finish_problem(loaded_run, row, tokens)
+    # Older versions did not record the margin of every row.
+    has_bits = not (loaded_run.is_older and row["min_decision_margin"] is None)
+    if not problem and bits_equal and has_bits:
+        has_digest = loaded_run.config.record_logits_digest
+        digest = check.logits_hash.hexdigest() if has_digest else None
+        problem = _bits_problem(row, check.min_decision_margin, digest)
+    if problem:
+        return _verdict(row, "mismatch", problem)
+    if near_tie is not None:
+        return _token_verdict(row, "near_tie", near_tie)
+    return _verdict(row, "equal")
 
 
 def _tolerance(engine: EngineConfig) -> float:
@@ -180,6 +253,7 @@ def _tolerance(engine: EngineConfig) -> float:
 
 
 def _malformed(row: dict[str, Any], vocab_size: int) -> str:
+    """Return why the columns of a row contradict each other; "" when they do not."""
     tokens = row["completion_token_ids"]
     if row["finish_reason"] == "error":
         if tokens or row["completion"] is not None or row["error"] is None:
@@ -189,16 +263,16 @@ def _malformed(row: dict[str, Any], vocab_size: int) -> str:
         return "it has no tokens"
     if len(tokens) != row["completion_tokens"]:
         return f"it has {len(tokens)} tokens, but completion_tokens is {row['completion_tokens']}"
-    strange = [token for token in tokens if not 0 <= token < vocab_size]
+    unknown = [token for token in tokens if not 0 <= token < vocab_size]
     return (
-        f"it holds token {strange[0]}, which the model (vocab_size {vocab_size}) does not have"
-        if strange
+        f"it holds token {unknown[0]}, which the model (vocab_size {vocab_size}) does not have"
+        if unknown
         else ""
     )
 
 
-def _other_problem(loaded_run: LoadedRun, row: dict[str, Any], known: RecordedRow) -> str:
-    """What is wrong with a row whose tokens are right: where it ends, or its text."""
+def _finish_problem(loaded_run: LoadedRun, row: dict[str, Any], tokens: RecordedRow) -> str:
+    """Return what is wrong with the stop reason or the text of a row with the right tokens; "" for nothing."""
     from gptbatch.pipeline.engine.sequence import StopRule
 
     rule = StopRule(
@@ -207,32 +281,31 @@ def _other_problem(loaded_run: LoadedRun, row: dict[str, Any], known: RecordedRo
         window_full=loaded_run.config.window_full,
     )
     reason = None
-    for count, token in enumerate(known.new, start=1):
+    for count, token in enumerate(tokens.new, start=1):
         reason = rule.reason(
             token,
             num_new_tokens=count,
-            num_tokens=len(known.prompt) + count,
-            max_new_tokens=known.params.max_new_tokens,
+            num_tokens=len(tokens.prompt) + count,
+            max_new_tokens=tokens.params.max_new_tokens,
         )
-        if (reason is not None) != (count == len(known.new)):
+        if (reason is not None) != (count == len(tokens.new)):
             return f"it should {'go on after' if reason is None else 'have ended with'} token {count - 1}"
     if reason != row["stop_reason"] or (reason == "end_of_text") != (
         row["finish_reason"] == "stop"
     ):
         return f"it ended by {reason}, not by {row['stop_reason']} ({row['finish_reason']})"
-    text = loaded_run.tokenizer.completion_text(known.prompt, known.new, row["finish_reason"])
+    text = loaded_run.tokenizer.completion_text(tokens.prompt, tokens.new, row["finish_reason"])
     return "" if text == row["completion"] else "its text is not that of its tokens"
 
 
-def _other_bits(row: dict[str, Any], margin: float, logits_digest: str | None) -> str:
-    """What is wrong with a row whose tokens are right, where the bits of its logits must be too."""
-    if margin != (math.inf if row["min_decision_margin"] is None else row["min_decision_margin"]):
-        return f"its min_decision_margin is not {row['min_decision_margin']}"
-    return (
-        ""
-        if logits_digest == row["logits_digest"]
-        else "the bits of its logits differ (logits_digest)"
-    )
+def _bits_problem(row: dict[str, Any], margin: float, logits_digest: str | None) -> str:
+    """Return which record of the logits differs, in a row with the right tokens; "" for none."""
+    recorded = row["min_decision_margin"]
+    if margin != (math.inf if recorded is None else recorded):
+        return f"its min_decision_margin is not {recorded}"
+    if logits_digest != row["logits_digest"]:
+        return "the bits of its logits differ (logits_digest)"
+    return ""
 
 
 def _verdict(row: dict[str, Any], outcome: Outcome, problem: str = "") -> Verdict:
@@ -241,4 +314,17 @@ def _verdict(row: dict[str, Any], outcome: Outcome, problem: str = "") -> Verdic
         prompt_index=row["prompt_index"],
         outcome=outcome,
         problem=problem,
+    )
+
+
+def _token_verdict(row: dict[str, Any], outcome: Outcome, other: _OtherToken) -> Verdict:
+    return Verdict(
+        prompt_id=row["prompt_id"],
+        prompt_index=row["prompt_index"],
+        outcome=outcome,
+        problem=f"the weights choose {other.sampled}",
+        step=other.step,
+        recorded_token=other.recorded,
+        sampled_token=other.sampled,
+        distance=other.distance,
     )
