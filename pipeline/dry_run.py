@@ -1,4 +1,4 @@
-"""The dry run: every row checked and its tokens counted. Loads no model and writes nothing."""
+"""inspect_job: the dry run of a job. It loads no model and writes nothing."""
 
 from __future__ import annotations
 
@@ -26,9 +26,20 @@ logger = logging.getLogger("gptbatch")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputReport:
-    """What a dry run says of an input. Prompt lengths are in tokens; too_long counts prompts above n_positions.
+    """The result of a dry run.
 
-    bad_rows: rows that on_bad_row records as errors. error_kinds: rows that end as errors before the network sees them, by kind.
+    Attributes:
+        rows: Rows of the input.
+        bad_rows: Rows that on_bad_row records as errors.
+        error_kinds: Number of rows that become errors before the model runs, by kind.
+        prompt_tokens: Tokens of all prompts.
+        prompt_tokens_min: Tokens of the shortest prompt.
+        prompt_tokens_median: Tokens of the median prompt.
+        prompt_tokens_max: Tokens of the longest prompt.
+        n_positions: The context length of the model, in tokens.
+        too_long: Prompts with more tokens than n_positions.
+        max_new_tokens: Default limit of new tokens per row.
+        input_digest: SHA-256 of the content of all rows that decides the output.
     """
 
     rows: int
@@ -45,9 +56,13 @@ class InputReport:
 
 
 def inspect_job(config: JobConfig) -> InputReport:
-    """A dry run: check the output, and every row, and count its tokens. Loads no model and writes nothing.
+    """Check the output folder and every row of the input, and count the tokens of the prompts.
 
-    Raises what the run would raise before it loads the model.
+    Args:
+        config: The settings of the job.
+
+    Raises:
+        GptbatchError: The errors that `run_job` raises before it loads the model.
     """
     check_placement(config)
     folder = OutputFolder(Path(config.output))
@@ -55,9 +70,8 @@ def inspect_job(config: JobConfig) -> InputReport:
     checkpoint = find_checkpoint(
         config.model, revision=config.revision, allow_pickle=config.allow_pickle
     )
-    parse_config(
-        checkpoint.config, str(checkpoint.config_path)
-    )  # before a tokenizer that takes seconds to make
+    # A bad config.json is reported before the tokenizer is loaded, which takes seconds.
+    parse_config(checkpoint.config, str(checkpoint.config_path))
     tokenizer = load_tokenizer(checkpoint.folder)
     prompts = TokenizedInput(config, checkpoint, tokenizer, open_input(config))
     kept = find_continued_run(config, folder, lambda: job_identity(config, checkpoint, tokenizer))
@@ -78,8 +92,8 @@ def inspect_job(config: JobConfig) -> InputReport:
     for prompt in prompts.prompts(summary, reject=reject):
         if prompt is not None:
             lengths.append(len(prompt.token_ids) + prompt.tokens_dropped)
-    if said := describe_errors(errors, summary.rows):
-        logger.warning("a run would record errors: %s", said)
+    if described := describe_errors(errors, summary.rows):
+        logger.warning("a run would record errors: %s", described)
     prompts.log_warnings()
     ordered = sorted(lengths)
     n_positions = prompts.gpt_config.n_positions

@@ -1,11 +1,10 @@
 """run_job: run one job, from its config to a complete output folder.
 
-    1. find      output folder, checkpoint, tokenizer and input; exit codes 65, 66 and 78 before anything is loaded or written
-    2. check     every row of the input
-    3. lock      the output folder (69, 73)
-    4. inspect   the output: which parts are kept (78)
-    5. load      the model, and check its batch invariance
-    6. generate  rows -> token ids -> engine -> parts, then the final manifest and _SUCCESS
+    1. find      output folder, checkpoint, tokenizer and input; exit codes 65, 66 and 78 before
+    anything is loaded or written 2. check     every row of the input 3. lock      the output folder
+    (69, 73) 4. inspect   the output: which parts are kept (78) 5. load      the model, and check
+    its batch invariance 6. generate  rows -> token ids -> engine -> parts, then the final manifest
+    and _SUCCESS
 
 Heavy libraries are imported where they are used: a complete output is recognised without torch.
 """
@@ -58,7 +57,10 @@ loading_logger = logging.getLogger("gptbatch.loading")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A job whose model and input are found. `state`: the run in its output folder, before the folder is locked."""
+    """A job whose model and input are found.
+
+    `state`: the run in its output folder, before the folder is locked.
+    """
 
     config: JobConfig
     folder: OutputFolder
@@ -227,7 +229,10 @@ def _create_and_lock(job: _Job) -> OutputLock:
 
 
 def _load(job: _Job, checked: _CheckedInput, kept: KeptParts) -> tuple[LoadedModel, float]:
-    """Load the model, and check that it computes as it did for the kept rows. Returns the seconds that it took, too."""
+    """Load the model, and check that it computes as it did for the kept rows.
+
+    Returns the seconds that it took, too.
+    """
     config = job.config
     _log_loading(config, checked.summary.rows - kept.rows)
     began_s = time.monotonic()
@@ -251,7 +256,10 @@ def _engine_config(config: JobConfig, kept: KeptParts) -> EngineConfig:
 
 
 def _log_loading(config: JobConfig, rows: int) -> None:
-    """Log the model, the device and the rows, and limits on the cores. This is the first line of a run."""
+    """Log the model, the device and the rows, and limits on the cores.
+
+    This is the first line of a run.
+    """
     device = resolve_device(config.engine)
     threads = threads_to_use(config.engine.threads)
     where = (

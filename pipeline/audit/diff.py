@@ -1,4 +1,4 @@
-"""diff: compare two recorded runs row by row, and the settings that explain the differences. Imports no torch."""
+"""diff: compare the rows and settings of two recorded runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class RowDifference:
             tokens: The tokens differ.
             finish: The same tokens, with another finish_reason or stop_reason.
             text: The same tokens, with another text.
-            logits: All of these are equal, but the logits differ: another logits_digest where both have one, or another
-                min_decision_margin with the same seed, temperature and top_k.
+            logits: All of these are equal, but the logits differ: another logits_digest where both
+                have one, or another min_decision_margin with the same seed, temperature and top_k.
         token_index: Index of the first token that differs; None where the tokens are equal.
         token_a: The token of run a there; None where its completion has ended.
         token_b: The same of run b.
@@ -124,10 +124,13 @@ class DiffSummary:
 
 
 def diff_runs(a: RunReader, b: RunReader) -> Iterator[RowDifference]:
-    """Yield the rows that differ, joined by prompt_id: in the order of `a`, then those that only `b` has.
+    """Yield the rows that differ, joined by prompt_id, in the order of `a`.
 
-    Timings and the texts of errors are not compared. Memory holds an id and a digest per row of `b`, and a batch of rows of each
-    run. Each run is read once; rows of `b` that differ are read a second time, or several times where the orders differ.
+    Rows that only `b` has come last.
+
+    Timings and the texts of errors are not compared. Memory holds an id and a digest per row of
+    `b`, and a batch of rows of each run. Each run is read once; rows of `b` that differ are read a
+    second time, or several times where the orders differ.
 
     Raises:
         StorageError: A part cannot be read, or a run holds an id twice.
@@ -226,7 +229,7 @@ def _digest(row: dict[str, Any]) -> bytes:
 
 
 def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
-    """Return how two rows of one id differ; None when they differ only in that one has no logits_digest."""
+    """Return how two rows of one id differ; None when only one has a logits_digest."""
     tokens_a, tokens_b = a["completion_token_ids"], b["completion_token_ids"]
     kind: DifferenceKind
     if a["prompt"] != b["prompt"]:
@@ -267,7 +270,10 @@ def _differ(a: dict[str, Any], b: dict[str, Any], name: str) -> bool:
 
 
 def _sampled_alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Return whether equal logits give both rows the same min_decision_margin. Greedy rows use neither noise nor top_k."""
+    """Return whether equal logits give both rows the same min_decision_margin.
+
+    Greedy rows use neither noise nor top_k.
+    """
     return a["temperature"] == b["temperature"] and (
         a["temperature"] == 0 or all(a[name] == b[name] for name in _ROW_SETTINGS)
     )
@@ -282,5 +288,8 @@ def _first_difference(a: list[int], b: list[int]) -> int | None:
 
 def _duplicate_id(run: RunReader, prompt_id: str) -> StorageError:
     return StorageError(
-        f"{run.path}: holds the id {prompt_id!r} twice, so that rows cannot be paired; does it hold parts of two runs?"
+        f"{run.path}: holds the id {prompt_id!r} twice, so that rows cannot be paired; does it "
+        "hold "
+        ""
+        "parts of two runs?"
     )

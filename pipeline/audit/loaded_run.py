@@ -42,10 +42,12 @@ class Overrides:
 
     Attributes:
         model: A folder or hub name of the same weights.
-        allow_pickle: Read pickled weights. The recorded setting is ignored, because anyone may have written the folder.
+        allow_pickle: Read pickled weights. The recorded setting is ignored, because anyone may have
+            written the folder.
         allow_other_weights: Accept weights with another digest.
         device: "cpu" or "cuda".
-        threads: CPU threads. None takes the default of torch, not the recorded number: bits do not depend on it.
+        threads: CPU threads. None takes the default of torch, not the recorded number: bits do not
+            depend on it.
     """
 
     model: str | None = None
@@ -81,7 +83,8 @@ class LoadedRun:
             recorded = validated(JobConfig, run.config)
         except ValueError as error:
             raise OutputConflictError(
-                f"{run.path / WORK / CONFIG}: {error}; it was changed, or another version of gptbatch wrote it"
+                f"{run.path / WORK / CONFIG}: {error}; it was changed, or another version of "
+                "gptbatch wrote it"
             ) from error
         self.is_older = run.manifest["format"] != FORMAT
         changes: dict[str, Any] = {"engine": _engine(recorded.engine, run.facts, overrides)}
@@ -113,7 +116,7 @@ class LoadedRun:
         return () if self.config.ignore_eos else self.checkpoint.special_tokens.ends
 
     def reasons_bits_may_differ(self) -> list[str]:
-        """Return why bits computed here may differ from the recorded ones; empty when they must be equal."""
+        """Return why bits computed here may differ from the recorded ones; empty for no reason."""
         recorded: dict[str, Any] = self.run.facts.get("environment", {})
         reasons = [
             f"{key} differs"
@@ -136,7 +139,7 @@ class LoadedRun:
         return reasons
 
     def prompt_token_ids(self, rows: Sequence[dict[str, Any]]) -> list[tuple[list[int], str]]:
-        """Return the token ids of each row's prompt, and why they cannot be those of the run; "" when they can.
+        """Return the token ids of each row's prompt, and why the run cannot have used them, or "".
 
         Args:
             rows: Rows of the run.
@@ -159,11 +162,20 @@ class LoadedRun:
             if not least <= row[name] <= most:
                 return f"its {name} is {row[name]}"
         if len(token_ids) != row["prompt_tokens"]:
-            return f"its prompt is {len(token_ids)} tokens, but prompt_tokens is {row['prompt_tokens']}"
+            return (
+                f"its prompt is {len(token_ids)} tokens, but prompt_tokens is "
+                f"{row['prompt_tokens']}"
+            )
         if not 1 <= len(token_ids) <= n_positions:
-            return f"its prompt is {len(token_ids)} tokens; 1 to n_positions ({n_positions}) fit the context"
+            return (
+                f"its prompt is {len(token_ids)} tokens; 1 to n_positions ({n_positions}) fit the "
+                "context"
+            )
         if max(token_ids) >= vocab_size:
-            return f"its prompt holds token {max(token_ids)}, which the model (vocab_size {vocab_size}) does not have"
+            return (
+                f"its prompt holds token {max(token_ids)}, which the model (vocab_size "
+                f"{vocab_size}) does not have"
+            )
         return ""
 
     def _find_checkpoint(self, overrides: Overrides) -> tuple[Checkpoint, LoadedTokenizer]:
@@ -171,7 +183,8 @@ class LoadedRun:
         for key in ("model_digest", "tokenizer_digest"):
             if key not in identity:
                 raise OutputConflictError(
-                    f"{self.run.path / MANIFEST}: identity.{key} is missing; the run does not say which weights it used"
+                    f"{self.run.path / MANIFEST}: identity.{key} is missing; the run does not say "
+                    "which weights it used"
                 )
         name = overrides.model or recorded_model(self.run)
         try:
@@ -181,7 +194,8 @@ class LoadedRun:
         except ModelError as error:
             if overrides.model is None and not locate(name).exists():
                 raise ModelError(
-                    f"the run's checkpoint is not where it was; name a copy of it with --model ({error})"
+                    "the run's checkpoint is not where it was; name a copy of it with --model "
+                    f"({error})"
                 ) from error
             raise
         tokenizer = load_tokenizer(checkpoint.folder)
@@ -190,12 +204,14 @@ class LoadedRun:
             file_digest(checkpoint.folder, _FILES_OF_OLD_DIGESTS),
         ):
             raise ModelError(
-                f"{name}: its tokenizer is not the run's (by digest); name a copy of the run's checkpoint with --model"
+                f"{name}: its tokenizer is not the run's (by digest); name a copy of the run's "
+                "checkpoint with --model"
             )
         for key, value in special_token_identity(checkpoint, tokenizer).items():
             if key in identity and identity[key] != value:  # earlier versions did not record them
                 raise ModelError(
-                    f"{name}: its {key} is {value}, the run's {identity[key]!r:.200}; name a copy of the run's checkpoint with --model, "
+                    f"{name}: its {key} is {value}, the run's {identity[key]!r:.200}; name a copy "
+                    "of the run's checkpoint with --model, "
                     "generation_config.json included"
                 )
         if (
@@ -203,14 +219,15 @@ class LoadedRun:
             and not overrides.allow_other_weights
         ):
             raise ModelError(
-                f"{name}: its weights are not the run's (by digest); name a copy of the run's checkpoint with --model, or say "
+                f"{name}: its weights are not the run's (by digest); name a copy of the run's "
+                "checkpoint with --model, or say "
                 "--allow-other-weights to compare with these"
             )
         return checkpoint, tokenizer
 
 
 def recorded_model(run: RunReader) -> str:
-    """Return the checkpoint of a run: its folder if that still exists, otherwise the recorded setting."""
+    """Return the checkpoint of a run: its folder if that still exists, else the setting."""
     path = run.facts.get("model_path")
     return str(path if path and Path(path).is_dir() else run.config.get("model"))
 
@@ -221,7 +238,7 @@ def row_params(row: dict[str, Any]) -> SamplingParams:
 
 
 def _engine(recorded: EngineConfig, facts: dict[str, Any], overrides: Overrides) -> EngineConfig:
-    """Return the recorded settings with the overrides, and the attention backend of the run where this machine has it."""
+    """Return the recorded settings with the overrides and with the attention of the run."""
     backend = facts.get("environment", {}).get("attention")
     changes: dict[str, Any] = {
         "attention": "padded" if backend == "padded" else "auto",

@@ -21,8 +21,9 @@ class Replay:
     Attributes:
         completion: The result.
         text: The text of the completion; None for an error.
-        first_difference: Index of the first token that differs from the recorded one; the length of the shorter completion where
-            the other one continues. None when all tokens and the stop reason are equal.
+        first_difference: Index of the first token that differs from the recorded one; the length of
+            the shorter completion where the other one continues. None when all tokens and the stop
+            reason are equal.
         trace: Each step explained; empty where no trace was requested.
     """
 

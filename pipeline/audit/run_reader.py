@@ -1,4 +1,4 @@
-"""RunReader: the settings and rows of a recorded run, finished or not, for reading only. Imports no torch."""
+"""RunReader: the settings and rows of a recorded run, finished or not. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ BATCH_ROWS = 2048
 
 
 class RunReader:
-    """The run in an output folder. The folder is listed once: parts that are written later are not seen.
+    """The run in an output folder.
+
+    The folder is listed once: parts that are written later are not seen.
 
     Args:
         path: The output folder.
@@ -35,7 +37,8 @@ class RunReader:
         path: The output folder.
         manifest: The manifest, with the identity of the job.
         facts: The facts of the run: model, device, environment and others.
-        environments: The different environments of the parts. A run that was continued elsewhere has more than one.
+        environments: The different environments of the parts. A run that was continued elsewhere
+            has more than one.
         parts: The part files, in order.
         n_rows: Rows in them.
         marked_complete: Whether the run has ended.
@@ -55,7 +58,8 @@ class RunReader:
             state = read_run_state(path)
             if state is None:
                 raise InputNotFoundError(
-                    f"{path}: holds no run of gptbatch (it is empty); name the output folder of a run"
+                    f"{path}: holds no run of gptbatch (it is empty); name the output folder of a "
+                    "run"
                 )
             listing = list_parts(state)
         except OSError as error:
@@ -64,7 +68,8 @@ class RunReader:
             ) from error
         if listing.other_jobs:
             raise OutputConflictError(
-                f"{path}: {listing.other_jobs}; they are no run together: move the parts of each job into a folder of their own"
+                f"{path}: {listing.other_jobs}; they are no run together: move the parts of each "
+                "job into a folder of their own"
             )
         self.manifest = state.manifest
         self.facts = run_facts(self.manifest)
@@ -102,10 +107,12 @@ class RunReader:
         except (FileNotFoundError, NotADirectoryError) as error:
             if os.path.lexists(path.parent) and not path.parent.is_dir():
                 raise StorageError(
-                    f"{path.parent}: is not a folder; it should hold the settings of the run; copy it again"
+                    f"{path.parent}: is not a folder; it should hold the settings of the run; copy "
+                    "it again"
                 ) from error
             raise StorageError(
-                f"{path}: missing: {self.path} is a copy without {path.parent.name}, which holds the settings of its run; "
+                f"{path}: missing: {self.path} is a copy without {path.parent.name}, which holds "
+                "the settings of its run; "
                 "copy the whole folder"
             ) from error
         except OSError as error:
@@ -117,7 +124,8 @@ class RunReader:
         """Yield all rows, part after part. Memory holds one batch of rows.
 
         Args:
-            columns: Names of columns; None takes all. A column that an older version did not write is None.
+            columns: Names of columns; None takes all. A column that an older version did not write
+                is None.
 
         Raises:
             StorageError: A part cannot be read.
@@ -130,7 +138,7 @@ class RunReader:
         return RowReader(self, _names(columns))
 
     def find(self, prompt_id: str) -> dict[str, Any] | None:
-        """Return the row with an id, with all columns; None when there is none. Reads the ids up to it."""
+        """Return the row with an id, with all columns, or None. Reads the ids up to it."""
         for index, row in enumerate(self.rows(["prompt_id"])):
             if row["prompt_id"] == prompt_id:
                 return next(self.row_reader().take([index]))
@@ -215,7 +223,8 @@ class RowReader:
 def _foreign_files(listing: PartListing, recorded: Mapping[str, str]) -> list[str]:
     """Return the files with parts' names that another program wrote.
 
-    A file without a footer is a damaged part where the manifest lists its name, and foreign otherwise.
+    A file without a footer is a damaged part where the manifest lists its name, and foreign
+    otherwise.
 
     Raises:
         StorageError: A part is damaged.
@@ -241,7 +250,7 @@ def _environments(footers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _stored_name(name: str, present: set[str]) -> str | None:
-    """Return the name under which a file stores a column of the schema; None where an older version did not write it."""
+    """Return the name of a column in a file; None where an older version did not write it."""
     if name in present:
         return name
     old_name = OLD_COLUMN_NAMES.get(name)
@@ -272,6 +281,7 @@ def _names(columns: Sequence[str] | None) -> list[str]:
     unknown = [name for name in names if name not in SCHEMA.names]
     if unknown:
         raise ValueError(
-            f"columns: the table has no {', '.join(map(repr, unknown))}; its columns are {', '.join(SCHEMA.names)}"
+            f"columns: the table has no {', '.join(map(repr, unknown))}; its columns are "
+            f"{', '.join(SCHEMA.names)}"
         )
     return list(names)

@@ -1,7 +1,8 @@
-"""verify: check that the weights give the recorded tokens. A prefill per row gives the logits of every step.
+"""verify: check that the weights give the recorded tokens, by one prefill per row.
 
-Where this machine computes the same bits as the run's machine, every difference is a mismatch. Elsewhere a recorded token
-within a tolerance of being sampled is a near tie, which rounding explains.
+Where this machine computes bit for bit what the run's machine computed, every difference is a
+mismatch. Elsewhere a recorded token within a tolerance of being sampled is a near tie, which
+rounding explains.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from gptbatch.pipeline.engine.sampling import SampledToken
 
 ROWS_PER_BATCH = 64
-# Relative to the largest logit of a step, by dtype: above all differences seen between reduction orders.
+# Relative to the largest logit of a step, by dtype: above all differences seen between reduction
+# orders.
 TOLERANCES = {"float32": 2.0**-13, "bfloat16": 2.0**-5, "float16": 2.0**-8}
 # A lower bound with an int8 cache: a value near the middle of two int8 values may round to either.
 INT8_TOLERANCE = 2.0**-7
@@ -40,7 +42,8 @@ class Verdict:
     Attributes:
         prompt_id: Id of the row.
         prompt_index: Index of the row in the input.
-        outcome: "equal"; "near_tie": equal within the tolerance; "mismatch"; "skipped": an error row.
+        outcome: "equal"; "near_tie": equal within the tolerance; "mismatch"; "skipped": an error
+            row.
         problem: The first difference; "" for none.
         step: The first step whose token differs; None where none does.
         recorded_token: The recorded token of that step.
@@ -68,8 +71,8 @@ def evenly_spaced(count: int, n_rows: int) -> list[int]:
 def verify_rows(loaded_run: LoadedRun, rows: Iterable[dict[str, Any]]) -> Iterator[Verdict]:
     """Yield a verdict for each row, in order.
 
-    On a CPU each thread checks a batch of rows by itself: threads that share every GEMM of a small model spend most of their
-    time on synchronization.
+    On a CPU each thread checks a batch of rows by itself: threads that share every GEMM of a small
+    model spend most of their time on synchronization.
 
     Args:
         loaded_run: The run.
@@ -139,7 +142,7 @@ class _OtherToken:
 
 
 class _StepChecks:
-    """What the steps of one row gave: the steps with other tokens, the smallest margin, and the hash of the logits."""
+    """The steps of one row: those with other tokens, the smallest margin, and the logits' hash."""
 
     def __init__(self) -> None:
         self.other_tokens: list[_OtherToken] = []
@@ -157,7 +160,8 @@ def _check_steps(
 
     model = loaded_run.loaded.model
     checks = [_StepChecks() for _ in rows]
-    # Margins above the recorded minimum need not be exact. The bound lies just above it, so that a larger minimum shows.
+    # Margins above the recorded minimum need not be exact. The bound lies just above it, so that a
+    # larger minimum shows.
     bounds = [
         math.inf if margin is None else math.nextafter(margin, math.inf)
         for margin in recorded_margins
@@ -194,9 +198,9 @@ def _sample(
     hidden: Tensor,
     checks: Sequence[_StepChecks],
 ) -> list[SampledToken]:
-    """Sample the tokens of steps, given as (row index, step), and hash their logits where the run recorded a digest.
+    """Sample the tokens of steps, and hash their logits where the run recorded a digest.
 
-    hidden: (S, C).
+    steps: (row index, step) of each. hidden: (S, C).
     """
     from gptbatch.pipeline.engine.sampling import sample_tokens
     from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
@@ -272,7 +276,7 @@ def _malformed(row: dict[str, Any], vocab_size: int) -> str:
 
 
 def _finish_problem(loaded_run: LoadedRun, row: dict[str, Any], tokens: RecordedRow) -> str:
-    """Return what is wrong with the stop reason or the text of a row with the right tokens; "" for nothing."""
+    """Return what is wrong with the end or text of a row with the right tokens, or ""."""
     from gptbatch.pipeline.engine.sequence import StopRule
 
     rule = StopRule(
@@ -289,7 +293,10 @@ def _finish_problem(loaded_run: LoadedRun, row: dict[str, Any], tokens: Recorded
             max_new_tokens=tokens.params.max_new_tokens,
         )
         if (reason is not None) != (count == len(tokens.new)):
-            return f"it should {'go on after' if reason is None else 'have ended with'} token {count - 1}"
+            return (
+                f"it should {'go on after' if reason is None else 'have ended with'} token "
+                f"{count - 1}"
+            )
     if reason != row["stop_reason"] or (reason == "end_of_text") != (
         row["finish_reason"] == "stop"
     ):

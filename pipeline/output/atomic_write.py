@@ -1,9 +1,10 @@
 """Atomic and durable writes: every file of an output appears whole, or not at all.
 
-    temporary file on the same file system -> close -> fsync -> check -> link or replace -> fsync of both folders
+    temporary file on the same file system -> close -> fsync -> check -> link or replace -> fsync of
+    both folders
 
-After a kill or a power cut the name holds the old content or the new one. The next run deletes the temporary file. Its name is
-`NAME.RUN.tmp`; RUN is 12 random hexadecimal digits of the run.
+After a kill or a power cut the name holds the old content or the new one. The next run deletes the
+temporary file. Its name is `NAME.RUN.tmp`; RUN is 12 random hexadecimal digits of the run.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ class Writer:
             target: The final name.
             content: Writes the content to an open file.
             check: Inspects the finished temporary file; raises to keep the old target.
-            durable: Wait until the file survives a power cut. The replacement is atomic in both cases.
-            only_if_absent: Keep an existing target, and return False. A hard link makes one of several writers succeed. On a
-                file system without hard links, two simultaneous writers may both succeed, and the last one wins.
+            durable: Wait until the file survives a power cut. The replacement is atomic in both
+                cases.
+            only_if_absent: Keep an existing target, and return False. A hard link makes one of
+                several writers succeed. On a file system without hard links, two simultaneous
+                writers may both succeed, and the last one wins.
 
         Returns:
             Whether the file was written.
@@ -152,7 +155,10 @@ def _write_all(file: BinaryIO, content: bytes) -> None:
 
 
 def _fsync(path: Path) -> None:
-    """Flush a file or folder to the disk. Errors of file systems without fsync of folders are ignored."""
+    """Flush a file or folder to the disk.
+
+    Errors of file systems without fsync of folders are ignored.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,11 @@
-"""`crash_journal.json`: the parts in flight, so that the next run can tell which part a crash is due to.
+"""`crash_journal.json`: the parts in flight, so that the next run can tell which one crashes.
 
     {"parts_in_flight": [3, 4], "prompt_id": null, "crashes_per_part": {"3": 1, "4": 1}}
 
-The file is updated while parts are in flight, and deleted by a run that ends without a crash. A run that finds parts in
-flight concludes that the last run was killed, or lost power or memory. Parts that were in flight at two crashes run with a
-batch size of 1: the journal then names the row that runs alone.
+The file is updated while parts are in flight, and deleted by a run that ends without a crash. A run
+that finds parts in flight concludes that the last run was killed, or lost power or memory. Parts
+that were in flight at two crashes run with a batch size of 1: the journal then names the row that
+runs alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class CrashJournal:
         writer: Writes files atomically.
 
     Attributes:
-        crashes_per_part: Number of crashes while a part was in flight, by part number. Written parts are left out.
+        crashes_per_part: Number of crashes while a part was in flight, by part number. Written
+            parts are left out.
         last_prompt_id: Id of the row that ran alone at the last crash; None where none did.
     """
 

@@ -1,7 +1,7 @@
 """The error rows of an output: the file `errors.jsonl`, and a sentence that counts them.
 
-A line of errors.jsonl holds a row's id, prompt, settings and other fields, and `error`, the reason. The file can be the input
-of another run. Rows that could not be read have an empty prompt.
+A line of errors.jsonl holds a row's id, prompt, settings and other fields, and `error`, the reason.
+The file can be the input of another run. Rows that could not be read have an empty prompt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _ADVICE = {
     "too_long": "context_overflow: truncate_left keeps the end of such prompts",
     "empty_prompt": "give them a prompt",
     "unknown_token": "the model lacks a token of the tokenizer",
-    "unencodable": "the tokenizer has no tokens for parts of their text; on_lost_text: warn runs those that only lose characters",
+    "unencodable": (
+        "the tokenizer has no tokens for parts of their text; on_lost_text: warn runs those that "
+        "only lose characters"
+    ),
     "not_finite": "dtype: float32 has the widest range",
     "skipped": "named by skip_row",
 }

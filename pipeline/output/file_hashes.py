@@ -1,9 +1,11 @@
-"""SHA-256 hashes of files, recorded in `digests.json`: a file with the same size, times and inode is not read again.
+"""SHA-256 hashes of files, recorded in `digests.json`.
+
+A file with the recorded size, times and inode is not read again.
 
 {
     "files": {path: {"stat": [size, mtime_ns, ctime_ns, inode], "sha256": ...}},
-    "input": {"settings_sha256": ..., "files": {path: stat}, "summary": {"rows": ..., "digest": ...}},
-    "parts": {name: {"stat": ..., "sha256": ...}}
+    "input": {"settings_sha256": ..., "files": {path: stat}, "summary": {"rows": ..., "digest":
+    ...}}, "parts": {name: {"stat": ..., "sha256": ...}}
 }
 """
 
@@ -23,7 +25,8 @@ from gptbatch.pipeline.system.regular_file import file_sha256, read_json
 # size, mtime in ns, ctime in ns, inode
 Stat = list[int]
 
-# A file that was changed within this time may be changed again without a visible change of its times.
+# A file that was changed within this time may be changed again without a visible change of its
+# times.
 CLOCK_TICK_NS = 50_000_000
 # The same for file systems whose times are in whole seconds.
 COARSE_CLOCK_TICK_NS = 2_000_000_000
@@ -36,7 +39,7 @@ def stat_of(path: Path) -> Stat:
 
 
 class FileHashes:
-    """Hashes of the checkpoint's files, the input and the parts, from earlier runs and from this one.
+    """Hashes of the checkpoint's files, the input and the parts, from all runs of an output.
 
     Args:
         content: The content of `digests.json`, validated; None for no hashes.
@@ -90,10 +93,12 @@ class FileHashes:
 
         Args:
             settings: The settings that name the input.
-            files: The files of the input. None when they are not known, as for a dataset on the hub.
+            files: The files of the input. None when they are not known, as for a dataset on the
+                hub.
 
         Returns:
-            The summary given to `record_input`; None when none is recorded for these settings, or a file has changed.
+            The summary given to `record_input`; None when none is recorded for these settings, or a
+            file has changed.
         """
         recorded = self._input
         if (

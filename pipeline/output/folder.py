@@ -3,11 +3,12 @@
     part-00000.parquet ...  the table
     _manifest.json          facts of the run, and its parts
     _SUCCESS                written last: the run is complete
-    .gptbatch/              config.yaml, digests.json, progress.json, errors.jsonl, crash_journal.json, lock, temporary files
+    .gptbatch/              config.yaml, digests.json, progress.json, errors.jsonl,
+    crash_journal.json, lock, temporary files
 
-The parts are the record of what is done. The manifest claims the folder for a job before the first part is written, and is
-rebuilt from the parts where it is lost. A folder without parts holds no job. Only files whose name and footer are those of
-gptbatch are deleted.
+The parts are the record of what is done. The manifest claims the folder for a job before the first
+part is written, and is rebuilt from the parts where it is lost. A folder without parts holds no
+job. Only files whose name and footer are those of gptbatch are deleted.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class FolderState:
     """The run that an output folder holds.
 
     Attributes:
-        manifest: The manifest, or the footer that replaces a lost one. Holds the `identity` of the job.
+        manifest: The manifest, or the footer that replaces a lost one. Holds the `identity` of the
+            job.
         parts: Path of every file with a part's name, by part number.
         success: Whether `_SUCCESS` exists.
         marked_complete: Whether `_SUCCESS` exists and the manifest says complete.
@@ -80,7 +82,10 @@ class FolderState:
 
     @property
     def holds_job(self) -> bool:
-        """Whether any row is done. A run that failed before its first part leaves a folder for any job."""
+        """Whether any row is done.
+
+        A run that failed before its first part leaves a folder for any job.
+        """
         return bool(self.parts) or self.success
 
 
@@ -124,11 +129,13 @@ class OutputFolder:
                     raise
                 name = str(self.path)
                 raise OutputCreationError(
-                    f"{name[:200]}... ({len(name)} characters): cannot be created: the name is too long"
+                    f"{name[:200]}... ({len(name)} characters): cannot be created: the name is too "
+                    "long"
                 ) from error
             if stat.S_ISLNK(mode):
                 raise OutputConflictError(
-                    f"{entry}: is a symbolic link; name the real folder, so that nothing else is written over"
+                    f"{entry}: is a symbolic link; name the real folder, so that nothing else is "
+                    "written over"
                 )
             if entry in files and not stat.S_ISREG(mode):
                 raise OutputConflictError(
@@ -285,7 +292,8 @@ class OutputFolder:
     def delete_run(self, state: FolderState, *, keep_journal: bool = False) -> None:
         """Delete the run in this folder: its `_SUCCESS`, its parts and its crash journal.
 
-        Other files stay. The manifest stays until the next run replaces it, so that the folder is never unclaimed.
+        Other files stay. The manifest stays until the next run replaces it, so that the folder is
+        never unclaimed.
 
         Args:
             state: The run.
@@ -327,7 +335,8 @@ class OutputFolder:
                 keys = differing_keys(identity, current["identity"])
                 if keys and current["identity"] != replaces:
                     raise OutputConflictError(
-                        f"{self.path}: another job has begun there since ({', '.join(keys)} differ); its files stay as they are; "
+                        f"{self.path}: another job has begun there since ({', '.join(keys)} "
+                        "differ); its files stay as they are; "
                         "name another output"
                     )
             if self.writer.write_text(target, text, only_if_absent=current is None):
@@ -351,5 +360,8 @@ class OutputFolder:
             plan.check_same_job(file)
             if file.part is None or file.part != parts.get(number):
                 raise OutputConflictError(
-                    f"{path}: another run has changed it ({file.problem or 'it holds other rows'}); run the same command again"
+                    f"{path}: another run has changed it "
+                    f"({file.problem or 'it holds other rows'}); "
+                    ""
+                    "run the same command again"
                 )

@@ -1,11 +1,12 @@
-"""Models of the JSON that is read back from an output folder: every file is validated before it is used.
+"""Models of the JSON that is read back from an output folder, to validate it before use.
 
     _manifest.json   Manifest      .gptbatch/progress.json        ProgressContent
     part footers     Footer        .gptbatch/crash_journal.json   CrashJournalContent
                                    .gptbatch/digests.json         DigestsContent
                                    .gptbatch/holder.json          HolderContent
 
-Types are strict: "5", 5.0 and true are not integers. Unknown keys, which another version may write, are kept.
+Types are strict: "5", 5.0 and true are not integers. Unknown keys, which another version may write,
+are kept.
 """
 
 from __future__ import annotations
@@ -149,7 +150,10 @@ class HolderContent(_StrictModel):
 
 
 class FileDigest(_StrictModel):
-    """The hash of a file, and its size, times and inode; None where a later change may not show in these."""
+    """The hash of a file.
+
+    `stat` holds its size, times and inode; None where a later change may not show in these.
+    """
 
     stat: Stat | None
     sha256: Digest
@@ -202,5 +206,5 @@ def _shown(value: Any) -> str:
 
 
 def _huge(value: Any) -> bool:
-    """Return whether a value is an integer that may be too long to print: Python refuses more than 4,300 digits."""
+    """Return whether a value is an integer too long to print: Python refuses 4,300 digits."""
     return isinstance(value, int) and value.bit_length() > 128

@@ -1,8 +1,8 @@
 """The lock of an output folder: one writer at a time.
 
-The operating system holds the lock (flock), so that it ends with the process. Correctness does not depend on it: where a file
-system has no locks, runs continue with a warning, and keep temporary files of crashed runs. Part names are still taken once,
-and by one job (part_writer.py).
+The operating system holds the lock (flock), so that it ends with the process. Correctness does not
+depend on it: where a file system has no locks, runs continue with a warning, and keep temporary
+files of crashed runs. Part names are still taken once, and by one job (part_writer.py).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class OutputLock:
         work: The folder `.gptbatch` of the output.
 
     Attributes:
-        works: Whether the lock is held. It is not where the file system has no locks; temporary files of other runs must then
-            stay.
+        works: Whether the lock is held. It is not where the file system has no locks; temporary
+            files of other runs must then stay.
 
     Raises:
         OutputBusyError: Another run holds the lock. The message names its host and process.
@@ -66,7 +66,8 @@ class OutputLock:
             ) from error
         except (NotImplementedError, OSError) as error:
             logger.warning(
-                "%s cannot be locked (%s): start no other run with this output; temporary files of crashed runs are kept",
+                "%s cannot be locked (%s): start no other run with this output; temporary files of "
+                "crashed runs are kept",
                 self._work.parent,
                 error,
             )

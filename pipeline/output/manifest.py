@@ -30,7 +30,8 @@ class DamagedManifestError(OutputConflictError):
 
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(
-            f"{path}: damaged, or not written by gptbatch ({why}); name another output, or delete the folder if it is an old run"
+            f"{path}: damaged, or not written by gptbatch ({why}); name another output, or delete "
+            "the folder if it is an old run"
         )
         self.why = why
 
@@ -63,7 +64,8 @@ def rebuild_manifest(parts: Iterable[Path]) -> dict[str, Any] | None:
     """Rebuild a lost manifest from the footers of the parts.
 
     Returns:
-        The footer of the job with the most parts, and of this job the one with the longest input. None without footers.
+        The footer of the job with the most parts, and of this job the one with the longest input.
+        None without footers.
     """
     footers = [footer for path in parts if (footer := read_footer(path)) is not None]
     largest_job = max(group_by_job(footers), key=len, default=[])
@@ -95,5 +97,5 @@ def manifest_text(facts: dict[str, Any], parts: Iterable[Part], *, complete: boo
 
 
 def run_facts(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts of the run in a manifest or footer, without keys about the file and its rows."""
+    """Return the facts of the run in a manifest or footer, without keys about its rows."""
     return {key: value for key, value in content.items() if key not in _FILE_KEYS}

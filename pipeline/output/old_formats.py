@@ -1,7 +1,8 @@
-"""Names in outputs of earlier versions, translated to the current ones where such an output is read.
+"""Names in outputs of earlier versions, translated to the current ones on reading.
 
-Formats gptbatch-1 and gptbatch-2 use other names for keys and values of manifests, part footers, configs and columns.
-The reading code translates each of these once, before validation, and then sees only current names.
+Formats gptbatch-1 and gptbatch-2 use other names for keys and values of manifests, part footers,
+configs and columns. The reading code translates each of these once, before validation, and then
+sees only current names.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def is_old_format(name: Any) -> bool:
 
 
 def translate_facts(content: Any) -> Any:
-    """Return a manifest or a part footer with current names; content of the current format is returned as it is.
+    """Return a manifest or footer with current names; one of the current format is unchanged.
 
     Args:
         content: The parsed JSON, not validated yet.

@@ -1,7 +1,7 @@
 """Part files: their names, their footers, and the inspection of a file that has a part's name.
 
-A part is a Parquet file of the table. Its schema metadata holds a footer under FOOTER_KEY: JSON with the facts of the run,
-the rows that the part holds and the digest of their content.
+A part is a Parquet file of the table. Its schema metadata holds a footer under FOOTER_KEY: JSON
+with the facts of the run, the rows that the part holds and the digest of their content.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class PartFile:
 
     Attributes:
         path: The file.
-        state: "sound": a whole part. "damaged": unreadable, or changed since it was written. "foreign": another Parquet
-            file, a link, folder, FIFO, socket or device. "missing": deleted since the folder was listed.
+        state: "sound": a whole part. "damaged": unreadable, or changed since it was written.
+            "foreign": another Parquet file, a link, folder, FIFO, socket or device. "missing":
+            deleted since the folder was listed.
         problem: Why the file is not sound; "" for a sound one.
         footer: The whole footer; None where there is no valid one.
         part: The part that the footer describes; None where there is no valid footer.
@@ -64,9 +65,10 @@ class _NoFooterError(Exception):
 
 @contextmanager
 def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file that verifies page checksums and reads without threads.
+    """Open a Parquet file. Checksums are verified, and no threads are used.
 
-    The file is opened here because pyarrow takes names with a colon for URLs. Raises the errors of pyarrow: see `is_damage`.
+    The file is opened here because pyarrow takes names with a colon for URLs. Raises the errors of
+    pyarrow: see `is_damage`.
     """
     with (
         named_in_errors(path),
@@ -79,7 +81,9 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def is_damage(error: Exception) -> bool:
-    """Return whether a read error is due to the bytes of the file, not to memory, threads, permissions or the disk.
+    """Return whether a read error is due to the bytes of the file.
+
+    Other causes are memory, threads, permissions and the disk.
 
     Arrow raises OSError without an errno for bytes that it cannot decode.
     """
@@ -109,9 +113,12 @@ def inspect_part(
 
     Args:
         path: The file.
-        name: The final name of the part, where the file does not have it yet. None takes that of `path`.
-        content: Read all rows and compare their digest with the footer. Otherwise only the footer is read.
-        follow_links: Accept a link to a regular file, as readers of the table do. A run refuses links.
+        name: The final name of the part, where the file does not have it yet. None takes that of
+            `path`.
+        content: Read all rows and compare their digest with the footer. Otherwise only the footer
+            is read.
+        follow_links: Accept a link to a regular file, as readers of the table do. A run refuses
+            links.
 
     Raises:
         StorageError: The file cannot be read, for a reason other than its content.
@@ -143,12 +150,12 @@ def inspect_part(
 
 
 def inspect_footer(path: Path) -> PartFile:
-    """Inspect a part by its footer alone, through a link too: downloads from a hub consist of links."""
+    """Inspect a part by its footer alone, through a link too, as hub downloads are."""
     return inspect_part(path, content=False, follow_links=True)
 
 
 def read_footer(path: Path) -> dict[str, Any] | None:
-    """Return the footer of a part; None when the file has none. Raises the errors of `inspect_part`."""
+    """Return the footer of a part, or None. Raises the errors of `inspect_part`."""
     return inspect_footer(path).footer
 
 

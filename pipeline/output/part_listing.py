@@ -43,7 +43,8 @@ def list_parts(state: FolderState, hashes: FileHashes | None = None) -> PartList
 
     Args:
         state: The run in the folder.
-        hashes: Hashes of a complete run; a part that has not changed since is not read. None reads all.
+        hashes: Hashes of a complete run; a part that has not changed since is not read. None reads
+            all.
     """
     unchanged = _unchanged_parts(state, hashes) if state.marked_complete and hashes else {}
     parts = list(unchanged.values())
@@ -106,7 +107,10 @@ def _unchanged_parts(state: FolderState, hashes: FileHashes) -> dict[Path, Part]
 
 
 def _misplaced(part: Part, identity: dict[str, Any]) -> str:
-    """Return why a part cannot have its number; "" when it can. A part of a smaller limit may hold fewer rows."""
+    """Return why a part cannot have its number; "" when it can.
+
+    A part of a smaller limit may hold fewer rows.
+    """
     part_rows, rows = identity.get("part_rows"), identity.get("rows")
     if part_rows is None or rows is None:
         return ""
@@ -115,13 +119,17 @@ def _misplaced(part: Part, identity: dict[str, Any]) -> str:
     if part.first_row == first_row and part.rows <= max_rows:
         return ""
     last_row = part.first_row + part.rows - 1
-    return f"it holds rows {part.first_row} to {last_row} of its run, not {first_row} to {first_row + max_rows - 1}"
+    return (
+        f"it holds rows {part.first_row} to {last_row} of its run, not {first_row} to "
+        f"{first_row + max_rows - 1}"
+    )
 
 
 def _describe_jobs(manifest: dict[str, Any], n_parts: int, files: list[PartFile]) -> str:
     """Describe the parts of other jobs.
 
-    `holds parts of 2 jobs: 8 of job 5e6f7a8b, 2 of job 1a2b3c4d (part-00003.parquet, part-00007.parquet; seed 0 / 1)`
+    `holds parts of 2 jobs: 8 of job 5e6f7a8b, 2 of job 1a2b3c4d (part-00003.parquet,
+    part-00007.parquet; seed 0 / 1)`
     """
     names = {id(file.footer): file.path.name for file in files}
     jobs = group_by_job([file.footer for file in files if file.footer is not None])

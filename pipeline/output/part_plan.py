@@ -31,7 +31,8 @@ def count_parts(part_rows: int, total_rows: int) -> int:
 def differing_keys(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Return the keys in which two identities (see `job_identity`) differ; empty for the same job.
 
-    The input is compared only between identities with the same number of rows: a larger limit continues the same job.
+    The input is compared only between identities with the same number of rows: a larger limit
+    continues the same job.
     """
     keys = [
         key for key, value in identity.items() if key not in _INPUT_KEYS and other.get(key) != value
@@ -90,7 +91,7 @@ class PartPlan:
         return rows_of_part(number, self.part_rows, self.total_rows)
 
     def is_whole(self, part: Part) -> bool:
-        """Return whether a part of this job holds all rows of its number, from the same input rows."""
+        """Return whether a part of this job holds all rows of its number, from the same input."""
         number = part.number
         return number < self.n_parts and (part.first_row, part.rows, part.input_rows_digest) == (
             number * self.part_rows,
@@ -106,27 +107,36 @@ class PartPlan:
         """
         if file.state == "foreign":
             raise OutputConflictError(
-                f"{file.path}: is not a part that gptbatch wrote ({file.problem}); move it away, or name another output"
+                f"{file.path}: is not a part that gptbatch wrote ({file.problem}); move it away, "
+                "or "
+                ""
+                "name another output"
             )
         if file.footer is None:
             return
         if file.footer["format"] != FORMAT:
             raise OutputConflictError(
-                f"{file.path}: has format {file.footer['format']}, and this version writes {FORMAT}; name another output"
+                f"{file.path}: has format {file.footer['format']}, and this version writes "
+                f"{FORMAT}; name another output"
             )
-        # The number of rows in the identity says nothing about one part: input_rows_digest is compared below.
+        # The number of rows in the identity says nothing about one part: input_rows_digest is
+        # compared below.
         keys = differing_keys({**self.identity, "rows": None}, file.footer["identity"])
         if keys:
             raise OutputConflictError(
-                f"{file.path}: is a part of another job ({', '.join(keys)} differ); name another output"
+                f"{file.path}: is a part of another job ({', '.join(keys)} differ); name another "
+                "output"
             )
         if file.part is not None and self._has_other_input(file.part):
             raise OutputConflictError(
-                f"{file.path}: is a part of another input (input_rows_digest differs); name another output"
+                f"{file.path}: is a part of another input (input_rows_digest differs); name "
+                "another "
+                ""
+                "output"
             )
 
     def _has_other_input(self, part: Part) -> bool:
-        """Return whether a part holds all rows of a number, which need not be that of its name, from other input rows."""
+        """Return whether a part holds all rows of some number, from other input rows."""
         number, offset = divmod(part.first_row, self.part_rows)
         whole = offset == 0 and part.rows == self.rows_of(number) and number < self.n_parts
         return whole and part.input_rows_digest != self.input_digests[number]

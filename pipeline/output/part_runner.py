@@ -1,7 +1,8 @@
 """Generating the missing parts of a job.
 
-Rows are read across the borders of parts, so that the batch stays full. A part is committed when its last row is done.
-The number of parts in flight is bounded, because finished rows wait in memory for their part. Imports no torch.
+Rows are read across the borders of parts, so that the batch stays full. A part is committed when
+its last row is done. The number of parts in flight is bounded, because finished rows wait in memory
+for their part. Imports no torch.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ class Stop(Protocol):
     """A source of requests to stop a run."""
 
     def deferred(self) -> AbstractContextManager[None]:
-        """Defer a request inside the context until `requested` is called. Outside, a request may raise at any time."""
+        """Defer a request inside the context until `requested` is called.
+
+        Outside, a request may raise at any time.
+        """
 
     def requested(self) -> str | None:
         """Return the source of a request ("SIGTERM"); None for none. Called at every step."""
@@ -86,7 +90,8 @@ class ErrorLimit:
         """
         if errors > self.max_errors:
             raise InputRowsError(
-                f"{errors} of {self.rows} rows are errors, more than max_row_errors ({self.setting}) allows; "
+                f"{errors} of {self.rows} rows are errors, more than max_row_errors "
+                f"({self.setting}) allows; "
                 "what is written stays, and the same command with a larger one goes on"
             )
 
@@ -199,7 +204,8 @@ class PartRunner:
                 )
             if (source := self.stop.requested()) is not None:
                 raise StoppedError(
-                    f"stopped by {source}; {len(self.sink.parts)} parts are written; run the same command again to go on"
+                    f"stopped by {source}; {len(self.sink.parts)} parts are written; run the same "
+                    "command again to go on"
                 )
 
     def _record_lone_rows(

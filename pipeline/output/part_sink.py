@@ -1,4 +1,4 @@
-"""Where the rows of a run go: parts, with the records that let the next run continue after a crash."""
+"""PartSink: takes the rows of a run, and keeps the records that survive a crash."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Writing parts: rows in any order become Parquet files, each committed when its last row arrives.
 
-A part under its final name is the record that its rows are done. The file appears whole and checked (atomic_write.py), and
-takes its name only where no other file has it.
+A part under its final name is the record that its rows are done. The file appears whole and checked
+(atomic_write.py), and takes its name only where no other file has it.
 """
 
 from __future__ import annotations
@@ -130,7 +130,10 @@ class PartWriter:
         return part, table.replace_schema_metadata({FOOTER_KEY: json.dumps(footer)})
 
     def _write(self, path: Path, table: pa.Table, part: Part, *, only_if_absent: bool) -> bool:
-        """Write the part and read it back. Returns False where `only_if_absent` and the name is taken."""
+        """Write the part and read it back.
+
+        Returns False where `only_if_absent` and the name is taken.
+        """
         digests: list[str] = []
 
         def check(temporary: Path) -> None:
@@ -138,7 +141,8 @@ class PartWriter:
             if written.state != "sound" or written.part != part:
                 cause = written.problem or "its footer differs"
                 raise StorageError(
-                    f"{path}: reads back differently from what was written ({cause}); is the disk failing?"
+                    f"{path}: reads back differently from what was written ({cause}); is the disk "
+                    "failing?"
                 )
             digests.append(file_sha256(temporary))
 
@@ -159,7 +163,8 @@ class PartWriter:
             same = existing.footer.get("environment") == self.facts.get("environment")
             where = "on a machine with the same environment" if same else "with another environment"
             raise OutputConflictError(
-                f"{existing.path}: another run of this job wrote it {where}, and its rows differ (content_digest); name another output"
+                f"{existing.path}: another run of this job wrote it {where}, and its rows differ "
+                "(content_digest); name another output"
             )
 
 

@@ -14,7 +14,7 @@ logger = logging.getLogger("gptbatch")
 
 
 def check_placement(config: JobConfig) -> None:
-    """Refuse an output inside its own dataset, and warn of folder names that readers take for columns.
+    """Refuse an output inside its dataset, and warn of names that readers take for columns.
 
     Raises:
         OutputConflictError: The next run would read the output as rows of the dataset.
@@ -24,7 +24,10 @@ def check_placement(config: JobConfig) -> None:
         folder = dataset.resolve()
         if output == folder or folder in output.parents:
             raise OutputConflictError(
-                f"{config.output}: lies inside the folder of its own dataset ({config.dataset}), so that the next run would read "
+                f"{config.output}: lies inside the folder of its own dataset ({config.dataset}), "
+                "so "
+                ""
+                "that the next run would read "
                 "it as input; name an output outside it"
             )
     named = {column.name.lower() for column in COLUMNS}
@@ -35,7 +38,8 @@ def check_placement(config: JobConfig) -> None:
     ]
     if hive:
         logger.warning(
-            "%s: readers of Parquet take the folder name %s for a column, which replaces or contradicts that of the table; "
+            "%s: readers of Parquet take the folder name %s for a column, which replaces or "
+            "contradicts that of the table; "
             "use a name without =",
             config.output,
             ", ".join(hive),

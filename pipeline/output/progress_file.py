@@ -1,4 +1,4 @@
-"""`progress.json`: the progress of a run for monitoring, replaced every few seconds by an atomic write."""
+"""`progress.json`: the progress of a run for monitoring, replaced every few seconds."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ProgressFile:
 
     @contextmanager
     def recording_state(self) -> Iterator[None]:
-        """Record the state of the run inside: loading at first, then complete, stopped or failed."""
+        """Record the state of the run: loading at first, then complete, stopped or failed."""
         self.write("loading")
         try:
             yield

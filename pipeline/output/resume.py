@@ -1,8 +1,8 @@
 """Continuing a run: whether an output is of the same job, and which of its parts are kept.
 
-A part is kept when its footer is of this job, it holds the rows of its number, these rows of the input have not changed, and
-its content has the recorded digest. The rows of a damaged part are generated again. A part of another job is refused, and stays.
-Imports no torch.
+A part is kept when its footer is of this job, it holds the rows of its number, these rows of the
+input have not changed, and its content has the recorded digest. The rows of a damaged part are
+generated again. A part of another job is refused, and stays. Imports no torch.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def is_same_job(state: FolderState, identity: dict[str, Any]) -> bool:
 def is_replaced(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> bool:
     """Return whether this job keeps nothing of the run in a folder.
 
-    A folder without parts holds no job. `overwrite` replaces a complete run and a run of another job, but continues an
-    unfinished run of the same job.
+    A folder without parts holds no job. `overwrite` replaces a complete run and a run of another
+    job, but continues an unfinished run of the same job.
     """
     return not state.holds_job or (
         config.overwrite and (state.marked_complete or not is_same_job(state, identity))
@@ -91,7 +91,8 @@ def find_continued_run(
     Args:
         config: The settings of the job.
         folder: The output folder.
-        identity: Returns the identity of the job. It hashes the weights, and is called only where there is a run.
+        identity: Returns the identity of the job. It hashes the weights, and is called only where
+            there is a run.
 
     Raises:
         OutputConflictError: The folder holds a run of another job, or other files.
@@ -110,11 +111,13 @@ def check_same_job(config: JobConfig, state: FolderState, identity: dict[str, An
     """Check that the run in a folder is of this job, apart from its input.
 
     Raises:
-        OutputConflictError: The format, a setting, the attention backend or the batch invariance differs.
+        OutputConflictError: The format, a setting, the attention backend or the batch invariance
+            differs.
     """
     if state.manifest["format"] != FORMAT:
         raise OutputConflictError(
-            f"{config.output}: holds a run of format {state.manifest['format']}, and this version writes {FORMAT}, which cannot be mixed; "
+            f"{config.output}: holds a run of format {state.manifest['format']}, and this version "
+            f"writes {FORMAT}, which cannot be mixed; "
             f"go on with the version that began it ({_version(state)}), {_ADVICE}"
         )
     differing = _differing(state, identity)
@@ -123,7 +126,8 @@ def check_same_job(config: JobConfig, state: FolderState, identity: dict[str, An
         differing.append("part_rows")
     if differing:
         raise OutputConflictError(
-            f"{config.output}: holds a run of another job ({', '.join(differing)} differ); {_ADVICE}"
+            f"{config.output}: holds a run of another job ({', '.join(differing)} differ); "
+            f"{_ADVICE}"
         )
     environment = state.manifest.get("environment")
     if (
@@ -132,12 +136,14 @@ def check_same_job(config: JobConfig, state: FolderState, identity: dict[str, An
         and not config.allow_other_environment
     ):
         raise OutputConflictError(
-            f"{config.output}: holds a run with engine.attention {environment.get('attention')}, not {config.engine.attention}; {_ADVICE}"
+            f"{config.output}: holds a run with engine.attention {environment.get('attention')}, "
+            f"not {config.engine.attention}; {_ADVICE}"
         )
     batch_invariance = state.manifest.get("batch_invariance")
     if config.batch_invariance == "require" and batch_invariance not in (None, "verified"):
         raise OutputConflictError(
-            f"{config.output}: holds a run whose batch_invariance is {batch_invariance}, not verified; {_ADVICE}"
+            f"{config.output}: holds a run whose batch_invariance is {batch_invariance}, not "
+            f"verified; {_ADVICE}"
         )
 
 
@@ -161,7 +167,8 @@ def check_same_environment(
     ]
     if kept.parts and differing and not config.allow_other_environment:
         raise OutputConflictError(
-            f"{config.output}: holds rows of another environment ({'; '.join(differing)}), whose bits these may not match; "
+            f"{config.output}: holds rows of another environment ({'; '.join(differing)}), whose "
+            "bits these may not match; "
             "go on where it was begun, name another output, or use --allow-other-environment"
         )
 
@@ -175,7 +182,7 @@ def input_settings(config: JobConfig) -> dict[str, Any]:
 
 
 def part_rows_of(config: JobConfig, state: FolderState | None) -> int:
-    """Return the rows per part: those of the continued run, since they decide the parts' names; else those of the config.
+    """Return the rows per part: those of the continued run, else those of the config.
 
     Args:
         config: The settings of the job.
@@ -186,7 +193,7 @@ def part_rows_of(config: JobConfig, state: FolderState | None) -> int:
 
 
 def check_same_input(config: JobConfig, state: FolderState, summary: InputSummary) -> None:
-    """Check that the input begins with the rows of the run, and has more only where a larger limit adds them.
+    """Check that the input begins with the rows of the run, and only a larger limit adds rows.
 
     Raises:
         OutputConflictError: The input has changed.
@@ -194,27 +201,31 @@ def check_same_input(config: JobConfig, state: FolderState, summary: InputSummar
     rows, digest, limit = (state.identity.get(key) for key in ("rows", "input_digest", "limit"))
     if not isinstance(rows, int):
         raise OutputConflictError(
-            f"{config.output}: another version wrote it, which did not record its number of rows; {_ADVICE}"
+            f"{config.output}: another version wrote it, which did not record its number of rows; "
+            f"{_ADVICE}"
         )
     if rows > summary.rows:
         raise OutputConflictError(
-            f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows}; {_ADVICE}"
+            f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows}; "
+            f"{_ADVICE}"
         )
     if summary.prefix_digests.get(rows) != digest:
         raise OutputConflictError(
-            f"{config.output}: holds a run of another input (input_digest differs in its {rows} rows); {_ADVICE}"
+            f"{config.output}: holds a run of another input (input_digest differs in its {rows} "
+            f"rows); {_ADVICE}"
         )
     grown = isinstance(limit, int) and (config.limit is None or config.limit > limit)
     if rows < summary.rows and not grown:
         raise OutputConflictError(
-            f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows} now; only a larger --limit adds rows; {_ADVICE}"
+            f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows} now; "
+            f"only a larger --limit adds rows; {_ADVICE}"
         )
 
 
 def is_up_to_date(
     config: JobConfig, state: FolderState, source: RowSource, hashes: FileHashes
 ) -> bool:
-    """Return whether a run is complete and nothing has changed, judging by sizes and times of files.
+    """Return whether a run is complete and unchanged, judging by sizes and times of files.
 
     This takes no time. False means that the input and the parts must be read.
     """
@@ -269,11 +280,17 @@ def check_no_foreign_parts(files: dict[int, PartFile], n_parts: int) -> None:
     for number, file in files.items():
         if file.state == "foreign":
             raise OutputConflictError(
-                f"{file.path}: is not a part that gptbatch wrote ({file.problem}); move it away, or name another output"
+                f"{file.path}: is not a part that gptbatch wrote ({file.problem}); move it away, "
+                "or "
+                ""
+                "name another output"
             )
         if number >= n_parts:
             raise OutputConflictError(
-                f"{file.path}: this run has {n_parts} parts, and no such one; move it away, or name another output"
+                f"{file.path}: this run has {n_parts} parts, and no such one; move it away, or "
+                "name "
+                ""
+                "another output"
             )
 
 

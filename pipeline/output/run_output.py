@@ -95,7 +95,8 @@ class RunOutput:
             self.lock.works or state.holds_job or is_same_job(state, identity)
         ) and seems_running(folder.work):
             raise OutputBusyError(
-                f"{config.output}: another job is beginning there, according to {folder.work / PROGRESS}; name another output"
+                f"{config.output}: another job is beginning there, according to "
+                f"{folder.work / PROGRESS}; name another output"
             )
         if is_replaced(config, state, identity):
             check_replaceable(state, folder.inspect_parts(state, self.hashes))
@@ -103,7 +104,8 @@ class RunOutput:
         check_same_job(config, state, identity)
         if part_rows_of(config, state) != self.plan.part_rows:
             raise OutputBusyError(
-                f"{config.output}: another run began there while this one checked its input; run the same command again"
+                f"{config.output}: another run began there while this one checked its input; run "
+                "the same command again"
             )
         check_same_input(config, state, summary)
         kept = find_kept_parts(folder.inspect_parts(state, self.hashes), self.plan)

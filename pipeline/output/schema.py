@@ -1,4 +1,4 @@
-"""The table that a run writes: one fixed schema, and the row that a completion becomes."""
+"""The schema of the table that a run writes, and the row of a completion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ Kind = Literal["deterministic", "observed"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column. unit is "" where there is none."""
+    """One column.
+
+    Attributes:
+        name: The name.
+        type: The Arrow type.
+        nullable: Whether values may be null.
+        kind: "deterministic": equal in every run of the job. "observed": a timing or count of this
+            run.
+        unit: The unit; "" for none.
+        meaning: A description, stored in the metadata of the field.
+    """
 
     name: str
     type: pa.DataType
@@ -28,6 +38,7 @@ class Column:
 
     @property
     def field(self) -> pa.Field:
+        """The Arrow field."""
         metadata = {"kind": self.kind, "unit": self.unit, "meaning": self.meaning}
         return pa.field(self.name, self.type, nullable=self.nullable, metadata=metadata)
 
@@ -46,8 +57,8 @@ COLUMNS = (
     _fixed(
         "prompt_id", pa.string(), "the row's id; the row index as text where the input gave none"
     ),
-    _fixed("prompt_index", pa.int64(), "the row's place in the input, from 0"),
-    _fixed("prompt", pa.string(), "the prompt as it was read", nullable=True),
+    _fixed("prompt_index", pa.int64(), "index of the row in the input, from 0"),
+    _fixed("prompt", pa.string(), "the prompt", nullable=True),
     _fixed(
         "completion",
         pa.string(),
@@ -72,7 +83,7 @@ COLUMNS = (
     _fixed(
         "prompt_tokens",
         pa.int32(),
-        "tokens of the prompt, without those that were dropped",
+        "tokens of the prompt, without dropped ones",
         unit="tokens",
     ),
     _fixed("completion_tokens", pa.int32(), "length of completion_token_ids", unit="tokens"),
@@ -95,18 +106,19 @@ COLUMNS = (
     _fixed(
         "min_decision_margin",
         pa.float64(),
-        "how far the row is from other tokens under other rounding; null without a step",
+        "smallest decision margin of all steps: the change of logits that could change a token; "
+        "null without a step",
         nullable=True,
         unit="logits",
     ),
     _fixed(
         "logits_digest",
         pa.string(),
-        "SHA-256 over the bits of every step's logits, with record_logits_digest; else null",
+        "SHA-256 of the bits of all logits of the row; null without record_logits_digest",
         nullable=True,
     ),
-    _observed("queue_s", pa.float64(), "from reading the row to its first token entering a step"),
-    _observed("prefill_s", pa.float64(), "from there to its first new token"),
+    _observed("queue_s", pa.float64(), "from reading the row to its first step"),
+    _observed("prefill_s", pa.float64(), "from its first step to its first new token"),
     _observed("decode_s", pa.float64(), "from its first new token to its last"),
     _observed("total_s", pa.float64(), "queue_s + prefill_s + decode_s"),
     _observed("time_to_first_token_s", pa.float64(), "queue_s + prefill_s"),
@@ -117,24 +129,28 @@ COLUMNS = (
         unit="tokens/s",
     ),
     _observed(
-        "mean_batch_size", pa.float64(), "mean rows a step while the row was running", unit="rows"
+        "mean_batch_size",
+        pa.float64(),
+        "mean number of rows per step while the row was running",
+        unit="rows",
     ),
     _observed(
         "started_at",
         pa.timestamp("us", tz="UTC"),
-        "wall clock when the row was admitted to the batch",
+        "time of the row's first step",
         unit="UTC",
     ),
     _observed(
         "cached_tokens",
         pa.int32(),
-        "tokens of the prompt that another row with the same beginning had computed",
+        "tokens of the prompt found in the prefix cache",
         unit="tokens",
     ),
 )
 SCHEMA = pa.schema([column.field for column in COLUMNS])
 DETERMINISTIC_COLUMNS = [column.name for column in COLUMNS if column.kind == "deterministic"]
-# Changes with every name, type, nullability and kind of a column, so that no part can join those of another schema.
+# Covers name, type, nullability and kind of every column: parts of different schemas never form one
+# run.
 SCHEMA_DIGEST = hashlib.sha256(
     "\n".join(
         f"{column.name} {column.type} {column.nullable} {column.kind}" for column in COLUMNS
@@ -146,7 +162,12 @@ FORMAT = f"gptbatch-3-{SCHEMA_DIGEST}"
 
 
 def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
-    """The row of a completion; `text` is its decoded new tokens, None for an error."""
+    """Return the row of a completion.
+
+    Args:
+        completion: The result of a row.
+        text: The decoded new tokens; None for an error.
+    """
     prompt, timing = completion.prompt, completion.timing
     count = len(completion.token_ids)
     return {
@@ -180,16 +201,19 @@ def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
 
 
 def to_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows in the order given, in the schema."""
+    """Return rows as a table, in the given order."""
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def content_digest(table: pa.Table) -> str:
-    """SHA-256 over the deterministic columns in canonical form: equal for equal work, whoever did it, when, and however it is stored.
+    """Return the SHA-256 of the deterministic columns in canonical form.
 
-    For each of these columns in the order of the schema, one SHA-256 each over a byte a row (1 for null), over the length of each row
-    as int64 (of text and lists; 0 for null), and over the values one after the other (text as UTF-8, numbers as they lie in
-    memory, little-endian; a null number is 0). The digest is the SHA-256 of all of these.
+    It is equal for equal rows, independent of machine, time and storage.
+
+    For each of these columns in the order of the schema, one SHA-256 each over a byte a row (1 for
+    null), over the length of each row as int64 (of text and lists; 0 for null), and over the values
+    one after the other (text as UTF-8, numbers as they lie in memory, little-endian; a null number
+    is 0). The digest is the SHA-256 of all of these.
     """
     whole = hashlib.sha256(str(table.num_rows).encode())
     for name in DETERMINISTIC_COLUMNS:
@@ -216,7 +240,7 @@ def _bytes(numbers: pa.Array) -> bytes:
 
 
 def _text_bytes(texts: pa.Array) -> bytes:
-    """The bytes of all texts, one after the other."""
+    """Return the concatenated bytes of all texts."""
     if not len(texts):
         return b""
     _, offsets, data = texts.buffers()

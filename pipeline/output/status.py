@@ -1,6 +1,7 @@
-"""The status of an output: which rows it holds and lacks, and the speed and remaining time of a run.
+"""The status of an output: its rows, and the speed and remaining time of a run.
 
-Reads small files and the footers of parts, not the rows. Footers of parts that have not changed are not read either.
+Reads small files and the footers of parts, not the rows. Footers of parts that have not changed are
+not read either.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class OutputStatus:
         errors: Number of error rows by kind.
         prompt_tokens: Sum over the rows that are done.
         completion_tokens: Sum over the rows that are done.
-        tokens_per_s: Speed of the current run, or of the last one. None when no run has recorded it.
+        tokens_per_s: Speed of the current run, or of the last one. None when no run has recorded
+            it.
         remaining_s: Estimated seconds until the current run ends. None when none is running.
         updated_at: When the run recorded its progress, in UTC.
         config_hash: Hash of all settings that decide tokens.

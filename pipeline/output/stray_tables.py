@@ -1,6 +1,7 @@
-"""Stray tables: tables in an output folder that are not its parts, which readers of the folder would read too.
+"""Stray tables: tables in an output folder that are not its parts, but are read with them.
 
-Sync programs (`part-00000 (1).parquet`), editors and rsync (`part-00000.parquet.~1~`) and users make such copies.
+Sync programs (`part-00000 (1).parquet`), editors and rsync (`part-00000.parquet.~1~`) and users
+make such copies.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _HIDDEN = (".", "_")
 def find_stray_tables(folder: Path) -> list[str]:
     """Return the paths of stray tables, relative to `folder`, sorted.
 
-    A table is a file named `*.parquet`, or a file of any name that begins with the magic bytes of Parquet. Subfolders and
-    links to folders are searched as readers search them, each folder once, up to MAX_SEARCHED files.
+    A table is a file named `*.parquet`, or a file of any name that begins with the magic bytes of
+    Parquet. Subfolders and links to folders are searched as readers search them, each folder once,
+    up to MAX_SEARCHED files.
     """
     strays = []
     seen: set[tuple[int, int]] = set()
@@ -49,7 +51,7 @@ def find_stray_tables(folder: Path) -> list[str]:
 
 
 def describe_stray_tables(names: list[str]) -> str:
-    """Return `readers will also read A, B, C and 2 more, which are no parts of the run; move them away`."""
+    """Return `readers will also read A, B, C and 2 more, which are no parts of the run; ...`."""
     shown = ", ".join(names[:MAX_NAMED]) + (
         f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     )
@@ -75,7 +77,8 @@ def refuse_stray_tables(path: Path, names: list[str]) -> None:
 def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
     """Add a folder to `seen`.
 
-    Returns False when it is in `seen`, as where a link points back to it, or when it cannot be reached.
+    Returns False when it is in `seen`, as where a link points back to it, or when it cannot be
+    reached.
     """
     try:
         status = folder.stat()

@@ -1,4 +1,4 @@
-"""RunSummary: the result of a run, printed as the last line on standard output. Imports no torch."""
+"""RunSummary: the result of a run, the last line on standard output. Imports no torch."""
 
 from __future__ import annotations
 
