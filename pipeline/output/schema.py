@@ -210,10 +210,13 @@ def content_digest(table: pa.Table) -> str:
 
     It is equal for equal rows, independent of machine, time and storage.
 
-    For each of these columns in the order of the schema, one SHA-256 each over a byte a row (1 for
-    null), over the length of each row as int64 (of text and lists; 0 for null), and over the values
-    one after the other (text as UTF-8, numbers as they lie in memory, little-endian; a null number
-    is 0). The digest is the SHA-256 of all of these.
+    For each of these columns, in the order of the schema, three SHA-256 are computed:
+
+        nulls: one byte per row, 1 for null
+        lengths: of texts and lists, int64 per row, 0 for null
+        values: concatenated; texts as UTF-8, numbers little-endian, 0 for a null number
+
+    The digest is the SHA-256 of the number of rows and all of these.
     """
     whole = hashlib.sha256(str(table.num_rows).encode())
     for name in DETERMINISTIC_COLUMNS:
