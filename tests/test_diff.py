@@ -1,4 +1,4 @@
-"""Reading runs back and comparing them: what counts as equal, where rows part, and what the command says and returns."""
+"""Reading and comparing runs: equal rows, differences, and the output of the command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TIMING = Timing(queue_s=0.1, prefill_s=0.2, decode_s=0.3, mean_batch_size=2.0, s
 def completion(
     prompt_id: str, token_ids: Sequence[int] = (5, 6, 7, 8), **changes: Any
 ) -> Completion:
-    """A row that ran to its limit; the index is set when it is written."""
+    """Return a row that ran to its limit; `write_run` sets its index."""
     params = SamplingParams(seed=1, temperature=1.0, top_k=0, max_new_tokens=len(token_ids))
     made = Completion(
         prompt=Prompt(
@@ -86,7 +86,7 @@ def write_run(
     facts: dict[str, Any] | None = None,
     first_rows: int | None = None,
 ) -> Path:
-    """A run as generate writes it. first_rows: stop after so many rows, as a run that was killed does."""
+    """Write a run as generate does; with first_rows, stop after these rows like a killed run."""
     folder = OutputFolder(path)
     folder.create()
     identity = {**IDENTITY, "rows": len(completions), "part_rows": part_rows, **(identity or {})}
@@ -142,7 +142,7 @@ def test_a_run_is_read_back_in_order(tmp_path: Path) -> None:
         list(run.rows(["promt"]))
 
 
-def test_part_numbers_and_not_their_spelling_give_the_order(tmp_path: Path) -> None:
+def test_parts_are_ordered_by_number(tmp_path: Path) -> None:
     """Sorted as text, part-100000 comes before part-99999."""
     out = write_run(tmp_path / "out", many(4), first_rows=0, identity={"rows": 200_004})
     folder, plan = (
@@ -166,7 +166,7 @@ def test_part_numbers_and_not_their_spelling_give_the_order(tmp_path: Path) -> N
     ]
 
 
-def test_one_row_is_found_by_its_id(tmp_path: Path) -> None:
+def test_find_returns_the_row_of_an_id(tmp_path: Path) -> None:
     run = RunReader(write_run(tmp_path / "out", many(7), part_rows=3))
     assert [run.find(f"id {i}") for i in range(7)] == list(run.rows())
     assert run.find("id 7") is None
@@ -174,7 +174,7 @@ def test_one_row_is_found_by_its_id(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 100])
-def test_rows_are_read_at_any_place(
+def test_rows_are_read_by_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
 ) -> None:
     monkeypatch.setattr(gptbatch.pipeline.audit.run_reader, "BATCH_ROWS", batch_rows)
@@ -196,7 +196,7 @@ def test_rows_are_read_at_any_place(
         assert [row["prompt_id"] for row in reader.take(places)] == [f"id {i}" for i in places]
 
 
-def test_an_unfinished_run_is_read_as_far_as_it_is(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_read(tmp_path: Path) -> None:
     run = RunReader(write_run(tmp_path / "out", many(7), first_rows=5))
     assert (run.n_rows, run.complete, run.facts, run.manifest["complete"]) == (
         4,
@@ -221,7 +221,7 @@ def test_a_run_that_lost_a_part_is_not_complete(tmp_path: Path) -> None:
     assert (run.n_rows, run.complete, run.facts) == (4, False, FACTS)
 
 
-def test_a_table_of_an_older_version_has_none_where_it_lacks_a_column(tmp_path: Path) -> None:
+def test_a_column_that_an_older_version_lacks_is_none(tmp_path: Path) -> None:
     out = write_run(tmp_path / "out", many(2))
     part = out / "part-00000.parquet"
     table = pq.read_table(part)
@@ -232,7 +232,7 @@ def test_a_table_of_an_older_version_has_none_where_it_lacks_a_column(tmp_path: 
     assert differences(out, write_run(tmp_path / "new", many(2))) == []
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
@@ -251,7 +251,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         assert str(tmp_path / name) in str(caught.value)
 
 
-def test_a_damaged_part_is_an_error_and_a_strangers_file_is_not(tmp_path: Path) -> None:
+def test_a_damaged_part_is_an_error_and_a_foreign_file_is_not(tmp_path: Path) -> None:
     out = write_run(tmp_path / "out", many(4))
     (out / "part-00099.parquet").write_bytes(b"mine")
     assert RunReader(out).n_rows == 4
@@ -268,7 +268,7 @@ def test_a_damaged_part_is_an_error_and_a_strangers_file_is_not(tmp_path: Path) 
         list(RunReader(out).rows())
 
 
-def test_a_config_that_is_gone_is_missed_only_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_missing_config_is_reported_on_access(tmp_path: Path) -> None:
     out = write_run(tmp_path / "out", many(2))
     (out / ".gptbatch" / "config.yaml").unlink()
     run = RunReader(out)
@@ -292,14 +292,14 @@ def test_reading_and_comparing_import_no_torch() -> None:
 # -- what is equal ---------------------------------------------------------------------------------
 
 
-def test_equal_runs(tmp_path: Path) -> None:
+def test_equal_runs_have_no_differences(tmp_path: Path) -> None:
     rows = [*many(5), failed("x")]
     a, b = write_run(tmp_path / "a", rows), write_run(tmp_path / "b", rows)
     assert differences(a, b) == differences(a, a) == []
     assert settings_that_differ(RunReader(a), RunReader(b)) == []
 
 
-def test_clocks_and_the_words_of_an_error_do_not_count(tmp_path: Path) -> None:
+def test_timings_and_error_texts_are_not_compared(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", [completion("x"), failed("y")])
     b = write_run(
         tmp_path / "b",
@@ -343,7 +343,7 @@ def test_equal_rows_from_other_logits_are_counted(
         ({}, ["logits"]),
     ],
 )
-def test_margins_are_compared_where_they_would_be_the_same(
+def test_margins_are_compared_only_with_equal_settings(
     tmp_path: Path, settings: dict[str, Any], kinds: list[str]
 ) -> None:
     """min_decision_margin also depends on how a row is sampled."""
@@ -373,7 +373,7 @@ def test_greedy_rows_have_the_same_margin_under_every_seed(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 2048])
-def test_part_sizes_and_the_order_of_rows_do_not_count(
+def test_part_sizes_and_row_order_are_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
 ) -> None:
     monkeypatch.setattr(gptbatch.pipeline.audit.run_reader, "BATCH_ROWS", batch_rows)
@@ -400,7 +400,7 @@ def test_runs_without_rows_are_equal(tmp_path: Path) -> None:
 # -- what is not -----------------------------------------------------------------------------------
 
 
-def test_a_changed_token_is_found_at_its_place(tmp_path: Path) -> None:
+def test_a_changed_token_is_found_at_its_index(tmp_path: Path) -> None:
     a = write_run(
         tmp_path / "a",
         [
@@ -429,7 +429,7 @@ def test_a_changed_token_is_found_at_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 2048])
-def test_changed_rows_are_found_in_another_order_too(
+def test_changed_rows_are_found_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
 ) -> None:
     monkeypatch.setattr(gptbatch.pipeline.audit.run_reader, "BATCH_ROWS", batch_rows)
@@ -446,7 +446,7 @@ def test_changed_rows_are_found_in_another_order_too(
     assert found == [(f"id {i}", 2, 100 + i, i) for i in range(31) if i % 3]
 
 
-def test_a_shorter_completion_parts_where_it_ends(tmp_path: Path) -> None:
+def test_a_shorter_completion_differs_where_it_ends(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", [completion("x", [5, 6, 7, 8])])
     b = write_run(tmp_path / "b", [completion("x", [5, 6])])
     (found,) = differences(a, b)
@@ -458,7 +458,7 @@ def test_a_shorter_completion_parts_where_it_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "finish", [{"finish_reason": "stop", "stop_reason": "end_of_text"}, {"stop_reason": "window"}]
 )
-def test_the_same_tokens_that_end_differently(tmp_path: Path, finish: dict[str, Any]) -> None:
+def test_equal_tokens_with_another_finish(tmp_path: Path, finish: dict[str, Any]) -> None:
     a, b = (
         write_run(tmp_path / "a", [completion("x")]),
         write_run(tmp_path / "b", [completion("x", **finish)]),
@@ -518,7 +518,7 @@ def test_rows_that_only_one_run_has(tmp_path: Path) -> None:
     assert not summary.all_equal
 
 
-def test_an_unfinished_run_is_compared_as_far_as_it_is(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_compared(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", many(7)), write_run(tmp_path / "b", many(7), first_rows=5)
     assert [(found.prompt_id, found.kind) for found in differences(a, b)] == [
         (f"id {i}", "only_in_a") for i in (4, 5, 6)
@@ -534,7 +534,7 @@ def test_an_unfinished_run_is_compared_as_far_as_it_is(tmp_path: Path) -> None:
     )
 
 
-def test_an_id_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+def test_a_duplicate_id_is_an_error(tmp_path: Path) -> None:
     fine, double = (
         write_run(tmp_path / "fine", many(4)),
         write_run(tmp_path / "double", [*many(4), completion("id 1")]),
@@ -575,7 +575,7 @@ def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None
 
 @pytest.fixture
 def gptbatch_diff(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str], str]]:
-    """`gptbatch diff ARGUMENTS...`: exit code, the lines on standard output, and standard error."""
+    """Run `gptbatch diff ARGUMENTS...`; return exit code, lines of output, and errors."""
 
     def run(*arguments: str | Path) -> tuple[int, list[str], str]:
         code = run_command(["diff", *map(str, arguments)])
@@ -618,7 +618,7 @@ def test_settings_alone_do_not_make_runs_differ(tmp_path: Path, gptbatch_diff: D
     assert json.loads(lines[2])["settings_that_differ"] == {"device": ["cpu", "cuda"]}
 
 
-def test_the_command_says_each_difference_in_a_line(tmp_path: Path, gptbatch_diff: Diff) -> None:
+def test_the_command_prints_a_line_per_difference(tmp_path: Path, gptbatch_diff: Diff) -> None:
     other = completion("prompt")
     a = write_run(
         tmp_path / "a",
@@ -684,7 +684,7 @@ def test_one_missing_row_is_enough_for_exit_code_1(
     ("arguments", "shown", "more"),
     [((), 20, 5), (("--limit", "3"), 3, 22), (("--limit", "25"), 25, 0), (("--limit", "0"), 25, 0)],
 )
-def test_limit(
+def test_the_command_limits_its_lines(
     tmp_path: Path, gptbatch_diff: Diff, arguments: tuple[str, ...], shown: int, more: int
 ) -> None:
     a, b = (
@@ -700,7 +700,7 @@ def test_limit(
     assert json.loads(lines[-1])["different"] == 25
 
 
-def test_rows_of_one_run_alone_come_last_and_can_be_left_out(
+def test_rows_of_only_one_run_come_last_and_can_be_left_out(
     tmp_path: Path, gptbatch_diff: Diff
 ) -> None:
     a = write_run(tmp_path / "a", many(40))
@@ -735,7 +735,7 @@ def test_runs_without_a_common_id_are_not_equal(tmp_path: Path, gptbatch_diff: D
     assert (code, lines, "no id is in both" in stderr) == (66, [], True)
 
 
-def test_the_command_says_that_a_run_is_not_complete(tmp_path: Path, gptbatch_diff: Diff) -> None:
+def test_the_command_reports_an_incomplete_run(tmp_path: Path, gptbatch_diff: Diff) -> None:
     a, b = write_run(tmp_path / "a", many(7)), write_run(tmp_path / "b", many(7), first_rows=5)
     code, lines, stderr = gptbatch_diff(a, b)
     assert code == 1
@@ -743,7 +743,7 @@ def test_the_command_says_that_a_run_is_not_complete(tmp_path: Path, gptbatch_di
     assert json.loads(lines[-1])["missing_in_b"] == 3
 
 
-def test_exit_codes_of_what_cannot_be_compared(tmp_path: Path, gptbatch_diff: Diff) -> None:
+def test_exit_codes_of_runs_that_cannot_be_compared(tmp_path: Path, gptbatch_diff: Diff) -> None:
     run = write_run(tmp_path / "run", many(4))
     (tmp_path / "empty").mkdir()
     for pair in ((run, tmp_path / "missing"), (tmp_path / "empty", run)):

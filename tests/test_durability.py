@@ -1,4 +1,4 @@
-"""The second promise: nothing is lost. The real command in child processes, killed, starved and disturbed on the way."""
+"""Durability: the command in child processes, with kills, signals and failing disks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS[7]["prompt"] = "king " * 200  # more than n_positions tokens: an error row
 
 
 class Setting:
-    """A job, and what an undisturbed run of it writes."""
+    """A job, and the table of its undisturbed run."""
 
     def __init__(
         self, launcher: Launcher, checkpoint: Path, folder: Path, rows: list[dict[str, Any]]
@@ -57,7 +57,7 @@ class Setting:
         self.input.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def start(self, output: Path, *more: str, **settings: Any) -> Child:
-        """more: options, which replace those of the same name."""
+        """Start the command; `more` are options, which replace those of the same name."""
         given = {argument.partition("=")[0] for argument in more}
         pairs = zip(self.arguments[1::2], self.arguments[2::2], strict=True)
         kept = [
@@ -70,7 +70,7 @@ class Setting:
         return child.wait(), child
 
     def check_complete(self, output: Path) -> None:
-        """All that an undisturbed run leaves, and nothing else."""
+        """Check that the folder holds the files of an undisturbed run, and no others."""
         found = table(output)
         ids = found["prompt_id"].to_pylist()
         assert len(set(ids)) == len(ids)
@@ -85,7 +85,7 @@ class Setting:
 
 
 def table(output: Path) -> pa.Table:
-    """The deterministic columns of all parts."""
+    """Return the deterministic columns of all parts."""
     parts = [
         pq.read_table(path, columns=DETERMINISTIC_COLUMNS)
         for path in sorted(output.glob("part-*.parquet"))
@@ -94,7 +94,7 @@ def table(output: Path) -> pa.Table:
 
 
 def check_parts(output: Path) -> None:
-    """Whatever is visible is whole."""
+    """Check that every visible part is whole."""
     for path in output.glob("part-*.parquet"):
         assert inspect_part(path).state == "sound"
 
@@ -111,7 +111,7 @@ SLOW = ("slow step", "0.01")  # for a run that is to be caught half-way, on mach
 
 @pytest.fixture
 def long(launcher: Launcher, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """A run that takes long enough to be disturbed, from a file that no buffer holds whole."""
+    """A job long enough to be disturbed, with an input larger than all buffers."""
     rows = [{"id": f"r{i}", "prompt": f"{i} The king", "note": "x" * 200} for i in range(300)]
     return Setting(launcher, checkpoint, tmp_path_factory.mktemp("long"), rows)
 
@@ -142,7 +142,7 @@ CAN_FAIL = {
         for kind in ("kill", *CAN_FAIL[step])
     ],
 )
-def test_a_fault_at_a_step_of_a_commit(
+def test_a_fault_at_any_step_of_a_commit_loses_nothing(
     setting: Setting, tmp_path: Path, step: str, kind: str
 ) -> None:
     output = tmp_path / "out"
@@ -172,15 +172,19 @@ def test_a_fault_at_a_step_of_a_commit(
 
 
 @pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_at_random_moments(setting: Setting, tmp_path: Path, rounds: int) -> None:
-    """Runs are killed, resumed and killed again, up to five times; `make soak` does 500 rounds."""
+def test_kills_at_random_moments_lose_nothing(
+    setting: Setting, tmp_path: Path, rounds: int
+) -> None:
+    """Kill, continue and kill a run again, up to five times; `make soak` runs 500 rounds."""
     from tests.soak import soak
 
     assert soak(setting, tmp_path, rounds=rounds, seed=1) > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_signals(long: Setting, tmp_path: Path, number: int) -> None:
+def test_a_signal_stops_a_run_that_can_be_continued(
+    long: Setting, tmp_path: Path, number: int
+) -> None:
     output = tmp_path / "out"
     child = long.start(output, fault=SLOW)
     wait_for_parts(output, 3)
@@ -193,7 +197,7 @@ def test_signals(long: Setting, tmp_path: Path, number: int) -> None:
     assert not (output / "_SUCCESS").exists()
     check_parts(output)
     assert json.loads((output / ".gptbatch" / "progress.json").read_text())["state"] == "stopped"
-    assert not (output / ".gptbatch" / "crash_journal.json").exists(), "a stop is no death"
+    assert not (output / ".gptbatch" / "crash_journal.json").exists(), "a stop is not a crash"
     done = sum(pq.read_metadata(path).num_rows for path in output.glob("part-*.parquet"))
     assert 18 <= done < 300
     code, child = long.run(output)
@@ -213,7 +217,7 @@ def test_a_signal_while_loading_ends_at_once(long: Setting, tmp_path: Path) -> N
 
 
 def test_a_second_signal_ends_at_once(long: Setting, tmp_path: Path) -> None:
-    """The step outlasts the test, so only the second signal can end the process.
+    """The step is longer than the test, so that only the second signal can end the process.
 
     The system may deliver two pending signals in either order.
     """
@@ -228,8 +232,8 @@ def test_a_second_signal_ends_at_once(long: Setting, tmp_path: Path) -> None:
     assert child.wait() in (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
-def test_a_step_that_outlasts_the_patience_is_cut_off(long: Setting, tmp_path: Path) -> None:
-    """One signal ends the process, although the step never returns."""
+def test_a_step_longer_than_the_time_limit_is_interrupted(long: Setting, tmp_path: Path) -> None:
+    """One signal ends the process, although the step does not return."""
     output = tmp_path / "out"
     child = long.start(output, fault=("slow step", str(2 * LIMIT_S)), patience_s=0.1)
     progress = output / ".gptbatch" / "progress.json"
@@ -244,7 +248,7 @@ def test_a_step_that_outlasts_the_patience_is_cut_off(long: Setting, tmp_path: P
 # -- two runs, changed inputs, full disks ----------------------------------------------------------
 
 
-def test_two_runs_at_once(long: Setting, tmp_path: Path) -> None:
+def test_a_second_run_of_a_locked_output_is_refused(long: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     first = long.start(output, fault=SLOW)
     wait_for_parts(output, 2)
@@ -259,7 +263,7 @@ def test_two_runs_at_once(long: Setting, tmp_path: Path) -> None:
     long.check_complete(output)
 
 
-def test_the_lock_of_a_dead_process_is_no_obstacle(long: Setting, tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_is_free(long: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     child = long.start(output, fault=SLOW)
     wait_for_parts(output, 2)
@@ -274,8 +278,8 @@ def test_the_lock_of_a_dead_process_is_no_obstacle(long: Setting, tmp_path: Path
     long.check_complete(output)
 
 
-def test_where_locks_do_not_work(long: Setting, tmp_path: Path) -> None:
-    """Two runs write one folder: both warn, sweep nothing, and the table is right."""
+def test_a_run_without_working_locks_warns_and_completes(long: Setting, tmp_path: Path) -> None:
+    """Two runs write one folder: both warn, keep temporary files, and write the right table."""
     output = tmp_path / "out"
     children = [long.start(output, fault=("no locks", "ENOLCK")) for _ in range(2)]
     for child in children:
@@ -286,7 +290,7 @@ def test_where_locks_do_not_work(long: Setting, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting_of_the_other", ["--seed=1", "--temperature=0.5", "--part-rows=7"])
-def test_two_jobs_at_once_where_locks_do_not_work(
+def test_two_jobs_without_working_locks_do_not_mix(
     setting: Setting, tmp_path: Path, setting_of_the_other: str
 ) -> None:
     """At most one of them succeeds, and then the table is its own; the other one says whose the folder is."""
@@ -305,7 +309,7 @@ def test_two_jobs_at_once_where_locks_do_not_work(
     assert (output / "_SUCCESS").exists() == (0 in codes)
 
 
-def test_an_input_that_changes_half_way(long: Setting, tmp_path: Path) -> None:
+def test_an_input_that_changes_during_a_run_is_refused(long: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     rows = [json.loads(line) for line in long.input.read_text().splitlines()]
     child = long.start(output, fault=SLOW)
@@ -331,7 +335,7 @@ def test_an_input_that_changes_half_way(long: Setting, tmp_path: Path) -> None:
     long.check_complete(output)
 
 
-def test_a_file_that_may_not_grow(long: Setting, tmp_path: Path) -> None:
+def test_a_file_size_limit_is_reported(long: Setting, tmp_path: Path) -> None:
     """A limit on the size of files stands in for a full disk: a part of many rows does not fit, the small files do."""
     output = tmp_path / "out"
     code, child = long.run(output, "--part-rows", "200", file_size_limit=25_000)
@@ -347,7 +351,9 @@ def test_a_file_that_may_not_grow(long: Setting, tmp_path: Path) -> None:
 # -- resuming --------------------------------------------------------------------------------------
 
 
-def test_batch_size_and_threads_may_change(setting: Setting, tmp_path: Path) -> None:
+def test_a_run_is_continued_with_another_batch_size_and_threads(
+    setting: Setting, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     child = setting.start(output, fault=("replace", "kill"))
     assert child.wait() == -signal.SIGKILL
@@ -356,7 +362,7 @@ def test_batch_size_and_threads_may_change(setting: Setting, tmp_path: Path) -> 
     setting.check_complete(output)
 
 
-def test_part_rows_are_fixed_by_the_output(setting: Setting, tmp_path: Path) -> None:
+def test_part_rows_follow_the_output(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert setting.start(output, fault=("replace", "kill")).wait() == -signal.SIGKILL
     code, child = setting.run(output, "--part-rows", "7")
@@ -367,7 +373,7 @@ def test_part_rows_are_fixed_by_the_output(setting: Setting, tmp_path: Path) -> 
     setting.check_complete(output)
 
 
-def test_a_lost_manifest_is_made_again(setting: Setting, tmp_path: Path) -> None:
+def test_a_lost_manifest_is_rebuilt(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert setting.start(output, fault=("manifest", "kill")).wait() == -signal.SIGKILL
     expected = json.loads((output / "_manifest.json").read_text())
@@ -391,7 +397,7 @@ def test_a_lost_manifest_is_made_again(setting: Setting, tmp_path: Path) -> None
         )
 
 
-def test_a_larger_limit_goes_on(setting: Setting, tmp_path: Path) -> None:
+def test_a_larger_limit_continues_the_run(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert setting.run(output, "--limit", "20")[0] == 0
     kept = {path: path.stat().st_mtime_ns for path in sorted(output.glob("part-*"))[:3]}
@@ -417,7 +423,7 @@ def test_an_input_that_has_grown_is_refused(setting: Setting, tmp_path: Path) ->
     assert setting.run(output)[0] == 0
 
 
-def test_another_profile_is_refused(setting: Setting, tmp_path: Path) -> None:
+def test_another_environment_is_refused(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert (
         setting.start(output, "--attention", "padded", fault=("manifest", "kill")).wait()
@@ -450,8 +456,8 @@ def test_another_profile_is_refused(setting: Setting, tmp_path: Path) -> None:
     assert "its parts were computed in several environments" in child.stdout
 
 
-def test_overwrite_is_killed_before_it_has_begun(setting: Setting, tmp_path: Path) -> None:
-    """The folder is ours all the time, whatever else lies in it."""
+def test_overwrite_killed_after_deleting_can_be_repeated(setting: Setting, tmp_path: Path) -> None:
+    """The manifest claims the folder at every moment, whatever other files it holds."""
     output = tmp_path / "out"
     assert setting.run(output, "--seed", "5")[0] == 0
     (output / "notes.txt").write_text("mine")
@@ -464,7 +470,7 @@ def test_overwrite_is_killed_before_it_has_begun(setting: Setting, tmp_path: Pat
     setting.check_complete(output)
 
 
-def test_overwrite_continues_what_it_began(setting: Setting, tmp_path: Path) -> None:
+def test_overwrite_continues_its_own_unfinished_run(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert setting.run(output, "--seed", "5")[0] == 0
     assert setting.start(output, "--overwrite", fault=("replace", "kill")).wait() == -signal.SIGKILL
@@ -477,7 +483,7 @@ def test_overwrite_continues_what_it_began(setting: Setting, tmp_path: Path) -> 
 
 
 def test_a_complete_output_imports_nothing_heavy(setting: Setting, tmp_path: Path) -> None:
-    """In a fresh interpreter: without torch, transformers and datasets, for a dataset too."""
+    """A complete output is recognised without importing torch, transformers and datasets."""
     import subprocess
     import sys
 
@@ -525,8 +531,8 @@ def test_a_complete_output_imports_nothing_heavy(setting: Setting, tmp_path: Pat
 
 
 @pytest.mark.parametrize("attention", ["ragged", "padded"])
-def test_memory_that_runs_out(setting: Setting, tmp_path: Path, attention: str) -> None:
-    """Half of the slots go on, as often as it takes: the same rows."""
+def test_out_of_memory_halves_the_batch(setting: Setting, tmp_path: Path, attention: str) -> None:
+    """The batch is halved until it fits, and the rows are equal."""
     output = tmp_path / "out"
     code, child = setting.run(
         output, "--attention", attention, "--batch-size", "16", fault=("memory", "3")
@@ -542,7 +548,7 @@ def test_memory_that_runs_out(setting: Setting, tmp_path: Path, attention: str) 
     )
 
 
-def test_a_row_that_does_not_fit_alone_is_named(setting: Setting, tmp_path: Path) -> None:
+def test_a_row_too_large_for_memory_is_named(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     code, child = setting.run(output, fault=("memory", "always"))
     assert code == 75
@@ -554,8 +560,8 @@ def test_a_row_that_does_not_fit_alone_is_named(setting: Setting, tmp_path: Path
     setting.check_complete(output)
 
 
-def test_after_two_deaths_parts_run_one_row_at_a_time(setting: Setting, tmp_path: Path) -> None:
-    """A row that kills the process (what the system does to one that takes too much memory) is named in the end, and can be left out."""
+def test_after_two_crashes_parts_run_one_row_at_a_time(setting: Setting, tmp_path: Path) -> None:
+    """A row that crashes the process, as with too little memory, is named and can be skipped."""
     output = tmp_path / "out"
     poison = ("poison", "r20")
     for _ in range(2):
@@ -575,7 +581,7 @@ def test_after_two_deaths_parts_run_one_row_at_a_time(setting: Setting, tmp_path
     assert found[:20] + found[21:] == expected[:20] + expected[21:]
 
 
-def test_a_row_to_skip_must_be_there(setting: Setting, tmp_path: Path) -> None:
+def test_skip_row_with_an_unknown_id_is_refused(setting: Setting, tmp_path: Path) -> None:
     code, child = setting.run(tmp_path / "out", "--skip-row", "r20", "--skip-row", "nobody")
     assert (code, "no row has the id 'nobody' that skip_row names" in child.stderr) == (78, True)
 

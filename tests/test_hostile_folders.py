@@ -1,4 +1,4 @@
-"""Output folders that are damaged, copied together, shared by two jobs, or made to harm."""
+"""Output folders that are damaged, mixed, shared by two jobs, or malicious."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def output(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs `gptbatch ARGUMENTS...` here: exit code, standard output, standard error."""
+    """Run `gptbatch ARGUMENTS...`; return exit code, standard output and standard error."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -133,7 +133,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_a_manifest_of_other_types_is_made_again_from_the_parts(
+def test_a_manifest_with_wrong_types_is_rebuilt_from_the_parts(
     output: Path, command: Command, name: str
 ) -> None:
     manifest = output / "_manifest.json"
@@ -170,7 +170,9 @@ def test_a_manifest_of_other_types_is_made_again_from_the_parts(
         "\ufffe",
     ],
 )
-def test_a_manifest_of_other_content(output: Path, command: Command, content: str) -> None:
+def test_a_manifest_of_other_content_is_refused_or_rebuilt(
+    output: Path, command: Command, content: str
+) -> None:
     (output / "_manifest.json").write_text(content)
     assert command("status", output)[0] in (0, 66)
     assert command("diff", output, output)[0] in (0, 66)
@@ -196,7 +198,7 @@ FOOTERS: dict[str, Callable[[dict[str, Any]], object] | str] = {
 
 
 @pytest.mark.parametrize("name", FOOTERS)
-def test_a_footer_of_other_types_is_damage(output: Path, command: Command, name: str) -> None:
+def test_a_footer_with_wrong_types_is_damage(output: Path, command: Command, name: str) -> None:
     change_footer(output / "part-00001.parquet", FOOTERS[name])
     code, stdout, _ = command("status", output)
     assert (code, "damaged 1: recomputed by the next run" in stdout) == (0, True)
@@ -205,7 +207,7 @@ def test_a_footer_of_other_types_is_damage(output: Path, command: Command, name:
         assert (code, "part-00001.parquet: cannot be read (" in stderr) == (74, True)
 
 
-def test_a_damaged_footer_is_done_again(finished: Path, output: Path) -> None:
+def test_a_part_with_a_damaged_footer_is_generated_again(finished: Path, output: Path) -> None:
     change_footer(output / "part-00001.parquet", lambda footer: footer.update(rows="many"))
     summary = run_job(job(finished, output=str(output)))
     assert (summary.rows, summary.rows_kept) == (3, 4)
@@ -237,7 +239,7 @@ SMALL_CONTENTS = {
 
 
 @pytest.mark.parametrize("content", SMALL_CONTENTS.values(), ids=SMALL_CONTENTS)
-def test_small_files_that_are_damaged_are_none(
+def test_damaged_small_files_are_ignored(
     finished: Path, output: Path, command: Command, content: str
 ) -> None:
     for name in SMALL_FILES:
@@ -263,7 +265,7 @@ def test_small_files_that_are_damaged_are_none(
         (f"seed: {'9' * 5000}", 74, "config.yaml: "),
     ],
 )
-def test_recorded_settings_that_cannot_be_read(
+def test_unreadable_settings_are_reported(
     output: Path, command: Command, content: str, code: int, message: str
 ) -> None:
     path = output / ".gptbatch" / "config.yaml"
@@ -318,7 +320,7 @@ def change_column(
         ("prompt_tokens_dropped", [-5] * 3, 1, "its prompt_tokens_dropped is -5"),
     ],
 )
-def test_rows_that_no_run_writes(
+def test_rows_that_no_run_writes_are_mismatches(
     output: Path, command: Command, name: str, values: list[Any], code: int, message: str
 ) -> None:
     type_ = pa.string() if isinstance(values[0], str) else None
@@ -329,10 +331,10 @@ def test_rows_that_no_run_writes(
     assert command("replay", output, "--prompt-id", "r0")[0] in (0, 66, 74)
 
 
-def test_a_pickle_is_read_only_where_the_user_says_so(
+def test_a_pickle_is_read_only_with_allow_pickle(
     output: Path, tmp_path: Path, command: Command, checkpoint: Path
 ) -> None:
-    """Whoever wrote the folder may have written another model_path, and allow_pickle, into it."""
+    """The author of the folder may have changed its model_path and allow_pickle."""
     model = tmp_path / "pickled"
     shutil.copytree(checkpoint, model)
     (model / "model.safetensors").unlink()
@@ -348,7 +350,7 @@ def test_a_pickle_is_read_only_where_the_user_says_so(
         assert "not where it was" not in stderr
 
 
-def test_the_model_of_the_settings_is_named_where_its_folder_is_gone(
+def test_a_missing_model_folder_falls_back_to_the_settings(
     output: Path, tmp_path: Path, command: Command
 ) -> None:
     change_json(
@@ -381,7 +383,7 @@ WORK_FILES = [
 
 
 @pytest.mark.parametrize("name", WORK_FILES)
-def test_no_file_of_ours_is_written_through_a_link(
+def test_no_file_is_written_through_a_link(
     finished: Path, output: Path, tmp_path: Path, name: str
 ) -> None:
     victim = tmp_path / "victim"
@@ -406,7 +408,7 @@ def test_no_file_of_ours_is_written_through_a_link(
         ".gptbatch/config.yaml",
     ],
 )
-def test_a_fifo_in_place_of_a_file_of_ours(
+def test_a_fifo_in_place_of_a_file_is_refused(
     finished: Path, output: Path, command: Command, name: str
 ) -> None:
     (output / name).unlink()
@@ -418,7 +420,7 @@ def test_a_fifo_in_place_of_a_file_of_ours(
 
 
 def bound_socket(path: Path) -> None:
-    """Named from its folder: the names of sockets are short."""
+    """Bind a socket by a relative name, because socket names are short."""
     here = os.open(".", os.O_RDONLY)
     os.chdir(path.parent)
     try:
@@ -434,7 +436,7 @@ def device(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, bound_socket, Path.mkdir, device])
-def test_what_is_no_file_is_no_part(
+def test_an_entry_that_is_not_a_file_is_not_a_part(
     finished: Path, output: Path, command: Command, make: Callable[[Path], None]
 ) -> None:
     path = output / "part-00001.parquet"
@@ -451,7 +453,7 @@ def test_what_is_no_file_is_no_part(
 
 
 def test_parts_behind_links_are_read(output: Path, tmp_path: Path, command: Command) -> None:
-    """As a download from the hub leaves them."""
+    """A download from the hub consists of links."""
     for path in output.glob("part-*"):
         path.rename(tmp_path / path.name)
         path.symlink_to(tmp_path / path.name)
@@ -479,7 +481,7 @@ HIDDEN = [
 
 
 @pytest.mark.parametrize("name", STRAYS)
-def test_a_table_that_readers_take_for_a_part_is_named(
+def test_a_stray_table_is_reported(
     finished: Path, output: Path, command: Command, name: str
 ) -> None:
     stray = output / name
@@ -504,7 +506,7 @@ def test_a_table_that_readers_take_for_a_part_is_named(
 
 
 @pytest.mark.parametrize("name", [*HIDDEN, "notes.txt", "part-00000.parquet.sha256"])
-def test_files_that_readers_pass_over_are_no_matter(
+def test_files_that_readers_ignore_are_not_stray(
     finished: Path, output: Path, command: Command, name: str
 ) -> None:
     path = output / name
@@ -523,7 +525,7 @@ def test_files_that_readers_pass_over_are_no_matter(
 def test_a_link_to_a_folder_of_tables_is_followed(
     output: Path, tmp_path: Path, target: str
 ) -> None:
-    """As readers follow it; links that lead back are no trouble."""
+    """Readers follow links; a link to a parent folder is followed once."""
     (tmp_path / "elsewhere/deeper").mkdir(parents=True)
     shutil.copy(output / "part-00000.parquet", tmp_path / "elsewhere")
     (output / "old").symlink_to(target)
@@ -539,7 +541,7 @@ def test_another_programs_table_under_a_parts_name(output: Path, command: Comman
     assert (code, "readers will also read part-00007.parquet" in stderr) == (74, True)
 
 
-def test_many_are_counted(output: Path) -> None:
+def test_many_stray_tables_are_counted(output: Path) -> None:
     for number in range(9):
         shutil.copy(output / "part-00000.parquet", output / f"copy {number}.parquet")
     (problem,) = output_status(output).problems
@@ -565,7 +567,7 @@ def test_a_copy_that_appears_during_the_run_keeps_it_from_being_complete(tmp_pat
 
 
 @pytest.mark.parametrize("rows", [8, 10**9, 2**63 - 1])
-def test_a_manifest_that_promises_more_rows_than_there_are(
+def test_a_manifest_with_more_rows_than_the_parts_is_not_complete(
     output: Path, command: Command, rows: int
 ) -> None:
     change_json(output / "_manifest.json", lambda manifest: manifest["identity"].update(rows=rows))
@@ -596,7 +598,7 @@ def test_a_manifest_of_another_format_than_its_parts(
 
 
 @pytest.mark.parametrize("make", [Path.touch, os.mkfifo, bound_socket])
-def test_what_is_no_folder_in_place_of_the_work_folder(
+def test_a_work_folder_that_is_not_a_folder_is_refused(
     finished: Path, output: Path, command: Command, make: Callable[[Path], None]
 ) -> None:
     shutil.rmtree(output / ".gptbatch")
@@ -626,7 +628,7 @@ TROUBLE: list[tuple[Exception, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("error", "kind", "message"), TROUBLE, ids=lambda value: str(value)[:20])
-def test_trouble_is_no_damage(
+def test_a_read_error_is_not_damage(
     finished: Path,
     output: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -634,7 +636,7 @@ def test_trouble_is_no_damage(
     kind: type[Exception],
     message: str,
 ) -> None:
-    """The part is whole: it is neither done again nor called damaged."""
+    """The part is whole: it is not generated again."""
 
     def fail(*arguments: Any, **settings: Any) -> None:
         raise error
@@ -666,7 +668,7 @@ def test_damage_keeps_its_cause(
 
 
 class BrokenDisk:
-    """A file whose reads fail, without a word of its name."""
+    """A file whose reads fail with an error that lacks its name."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         pass
@@ -682,7 +684,7 @@ class BrokenDisk:
 
 
 @pytest.mark.parametrize("name", ["_manifest.json", ".gptbatch/config.yaml"])
-def test_a_disk_that_fails_is_named_with_the_file(
+def test_a_failing_disk_is_reported_with_the_file(
     output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     from gptbatch.pipeline.audit import run_reader
@@ -710,7 +712,7 @@ def test_a_failing_hash_names_the_file(output: Path, monkeypatch: pytest.MonkeyP
         file_sha256(output / "part-00000.parquet")
 
 
-def test_a_part_that_reads_back_otherwise_says_why(
+def test_a_part_that_reads_back_differently_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path, **settings: Any) -> PartFile:
@@ -728,7 +730,7 @@ def test_a_part_that_reads_back_otherwise_says_why(
 @pytest.mark.parametrize(
     "name", ["run:1", "nightly-2026-11-27T02:55", "a b", "100%", "s=1", "ä", "x#y?z"]
 )
-def test_every_name_of_a_folder_is_a_name(tmp_path: Path, name: str) -> None:
+def test_output_folders_of_any_name_work(tmp_path: Path, name: str) -> None:
     out = write_run(tmp_path / name, many(3))
     assert (RunReader(out).n_rows, output_status(out).state) == (3, "complete")
 
@@ -792,7 +794,7 @@ def test_a_part_of_another_job_is_never_replaced(folder: Path, other: dict[str, 
     assert not list((folder / ".gptbatch").glob("*.tmp"))
 
 
-def test_the_same_part_of_another_run_stays(folder: Path) -> None:
+def test_an_equal_part_of_another_run_is_kept(folder: Path) -> None:
     first = add(writer(folder, 4)[0], range(2))
     inode = (folder / first.name).stat().st_ino
     assert add(writer(folder, 4)[0], range(2)) == first
@@ -826,8 +828,8 @@ def test_a_part_of_this_job_that_is_not_whole_is_replaced(folder: Path, damage: 
     assert inspect_part(path).part == whole
 
 
-def test_nobody_finishes_a_folder_with_a_part_of_another_job(folder: Path) -> None:
-    """One job's run, and a part of another that came in between, under a name that was free."""
+def test_a_folder_with_a_part_of_another_job_is_never_complete(folder: Path) -> None:
+    """A part of another job takes a free name during the run."""
     mine, plan, facts = writer(folder, 4)
     OutputFolder(folder).claim("seed: 0\n", facts, [])
     done = {part.number: part for part in (add(mine, range(2)), add(mine, range(2, 4)))}
@@ -868,8 +870,8 @@ def test_the_manifest_is_claimed_once(folder: Path) -> None:
     OutputFolder(folder).claim("seed: 1\n", other, [], replaces=facts["identity"])
 
 
-def test_parts_copied_together_are_no_run(tmp_path: Path, command: Command) -> None:
-    """Without manifests: what their footers say of themselves."""
+def test_parts_of_two_jobs_in_one_folder_are_refused(tmp_path: Path, command: Command) -> None:
+    """Without manifests, the footers identify the jobs."""
     a, b = write_run(tmp_path / "a", many(8)), write_run(tmp_path / "b", many(6), identity=OTHER)
     mixed = tmp_path / "mixed"
     mixed.mkdir()
@@ -893,7 +895,7 @@ def test_parts_copied_together_are_no_run(tmp_path: Path, command: Command) -> N
 
 
 def test_a_part_with_more_rows_than_its_name_says_is_not_counted(tmp_path: Path) -> None:
-    """Nothing is ever missing less than nothing."""
+    """The number of missing rows is never negative."""
     a = write_run(tmp_path / "a", many(2), part_rows=2)
     shutil.copy(a / "part-00000.parquet", a / "part-00001.parquet")
     found = output_status(a)
@@ -910,7 +912,7 @@ def test_a_part_with_more_rows_than_its_name_says_is_not_counted(tmp_path: Path)
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"part_rows": 2}, {"max_new_tokens": 2}, {"limit": 2}]
 )
-def test_a_run_that_failed_before_its_first_part_is_no_obstacle(
+def test_a_run_without_parts_leaves_the_folder_free(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     from gptbatch.pipeline.output.part_runner import PartRunner
@@ -927,7 +929,7 @@ def test_a_run_that_failed_before_its_first_part_is_no_obstacle(
     assert run_job(job(finished, output=str(output), **change)).rows == change.get("limit", 7)
 
 
-def test_verify_of_nothing_is_no_success(
+def test_verify_of_no_rows_is_not_a_success(
     finished: Path, tmp_path: Path, output: Path, command: Command
 ) -> None:
     for part in output.glob("part-*"):
@@ -962,7 +964,7 @@ def test_another_format_is_not_continued(finished: Path, output: Path) -> None:
         run_job(job(finished, output=str(output)))
 
 
-def test_error_rows_are_said_at_the_end(
+def test_error_rows_are_counted_at_the_end(
     finished: Path, tmp_path: Path, command: Command, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "prompts.jsonl"
@@ -1010,7 +1012,7 @@ def test_error_rows_are_said_at_the_end(
         (lambda output: None, [], 0),
     ],
 )
-def test_a_dry_run_looks_at_the_output(
+def test_a_dry_run_checks_the_output(
     finished: Path,
     output: Path,
     command: Command,
@@ -1034,7 +1036,7 @@ def test_a_dry_run_looks_at_the_output(
     assert sorted(output.rglob("*")) == before
 
 
-def test_a_dry_run_finds_an_output_that_cannot_be_made(
+def test_a_dry_run_reports_an_output_that_cannot_be_created(
     finished: Path, tmp_path: Path, command: Command
 ) -> None:
     (tmp_path / "file").write_text("mine")

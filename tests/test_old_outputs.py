@@ -1,4 +1,4 @@
-"""Outputs of earlier versions are read, checked and compared; a run never goes on with one."""
+"""Outputs of earlier versions are read, verified and compared, but not continued."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ FORMATS = sorted(path.name for path in OUTPUTS.glob("gptbatch-*"))
 
 
 def test_an_output_of_this_format_is_kept() -> None:
-    """A change of the schema changes the format: `python -m tests.old_outputs FOLDER` adds an output of it."""
+    """A change of the schema changes the format.
+
+    `python -m tests.old_outputs FOLDER` adds an output of the new format.
+    """
     assert FORMAT in FORMATS
 
 

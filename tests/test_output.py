@@ -1,4 +1,4 @@
-"""What a run writes: the table, its footers, the folder, and that everyone can read it."""
+"""The output of a run: the table, its footers and the folder, read by several libraries."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_run_writes_every_row_once_and_in_order(
     assert summary.prompt_tokens == sum(row["prompt_tokens"] for row in rows)
 
 
-def test_the_table_has_the_schema_and_its_words(
+def test_the_parts_have_the_schema_and_its_metadata(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     run_job(job(checkpoint, write_rows(ROWS), tmp_path / "out", part_rows=3))
@@ -119,7 +119,7 @@ def test_the_table_has_the_schema_and_its_words(
             assert field.nullable == column.nullable
 
 
-def test_timings_of_rows(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_timings_add_up_per_row(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
     run_job(job(checkpoint, write_rows(ROWS), tmp_path / "out"))
     for row in read(tmp_path / "out").to_pylist():
         observed = [row[column.name] for column in COLUMNS if column.kind == "observed"]
@@ -140,7 +140,9 @@ def test_timings_of_rows(checkpoint: Path, write_rows: WriteRows, tmp_path: Path
             assert row["tokens_per_s"] is None
 
 
-def test_footers_and_manifest(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_footers_and_manifest_record_the_run(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     summary = run_job(job(checkpoint, write_rows(ROWS), output, part_rows=3))
     manifest = json.loads((output / "_manifest.json").read_text())
@@ -199,7 +201,7 @@ def test_footers_and_manifest(checkpoint: Path, write_rows: WriteRows, tmp_path:
     assert work == {"config.yaml", "digests.json", "errors.jsonl", "lock", "progress.json"}
 
 
-def test_page_checksums_are_on(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_parts_have_checksums(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
     run_job(job(checkpoint, write_rows(ROWS), tmp_path / "out"))
     path = tmp_path / "out" / "part-00000.parquet"
     column = pq.read_metadata(path).row_group(0).column(DETERMINISTIC_COLUMNS.index("prompt"))
@@ -210,7 +212,7 @@ def test_page_checksums_are_on(checkpoint: Path, write_rows: WriteRows, tmp_path
         pq.read_table(path, page_checksum_verification=True)
 
 
-def test_the_same_job_gives_the_same_rows(
+def test_equal_jobs_give_equal_rows(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"The king {i}"} for i in range(40)]
@@ -240,7 +242,7 @@ def test_the_same_job_gives_the_same_rows(
     assert sum(a != b for a, b in zip(tokens, other, strict=True)) > 30
 
 
-def test_equal_seeds_share_noise_and_derived_ones_do_not(
+def test_rows_with_equal_seeds_share_noise(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     rows = [
@@ -255,7 +257,7 @@ def test_equal_seeds_share_noise_and_derived_ones_do_not(
     assert len({tuple(a), tuple(c), tuple(d)}) == 3
 
 
-def test_special_tokens_are_plain_text_unless_they_are_asked_for(
+def test_special_tokens_are_plain_text_without_parse_special(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     path = write_rows([{"prompt": "a<|endoftext|>b"}])
@@ -265,7 +267,7 @@ def test_special_tokens_are_plain_text_unless_they_are_asked_for(
     assert special["prompt_tokens"] == 3 < plain["prompt_tokens"]
 
 
-def test_long_prompts_lose_their_front_where_that_is_asked_for(
+def test_truncate_left_drops_the_front_of_long_prompts(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     text = "The king is dead. Long live the king, and the queen. " * 12
@@ -297,7 +299,7 @@ def test_long_prompts_lose_their_front_where_that_is_asked_for(
 
 
 @pytest.mark.parametrize("rows", [0, 4, 12], ids=["no rows", "one part", "three parts"])
-def test_everyone_reads_it(
+def test_pandas_polars_duckdb_and_datasets_read_the_output(
     checkpoint: Path,
     write_rows: WriteRows,
     tmp_path: Path,
@@ -350,7 +352,7 @@ def run(checkpoint: Path, path: Path, output: Path, **settings: Any) -> RunSumma
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """All but what is remembered of digests, which is only there to save time."""
+    """All files but digests.json, which only saves time."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "digests.json"]
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
@@ -358,7 +360,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def test_a_complete_output_is_left_as_it_is(
+def test_a_complete_output_is_not_written_again(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
@@ -371,7 +373,7 @@ def test_a_complete_output_is_left_as_it_is(
 
 
 def damage_part(path: Path, damage: str) -> None:
-    """Each kind of damage leaves the file's times as a careless tool would."""
+    """Each kind of damage sets the file's times as a tool that copies files does."""
     content = bytearray(path.read_bytes())
     match damage:
         case "missing":
@@ -414,7 +416,7 @@ def damage_part(path: Path, damage: str) -> None:
         "a part of other rows",
     ],
 )
-def test_an_output_that_lost_a_part_gets_it_again(
+def test_a_lost_part_is_generated_again(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path, damage: str
 ) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
@@ -477,7 +479,7 @@ def test_an_incomplete_output_is_continued(
         ({"engine": {"cache_dtype": "int8"}}, "config_hash, cache_dtype"),
     ],
 )
-def test_another_job_is_refused_and_nothing_is_touched(
+def test_another_job_is_refused_and_changes_nothing(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path, settings: dict[str, Any], differs: str
 ) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
@@ -490,7 +492,7 @@ def test_another_job_is_refused_and_nothing_is_touched(
     assert snapshot(output) == before
 
 
-def test_overwrite_replaces_our_files_and_no_others(
+def test_overwrite_replaces_only_files_of_gptbatch(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
@@ -503,7 +505,7 @@ def test_overwrite_replaces_our_files_and_no_others(
     assert [row["prompt_index"] for row in deterministic(output)] == list(range(7))
 
 
-def test_a_folder_that_holds_something_else_is_refused(
+def test_a_folder_with_other_files_is_refused(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     path, output = write_rows(ROWS), tmp_path / "out"
@@ -531,15 +533,17 @@ def test_a_folder_that_holds_something_else_is_refused(
     assert file.read_text() == "mine"
 
 
-def test_an_empty_folder_is_fine(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_an_empty_folder_is_accepted(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     assert run(checkpoint, write_rows(ROWS), tmp_path / "out").rows == 7
 
 
-def test_a_token_that_the_model_does_not_have(
+def test_a_token_beyond_the_vocabulary_is_an_error_row(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    """Fine-tuned checkpoints often have a padding token beyond the vocabulary: only a prompt that holds it is in error."""
+    """A padding token beyond the vocabulary is an error only in a prompt that holds it."""
     model = tmp_path / "model"
     shutil.copytree(checkpoint, model)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))

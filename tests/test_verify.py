@@ -1,4 +1,4 @@
-"""verify and replay: recorded rows checked against the weights, and one row again."""
+"""verify and replay: check recorded rows, and generate a row again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS = 30
 def finished(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run of 30 rows in parts of 8: own parameters, early end-of-text, an error row, full windows; and its checkpoint."""
+    """A run of 30 rows in parts of 8, with own parameters, an error row and full windows."""
     if request.param == "ragged" and not has_kernels():
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("finished")
@@ -72,7 +72,7 @@ def output(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str]]]:
-    """Runs `gptbatch ARGUMENTS...` here; gives the exit code and the lines on standard output, or on standard error."""
+    """Run `gptbatch ARGUMENTS...`; return exit code and lines of standard output or error."""
 
     def run(*arguments: str | Path, error: bool = False) -> tuple[int, list[str]]:
         capfd.readouterr()
@@ -87,7 +87,7 @@ Command = Callable[..., tuple[int, list[str]]]
 
 
 def change(output: Path, prompt_id: str, edit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Edit one row in its part, leaving all else as it was; gives the row as it was."""
+    """Edit one row in its part; return the row before the edit."""
     for path in sorted(output.glob("part-*.parquet")):
         table = pq.read_table(path)
         rows = table.to_pylist()
@@ -101,7 +101,7 @@ def change(output: Path, prompt_id: str, edit: Callable[[dict[str, Any]], None])
 
 
 def long_row(output: Path) -> str:
-    """The id of a row of at least 12 tokens."""
+    """Return the id of a row of at least 12 tokens."""
     return next(
         str(row["prompt_id"]) for row in RunReader(output).rows() if row["completion_tokens"] >= 12
     )
@@ -110,7 +110,7 @@ def long_row(output: Path) -> str:
 # -- verify ----------------------------------------------------------------------------------------
 
 
-def test_an_untouched_run(output: Path, command: Command) -> None:
+def test_an_unchanged_run_is_verified(output: Path, command: Command) -> None:
     code, lines = command("verify", output, "--all")
     summary = json.loads(lines[-1])
     assert code == 0
@@ -181,7 +181,7 @@ def test_a_changed_token_is_named(output: Path, command: Command) -> None:
         (lambda row: row.update(prompt=row["prompt"] + " and more"), "but prompt_tokens is"),
     ],
 )
-def test_whatever_else_was_changed_is_named(
+def test_any_other_change_is_named(
     output: Path, command: Command, edit: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     changed = next(
@@ -204,7 +204,7 @@ def test_a_changed_seed_is_found(output: Path, command: Command) -> None:
 
 @pytest.fixture
 def twins(tmp_path: Path) -> Path:
-    """A greedy run of a model in which each even token has the embedding, and so the logit, of the odd one after it."""
+    """A greedy run of a model whose even tokens have the logits of the next odd token."""
     theirs = random_model()
     with torch.no_grad():
         theirs.transformer.wte.weight[1::2] = theirs.transformer.wte.weight[0::2]
@@ -230,10 +230,10 @@ def on_another_machine(output: Path) -> None:
     (output / "_manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_tie_is_a_mismatch_where_bits_are_the_same_and_a_near_tie_elsewhere(
+def test_a_tie_is_a_mismatch_in_the_same_environment_and_a_near_tie_in_another(
     twins: Path, command: Command
 ) -> None:
-    """The last token becomes its twin, with as large a logit and a larger id; only the rule for ties tells them apart."""
+    """The last token is replaced by one with an equal logit and a larger id."""
     model = PromptTokenizer(load_tokenizer(twins.parent / "model"), start_token=0)
 
     def to_twin(row: dict[str, Any]) -> None:
@@ -256,7 +256,9 @@ def test_a_tie_is_a_mismatch_where_bits_are_the_same_and_a_near_tie_elsewhere(
     assert "its text is not that of its tokens" in lines[0]
 
 
-def test_windows_that_slide_are_verified(finished: Path, tmp_path: Path, command: Command) -> None:
+def test_rows_with_a_sliding_window_are_verified(
+    finished: Path, tmp_path: Path, command: Command
+) -> None:
     config = RunReader(finished / "out").config | {
         "output": str(tmp_path / "slid"),
         "window_full": "slide",
@@ -298,8 +300,10 @@ def test_other_weights_are_refused_unless_allowed(
     assert "the weights differ" in summary["because"]
 
 
-def test_on_another_machine_rows_are_judged_by_tolerance(output: Path, command: Command) -> None:
-    """The environment names another machine: a token that rounding could not explain is a mismatch still."""
+def test_in_another_environment_rows_are_judged_by_tolerance(
+    output: Path, command: Command
+) -> None:
+    """In another environment a token beyond the tolerance is a mismatch, too."""
     on_another_machine(output)
     code, lines = command("verify", output, "--all")
     summary = json.loads(lines[-1])
@@ -313,10 +317,10 @@ def test_on_another_machine_rows_are_judged_by_tolerance(output: Path, command: 
     assert (code, json.loads(lines[-1])["mismatches"]) == (1, 1)
 
 
-def test_a_run_with_an_int8_cache(
+def test_a_run_with_an_int8_cache_is_verified(
     checkpoint: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exactly where it was made; by tolerance where attention is another, which keeps the same int8."""
+    """Bit for bit in the same environment; by tolerance with another attention backend."""
     if not has_kernels():
         pytest.skip("no C++ compiler")
     prompts = tmp_path / "prompts.jsonl"
@@ -357,7 +361,7 @@ def test_a_run_with_an_int8_cache(
     assert "attention differs" in summary["because"]
 
 
-def test_a_run_that_was_not_checked_is_judged_by_tolerance(
+def test_a_run_without_self_test_is_judged_by_tolerance(
     finished: Path, tmp_path: Path, command: Command
 ) -> None:
     config = RunReader(finished / "out").config | {
@@ -373,14 +377,14 @@ def test_a_run_that_was_not_checked_is_judged_by_tolerance(
     assert command("diff", finished / "out", tmp_path / "off")[0] == 0
 
 
-def test_folders_that_hold_no_run(tmp_path: Path, command: Command) -> None:
+def test_folders_without_a_run_are_refused(tmp_path: Path, command: Command) -> None:
     for name in ("verify", "replay"):
         extra = ["--prompt-id", "x"] if name == "replay" else []
         assert command(name, tmp_path / "nowhere", *extra)[0] == 66
         assert command(name, tmp_path, *extra)[0] == 66
 
 
-def test_rows_are_spread_evenly() -> None:
+def test_checked_rows_are_evenly_spaced() -> None:
     assert evenly_spaced(5, 3) == [0, 1, 2]
     assert evenly_spaced(3, 101) == [0, 50, 100]
     assert evenly_spaced(1, 10) == [0]
@@ -390,7 +394,7 @@ def test_rows_are_spread_evenly() -> None:
 # -- replay ----------------------------------------------------------------------------------------
 
 
-def test_a_row_is_replayed_from_the_folder_alone(
+def test_a_row_is_replayed_without_the_input(
     finished: Path, output: Path, command: Command
 ) -> None:
     (finished / "prompts.jsonl").rename(finished / "gone")
@@ -431,7 +435,7 @@ def test_a_row_is_replayed_from_the_folder_alone(
         (finished / "gone").rename(finished / "prompts.jsonl")
 
 
-def test_what_if(output: Path, command: Command) -> None:
+def test_a_row_is_replayed_with_other_parameters(output: Path, command: Command) -> None:
     row = RunReader(output).find("r7")
     assert row is not None
     code, lines = command(
@@ -459,7 +463,7 @@ def test_what_if(output: Path, command: Command) -> None:
     assert "with seed 5" in lines[-1]
 
 
-def test_rows_that_cannot_be_replayed(output: Path, command: Command) -> None:
+def test_error_rows_and_unknown_ids_cannot_be_replayed(output: Path, command: Command) -> None:
     code, lines = command("replay", output, "--prompt-id", "nobody", error=True)
     assert code == 66
     assert "no row has the id 'nobody'; the run has 30 rows" in lines[-1]
@@ -469,7 +473,7 @@ def test_rows_that_cannot_be_replayed(output: Path, command: Command) -> None:
     assert "it is an error row" in lines[-1]
 
 
-def test_a_changed_row_shows_in_its_replay(output: Path, command: Command) -> None:
+def test_a_replay_shows_a_changed_row(output: Path, command: Command) -> None:
     changed = long_row(output)
     change(output, changed, lambda row: row["completion_token_ids"].__setitem__(2, 7))
     code, lines = command("replay", output, "--prompt-id", changed, "--json")
@@ -477,8 +481,8 @@ def test_a_changed_row_shows_in_its_replay(output: Path, command: Command) -> No
     assert (code, summary["equal"], summary["first_difference"]) == (0, False, 2)
 
 
-def test_a_step_explained() -> None:
-    """Greedy among four: the largest logit wins; another token is as far away as it must rise."""
+def test_explain_step() -> None:
+    """Greedy: the largest logit wins, and the distance of another token is its gap."""
     params = SamplingParams(seed=0, temperature=0.0, top_k=2, max_new_tokens=1)
     logits = torch.tensor([1.0, 3.0, 2.0, 0.5])
     won = explain_step(logits, params, 0, 1)
@@ -497,8 +501,8 @@ def test_a_step_explained() -> None:
 # -- the real command ------------------------------------------------------------------------------
 
 
-def test_the_columns_of_a_run(finished: Path) -> None:
-    """min_decision_margin and logits_digest stand in every row that took a step, and do not depend on the batch."""
+def test_margin_and_logits_digest_are_recorded(finished: Path) -> None:
+    """Both are recorded in every row with a step, and are batch-invariant."""
     rows = list(RunReader(finished / "out").rows())
     assert [row["prompt_id"] for row in rows if row["min_decision_margin"] is None] == ["r4"]
     assert [row["prompt_id"] for row in rows if row["logits_digest"] is None] == ["r4"]
@@ -506,7 +510,7 @@ def test_the_columns_of_a_run(finished: Path) -> None:
 
 
 def test_verify_replay_and_diff_as_commands(tmp_path: Path) -> None:
-    """From another folder than the run's, with other batches and threads; a null logits_digest unless it is asked for."""
+    """The commands work from another folder, with other batches and threads."""
     settings = ["generate", "--config", "demo", "--limit", "40", "--max-new-tokens", "16"]
     first = run_gptbatch(
         *settings,
