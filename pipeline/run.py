@@ -111,14 +111,17 @@ def run_job(
     """
     began_s = time.monotonic()
     job = _find_job(config)
+    if job.continued is not None and is_up_to_date(
+        config, job.continued, job.reader.source, job.hashes
+    ):
+        wall_s = time.monotonic() - began_s
+        return summarize_complete_output(config, job.continued.manifest, wall_s)
     with ExitStack() as stack:
         lock = None
-        if job.continued is not None:
-            if is_up_to_date(config, job.continued, job.reader.source, job.hashes):
-                wall_s = time.monotonic() - began_s
-                return summarize_complete_output(config, job.continued.manifest, wall_s)
-            if job.folder.work.is_dir():
-                lock = stack.enter_context(OutputLock(job.folder.work))
+        # A continued run is locked before its input is read. A new folder is created only for a
+        # valid input.
+        if job.continued is not None and job.folder.work.is_dir():
+            lock = stack.enter_context(OutputLock(job.folder.work))
         checked = _check_input(job)
         output = RunOutput(
             folder=job.folder,
