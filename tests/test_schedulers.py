@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from gptbatch.jobs.group import cli
 from gptbatch.pipeline.errors import GptbatchError, OutputBusyError, StoppedError, StorageError
-from tests.paths import REPOSITORY, SOURCE
+from tests.paths import PYTHONPATH, REPOSITORY
 from tests.processes import LIMIT_S, wait_for
 
 CONFIGS = REPOSITORY / "configs"
@@ -121,11 +121,15 @@ def test_slurm_with_the_real_program(
     write_rows: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    path = write_rows([{"prompt": f"{i} The king"} for i in range(2000)])
-    write_program(
-        tmp_path / "bin" / "gptbatch",
-        f'#!/bin/bash\nPYTHONPATH={SOURCE} exec {sys.executable} -m gptbatch "$@"\n',
+    """The first run has slow steps, so that the signal arrives before its end."""
+    path = write_rows([{"prompt": f"{i} The king"} for i in range(200)])
+    program = tmp_path / "bin" / "gptbatch"
+    start = f"#!/bin/bash\nPYTHONPATH={PYTHONPATH} exec {sys.executable}"
+    slow = (
+        "from tests.faults import install; install('slow step', '0.05'); "
+        "from gptbatch.jobs.cli import main; main()"
     )
+    write_program(program, f'{start} -c "{slow}" "$@"\n')
     arguments = [
         "--model",
         str(checkpoint),
@@ -135,8 +139,10 @@ def test_slurm_with_the_real_program(
         "out",
         "--max-new-tokens",
         "12",
+        "--batch-size",
+        "4",
         "--part-rows",
-        "50",
+        "5",
     ]
     process = slurm(*arguments)
     wait_for((tmp_path / "out" / "part-00001.parquet").exists, "a part")
@@ -144,10 +150,11 @@ def test_slurm_with_the_real_program(
     _, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75, stderr
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    write_program(program, f'{start} -m gptbatch "$@"\n')
     process = slurm(*arguments)
     _, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, stderr
-    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows"] == 2000
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows"] == 200
 
 
 def test_the_kubernetes_job_handles_every_exit_code() -> None:
