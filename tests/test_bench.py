@@ -39,7 +39,10 @@ def test_no_repeat_finds_a_prefix_of_another() -> None:
     "options",
     [
         ("--workload", "uniform", "--top-k", "0"),
-        ("--workload", "shared_prefix", "--attention", "padded"),
+        ("--workload", "shared_prefix"),
+        pytest.param(
+            ("--workload", "shared_prefix", "--attention", "padded"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_bench_prints_what_belongs_together(options: tuple[str, ...]) -> None:
