@@ -14,8 +14,8 @@ from tests.paths import REPOSITORY
 
 # pattern (case counts, whole words) -> what to write instead
 REPLACED = {
-    r"slots?": "sequence, seq_index",
-    r"pages?|PagePool|page_size|n_pages": "block, BlockPool, block table",
+    r"slots?(?!=True)": "sequence, seq_index",
+    r"pages?(?! checksum|_checksum)|PagePool|page_size|n_pages": "block, BlockPool, block table",
     r"admit(s|ted|ting)?|retire[sd]?": "schedule, allocate, free, finished",
     r"promised|idle": "reserved, evictable",
     r"[Ll]ookahead|LOOKAHEAD": "max_waiting; prefetch distance",
@@ -29,7 +29,7 @@ REPLACED = {
     r"MOST_\w+|LEAST_\w+|FEW|FEW_\w+|GRACE\w*": "MAX_, MIN_, GRAIN_",
     r"numerics|exactness": "batch invariance",
     r"[Ff]ingerprints?": "config hash",
-    r"profiles?": "environment",
+    r"(?<!profiler\.)profiles?": "environment",
     r"attempts?|deaths?|suspects?": "crash journal, crashes, suspect parts",
     r"reopened|brought back to life": "loaded run",
     r"ours|of ours": "gptbatch's; this project's; name it",
