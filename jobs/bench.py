@@ -85,6 +85,7 @@ if TYPE_CHECKING:
 @click.option("--no-sharing", is_flag=True, help="Compute a prefix that rows share once per row.")
 @click.pass_context
 def bench(context: click.Context, /, **options: Any) -> None:
+    # \b, the character, keeps click from rewrapping a paragraph; a raw string would lose it
     """Measure new tokens per second on a workload.
 
     \b
@@ -94,7 +95,7 @@ def bench(context: click.Context, /, **options: Any) -> None:
 
     Prints medians over the repeats, the time per part, and the ceiling of the machine, which is
     measured in the same run. The last line is a JSON object.
-    """
+    """  # noqa: D301
     context.obj = options
     if context.invoked_subcommand is None:
         _bench(options)

@@ -52,6 +52,7 @@ class LazyGroup(click.Group):
 @click.version_option(package_name="gptbatch", prog_name="gptbatch")
 @click.option("-v", "--verbose", is_flag=True, help="Log more to standard error.")
 def cli(verbose: bool) -> None:
+    # \b, the character, keeps click from rewrapping a paragraph; a raw string would lose it
     """Reproducible batch text generation with GPT-2, from a file of prompts to Parquet files.
 
     \b
@@ -67,7 +68,7 @@ def cli(verbose: bool) -> None:
       74  I/O error
       75  stopped by a signal, or out of memory; the same command continues
       78  bad config, model or machine, or the output folder holds another job
-    """
+    """  # noqa: D301
     from gptbatch.jobs.messages import set_up_logging
 
     set_up_logging(verbose)

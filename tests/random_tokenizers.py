@@ -1,4 +1,4 @@
-"""Tokenizer files with random combinations of options, as tokenizers and transformers write them."""
+"""Tokenizer files with random options, in the form that tokenizers and transformers write."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _token(rng: Random) -> str:
 
 
 def _random_config(rng: Random) -> dict[str, Any]:
-    """A tokenizer_config.json."""
+    """Return the content of a tokenizer_config.json."""
     choices: dict[str, Any] = {
         "tokenizer_class": rng.choices(
             (

@@ -44,7 +44,8 @@ def generate(launcher: Launcher, checkpoint: Path) -> Callable[..., tuple[int, C
 
 Generate = Callable[..., tuple[int, Child]]
 
-# content of prompts.jsonl (or of the file named) -> exit code, and what the message says after the file's name
+# content of prompts.jsonl (or of the file named) -> exit code, and the message after the file's
+# name
 LINES: dict[str, tuple[bytes, int, str]] = {
     "no JSON": (GOOD + b"hello\n", 65, ":2: not valid JSON"),
     "cut off": (GOOD + b'{"prompt": "a"', 65, ":2: not valid JSON"),
@@ -315,7 +316,7 @@ def expect(ran: tuple[int, Child], code: int, message: str) -> None:
 
 
 def test_unusual_valid_input(generate: Generate, tmp_path: Path) -> None:
-    """A BOM, CRLF, blank last lines, NUL and line separators inside strings, ids that look like paths."""
+    """Accept a BOM, CRLF, blank last lines, NUL and line separators in strings, paths as ids."""
     rows = [
         b'\xef\xbb\xbf{"prompt": "a\\u0000b", "id": "../../etc/passwd"}\r\n',
         '{"prompt": "a\u2028b\u0085c", "id": "/"}\r\n'.encode(),

@@ -80,7 +80,8 @@ def run(model: Path, folder: Path, prompts: list[str], **settings: Any) -> list[
 
 # -- start and end tokens --
 
-# what config.json says (... leaves the key out), what generation_config.json says -> the end tokens, those left out
+# eos_token_id of config.json (... leaves the key out), content of generation_config.json -> the end
+# tokens, those left out
 ENDS: dict[str, tuple[Any, dict[str, Any] | None, tuple[int, ...], tuple[int, ...]]] = {
     "one": (0, None, (0,), ()),
     "null": (None, None, (), ()),
@@ -330,15 +331,39 @@ ONE = np.full((2, 32), 0.5, np.float32)
 
 # tensors beside those of the network, architectures -> the heads that are named
 HEADS: dict[str, tuple[Tensors, str, str]] = {
-    "trl": ({"v_head.summary.weight": ONE, "v_head.summary.bias": ONE}, "GPT2HeadWithValueModel", r"v_head \(2 tensors\)"),
-    "two heads": ({"multiple_choice_head.summary.weight": ONE}, "GPT2DoubleHeadsModel", r"multiple_choice_head \(1 tensor\)"),
+    "trl": (
+        {"v_head.summary.weight": ONE, "v_head.summary.bias": ONE},
+        "GPT2HeadWithValueModel",
+        r"v_head \(2 tensors\)",
+    ),
+    "two heads": (
+        {"multiple_choice_head.summary.weight": ONE},
+        "GPT2DoubleHeadsModel",
+        r"multiple_choice_head \(1 tensor\)",
+    ),
     "classifier": ({"score.weight": ONE}, "GPT2ForSequenceClassification", r"score \(1 tensor\)"),
-    "tokens": ({"classifier.weight": ONE, "classifier.bias": ONE}, "GPT2ForTokenClassification", r"classifier \(2 tensors\)"),
+    "tokens": (
+        {"classifier.weight": ONE, "classifier.bias": ONE},
+        "GPT2ForTokenClassification",
+        r"classifier \(2 tensors\)",
+    ),
     "answers": ({"qa_outputs.weight": ONE}, "GPT2ForQuestionAnswering", r"qa_outputs \(1 tensor\)"),
-    "ILQL": ({"ilql_heads.q_heads.0.0.weight": ONE, "ilql_heads.v_head.0.weight": ONE}, "GPT2LMHeadModel", r"ilql_heads \(2 tensors\)"),
-    "Medusa": ({"medusa_head.0.0.linear.weight": ONE}, "GPT2LMHeadModel", r"medusa_head \(1 tensor\)"),
-    "two at once": ({"v_head.weight": ONE, "score.weight": ONE}, "GPT2LMHeadModel", r"score \(1 tensor\), v_head \(1 tensor\)"),
-}  # fmt: skip
+    "ILQL": (
+        {"ilql_heads.q_heads.0.0.weight": ONE, "ilql_heads.v_head.0.weight": ONE},
+        "GPT2LMHeadModel",
+        r"ilql_heads \(2 tensors\)",
+    ),
+    "Medusa": (
+        {"medusa_head.0.0.linear.weight": ONE},
+        "GPT2LMHeadModel",
+        r"medusa_head \(1 tensor\)",
+    ),
+    "two at once": (
+        {"v_head.weight": ONE, "score.weight": ONE},
+        "GPT2LMHeadModel",
+        r"score \(1 tensor\), v_head \(1 tensor\)",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -357,10 +382,18 @@ def test_heads_beside_the_language_model_are_left_out(
 
 
 PREFIXES = (
-    "", "transformer.", "module.transformer.", "module.", "_orig_mod.transformer.", "model.transformer.", "_orig_mod.module.transformer.",
-    "pretrained_model.transformer.", "base_model.model.transformer.", "_fsdp_wrapped_module.transformer._fsdp_wrapped_module.",
+    "",
+    "transformer.",
+    "module.transformer.",
+    "module.",
+    "_orig_mod.transformer.",
+    "model.transformer.",
+    "_orig_mod.module.transformer.",
+    "pretrained_model.transformer.",
+    "base_model.model.transformer.",
+    "_fsdp_wrapped_module.transformer._fsdp_wrapped_module.",
     "transformer._orig_mod.",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -378,9 +411,17 @@ def test_prefixes_of_wrappers_are_removed(
 
 
 OTHER_PREFIXES = (
-    "student.transformer.", "_forward_module.model.transformer.", "policy.", "net.", "backbone.", "decoder.", "lm.transformer.", "gpt2.",
-    "module.agent.gpt.transformer.", "model._orig_mod.my_model.",
-)  # fmt: skip
+    "student.transformer.",
+    "_forward_module.model.transformer.",
+    "policy.",
+    "net.",
+    "backbone.",
+    "decoder.",
+    "lm.transformer.",
+    "gpt2.",
+    "module.agent.gpt.transformer.",
+    "model._orig_mod.my_model.",
+)
 
 
 @pytest.mark.parametrize("prefix", OTHER_PREFIXES)
@@ -412,7 +453,10 @@ def test_two_models_in_one_file_are_rejected(tmp_path: Path) -> None:
     }
     with pytest.raises(
         ModelError,
-        match=r"they are 2 models, student\.transformer and teacher\.transformer: save one of them alone",
+        match=(
+            r"they are 2 models, student\.transformer and teacher\.transformer: "
+            "save one of them alone"
+        ),
     ):
         load(write_checkpoint(tmp_path / "model", tensors=tensors))
 
@@ -501,20 +545,61 @@ def test_a_stored_head(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: s
 
 # tensors that are added or (with None) left out, config.json -> what is said
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "no head": ({}, {"tie_word_embeddings": False}, "lacks lm_head.weight, and config.json says tie_word_embeddings: false"),
-    "neither head nor embedding": ({"transformer.wte.weight": None}, {}, "lacks the tensors lm_head.weight, wte.weight"),
-    "an adapter inside": ({"transformer.h.0.attn.c_attn.lora_A.weight": ONE}, {}, r"lora_A\.weight; a LoRA adapter .* merge_and_unload"),
-    "a wrapped base layer": (
-        {"transformer.h.0.attn.c_attn.weight": None, "transformer.h.0.attn.c_attn.base_layer.weight": ONE}, {}, "merge_and_unload",
+    "no head": (
+        {},
+        {"tie_word_embeddings": False},
+        "lacks lm_head.weight, and config.json says tie_word_embeddings: false",
     ),
-    "GPTQ": ({"transformer.h.0.attn.c_attn.qweight": ONE}, {}, "quantized weights are not supported"),
-    "bitsandbytes": ({"transformer.h.0.attn.c_attn.weight.absmax": ONE}, {}, "quantized weights are not supported"),
-    "cross-attention": ({"transformer.h.0.crossattention.c_attn.weight": ONE}, {}, "cross-attention is not supported"),
-    "a head of one's own": ({"my_head.weight": ONE}, {}, r"has no tensors my_head\.weight; where .* without them \(heads that are known"),
-    "a bias of the head": ({"lm_head.bias": ONE[0]}, {}, r"has no tensors lm_head\.bias; where the language model does not need them"),
-    "another model": ({"reward.wte.weight": ONE, "reward.ln_f.bias": ONE}, {}, r"reward\.ln_f\.bias, reward\.wte\.weight; where the"),
+    "neither head nor embedding": (
+        {"transformer.wte.weight": None},
+        {},
+        "lacks the tensors lm_head.weight, wte.weight",
+    ),
+    "an adapter inside": (
+        {"transformer.h.0.attn.c_attn.lora_A.weight": ONE},
+        {},
+        r"lora_A\.weight; a LoRA adapter .* merge_and_unload",
+    ),
+    "a wrapped base layer": (
+        {
+            "transformer.h.0.attn.c_attn.weight": None,
+            "transformer.h.0.attn.c_attn.base_layer.weight": ONE,
+        },
+        {},
+        "merge_and_unload",
+    ),
+    "GPTQ": (
+        {"transformer.h.0.attn.c_attn.qweight": ONE},
+        {},
+        "quantized weights are not supported",
+    ),
+    "bitsandbytes": (
+        {"transformer.h.0.attn.c_attn.weight.absmax": ONE},
+        {},
+        "quantized weights are not supported",
+    ),
+    "cross-attention": (
+        {"transformer.h.0.crossattention.c_attn.weight": ONE},
+        {},
+        "cross-attention is not supported",
+    ),
+    "a head of one's own": (
+        {"my_head.weight": ONE},
+        {},
+        r"has no tensors my_head\.weight; where .* without them \(heads that are known",
+    ),
+    "a bias of the head": (
+        {"lm_head.bias": ONE[0]},
+        {},
+        r"has no tensors lm_head\.bias; where the language model does not need them",
+    ),
+    "another model": (
+        {"reward.wte.weight": ONE, "reward.ln_f.bias": ONE},
+        {},
+        r"reward\.ln_f\.bias, reward\.wte\.weight; where the",
+    ),
     "two of a name": ({"wte.weight": ONE}, {}, "wte.weight is also in"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -580,50 +665,151 @@ def test_other_architectures_are_named(
 OTHERS: dict[str, tuple[dict[str, str], str]] = {
     "an empty folder": ({}, "the folder is empty"),
     "a LoRA adapter": (
-        {"adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}', "adapter_model.safetensors": "x"},
-        r"a PEFT adapter \(LORA\) of gpt2: merge it first: PeftModel\.from_pretrained\(.*'gpt2'.*merge_and_unload\(\)\.save_pretrained",
+        {
+            "adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}',
+            "adapter_model.safetensors": "x",
+        },
+        (
+            r"a PEFT adapter \(LORA\) of gpt2: merge it first: "
+            r"PeftModel\.from_pretrained\(.*'gpt2'.*merge_and_unload\(\)\.save_pretrained"
+        ),
     ),
-    "an adapter that says nothing": ({"adapter_config.json": "{}", "adapter_model.bin": "x"}, "a PEFT adapter: merge it first"),
-    "an adapter with its base": ({"adapter_config.json": "[", "config.json": "{}", "model.safetensors": "x"}, "a PEFT adapter: merge"),
+    "an adapter that says nothing": (
+        {"adapter_config.json": "{}", "adapter_model.bin": "x"},
+        "a PEFT adapter: merge it first",
+    ),
+    "an adapter with its base": (
+        {"adapter_config.json": "[", "config.json": "{}", "model.safetensors": "x"},
+        "a PEFT adapter: merge",
+    ),
     "an adapter beside a merged model": (
-        {"adapter_config.json": '{"peft_type": "LORA"}', "config.json": "{}", "model.safetensors": "x"},
-        r"a PEFT adapter \(LORA\): merge it first.*; if the model beside it .*, merged already, remove adapter_config\.json$",
+        {
+            "adapter_config.json": '{"peft_type": "LORA"}',
+            "config.json": "{}",
+            "model.safetensors": "x",
+        },
+        (
+            r"a PEFT adapter \(LORA\): merge it first.*; "
+            r"if the model beside it .*, merged already, remove adapter_config\.json$"
+        ),
     ),
     "a soft prompt beside a model": (
-        {"adapter_config.json": '{"peft_type": "P_TUNING"}', "config.json": "{}", "model-00001-of-00002.safetensors": "x"},
+        {
+            "adapter_config.json": '{"peft_type": "P_TUNING"}',
+            "config.json": "{}",
+            "model-00001-of-00002.safetensors": "x",
+        },
         r"cannot be merged .* remove adapter_config\.json$",
     ),
-    "an adapter beside a config": ({"adapter_config.json": "{}", "config.json": "{}", "adapter_model.bin": ""}, "the tokenizer there$"),
-    "a soft prompt": ({"adapter_config.json": '{"peft_type": "PROMPT_TUNING"}'}, "of a kind that cannot be merged"),
-    "a training run": ({"checkpoint-500/": "", "checkpoint-1000/": ""}, "a training run with 2 checkpoints; .*/checkpoint-1000$"),
-    "a training run of one": ({"checkpoint-500/": ""}, "a training run with 1 checkpoint; name one of them: .*/checkpoint-500$"),
-    "a training run whose last is not whole": ({"checkpoint-500/config.json": "{}", "checkpoint-1000/": ""}, "/checkpoint-500$"),
-    "a training run with config": ({"config.json": "{}", "checkpoint-7/config.json": "{}"}, "neither model.* run .*/checkpoint-7$"),
+    "an adapter beside a config": (
+        {"adapter_config.json": "{}", "config.json": "{}", "adapter_model.bin": ""},
+        "the tokenizer there$",
+    ),
+    "a soft prompt": (
+        {"adapter_config.json": '{"peft_type": "PROMPT_TUNING"}'},
+        "of a kind that cannot be merged",
+    ),
+    "a training run": (
+        {"checkpoint-500/": "", "checkpoint-1000/": ""},
+        "a training run with 2 checkpoints; .*/checkpoint-1000$",
+    ),
+    "a training run of one": (
+        {"checkpoint-500/": ""},
+        "a training run with 1 checkpoint; name one of them: .*/checkpoint-500$",
+    ),
+    "a training run whose last is not whole": (
+        {"checkpoint-500/config.json": "{}", "checkpoint-1000/": ""},
+        "/checkpoint-500$",
+    ),
+    "a training run with config": (
+        {"config.json": "{}", "checkpoint-7/config.json": "{}"},
+        "neither model.* run .*/checkpoint-7$",
+    ),
     "GGUF": ({"gpt2.Q4_K_M.gguf": "GGUF", "README.md": "x"}, r"a GGUF file \(gpt2\.Q4_K_M\.gguf\)"),
-    "GGUF with a config": ({"config.json": "{}", "model.gguf": "GGUF"}, r"neither model\.safetensors .* it holds a GGUF file"),
-    "ONNX": ({"config.json": "{}", "decoder_model.onnx": "x"}, r"a model for ONNX \(decoder_model\.onnx\)"),
-    "ONNX in a folder": ({"config.json": "{}", "onnx/model.onnx": "x"}, r"a model for ONNX \(onnx\)"),
-    "Flax in shards": ({"config.json": "{}", "flax_model-00001-of-00002.msgpack": "x"}, "weights for Flax"),
-    "Flax": ({"config.json": "{}", "flax_model.msgpack": "x"}, "weights for Flax .* from_flax=True, then save_pretrained"),
-    "TensorFlow": ({"config.json": "{}", "tf_model.h5": "x"}, "weights for TensorFlow .* from_tf=True"),
-    "OpenAI's own": ({"model.ckpt.index": "x", "model.ckpt.data-00000-of-00001": "x", "hparams.json": "{}"}, "a TensorFlow checkpoint"),
+    "GGUF with a config": (
+        {"config.json": "{}", "model.gguf": "GGUF"},
+        r"neither model\.safetensors .* it holds a GGUF file",
+    ),
+    "ONNX": (
+        {"config.json": "{}", "decoder_model.onnx": "x"},
+        r"a model for ONNX \(decoder_model\.onnx\)",
+    ),
+    "ONNX in a folder": (
+        {"config.json": "{}", "onnx/model.onnx": "x"},
+        r"a model for ONNX \(onnx\)",
+    ),
+    "Flax in shards": (
+        {"config.json": "{}", "flax_model-00001-of-00002.msgpack": "x"},
+        "weights for Flax",
+    ),
+    "Flax": (
+        {"config.json": "{}", "flax_model.msgpack": "x"},
+        "weights for Flax .* from_flax=True, then save_pretrained",
+    ),
+    "TensorFlow": (
+        {"config.json": "{}", "tf_model.h5": "x"},
+        "weights for TensorFlow .* from_tf=True",
+    ),
+    "OpenAI's own": (
+        {"model.ckpt.index": "x", "model.ckpt.data-00000-of-00001": "x", "hparams.json": "{}"},
+        "a TensorFlow checkpoint",
+    ),
     "CTranslate2": ({"config.json": "{}", "model.bin": "x"}, "a model for another program"),
-    "DeepSpeed": ({"config.json": "{}", "zero_to_fp32.py": "", "global_step9/": ""}, "shards of DeepSpeed .* zero_to_fp32.py"),
-    "FSDP": ({"config.json": "{}", "pytorch_model_fsdp_0/__0_0.distcp": ""}, "shards of FSDP .* accelerate merge-weights"),
+    "DeepSpeed": (
+        {"config.json": "{}", "zero_to_fp32.py": "", "global_step9/": ""},
+        "shards of DeepSpeed .* zero_to_fp32.py",
+    ),
+    "FSDP": (
+        {"config.json": "{}", "pytorch_model_fsdp_0/__0_0.distcp": ""},
+        "shards of FSDP .* accelerate merge-weights",
+    ),
     "nanoGPT": ({"ckpt.pt": "x"}, "a checkpoint of nanoGPT"),
     "Lightning": ({"epoch=3.ckpt": "x"}, r"a checkpoint of a training program \(epoch=3\.ckpt\)"),
-    "GPTQ": ({"config.json": "{}", "quantize_config.json": "{}", "gptq_model-4bit.safetensors": "x"}, "a quantized model"),
-    "sentence-transformers": ({"modules.json": "[]", "README.md": ""}, "a sentence-transformers model .* embeddings and no text"),
-    "the hub's folder of a model": ({"snapshots/0ab1/config.json": "{}", "refs/main": "0ab1"}, "name its snapshot: .*/snapshots/0ab1$"),
-    "the hub's cache": ({"models--openai-community--gpt2/": ""}, "the hub's cache; name a model of it: openai-community/gpt2"),
-    "a folder around it": ({"model/config.json": "{}", "model/pytorch_model.bin": "x"}, "the folder inside has one; name it: .*/model$"),
-    "shards alone": ({"config.json": "{}", "model-00001-of-00002.safetensors": "x"}, r"without their index .*\.index\.json"),
-    "a variant": ({"config.json": "{}", "model.fp16.safetensors": "x"}, r"name the file model\.safetensors"),
-    "weights alone": ({"model.safetensors": "x"}, r"no config\.json; it holds weights alone .* fetch config\.json, too"),
-    "a tokenizer": ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "a tokenizer and no model"),
-    "what is left of training": ({"config.json": "{}", "optimizer.pt": "x", "training_args.bin": "x"}, "a checkpoint in the Hugging"),
-    "something else": ({"notes.txt": "x"}, r"the folder has no config\.json; a checkpoint in the Hugging Face format is needed"),
-}  # fmt: skip
+    "GPTQ": (
+        {"config.json": "{}", "quantize_config.json": "{}", "gptq_model-4bit.safetensors": "x"},
+        "a quantized model",
+    ),
+    "sentence-transformers": (
+        {"modules.json": "[]", "README.md": ""},
+        "a sentence-transformers model .* embeddings and no text",
+    ),
+    "the hub's folder of a model": (
+        {"snapshots/0ab1/config.json": "{}", "refs/main": "0ab1"},
+        "name its snapshot: .*/snapshots/0ab1$",
+    ),
+    "the hub's cache": (
+        {"models--openai-community--gpt2/": ""},
+        "the hub's cache; name a model of it: openai-community/gpt2",
+    ),
+    "a folder around it": (
+        {"model/config.json": "{}", "model/pytorch_model.bin": "x"},
+        "the folder inside has one; name it: .*/model$",
+    ),
+    "shards alone": (
+        {"config.json": "{}", "model-00001-of-00002.safetensors": "x"},
+        r"without their index .*\.index\.json",
+    ),
+    "a variant": (
+        {"config.json": "{}", "model.fp16.safetensors": "x"},
+        r"name the file model\.safetensors",
+    ),
+    "weights alone": (
+        {"model.safetensors": "x"},
+        r"no config\.json; it holds weights alone .* fetch config\.json, too",
+    ),
+    "a tokenizer": (
+        {"tokenizer.json": "{}", "tokenizer_config.json": "{}"},
+        "a tokenizer and no model",
+    ),
+    "what is left of training": (
+        {"config.json": "{}", "optimizer.pt": "x", "training_args.bin": "x"},
+        "a checkpoint in the Hugging",
+    ),
+    "something else": (
+        {"notes.txt": "x"},
+        r"the folder has no config\.json; a checkpoint in the Hugging Face format is needed",
+    ),
+}
 
 
 def write_files(folder: Path, files: dict[str, str]) -> Path:

@@ -198,7 +198,10 @@ def test_a_complete_output_is_recognised_without_torch(
         "2",
     ]
     assert run_command(arguments) == 0
-    program = "import sys; from gptbatch.jobs.cli import run_command; run_command(sys.argv[1:]); assert 'torch' not in sys.modules"
+    program = (
+        "import sys; from gptbatch.jobs.cli import run_command; run_command(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env=child_environment(),
@@ -250,7 +253,10 @@ def test_a_complete_output_is_recognised_without_torch(
         (
             ["--config", "nowhere.yaml"],
             78,
-            "nowhere.yaml: no such config file, nor a bundled config (demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda)",
+            (
+                "nowhere.yaml: no such config file, nor a bundled config "
+                "(demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda)"
+            ),
         ),
         (["--model", "no/such/model"], 78, "no/such/model: no such folder"),
         (["--model", "bundled:nothing"], 78, "bundled:nothing: no such folder"),

@@ -35,7 +35,8 @@ NEEDED = {"model": "m", "input": "i", "output": "o"}
 def test_options_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(
-        "{model: m, input: i, output: o, seed: 1, top_k: 1, max_new_tokens: 1, engine: {threads: 1, batch_size: 1}}"
+        "{model: m, input: i, output: o, seed: 1, top_k: 1, max_new_tokens: 1, "
+        "engine: {threads: 1, batch_size: 1}}"
     )
     environment = {
         "GPTBATCH_SEED": "2",

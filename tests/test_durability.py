@@ -111,7 +111,7 @@ SLOW = ("slow step", "0.01")  # for a run that is to be caught half-way, on mach
 
 @pytest.fixture
 def long(launcher: Launcher, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """A job long enough to be disturbed, with an input larger than all buffers."""
+    """Return a job that is long enough to be disturbed, with an input larger than all buffers."""
     rows = [{"id": f"r{i}", "prompt": f"{i} The king", "note": "x" * 200} for i in range(300)]
     return Setting(launcher, checkpoint, tmp_path_factory.mktemp("long"), rows)
 
@@ -293,7 +293,7 @@ def test_a_run_without_working_locks_warns_and_completes(long: Setting, tmp_path
 def test_two_jobs_without_working_locks_do_not_mix(
     setting: Setting, tmp_path: Path, setting_of_the_other: str
 ) -> None:
-    """At most one of them succeeds, and then the table is its own; the other one says whose the folder is."""
+    """At most one job succeeds, and the table is its own; the other job reports the conflict."""
     output = tmp_path / "out"
     children = [
         setting.start(output, *more, fault=("no locks", "ENOLCK"))
@@ -319,9 +319,9 @@ def test_an_input_that_changes_during_a_run_is_refused(long: Setting, tmp_path: 
     )  # rows are read 256 at a time
     assert child.wait() == 65
     assert (
-        f"{long.input}: differs from what was checked, in rows 288 to 293; the input has changed since it was checked"
-        in child.stderr
-    )
+        f"{long.input}: differs from what was checked, in rows 288 to 293; "
+        "the input has changed since it was checked"
+    ) in child.stderr
     check_parts(output)
     assert not (output / "_SUCCESS").exists()
     before = {path: path.read_bytes() for path in output.glob("part-*.parquet")}
@@ -336,7 +336,10 @@ def test_an_input_that_changes_during_a_run_is_refused(long: Setting, tmp_path: 
 
 
 def test_a_file_size_limit_is_reported(long: Setting, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a full disk: a part of many rows does not fit, the small files do."""
+    """A limit on the size of files stands in for a full disk.
+
+    A part of many rows does not fit, the small files do.
+    """
     output = tmp_path / "out"
     code, child = long.run(output, "--part-rows", "200", file_size_limit=25_000)
     assert code == 74
@@ -510,7 +513,8 @@ def test_a_complete_output_imports_nothing_heavy(setting: Setting, tmp_path: Pat
     )  # looks at what was written a moment ago
     program = (
         "import sys; from gptbatch.jobs.cli import run_command; code = run_command(sys.argv[1:]); "
-        "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules); assert not heavy, heavy; "
+        "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules); "
+        "assert not heavy, heavy; "
         "sys.exit(code)"
     )
     done = subprocess.run(

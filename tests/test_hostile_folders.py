@@ -39,7 +39,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 @pytest.fixture(scope="module")
 def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint, prompts, and a run of 7 rows in parts of 3."""
+    """Return a folder with a checkpoint, prompts, and a run of 7 rows in parts of 3."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(checkpoint, folder / "model")
     rows = [{"id": f"r{i}", "prompt": f"The king {i}"} for i in range(7)]
@@ -64,7 +64,7 @@ def job(folder: Path, **settings: Any) -> JobConfig:
 
 @pytest.fixture
 def output(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the run that a test may damage."""
+    """Return a copy of the run that a test may damage."""
     return Path(shutil.copytree(finished / "out", tmp_path / "out"))
 
 
@@ -234,7 +234,10 @@ SMALL_CONTENTS = {
         }
     ),
     "huge": json.dumps({"rows_total": 1, "rows_done": 1, "error_rows": 1}).replace("1", str(HUGE)),
-    "NaN": '{"rows_total": NaN, "parts_in_flight": [NaN], "crashes_per_part": {}, "prompt_id": null, "pid": NaN, "parts": NaN}',
+    "NaN": (
+        '{"rows_total": NaN, "parts_in_flight": [NaN], "crashes_per_part": {}, '
+        '"prompt_id": null, "pid": NaN, "parts": NaN}'
+    ),
 }
 
 
@@ -546,7 +549,8 @@ def test_many_stray_tables_are_counted(output: Path) -> None:
         shutil.copy(output / "part-00000.parquet", output / f"copy {number}.parquet")
     (problem,) = output_status(output).problems
     assert problem == (
-        "readers will also read copy 0.parquet, copy 1.parquet, copy 2.parquet and 6 more, which are no parts of the run; move them away"
+        "readers will also read copy 0.parquet, copy 1.parquet, copy 2.parquet and 6 more, "
+        "which are no parts of the run; move them away"
     )
 
 
@@ -721,7 +725,10 @@ def test_a_part_that_reads_back_differently_is_reported(
     monkeypatch.setattr(part_writer, "inspect_part", fail)
     with pytest.raises(
         StorageError,
-        match=r"reads back differently from what was written \(page 3: CRC differs\); is the disk failing\?",
+        match=(
+            r"reads back differently from what was written \(page 3: CRC differs\); "
+            r"is the disk failing\?"
+        ),
     ):
         write_run(tmp_path / "out", many(2))
     assert not list((tmp_path / "out").glob("part-*"))
@@ -843,9 +850,9 @@ def test_a_folder_with_a_part_of_another_job_is_never_complete(folder: Path) -> 
     assert not (folder / "_SUCCESS").exists()
     assert json.loads((folder / "_manifest.json").read_text())["complete"] is False
     assert (
-        "holds parts of 2 jobs: 1 of job ffffffff, 1 of job eeeeeeee (part-00001.parquet; seed 0 / 1)"
-        in output_status(folder).problems
-    )
+        "holds parts of 2 jobs: 1 of job ffffffff, 1 of job eeeeeeee "
+        "(part-00001.parquet; seed 0 / 1)"
+    ) in output_status(folder).problems
     with pytest.raises(OutputConflictError, match="holds parts of 2 jobs"):
         RunReader(folder)
 
@@ -880,9 +887,9 @@ def test_parts_of_two_jobs_in_one_folder_are_refused(tmp_path: Path, command: Co
     code, stdout, _ = command("status", mixed)
     assert code == 0
     assert (
-        "holds parts of 2 jobs: 2 of job ffffffff, 1 of job eeeeeeee (part-00002.parquet; seed 0 / 1)"
-        in stdout
-    )
+        "holds parts of 2 jobs: 2 of job ffffffff, 1 of job eeeeeeee "
+        "(part-00002.parquet; seed 0 / 1)"
+    ) in stdout
     assert "a copy without .gptbatch/config.yaml" in stdout
     assert "rows     4 of 8, 4 missing" in stdout
     for arguments in (
@@ -955,7 +962,10 @@ def test_another_format_is_not_continued(finished: Path, output: Path) -> None:
         change_json(path, lambda manifest: manifest.update(format="gptbatch-1"))
     with pytest.raises(
         OutputConflictError,
-        match=rf"holds a run of format gptbatch-1, and this version writes {FORMAT}.*gptbatch 0\.1\.0",
+        match=(
+            "holds a run of format gptbatch-1, "
+            rf"and this version writes {FORMAT}.*gptbatch 0\.1\.0"
+        ),
     ):
         run_job(job(finished, output=str(output)))
     change_json(output / "_manifest.json", lambda manifest: manifest.update(format=FORMAT))
@@ -982,7 +992,10 @@ def test_error_rows_are_counted_at_the_end(
         "--max-new-tokens",
         "2",
     ]
-    said = "2 of 5 rows are errors: 2 too_long (context_overflow: truncate_left keeps the end of such prompts)"
+    said = (
+        "2 of 5 rows are errors: 2 too_long "
+        "(context_overflow: truncate_left keeps the end of such prompts)"
+    )
     for more in (["--dry-run"], []):
         caplog.clear()
         code, stdout, _ = command(*arguments, *more)

@@ -249,27 +249,68 @@ def test_inexact_whole_floats_are_rejected(tmp_path: Path, field: str, value: fl
     [
         (["a.jsonl", "b.jsonl"], {"train": ["a.jsonl", "b.jsonl"]}, []),
         (["a.jsonl", "c.csv"], {"train": ["a.jsonl", "c.csv"]}, []),
-        (["train_part.jsonl", "more_part.jsonl"], {"train": ["train_part.jsonl"]}, ["more_part.jsonl"]),
-        (["prompts.jsonl", "stress test.jsonl"], {"test": ["stress test.jsonl"]}, ["prompts.jsonl"]),
-        (["train.csv", "dev.csv", "my-eval.csv"], {"train": ["train.csv"], "validation": ["dev.csv"], "test": ["my-eval.csv"]}, []),
-        (["trainer.csv", "latest.csv"], {"train": ["latest.csv", "trainer.csv"]}, []),
-        (["train/a.csv", "train/b.csv", "test/a.csv", "c"], {"train": ["train/a.csv", "train/b.csv"], "test": ["test/a.csv"]}, ["c"]),
         (
-            ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/odd-00000-of-00001.parquet", "train.csv"],
+            ["train_part.jsonl", "more_part.jsonl"],
+            {"train": ["train_part.jsonl"]},
+            ["more_part.jsonl"],
+        ),
+        (
+            ["prompts.jsonl", "stress test.jsonl"],
+            {"test": ["stress test.jsonl"]},
+            ["prompts.jsonl"],
+        ),
+        (
+            ["train.csv", "dev.csv", "my-eval.csv"],
+            {"train": ["train.csv"], "validation": ["dev.csv"], "test": ["my-eval.csv"]},
+            [],
+        ),
+        (["trainer.csv", "latest.csv"], {"train": ["latest.csv", "trainer.csv"]}, []),
+        (
+            ["train/a.csv", "train/b.csv", "test/a.csv", "c"],
+            {"train": ["train/a.csv", "train/b.csv"], "test": ["test/a.csv"]},
+            ["c"],
+        ),
+        (
+            [
+                "data/train-00000-of-00002.parquet",
+                "data/train-00001-of-00002.parquet",
+                "data/odd-00000-of-00001.parquet",
+                "train.csv",
+            ],
             {
                 "train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
                 "odd": ["data/odd-00000-of-00001.parquet"],
             },
             ["train.csv"],
         ),
-        (["a.JSONL.GZ", "b.Parquet", "c.csv.zst"], {"train": ["a.JSONL.GZ", "b.Parquet", "c.csv.zst"]}, []),
-        (["a.jsonl", "notes.txt", "picture.png", "b.xlsx"], {"train": ["a.jsonl"]}, ["b.xlsx", "notes.txt", "picture.png"]),
-        (["_temporary/0/a.json", "part-0.json"], {"train": ["part-0.json"]}, ["_temporary/0/a.json"]),
+        (
+            ["a.JSONL.GZ", "b.Parquet", "c.csv.zst"],
+            {"train": ["a.JSONL.GZ", "b.Parquet", "c.csv.zst"]},
+            [],
+        ),
+        (
+            ["a.jsonl", "notes.txt", "picture.png", "b.xlsx"],
+            {"train": ["a.jsonl"]},
+            ["b.xlsx", "notes.txt", "picture.png"],
+        ),
+        (
+            ["_temporary/0/a.json", "part-0.json"],
+            {"train": ["part-0.json"]},
+            ["_temporary/0/a.json"],
+        ),
         (["a.txt", "b.txt"], {"train": ["a.txt", "b.txt"]}, []),
-        (["a.jsonl", "README.md", "LICENSE", ".cache/x.jsonl", "_SUCCESS", "_manifest.json"], {"train": ["a.jsonl"]}, []),
-        (["prompts [v2].jsonl", "a#b/x?.jsonl", "100%/*.jsonl"], {"train": ["100%/*.jsonl", "a#b/x?.jsonl", "prompts [v2].jsonl"]}, []),
+        (
+            ["a.jsonl", "README.md", "LICENSE", ".cache/x.jsonl", "_SUCCESS", "_manifest.json"],
+            {"train": ["a.jsonl"]},
+            [],
+        ),
+        (
+            ["prompts [v2].jsonl", "a#b/x?.jsonl", "100%/*.jsonl"],
+            {"train": ["100%/*.jsonl", "a#b/x?.jsonl", "prompts [v2].jsonl"]},
+            [],
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_are_assigned_to_splits(
     tmp_path: Path, names: list[str], splits: dict[str, list[str]], left_out: list[str]
 ) -> None:
@@ -714,7 +755,10 @@ def test_dotted_paths(tmp_path: Path, row: dict[str, Any], path: str, text: str,
         (
             {"prompt": {"text": "a"}},
             {},
-            "prompt must be a string, not an object (--prompt-field prompt.text takes the text inside)",
+            (
+                "prompt must be a string, not an object "
+                "(--prompt-field prompt.text takes the text inside)"
+            ),
         ),
         (
             {"question": "a", "answer": "b"},
@@ -904,7 +948,8 @@ def test_arrow_types_as_json(tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     assert read(tmp_path / "rows.parquet")[0].metadata == (
-        '{"decimal": 1.10, "day": "1970-01-02", "nanoseconds": "1970-01-01 00:00:00.000000001", "clock": "00:00:00.000000001", '
+        '{"decimal": 1.10, "day": "1970-01-02", "nanoseconds": '
+        '"1970-01-01 00:00:00.000000001", "clock": "00:00:00.000000001", '
         '"unsigned": 18446744073709551615, "map": [["k", 1]], "clocks": ["00:00:00.000000001"], '
         '"struct": {"at": "1970-01-01 00:00:00.000000001"}, "json": {"a": [1.10]}, '
         '"uuid": "00000000-0000-0000-0000-000000000000", "category": "x", "large": "y"}'
@@ -1000,7 +1045,7 @@ ON_THE_HUB = {
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dataset on the hub and in its cache."""
+    """Create a dataset on the hub and in its cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(
         "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")

@@ -338,7 +338,8 @@ def test_pandas_polars_duckdb_and_datasets_read_the_output(
     found = relation.fetchall()
     assert [prompt_id for prompt_id, _ in found] == expected
 
-    # the library loads no split without rows (huggingface/datasets pull request 8401), but streams one
+    # the library streams a split without rows, but does not load one (huggingface/datasets pull
+    # request 8401)
     dataset = datasets.load_dataset(str(output), split="train", streaming=rows == 0)
     assert dataset.column_names == columns
     assert [row["prompt_id"] for row in dataset] == expected
@@ -561,9 +562,9 @@ def test_a_token_beyond_the_vocabulary_is_an_error_row(
     run_job(job(model, path, tmp_path / "special", parse_special=True))
     fine, wrong = deterministic(tmp_path / "special")
     assert fine["error"] is None
-    assert (
-        wrong["error"]
-        == f"the prompt holds token {vocab_size}, which the model (vocab_size {vocab_size}) does not have"
+    assert wrong["error"] == (
+        f"the prompt holds token {vocab_size}, which the model "
+        f"(vocab_size {vocab_size}) does not have"
     )
 
 

@@ -106,15 +106,19 @@ def test_row_settings_override_the_defaults(write_rows: WriteRows) -> None:
 def test_other_fields_are_kept_verbatim(write_rows: WriteRows) -> None:
     path = write_rows(
         [
-            '{"a": 1.10, "prompt": "x", "b": [1e999, -0, 123456789012345678901234567890, null, true], "c": {"d": "é\\u00e9\\n"}}',
+            (
+                '{"a": 1.10, "prompt": "x", '
+                '"b": [1e999, -0, 123456789012345678901234567890, null, true], '
+                '"c": {"d": "é\\u00e9\\n"}}'
+            ),
             '{"prompt": "x", "date": "2024-01-01"}',
             '{"prompt": "x"}',
         ]
     )
     metadata = [prompt.metadata for prompt in read(path)]
-    assert (
-        metadata[0]
-        == '{"a": 1.10, "b": [1e999, -0, 123456789012345678901234567890, null, true], "c": {"d": "éé\\n"}}'
+    assert metadata[0] == (
+        '{"a": 1.10, "b": [1e999, -0, 123456789012345678901234567890, null, true], '
+        '"c": {"d": "éé\\n"}}'
     )
     assert metadata[1:] == ['{"date": "2024-01-01"}', None]
 
@@ -125,9 +129,9 @@ def test_another_field_can_be_the_prompt(write_rows: WriteRows) -> None:
     assert (prompt.text, prompt.metadata) == ("yes", '{"prompt": "no"}')
     said = problems(path, prompt_field="question")
     assert (
-        "there is no field 'question'; the row has 'text', 'prompt' (--prompt-field names the one to use)"
-        in said
-    )
+        "there is no field 'question'; the row has 'text', 'prompt' "
+        "(--prompt-field names the one to use)"
+    ) in said
 
 
 def test_limit_reads_the_first_rows(write_rows: WriteRows) -> None:

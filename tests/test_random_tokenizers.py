@@ -1,6 +1,7 @@
 """Random tokenizer files: ids and texts match transformers, or the tokenizer is rejected.
 
-To run all 200: `pytest tests/test_random_tokenizers.py -m slow`; `python -m tests.test_random_tokenizers 1000` counts.
+To run all 200: `pytest tests/test_random_tokenizers.py -m slow`.
+To count outcomes: `python -m tests.test_random_tokenizers 1000`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ def compare(folder: Path, seed: int) -> str:
                     add_special_tokens=add_special_tokens,
                     split_special_tokens=not parse_special,
                 )
-                where = f"seed {seed}, {loaded.loaded_by}, {text!r}, {parse_special=}, {add_special_tokens=}"
+                where = (
+                    f"seed {seed}, {loaded.loaded_by}, {text!r}, {parse_special=}, "
+                    f"{add_special_tokens=}"
+                )
                 if expected is None:
                     assert encoded.problem, where
                     continue

@@ -20,8 +20,8 @@ from tests.processes import LIMIT_S, child_environment, is_running, wait_for
 
 NAMES = [number.name for number in STOP_SIGNALS]
 
-# The console script, with a signal at a chosen moment: a process that sends it to itself, just before it imports a module or calls
-# a function, needs no clock.
+# The console script, with a signal at a chosen moment. The process sends the signal to itself just
+# before it imports a module or calls a function, so the test needs no clock.
 PROGRAM = """
 import builtins, os, signal, sys
 moment, number = sys.argv.pop(1), int(sys.argv.pop(1))
@@ -135,7 +135,10 @@ def test_signal_after_the_exit_code_is_decided(
 
 
 def test_signal_to_python_m_gptbatch(tmp_path: Path) -> None:
-    """A FIFO as a config's name holds the command up where a signal must end it; the text on standard error says that it is there."""
+    """A FIFO as the config blocks the command at a point where a signal must end it.
+
+    The text on standard error shows that the command has reached this point.
+    """
     os.mkfifo(tmp_path / "prompts.jsonl")
     command = [
         sys.executable,

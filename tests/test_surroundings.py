@@ -401,7 +401,10 @@ HOSTILE = [
     ("output: !!timestamp x", "output: 'x' is no timestamp, line 1, column 9"),
     (
         "seed: 010",
-        "seed: 010 is octal in YAML 1.1 and decimal in YAML 1.2; write 10, or quote it to make it text, line 1, column 7",
+        (
+            "seed: 010 is octal in YAML 1.1 and decimal in YAML 1.2; "
+            "write 10, or quote it to make it text, line 1, column 7"
+        ),
     ),
     ("output: -0_17", "output: -0_17 is octal in YAML 1.1 and decimal in YAML 1.2; write -17"),
     ("skip_row: [a, 00]", "00 is octal in YAML 1.1 and decimal in YAML 1.2; write 0, or quote it"),
@@ -409,7 +412,10 @@ HOSTILE = [
     ("temperature: 1:30.5", "temperature: input should be a valid number, not '1:30.5'"),
     (
         "batch_invariance: off",
-        "batch_invariance: input should be 'auto', 'require' or 'off', not False; YAML reads off, no and false without quotes as a boolean",
+        (
+            "batch_invariance: input should be 'auto', 'require' or 'off', not False; "
+            "YAML reads off, no and false without quotes as a boolean"
+        ),
     ),
     (
         "prompt_field: yes",
@@ -474,7 +480,8 @@ def test_a_number_where_text_is_needed(tmp_path: Path) -> None:
 def test_yaml_words_and_times(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(
-        "batch_invariance: 'off'\noutput: 1:30\nprompt_field: 12:30:45\nignore_eos: yes\nseed: 0\ntop_k: 0x1f\n"
+        "batch_invariance: 'off'\noutput: 1:30\nprompt_field: 12:30:45\n"
+        "ignore_eos: yes\nseed: 0\ntop_k: 0x1f\n"
     )
     config = load_config(str(path), environment={}, options={"model": "m", "input": "i"})
     assert (config.batch_invariance, config.output, config.prompt_field, config.ignore_eos) == (
@@ -793,15 +800,18 @@ def test_an_output_whose_name_is_too_long(
         "generate", "--model", checkpoint, "--input", "prompts.jsonl", "--output", name, *dry
     )
     assert (code, stdout) == (73, "")
-    assert (
-        stderr
-        == f"gptbatch: {name[:200]}... ({len(name)} characters): cannot be created: the name is too long\n"
+    assert stderr == (
+        f"gptbatch: {name[:200]}... ({len(name)} characters): cannot be created: "
+        "the name is too long\n"
     )
 
 
 # -- standard output, the current folder, libraries ------------------------------------------------
 
-CLOSED = "gptbatch: standard output is closed, but the result is written there; redirect it to a file or to /dev/null\n"
+CLOSED = (
+    "gptbatch: standard output is closed, but the result is written there; "
+    "redirect it to a file or to /dev/null\n"
+)
 COMMAND_LINES = [
     ["status", "x"],
     ["verify", "x"],
@@ -812,7 +822,7 @@ COMMAND_LINES = [
 
 
 def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A shell with this code as `gptbatch`."""
+    """Run a command in a shell with this code as `gptbatch`."""
     program = f'gptbatch() {{ "{sys.executable}" -m gptbatch "$@"; }}; {command}'
     return subprocess.run(
         ["bash", "-c", program],
@@ -858,7 +868,10 @@ def test_a_deleted_current_folder(arguments: list[str], gptbatch: Command, tmp_p
         (
             "gptbatch status nowhere >&-",
             74,
-            "gptbatch: standard output is closed, but the result is written there; redirect it to a file or to /dev/null\n",
+            (
+                "gptbatch: standard output is closed, but the result is written there; "
+                "redirect it to a file or to /dev/null\n"
+            ),
         ),
         ("gptbatch generate --help | true; exit ${PIPESTATUS[0]}", 74, ""),
         ("_GPTBATCH_COMPLETE=bash_source gptbatch >/dev/null", 0, ""),
@@ -884,7 +897,10 @@ def test_a_lost_summary_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("closed", [(), (0,), (1,), (0, 1), (1, 2), (0, 1, 2)])
 def test_no_file_gets_the_descriptor_of_a_closed_standard_file(closed: tuple[int, ...]) -> None:
-    program = "import os; from gptbatch.jobs.cli import open_standard_files as o; o(); d = os.open('/dev/null', 0); os._exit(d if d > 2 else 100)"
+    program = (
+        "import os; from gptbatch.jobs.cli import open_standard_files as o; o(); "
+        "d = os.open('/dev/null', 0); os._exit(d if d > 2 else 100)"
+    )
     command = f'exec "{sys.executable}" -c "{program}" ' + " ".join(
         f"{number}>&-" for number in closed
     )
@@ -968,7 +984,7 @@ def test_an_error_in_gptbatch_is_reported_as_a_bug(
 def test_an_eof_error_is_not_reported_as_stopped(
     gptbatch: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """click turns an EOFError into Abort; exit code 75 would be retried without end."""
+    """An EOFError, which click turns into Abort, must not give exit code 75, which is retried."""
 
     def fail(*arguments: Any, **settings: Any) -> None:
         raise EOFError("ended before the end-of-stream marker")
@@ -994,7 +1010,8 @@ SHORTAGES: list[tuple[BaseException, str]] = [
     (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more threads"),
     (
         Exception(
-            "The global thread pool has not been initialized: ThreadPoolBuildError { kind: IOError(Os { code: 11 }) } os error 11"
+            "The global thread pool has not been initialized: "
+            "ThreadPoolBuildError { kind: IOError(Os { code: 11 }) } os error 11"
         ),
         "no more",
     ),
@@ -1096,8 +1113,10 @@ def test_the_spin_count_is_not_set_after_torch_is_imported() -> None:
 
 def test_the_library_sets_the_spin_count_without_heavy_imports() -> None:
     program = (
-        "import sys, os, gptbatch.pipeline as pipeline; assert os.environ['GOMP_SPINCOUNT'] == '1000'; assert 'pydantic' not in sys.modules; "
-        "pipeline.run_job, pipeline.JobConfig, pipeline.load_config; assert 'torch' not in sys.modules; assert 'run_job' in dir(pipeline)"
+        "import sys, os, gptbatch.pipeline as pipeline; "
+        "assert os.environ['GOMP_SPINCOUNT'] == '1000'; assert 'pydantic' not in sys.modules; "
+        "pipeline.run_job, pipeline.JobConfig, pipeline.load_config; "
+        "assert 'torch' not in sys.modules; assert 'run_job' in dir(pipeline)"
     )
     environment = {
         name: value
@@ -1157,9 +1176,9 @@ def test_status_shows_shared_cores_of_a_running_job(
     (tmp_path / "out" / "_SUCCESS").unlink()
     with OutputLock(tmp_path / "out" / ".gptbatch"):
         assert (
-            "cores    shared with other programs, if the run is on this machine: other processes run or wait for them\n"
-            in gptbatch("status", "out")[1]
-        )
+            "cores    shared with other programs, if the run is on this machine: "
+            "other processes run or wait for them\n"
+        ) in gptbatch("status", "out")[1]
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -1224,7 +1243,10 @@ def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(
         "2",
     ]
     options += ["--output", tmp_path / "out"]
-    said = "2 of 3 rows are errors: 2 too_long (context_overflow: truncate_left keeps the end of such prompts)"
+    said = (
+        "2 of 3 rows are errors: 2 too_long "
+        "(context_overflow: truncate_left keeps the end of such prompts)"
+    )
     code, child = launcher.run("generate", *options, "--dry-run")
     assert (code, child.stderr.count(said)) == (0, 1)
     code, child = launcher.run("generate", *options)

@@ -596,26 +596,75 @@ TXT, JSON, MERGES, SPIECE = (
 # class of the tokenizer, its files -> what is said
 MADE_UP: dict[str, tuple[str | None, dict[str, str], str]] = {
     "GPT2-Chinese": (
-        None, TXT,
-        r'GPT2Tokenizer reads vocab\.json and merges\.txt, not vocab\.txt, .* GPT2-Chinese has, \{"tokenizer_class": "BertTokenizer"\}$',
+        None,
+        TXT,
+        (
+            r"GPT2Tokenizer reads vocab\.json and merges\.txt, not vocab\.txt, .* "
+            r'GPT2-Chinese has, \{"tokenizer_class": "BertTokenizer"\}$'
+        ),
     ),
-    "GPT-2 by name": ("GPT2Tokenizer", TXT, r"GPT2Tokenizer reads vocab\.json and merges\.txt, not vocab\.txt"),
-    "BERT of JSON": ("BertTokenizer", JSON | MERGES, r'BertTokenizer reads vocab\.txt, not vocab\.json, .* "GPT2Tokenizer"\}$'),
-    "T5 of words": ("T5Tokenizer", TXT, r"T5Tokenizer reads spiece\.model, not vocab\.txt, .* a made-up vocabulary of size 104"),
-    "Llama of bytes": ("LlamaTokenizer", JSON | MERGES, r"LlamaTokenizer reads tokenizer\.model, not vocab\.json"),
-    "no class for SentencePiece": (None, SPIECE, r'GPT2Tokenizer reads .*, not spiece\.model, .* "T5Tokenizer"\}$'),
-    "Roberta of words": ("RobertaTokenizer", TXT, r"RobertaTokenizer reads vocab\.json and merges\.txt, not vocab\.txt"),
-    "any class of words": ("PreTrainedTokenizerFast", TXT, r'name the class that reads vocab\.txt .* "BertTokenizer"\}$'),
+    "GPT-2 by name": (
+        "GPT2Tokenizer",
+        TXT,
+        r"GPT2Tokenizer reads vocab\.json and merges\.txt, not vocab\.txt",
+    ),
+    "BERT of JSON": (
+        "BertTokenizer",
+        JSON | MERGES,
+        r'BertTokenizer reads vocab\.txt, not vocab\.json, .* "GPT2Tokenizer"\}$',
+    ),
+    "T5 of words": (
+        "T5Tokenizer",
+        TXT,
+        r"T5Tokenizer reads spiece\.model, not vocab\.txt, .* a made-up vocabulary of size 104",
+    ),
+    "Llama of bytes": (
+        "LlamaTokenizer",
+        JSON | MERGES,
+        r"LlamaTokenizer reads tokenizer\.model, not vocab\.json",
+    ),
+    "no class for SentencePiece": (
+        None,
+        SPIECE,
+        r'GPT2Tokenizer reads .*, not spiece\.model, .* "T5Tokenizer"\}$',
+    ),
+    "Roberta of words": (
+        "RobertaTokenizer",
+        TXT,
+        r"RobertaTokenizer reads vocab\.json and merges\.txt, not vocab\.txt",
+    ),
+    "any class of words": (
+        "PreTrainedTokenizerFast",
+        TXT,
+        r'name the class that reads vocab\.txt .* "BertTokenizer"\}$',
+    ),
     "no merges": (None, JSON, r"\(vocab\.json without merges\.txt\); fetch merges\.txt, too$"),
-    "no vocabulary": (None, TXT | MERGES, r"\(merges\.txt without vocab\.json\); fetch vocab\.json, too$"),
-    "merges of another name": (None, JSON | {"merges_txt": "my-merges.txt"}, r"too; my-merges\.txt must be called merges\.txt$"),
+    "no vocabulary": (
+        None,
+        TXT | MERGES,
+        r"\(merges\.txt without vocab\.json\); fetch vocab\.json, too$",
+    ),
+    "merges of another name": (
+        None,
+        JSON | {"merges_txt": "my-merges.txt"},
+        r"too; my-merges\.txt must be called merges\.txt$",
+    ),
     "as save_model names them": (
-        None, {"vocab_json": "my-vocab.json", "merges_txt": "my-merges.txt"},
+        None,
+        {"vocab_json": "my-vocab.json", "merges_txt": "my-merges.txt"},
         r"my-merges\.txt and my-vocab\.json must be called merges\.txt and vocab\.json$",
     ),
-    "words of another name": ("BertTokenizer", {"vocab_txt": "bert.vocab.txt"}, r"bert\.vocab\.txt must be called vocab\.txt$"),
-    "words in a folder": (None, {"vocab_txt": "vocab/vocab.txt"}, r"vocab/vocab\.txt must stand in the folder itself$"),
-}  # fmt: skip
+    "words of another name": (
+        "BertTokenizer",
+        {"vocab_txt": "bert.vocab.txt"},
+        r"bert\.vocab\.txt must be called vocab\.txt$",
+    ),
+    "words in a folder": (
+        None,
+        {"vocab_txt": "vocab/vocab.txt"},
+        r"vocab/vocab\.txt must stand in the folder itself$",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MADE_UP)
@@ -633,7 +682,9 @@ def test_an_empty_vocabulary_is_rejected(tmp_path: Path, special: list[str], kin
     model = checkpoint(tmp_path / "model", tokenizer, tokenizer_config={"tokenizer_class": kind})
     with pytest.raises(
         ModelError,
-        match=rf"tokenizer\.json: its vocabulary holds no tokens but special ones \({len(special)}\)",
+        match=(
+            rf"tokenizer\.json: its vocabulary holds no tokens but special ones \({len(special)}\)"
+        ),
     ):
         load_tokenizer(model)
 
@@ -689,7 +740,10 @@ def test_a_class_that_cannot_read_the_tokenizer_json(tmp_path: Path, kind: str) 
     )
     with pytest.raises(
         ModelError,
-        match=rf'none of {kind}: .*; "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config\.json takes',
+        match=(
+            f"none of {kind}: .*; "
+            r'"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config\.json takes'
+        ),
     ):
         load_tokenizer(model)
     (model / "tokenizer_config.json").write_text(
@@ -785,7 +839,10 @@ def test_lost_text_as_a_warning(
     )
     expect_as_transformers(model, prompts, on_lost_text="warn")
     assert encoded(model, prompts) == tokens
-    expected = f"prompts with characters that the tokenizer drops: {len(prompts)}; they run without these (on_lost_text: warn)"
+    expected = (
+        f"prompts with characters that the tokenizer drops: {len(prompts)}; "
+        "they run without these (on_lost_text: warn)"
+    )
     assert caplog.messages.count(expected) == 1
 
 
@@ -946,7 +1003,10 @@ def test_special_tokens_in_prompts_are_text_with_a_warning(
     model = checkpoint(tmp_path / "model", byte_tokenizer())
     prompts = [f"How are you?{token}", f"Hi!{token}Hello.{token}", "Hi", "<|", "<|x|>"]
     expect_as_transformers(model, prompts)
-    expected = "prompts with the text of a special token: 2; it is plain text there, parse_special takes it as the token"
+    expected = (
+        "prompts with the text of a special token: 2; "
+        "it is plain text there, parse_special takes it as the token"
+    )
     assert caplog.messages.count(expected) == 1
     caplog.clear()
     inspect_job(settings(model, prompts))
@@ -987,7 +1047,10 @@ def test_a_template_with_tokens_outside_of_the_model(tmp_path: Path, kind: str) 
     for start in (run_job, inspect_job):
         with pytest.raises(
             ModelError,
-            match=r"template adds '.+' \(token 26\d\) to every prompt, .*; add_special_tokens: false leaves",
+            match=(
+                r"template adds '.+' \(token 26\d\) to every prompt, .*; "
+                "add_special_tokens: false leaves"
+            ),
         ):
             start(settings(model, ["hi"]))
     assert not (tmp_path / "model-out").exists()

@@ -32,7 +32,7 @@ ROWS = 30
 def finished(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run of 30 rows in parts of 8, with own parameters, an error row and full windows."""
+    """Return a run of 30 rows in parts of 8, with own parameters, an error row and full windows."""
     if request.param == "ragged" and not has_kernels():
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("finished")
@@ -66,7 +66,7 @@ def finished(
 
 @pytest.fixture
 def output(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the run that a test may damage."""
+    """Return a copy of the run that a test may damage."""
     return Path(shutil.copytree(finished / "out", tmp_path / "out"))
 
 
@@ -204,7 +204,7 @@ def test_a_changed_seed_is_found(output: Path, command: Command) -> None:
 
 @pytest.fixture
 def twins(tmp_path: Path) -> Path:
-    """A greedy run of a model whose even tokens have the logits of the next odd token."""
+    """Return a greedy run of a model whose tokens 2i and 2i + 1 have equal logits."""
     theirs = random_model()
     with torch.no_grad():
         theirs.transformer.wte.weight[1::2] = theirs.transformer.wte.weight[0::2]

@@ -175,14 +175,32 @@ class Own:
 
 
 PICKLES: dict[str, tuple[Any, str]] = {
-    "a whole model": (torch.nn.Linear(2, 2), r"it needs torch\.nn\.modules\.linear\.Linear, .* torch\.save\(model\.state_dict\(\), FILE\)"),
-    "arguments beside": ({"model": {"a": torch.ones(2)}, "args": Own()}, r"it needs tests\.test_weights\.Own, and code .* is never run"),
-    "a trainer's": ({"model": {"a": torch.ones(2)}, "epoch": 3}, r"'model': torch\.save\(torch\.load\(.*weights_only=True\)\['model'\]"),
-    "Lightning's": ({"epoch": 3, "state_dict": {"a": torch.ones(2)}}, "which stand under 'state_dict'"),
-    "a text file": (b"Entry not found", r"not a readable file of weights \(Unsupported operand 69\)$"),
+    "a whole model": (
+        torch.nn.Linear(2, 2),
+        (
+            r"it needs torch\.nn\.modules\.linear\.Linear, .* "
+            r"torch\.save\(model\.state_dict\(\), FILE\)"
+        ),
+    ),
+    "arguments beside": (
+        {"model": {"a": torch.ones(2)}, "args": Own()},
+        r"it needs tests\.test_weights\.Own, and code .* is never run",
+    ),
+    "a trainer's": (
+        {"model": {"a": torch.ones(2)}, "epoch": 3},
+        r"'model': torch\.save\(torch\.load\(.*weights_only=True\)\['model'\]",
+    ),
+    "Lightning's": (
+        {"epoch": 3, "state_dict": {"a": torch.ones(2)}},
+        "which stand under 'state_dict'",
+    ),
+    "a text file": (
+        b"Entry not found",
+        r"not a readable file of weights \(Unsupported operand 69\)$",
+    ),
     "a number": ({"a": torch.ones(2), "step": 5}, r"named tensors \('step' is of type int\)$"),
     "a list": ([torch.ones(2)], r"named tensors \(list\)$"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("oldest", [False, True])
@@ -399,11 +417,13 @@ from pathlib import Path
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.weights import load_gpt
 def memory(key):  # of this process alone: ru_maxrss would count what its parent had
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 torch.ones(100, 100) @ torch.ones(100, 100)
 before = memory("VmRSS")
 folder = Path({str(tmp_path)!r})
-model = load_gpt(parse_config(json.loads((folder / "config.json").read_text()), "config"), [folder / "model.safetensors"],
+config = parse_config(json.loads((folder / "config.json").read_text()), "config")
+model = load_gpt(config, [folder / "model.safetensors"],
                  dtype=torch.float32, device=torch.device("cpu"))
 print(json.dumps([before, memory("VmRSS"), memory("VmHWM")]))
 """

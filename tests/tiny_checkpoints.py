@@ -40,7 +40,11 @@ def random_tensors(
 ) -> Tensors:
     """Return the tensors of a GPT-2 by name.
 
-    script: greedy, after p tokens of context, the network gives script[(p - 1) % len(script)]; empty makes it random.
+    Args:
+        vocab_size: Size of the vocabulary.
+        prefix: Prefix of the names of tensors.
+        script: After p tokens of context, the network greedily gives script[(p - 1) % len(script)].
+            An empty script makes it random.
     """
     rng = np.random.default_rng(0)
 

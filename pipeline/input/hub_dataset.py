@@ -26,10 +26,28 @@ logger = logging.getLogger("gptbatch")
 
 # names of loaders of the datasets library, which would read files of the current folder
 _LOADERS = frozenset(
-    (
-        "csv json parquet arrow text xml pandas sql hdf5 lance spark generator cache webdataset "
-        "imagefolder audiofolder videofolder pdffolder niftifolder evalfolder"
-    ).split()
+    {
+        "csv",
+        "json",
+        "parquet",
+        "arrow",
+        "text",
+        "xml",
+        "pandas",
+        "sql",
+        "hdf5",
+        "lance",
+        "spark",
+        "generator",
+        "cache",
+        "webdataset",
+        "imagefolder",
+        "audiofolder",
+        "videofolder",
+        "pdffolder",
+        "niftifolder",
+        "evalfolder",
+    }
 )
 
 

@@ -27,7 +27,12 @@ _UNSUPPORTED = """
     generationkwargs genkwargs
 """
 _MAX_NEW_TOKENS = (
-    "maxtokens maxlength maxcompletiontokens maxoutputtokens numpredict npredict".split()
+    "maxtokens",
+    "maxlength",
+    "maxcompletiontokens",
+    "maxoutputtokens",
+    "numpredict",
+    "npredict",
 )
 # names of settings in other programs, in lower case and without separators -> the name here, ""
 # where there is no equivalent

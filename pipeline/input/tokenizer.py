@@ -107,7 +107,8 @@ class PromptTokenizer:
             for token in backend.get_added_tokens_decoder().values()
             if token.special and token.content
         ]
-        self._special_prefix = commonprefix(special)
+        # of characters, not of path components
+        self._special_prefix = commonprefix(special)  # noqa: RUF071
         self._special_text = (
             None if parse_special or not special else re.compile("|".join(map(re.escape, special)))
         )
@@ -153,9 +154,9 @@ class PromptTokenizer:
             return self.decode(token_ids)
         start, whole = self.decode(before), self.decode(before + token_ids)
         # a decoder may change the end of the earlier text: " ." to "."
-        return whole.removeprefix(
-            start if whole.startswith(start) else commonprefix([start, whole])
-        )
+        # the prefix is one of characters, not of path components
+        common = start if whole.startswith(start) else commonprefix([start, whole])  # noqa: RUF071
+        return whole.removeprefix(common)
 
     def completion_text(
         self, prompt: list[int], token_ids: list[int], finish_reason: FinishReason
