@@ -160,7 +160,11 @@ def _usage_and_options(command: click.Command, context: click.Context) -> list[s
 def global_options() -> str:
     context = click.Context(cli, info_name="gptbatch", **cli.context_settings)
     rows = [
-        _row(_code(", ".join(option.opts)), _sentence(option.help or ""))
+        # click keeps the help option of the first context that it met
+        _row(
+            _code(", ".join(context.help_option_names if option.name == "help" else option.opts)),
+            _sentence(option.help or ""),
+        )
         for option in cli.get_params(context)
         if isinstance(option, click.Option)
     ]

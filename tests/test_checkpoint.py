@@ -990,9 +990,7 @@ def test_check_model_where_transformers_finds_no_tensors(
         tmp_path / "model", tensors=random_tensors(prefix="module.transformer.")
     )
     assert run_command(["check-model", str(folder)]) == 78
-    assert re.search(
-        r"transformers does not find \d+ tensors here, such as ", capsys.readouterr().err
-    )
+    assert re.search(r"transformers does not find \d+ tensors, such as ", capsys.readouterr().err)
 
 
 # -- files that are not what their names say --

@@ -260,7 +260,7 @@ def test_a_cache_that_other_users_may_write_is_not_used(
     load_kernels()
     folder = tmp_path / "gptbatch" / "kernels"
     assert loaded == list(folder.glob("*.so"))
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     path = folder if where == "kernels" else folder.parent
     if mode is None:
         give_away(path, monkeypatch)

@@ -112,8 +112,8 @@ class GPT(nn.Module):
         self.config, self.backend, self.cache_dtype = config, backend, cache_dtype
         self.reduction_order: ReductionOrder = backend.reduction_orders[0]
         self.padding_plan = PADDING_PLANS[0]
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = _embedding(config.vocab_size, config.n_embd)
+        self.wpe = _embedding(config.n_positions, config.n_embd)
         self.blocks = BlockStack(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = Norm(config.n_embd, config.layer_norm_epsilon)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -222,3 +222,11 @@ class GPT(nn.Module):
         """Pad (N,) with zeros to the rows that the linears run, at least 1."""
         padding = self.padding_plan.padded(max(1, len(values))) - len(values)
         return torch.tensor([*values, *[0] * padding], device=self.device)
+
+
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """Create an embedding without random weights.
+
+    On the meta device random weights import torch's compiler, which takes 1.7 s.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
