@@ -18,7 +18,12 @@ from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.output.error_rows import describe_errors
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.placement import check_placement
-from gptbatch.pipeline.output.resume import check_same_input, find_continued_run, part_rows_of
+from gptbatch.pipeline.output.resume import (
+    check_same_input,
+    find_continued_run,
+    find_run,
+    part_rows_of,
+)
 from gptbatch.pipeline.types import Completion
 
 logger = logging.getLogger("gptbatch")
@@ -74,13 +79,16 @@ def inspect_job(config: JobConfig) -> InputReport:
     parse_config(checkpoint.config, str(checkpoint.config_path))
     tokenizer = load_tokenizer(checkpoint.folder)
     prompts = TokenizedInput(config, checkpoint, tokenizer, open_input(config))
-    kept = find_continued_run(config, folder, lambda: job_identity(config, checkpoint, tokenizer))
-    counts = [] if kept is None else [kept.identity.get("rows") or 0]
-    summary = prompts.reader.check(
-        part_rows=part_rows_of(config, kept), prefix_rows=counts, required_ids=config.skip_row
+    continued = find_continued_run(
+        config, find_run(folder), lambda: job_identity(config, checkpoint, tokenizer)
     )
-    if kept is not None:
-        check_same_input(config, kept, summary)
+    summary = prompts.reader.check(
+        part_rows=part_rows_of(config, continued),
+        prefix_rows=[] if continued is None else [continued.identity.get("rows") or 0],
+        required_ids=config.skip_row,
+    )
+    if continued is not None:
+        check_same_input(config, continued, summary)
     lengths = array("q")
     errors: Counter[str] = Counter()
 

@@ -1,10 +1,11 @@
 """run_job: run one job, from its config to a complete output folder.
 
-    1. find      output folder, checkpoint, tokenizer and input; exit codes 65, 66 and 78 before
-    anything is loaded or written 2. check     every row of the input 3. lock      the output folder
-    (69, 73) 4. inspect   the output: which parts are kept (78) 5. load      the model, and check
-    its batch invariance 6. generate  rows -> token ids -> engine -> parts, then the final manifest
-    and _SUCCESS
+    1. find      output folder, checkpoint, tokenizer and input (exit codes 65, 66, 78)
+    2. check     every row of the input (65)
+    3. lock      the output folder (69, 73); a continued run locks it before it checks
+    4. inspect   the output: which parts are kept (78)
+    5. load      the model, and check its batch invariance (78)
+    6. generate  rows -> token ids -> engine -> parts, then the final manifest and _SUCCESS
 
 Heavy libraries are imported where they are used: a complete output is recognised without torch.
 """
@@ -38,15 +39,14 @@ from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import (
     KeptParts,
     check_same_environment,
-    check_same_job,
+    find_continued_run,
+    find_run,
     input_settings,
-    is_replaced,
     is_up_to_date,
     part_rows_of,
 )
 from gptbatch.pipeline.output.run_facts import collect_run_facts
 from gptbatch.pipeline.output.run_output import RunOutput
-from gptbatch.pipeline.output.stray_tables import refuse_stray_tables
 from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output
 from gptbatch.pipeline.system.machine import describe_cores
 from gptbatch.pipeline.system.redact import redact
@@ -59,24 +59,18 @@ loading_logger = logging.getLogger("gptbatch.loading")
 class _Job:
     """A job whose model and input are found.
 
-    `state`: the run in its output folder, before the folder is locked.
+    Attributes:
+        continued: The run that the job continues; None where it starts anew.
     """
 
     config: JobConfig
     folder: OutputFolder
-    state: FolderState | None
+    continued: FolderState | None
     hashes: FileHashes
     checkpoint: Checkpoint
     tokenizer: LoadedTokenizer
     identity: dict[str, Any]
     reader: PromptReader
-
-    @property
-    def continued(self) -> FolderState | None:
-        """The run that the job continues; None where it starts anew."""
-        if self.state is None or is_replaced(self.config, self.state, self.identity):
-            return None
-        return self.state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,12 +117,15 @@ def run_job(
         if job.continued is not None and job.folder.work.is_dir():
             lock = stack.enter_context(OutputLock(job.folder.work))
         checked = _check_input(job)
+        if lock is None:
+            _create_folder(job)
+            lock = stack.enter_context(OutputLock(job.folder.work))
         output = RunOutput(
             folder=job.folder,
             hashes=job.hashes,
             plan=checked.plan,
             defaults=job.reader.defaults,
-            lock=lock or stack.enter_context(_create_and_lock(job)),
+            lock=lock,
         )
         existing = output.inspect(config, job.identity, checked.summary)
         if len(existing.kept.parts) == checked.plan.n_parts:
@@ -165,10 +162,7 @@ def _find_job(config: JobConfig) -> _Job:
     """Find the model and the input, and check that the output folder holds no other job."""
     check_placement(config)
     folder = OutputFolder(Path(config.output))
-    folder.refuse_links()
-    state = folder.state()
-    if state is not None:
-        refuse_stray_tables(folder.path, state.stray_tables)
+    state = find_run(folder)
     hashes = FileHashes() if state is None else folder.read_hashes()
     checkpoint = find_checkpoint(
         config.model,
@@ -180,12 +174,10 @@ def _find_job(config: JobConfig) -> _Job:
     parse_config(checkpoint.config, str(checkpoint.config_path))
     tokenizer = load_tokenizer(checkpoint.folder)
     identity = job_identity(config, checkpoint, tokenizer)
-    if state is not None and not is_replaced(config, state, identity):
-        check_same_job(config, state, identity)
     return _Job(
         config=config,
         folder=folder,
-        state=state,
+        continued=find_continued_run(config, state, lambda: identity),
         hashes=hashes,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
@@ -223,12 +215,10 @@ def _check_input(job: _Job) -> _CheckedInput:
     return _CheckedInput(prompts=prompts, summary=summary, plan=plan)
 
 
-def _create_and_lock(job: _Job) -> OutputLock:
-    """Create the output folder. Returns its lock, not held yet."""
-    # A missing device is reported before a folder is created.
+def _create_folder(job: _Job) -> None:
+    """Create the output folder of a new run, if the device exists."""
     resolve_device(job.config.engine)
     job.folder.create()
-    return OutputLock(job.folder.work)
 
 
 def _load(job: _Job, checked: _CheckedInput, kept: KeptParts) -> tuple[LoadedModel, float]:

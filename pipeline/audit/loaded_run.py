@@ -15,6 +15,7 @@ from gptbatch.pipeline.input.config_hash import special_token_identity
 from gptbatch.pipeline.input.tokenize import prompt_tokenizer
 from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import file_digest, load_tokenizer
+from gptbatch.pipeline.kv_cache.spec import PADDED
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
@@ -25,12 +26,9 @@ from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.system.bundled import locate
 from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingParams
 
-_FILES_OF_OLD_DIGESTS = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-)  # runs from before transformers' way was followed
-
+# The files in the tokenizer digest of outputs from before gptbatch loaded tokenizers like
+# transformers.
+_FILES_OF_OLD_DIGESTS = ("tokenizer.json", "vocab.json", "merges.txt")
 
 _RANGES = {name: (setting.minimum, setting.maximum) for name, setting in SAMPLING_SETTINGS.items()}
 _RANGES["prompt_tokens_dropped"] = (0, 2**31 - 1)
@@ -241,7 +239,7 @@ def _engine(recorded: EngineConfig, facts: dict[str, Any], overrides: Overrides)
     """Return the recorded settings with the overrides and with the attention of the run."""
     backend = facts.get("environment", {}).get("attention")
     changes: dict[str, Any] = {
-        "attention": "padded" if backend == "padded" else "auto",
+        "attention": PADDED.name if backend == PADDED.name else "auto",
         "threads": overrides.threads,
     }
     if overrides.device is not None:

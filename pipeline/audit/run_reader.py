@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError, StorageError
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
-from gptbatch.pipeline.output.manifest import run_facts
+from gptbatch.pipeline.output.manifest import facts_of
 from gptbatch.pipeline.output.old_formats import OLD_COLUMN_NAMES, is_old_format, translate_config
 from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
 from gptbatch.pipeline.output.part_listing import PartListing, list_parts, read_run_state
@@ -72,7 +72,7 @@ class RunReader:
                 "job into a folder of their own"
             )
         self.manifest = state.manifest
-        self.facts = run_facts(self.manifest)
+        self.facts = facts_of(self.manifest)
         self.marked_complete = state.marked_complete
         self.rows_expected: int | None = state.identity.get("rows")
         recorded = {part["name"]: part["content_digest"] for part in self.manifest.get("parts", [])}

@@ -3,8 +3,14 @@
     part-00000.parquet ...  the table
     _manifest.json          facts of the run, and its parts
     _SUCCESS                written last: the run is complete
-    .gptbatch/              config.yaml, digests.json, progress.json, errors.jsonl,
-    crash_journal.json, lock, temporary files
+    .gptbatch/
+        config.yaml         the resolved config
+        digests.json        hashes of files (file_hashes.py)
+        progress.json       state and speed of the run (progress_file.py)
+        errors.jsonl        the error rows (error_rows.py)
+        crash_journal.json  the parts in flight (crash_journal.py)
+        lock, holder.json   the lock, and the process that holds it (lock.py)
+        *.tmp               temporary files (atomic_write.py)
 
 The parts are the record of what is done. The manifest claims the folder for a job before the first
 part is written, and is rebuilt from the parts where it is lost. A folder without parts holds no
@@ -336,8 +342,7 @@ class OutputFolder:
                 if keys and current["identity"] != replaces:
                     raise OutputConflictError(
                         f"{self.path}: another job has begun there since ({', '.join(keys)} "
-                        "differ); its files stay as they are; "
-                        "name another output"
+                        "differ); its files stay as they are; name another output"
                     )
             if self.writer.write_text(target, text, only_if_absent=current is None):
                 return
@@ -357,11 +362,9 @@ class OutputFolder:
                 raise StorageError(
                     f"{path}: is gone since it was written; run the same command again"
                 )
-            plan.check_same_job(file)
+            plan.check_part(file)
             if file.part is None or file.part != parts.get(number):
                 raise OutputConflictError(
                     f"{path}: another run has changed it "
-                    f"({file.problem or 'it holds other rows'}); "
-                    ""
-                    "run the same command again"
+                    f"({file.problem or 'it holds other rows'}); run the same command again"
                 )

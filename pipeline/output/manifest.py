@@ -96,6 +96,6 @@ def manifest_text(facts: dict[str, Any], parts: Iterable[Part], *, complete: boo
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def run_facts(content: dict[str, Any]) -> dict[str, Any]:
+def facts_of(content: dict[str, Any]) -> dict[str, Any]:
     """Return the facts of the run in a manifest or footer, without keys about its rows."""
     return {key: value for key, value in content.items() if key not in _FILE_KEYS}

@@ -32,16 +32,31 @@ def differing_keys(identity: dict[str, Any], other: dict[str, Any]) -> list[str]
     """Return the keys in which two identities (see `job_identity`) differ; empty for the same job.
 
     The input is compared only between identities with the same number of rows: a larger limit
-    continues the same job.
+    continues the same job. An identity without an input is compared with any input.
     """
     keys = [
         key for key, value in identity.items() if key not in _INPUT_KEYS and other.get(key) != value
     ]
-    if identity.get("rows") == other.get("rows") and identity.get("input_digest") != other.get(
-        "input_digest"
+    if (
+        "input_digest" in identity
+        and identity.get("rows") == other.get("rows")
+        and identity["input_digest"] != other.get("input_digest")
     ):
         keys.append("input_digest")
     return keys
+
+
+def refuse_foreign(file: PartFile) -> None:
+    """Refuse a file that has a part's name and was written by another program.
+
+    Raises:
+        OutputConflictError: Another program wrote it.
+    """
+    if file.state == "foreign":
+        raise OutputConflictError(
+            f"{file.path}: is not a part that gptbatch wrote ({file.problem}); move it away, or "
+            "name another output"
+        )
 
 
 def group_by_job(footers: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -99,19 +114,13 @@ class PartPlan:
             self.input_digests[number],
         )
 
-    def check_same_job(self, file: PartFile) -> None:
-        """Check that a file is a part of this job.
+    def check_part(self, file: PartFile) -> None:
+        """Check that a file with a part's name is a part of this job, or damaged.
 
         Raises:
             OutputConflictError: Another job, or another program, wrote it.
         """
-        if file.state == "foreign":
-            raise OutputConflictError(
-                f"{file.path}: is not a part that gptbatch wrote ({file.problem}); move it away, "
-                "or "
-                ""
-                "name another output"
-            )
+        refuse_foreign(file)
         if file.footer is None:
             return
         if file.footer["format"] != FORMAT:
@@ -130,9 +139,7 @@ class PartPlan:
         if file.part is not None and self._has_other_input(file.part):
             raise OutputConflictError(
                 f"{file.path}: is a part of another input (input_rows_digest differs); name "
-                "another "
-                ""
-                "output"
+                "another output"
             )
 
     def _has_other_input(self, part: Part) -> bool:

@@ -1,8 +1,13 @@
-"""Generating the missing parts of a job.
+"""Generating the missing parts of a job: the loop over prompts, engine and parts.
+
+The loop belongs to the output, because the part is the unit of work: it is begun, committed,
+recorded in the crash journal and generated again as a whole.
 
 Rows are read across the borders of parts, so that the batch stays full. A part is committed when
 its last row is done. The number of parts in flight is bounded, because finished rows wait in memory
-for their part. Imports no torch.
+for their part.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gptbatch")
 
 # Parts in flight besides those that the rows held by the engine can span.
-MAX_OPEN_PARTS = 8
+MAX_EXTRA_PARTS_IN_FLIGHT = 8
 
 
 class Progress(Protocol):
@@ -91,8 +96,8 @@ class ErrorLimit:
         if errors > self.max_errors:
             raise InputRowsError(
                 f"{errors} of {self.rows} rows are errors, more than max_row_errors "
-                f"({self.setting}) allows; "
-                "what is written stays, and the same command with a larger one goes on"
+                f"({self.setting}) allows; what is written stays, and the same command with a "
+                "larger one goes on"
             )
 
 
@@ -175,7 +180,9 @@ class PartRunner:
 
     def _run_parts(self, numbers: set[int], *, batch_size: int) -> None:
         engine = self._engine(batch_size)
-        max_in_flight = MAX_OPEN_PARTS + -(-engine.max_rows_held // self.summary.part_rows)
+        max_in_flight = MAX_EXTRA_PARTS_IN_FLIGHT + -(
+            -engine.max_rows_held // self.summary.part_rows
+        )
 
         def may_start(number: int) -> bool:
             if self.sink.is_in_flight(number):

@@ -98,7 +98,7 @@ class PartWriter:
             existing = inspect_part(path)
             if existing.state == "missing":
                 continue
-            self._plan.check_same_job(existing)
+            self._plan.check_part(existing)
             if (
                 existing.state == "sound"
                 and existing.part is not None

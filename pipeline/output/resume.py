@@ -19,7 +19,12 @@ from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_file import PartFile
-from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
+from gptbatch.pipeline.output.part_plan import (
+    PartPlan,
+    count_parts,
+    differing_keys,
+    refuse_foreign,
+)
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.stray_tables import refuse_stray_tables
 from gptbatch.pipeline.types import DEFAULT_PART_ROWS
@@ -69,7 +74,7 @@ class KeptParts:
 
 def is_same_job(state: FolderState, identity: dict[str, Any]) -> bool:
     """Return whether a folder holds a run of this job, apart from its input."""
-    return state.manifest["format"] == FORMAT and not _differing(state, identity)
+    return state.manifest["format"] == FORMAT and not differing_keys(identity, state.identity)
 
 
 def is_replaced(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> bool:
@@ -83,32 +88,44 @@ def is_replaced(config: JobConfig, state: FolderState, identity: dict[str, Any])
     )
 
 
-def find_continued_run(
-    config: JobConfig, folder: OutputFolder, identity: Callable[[], dict[str, Any]]
-) -> FolderState | None:
-    """Return the run in the output that this job continues; None where the job starts anew.
-
-    Args:
-        config: The settings of the job.
-        folder: The output folder.
-        identity: Returns the identity of the job. It hashes the weights, and is called only where
-            there is a run.
+def find_run(folder: OutputFolder) -> FolderState | None:
+    """Return the run in a folder; None where there is none.
 
     Raises:
-        OutputConflictError: The folder holds a run of another job, or other files.
+        OutputConflictError: The folder holds other files, or links under the names of a run.
     """
     folder.refuse_links()
     state = folder.state()
     if state is not None:
         refuse_stray_tables(folder.path, state.stray_tables)
-    if state is None or not state.holds_job or is_replaced(config, state, identity()):
-        return None
-    check_same_job(config, state, identity())
     return state
 
 
-def check_same_job(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> None:
-    """Check that the run in a folder is of this job, apart from its input.
+def find_continued_run(
+    config: JobConfig, state: FolderState | None, identity: Callable[[], dict[str, Any]]
+) -> FolderState | None:
+    """Return the run that this job continues; None where the job starts anew.
+
+    Args:
+        config: The settings of the job.
+        state: The run in the output folder; None without one.
+        identity: Returns the identity of the job. It may hash the weights, and is called only where
+            there is a run.
+
+    Raises:
+        OutputConflictError: The folder holds a run of another job.
+    """
+    if state is None or not state.holds_job:
+        return None
+    job = identity()
+    if is_replaced(config, state, job):
+        return None
+    check_continuable(config, state, job)
+    return state
+
+
+def check_continuable(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> None:
+    """Check that this job can continue the run in a folder, apart from its input.
 
     Raises:
         OutputConflictError: The format, a setting, the attention backend or the batch invariance
@@ -120,7 +137,7 @@ def check_same_job(config: JobConfig, state: FolderState, identity: dict[str, An
             f"writes {FORMAT}, which cannot be mixed; "
             f"go on with the version that began it ({_version(state)}), {_ADVICE}"
         )
-    differing = _differing(state, identity)
+    differing = differing_keys(identity, state.identity)
     recorded = state.identity.get("part_rows")
     if config.part_rows is not None and config.part_rows != recorded:
         differing.append("part_rows")
@@ -168,8 +185,8 @@ def check_same_environment(
     if kept.parts and differing and not config.allow_other_environment:
         raise OutputConflictError(
             f"{config.output}: holds rows of another environment ({'; '.join(differing)}), whose "
-            "bits these may not match; "
-            "go on where it was begun, name another output, or use --allow-other-environment"
+            "bits these may not match; go on where it was begun, name another output, or use "
+            "--allow-other-environment"
         )
 
 
@@ -260,7 +277,7 @@ def find_kept_parts(files: dict[int, PartFile], plan: PartPlan) -> KeptParts:
     parts: dict[int, Part] = {}
     footer: dict[str, Any] = {}
     for number, file in files.items():
-        plan.check_same_job(file)
+        plan.check_part(file)
         if (
             file.state == "sound"
             and file.part is not None
@@ -278,19 +295,11 @@ def check_no_foreign_parts(files: dict[int, PartFile], n_parts: int) -> None:
         OutputConflictError: A file is not a part, or its number is too large.
     """
     for number, file in files.items():
-        if file.state == "foreign":
-            raise OutputConflictError(
-                f"{file.path}: is not a part that gptbatch wrote ({file.problem}); move it away, "
-                "or "
-                ""
-                "name another output"
-            )
+        refuse_foreign(file)
         if number >= n_parts:
             raise OutputConflictError(
                 f"{file.path}: this run has {n_parts} parts, and no such one; move it away, or "
-                "name "
-                ""
-                "another output"
+                "name another output"
             )
 
 
@@ -306,10 +315,6 @@ def check_replaceable(state: FolderState, files: dict[int, PartFile]) -> None:
     )
     without_footer = {number: file for number, file in files.items() if file.footer is None}
     check_no_foreign_parts(without_footer, n_parts)
-
-
-def _differing(state: FolderState, identity: dict[str, Any]) -> list[str]:
-    return [key for key, value in identity.items() if state.identity.get(key) != value]
 
 
 def _version(state: FolderState) -> str:

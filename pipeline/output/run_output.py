@@ -20,16 +20,16 @@ from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import ERRORS, FolderState, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.lock import OutputLock
-from gptbatch.pipeline.output.manifest import run_facts
+from gptbatch.pipeline.output.manifest import facts_of
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_sink import PartSink
 from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.progress_file import PROGRESS, ProgressFile, seems_running
 from gptbatch.pipeline.output.resume import (
     KeptParts,
+    check_continuable,
     check_replaceable,
     check_same_input,
-    check_same_job,
     find_kept_parts,
     is_replaced,
     is_same_job,
@@ -101,7 +101,7 @@ class RunOutput:
         if is_replaced(config, state, identity):
             check_replaceable(state, folder.inspect_parts(state, self.hashes))
             return ExistingRun(state=state, is_replaced=True, kept=nothing)
-        check_same_job(config, state, identity)
+        check_continuable(config, state, identity)
         if part_rows_of(config, state) != self.plan.part_rows:
             raise OutputBusyError(
                 f"{config.output}: another run began there while this one checked its input; run "
@@ -191,7 +191,7 @@ class RunOutput:
         folder, state, parts = self.folder, existing.state, existing.kept.parts
         assert state is not None
         facts = {
-            **run_facts(existing.kept.footer),
+            **facts_of(existing.kept.footer),
             "format": FORMAT,
             "identity": self.plan.identity,
         }
