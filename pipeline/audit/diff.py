@@ -289,7 +289,5 @@ def _first_difference(a: list[int], b: list[int]) -> int | None:
 def _duplicate_id(run: RunReader, prompt_id: str) -> StorageError:
     return StorageError(
         f"{run.path}: holds the id {prompt_id!r} twice, so that rows cannot be paired; does it "
-        "hold "
-        ""
-        "parts of two runs?"
+        "hold parts of two runs?"
     )

@@ -23,7 +23,7 @@ from gptbatch.pipeline.types import DEFAULT_PART_ROWS, Prompt
 
 _CHANGED = "the input has changed since it was checked"
 _ID_HINT = (
-    "\n--id-field takes the ids from another field, --metadata-field id the places of the rows"
+    "\n--id-field reads ids from another field; --metadata-field id uses the row index instead"
 )
 
 

@@ -2,11 +2,15 @@
 
 A file with the recorded size, times and inode is not read again.
 
-{
-    "files": {path: {"stat": [size, mtime_ns, ctime_ns, inode], "sha256": ...}},
-    "input": {"settings_sha256": ..., "files": {path: stat}, "summary": {"rows": ..., "digest":
-    ...}}, "parts": {name: {"stat": ..., "sha256": ...}}
-}
+    {
+        "files": {path: {"stat": [size, mtime_ns, ctime_ns, inode], "sha256": ...}},
+        "input": {
+            "settings_sha256": ...,
+            "files": {path: stat},
+            "summary": {"rows": ..., "digest": ...}
+        },
+        "parts": {name: {"stat": ..., "sha256": ...}}
+    }
 """
 
 from __future__ import annotations

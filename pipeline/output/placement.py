@@ -25,10 +25,7 @@ def check_placement(config: JobConfig) -> None:
         if output == folder or folder in output.parents:
             raise OutputConflictError(
                 f"{config.output}: lies inside the folder of its own dataset ({config.dataset}), "
-                "so "
-                ""
-                "that the next run would read "
-                "it as input; name an output outside it"
+                "so that the next run would read it as input; name an output outside it"
             )
     named = {column.name.lower() for column in COLUMNS}
     hive = [
@@ -39,8 +36,7 @@ def check_placement(config: JobConfig) -> None:
     if hive:
         logger.warning(
             "%s: readers of Parquet take the folder name %s for a column, which replaces or "
-            "contradicts that of the table; "
-            "use a name without =",
+            "contradicts that of the table; use a name without =",
             config.output,
             ", ".join(hive),
         )
