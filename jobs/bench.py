@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
     show_default=True,
+    help="Type of weights and activations. float16 needs cuda.",
 )
 @click.option(
     "--cache-dtype",
@@ -53,13 +54,18 @@ if TYPE_CHECKING:
     help="Type of the cached keys and values.",
 )
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Device to compute on. auto: cuda where PyTorch finds a GPU, else cpu.",
 )
 @click.option(
     "--attention",
     type=click.Choice(["auto", "ragged", "padded"]),
     default="auto",
     show_default=True,
+    help="Attention backend. auto: ragged where the C++ kernels can be built, else padded.",
 )
 @click.option(
     "--threads", type=click.IntRange(1), help="CPU threads. Default: the number that PyTorch finds."
@@ -79,9 +85,15 @@ if TYPE_CHECKING:
     type=click.IntRange(0),
     default=40,
     show_default=True,
-    help="0 keeps the whole vocabulary.",
+    help="Sample from the k most likely tokens. 0 keeps all tokens.",
 )
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Measurements of the workload; their median is printed.",
+)
 @click.option("--no-sharing", is_flag=True, help="Compute a prefix that rows share once per row.")
 @click.pass_context
 def bench(context: click.Context, /, **options: Any) -> None:
@@ -167,7 +179,7 @@ def _bench(options: dict[str, Any]) -> None:
     "--output",
     type=PathArgument(writes=True),
     default=Path(),
-    help="Folder for scaling.png and scaling.json.",
+    help="Folder for scaling.png and scaling.json. Default: the current folder.",
 )
 @click.option(
     "--points",

@@ -52,10 +52,10 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     """Compare the checkpoint MODEL (a folder or a hub name) in gptbatch and in transformers.
 
     Runs in float32 on the CPU. Compares parameter counts, logits and greedy tokens of a few
-    prompts, the tokenizers on difficult texts, and the end tokens. Prints the generation settings
+    prompts, the tokenizers on difficult texts, and the EOS tokens. Prints the generation settings
     of the checkpoint that gptbatch ignores. The last line is a JSON object.
 
-    Exits with 0 if both agree, else with 78. End tokens agree if gptbatch stops at all end tokens
+    Exits with 0 if both agree, else with 78. EOS tokens agree if gptbatch stops at all EOS tokens
     of transformers.
     """
     import torch
@@ -90,7 +90,7 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     ends, unfollowed = checkpoint.special_tokens.ends, checkpoint.settings_not_followed
     hf_ends = _end_tokens(hf_model)
     missing_ends = {token for token in hf_ends if 0 <= token < gpt.config.vocab_size} - set(ends)
-    echo(f"end tokens: gptbatch {list(ends)}, transformers {hf_ends}")
+    echo(f"EOS tokens: gptbatch {list(ends)}, transformers {hf_ends}")
     echo(f"ignored generation settings: {json.dumps(unfollowed) if unfollowed else 'none'}")
 
     agree = count == hf_count and networks.agree and compared.agree and not missing_ends
@@ -109,7 +109,7 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
     }
     echo(json.dumps(summary))
     if not agree:
-        differing = "tokenizer" if not compared.agree else "end tokens" if missing_ends else "model"
+        differing = "tokenizer" if not compared.agree else "EOS tokens" if missing_ends else "model"
         raise ModelError(f"{model}: the {differing} of gptbatch and transformers do not agree")
 
 
@@ -219,7 +219,7 @@ def _load_with_transformers(checkpoint: Checkpoint) -> GPT2LMHeadModel:
 
 
 def _end_tokens(hf_model: GPT2LMHeadModel) -> list[int]:
-    """Return the end tokens of `generate` of transformers."""
+    """Return the EOS tokens of `generate` of transformers."""
     generation: Any = hf_model.generation_config
     ends = generation.eos_token_id
     return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]

@@ -49,8 +49,9 @@ def generate(
     """Generate a completion for every prompt of an input and write them to Parquet files.
 
     A stopped or crashed run is continued by the same command: finished parts are not computed
-    again. SIGTERM, SIGINT and SIGUSR1 stop a run within 10 seconds with exit code 75; a second
-    signal stops it at once. The last line on standard output is a JSON summary.
+    again. SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU stop a run within 10 seconds with
+    exit code 75; a second signal stops it at once. The last line on standard output is a JSON
+    summary.
 
     Options override environment variables (GPTBATCH_SEED=1), and these override the config file.
     """

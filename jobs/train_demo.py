@@ -53,11 +53,33 @@ END_OF_TEXT = "<|endoftext|>"
     type=click.IntRange(1),
     help="Context length in tokens.",
 )
-@click.option("--n-layer", default=5, show_default=True, type=click.IntRange(1))
-@click.option("--n-head", default=6, show_default=True, type=click.IntRange(1))
-@click.option("--n-embd", default=192, show_default=True, type=click.IntRange(1))
 @click.option(
-    "--dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1, max_open=True)
+    "--n-layer",
+    default=5,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of transformer blocks.",
+)
+@click.option(
+    "--n-head",
+    default=6,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Attention heads per block.",
+)
+@click.option(
+    "--n-embd",
+    default=192,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Width of the hidden state, a multiple of --n-head.",
+)
+@click.option(
+    "--dropout",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Dropout of embeddings and residuals.",
 )
 @click.option(
     "--learning-rate",
@@ -65,7 +87,9 @@ END_OF_TEXT = "<|endoftext|>"
     show_default=True,
     help="Peak learning rate, after the warm-up.",
 )
-@click.option("--weight-decay", default=0.1, show_default=True)
+@click.option(
+    "--weight-decay", default=0.1, show_default=True, help="Weight decay of AdamW, for matrices."
+)
 @click.option(
     "--validation-share",
     default=0.1,
@@ -73,7 +97,9 @@ END_OF_TEXT = "<|endoftext|>"
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Share of the text, at its end, that is used for validation.",
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--seed", default=0, show_default=True, help="Seed of initial weights, batches and dropout."
+)
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 def train_demo(
     text: Path,
@@ -191,7 +217,7 @@ def train_demo(
 
 
 def split_documents(content: str, rng: random.Random) -> list[str]:
-    """Group 4 to 16 paragraphs (speeches) per document, so that the model learns end-of-text."""
+    """Group 4 to 16 paragraphs (speeches) per document, so that the model learns the EOS token."""
     paragraphs = content.split("\n\n")
     documents = []
     while paragraphs:
@@ -218,7 +244,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor:
-    """Join all documents to one tensor of tokens (N,), with end-of-text around each of them."""
+    """Join all documents to one tensor of tokens (N,), with the EOS token around each."""
     import torch
 
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)

@@ -41,7 +41,7 @@ def verify(
     """Check rows of the run in the folder OUTPUT against its weights without generating them.
 
     One prefill per row gives the logits of every step. With the noise of the row they must give
-    the recorded token, including a final end-of-text. In the environment of the run the check is
+    the recorded token, including a final EOS token. In the environment of the run the check is
     exact. In another one, a recorded token within rounding distance is a near tie, not a mismatch.
     A row whose window slid takes one prefill per step. The last line is a JSON object.
 

@@ -197,8 +197,8 @@ class JobConfig(_Section):
         ge=1,
         le=2**31 - 1,
         description=(
-            "Rows per Parquet file; at most this many are recomputed after a crash. Default: 512,"
-            " or the value of the run that is continued."
+            "Rows per Parquet file; a crash costs the rows of unfinished files. Default: 512, or"
+            " the value of the run that is continued."
         ),
     )
     overwrite: bool = Field(
@@ -236,7 +236,7 @@ class JobConfig(_Section):
     temperature: float = _sampling_field("temperature")
     top_k: int = _sampling_field("top_k")
     max_new_tokens: int = _sampling_field("max_new_tokens")
-    ignore_eos: bool = Field(False, description="Continue after an end-of-text token.")
+    ignore_eos: bool = Field(False, description="Continue after an EOS token.")
     parse_special: bool = Field(
         False,
         description=(

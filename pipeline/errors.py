@@ -6,7 +6,7 @@
     |   +-- ModelError            78  the checkpoint cannot be used
     |   +-- OutputConflictError   78  the output folder holds something else
     +-- InputRowsError            65  rows that cannot be read or hold invalid values
-    +-- InputNotFoundError        66  no such file, dataset or split
+    +-- InputNotFoundError        66  no such file, dataset, split, run or row
     +-- OutputBusyError           69  another run holds the output
     +-- OutputCreationError       73  the output folder cannot be created
     +-- StorageError              74  reading or writing failed

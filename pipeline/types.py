@@ -211,7 +211,7 @@ class Completion:
 
     Attributes:
         prompt_tokens: Number of prompt tokens, without those that were dropped.
-        token_ids: The new tokens, with the end token if there is one; empty for an error.
+        token_ids: The new tokens, with the EOS token if there is one; empty for an error.
         timing: None for a row that the engine never computed.
         prompt_token_ids: The prompt tokens that the engine computed.
         min_decision_margin: Smallest decision margin of all steps (see engine/sampling.py);

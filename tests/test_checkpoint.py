@@ -968,7 +968,7 @@ def test_check_model_compares_end_tokens_and_settings(
     assert summary["end_tokens"] == [0, STOP]
     assert summary["end_tokens_transformers"] == ([STOP] if name == "a single one" else [0, STOP])
     assert summary["settings_not_followed"] == (settings if generation else {})
-    assert "end tokens: gptbatch [0, 258], transformers [" in stdout
+    assert "EOS tokens: gptbatch [0, 258], transformers [" in stdout
 
 
 def test_check_model_finds_a_missing_end_token(
@@ -980,7 +980,7 @@ def test_check_model_finds_a_missing_end_token(
         lambda *args, **kw: SpecialTokens(start=0, ends=(0,)),
     )
     assert run_command(["check-model", str(folder), "--new-tokens", "1"]) == 78
-    assert "the end tokens of gptbatch and transformers do not agree" in capsys.readouterr().err
+    assert "the EOS tokens of gptbatch and transformers do not agree" in capsys.readouterr().err
 
 
 def test_check_model_where_transformers_finds_no_tensors(

@@ -6,7 +6,7 @@
     shared_prefix  128 prompts that begin with the same 384 tokens, then 16 to 48 of their own;
                    48 new tokens each
 
-End-of-text is ignored. Repeats use other token ids, so none finds the prefixes of another one in
+EOS tokens are ignored. Repeats use other token ids, so none finds the prefixes of another one in
 the cache.
 
 Imports no torch.

@@ -52,7 +52,7 @@ def job_identity(
 
 
 def special_token_identity(checkpoint: Checkpoint, tokenizer: LoadedTokenizer) -> dict[str, Any]:
-    """Return the start token and the end tokens under their keys in the identity of a job."""
+    """Return the start token and the EOS tokens under their keys in the identity of a job."""
     special = checkpoint.special_tokens
     return {"start_token": start_token(special, tokenizer), "end_tokens": list(special.ends)}
 
@@ -60,8 +60,8 @@ def special_token_identity(checkpoint: Checkpoint, tokenizer: LoadedTokenizer) -
 def start_token(special_tokens: SpecialTokens, tokenizer: LoadedTokenizer) -> int | None:
     """Return the first token of an empty prompt, None without any.
 
-    It is the BOS token of the model's files, or else of the tokenizer's, or else the first end
-    token.
+    It is the BOS token of the model's files, or else of the tokenizer's, or else the first
+    EOS token.
     """
     candidates = (special_tokens.start, tokenizer.bos_token, *special_tokens.ends)
     return next((token for token in candidates if token is not None), None)

@@ -36,7 +36,7 @@ _LOST_TEXT = (
     "(on_lost_text: warn)"
 )
 _ADDED_AFTER = (
-    "prompts that the tokenizer's template adds tokens after, as an end of text: %d; "
+    "prompts that the tokenizer's template adds tokens after, such as an EOS token: %d; "
     "add_special_tokens: false leaves them out"
 )
 

@@ -161,7 +161,7 @@ class PromptTokenizer:
     def completion_text(
         self, prompt: list[int], token_ids: list[int], finish_reason: FinishReason
     ) -> str:
-        """Return the text of a completion, without a final end token."""
+        """Return the text of a completion, without a final EOS token."""
         return self.added_text(prompt, token_ids[:-1] if finish_reason == "stop" else token_ids)
 
     def _encode(self, texts: list[str]) -> list[Encoding]:

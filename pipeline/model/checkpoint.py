@@ -86,7 +86,7 @@ class Checkpoint:
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
-        """The start token and the end tokens that config.json and generation_config.json name."""
+        """The start token and the EOS tokens that config.json and generation_config.json name."""
         return read_special_tokens(
             self.config, self.generation_config, vocab_size=self._vocab_size, where=str(self.folder)
         )
@@ -98,7 +98,7 @@ class Checkpoint:
 
     @property
     def generation_warnings(self) -> list[str]:
-        """Warnings about end tokens and about settings that are not applied, one line each."""
+        """Warnings about EOS tokens and about settings that are not applied, one line each."""
         return generation_warnings(
             self.special_tokens,
             self.settings_not_followed,

@@ -1,7 +1,7 @@
 """Reads special tokens and generation settings from config.json and generation_config.json.
 
 transformers stores both in generation_config.json, and in config.json in older checkpoints. Only
-the start token and the end tokens are applied. The job sets the sampling.
+the start token and the EOS tokens are applied. The job sets the sampling.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ _HARMLESS = frozenset({
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokens:
-    """The start token and the end tokens of a checkpoint.
+    """The start token and the EOS tokens of a checkpoint.
 
     Attributes:
         start: Begins an empty prompt. None where neither file names one.
         ends: Each ends a completion. In the order of the files, without repeats.
-        ends_left_out: End tokens outside of the vocabulary.
+        ends_left_out: EOS tokens outside of the vocabulary.
     """
 
     start: int | None
@@ -96,7 +96,7 @@ def read_special_tokens(
 ) -> SpecialTokens:
     """Combine the special tokens of both files.
 
-    The end tokens are those of both files. (transformers takes only those of generation_config.json
+    The EOS tokens are those of both files. (transformers takes only those of generation_config.json
     where it exists.) The start token is that of generation_config.json, or else of config.json.
 
     Args:
@@ -172,7 +172,7 @@ def settings_not_followed(
 def generation_warnings(
     special_tokens: SpecialTokens, unfollowed: Mapping[str, Any], *, vocab_size: int, where: str
 ) -> list[str]:
-    """Return a line each about end tokens that are left out and settings that are not applied.
+    """Return a line each about EOS tokens that are left out and settings that are not applied.
 
     Args:
         special_tokens: The special tokens of the checkpoint.

@@ -62,15 +62,15 @@ COLUMNS = (
     _fixed(
         "completion",
         pa.string(),
-        "the generated text, without the prompt and a closing end-of-text; null for an error",
+        "the generated text, without the prompt and a final EOS token; null for an error",
         nullable=True,
     ),
     _fixed(
         "completion_token_ids",
         pa.list_(pa.int32()),
-        "the generated tokens, a closing end-of-text included; empty for an error",
+        "the generated tokens, a final EOS token included; empty for an error",
     ),
-    _fixed("finish_reason", pa.string(), "stop (end-of-text), length or error"),
+    _fixed("finish_reason", pa.string(), "stop (EOS token), length or error"),
     _fixed(
         "stop_reason",
         pa.string(),
