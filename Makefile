@@ -1,9 +1,9 @@
 # make generate            write the demo's completions to out/demo
 # make generate CONFIG=my.yaml ARGS="--limit 100"
-# make test                run the tests that prove every promise, on all cores
-# make test-all            run these and the slow ones: full shapes, kernel builds, wide grids
+# make test                run the fast tests, offline, on all cores
+# make test-all            run the slow tests too, as CI does: full shapes, kernel builds, wide grids
 # make check               lint, types and tests
-# make soak                500 runs that are killed at random moments
+# make soak                500 rounds of runs that are killed at random moments and resumed
 # make bench               new tokens per second of gptbatch and transformers, in turn
 # make ablation            new tokens per second with each optimization off, in turn
 # make bench-peers PEERS=~/peers    the same with the peers that have an environment there (benchmarks/compare.py)
