@@ -60,8 +60,7 @@ class SamplingSetting:
     unit: str = ""
 
 
-# Every sampling setting. To add one: an entry here, an attribute of SamplingParams and of
-# JobConfig, and the sampler (engine/sampling.py, its kernel, and engine/reference.py).
+# Every sampling setting. CONTRIBUTING.md lists the steps to add one.
 # The order is that of the columns and of the input digest: new settings go to the end.
 SAMPLING_SETTINGS = {
     "seed": SamplingSetting(

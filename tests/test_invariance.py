@@ -421,7 +421,7 @@ def test_freed_memory_reaches_no_other_sequence(
 
         expected = both(healthy.new_cache(2))
         used = healthy.new_cache(2)
-        attention = used.step([0] * 40 + [1] * 30, [*range(40), *range(30)])
+        attention = used.attention_for([0] * 40 + [1] * 30, [*range(40), *range(30)])
         for layer in range(2):
             attention(
                 layer,
@@ -503,8 +503,8 @@ def test_both_backends_keep_the_same_int8() -> None:
     paged, padded = (
         torch.cat(
             [
-                cache.step([1] * count, range(count))(0, qkv, 0.3),
-                cache.step([0] * 5, range(5))(0, qkv[:5], 0.3),
+                cache.attention_for([1] * count, range(count))(0, qkv, 0.3),
+                cache.attention_for([0] * 5, range(5))(0, qkv[:5], 0.3),
             ]
         )
         for cache in caches
@@ -535,16 +535,18 @@ def test_what_is_not_finite_in_an_int8_cache_reaches_those_that_see_it(
     for position, column, number in faults:
         qkv = clean.clone()
         qkv.view(200, -1)[position, column] = number
-        lost = cache.step([1] * 200, range(200))(0, qkv, 0.3).view(200, 2, 40).isnan().any(-1)
+        lost = (
+            cache.attention_for([1] * 200, range(200))(0, qkv, 0.3).view(200, 2, 40).isnan().any(-1)
+        )
         first = position // 16 * 16 if backend == "padded" and column >= 160 else position
         assert lost[:, 0].tolist() == [i >= first for i in range(200)]
         assert not lost[:, 1].any()
     qkv = clean.clone()
     qkv[100, 0, 0] = qkv[90, 1, 0] = 1e19
-    lost = cache.step([1] * 200, range(200))(0, qkv, 0.3).view(200, 2, 40).isnan().any(-1)
+    lost = cache.attention_for([1] * 200, range(200))(0, qkv, 0.3).view(200, 2, 40).isnan().any(-1)
     assert lost[:, 0].nonzero().flatten().tolist() == [100]
     assert not lost[:, 1].any()
-    assert cache.step([1] * 200, range(200))(0, clean, 0.3).isfinite().all()
+    assert cache.attention_for([1] * 200, range(200))(0, clean, 0.3).isfinite().all()
 
 
 # The shape of gpt2
@@ -613,10 +615,10 @@ class FlashCache:
     def is_ready(self, seq_index: int) -> bool:
         raise NotImplementedError
 
-    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
+    def mark_scheduled(self, seq_index: int, first: int, last: int) -> None:
         raise NotImplementedError
 
-    def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> Attention:
+    def attention_for(self, seq_indices: Sequence[int], positions: Sequence[int]) -> Attention:
         batch, length = max(seq_indices) + 1, max(positions) + 1
         place = torch.tensor(
             [
@@ -712,17 +714,9 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
         torch.inference_mode(),
         profile(activities=[ProfilerActivity.CPU]) as profiler,
     ):
-        for most in (
-            1,
-            40,
-            1,
-            300,
-            1,
-            1,
-            5,
-            1,
-        ):  # tokens of a seq_index: prefill in chunks, decode, and both
-            counts = [rng.choice([0, 1, most]) if seq_index else most for seq_index in range(12)]
+        # The most tokens of one sequence in a call: prefill in chunks, decode, and both.
+        for max_tokens in (1, 40, 1, 300, 1, 1, 5, 1):
+            counts = [max_tokens, *(rng.choice([0, 1, max_tokens]) for _ in range(11))]
             seq_indices = [
                 seq_index for seq_index, count in enumerate(counts) for _ in range(count)
             ]
@@ -734,17 +728,17 @@ def test_blocks_in_one_call_are_what_they_are_one_by_one(
             lengths = [length + count for count, length in zip(counts, lengths, strict=True)]
             logits_indices = (
                 None
-                if most == 5
+                if max_tokens == 5
                 else torch.tensor(
                     sorted(rng.sample(range(len(seq_indices)), rng.randint(1, len(seq_indices))))
                 )
             )
             x = torch.randn(len(seq_indices) + 3, width, dtype=dtype)
-            y, attention = x, separate.step(seq_indices, positions)
+            y, attention = x, separate.attention_for(seq_indices, positions)
             for block in model.blocks:
                 y = block(y, attention, logits_indices if block is model.blocks[-1] else None)
             assert torch.equal(
-                model.blocks(x, together.step(seq_indices, positions), logits_indices), y
+                model.blocks(x, together.attention_for(seq_indices, positions), logits_indices), y
             )
             assert all(
                 torch.equal(*blocks)
@@ -772,7 +766,7 @@ def test_padding_rows_get_no_attention() -> None:
         pytest.skip("no C++ compiler")
     model = our_model(random_model(n_embd=64, n_head=4), attention="ragged")
     attention, projection = (
-        model.new_cache(1).step([0, 0], [0, 1]),
+        model.new_cache(1).attention_for([0, 0], [0, 1]),
         model.blocks[0].get_submodule("attn_qkv"),
     )
     assert isinstance(attention, PagedAttention)
@@ -837,7 +831,7 @@ def test_two_threads_work_in_the_kernel(projected: bool) -> None:
     block = model.blocks[0]
     assert isinstance(block, Block)
     with threads(2):
-        attention = model.new_cache(16).step(seq_indices, [*range(512)] * 16)
+        attention = model.new_cache(16).attention_for(seq_indices, [*range(512)] * 16)
         assert isinstance(attention, PagedAttention)
 
         def attend() -> None:

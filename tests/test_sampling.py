@@ -270,10 +270,10 @@ def test_margins_are_as_defined(vocab_size: int, dtype: torch.dtype) -> None:
         20 if dtype == torch.bfloat16 else 200
     )
     # a bound may hide larger margins only
-    bounds = [0.4] * 300
+    margin_bounds = [0.4] * 300
     bounded = [
         choice.decision_margin
-        for choice in sample_tokens(logits, rows, [i % 3 for i in range(300)], bounds)
+        for choice in sample_tokens(logits, rows, [i % 3 for i in range(300)], margin_bounds)
     ]
     few = [(p.top_k not in (0, 500) and p.top_k < vocab_size) or p.temperature == 0 for p in rows]
     assert [m for m, f in zip(bounded, few, strict=True) if f] == [

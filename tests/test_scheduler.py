@@ -53,12 +53,12 @@ class Model:
 
     def step(self, seq_index: int, first: int, tokens: list[int], context: list[int]) -> None:
         for position in range(first, first + len(tokens)):
-            block, _ = self.pool.block_at(seq_index, position)
+            block, _ = self.pool.ensure_block(seq_index, position)
             self.content[block, position % self.pool.block_size] = tuple(context[: position + 1])
 
     def check(self, seq_index: int, last: int, context: list[int]) -> None:
         for position in range(last):
-            block, new = self.pool.block_at(seq_index, position)
+            block, new = self.pool.ensure_block(seq_index, position)
             assert not new
             assert self.content[block, position % self.pool.block_size] == tuple(
                 context[: position + 1]
@@ -121,19 +121,20 @@ def test_every_sequence_runs_once_and_no_block_is_lost(
             if chunk.needs_logits:
                 sequence.tokens.append(sum(sequence.tokens) % 3)
                 if (
-                    sequence.num_new_tokens == sequence.source.prompt.params.max_new_tokens
+                    sequence.n_new_tokens == sequence.source.prompt.params.max_new_tokens
                     or len(sequence.tokens) > N_POSITIONS
                 ):
                     sequence.stop_reason = "max_new_tokens"
         assert pool.n_in_use + pool.n_evictable <= n_blocks
         for sequence in scheduler.free_finished():
             ended.append(sequence.source.prompt.index)
-            reused += sequence.num_cached_tokens
+            reused += sequence.n_cached_tokens
         assert pool.n_evictable <= n_blocks // BLOCKS_PER_EVICTABLE_BLOCK
     assert sorted(ended) == list(range(len(prompts)))
     assert pool.n_in_use == 0
     free = [
-        pool.block_at(0, position)[0] for position in range(0, n_blocks * block_size, block_size)
+        pool.ensure_block(0, position)[0]
+        for position in range(0, n_blocks * block_size, block_size)
     ]
     assert sorted(free) == list(range(n_blocks)), "every block can be had again"
     if not share:
@@ -186,11 +187,11 @@ def test_evictable_blocks_are_kept_and_unshared_ones_are_evicted_first() -> None
     shared, alone = [1] * 33, [2] * 97
     for token_ids in (shared, shared, alone):
         assert pool.allocate(0, token_ids, len(token_ids), share_prefix=True) is not None
-        pool.mark_computed(0, 0, len(token_ids))
+        pool.mark_scheduled(0, 0, len(token_ids))
         pool.free(0)
     assert pool.n_evictable == 8
     pool.allocate(1, [3] * 97, 97, share_prefix=True)
-    pool.mark_computed(1, 0, 97)
+    pool.mark_scheduled(1, 0, 97)
     pool.free(1)
     assert pool.n_evictable == 8
     assert pool.allocate(0, shared, 33, share_prefix=True) == 32, "still there"

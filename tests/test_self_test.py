@@ -175,8 +175,10 @@ def test_a_failure_of_every_plan_is_named() -> None:
 class FaultyCache(PaddedKVCache):
     """Attention whose results change where the cache is wider than a sequence needs."""
 
-    def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> PaddedAttention:
-        attention = super().step(seq_indices, positions)
+    def attention_for(
+        self, seq_indices: Sequence[int], positions: Sequence[int]
+    ) -> PaddedAttention:
+        attention = super().attention_for(seq_indices, positions)
         if len(set(seq_indices)) > 1 and max(positions) > 60:
             for i, now in enumerate(attention.rounds):
                 attention.rounds[i] = dataclasses.replace(

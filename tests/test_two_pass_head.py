@@ -70,9 +70,9 @@ def from_all(
     hidden: torch.Tensor,
     params: list[SamplingParams],
     steps: list[int],
-    bounds: list[float],
+    margin_bounds: list[float],
 ) -> list[SampledToken]:
-    return sample_tokens(model.logits(hidden), params, steps, bounds, native=True)
+    return sample_tokens(model.logits(hidden), params, steps, margin_bounds, native=True)
 
 
 @given(
@@ -142,9 +142,9 @@ def test_choices_and_margins_are_those_of_all_logits(model: GPT, bound: float) -
         )
         for i in range(rows)
     ]
-    steps, bounds = [i % 7 for i in range(rows)], [bound] * rows
-    assert sample_from_hidden(model, hidden, params, steps, bounds) == from_all(
-        model, hidden, params, steps, bounds
+    steps, margin_bounds = [i % 7 for i in range(rows)], [bound] * rows
+    assert sample_from_hidden(model, hidden, params, steps, margin_bounds) == from_all(
+        model, hidden, params, steps, margin_bounds
     )
     assert head_of(model).n_rows >= rows
     assert head_of(model).n_fallbacks < rows // 4

@@ -177,7 +177,7 @@ def _prefill(model: GPT, cache: KVCache, batch: list[Segment]) -> Tensor:
         shared = segment.tokens[: length - n_steps + 1]
         cached = cache.allocate(seq_index, shared, length, share_prefix=True)
         assert cached is not None, "every batch fits the cache"
-        cache.mark_computed(seq_index, cached, length)
+        cache.mark_scheduled(seq_index, cached, length)
         tokens += segment.tokens[cached:]
         seq_indices += [seq_index] * (length - cached)
         positions += range(cached, length)

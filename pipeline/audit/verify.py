@@ -162,14 +162,14 @@ def _check_steps(
     checks = [_StepChecks() for _ in rows]
     # Margins above the recorded minimum need not be exact. The bound lies just above it, so that a
     # larger minimum shows.
-    bounds = [
+    margin_bounds = [
         math.inf if margin is None else math.nextafter(margin, math.inf)
         for margin in recorded_margins
     ]
     for segments, hidden in step_hidden(model, rows):
         steps = [(segment.row, step) for segment in segments for step in segment.steps]
         samples = _sample(
-            loaded_run, rows, steps, [bounds[index] for index, _ in steps], hidden, checks
+            loaded_run, rows, steps, [margin_bounds[index] for index, _ in steps], hidden, checks
         )
         for number, ((index, step), sample) in enumerate(zip(steps, samples, strict=True)):
             check, token = checks[index], rows[index].new[step]
@@ -194,7 +194,7 @@ def _sample(
     loaded_run: LoadedRun,
     rows: Sequence[RecordedRow],
     steps: Sequence[tuple[int, int]],
-    bounds: Sequence[float],
+    margin_bounds: Sequence[float],
     hidden: Tensor,
     checks: Sequence[_StepChecks],
 ) -> list[SampledToken]:
@@ -209,7 +209,7 @@ def _sample(
     model = loaded_run.loaded.model
     params, step_numbers = [rows[index].params for index, _ in steps], [step for _, step in steps]
     if not loaded_run.config.record_logits_digest:
-        return sample_from_hidden(model, hidden, params, step_numbers, bounds)
+        return sample_from_hidden(model, hidden, params, step_numbers, margin_bounds)
     samples: list[SampledToken] = []
     for first in range(0, len(steps), MAX_HEAD_ROWS):
         chunk = slice(first, first + MAX_HEAD_ROWS)
@@ -217,7 +217,11 @@ def _sample(
         for (index, _), step_logits in zip(steps[chunk], logits.cpu(), strict=True):
             checks[index].logits_hash.update(logits_bytes(step_logits))
         samples += sample_tokens(
-            logits, params[chunk], step_numbers[chunk], bounds[chunk], native=model.backend.native
+            logits,
+            params[chunk],
+            step_numbers[chunk],
+            margin_bounds[chunk],
+            native=model.backend.native,
         )
     return samples
 
@@ -288,8 +292,8 @@ def _finish_problem(loaded_run: LoadedRun, row: dict[str, Any], tokens: Recorded
     for count, token in enumerate(tokens.new, start=1):
         reason = rule.reason(
             token,
-            num_new_tokens=count,
-            num_tokens=len(tokens.prompt) + count,
+            n_new_tokens=count,
+            n_tokens=len(tokens.prompt) + count,
             max_new_tokens=tokens.params.max_new_tokens,
         )
         if (reason is not None) != (count == len(tokens.new)):

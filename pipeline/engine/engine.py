@@ -190,7 +190,7 @@ class Engine:
             sequence.scheduled_s, sequence.started_at_s = now, time.time()
             sequence.steps_before, sequence.rows_before = self.stats.steps, self.stats.rows
             sequence.logits_hash = hashlib.sha256() if self.record_logits else None
-            self.stats.cached_tokens += sequence.num_cached_tokens
+            self.stats.cached_tokens += sequence.n_cached_tokens
 
     def _run(self, chunks: list[ScheduledChunk]) -> list[SampledToken]:
         """Run one forward pass and sample the next token of each chunk that needs one."""
@@ -214,15 +214,15 @@ class Engine:
         )
         sequences = [chunk.sequence for chunk in chunks if chunk.needs_logits]
         params = [sequence.params for sequence in sequences]
-        steps = [sequence.num_new_tokens for sequence in sequences]
-        bounds = [sequence.min_decision_margin for sequence in sequences]
+        steps = [sequence.n_new_tokens for sequence in sequences]
+        margin_bounds = [sequence.min_decision_margin for sequence in sequences]
         if not self.record_logits:
-            return sample_from_hidden(self.model, hidden, params, steps, bounds)
+            return sample_from_hidden(self.model, hidden, params, steps, margin_bounds)
         logits = self.model.logits(hidden)
         for sequence, row in zip(sequences, logits.cpu(), strict=True):
             assert sequence.logits_hash is not None
             sequence.logits_hash.update(logits_bytes(row))
-        return sample_tokens(logits, params, steps, bounds, native=self.model.backend.native)
+        return sample_tokens(logits, params, steps, margin_bounds, native=self.model.backend.native)
 
     def _postprocess(
         self, chunks: list[ScheduledChunk], sampled: list[SampledToken], began: float
@@ -230,9 +230,7 @@ class Engine:
         """Count the step and append the sampled tokens."""
         now = time.monotonic()
         n_tokens = sum(len(chunk.tokens) for chunk in chunks)
-        n_prefilled = sum(
-            len(chunk.tokens) for chunk in chunks if chunk.sequence.num_new_tokens == 0
-        )
+        n_prefilled = sum(len(chunk.tokens) for chunk in chunks if chunk.sequence.n_new_tokens == 0)
         stats = self.stats
         stats.steps += 1
         stats.rows += len(chunks)
@@ -248,25 +246,25 @@ class Engine:
     def _append(self, sequence: Sequence, sampled: SampledToken, now: float) -> None:
         """Append the next token of a sequence and decide whether it is finished."""
         sequence.last_token_s = now
-        if sequence.num_new_tokens == 0:
+        if sequence.n_new_tokens == 0:
             sequence.first_token_s = now
         if sampled.token is None:
-            reason = f"the logits of new token {sequence.num_new_tokens} hold NaN or infinity"
+            reason = f"the logits of new token {sequence.n_new_tokens} hold NaN or infinity"
             sequence.error = RowError(kind="not_finite", reason=reason)
             return
         sequence.tokens.append(sampled.token)
         self.stats.new_tokens += 1
         if len(sequence.tokens) > self._n_positions:
             # The window slides, and every position in it changes.
-            sequence.num_computed_tokens = 0
+            sequence.n_computed_tokens = 0
         if sampled.decision_margin is not None:
             sequence.min_decision_margin = min(
                 sequence.min_decision_margin, sampled.decision_margin
             )
         sequence.stop_reason = self._stop_rule.reason(
             sampled.token,
-            num_new_tokens=sequence.num_new_tokens,
-            num_tokens=len(sequence.tokens),
+            n_new_tokens=sequence.n_new_tokens,
+            n_tokens=len(sequence.tokens),
             max_new_tokens=sequence.params.max_new_tokens,
         )
 
@@ -320,9 +318,9 @@ class Engine:
                 "give the process more, or leave the row out with --skip-row"
             )
         for sequence in running:
-            self.stats.new_tokens -= sequence.num_new_tokens
+            self.stats.new_tokens -= sequence.n_new_tokens
             if sequence.scheduled_s is not None:
-                self.stats.cached_tokens -= sequence.num_cached_tokens
+                self.stats.cached_tokens -= sequence.n_cached_tokens
         self.batch_size = max(1, min(self.batch_size, len(running) or self.batch_size) // 2)
         self.stats.halvings += 1
         running = sorted(running, key=lambda sequence: sequence.schedule_order)

@@ -22,7 +22,7 @@ three distances:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import abc
 from dataclasses import dataclass
 
 import torch
@@ -52,46 +52,46 @@ class SampledToken:
 
 def sample_tokens(
     logits: Tensor,
-    params: Sequence[SamplingParams],
-    steps: Sequence[int],
-    bounds: Sequence[float] | None = None,
+    params: abc.Sequence[SamplingParams],
+    steps: abc.Sequence[int],
+    margin_bounds: abc.Sequence[float] | None = None,
     *,
     native: bool = False,
 ) -> list[SampledToken]:
     """Sample the next token of each row.
 
     Args:
-        logits: (B, V) of any floating dtype.
+        logits: (S, V) of any floating dtype.
         params: Sampling parameters of each row.
         steps: Index of the new token in each row, from 0.
-        bounds: A decision margin above the row's bound may be returned as the bound, which is
-            faster. Pass the row's smallest margin so far. None is infinity.
+        margin_bounds: A decision margin above the row's bound may be returned as the bound, which
+            is faster. Pass the row's smallest margin so far. None is infinity.
         native: Use the C++ kernel (CPU only). Its logarithms may differ from torch's in the last
             bit, and so may decision margins.
     """
     device, vocab_size = logits.device, logits.shape[1]
     if not params:
         return []
-    bounds = [math.inf] * len(params) if bounds is None else bounds
+    margin_bounds = [math.inf] * len(params) if margin_bounds is None else margin_bounds
     temperatures = [p.temperature for p in params]
     rows = _Rows(
         seeds=torch.tensor([p.seed for p in params], device=device),
         steps=torch.tensor(list(steps), device=device),
         temperatures=torch.tensor(temperatures, dtype=torch.float64, device=device),
-        bounds=torch.tensor(list(bounds), dtype=torch.float64, device=device),
+        margin_bounds=torch.tensor(list(margin_bounds), dtype=torch.float64, device=device),
     )
-    kept_counts = [kept_set_size(p, vocab_size) for p in params]
+    kept_sizes = [kept_set_size(p, vocab_size) for p in params]
     if native:
         tokens, margins = torch.ops.gptbatch.sample(
             logits,
             rows.seeds,
             rows.steps,
             rows.temperatures,
-            torch.tensor(kept_counts),
-            rows.bounds,
+            torch.tensor(kept_sizes),
+            rows.margin_bounds,
         )
     else:
-        tokens, margins = _sample(logits, kept_counts, rows)
+        tokens, margins = _sample(logits, kept_sizes, rows)
     return [
         SampledToken(token, margin if vocab_size > 1 else None)
         if token >= 0
@@ -115,10 +115,10 @@ class KeptSet:
     """The kept set of each row.
 
     Attributes:
-        logits: (B, V).
-        top_values: The K largest logits of each row (B, K), K > k where V allows it.
-        top_ids: Their token ids (B, K).
-        kth: The k-th largest logit of each row (B, 1).
+        logits: (S, V).
+        top_values: The K largest logits of each row (S, K), K > k where V allows it.
+        top_ids: Their token ids (S, K).
+        kth: The k-th largest logit of each row (S, 1).
     """
 
     logits: Tensor
@@ -131,14 +131,14 @@ class KeptSet:
         return self.at_least(self.kth)
 
     def at_least(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (row, token id) of every logit of at least threshold (B, 1), (E,) each."""
+        """Return (row, token id) of every logit of at least threshold (S, 1), (E,) each."""
         if self._lists_all(threshold):
             rows, rank = torch.nonzero(self.top_values >= threshold, as_tuple=True)
             return rows, self.top_ids[rows, rank]
         return torch.nonzero(self.logits >= threshold, as_tuple=True)  # type: ignore[return-value]
 
     def largest_outside(self) -> Tensor:
-        """Return the largest logit outside the kept set, (B,); -inf for none."""
+        """Return the largest logit outside the kept set, (S,); -inf for none."""
         lists_outside = bool((self.top_values[:, -1:] < self.kth).all())
         values = self.top_values if lists_outside else self.logits
         return torch.where(values < self.kth, values, -math.inf).amax(dim=1)
@@ -149,38 +149,38 @@ class KeptSet:
         return has_all or bool((self.top_values[:, -1:] < threshold).all())
 
 
-def kept_set(logits: Tensor, sizes: Tensor) -> KeptSet:
+def kept_set(logits: Tensor, kept_sizes: Tensor) -> KeptSet:
     """Find the kept set of each row.
 
     Args:
-        logits: (B, V).
-        sizes: k of each row (B,), 1 to V; ties with the k-th largest logit are kept too.
+        logits: (S, V).
+        kept_sizes: k of each row (S,), 1 to V; ties with the k-th largest logit are kept too.
     """
-    count = min(int(sizes.max()) + EXTRA_TOP_TOKENS, logits.shape[1])
+    count = min(int(kept_sizes.max()) + EXTRA_TOP_TOKENS, logits.shape[1])
     top = torch.topk(logits, count, dim=1)
     return KeptSet(
         logits=logits,
         top_values=top.values,
         top_ids=top.indices,
-        kth=top.values.gather(1, sizes[:, None] - 1),
+        kth=top.values.gather(1, kept_sizes[:, None] - 1),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows:
-    """What decides a row's token besides its logits, (B,) each."""
+    """What decides a row's token besides its logits, (S,) each."""
 
     seeds: Tensor
     steps: Tensor
     temperatures: Tensor
-    bounds: Tensor
+    margin_bounds: Tensor
 
     def __getitem__(self, index: Tensor) -> _Rows:
         return _Rows(
             seeds=self.seeds[index],
             steps=self.steps[index],
             temperatures=self.temperatures[index],
-            bounds=self.bounds[index],
+            margin_bounds=self.margin_bounds[index],
         )
 
     def scores(self, logits: Tensor, rows: Tensor, token_ids: Tensor) -> Tensor:
@@ -189,67 +189,70 @@ class _Rows:
         return logits[rows, token_ids].double() + self.temperatures[rows] * noise
 
 
-def _sample(logits: Tensor, kept_counts: list[int], rows: _Rows) -> tuple[Tensor, Tensor]:
-    """Return tokens (B,), -1 for logits that are not finite, and margins (B,): torch only."""
+def _sample(logits: Tensor, kept_sizes: list[int], rows: _Rows) -> tuple[Tensor, Tensor]:
+    """Return tokens (S,), -1 for logits that are not finite, and margins (S,): torch only."""
     batch, vocab_size = logits.shape
     device = logits.device
     is_finite = torch.isfinite(logits.amax(dim=1))
     tokens = torch.zeros_like(rows.seeds)
     margins = torch.zeros_like(rows.temperatures)
-    sampled_rows = [row for row, count in enumerate(kept_counts) if count < vocab_size]
-    if sampled_rows:
-        sizes = torch.tensor([kept_counts[row] for row in sampled_rows], device=device)
-        if len(sampled_rows) == batch:
-            tokens, margins = _sample_from_kept(logits, sizes, rows)
+    # Rows that keep the full vocabulary need no list of kept tokens.
+    top_k_rows = [row for row, count in enumerate(kept_sizes) if count < vocab_size]
+    if top_k_rows:
+        top_k_sizes = torch.tensor([kept_sizes[row] for row in top_k_rows], device=device)
+        if len(top_k_rows) == batch:
+            tokens, margins = _sample_from_kept(logits, top_k_sizes, rows)
         else:
-            index = torch.tensor(sampled_rows, device=device)
-            tokens[index], margins[index] = _sample_from_kept(logits[index], sizes, rows[index])
-    full_vocab_rows = [row for row, count in enumerate(kept_counts) if count == vocab_size]
+            index = torch.tensor(top_k_rows, device=device)
+            tokens[index], margins[index] = _sample_from_kept(
+                logits[index], top_k_sizes, rows[index]
+            )
+    full_vocab_rows = [row for row, count in enumerate(kept_sizes) if count == vocab_size]
     for piece in _pieces(full_vocab_rows, max(1, MAX_SCORES // vocab_size)):
         index = torch.tensor(piece, device=device)
         tokens[index], margins[index] = _sample_from_all(logits[index], rows[index])
     return torch.where(is_finite, tokens, -1), margins
 
 
-def _sample_from_kept(logits: Tensor, sizes: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
-    """Return tokens and margins (B,) of rows that keep sizes (B,) < V tokens."""
+def _sample_from_kept(logits: Tensor, kept_sizes: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
+    """Return tokens and margins (S,) of rows that keep kept_sizes (S,) < V tokens."""
     batch, vocab_size = logits.shape
-    kept = kept_set(logits, sizes)
-    where, token_ids = kept.tokens()
-    scores = rows.scores(logits, where, token_ids)
-    best = _max_per_row(scores, where, batch)
-    candidates = torch.where(scores == best[where], token_ids, vocab_size)
+    kept = kept_set(logits, kept_sizes)
+    row_ids, token_ids = kept.tokens()
+    scores = rows.scores(logits, row_ids, token_ids)
+    best = _max_per_row(scores, row_ids, batch)
+    candidates = torch.where(scores == best[row_ids], token_ids, vocab_size)
     tokens = torch.full((batch,), vocab_size, device=logits.device).scatter_reduce(
-        0, where, candidates, "amin"
+        0, row_ids, candidates, "amin"
     )
     # Rows of NaN have no candidate.
     tokens = tokens.clamp(max=vocab_size - 1)
-    others = torch.where(token_ids == tokens[where], -math.inf, scores)
-    second = _max_per_row(others, where, batch)
+    others = torch.where(token_ids == tokens[row_ids], -math.inf, scores)
+    second = _max_per_row(others, row_ids, batch)
     winning = logits.gather(1, tokens[:, None])[:, 0].double()
     outside = kept.largest_outside().double()
-    margins = torch.minimum(torch.minimum(best - second, winning - outside), rows.bounds)
+    margins = torch.minimum(torch.minimum(best - second, winning - outside), rows.margin_bounds)
     return tokens, torch.minimum(margins, _outside_distances(kept, rows, best, margins))
 
 
 def _outside_distances(kept: KeptSet, rows: _Rows, best: Tensor, margins: Tensor) -> Tensor:
-    """Return the smallest k-th logit - logit(j) over tokens j outside that would win, (B,).
+    """Return the smallest k-th logit - logit(j) over tokens j outside that would win, (S,).
 
     Only tokens nearer to the k-th logit than `margins` are examined; infinity for none.
     """
     logits, kth = kept.logits, kept.kth.double()
-    where, token_ids = kept.at_least(kth - margins[:, None])
-    near = logits[where, token_ids].double()
-    is_outside = near < kth[where, 0]
-    where, token_ids, near = where[is_outside], token_ids[is_outside], near[is_outside]
-    would_win = rows.scores(logits, where, token_ids) > best[where]
-    distances = torch.where(would_win, kth[where, 0] - near, math.inf)
+    row_ids, token_ids = kept.at_least(kth - margins[:, None])
+    near = logits[row_ids, token_ids].double()
+    is_outside = near < kth[row_ids, 0]
+    row_ids, token_ids, near = row_ids[is_outside], token_ids[is_outside], near[is_outside]
+    would_win = rows.scores(logits, row_ids, token_ids) > best[row_ids]
+    distances = torch.where(would_win, kth[row_ids, 0] - near, math.inf)
     smallest = torch.full_like(margins, math.inf)
-    return smallest.scatter_reduce(0, where, distances, "amin")
+    return smallest.scatter_reduce(0, row_ids, distances, "amin")
 
 
 def _sample_from_all(logits: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
-    """Return tokens and margins (B,) of rows that keep the full vocabulary."""
+    """Return tokens and margins (S,) of rows that keep the full vocabulary."""
     token_ids = torch.arange(logits.shape[1], device=logits.device)
     noise = gumbel(rows.seeds[:, None], rows.steps[:, None], token_ids[None])
     scores = logits.double() + rows.temperatures[:, None] * noise
@@ -259,12 +262,12 @@ def _sample_from_all(logits: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     return tokens[:, 0], best[:, 0] - second
 
 
-def _max_per_row(values: Tensor, where: Tensor, batch: int) -> Tensor:
-    """Return the largest value of each row, (batch,); where (E,) is the row of each value."""
+def _max_per_row(values: Tensor, row_ids: Tensor, batch: int) -> Tensor:
+    """Return the largest value of each row, (batch,); row_ids (E,) is the row of each value."""
     smallest = torch.full((batch,), -math.inf, dtype=torch.float64, device=values.device)
-    return smallest.scatter_reduce(0, where, values, "amax")
+    return smallest.scatter_reduce(0, row_ids, values, "amax")
 
 
-def _pieces(rows: list[int], size: int) -> Iterator[list[int]]:
+def _pieces(rows: list[int], size: int) -> abc.Iterator[list[int]]:
     for first in range(0, len(rows), size):
         yield rows[first : first + size]

@@ -15,7 +15,9 @@ from gptbatch.pipeline.types import TokenizedPrompt
 
 # Prefill tokens of a step, even if all of its budget decodes: waiting sequences must start.
 MIN_PREFILL_TOKENS = 32
-# Chunks that do not finish a prefill are a multiple of this: attention takes four queries at once.
+# Chunks that do not finish a prefill are a multiple of this. The attention kernel shares loads of
+# KV blocks among four consecutive queries, so a multiple of 4 leaves no query alone. 16 positions
+# are a block of the full cache.
 GRAIN_PREFILL_TOKENS = 16
 # A waiting sequence is passed over at most this many times max_seqs.
 MAX_PASSED_OVER_PER_SEQ = 4
@@ -46,7 +48,7 @@ class Scheduler:
     slide: bool = False
     running: list[Sequence] = field(default_factory=list, init=False)
     waiting: list[Sequence] = field(default_factory=list, init=False)
-    _num_scheduled: int = field(default=0, init=False)
+    _n_scheduled: int = field(default=0, init=False)
 
     def add(self, source: TokenizedPrompt) -> None:
         """Append a prompt to the waiting sequences."""
@@ -66,13 +68,13 @@ class Scheduler:
         chunks = [
             chunk
             for seq_index in range(len(self.running))
-            if self.num_pending_tokens(seq_index) == 1 and (chunk := self._chunk(seq_index, 1))
+            if self.n_pending_tokens(seq_index) == 1 and (chunk := self._chunk(seq_index, 1))
         ]
         budget = max(self.max_step_tokens - len(chunks), MIN_PREFILL_TOKENS)
         prefilling = [
             seq_index
             for seq_index in range(len(self.running))
-            if self.num_pending_tokens(seq_index) > 1
+            if self.n_pending_tokens(seq_index) > 1
         ]
         prefilling.sort(key=lambda seq_index: self.running[seq_index].schedule_order)
         if self.interleave_prefill:
@@ -101,10 +103,10 @@ class Scheduler:
             finished.append(sequence)
         return finished
 
-    def num_pending_tokens(self, seq_index: int) -> int:
+    def n_pending_tokens(self, seq_index: int) -> int:
         """Return how many tokens of a running sequence are not in the cache: at least its last."""
         sequence = self.running[seq_index]
-        return min(len(sequence.tokens), self.n_positions) - sequence.num_computed_tokens
+        return min(len(sequence.tokens), self.n_positions) - sequence.n_computed_tokens
 
     def _interleaved_prefill(self, prefilling: list[int], budget: int) -> list[ScheduledChunk]:
         """Start all sequences that fit and share the budget equally among those that prefill."""
@@ -120,20 +122,20 @@ class Scheduler:
         """
         if not self.cache.is_ready(seq_index):
             return None
-        sequence, num_pending = self.running[seq_index], self.num_pending_tokens(seq_index)
-        count = num_pending
+        sequence, n_pending = self.running[seq_index], self.n_pending_tokens(seq_index)
+        count = n_pending
         if count > max_tokens:
             count = max_tokens // GRAIN_PREFILL_TOKENS * GRAIN_PREFILL_TOKENS or max_tokens
-        first = sequence.num_computed_tokens
-        sequence.num_computed_tokens += count
-        self.cache.mark_computed(seq_index, first, sequence.num_computed_tokens)
+        first = sequence.n_computed_tokens
+        sequence.n_computed_tokens += count
+        self.cache.mark_scheduled(seq_index, first, sequence.n_computed_tokens)
         start = sequence.context_start(self.n_positions) + first
         return ScheduledChunk(
             sequence,
             seq_index,
             first,
             sequence.tokens[start : start + count],
-            needs_logits=count == num_pending,
+            needs_logits=count == n_pending,
         )
 
     def _start_next(self) -> int | None:
@@ -145,24 +147,24 @@ class Scheduler:
             return None
         place = self._next_waiting()
         sequence, seq_index = self.waiting[place], len(self.running)
-        num_tokens = sequence.num_prompt_tokens + sequence.params.max_new_tokens
+        n_tokens = sequence.n_prompt_tokens + sequence.params.max_new_tokens
         # A sliding window changes the position of every token, so its blocks cannot be shared.
-        slides = self.slide and num_tokens > self.n_positions
-        num_cached_tokens = self.cache.allocate(
+        slides = self.slide and n_tokens > self.n_positions
+        n_cached_tokens = self.cache.allocate(
             seq_index,
             sequence.tokens,
             sequence.max_length(self.n_positions),
             share_prefix=self.share_prefixes and not slides,
         )
-        if num_cached_tokens is None:
+        if n_cached_tokens is None:
             return None
         for earlier in self.waiting[:place]:
             earlier.times_passed_over += 1
         del self.waiting[place]
         self.running.append(sequence)
-        self._num_scheduled += 1
-        sequence.schedule_order = self._num_scheduled
-        sequence.num_computed_tokens = sequence.num_cached_tokens = num_cached_tokens
+        self._n_scheduled += 1
+        sequence.schedule_order = self._n_scheduled
+        sequence.n_computed_tokens = sequence.n_cached_tokens = n_cached_tokens
         return seq_index
 
     def _next_waiting(self) -> int:

@@ -28,8 +28,8 @@ class Sequence:
     Attributes:
         source: The prompt.
         tokens: Prompt tokens, then new tokens.
-        num_computed_tokens: Tokens of the context (see `context_start`) that are in the KV cache.
-        num_cached_tokens: Prompt tokens that another sequence computed.
+        n_computed_tokens: Tokens of the context (see `context_start`) that are in the KV cache.
+        n_cached_tokens: Prompt tokens that another sequence computed.
         times_passed_over: Later sequences that were scheduled while this one was waiting.
         schedule_order: 1 for the first sequence that was scheduled, 2 for the next, ...
         scheduled_s: Monotonic clock of its first step; None while waiting.
@@ -46,8 +46,8 @@ class Sequence:
 
     source: TokenizedPrompt
     tokens: list[int] = field(init=False)
-    num_computed_tokens: int = field(default=0, init=False)
-    num_cached_tokens: int = field(default=0, init=False)
+    n_computed_tokens: int = field(default=0, init=False)
+    n_cached_tokens: int = field(default=0, init=False)
     times_passed_over: int = field(default=0, init=False)
     schedule_order: int = field(default=0, init=False)
     scheduled_s: float | None = field(default=None, init=False)
@@ -70,14 +70,14 @@ class Sequence:
         return self.source.prompt.params
 
     @property
-    def num_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.source.token_ids)
 
     @property
-    def num_new_tokens(self) -> int:
+    def n_new_tokens(self) -> int:
         """Tokens generated so far."""
-        return len(self.tokens) - self.num_prompt_tokens
+        return len(self.tokens) - self.n_prompt_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -86,7 +86,7 @@ class Sequence:
 
     def max_length(self, n_positions: int) -> int:
         """Return the most positions that it may reach."""
-        return min(n_positions, self.num_prompt_tokens + self.params.max_new_tokens)
+        return min(n_positions, self.n_prompt_tokens + self.params.max_new_tokens)
 
     def context_start(self, n_positions: int) -> int:
         """Return the index of the first token of the context: the n_positions most recent ones."""
@@ -101,10 +101,10 @@ class Sequence:
         has_digest = not has_error and self.logits_hash is not None
         return Completion(
             prompt=source.prompt,
-            prompt_tokens=self.num_prompt_tokens,
+            prompt_tokens=self.n_prompt_tokens,
             prompt_tokens_dropped=source.tokens_dropped,
             prompt_token_ids=source.token_ids,
-            token_ids=[] if has_error else self.tokens[self.num_prompt_tokens :],
+            token_ids=[] if has_error else self.tokens[self.n_prompt_tokens :],
             finish_reason="error" if has_error else finish_reason,
             stop_reason=None if has_error else self.stop_reason,
             error=self.error,
@@ -118,7 +118,7 @@ class Sequence:
                 decode_s=self.last_token_s - self.first_token_s,
                 mean_batch_size=mean_batch_size,
                 started_at_s=self.started_at_s,
-                cached_tokens=self.num_cached_tokens,
+                cached_tokens=self.n_cached_tokens,
             ),
         )
 
@@ -157,19 +157,19 @@ class StopRule:
     window_full: WindowFull
 
     def reason(
-        self, token: int, *, num_new_tokens: int, num_tokens: int, max_new_tokens: int
+        self, token: int, *, n_new_tokens: int, n_tokens: int, max_new_tokens: int
     ) -> StopReason | None:
         """Return why a sequence stops after its latest token, or None.
 
         Args:
             token: The latest token.
-            num_new_tokens: New tokens, this one included.
-            num_tokens: Prompt and new tokens, this one included.
+            n_new_tokens: New tokens, this one included.
+            n_tokens: Prompt and new tokens, this one included.
             max_new_tokens: The limit of the prompt.
         """
         if token in self.end_tokens:
             return "end_of_text"
-        if num_new_tokens >= max_new_tokens:
+        if n_new_tokens >= max_new_tokens:
             return "max_new_tokens"
-        is_full = num_tokens > self.n_positions
+        is_full = n_tokens > self.n_positions
         return "window" if self.window_full == "stop" and is_full else None

@@ -13,7 +13,7 @@ threshold, so tokens and margins are those of all logits, bit for bit:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +36,9 @@ EXACT_RANGE = 0.2
 def sample_from_hidden(
     model: GPT,
     hidden: Tensor,
-    params: Sequence[SamplingParams],
-    steps: Sequence[int],
-    bounds: Sequence[float],
+    params: abc.Sequence[SamplingParams],
+    steps: abc.Sequence[int],
+    margin_bounds: abc.Sequence[float],
 ) -> list[SampledToken]:
     """Return the result of `sample_tokens` for the logits of hidden (S, C).
 
@@ -47,7 +47,7 @@ def sample_from_hidden(
         hidden: The head's input, from `GPT.hidden`.
         params: Sampling parameters of each row.
         steps: Index of the new token in each row.
-        bounds: The smallest decision margin of each row so far.
+        margin_bounds: The smallest decision margin of each row so far.
     """
     max_rows = MAX_HEAD_ROWS
     if model.two_pass_head is None:
@@ -60,7 +60,7 @@ def sample_from_hidden(
             hidden=hidden[piece],
             params=params[piece],
             steps=steps[piece],
-            bounds=bounds[piece],
+            margin_bounds=margin_bounds[piece],
         )
         sampled += rows.sample()
     return sampled
@@ -72,17 +72,17 @@ class _Rows:
 
     model: GPT
     hidden: Tensor
-    params: Sequence[SamplingParams]
-    steps: Sequence[int]
-    bounds: Sequence[float]
+    params: abc.Sequence[SamplingParams]
+    steps: abc.Sequence[int]
+    margin_bounds: abc.Sequence[float]
 
-    def __getitem__(self, rows: Sequence[int]) -> _Rows:
+    def __getitem__(self, rows: abc.Sequence[int]) -> _Rows:
         return _Rows(
             model=self.model,
             hidden=self.hidden[rows],
             params=[self.params[row] for row in rows],
             steps=[self.steps[row] for row in rows],
-            bounds=[self.bounds[row] for row in rows],
+            margin_bounds=[self.margin_bounds[row] for row in rows],
         )
 
     def sample(self) -> list[SampledToken]:
@@ -104,11 +104,13 @@ class _Rows:
                 (one_pass_rows, self[one_pass_rows].sample()),
             )
         logits = head.approximate_logits(self.hidden)
-        return self._two_pass(head, logits, [min(bound, EXACT_RANGE) for bound in self.bounds])
+        return self._two_pass(
+            head, logits, [min(bound, EXACT_RANGE) for bound in self.margin_bounds]
+        )
 
     def _sample(self, logits: Tensor) -> list[SampledToken]:
         native = self.model.backend.native
-        return sample_tokens(logits, self.params, self.steps, self.bounds, native=native)
+        return sample_tokens(logits, self.params, self.steps, self.margin_bounds, native=native)
 
     def _sample_from_all(self) -> list[SampledToken]:
         return self._sample(self.model.logits(self.hidden))
@@ -132,7 +134,7 @@ class _Rows:
         # A margin may depend on logits beyond the range: rescore as far as the margin reaches.
         wider = {
             row: math.nextafter(margin, math.inf)
-            for row, (token, bound) in enumerate(zip(sampled, self.bounds, strict=True))
+            for row, (token, bound) in enumerate(zip(sampled, self.margin_bounds, strict=True))
             if (margin := token.decision_margin) is not None
             and exact_ranges[row] < bound
             and margin >= exact_ranges[row]

@@ -1,4 +1,7 @@
-"""Assign blocks of the paged KV cache to sequences, with prefix caching (vLLM, Kwon et al. 2023).
+"""Assign blocks of the paged KV cache to sequences, with prefix caching.
+
+Blocks and block tables are those of PagedAttention (vLLM, Kwon et al. 2023). The tree of cached
+prefixes follows RadixAttention (SGLang, Zheng et al. 2024), in whole blocks.
 
 A block holds block_size positions. The full blocks of prompts form a tree: a child holds the tokens
 after those of its parent, so a path from the root is a prefix. Keys and values depend only on the
@@ -45,7 +48,7 @@ class CacheAllocator(Protocol):
     def is_ready(self, seq_index: int) -> bool:
         """Return whether the cached prefix is computed, or scheduled for the next forward pass."""
 
-    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
+    def mark_scheduled(self, seq_index: int, first: int, last: int) -> None:
         """Record that the next forward pass computes positions first to last - 1."""
 
     def move(self, source: int, target: int) -> None:
@@ -66,7 +69,7 @@ class CachedBlock:
         children: Blocks that continue this prefix, by their tokens.
         n_users: Running sequences that hold the block.
         was_shared: A second sequence has reused it.
-        is_computed: Its keys and values are computed or scheduled.
+        is_scheduled: The next forward pass, or an earlier one, computes its keys and values.
     """
 
     block: int
@@ -75,7 +78,7 @@ class CachedBlock:
     children: dict[tuple[int, ...], CachedBlock] = field(default_factory=dict)
     n_users: int = 0
     was_shared: bool = False
-    is_computed: bool = False
+    is_scheduled: bool = False
 
 
 @dataclass(slots=True)
@@ -87,7 +90,7 @@ class _SequenceBlocks:
         cached: The first of these blocks, which are in the prefix tree.
         max_blocks: Blocks that the sequence may reach.
         n_reused: Leading cached blocks that another sequence computes.
-        n_ready: Leading reused blocks that are known to be computed.
+        n_ready: Leading reused blocks that are known to be scheduled.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -107,7 +110,7 @@ class BlockPool:
     def __init__(self, max_seqs: int, n_blocks: int, block_size: int) -> None:
         self.n_blocks, self.block_size = n_blocks, block_size
         self._sequences = [_SequenceBlocks() for _ in range(max_seqs)]
-        self._root = CachedBlock(block=-1, token_ids=(), parent=None, is_computed=True)
+        self._root = CachedBlock(block=-1, token_ids=(), parent=None, is_scheduled=True)
         # Free blocks that were used before. Blocks from _n_touched on were never used.
         self._free: list[int] = []
         self._n_touched = 0
@@ -138,10 +141,10 @@ class BlockPool:
         reused = self._find_prefix(keys)
         max_blocks = blocks_for(length, self.block_size)
         n_new = max_blocks - len(reused)
-        n_evictable = sum(block.n_users == 0 for block in reused)
-        if self._n_in_use + self._n_reserved + n_evictable + n_new > self.n_blocks:
+        n_reused_evictable = sum(block.n_users == 0 for block in reused)
+        if self._n_in_use + self._n_reserved + n_reused_evictable + n_new > self.n_blocks:
             return None
-        self._n_in_use += n_evictable
+        self._n_in_use += n_reused_evictable
         self._n_reserved += n_new
         sequence.max_blocks, sequence.n_reused, sequence.n_ready = max_blocks, len(reused), 0
         for cached in reused:
@@ -159,22 +162,22 @@ class BlockPool:
         return len(reused) * self.block_size
 
     def is_ready(self, seq_index: int) -> bool:
-        """Return whether all reused blocks are computed or scheduled; see `CacheAllocator`."""
+        """Return whether all reused blocks are scheduled; see `CacheAllocator`."""
         sequence = self._sequences[seq_index]
         while (
-            sequence.n_ready < sequence.n_reused and sequence.cached[sequence.n_ready].is_computed
+            sequence.n_ready < sequence.n_reused and sequence.cached[sequence.n_ready].is_scheduled
         ):
             sequence.n_ready += 1
         return sequence.n_ready == sequence.n_reused
 
-    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
-        """Mark the blocks of positions first to last - 1 as computed; see `CacheAllocator`."""
+    def mark_scheduled(self, seq_index: int, first: int, last: int) -> None:
+        """Mark the blocks of positions first to last - 1 as scheduled; see `CacheAllocator`."""
         cached = self._sequences[seq_index].cached
         for block in cached[first // self.block_size : last // self.block_size]:
-            block.is_computed = True
+            block.is_scheduled = True
 
-    def block_at(self, seq_index: int, position: int) -> tuple[int, bool]:
-        """Return the block of a position, and whether it is newly taken.
+    def ensure_block(self, seq_index: int, position: int) -> tuple[int, bool]:
+        """Take the block of a position if there is none yet; return it and whether it is new.
 
         New positions must come in order. A sequence without `allocate` takes blocks while there
         are any.
@@ -201,7 +204,7 @@ class BlockPool:
         self._sequences[source] = _SequenceBlocks()
 
     def free(self, seq_index: int) -> None:
-        """Release the blocks of a sequence. Computed prefix blocks become evictable."""
+        """Release the blocks of a sequence. Its scheduled prefix blocks become evictable."""
         sequence = self._sequences[seq_index]
         self._sequences[seq_index] = _SequenceBlocks()
         self._n_reserved -= sequence.max_blocks - len(sequence.blocks)
@@ -213,7 +216,7 @@ class BlockPool:
             if cached.n_users:
                 continue
             self._n_in_use -= 1
-            if not cached.is_computed:
+            if not cached.is_scheduled:
                 self._remove(cached)
             elif cached.was_shared:
                 self._evictable_shared[cached] = None

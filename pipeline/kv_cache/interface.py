@@ -39,8 +39,8 @@ class Attention(Protocol):
 class KVCache(CacheAllocator, Protocol):
     """Keys and values of the running sequences. A sequence may be used without `allocate`."""
 
-    def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> Attention:
-        """Return the attention of one forward pass over N tokens.
+    def attention_for(self, seq_indices: Sequence[int], positions: Sequence[int]) -> Attention:
+        """Prepare one forward pass over N tokens and return its attention.
 
         Args:
             seq_indices: The sequence of each token, (N,).

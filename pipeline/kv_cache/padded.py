@@ -26,7 +26,7 @@ from gptbatch.pipeline.kv_cache.spec import KVCacheSpec, round_up
 # New tokens per sequence that fit at first. The cache grows when more are needed.
 RESERVED_NEW_TOKENS = 256
 # Products over heads of odd sizes were seen to depend on the batch, and torch computes products of
-# fewer than 400 multiplications (16 keys of 16 numbers) on another path.
+# fewer than 400 multiplications (16 keys of 16 elements) on another path.
 MIN_HEAD_SIZE = 32
 
 
@@ -37,7 +37,7 @@ class PaddedKVCache:
     size D, rounded up; the rest is 0. Unwritten positions are 0 too: a masked position still enters
     attention as 0 times its value, and 0 times NaN is NaN.
 
-    With int8, numbers are rounded as in the paged cache, so that a run can be verified here. They
+    With int8, elements are rounded as in the paged cache, so that a run can be verified here. They
     are stored in the model's dtype.
     """
 
@@ -66,10 +66,12 @@ class PaddedKVCache:
         """Return True: there are no shared prefixes to wait for."""
         return True
 
-    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
+    def mark_scheduled(self, seq_index: int, first: int, last: int) -> None:
         """Do nothing: there are no shared prefixes."""
 
-    def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> PaddedAttention:
+    def attention_for(
+        self, seq_indices: Sequence[int], positions: Sequence[int]
+    ) -> PaddedAttention:
         """Return the attention of one forward pass; see `KVCache`."""
         self._widen(max(positions) + 1)
         for seq_index, position in zip(seq_indices, positions, strict=True):

@@ -19,7 +19,7 @@ from gptbatch.pipeline.kv_cache.spec import KVCacheSpec
 class PagedKVCache:
     """KV cache in blocks. `BlockPool` assigns the blocks; the block table maps positions to them.
 
-    Each layer is a tensor (H, n_blocks, block bytes or numbers); the kernels define the layout of a
+    Each layer is a tensor (H, n_blocks, elements of a block); the kernels define the layout of a
     block. All blocks exist from the start, but the operating system provides memory only when a
     block is first written. Used blocks are reused before untouched ones.
     """
@@ -63,17 +63,17 @@ class PagedKVCache:
         return cached
 
     def is_ready(self, seq_index: int) -> bool:
-        """Return whether the cached prefix of the sequence is computed; see `CacheAllocator`."""
+        """Return whether the cached prefix of the sequence is scheduled; see `CacheAllocator`."""
         return self.pool.is_ready(seq_index)
 
-    def mark_computed(self, seq_index: int, first: int, last: int) -> None:
-        """Mark positions first to last - 1 as computed; see `CacheAllocator`."""
-        self.pool.mark_computed(seq_index, first, last)
+    def mark_scheduled(self, seq_index: int, first: int, last: int) -> None:
+        """Mark positions first to last - 1 as scheduled; see `CacheAllocator`."""
+        self.pool.mark_scheduled(seq_index, first, last)
 
-    def step(self, seq_indices: Sequence[int], positions: Sequence[int]) -> PagedAttention:
+    def attention_for(self, seq_indices: Sequence[int], positions: Sequence[int]) -> PagedAttention:
         """Return the attention of one forward pass; see `KVCache`."""
         for seq_index, position in zip(seq_indices, positions, strict=True):
-            block, is_new = self.pool.block_at(seq_index, position)
+            block, is_new = self.pool.ensure_block(seq_index, position)
             if is_new:
                 self._block_table[seq_index, position // self.pool.block_size] = block
         return PagedAttention(self, torch.tensor(seq_indices), torch.tensor(positions))

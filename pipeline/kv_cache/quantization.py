@@ -1,11 +1,11 @@
 """Quantize keys and values: symmetric per-token, per-head int8 with an absmax scale.
 
-`int8` stores one float32 scale per head of a token, absmax / 127, and each number as the nearest of
-255 steps. It reads a quarter of the memory that float32 reads. Completions differ from those of a
-full cache. The scale depends only on the token's own numbers, so batch invariance holds.
+`int8` stores one float32 scale per head of a token, absmax / 127, and each element as the nearest
+of 255 steps. It reads a quarter of the memory that float32 reads. Completions differ from those of
+a full cache. The scale depends only on the token's own elements, so batch invariance holds.
 
 The paged kernel multiplies integers. It rounds queries and weights to 16 bits for that, 257 times
-finer than keys and values (queries less in heads of more than 512 numbers).
+finer than keys and values (queries less in heads of more than 512 elements).
 """
 
 from __future__ import annotations

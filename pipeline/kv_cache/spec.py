@@ -1,4 +1,4 @@
-"""Describe attention backends and the KV cache of a model, so that callers need not compare names.
+"""What each attention backend can do, and the layout of a KV cache.
 
 Imports torch for types only.
 """
@@ -33,8 +33,8 @@ class Backend:
         paged: Memory is taken block by block, and sequences share prefixes.
         interleaves_prefill: A forward pass takes one prefill token of every sequence at a time, so
             prefill advances side by side.
-        stores_int8: An int8 cache saves memory. Otherwise numbers are only rounded to int8.
-        reduction_orders: Orders in which attention can sum, the fastest first.
+        stores_int8: An int8 cache saves memory. Otherwise elements are only rounded to int8.
+        reduction_orders: Orders in which attention can sum, the fastest first. At least one.
     """
 
     name: BackendName
@@ -51,6 +51,8 @@ RAGGED = Backend(
     paged=True,
     interleaves_prefill=False,
     stores_int8=True,
+    # The kernel has one fixed order and does not read this name. With one entry the self-test has
+    # no choice, and the environment records null.
     reduction_orders=("matmul",),
 )
 PADDED = Backend(

@@ -159,7 +159,7 @@ class GPT(nn.Module):
             positions: The position of each token in its sequence (N,).
             logits_indices: Which of the N tokens need logits (S,); None is all of them.
         """
-        attention = cache.step(seq_indices, positions)
+        attention = cache.attention_for(seq_indices, positions)
         x = self.wte(self._padded(tokens)) + self.wpe(self._padded(positions))  # (padded N, C)
         all_indices = range(len(tokens))
         logits_indices = all_indices if logits_indices is None else logits_indices

@@ -1,8 +1,8 @@
 """The two-pass LM head: approximate logits of all tokens, exact logits of the candidates.
 
 The next token depends on the largest few logits of a row, but the head computes one per token of
-the vocabulary: a quarter of the work of gpt2. The first pass computes all logits in bfloat16, twice
-the speed of float32 on a CPU with bfloat16 instructions. It bounds the error of each one. The
+the vocabulary: a third of the arithmetic of gpt2. The first pass computes all logits in bfloat16,
+twice the speed of float32 on a CPU with bfloat16 instructions. It bounds the error of each one. The
 second pass rescores the candidates in float32: every token whose logit may be at least a threshold.
 These equal the head's logits bit for bit. The candidates of a row depend only on that row.
 
@@ -61,13 +61,13 @@ class TwoPassHead:
         # One buffer per thread: new memory for every call would come slowly from the system.
         self._buffers = threading.local()
         rows = 128 * TOKENS_PER_BOUND
-        bounds = [
+        error_bounds = [
             torch.stack(
                 [_max_norms(part), _max_norms(part - rounded_part.float()) + SUBNORMAL_NORM], dim=1
             )
             for part, rounded_part in zip(weight.split(rows), rounded.split(rows), strict=True)
         ]
-        self._weight_bounds = torch.cat(bounds)
+        self._weight_error_bounds = torch.cat(error_bounds)
         self.n_rows = self.n_fallbacks = 0
 
     @property
@@ -90,15 +90,15 @@ class TwoPassHead:
             return logits
 
     def rescore(
-        self, logits: Tensor, hidden: Tensor, kept_counts: Tensor, exact_range: Tensor
+        self, logits: Tensor, hidden: Tensor, kept_sizes: Tensor, exact_ranges: Tensor
     ) -> Tensor:
         """Compute the second pass: make every logit exact that may be at least the row's threshold.
 
         Args:
             logits: Approximate logits (S, V); changed in place.
             hidden: (S, C).
-            kept_counts: (S,), 1 to V - 1.
-            exact_range: (S,) float64, at least 0: how far below the kept_counts-th largest logit
+            kept_sizes: (S,), 1 to V - 1.
+            exact_ranges: (S,) float64, at least 0: how far below the kept_sizes-th largest logit
                 the threshold lies, at least.
 
         Returns:
@@ -111,15 +111,16 @@ class TwoPassHead:
             rounding_norm = torch.linalg.vector_norm(hidden - rounded, dim=1, dtype=torch.float64)
             times_weight_norm = rounding_norm + hidden.shape[1] * 2**-22 * norm + SUBNORMAL_NORM
             times_weight_rounding = torch.linalg.vector_norm(rounded, dim=1, dtype=torch.float64)
-            hidden_bounds = torch.stack([times_weight_norm, times_weight_rounding], dim=1)
+            # error of a logit <= hidden_error_bounds[row] . weight_error_bounds[group of its token]
+            hidden_error_bounds = torch.stack([times_weight_norm, times_weight_rounding], dim=1)
             thresholds: Tensor = torch.ops.gptbatch.rescore(
                 logits,
                 hidden,
                 self.weight,
-                hidden_bounds,
-                self._weight_bounds,
-                kept_counts,
-                exact_range,
+                hidden_error_bounds,
+                self._weight_error_bounds,
+                kept_sizes,
+                exact_ranges,
             )
         self.n_rows += len(hidden)
         self.n_fallbacks += int(thresholds.isnan().sum())

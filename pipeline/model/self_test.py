@@ -221,9 +221,9 @@ def _check_two_pass_head(model: GPT) -> None:
         return
     hidden = _numbers((TWO_PASS_ROWS, model.config.n_embd), model)
     expected, logits = model.logits(hidden), two_pass_head.approximate_logits(hidden)
-    kept_counts = torch.tensor([1, 5] * (TWO_PASS_ROWS // 2))
-    exact_range = torch.full((TWO_PASS_ROWS,), 0.1, dtype=torch.float64)
-    thresholds = two_pass_head.rescore(logits, hidden, kept_counts, exact_range)[:, None]
+    kept_sizes = torch.tensor([1, 5] * (TWO_PASS_ROWS // 2))
+    exact_ranges = torch.full((TWO_PASS_ROWS,), 0.1, dtype=torch.float64)
+    thresholds = two_pass_head.rescore(logits, hidden, kept_sizes, exact_ranges)[:, None]
     is_below = torch.maximum(expected, logits) < thresholds
     is_right = is_below | (expected == logits) | thresholds.isnan()
     two_pass_head.n_rows = two_pass_head.n_fallbacks = 0
@@ -305,7 +305,7 @@ def _check_attention(model: GPT, probe: _Probe) -> None:
     cache = model.new_cache(2)
 
     def attend(seq_indices: list[int], positions: list[int]) -> Tensor:
-        return cache.step(seq_indices, positions)(0, qkv[positions], scale)
+        return cache.attention_for(seq_indices, positions)(0, qkv[positions], scale)
 
     expected = attend([1] * count, list(range(count)))
     probe.record(expected)
@@ -320,7 +320,7 @@ def _check_attention(model: GPT, probe: _Probe) -> None:
         return
     # Last, because it overwrites the keys and values.
     indices = torch.arange(count - 1, -1, -BLOCK_STRIDE)
-    attention = cache.step([1] * count, list(range(count)))
+    attention = cache.attention_for([1] * count, list(range(count)))
     unfused = block(x, attention, indices)
     probe.record(unfused)
     probe.expect("a block in one call", model.blocks[:1](x, attention, indices), unfused)
