@@ -536,7 +536,7 @@ def test_op_attention_rejects_wrong_inputs() -> None:
         torch.ops.gptbatch.qkv_paged_attention(x, packed, bias, cache, table, seq_indices, one, 1.0)
 
     attend(torch.zeros(2, 1, 2 * 16 * 32))
-    with pytest.raises(RuntimeError, match="a block of the cache has 512 numbers, not 1024"):
+    with pytest.raises(RuntimeError, match="a block of the cache has 512 elements, not 1024"):
         attend(torch.zeros(2, 1, 2 * 16 * 16))
     with pytest.raises(RuntimeError, match="the cache must be uint8 or have the dtype of qkv"):
         attend(torch.zeros(2, 1, 2 * 16 * 32, dtype=torch.bfloat16))
@@ -608,9 +608,10 @@ def test_op_sample_matches_torch(vocab_size: int, dtype: torch.dtype) -> None:
             for _ in range(60)
         ]
         steps = [rng.randrange(1000) for _ in range(60)]
-        bounds = [rng.choice([math.inf, 0.01, 1.0]) for _ in range(60)]
+        margin_bounds = [rng.choice([math.inf, 0.01, 1.0]) for _ in range(60)]
         expected, sampled = (
-            sample_tokens(logits, rows, steps, bounds, native=native) for native in (False, True)
+            sample_tokens(logits, rows, steps, margin_bounds, native=native)
+            for native in (False, True)
         )
         assert [s.token for s in sampled] == [s.token for s in expected]
         for row, a, b in zip(rows, sampled, expected, strict=True):
@@ -618,6 +619,6 @@ def test_op_sample_matches_torch(vocab_size: int, dtype: torch.dtype) -> None:
                 b.decision_margin, rel=1e-9, abs=1e-9 * max(1, row.temperature)
             )
         with use_threads(3):
-            assert sample_tokens(logits, rows, steps, bounds, native=True) == sampled
+            assert sample_tokens(logits, rows, steps, margin_bounds, native=True) == sampled
         differing += len({s.token for s in sampled})
     assert vocab_size == 1 or differing > 3

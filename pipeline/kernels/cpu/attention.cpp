@@ -13,8 +13,9 @@
 //
 // qkv_paged_attention overlaps a GEMM, which is bound by computation, with attention, which is
 // bound by memory. While a thread multiplies the rows of head h, it prefetches the KV blocks of
-// head h - 1 into L2, and attends over them tile by tile. Few rows, as in a decode step, keep the
-// queries in cache. No barrier stands between projection and attention.
+// head h - 1 into L2, and attends over them tile by tile. In a decode step, rows are few: the
+// projected queries of a head are still cached when attention reads them. No barrier stands between
+// projection and attention.
 
 #include "attention_tiles.h"
 #include "gemm.h"
@@ -54,14 +55,14 @@ template <class T, class Blocks>
 class HeadWorker {
  public:
   HeadWorker(const T* x, int64_t in, const T* weights, const float* bias, int64_t panels_per_head,
-             const AttentionTiles<T, Blocks>& tiles)
+             const AttentionTiles<T, Blocks>& attention)
       : x_(x),
         weights_(weights),
         bias_(bias),
         in_(in),
         panels_(panels_per_head),
-        attention_(tiles) {
-    for (auto& buffer : buffers_.projected) buffer.resize(tiles.n_tokens() * panels_ * NR);
+        attention_(attention) {
+    for (auto& buffer : buffers_.projected) buffer.resize(attention_.n_tokens() * panels_ * NR);
   }
 
   // Projects head h, and attends over the previous head meanwhile. next: the head that this thread
@@ -73,21 +74,21 @@ class HeadWorker {
     int64_t done = 0;  // rows times panels
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
       const int64_t first = rows * chunk / chunks, count = rows * (chunk + 1) / chunks - first;
-      const RowTiles<T> tiles(x_ + first * in_, count, in_);
+      const RowTiles<T> row_tiles(x_ + first * in_, count, in_);
       for (int64_t p = 0; p < panels_; p++) {
         const int64_t panel = h * panels_ + p;
         const int64_t next_panel =
             p + 1 < panels_ ? panel + 1 : (chunk + 1 < chunks ? h : next) * panels_;
-        for (int64_t tile = 0; tile < tiles.count(); tile++) {
-          const int64_t row = tiles.first_row(tile), begun = done;
-          done += tiles.first_row(tile + 1) - row;
+        for (int64_t tile = 0; tile < row_tiles.count(); tile++) {
+          const int64_t row = row_tiles.first_row(tile), begun = done;
+          done += row_tiles.first_row(tile + 1) - row;
           const Epilogue<T> epilogue{bias_ + panel * NR,
                                      nullptr,
                                      projected + (first + row) * stride + p * NR,
                                      stride,
                                      NR,
                                      Activation::none};
-          project_tile(tiles, tile, panel, next_panel, begun, done, epilogue);
+          project_tile(row_tiles, tile, panel, next_panel, begun, done, epilogue);
         }
       }
     }
@@ -122,18 +123,19 @@ class HeadWorker {
 
   // Multiplies one tile by one panel, then attends over the previous head's share of tiles. `begun`
   // and `done`: rows times panels of this head before and after the tile.
-  void project_tile(const RowTiles<T>& tiles, int64_t tile, int64_t panel, int64_t next_panel,
+  void project_tile(const RowTiles<T>& row_tiles, int64_t tile, int64_t panel, int64_t next_panel,
                     int64_t begun, int64_t done, const Epilogue<T>& epilogue) {
     const T* weights = weights_ + panel * in_ * NR;
     const T* next_weights = weights_ + next_panel * in_ * NR;
     if (previous_ < 0) {
-      tiles.template multiply<0>(tile, weights, next_weights, nullptr, epilogue);
+      row_tiles.template multiply<0>(tile, weights, next_weights, nullptr, epilogue);
       return;
     }
     const int64_t all = attention_.n_tokens() * panels_;
     const int64_t from = attention_.n_tiles() * begun / all, to = attention_.n_tiles() * done / all;
-    const char* const* lines = list_lines(to, LISTED_LINES_PER_STEP * tiles.prefetch_steps());
-    tiles.template multiply<LISTED_LINES_PER_STEP>(tile, weights, next_weights, lines, epilogue);
+    const char* const* lines = list_lines(to, LISTED_LINES_PER_STEP * row_tiles.prefetch_steps());
+    row_tiles.template multiply<LISTED_LINES_PER_STEP>(tile, weights, next_weights, lines,
+                                                       epilogue);
     attention_.attend(from, to, previous_, head_, prefetcher_);
   }
 
@@ -176,11 +178,11 @@ void attend_by_head(const T* x, int64_t in, const T* packed, int64_t n_panels, c
 
 }  // namespace
 
-int64_t kv_block_numbers(bool is_int8, int64_t head_size) {
+int64_t kv_block_elements(bool is_int8, int64_t head_size) {
   const int64_t padded_size =
       (head_size + HEAD_SIZE_MULTIPLE - 1) / HEAD_SIZE_MULTIPLE * HEAD_SIZE_MULTIPLE;
-  return is_int8 ? Int8BlocksBase::block_numbers(padded_size)
-                 : FullBlocks<float>::block_numbers(padded_size);
+  return is_int8 ? Int8BlocksBase::block_elements(padded_size)
+                 : FullBlocks<float>::block_elements(padded_size);
 }
 
 template <class T>

@@ -5,20 +5,21 @@
 
 #include <vector>
 
+#include "attention_scratch.h"
 #include "prefetch.h"
 
 namespace gptbatch {
 
 constexpr int MAX_QUERIES_PER_TILE = 4;  // of one sequence, at consecutive positions
 
-// Queries, keys and values of one head. Those of token t start at numbers + t * stride, at
+// Queries, keys and values of one head. Those of token t start at data + t * stride, at
 // distances of part_stride.
 template <class T>
 struct HeadQkv {
-  const T* numbers;
+  const T* data;
   int64_t stride, part_stride;
 
-  const T* query(int64_t token) const { return numbers + token * stride; }
+  const T* query(int64_t token) const { return data + token * stride; }
   const T* key(int64_t token) const { return query(token) + part_stride; }
   const T* value(int64_t token) const { return key(token) + part_stride; }
 };
@@ -32,8 +33,8 @@ class AttentionTiles {
       : tokens_(tokens),
         padded_size_((tokens.head_size + HEAD_SIZE_MULTIPLE - 1) / HEAD_SIZE_MULTIPLE *
                      HEAD_SIZE_MULTIPLE),
-        numbers_per_head_(tokens.n_blocks * Blocks::block_numbers(padded_size_)),
-        cache_(static_cast<typename Blocks::Number*>(tokens.cache)),
+        elements_per_head_(tokens.n_blocks * Blocks::block_elements(padded_size_)),
+        cache_(static_cast<typename Blocks::Element*>(tokens.cache)),
         out_(out) {
     const int64_t *seq = tokens.seq_indices, *position = tokens.positions, count = tokens.n_tokens;
     for (int64_t t = 0; t < count;) {
@@ -76,9 +77,9 @@ class AttentionTiles {
 
   // Prefetches what tiles [from, to) read of a head.
   BlockPrefetcher prefetcher(int64_t from, int64_t to, int64_t h) const {
-    const int64_t half_bytes = Blocks::block_numbers(padded_size_) *
-                               static_cast<int64_t>(sizeof(typename Blocks::Number)) / 2;
-    return BlockPrefetcher(cache_ + h * numbers_per_head_, halves_.data(), half_bytes,
+    const int64_t half_bytes = Blocks::block_elements(padded_size_) *
+                               static_cast<int64_t>(sizeof(typename Blocks::Element)) / 2;
+    return BlockPrefetcher(cache_ + h * elements_per_head_, halves_.data(), half_bytes,
                            tiles_[from].first_half, tiles_[to].first_half);
   }
 
@@ -118,7 +119,7 @@ class AttentionTiles {
   }
 
   Blocks blocks_of(int64_t token, int64_t h) const {
-    return Blocks(padded_size_, block_table(token), cache_ + h * numbers_per_head_);
+    return Blocks(padded_size_, block_table(token), cache_ + h * elements_per_head_);
   }
 
   // A token that is alone is written here, just before it is read, while its block is cached.
@@ -147,8 +148,8 @@ class AttentionTiles {
   }
 
   const PagedTokens& tokens_;
-  int64_t padded_size_, numbers_per_head_;
-  typename Blocks::Number* cache_;
+  int64_t padded_size_, elements_per_head_;
+  typename Blocks::Element* cache_;
   T* out_;
   std::vector<Tile> tiles_;      // the last one marks the end
   std::vector<int32_t> halves_;  // half blocks in reading order

@@ -34,7 +34,7 @@ inline Vec activate(Activation activation, const Vec& x) {
   }
 }
 
-// The epilogue of one row tile and one panel. Pointers are those of the tile's first number.
+// The epilogue of one row tile and one panel. Pointers are those of the tile's first element.
 template <class T>
 struct Epilogue {
   const float* bias;  // null: none

@@ -1,4 +1,5 @@
-// GEMM with a packed weight (blocking and names as in BLIS): row tiles of x times panels of W^T.
+// GEMM with a packed weight: row tiles of x times panels of W^T. MR, NR and micro-kernel are as in
+// BLIS; K is not blocked, and x is not packed.
 //
 //     x      (rows, in)  float32 or bfloat16
 //     panel  (in, NR)    NR columns of W^T; in bfloat16 (in / 2, NR, 2), two rows interleaved
@@ -13,7 +14,7 @@
 //         y[r][c] = epilogue(sum);
 //       }
 //
-// gemm_avx512_bf16.h and gemm_amx.h have the steps in bfloat16, and say how their sums differ.
+// gemm_avx512_bf16.h and gemm_amx.h compute in bfloat16. Each describes its own reduction order.
 
 #pragma once
 
@@ -140,7 +141,8 @@ class RowTiles {
   int64_t prefetch_steps() const { return k_steps_ * prefetches_per_step_; }
 
   // Multiplies a tile by a panel. Prefetches the tile's share of `next_panel`, and
-  // LISTED_PER_STEP * prefetch_steps() lines of a list.
+  // LISTED_PER_STEP * prefetch_steps() lines of a list. Without AMX, a tile prefetches one line per
+  // K step: where there are only one or two tiles, part of the next panel is not prefetched.
   template <int LISTED_PER_STEP, class Y>
   void multiply(int64_t tile, const T* panel, const T* next_panel, const char* const* listed,
                 const Epilogue<Y>& epilogue) const {

@@ -1,10 +1,17 @@
 // The GEMM's tile in bfloat16, by the matrix product of AMX.
 //
 //     for (k = 0; k < in; k += 32)  // one tdpbf16ps
-//       for (pair = 0; pair < 16; pair++)
-//         sum[r][c] += x[r][k + 2 pair] * panel[k + 2 pair][c] + x[r][k + 2 pair + 1] * ...
+//       even = odd = 0;
+//       for (pair = 0; pair < 16; pair++) {
+//         even = fma(x[r][k + 2 pair], panel[k + 2 pair][c], even);
+//         odd = fma(x[r][k + 2 pair + 1], panel[k + 2 pair + 1][c], odd);
+//       }
+//       sum[r][c] += even + odd;
 //
-// The reduction order of a row is the same at any number of rows.
+// Intel's manual defines tdpbf16ps so: in float32, each step is rounded to nearest even, and
+// subnormals count as 0. Each element of a tile is a dot product of its own, of a row of x and a
+// column of the panel, and K steps follow in ascending order. The bits of a row therefore depend
+// neither on the number of rows nor on its place in the tile.
 
 #pragma once
 
@@ -46,7 +53,7 @@ inline void configure_amx_tiles(int64_t height) {
 }
 
 // Micro-kernel: up to 2 * AMX_MAX_ROWS rows of x times one panel. The rows are covered by two tiles
-// of one height; if their number is odd, the tiles share a row.
+// of one height. With an odd count, both tiles hold the middle row.
 //
 // Tile map:
 //
@@ -96,12 +103,12 @@ void gemm_tile_amx(int64_t rows, const BFloat16* x, int64_t in, const BFloat16* 
   _tile_release();
   for (int64_t row = 0; row < rows; row++) {
     const float* row_sums = row < height ? sums[0][row] : sums[1][row - second];
-    Vec numbers[PANEL_VECTORS];
-    for (int v = 0; v < PANEL_VECTORS; v++) numbers[v] = Vec::loadu(row_sums + v * LANES);
+    Vec values[PANEL_VECTORS];
+    for (int v = 0; v < PANEL_VECTORS; v++) values[v] = Vec::loadu(row_sums + v * LANES);
     if (epilogue.columns == NR) {
-      epilogue.template finish<true>(row, numbers);
+      epilogue.template finish<true>(row, values);
     } else {
-      epilogue.template finish<false>(row, numbers);
+      epilogue.template finish<false>(row, values);
     }
   }
 }

@@ -2,8 +2,9 @@
 //
 //     sum[lane] += x[k] * panel[k][lane] + x[k + 1] * panel[k + 1][lane]
 //
-// vdpbf16ps adds the two products to the float32 sum one after the other and flushes subnormal
-// numbers to 0.
+// vdpbf16ps adds both products of a pair to the float32 sum, in an order that the instruction
+// fixes. It rounds to nearest even, and subnormals count as 0. Pairs follow in ascending order, so
+// the bits of a row do not depend on the number of rows.
 
 #pragma once
 

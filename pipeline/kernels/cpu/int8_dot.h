@@ -1,11 +1,13 @@
-// Dot products of int8 (from the cache) with finer integers (queries or weights), four at a time.
+// Dot products of int8 (keys or values, from the cache) with 16-bit integers (queries or weights),
+// four at a time.
 //
-//     Fours     integers of up to FINE_MAX, four per 32-bit lane, spread over two words
-//     Int8Dot   int32 sums per lane
+//     SplitInt16  16-bit integers in groups of four. A group is split over two 32-bit words: high
+//                 and low bytes (int8_dot_vnni.h), or even and odd places (int8_dot_pairs.h)
+//     Int8Dot     int32 sums per lane
 //
 // The cache stores an int8 as a byte plus 128. Naive code that computes the same:
 //
-//     for (i = 0; i < 4; i++) sum[lane] += (byte[lane][i] - 128) * fine[i];
+//     for (i = 0; i < 4; i++) sum[lane] += (byte[lane][i] - 128) * int16[i];
 //
 // Sums of integers are exact, in any order.
 
@@ -17,8 +19,9 @@
 
 namespace gptbatch {
 
-// 127 * 257 = 127 * 256 + 127 is the largest integer whose two signed bytes hold at most 127 each.
-constexpr int32_t FINE_MAX = INT8_MAX_VALUE * 257;
+// The largest query or weight: below 2^15 - 1, because it is split into two signed bytes of at most
+// 127 each. 127 * 257 = 127 * 256 + 127.
+constexpr int32_t INT16_MAX_VALUE = INT8_MAX_VALUE * 257;
 
 }  // namespace gptbatch
 

@@ -1,24 +1,24 @@
 // int8_dot.h without AVX512_VNNI: products of int16 pairs.
 //
-//     first   fine[0] and fine[2] of four, as int16 halves
-//     second  fine[1] and fine[3]
+//     first   the integers 0 and 2 of each group of four, as the halves of a word
+//     second  the integers 1 and 3
 
 #pragma once
 
 namespace gptbatch {
 
-struct Fours {
+struct SplitInt16 {
   int32_t* first;
   int32_t* second;
 
-  // Puts LANES numbers at places i to i + LANES - 1; i is a multiple of 4.
-  void put(int64_t i, const Vec& numbers) const {
-    float fine[LANES];
-    numbers.store(fine);
+  // Puts LANES integers at places i to i + LANES - 1; i is a multiple of 4.
+  void put(int64_t i, const Vec& integers) const {
+    float int16[LANES];
+    integers.store(int16);
     for (int64_t j = 0; j < LANES; j += 4) {
       const auto pair = [&](int64_t a, int64_t b) {
-        const uint32_t high = static_cast<uint32_t>(to_int(fine[b])) << 16;
-        return static_cast<int32_t>(high) | (to_int(fine[a]) & 0xFFFF);
+        const uint32_t high = static_cast<uint32_t>(to_int(int16[b])) << 16;
+        return static_cast<int32_t>(high) | (to_int(int16[a]) & 0xFFFF);
       };
       first[(i + j) / 4] = pair(j, j + 2);
       second[(i + j) / 4] = pair(j + 1, j + 3);
@@ -27,16 +27,16 @@ struct Fours {
 };
 
 struct Int8Dot {
-  Words sums;
+  Uint32Vec sums;
 
-  void add(const Words& bytes, const Words& four_first, const Words& four_second) {
-    sums += multiply_add_pairs(bytes & 0x00FF00FF, four_first) +
-            multiply_add_pairs((bytes >> 8) & 0x00FF00FF, four_second);
+  void add(const Uint32Vec& bytes, const Uint32Vec& first, const Uint32Vec& second) {
+    sums += multiply_add_pairs(bytes & 0x00FF00FF, first) +
+            multiply_add_pairs((bytes >> 8) & 0x00FF00FF, second);
   }
 
-  // fine_sum: the sum of all fine numbers, to undo the 128 that was added to each byte.
-  Vec total(int32_t fine_sum) const {
-    return words_to_float(sums - 128 * static_cast<uint32_t>(fine_sum));
+  // int16_sum: the sum of all 16-bit integers, to undo the 128 that was added to each byte.
+  Vec total(int32_t int16_sum) const {
+    return int32_to_float(sums - 128 * static_cast<uint32_t>(int16_sum));
   }
 };
 

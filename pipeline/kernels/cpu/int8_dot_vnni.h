@@ -1,37 +1,38 @@
 // int8_dot.h with AVX512_VNNI: vpdpbusd multiplies four bytes per lane.
 //
-//     first   the upper byte of four integers; second the lower: fine = 256 * upper + lower, signed
-//     total   256 * sum(byte * upper) + sum(byte * lower) - 128 * sum(fine)
+//     first   the high bytes of four integers: int16 = 256 * high + low, both signed
+//     second  the low bytes
+//     total   256 * sum(byte * high) + sum(byte * low) - 128 * sum(int16)
 
 #pragma once
 
 namespace gptbatch {
 
-struct Fours {
+struct SplitInt16 {
   int32_t* first;
   int32_t* second;
 
-  // Puts LANES numbers at places i to i + LANES - 1; i is a multiple of 4.
-  void put(int64_t i, const Vec& numbers) const {
-    const __m512i fine = _mm512_cvtps_epi32(numbers);
-    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(fine, _mm512_set1_epi32(128)), 8);
-    const __m512i low = _mm512_sub_epi32(fine, _mm512_slli_epi32(high, 8));
+  // Puts LANES integers at places i to i + LANES - 1; i is a multiple of 4.
+  void put(int64_t i, const Vec& integers) const {
+    const __m512i int16 = _mm512_cvtps_epi32(integers);
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(int16, _mm512_set1_epi32(128)), 8);
+    const __m512i low = _mm512_sub_epi32(int16, _mm512_slli_epi32(high, 8));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(first + i / 4), _mm512_cvtepi32_epi8(high));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(second + i / 4), _mm512_cvtepi32_epi8(low));
   }
 };
 
 struct Int8Dot {
-  Words upper, lower;
+  Uint32Vec high_sums, low_sums;
 
-  void add(const Words& bytes, const Words& four_upper, const Words& four_lower) {
-    upper = (Words)_mm512_dpbusd_epi32((__m512i)upper, (__m512i)bytes, (__m512i)four_upper);
-    lower = (Words)_mm512_dpbusd_epi32((__m512i)lower, (__m512i)bytes, (__m512i)four_lower);
+  void add(const Uint32Vec& bytes, const Uint32Vec& first, const Uint32Vec& second) {
+    high_sums = (Uint32Vec)_mm512_dpbusd_epi32((__m512i)high_sums, (__m512i)bytes, (__m512i)first);
+    low_sums = (Uint32Vec)_mm512_dpbusd_epi32((__m512i)low_sums, (__m512i)bytes, (__m512i)second);
   }
 
-  // fine_sum: the sum of all fine numbers, to undo the 128 that was added to each byte.
-  Vec total(int32_t fine_sum) const {
-    return words_to_float(upper * 256 + lower - 128 * static_cast<uint32_t>(fine_sum));
+  // int16_sum: the sum of all 16-bit integers, to undo the 128 that was added to each byte.
+  Vec total(int32_t int16_sum) const {
+    return int32_to_float(high_sums * 256 + low_sums - 128 * static_cast<uint32_t>(int16_sum));
   }
 };
 

@@ -33,8 +33,10 @@ enum class Activation { none, gelu_tanh, gelu, relu, silu, tanh };
 
 // linear.cpp
 
-int64_t panel_columns();      // NR: output features per packed panel
-int64_t bfloat16_k_multiple();  // in_features of a packed bfloat16 weight are padded to this
+// NR: output features per packed panel.
+int64_t panel_columns();
+// in_features of a packed bfloat16 weight are padded to a multiple of this.
+int64_t bfloat16_k_multiple();
 
 // packed (panels, in_padded, NR), filled with 0 before the call <- weight (out, in).
 template <class T>
@@ -53,7 +55,7 @@ void layer_norm(const T* x, int64_t rows, int64_t width, const T* weight, const 
 
 // attention.cpp
 
-// One layer's cache (H, n_blocks, block_numbers), and the tokens of a call.
+// One layer's cache (H, n_blocks, block_elements), and the tokens of a call.
 struct PagedTokens {
   int64_t n_tokens, n_heads, head_size;
   const int64_t* seq_indices;  // (n_tokens,)
@@ -66,10 +68,10 @@ struct PagedTokens {
   float scale;
 };
 
-// Numbers of the cache's dtype in one block of one head.
-int64_t kv_block_numbers(bool is_int8, int64_t head_size);
+// Elements of the cache's dtype in one block of one head.
+int64_t kv_block_elements(bool is_int8, int64_t head_size);
 
-// qkv: number d of part p (query, key, value) of head h of token t is at
+// qkv: element d of part p (query, key, value) of head h of token t is at
 // qkv[t * token_stride + p * part_stride + h * head_stride + d]. out (n_tokens, H D).
 template <class T>
 void paged_attention(const T* qkv, int64_t token_stride, int64_t part_stride, int64_t head_stride,
@@ -80,13 +82,13 @@ template <class T>
 void qkv_paged_attention(const T* x, int64_t in, const T* packed, int64_t n_panels,
                          const float* bias, const PagedTokens& tokens, T* out);
 
-// sample.cpp: each array has one number per row of logits; ops.cpp describes them.
+// sample.cpp: each array has one element per row of logits; ops.cpp describes them.
 
 struct SampleRows {
   const int64_t *seeds, *steps;
   const double* temperatures;
-  const int64_t* kept;
-  const double* bounds;
+  const int64_t* kept_sizes;
+  const double* margin_bounds;
 };
 
 template <class T>
@@ -98,9 +100,9 @@ void sample(const T* logits, int64_t n_rows, int64_t vocab_size, const SampleRow
 struct RescoreInputs {
   const float *hidden, *weight;
   int64_t n_rows, vocab_size, width;
-  const double *row_errors, *group_errors;
-  const int64_t* kept;
-  const double* distances;
+  const double *hidden_error_bounds, *weight_error_bounds;
+  const int64_t* kept_sizes;
+  const double* exact_ranges;
 };
 
 void rescore(float* logits, const RescoreInputs& inputs, double* thresholds);

@@ -15,13 +15,15 @@
 //
 // Reduction orders: a dot product is the sum over even d plus the sum over odd d, each by fused
 // multiply-add in ascending order (with pairs: over every other pair). The sum of weights is made
-// lane by lane, then over the lanes. Taking several blocks at once changes no order.
+// lane by lane, then over the lanes. out[d] is one chain of fused multiply-adds from 0, over keys
+// in ascending order. Taking several blocks at once changes no order.
 
 #pragma once
 
 #include <cstring>
 #include <limits>
 
+#include "attention_scratch.h"
 #include "kv_blocks_full_avx512.h"
 #include "prefetch.h"
 
@@ -67,10 +69,10 @@ inline float exp_and_sum(float* scores, int64_t count) {
 template <class T>
 class FullBlocks {
  public:
-  using Number = T;
+  using Element = T;
   static constexpr int64_t SIZE = FULL_BLOCK_SIZE;
 
-  static int64_t block_numbers(int64_t padded_size) { return 2 * SIZE * padded_size; }
+  static int64_t block_elements(int64_t padded_size) { return 2 * SIZE * padded_size; }
 
   FullBlocks(int64_t padded_size, const int32_t* block_table, T* cache)
       : padded_size_(padded_size), block_table_(block_table), cache_(cache) {}
@@ -92,8 +94,8 @@ class FullBlocks {
               const F& write_own, BlockPrefetcher& prefetcher, float* sums, float* totals,
               AttentionScratch& scratch) const {
     const int64_t n_blocks = (first_count + Q - 1 + SIZE - 1) / SIZE, stride = n_blocks * SIZE;
-    scratch.numbers.resize(Q * (padded_size_ + stride));
-    float *queries = scratch.numbers.data(), *scores = queries + Q * padded_size_;
+    scratch.floats.resize(Q * (padded_size_ + stride));
+    float *queries = scratch.floats.data(), *scores = queries + Q * padded_size_;
     using Query = std::conditional_t<INTERLEAVED, T, float>;
     for (int i = 0; i < Q; i++) {
       Query* query = reinterpret_cast<Query*>(queries) + i * padded_size_;
@@ -121,7 +123,7 @@ class FullBlocks {
   static constexpr bool INTERLEAVED = false;
 #endif
 
-  T* keys(int64_t i) const { return cache_ + block_table_[i] * block_numbers(padded_size_); }
+  T* keys(int64_t i) const { return cache_ + block_table_[i] * block_elements(padded_size_); }
   T* values(int64_t i) const { return keys(i) + SIZE * padded_size_; }
 
   // scores[q][position] = scale * (query q . key of the position).
@@ -144,12 +146,13 @@ class FullBlocks {
 
   // Micro-kernel: scores of B blocks from `first` on.
   //
-  // Register map (Q B KEY_VECTORS 2 = 8 or 16 sums):
+  // Register map (Q B KEY_VECTORS 2 sums: 8, but 16 with vectors of 8 lanes and four queries. AVX2
+  // has 16 registers in all, so there GCC spills some of them):
   //
   //     sums[q][b][v][0]  even steps of d, query q, block b, LANES positions
   //     sums[q][b][v][1]  odd steps of d; one chain alone would wait for its own latency
   //     key[...]          2 * KEY_VECTORS vectors: d and d + 1 of the block's positions
-  //     number            one number of the query in all lanes
+  //     element           one element of the query in all lanes
   template <int Q, int B>
   FLAT void score_blocks(const float* queries, float scale, int64_t first, float* scores,
                          int64_t stride, BlockPrefetcher& prefetcher) const {
@@ -185,9 +188,9 @@ class FullBlocks {
         });
         unroll<Q>([&](auto q) {
           unroll<2>([&](auto j) {
-            const Vec number(queries[q * padded_size_ + d + j]);
+            const Vec element(queries[q * padded_size_ + d + j]);
             unroll<KEY_VECTORS>([&](auto v) {
-              sums[q][b][v][j] = multiply_add(number, key[j * KEY_VECTORS + v], sums[q][b][v][j]);
+              sums[q][b][v][j] = multiply_add(element, key[j * KEY_VECTORS + v], sums[q][b][v][j]);
             });
           });
         });

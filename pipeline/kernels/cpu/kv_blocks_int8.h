@@ -3,15 +3,16 @@
 // A block holds 64 positions of one head. P is the head size D padded to a multiple of 32 with 0.
 // An int8 is stored as a byte plus 128:
 //
-//     keys          (P / 4, 64, 4)  four numbers of a position side by side
+//     keys          (P / 4, 64, 4)  four elements of a position side by side
 //     key scales    (64,)           float32: key = int8 * scale
-//     values        (16, P, 4)      one number of four positions side by side
+//     values        (16, P, 4)      one element of four positions side by side
 //     value scales  (64,)
 //
 // Quantization is symmetric, per token and head: scale = absmax / 127, int8 = round(x / scale),
-// ties to even. Queries, and weights times value scales, are quantized in the same way to integers
-// of up to FINE_MAX. Integer sums are exact in any order. The float32 results of a block are joined
-// by online softmax (Milakov and Gimelshein 2018). Naive code that computes the same:
+// ties to even. Queries, and weights times value scales, are quantized in the same way to 16-bit
+// integers of up to INT16_MAX_VALUE. Integer sums are exact in any order. The float32 results of a
+// block are joined by online softmax (Milakov and Gimelshein 2018). Naive code that computes the
+// same:
 //
 //     for (block = 0; block < n_blocks; block++) {
 //       score[k] = scale * query_scale * key_scale[k] * dot(query_int, key_int[k]);
@@ -28,13 +29,14 @@
 #include <limits>
 #include <vector>
 
+#include "attention_scratch.h"
 #include "int8_dot.h"
 #include "prefetch.h"
 
 namespace gptbatch {
 
-// Quantizes `count` numbers to whole numbers of up to `max`, as float32, padded with 0 to a
-// multiple of 2 * LANES. Returns the scale; NaN if a number is NaN or infinite.
+// Quantizes `count` elements to integers of up to `max`, in float32, padded with 0 to a multiple of
+// 2 * LANES. Returns the scale; NaN if an element is NaN or infinite.
 template <class T>
 inline float quantize(const T* from, int64_t count, int32_t max, float* to) {
   Vec lane_max(0.0f);
@@ -44,7 +46,9 @@ inline float quantize(const T* from, int64_t count, int32_t max, float* to) {
     high.store(to + d + LANES);
     lane_max = at::vec::maximum(lane_max, at::vec::maximum(low.abs(), high.abs()));
   }
-  const float absmax = max_lanes(lane_max), zero_or_nan = absmax - absmax;
+  const float absmax = max_lanes(lane_max);
+  // 0 where absmax is finite, else NaN. Added to the scale, it passes NaN on.
+  const float zero_or_nan = absmax - absmax;
   const bool is_valid = absmax >= INT8_MIN_ABSMAX && zero_or_nan == 0.0f;
   const Vec factor(is_valid ? static_cast<float>(max) / absmax : 0.0f);
   for (int64_t d = 0; d < count; d += LANES) (Vec::loadu(to + d) * factor).round().store(to + d);
@@ -55,10 +59,10 @@ inline float quantize(const T* from, int64_t count, int32_t max, float* to) {
 // every dtype of the model.
 class Int8BlocksBase {
  public:
-  using Number = uint8_t;
+  using Element = uint8_t;
   static constexpr int64_t SIZE = INT8_BLOCK_SIZE;
 
-  static int64_t block_numbers(int64_t padded_size) {
+  static int64_t block_elements(int64_t padded_size) {
     return 2 * SIZE * (padded_size + INT8_SCALE_BYTES);
   }
 
@@ -71,14 +75,14 @@ class Int8BlocksBase {
 
  protected:
   static_assert(INT8_SCALE_BYTES == sizeof(float));
-  static constexpr int VECTORS = SIZE / LANES;  // one number per position of a block
+  static constexpr int VECTORS = SIZE / LANES;  // with one lane per position of a block
 
-  Int8BlocksBase(int64_t padded_size, const int32_t* block_table, Number* cache)
+  Int8BlocksBase(int64_t padded_size, const int32_t* block_table, Element* cache)
       : padded_size_(padded_size), block_table_(block_table), cache_(cache) {}
 
   template <int Q>
   struct Queries {
-    Fours fours[Q];
+    SplitInt16 int16s[Q];
     int32_t sums[Q];
     float scales[Q];
   };
@@ -102,7 +106,7 @@ class Int8BlocksBase {
 
   static uint8_t to_byte(float whole) { return static_cast<uint8_t>(to_int(whole) + 128); }
 
-  uint8_t* keys(int64_t i) const { return cache_ + block_table_[i] * block_numbers(padded_size_); }
+  uint8_t* keys(int64_t i) const { return cache_ + block_table_[i] * block_elements(padded_size_); }
   uint8_t* values(int64_t i) const { return keys(i) + SIZE * (padded_size_ + INT8_SCALE_BYTES); }
   float* key_scales(int64_t i) const {
     return reinterpret_cast<float*>(keys(i) + SIZE * padded_size_);
@@ -139,8 +143,8 @@ class Int8BlocksBase {
   // Register map:
   //
   //     dots[q][n]     query q, LANES positions: Q * N accumulators (with VNNI two registers each)
-  //     bytes[n]       four numbers of LANES positions: N registers
-  //     first, second  the same four numbers of a query in all lanes
+  //     bytes[n]       four elements of LANES positions: N registers
+  //     first, second  the same four elements of a query in all lanes
   template <int Q>
   FLAT void score(int64_t block, const Queries<Q>& queries, float (*scores)[SIZE]) const {
     constexpr int N = std::min(VECTORS, Q == 1 ? 4 : 2);
@@ -149,12 +153,12 @@ class Int8BlocksBase {
       Int8Dot dots[Q][N];
       unroll<Q>([&](auto q) { unroll<N>([&](auto n) { dots[q][n] = Int8Dot{}; }); });
       for (int64_t j = 0; j < padded_size_ / 4; j++, from += SIZE * 4) {
-        Words bytes[N];
-        unroll<N>([&](auto n) { bytes[n] = load_words(from + n * LANES * 4); });
+        Uint32Vec bytes[N];
+        unroll<N>([&](auto n) { bytes[n] = load_uint32(from + n * LANES * 4); });
         unroll<Q>([&](auto q) {
-          const Fours& fours = queries.fours[q];
-          const Words first = broadcast_word(fours.first[j]);
-          const Words second = broadcast_word(fours.second[j]);
+          const SplitInt16& int16s = queries.int16s[q];
+          const Uint32Vec first = broadcast_uint32(int16s.first[j]);
+          const Uint32Vec second = broadcast_uint32(int16s.second[j]);
           unroll<N>([&](auto n) { dots[q][n].add(bytes[n], first, second); });
         });
       }
@@ -174,7 +178,7 @@ class Int8BlocksBase {
   static void update_softmax(const float* scores, const float* scales, int64_t count, int i,
                              BlockPrefetcher& prefetcher, int64_t per_vector,
                              OnlineSoftmax<Q>& softmax, Weights<Q>& weights) {
-    const Fours fours{weights.first[i], weights.second[i]};
+    const SplitInt16 int16s{weights.first[i], weights.second[i]};
     if (count <= 0) {
       std::fill(weights.first[i], weights.first[i] + SIZE / 4, 0);
       std::fill(weights.second[i], weights.second[i] + SIZE / 4, 0);
@@ -193,6 +197,7 @@ class Int8BlocksBase {
       lane_max = at::vec::maximum(lane_max, own[v]);
     }
     const float new_max = std::max(max_lanes(lane_max), softmax.max[i]);
+    // 0 where new_max is finite, else NaN: as the first summand, it makes the row's total NaN.
     const float zero_or_nan = new_max - new_max;
     Vec total(zero_or_nan), max_product(0.0f), sum(0.0f);
     for (int v = 0; v < VECTORS; v++) {
@@ -203,50 +208,51 @@ class Int8BlocksBase {
       max_product = at::vec::maximum(max_product, own[v]);
     }
     const float absmax = max_lanes(max_product);
-    const Vec factor(absmax >= INT8_MIN_ABSMAX ? FINE_MAX / absmax : 0.0f);
+    const Vec factor(absmax >= INT8_MIN_ABSMAX ? INT16_MAX_VALUE / absmax : 0.0f);
     for (int v = 0; v < VECTORS; v++) {
       const Vec whole = (own[v] * factor).round();
       sum = sum + whole;
-      fours.put(v * LANES, whole);
+      int16s.put(v * LANES, whole);
     }
     const float decay = std::exp(softmax.max[i] - new_max);
     softmax.max[i] = new_max;
     softmax.total[i] = softmax.total[i] * decay + sum_lanes(total);
     weights.sums[i] = to_int(sum_lanes(sum));
-    weights.scales[i] = absmax / FINE_MAX;
+    weights.scales[i] = absmax / INT16_MAX_VALUE;
     weights.decay[i] = decay;
   }
 
   template <int Q>
-  void weigh_values(int64_t block, const Weights<Q>& weights, int64_t n_fours, float* out) const {
+  void weigh_values(int64_t block, const Weights<Q>& weights, int64_t n_groups, float* out) const {
     constexpr int N = 32 / LANES;
     int64_t d = 0;
     if constexpr (Q == 1)
       for (; d + 2 * N * LANES <= padded_size_; d += 2 * N * LANES)
-        weigh_columns<Q, 2 * N>(block, weights, n_fours, d, out);
+        weigh_columns<Q, 2 * N>(block, weights, n_groups, d, out);
     for (; d < padded_size_; d += N * LANES)
-      weigh_columns<Q, N>(block, weights, n_fours, d, out);
+      weigh_columns<Q, N>(block, weights, n_groups, d, out);
   }
 
   // Micro-kernel: adds one block's weighted values to N vectors of out, from column d0 on.
   //
   // Register map:
   //
-  //     dots[q][n]     query q, LANES columns: Q * N accumulators
+  //     dots[q][n]     query q, LANES columns: Q * N accumulators (4, 8 or 16). With AVX2 and four
+  //                    queries they are 16 of 16 registers, so GCC spills some
   //     bytes[n]       LANES columns of four positions: N registers
   //     first, second  the weights of the same four positions in all lanes
   template <int Q, int N>
-  FLAT void weigh_columns(int64_t block, const Weights<Q>& weights, int64_t n_fours, int64_t d0,
+  FLAT void weigh_columns(int64_t block, const Weights<Q>& weights, int64_t n_groups, int64_t d0,
                           float* out) const {
     Int8Dot dots[Q][N];
     unroll<Q>([&](auto q) { unroll<N>([&](auto n) { dots[q][n] = Int8Dot{}; }); });
     const uint8_t* from = values(block) + d0 * 4;
-    for (int64_t j = 0; j < n_fours; j++, from += padded_size_ * 4) {
-      Words bytes[N];
-      unroll<N>([&](auto n) { bytes[n] = load_words(from + n * LANES * 4); });
+    for (int64_t j = 0; j < n_groups; j++, from += padded_size_ * 4) {
+      Uint32Vec bytes[N];
+      unroll<N>([&](auto n) { bytes[n] = load_uint32(from + n * LANES * 4); });
       unroll<Q>([&](auto q) {
-        const Words first = broadcast_word(weights.first[q][j]);
-        const Words second = broadcast_word(weights.second[q][j]);
+        const Uint32Vec first = broadcast_uint32(weights.first[q][j]);
+        const Uint32Vec second = broadcast_uint32(weights.second[q][j]);
         unroll<N>([&](auto n) { dots[q][n].add(bytes[n], first, second); });
       });
     }
@@ -268,14 +274,14 @@ class Int8BlocksBase {
 template <class T>
 class Int8Blocks : public Int8BlocksBase {
  public:
-  Int8Blocks(int64_t padded_size, const int32_t* block_table, Number* cache)
+  Int8Blocks(int64_t padded_size, const int32_t* block_table, Element* cache)
       : Int8BlocksBase(padded_size, block_table, cache) {}
 
   void write(int64_t position, const T* key, const T* value, int64_t head_size,
              AttentionScratch& scratch) const {
     const int64_t block = position / SIZE, place = position % SIZE;
-    scratch.numbers.resize(padded_size_);
-    float* whole = scratch.numbers.data();
+    scratch.floats.resize(padded_size_);
+    float* whole = scratch.floats.data();
     key_scales(block)[place] = quantize(key, head_size, INT8_MAX_VALUE, whole);
     uint8_t* to = keys(block) + place * 4;
     for (int64_t d = 0; d < head_size; d += 4, to += SIZE * 4)
@@ -290,26 +296,27 @@ class Int8Blocks : public Int8BlocksBase {
   void attend(const T* q, int64_t q_stride, int64_t head_size, float scale, int64_t first_count,
               const F& write_own, BlockPrefetcher& prefetcher, float* sums, float* totals,
               AttentionScratch& scratch) const {
-    scratch.numbers.resize(padded_size_);
-    scratch.words.resize(Q * padded_size_ / 2);
-    float* whole = scratch.numbers.data();
-    // A dot product of bytes and fine integers fits int32: P * 128 * fine_max < 2^31.
-    const int64_t fine_max =
-        std::min<int64_t>(FINE_MAX, std::numeric_limits<int32_t>::max() / (128 * padded_size_));
+    scratch.floats.resize(padded_size_);
+    scratch.integers.resize(Q * padded_size_ / 2);
+    float* whole = scratch.floats.data();
+    // A dot product of bytes and 16-bit integers fits int32: P * 128 * max_value < 2^31.
+    const int64_t max_value =
+        std::min<int64_t>(INT16_MAX_VALUE,
+                          std::numeric_limits<int32_t>::max() / (128 * padded_size_));
     Queries<Q> queries;
     for (int i = 0; i < Q; i++) {
-      int32_t* words = scratch.words.data() + i * padded_size_ / 2;
-      const Fours fours{words, words + padded_size_ / 4};
+      int32_t* words = scratch.integers.data() + i * padded_size_ / 2;
+      const SplitInt16 int16s{words, words + padded_size_ / 4};
       std::fill(whole, whole + padded_size_, 0.0f);
       queries.scales[i] =
-          scale * quantize(q + i * q_stride, head_size, static_cast<int32_t>(fine_max), whole);
+          scale * quantize(q + i * q_stride, head_size, static_cast<int32_t>(max_value), whole);
       Vec sum(0.0f);
       for (int64_t d = 0; d < padded_size_; d += LANES) {
-        const Vec numbers = Vec::loadu(whole + d);
-        fours.put(d, numbers);
-        sum = sum + numbers;
+        const Vec integers = Vec::loadu(whole + d);
+        int16s.put(d, integers);
+        sum = sum + integers;
       }
-      queries.fours[i] = fours;
+      queries.int16s[i] = int16s;
       queries.sums[i] = to_int(sum_lanes(sum));
     }
     std::fill(sums, sums + Q * padded_size_, 0.0f);

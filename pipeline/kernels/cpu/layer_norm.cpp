@@ -4,7 +4,7 @@
 //     variance = sum((x - mean)^2) / C
 //     y = (x - mean) / sqrt(variance + epsilon) * weight + bias
 //
-// Sums are in float32: first lane by lane over the row, then over the lanes. Each number of y is
+// Sums are in float32: first lane by lane over the row, then over the lanes. Each element of y is
 // rounded to its dtype once. A row of y depends on the same row of x only.
 
 #include <cmath>
@@ -15,10 +15,10 @@ namespace gptbatch {
 namespace {
 
 constexpr int64_t NORM_ROWS_PER_GRAIN = 4;
-constexpr int64_t MIN_PARALLEL_NUMBERS = 1 << 13;  // less work is not worth waking threads
+constexpr int64_t MIN_PARALLEL_ELEMENTS = 1 << 13;  // less work is not worth waking threads
 
-// Calls work(d, low, high, count) for each 2 * LANES numbers of x from d on; `count` of them are in
-// the row, the others are 0.
+// Calls work(d, low, high, count) for each 2 * LANES elements of x from d on; `count` of them are
+// in the row, the others are 0.
 template <class T, class F>
 inline void for_each_pair(const T* x, int64_t width, const F& work) {
   for (int64_t d = 0; d < width; d += 2 * LANES) {
@@ -59,7 +59,7 @@ void layer_norm(const T* x, int64_t rows, int64_t width, const T* weight, const 
   const auto work = [&](int64_t row) {
     normalize_row(x + row * width, width, weight, bias, epsilon, y + row * width);
   };
-  if (rows * width < MIN_PARALLEL_NUMBERS) {
+  if (rows * width < MIN_PARALLEL_ELEMENTS) {
     for (int64_t row = 0; row < rows; row++) work(row);
   } else {
     parallel_for_each(rows, NORM_ROWS_PER_GRAIN, work);

@@ -5,7 +5,7 @@
 // probably takes next into L2: the hardware prefetcher does not look that far ahead. At 64 rows the
 // wait for weights would take a sixth of the time.
 //
-// Each number of y depends on its row of x only: gemm.h says in which order a sum is made.
+// Each element of y depends on its row of x only: gemm.h gives the order of its sum.
 
 #include "gemm.h"
 
@@ -50,10 +50,10 @@ void linear(const T* x, int64_t rows, int64_t in, const T* packed, int64_t out, 
     const T* next_panel = packed + std::min(panel + threads, panels - 1) * panel_size;
     const RowTiles<T> tiles(x + first * in, last - first, in);
     for (int64_t tile = 0; tile < tiles.count(); tile++) {
-      const int64_t at = (first + tiles.first_row(tile)) * out + column;
+      const int64_t offset = (first + tiles.first_row(tile)) * out + column;
       const Epilogue<Y> epilogue{bias == nullptr ? nullptr : bias + column,
-                                 residual == nullptr ? nullptr : residual + at,
-                                 y + at,
+                                 residual == nullptr ? nullptr : residual + offset,
+                                 y + offset,
                                  out,
                                  std::min(NR, out - column),
                                  activation};

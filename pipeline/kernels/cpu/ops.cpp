@@ -1,9 +1,9 @@
 // The ops torch.ops.gptbatch.*: checks of shapes and dtypes, output tensors, registration.
 //
-// Letters: N tokens, C width, H heads, D head size, V vocabulary size. float is float32 or
-// bfloat16. Weights are packed by pack_weight: (panels, in, NR), columns of W^T in panels of NR,
-// padded with 0. In bfloat16 two rows of W^T are interleaved, and `in` is padded to a multiple of
-// 2, or 32 with AMX.
+// Letters: N tokens, R >= N rows (the tokens, then padding), S tokens whose logits are needed, C
+// width, H heads, D head size, V vocabulary size. float is float32 or bfloat16. Weights are packed
+// by pack_weight: (panels, in, NR), columns of W^T in panels of NR, padded with 0. In bfloat16 two
+// rows of W^T are interleaved, and `in` is padded to a multiple of 2, or 32 with AMX.
 //
 //     pack_weight(weight (out, in)) -> packed
 //     linear(x (N, in), packed, out_features, bias (out,) float32, residual (N, out), activation)
@@ -15,22 +15,25 @@
 //         -> out (R, H D); rows from N on are 0
 //     qkv_paged_attention(x (R, C), packed, bias, cache, ...): paged_attention of
 //         linear(x, packed, bias), with columns in the order (H, 3, D)
-//         cache        (H, n_blocks, block_numbers): float as in kv_blocks_full.h, or uint8 as in
+//         cache        (H, n_blocks, block_elements): float as in kv_blocks_full.h, or uint8 as in
 //                      kv_blocks_int8.h
 //         block_table  (sequences, blocks per sequence) int32
 //         seq_indices  (N,) int64: the row of block_table of each token
 //         positions    (N,) int64: all earlier positions are in the cache or in this call
-//     sample(logits (B, V), seeds, steps, temperatures, kept, bounds) -> (tokens, margins)
-//         seeds, steps  (B,) int64
-//         temperatures  (B,) float64
-//         kept          (B,) int64, 1 to V: top-k
-//         bounds        (B,) float64: margins above may be cut to it
-//         tokens        (B,) int64; -1 if logits hold NaN or +inf, or only -inf
-//         margins       (B,) float64
-//     rescore(logits (B, V), hidden (B, C), weight (V, C), row_errors (B, 2), group_errors (G, 2),
-//             kept (B,), distances (B,)) -> thresholds (B,); changes logits
-//         logits, hidden and weight are float32, kept is int64, the others float64. An approximate
-//         logit of row b and group g (32 tokens) is off by at most row_errors[b] . group_errors[g]
+//     sample(logits (S, V), seeds, steps, temperatures, kept_sizes, margin_bounds)
+//         -> (tokens, margins)
+//         seeds, steps   (S,) int64
+//         temperatures   (S,) float64
+//         kept_sizes     (S,) int64, 1 to V: how many tokens can win, ties aside
+//         margin_bounds  (S,) float64: a margin above the bound may be returned as the bound
+//         tokens         (S,) int64; -1 if logits hold NaN or +inf, or only -inf
+//         margins        (S,) float64
+//     rescore(logits (S, V), hidden (S, C), weight (V, C), hidden_error_bounds (S, 2),
+//             weight_error_bounds (G, 2), kept_sizes (S,), exact_ranges (S,))
+//         -> thresholds (S,); changes logits
+//         logits, hidden and weight are float32, kept_sizes is int64, the others float64. An
+//         approximate logit of row s and group g (32 tokens) is off by at most
+//         hidden_error_bounds[s] . weight_error_bounds[g]
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -118,19 +121,19 @@ Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t out_features,
   const Tensor input = prepare_input(x, packed, out_features);
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() &&
                         bias->numel() == out_features),
-              "linear: bias must be contiguous float32 of ", out_features, " numbers");
+              "linear: bias must be contiguous float32 of ", out_features, " elements");
   Tensor y = at::empty({x.size(0), out_features}, x.options());
   const Tensor added = residual ? residual->contiguous() : Tensor();
   TORCH_CHECK(!residual || (added.sizes() == y.sizes() && added.scalar_type() == y.scalar_type()),
               "linear: residual must have the shape ", y.sizes(), " and dtype of the output");
   if (x.size(0) == 0) return y;
-  const float* bias_numbers = bias ? bias->const_data_ptr<float>() : nullptr;
+  const float* bias_values = bias ? bias->const_data_ptr<float>() : nullptr;
   const Activation parsed = parse_activation(activation);
   if (x.scalar_type() == at::kFloat) {
-    call_linear<float>(input, packed, bias_numbers, added, parsed, y);
+    call_linear<float>(input, packed, bias_values, added, parsed, y);
   } else {
 #ifdef __AVX512BF16__
-    call_linear<BFloat16>(input, packed, bias_numbers, added, parsed, y);
+    call_linear<BFloat16>(input, packed, bias_values, added, parsed, y);
 #endif
   }
   return y;
@@ -194,9 +197,9 @@ PagedTokens paged_tokens(const Tensor& x, Tensor& cache, const Tensor& block_tab
   TORCH_CHECK(is_int8 || cache.scalar_type() == x.scalar_type(),
               "paged_attention: the cache must be uint8 or have the dtype of qkv; got ",
               cache.scalar_type(), " and ", x.scalar_type());
-  TORCH_CHECK(cache.size(2) == kv_block_numbers(is_int8, head_size),
-              "paged_attention: a block of the cache has ", cache.size(2), " numbers, not ",
-              kv_block_numbers(is_int8, head_size));
+  TORCH_CHECK(cache.size(2) == kv_block_elements(is_int8, head_size),
+              "paged_attention: a block of the cache has ", cache.size(2), " elements, not ",
+              kv_block_elements(is_int8, head_size));
   return {seq_indices.size(0),
           cache.size(0),
           head_size,
@@ -281,18 +284,18 @@ namespace {
 
 std::tuple<Tensor, Tensor> sample_op(const Tensor& logits, const Tensor& seeds,
                                      const Tensor& steps, const Tensor& temperatures,
-                                     const Tensor& kept, const Tensor& bounds) {
+                                     const Tensor& kept_sizes, const Tensor& margin_bounds) {
   const int64_t batch = logits.size(0), vocab_size = logits.size(1);
   TORCH_CHECK(logits.is_contiguous() && seeds.numel() == batch && steps.numel() == batch &&
-                  temperatures.numel() == batch && kept.numel() == batch &&
-                  bounds.numel() == batch,
+                  temperatures.numel() == batch && kept_sizes.numel() == batch &&
+                  margin_bounds.numel() == batch,
               "sample: logits must be contiguous, and the other inputs must have ", batch,
-              " numbers each");
+              " elements each");
   Tensor tokens = at::empty({batch}, seeds.options());
   Tensor margins = at::empty({batch}, temperatures.options());
   const SampleRows rows{seeds.const_data_ptr<int64_t>(), steps.const_data_ptr<int64_t>(),
-                        temperatures.const_data_ptr<double>(), kept.const_data_ptr<int64_t>(),
-                        bounds.const_data_ptr<double>()};
+                        temperatures.const_data_ptr<double>(), kept_sizes.const_data_ptr<int64_t>(),
+                        margin_bounds.const_data_ptr<double>()};
   int64_t* token = tokens.data_ptr<int64_t>();
   double* margin = margins.data_ptr<double>();
   if (logits.scalar_type() == at::kFloat) {
@@ -304,29 +307,30 @@ std::tuple<Tensor, Tensor> sample_op(const Tensor& logits, const Tensor& seeds,
 }
 
 Tensor rescore_op(Tensor& logits, const Tensor& hidden, const Tensor& weight,
-                  const Tensor& row_errors, const Tensor& group_errors, const Tensor& kept,
-                  const Tensor& distances) {
+                  const Tensor& hidden_error_bounds, const Tensor& weight_error_bounds,
+                  const Tensor& kept_sizes, const Tensor& exact_ranges) {
   const int64_t batch = logits.size(0), vocab_size = logits.size(1), width = hidden.size(1);
   const int64_t groups = (vocab_size + TOKENS_PER_BOUND - 1) / TOKENS_PER_BOUND;
   TORCH_CHECK(logits.is_contiguous() && hidden.is_contiguous() && weight.is_contiguous() &&
-                  row_errors.is_contiguous() && group_errors.is_contiguous(),
+                  hidden_error_bounds.is_contiguous() && weight_error_bounds.is_contiguous(),
               "rescore: all inputs must be contiguous");
   TORCH_CHECK(hidden.size(0) == batch && weight.size(0) == vocab_size && weight.size(1) == width &&
-                  row_errors.numel() == 2 * batch && group_errors.numel() == 2 * groups &&
-                  kept.numel() == batch && distances.numel() == batch,
+                  hidden_error_bounds.numel() == 2 * batch &&
+                  weight_error_bounds.numel() == 2 * groups &&
+                  kept_sizes.numel() == batch && exact_ranges.numel() == batch,
               "rescore: the shapes of logits ", logits.sizes(), ", hidden ", hidden.sizes(),
-              ", weight ", weight.sizes(), ", row_errors ", row_errors.sizes(),
-              " and group_errors ", group_errors.sizes(), " do not fit");
-  Tensor thresholds = at::empty({batch}, distances.options());
+              ", weight ", weight.sizes(), ", hidden_error_bounds ", hidden_error_bounds.sizes(),
+              " and weight_error_bounds ", weight_error_bounds.sizes(), " do not fit");
+  Tensor thresholds = at::empty({batch}, exact_ranges.options());
   const RescoreInputs inputs{hidden.const_data_ptr<float>(),
                              weight.const_data_ptr<float>(),
                              batch,
                              vocab_size,
                              width,
-                             row_errors.const_data_ptr<double>(),
-                             group_errors.const_data_ptr<double>(),
-                             kept.const_data_ptr<int64_t>(),
-                             distances.const_data_ptr<double>()};
+                             hidden_error_bounds.const_data_ptr<double>(),
+                             weight_error_bounds.const_data_ptr<double>(),
+                             kept_sizes.const_data_ptr<int64_t>(),
+                             exact_ranges.const_data_ptr<double>()};
   rescore(logits.data_ptr<float>(), inputs, thresholds.data_ptr<double>());
   return thresholds;
 }
@@ -349,11 +353,11 @@ TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
       "qkv_paged_attention(Tensor x, Tensor packed, Tensor bias, Tensor(a!) cache, "
       "Tensor block_table, Tensor seq_indices, Tensor positions, float scale) -> Tensor");
   library.def(
-      "sample(Tensor logits, Tensor seeds, Tensor steps, Tensor temperatures, Tensor kept, "
-      "Tensor bounds) -> (Tensor, Tensor)");
+      "sample(Tensor logits, Tensor seeds, Tensor steps, Tensor temperatures, Tensor kept_sizes, "
+      "Tensor margin_bounds) -> (Tensor, Tensor)");
   library.def(
-      "rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor row_errors, "
-      "Tensor group_errors, Tensor kept, Tensor distances) -> Tensor");
+      "rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor hidden_error_bounds, "
+      "Tensor weight_error_bounds, Tensor kept_sizes, Tensor exact_ranges) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {

@@ -5,8 +5,6 @@
 
 #pragma once
 
-#include <vector>
-
 #include "simd.h"
 
 namespace gptbatch {
@@ -60,12 +58,6 @@ class BlockPrefetcher {
   const char* head_ = nullptr;
   const int32_t* halves_ = nullptr;
   int64_t lines_per_half_ = 0, half_ = 0, line_ = 0, end_ = 0, rate_ = 0;
-};
-
-// Buffers that a thread keeps between calls.
-struct AttentionScratch {
-  std::vector<float> numbers;
-  std::vector<int32_t> words;
 };
 
 }  // namespace gptbatch

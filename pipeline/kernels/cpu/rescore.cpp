@@ -3,13 +3,13 @@
 // The first pass gives approximate logits and, per row and group of 32 tokens, a bound of their
 // error. pipeline/model/lm_head.py derives the bound. For each row:
 //
-//     threshold = k-th largest approximate logit - largest error - distance
+//     threshold = k-th largest approximate logit - largest error - exact_range
 //     for (t = 0; t < V; t++)
 //       if (logit[t] >= threshold - error[group of t]) logit[t] = dot(hidden, weight[t]);
 //
-// At least k exact logits reach (threshold + distance), so every exact logit within `distance` of
-// the k-th largest is recomputed. Fallback: the row is left unchanged and its threshold is NaN if
-// more than 1 in 64 logits are candidates, or if a logit is not finite. The caller then computes
+// At least k exact logits reach (threshold + exact_range), so every exact logit within exact_range
+// of the k-th largest is recomputed. Fallback: the row is left unchanged and its threshold is NaN
+// if more than 1 in 64 logits are candidates, or if a logit is not finite. The caller then computes
 // the row with the exact head.
 
 #include <array>
@@ -28,9 +28,9 @@ constexpr double MIN_ERROR = 1e-30;  // bfloat16 instructions flush products bel
 constexpr double MAX_ERROR = 1e28;   // below it, no sum came near the largest float32
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 
-struct RowErrors {
+struct HiddenErrorBounds {
   double hidden, weight;
-  double bound(const double* group) const {
+  double error(const double* group) const {
     return hidden * group[0] + weight * group[1] + MIN_ERROR;
   }
 };
@@ -72,19 +72,20 @@ double rescore_row(float* logits, const RescoreInputs& inputs, int64_t i,
                    RescoreScratch& scratch) {
   auto& [maxima, work, candidates] = scratch;
   const int64_t vocab_size = inputs.vocab_size;
-  const RowErrors errors{inputs.row_errors[2 * i], inputs.row_errors[2 * i + 1]};
+  const HiddenErrorBounds bounds{inputs.hidden_error_bounds[2 * i],
+                                 inputs.hidden_error_bounds[2 * i + 1]};
   find_maxima(logits, vocab_size, maxima);
   double largest_error = 0.0;
   for (size_t g = 0; g < maxima.size(); g++) {
-    const double error = errors.bound(inputs.group_errors + 2 * g);
+    const double error = bounds.error(inputs.weight_error_bounds + 2 * g);
     if (!std::isfinite(maxima[g]) || !(error < MAX_ERROR)) return NOT_A_NUMBER;
     largest_error = std::max(largest_error, error);
   }
-  const double threshold = find_threshold(logits, vocab_size, inputs.kept[i], maxima, work) -
-                           largest_error - inputs.distances[i];
+  const double threshold = find_threshold(logits, vocab_size, inputs.kept_sizes[i], maxima, work) -
+                           largest_error - inputs.exact_ranges[i];
   candidates.clear();
   for (size_t g = 0; g < maxima.size(); g++) {
-    const double min_logit = threshold - errors.bound(inputs.group_errors + 2 * g);
+    const double min_logit = threshold - bounds.error(inputs.weight_error_bounds + 2 * g);
     if (maxima[g] < min_logit) continue;
     const int64_t first = static_cast<int64_t>(g) * GROUP_SIZE;
     for (int64_t token = first; token < std::min(vocab_size, first + GROUP_SIZE); token++)

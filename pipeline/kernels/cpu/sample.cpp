@@ -34,8 +34,8 @@ constexpr double TWO_52 = 4503599627370496.0;
 struct SampleRow {
   uint64_t seed, step;
   double temperature;
-  int64_t kept;
-  double bound;
+  int64_t kept_size;
+  double margin_bound;
 };
 
 struct SampledToken {
@@ -163,12 +163,13 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, const SampleRo
                              SampleScratch& scratch) {
   auto& [maxima, work, candidates, bits, scores] = scratch;
   candidates.clear();
-  const float threshold = find_threshold(logits, vocab_size, row.kept, maxima, work);
+  const float threshold = find_threshold(logits, vocab_size, row.kept_size, maxima, work);
   append_candidates(logits, vocab_size, threshold, INFINITE, scratch);
   work.clear();
   for (const Candidate& candidate : candidates) work.push_back(candidate.logit);
-  std::nth_element(work.begin(), work.begin() + (row.kept - 1), work.end(), std::greater<float>());
-  const float kth = work[row.kept - 1];
+  std::nth_element(work.begin(), work.begin() + (row.kept_size - 1), work.end(),
+                   std::greater<float>());
+  const float kth = work[row.kept_size - 1];
   const double outside = largest_outside(logits, vocab_size, kth, scratch);
 
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
@@ -185,7 +186,7 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, const SampleRo
   const Candidate winner = candidates[best];
   const double best_score = scores[best];
   double margin = std::min(
-      std::min(best_score - second, static_cast<double>(winner.logit) - outside), row.bound);
+      std::min(best_score - second, static_cast<double>(winner.logit) - outside), row.margin_bound);
 
   // A token outside the kept set lowers the margin only if its logit is nearer to the k-th.
   candidates.clear();
@@ -258,7 +259,7 @@ SampledToken sample_row(const T* logits, int64_t vocab_size, const SampleRow& ro
     max = std::max(max, x);
   }
   if (std::isinf(max)) return {-1, 0.0};
-  return row.kept < vocab_size ? sample_kept_set(logits, vocab_size, row, scratch)
+  return row.kept_size < vocab_size ? sample_kept_set(logits, vocab_size, row, scratch)
                                : sample_full_vocab(logits, vocab_size, row, scratch);
 }
 
@@ -270,7 +271,7 @@ void sample(const T* logits, int64_t n_rows, int64_t vocab_size, const SampleRow
   parallel_for_each(n_rows, 1, [&](int64_t i) {
     static thread_local SampleScratch scratch;
     const SampleRow row{static_cast<uint64_t>(rows.seeds[i]), static_cast<uint64_t>(rows.steps[i]),
-                        rows.temperatures[i], rows.kept[i], rows.bounds[i]};
+                        rows.temperatures[i], rows.kept_sizes[i], rows.margin_bounds[i]};
     const SampledToken sampled = sample_row(logits + i * vocab_size, vocab_size, row, scratch);
     tokens[i] = sampled.token;
     margins[i] = sampled.margin;

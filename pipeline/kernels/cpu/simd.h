@@ -51,7 +51,7 @@ inline void unroll(const F& body) {
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// 2 * LANES numbers as float32.
+// 2 * LANES elements as float32.
 template <class T>
 inline std::tuple<Vec, Vec> load_pair(const T* from) {
   if constexpr (std::is_same_v<T, float>) {
@@ -61,7 +61,7 @@ inline std::tuple<Vec, Vec> load_pair(const T* from) {
   }
 }
 
-// The first `count` of 2 * LANES numbers as float32, and 0 in the other lanes.
+// The first `count` of 2 * LANES elements as float32, and 0 in the other lanes.
 template <class T>
 inline std::tuple<Vec, Vec> load_pair(const T* from, int64_t count) {
   if (count >= 2 * LANES) return load_pair(from);
@@ -73,7 +73,7 @@ inline std::tuple<Vec, Vec> load_pair(const T* from, int64_t count) {
   }
 }
 
-// Stores the first `count` of 2 * LANES numbers, rounded to T.
+// Stores the first `count` of 2 * LANES elements, rounded to T.
 template <class T>
 inline void store_pair(const Vec& low, const Vec& high, T* to, int64_t count) {
   if constexpr (std::is_same_v<T, float>) {
@@ -84,14 +84,14 @@ inline void store_pair(const Vec& low, const Vec& high, T* to, int64_t count) {
   }
 }
 
-inline float sum_lanes(const Vec& numbers) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, numbers);
+inline float sum_lanes(const Vec& lanes) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, lanes);
 }
 
 // The maximum over the lanes; NaN if one is NaN.
-inline float max_lanes(const Vec& numbers) {
+inline float max_lanes(const Vec& lanes) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); },
-                                        numbers);
+                                        lanes);
 }
 
 // Calls work(i) for i in [0, count) on all threads. Each thread takes `grain` indices at a time.

@@ -1,4 +1,5 @@
-// All transformer blocks of the model in one op: what pipeline/model/blocks.py computes op by op.
+// All transformer blocks of the model in one op: what `BlockStack` in pipeline/model/gpt.py
+// computes op by op.
 //
 //     transformer_blocks(x, weights, epsilon, activation, caches, scales, block_table, seq_indices,
 //                        positions, logits_indices) -> y
