@@ -138,7 +138,7 @@ def _bench(options: dict[str, Any]) -> None:
     found = measure(
         engine, workload, repeats=options["repeats"], top_k=options["top_k"], report=echo
     )
-    limits = found.limits
+    rates = found.ceiling_rates
     echo(f"new tokens      {found.tokens_per_s:8.0f} tokens/s (median)")
     echo(
         f"prompt tokens   {found.prompt_tokens_per_s:8.0f} tokens/s, "
@@ -151,12 +151,12 @@ def _bench(options: dict[str, Any]) -> None:
     )
     head = (
         ""
-        if limits.head_gflops == limits.gemm_gflops
-        else f", {limits.head_gflops:.0f} for the LM head"
+        if rates.head_gflops == rates.gemm_gflops
+        else f", {rates.head_gflops:.0f} for the LM head"
     )
     echo(
-        f"                ({limits.gemm_gflops:.0f} GFLOP/s of matrix products{head}, "
-        f"{limits.read_gb_per_s:.0f} GB/s of memory)"
+        f"                ({rates.gemm_gflops:.0f} GFLOP/s of matrix products{head}, "
+        f"{rates.read_gb_per_s:.0f} GB/s of memory)"
     )
     echo("seconds of one repeat, with torch.profiler:")
     for part, seconds in found.seconds_by_part.items():

@@ -57,7 +57,7 @@ def test_bench_prints_what_belongs_together(options: tuple[str, ...]) -> None:
     assert all(seconds >= 0 for seconds in parts.values()), parts
     assert parts["linears"] > 0
     assert parts["attention"] > 0
-    assert found["limits"]["gemm_gflops"] > 1
+    assert found["ceiling_rates"]["gemm_gflops"] > 1
     shared = "shared_prefix" in options
     assert (found["prefix_share"] > 0.5) == (shared and found["attention"] == "ragged")
 

@@ -1,9 +1,9 @@
 """Measure the engine on a workload: rates, where the time goes, and the ceiling of this machine.
 
-The ceiling is the rate if only two things took time, one after the other: the matrix products at
-the best GEMM rate seen here, and the keys and values of decoding rows at the best read bandwidth
-seen here. With long contexts a CPU may exceed it a little, because the kernel reads keys and values
-while it multiplies.
+The ceiling, as in a roofline model, is the rate if only two things took time, one after the other:
+the matrix products at the best GEMM rate seen here, and the keys and values of decoding rows at the
+best read bandwidth seen here. With long contexts a CPU may exceed it a little, because the kernel
+reads keys and values while it multiplies.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from gptbatch.pipeline.model.lm_head import HEAD_EVENT, MAX_HEAD_ROWS
 WARM_UP_TOKENS = 4
 GEMM_ROWS = (64, 128, 256)
 GEMM_TRIES, READ_TRIES = 20, 5
-# Float32 numbers read: a gigabyte, far beyond any cache.
-NUMBERS_READ = 2**28
+# Float32 elements read: a gigabyte, far beyond any cache.
+ELEMENTS_READ = 2**28
 # Parts of a step, by the names of torch's operators.
 PARTS = {
     "linears": (
@@ -48,8 +48,8 @@ PARTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The best rates seen on this machine.
+class CeilingRates:
+    """The best rates seen on this machine, from which the ceiling follows.
 
     Attributes:
         gemm_gflops: Of the blocks' linears.
@@ -77,7 +77,7 @@ class Measurement:
             divide each step by its tokens. linears, attention (with the QKV projection where one
             kernel computes both), head, sampling and other are the model's operators. waiting is
             time outside of operators. On a GPU only prefill and decode.
-        limits: Best rates of this machine.
+        ceiling_rates: Best rates of this machine.
         ceiling_tokens_per_s: See the module's description.
         ceiling_share: tokens_per_s / ceiling_tokens_per_s.
     """
@@ -89,7 +89,7 @@ class Measurement:
     prefix_share: float
     tokens_per_step: float
     seconds_by_part: dict[str, float]
-    limits: Limits
+    ceiling_rates: CeilingRates
     ceiling_tokens_per_s: float
     ceiling_share: float
 
@@ -135,8 +135,8 @@ def measure(
     stats = engine.stats
     wall = statistics.median(walls)
     computed = stats.prefilled_tokens + stats.decoded_tokens
-    limits = measure_limits(engine.model)
-    ceiling_s = _ceiling_s(engine.model, workload, stats, limits)
+    ceiling_rates = measure_ceiling_rates(engine.model)
+    ceiling_s = _ceiling_s(engine.model, workload, stats, ceiling_rates)
     return Measurement(
         tokens_per_s=workload.new_tokens / wall,
         repeats_tokens_per_s=[workload.new_tokens / wall for wall in walls],
@@ -145,13 +145,13 @@ def measure(
         prefix_share=stats.cached_tokens / workload.prompt_tokens,
         tokens_per_step=computed / stats.steps,
         seconds_by_part=_seconds_by_part(engine, lambda: run(repeats + 1)),
-        limits=limits,
+        ceiling_rates=ceiling_rates,
         ceiling_tokens_per_s=workload.new_tokens / ceiling_s,
         ceiling_share=ceiling_s / wall,
     )
 
 
-def measure_limits(model: GPT) -> Limits:
+def measure_ceiling_rates(model: GPT) -> CeilingRates:
     """Return the best rates of many tries: load on the machine can only lower them."""
     block = model.blocks[0]
     assert isinstance(block, Block)
@@ -162,7 +162,7 @@ def measure_limits(model: GPT) -> Limits:
             for linear in (block.attn_qkv, block.mlp_in, block.mlp_out)
         )
         head_gflops = _two_pass_gflops(model) or gemm_gflops
-    return Limits(
+    return CeilingRates(
         gemm_gflops=gemm_gflops,
         head_gflops=head_gflops,
         read_gb_per_s=measure_reading(model.device),
@@ -171,8 +171,8 @@ def measure_limits(model: GPT) -> Limits:
 
 def measure_reading(device: torch.device) -> float:
     """Return the best rate of reading memory, in GB per second."""
-    numbers = torch.zeros(NUMBERS_READ, dtype=torch.float32, device=device)
-    return numbers.nbytes / min(_time(numbers.sum) for _ in range(READ_TRIES)) / 1e9
+    elements = torch.zeros(ELEMENTS_READ, dtype=torch.float32, device=device)
+    return elements.nbytes / min(_time(elements.sum) for _ in range(READ_TRIES)) / 1e9
 
 
 def _seconds_by_part(engine: Engine, run: Callable[[], float]) -> dict[str, float]:
@@ -223,7 +223,9 @@ def _time(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _ceiling_s(model: GPT, workload: Workload, stats: EngineStats, limits: Limits) -> float:
+def _ceiling_s(
+    model: GPT, workload: Workload, stats: EngineStats, ceiling_rates: CeilingRates
+) -> float:
     last = model.blocks[-1]
     assert isinstance(last, Block)
     all_weights, qkv_weights, last_weights = (
@@ -238,13 +240,13 @@ def _ceiling_s(model: GPT, workload: Workload, stats: EngineStats, limits: Limit
     tokens = stats.prefilled_tokens + stats.decoded_tokens
     # After its attention, the last block computes only the tokens whose logits are needed.
     pruned = (last_weights - qkv_weights) * (tokens - stats.new_tokens)
-    gemm_s = 2 * (all_weights * tokens - pruned) / (limits.gemm_gflops * 1e9)
-    head_s = 2 * head_weights * stats.new_tokens / (limits.head_gflops * 1e9)
+    gemm_s = 2 * (all_weights * tokens - pruned) / (ceiling_rates.gemm_gflops * 1e9)
+    head_s = 2 * head_weights * stats.new_tokens / (ceiling_rates.head_gflops * 1e9)
     # A shared prefix is read once for all rows, which is negligible.
     reused = stats.cached_tokens / len(workload.rows)
     positions = sum(
         (row.new_tokens - 1) * (len(row.token_ids) - reused + row.new_tokens / 2)
         for row in workload.rows
     )
-    read_s = positions * model.cache_spec.bytes_per_token / (limits.read_gb_per_s * 1e9)
+    read_s = positions * model.cache_spec.bytes_per_token / (ceiling_rates.read_gb_per_s * 1e9)
     return gemm_s + head_s + read_s
