@@ -229,4 +229,5 @@ def _embedding(count: int, width: int) -> nn.Embedding:
 
     On the meta device random weights import torch's compiler, which takes 1.7 s.
     """
-    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+    return embedding
