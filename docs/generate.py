@@ -162,7 +162,7 @@ def global_options() -> str:
     rows = [
         # click keeps the help option of the first context that it met
         _row(
-            _code(", ".join(context.help_option_names if option.name == "help" else option.opts)),
+            _code(", ".join(context.help_option_names if "--help" in option.opts else option.opts)),
             _sentence(option.help or ""),
         )
         for option in cli.get_params(context)

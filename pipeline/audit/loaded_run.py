@@ -15,7 +15,6 @@ from gptbatch.pipeline.input.config_hash import special_token_identity
 from gptbatch.pipeline.input.tokenize import prompt_tokenizer
 from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import file_digest, load_tokenizer
-from gptbatch.pipeline.kv_cache.spec import PADDED
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
@@ -239,7 +238,7 @@ def _engine(recorded: EngineConfig, facts: dict[str, Any], overrides: Overrides)
     """Return the recorded settings with the overrides and with the attention of the run."""
     backend = facts.get("environment", {}).get("attention")
     changes: dict[str, Any] = {
-        "attention": PADDED.name if backend == PADDED.name else "auto",
+        "attention": "padded" if backend == "padded" else "auto",
         "threads": overrides.threads,
     }
     if overrides.device is not None:
