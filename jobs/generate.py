@@ -1,4 +1,4 @@
-"""`gptbatch generate`: the main job."""
+"""`gptbatch generate`: generates the completions of an input into an output folder."""
 
 from __future__ import annotations
 

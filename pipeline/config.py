@@ -122,8 +122,8 @@ class EngineConfig(_Section):
     attention: Literal["auto", "ragged", "padded"] = Field(
         "auto",
         description=(
-            "Attention backend. ragged: C++ kernels for CPUs, built on first use. padded: "
-            "PyTorch. auto: ragged where the kernels can be built, else padded."
+            "Attention backend. ragged: the paged KV cache with C++ kernels for CPUs, built on "
+            "first use. padded: PyTorch. auto: ragged where the kernels can be built, else padded."
         ),
     )
     memory_gib: float | None = Field(

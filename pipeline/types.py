@@ -20,7 +20,7 @@ StopReason = Literal["end_of_text", "max_new_tokens", "window"]
 WindowFull = Literal["stop", "slide"]
 
 MAX_SEED = 2**63 - 1
-# about a minute of gpt2 on a CPU, which is what a crash costs
+# one to two minutes of gpt2 on a CPU; what a crash costs: docs/fault-tolerance.md
 DEFAULT_PART_ROWS = 512
 # Gumbel noise is below 37, so logit + temperature * noise stays finite
 MAX_TEMPERATURE = 1e300

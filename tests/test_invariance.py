@@ -615,7 +615,7 @@ class FlashCache:
     def is_ready(self, seq_index: int) -> bool:
         raise NotImplementedError
 
-    def mark_scheduled(self, seq_index: int, first: int, last: int) -> None:
+    def mark_scheduled(self, seq_index: int, first: int, end: int) -> None:
         raise NotImplementedError
 
     def attention_for(self, seq_indices: Sequence[int], positions: Sequence[int]) -> Attention:

@@ -44,8 +44,9 @@ class EngineStats:
         cached_tokens: Prompt tokens taken from the prefix cache.
         padding_tokens: Rows of the forward passes that held no token.
         new_tokens: Tokens sampled.
-        prefill_s: Time of the steps, divided by their tokens: the share of prefill.
-        decode_s: The share of decode.
+        prefill_s: Seconds of all steps, each divided between prefill and decode by token count:
+            prefill's part.
+        decode_s: Decode's part.
         halvings: How often memory ran out and the batch was halved.
     """
 

@@ -15,9 +15,9 @@ from gptbatch.pipeline.types import TokenizedPrompt
 
 # Prefill tokens of a step, even if all of its budget decodes: waiting sequences must start.
 MIN_PREFILL_TOKENS = 32
-# Chunks that do not finish a prefill are a multiple of this. The attention kernel shares loads of
-# KV blocks among four consecutive queries, so a multiple of 4 leaves no query alone. 16 positions
-# are a block of the full cache.
+# Chunks that do not finish a prefill are a multiple of this, unless less than this is left of the
+# budget. The attention kernel shares loads of KV blocks among four consecutive queries, so a
+# multiple of 4 leaves no query alone. 16 positions are a block of the full cache.
 GRAIN_PREFILL_TOKENS = 16
 # A waiting sequence is passed over at most this many times max_seqs.
 MAX_PASSED_OVER_PER_SEQ = 4
@@ -31,8 +31,8 @@ class Scheduler:
         cache: Assigns cache memory to sequences.
         max_seqs: The most sequences that run at once.
         n_positions: Length of the context.
-        max_step_tokens: The most tokens of a step. When nearly all sequences decode, a step may
-            exceed it by MIN_PREFILL_TOKENS.
+        max_step_tokens: The most tokens of a step. With many sequences a step may have max_seqs +
+            MIN_PREFILL_TOKENS tokens, if that is more.
         interleave_prefill: Prefill of several sequences advances side by side, not one after the
             other (see `Backend.interleaves_prefill`).
         share_prefixes: Use prefix caching.
@@ -56,10 +56,10 @@ class Scheduler:
 
     # The scheduling algorithm. A step takes one token of every decoding sequence. The rest of its
     # token budget goes to prefill: first to running sequences, in the order in which they were
-    # scheduled, then to waiting ones. The longest waiting sequence starts first, so that no long
-    # one is left over at the end. A sequence that was passed over too often starts before it.
-    # A sequence starts only if its longest possible length fits the cache, so a running sequence is
-    # never preempted.
+    # scheduled, then to waiting ones. Of the waiting sequences, the one with the most prompt + new
+    # tokens, at most n_positions, starts first: longest job first, so that no long one is left over
+    # at the end. A sequence that was passed over too often starts before it. A sequence starts only
+    # if its longest possible length fits the cache, so a running sequence is never preempted.
     def schedule(self) -> list[ScheduledChunk]:
         """Return the chunks of the next step, which the caller must compute.
 
@@ -168,7 +168,7 @@ class Scheduler:
         return seq_index
 
     def _next_waiting(self) -> int:
-        """Return the index of the waiting sequence to start: the first of the longest.
+        """Return the index of the sequence to start: the first with the most prompt + new tokens.
 
         The first of all if it was passed over too often.
         """

@@ -76,7 +76,7 @@ class TokenizedInput:
         *,
         reject: Callable[[Completion], object],
         parts: Collection[int] | None = None,
-        may_start: Callable[[int], bool] = lambda part: True,
+        try_begin_part: Callable[[int], bool] = lambda part: True,
     ) -> Iterator[TokenizedPrompt | None]:
         """Yield the prompts of a checked input in order, ready for the engine.
 
@@ -84,8 +84,9 @@ class TokenizedInput:
             summary: The result of `PromptReader.check`.
             reject: Receives the error row of each row that the engine cannot run.
             parts: Numbers of the parts to read. None reads all.
-            may_start: Returns whether a part may start. Called before its first row. While it
-                returns False, None is yielded.
+            try_begin_part: Begins a part, unless too many are in flight, and returns whether the
+                part has begun. Called before its first row. While it returns False, None is
+                yielded.
 
         Raises:
             InputRowsError: The input has changed since it was checked.
@@ -94,7 +95,7 @@ class TokenizedInput:
         for row, encoded, read_s in self._encoded(self.reader.prompts(summary, parts)):
             part = row.index // summary.part_rows
             while part != current:
-                if may_start(part):
+                if try_begin_part(part):
                     current = part
                 else:
                     yield None

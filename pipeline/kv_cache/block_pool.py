@@ -8,7 +8,8 @@ after those of its parent, so a path from the root is a prefix. Keys and values 
 tokens before them, so a sequence reuses the blocks of its longest known prefix. This includes a
 prefix that another sequence is still computing: `is_ready` tells when all of it is scheduled.
 
-A cached block without a user is evictable. It stays for later sequences until its memory is needed.
+A cached block without a user is evictable. It stays for later sequences until its memory is needed,
+or until more than one block in eight is evictable.
 Blocks that were never reused are evicted first, then the least recently used.
 
 Imports no torch.
@@ -48,8 +49,8 @@ class CacheAllocator(Protocol):
     def is_ready(self, seq_index: int) -> bool:
         """Return whether the cached prefix is computed, or scheduled for the next forward pass."""
 
-    def mark_scheduled(self, seq_index: int, first: int, last: int) -> None:
-        """Record that the next forward pass computes positions first to last - 1."""
+    def mark_scheduled(self, seq_index: int, first: int, end: int) -> None:
+        """Record that the next forward pass computes positions first to end - 1."""
 
     def move(self, source: int, target: int) -> None:
         """Move a sequence to another index, which must be empty."""
@@ -87,7 +88,7 @@ class _SequenceBlocks:
 
     Attributes:
         blocks: Block indices in order.
-        cached: The first of these blocks, which are in the prefix tree.
+        cached: The leading blocks, those in the prefix tree.
         max_blocks: Blocks that the sequence may reach.
         n_reused: Leading cached blocks that another sequence computes.
         n_ready: Leading reused blocks that are known to be scheduled.
@@ -170,10 +171,10 @@ class BlockPool:
             sequence.n_ready += 1
         return sequence.n_ready == sequence.n_reused
 
-    def mark_scheduled(self, seq_index: int, first: int, last: int) -> None:
-        """Mark the blocks of positions first to last - 1 as scheduled; see `CacheAllocator`."""
+    def mark_scheduled(self, seq_index: int, first: int, end: int) -> None:
+        """Mark the blocks of positions first to end - 1 as scheduled; see `CacheAllocator`."""
         cached = self._sequences[seq_index].cached
-        for block in cached[first // self.block_size : last // self.block_size]:
+        for block in cached[first // self.block_size : end // self.block_size]:
             block.is_scheduled = True
 
     def ensure_block(self, seq_index: int, position: int) -> tuple[int, bool]:

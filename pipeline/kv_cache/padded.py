@@ -66,7 +66,7 @@ class PaddedKVCache:
         """Return True: there are no shared prefixes to wait for."""
         return True
 
-    def mark_scheduled(self, seq_index: int, first: int, last: int) -> None:
+    def mark_scheduled(self, seq_index: int, first: int, end: int) -> None:
         """Do nothing: there are no shared prefixes."""
 
     def attention_for(

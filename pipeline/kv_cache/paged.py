@@ -66,9 +66,9 @@ class PagedKVCache:
         """Return whether the cached prefix of the sequence is scheduled; see `CacheAllocator`."""
         return self.pool.is_ready(seq_index)
 
-    def mark_scheduled(self, seq_index: int, first: int, last: int) -> None:
-        """Mark positions first to last - 1 as scheduled; see `CacheAllocator`."""
-        self.pool.mark_scheduled(seq_index, first, last)
+    def mark_scheduled(self, seq_index: int, first: int, end: int) -> None:
+        """Mark positions first to end - 1 as scheduled; see `CacheAllocator`."""
+        self.pool.mark_scheduled(seq_index, first, end)
 
     def attention_for(self, seq_indices: Sequence[int], positions: Sequence[int]) -> PagedAttention:
         """Return the attention of one forward pass; see `KVCache`."""

@@ -91,10 +91,10 @@ class Linear(nn.Module):
     def pack(self, *, native: bool) -> None:
         """Lay the weight out for this CPU and drop the plain one, unless a tied embedding holds it.
 
-        A CPU without bfloat16 instructions gets bfloat16 weights widened to float32. Sums are then
-        at least as accurate, each result is rounded to bfloat16 once, and it is several times
-        faster. Where no packed layout exists, out_features is rounded up: products of odd widths
-        were seen to depend on how many threads share them.
+        On a CPU where oneDNN does not support bfloat16, bfloat16 weights are widened to float32.
+        Sums are then at least as accurate, each result is rounded to bfloat16 once, and it is
+        several times faster. Where no packed layout exists, out_features is rounded up: products of
+        odd widths were seen to depend on how many threads share them.
 
         Args:
             native: The C++ kernels are available.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Default maximum of tokens per forward pass. The self-test covers twice as many rows.
+# Default maximum of tokens per forward pass. Large batches may exceed it (`max_step_tokens` of the
+# scheduler). The self-test covers twice as many rows.
 STEP_TOKENS = 512
 # Between multiples of this, row counts are rounded up.
 GRAIN_ROWS = 8

@@ -131,7 +131,10 @@ def sweep(work: Path) -> None:
 
 
 def _link(temporary: Path, target: Path) -> bool:
-    """Rename a file to a free name. Returns False when the name is taken."""
+    """Give a file a free name too, by a hard link where there are any; False if it is taken.
+
+    A file system without hard links renames the file.
+    """
     try:
         os.link(temporary, target)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""Generating the missing parts of a job: the loop over prompts, engine and parts.
+"""PartRunner: runs the prompts of missing parts through the engine, into a PartSink.
 
 The loop belongs to the output, because the part is the unit of work: it is begun, committed,
 recorded in the crash journal and generated again as a whole.
@@ -184,7 +184,7 @@ class PartRunner:
             -engine.max_rows_held // self.summary.part_rows
         )
 
-        def may_start(number: int) -> bool:
+        def try_begin_part(number: int) -> bool:
             if self.sink.is_in_flight(number):
                 return True
             if self.sink.n_in_flight >= max_in_flight:
@@ -193,7 +193,7 @@ class PartRunner:
             return True
 
         prompts = self.prompts.prompts(
-            self.summary, reject=self._take, parts=numbers, may_start=may_start
+            self.summary, reject=self._take, parts=numbers, try_begin_part=try_begin_part
         )
         if batch_size == 1:
             prompts = self._record_lone_rows(prompts)

@@ -1,4 +1,7 @@
-"""PartSink: takes the rows of a run, and keeps the records that survive a crash."""
+"""PartSink: passes rows to the PartWriter, and keeps crash journal and manifest up to date.
+
+PartRunner fills it. PartWriter turns rows into files.
+"""
 
 from __future__ import annotations
 

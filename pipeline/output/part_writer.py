@@ -1,4 +1,4 @@
-"""Writing parts: rows in any order become Parquet files, each committed when its last row arrives.
+"""PartWriter: collects rows in any order, and writes a part as Parquet when its last row arrives.
 
 A part under its final name is the record that its rows are done. The file appears whole and checked
 (atomic_write.py), and takes its name only where no other file has it.
