@@ -151,7 +151,9 @@ def _usage_and_options(command: click.Command, context: click.Context) -> list[s
             _sentence(DEFAULT_IN_HELP.sub("", option.help or "")),
         )
         for option in command.get_params(context)
-        if isinstance(option, click.Option) and option.name not in keys and option.name != "help"
+        if isinstance(option, click.Option)
+        and option.name not in keys
+        and "--help" not in option.opts
     ]
     table = [*_header("option", "values", "default", "meaning"), *rows] if rows else []
     return ["```text", re.sub(r"\s+", " ", usage), "```", "", *table]
