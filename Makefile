@@ -6,6 +6,7 @@
 # make soak                500 rounds of runs that are killed at random moments and resumed
 # make bench               new tokens per second of gptbatch and transformers, in turn
 # make ablation            new tokens per second with each optimization off, in turn
+# make cuda-check          what only a GPU can say about the CUDA path, in ten minutes at most
 # make bench-peers PEERS=~/peers    the same with the peers that have an environment there (benchmarks/compare.py)
 PYTHON ?= python3
 CONFIG ?= demo
@@ -14,7 +15,7 @@ PEERS ?= peers
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install generate test test-all lint types check soak bench ablation bench-peers clean
+.PHONY: install generate test test-all lint types check soak bench ablation cuda-check bench-peers clean
 
 install: .venv/installed
 
@@ -50,6 +51,9 @@ bench: install
 
 ablation: install
 	$(BIN)/python benchmarks/ablation.py $(ARGS)
+
+cuda-check:
+	$(PYTHON) benchmarks/cuda_check.py $(ARGS)
 
 bench-peers: install
 	$(BIN)/python benchmarks/compare.py --programs gptbatch gptbatch-int8-cache --peers $(PEERS) $(ARGS)

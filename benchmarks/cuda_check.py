@@ -1,0 +1,124 @@
+"""All that only a GPU can say about the CUDA path, within ten minutes: `make cuda-check`.
+
+    python benchmarks/cuda_check.py [--out DIR] [--sections NAME ...] [--seconds 540]
+
+Runs each section in a process of its own, so that one that fails or hangs costs only its own
+results. A section prints a JSON object that grows with its findings. What all sections print is in
+DIR/log.txt; their last objects are in DIR/results.json, which is written after each of them, and in
+the last line of the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Name and the most seconds of each section, in the order of what is worth most.
+SECTIONS = {
+    "machine": 60,
+    "compile": 150,
+    "graph-nodes": 40,
+    "kernels": 60,
+    "linear-bits": 100,
+    "linear-times": 120,
+    "kernel-times": 90,
+    "step": 150,
+    "transformers": 120,
+    "tests": 120,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("cuda-check"))
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--seconds", type=float, default=540, help="limit for all sections")
+    parser.add_argument(
+        "--cpu-tests", action="store_true", help="test the C++ kernels beside it on half the cores"
+    )
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    ends_at = time.monotonic() + args.seconds
+    background = start_cpu_tests(args.out) if args.cpu_tests else None
+    results: dict[str, Any] = {}
+    for section in args.sections:
+        limit = min(SECTIONS[section], ends_at - time.monotonic())
+        started = time.monotonic()
+        results[section] = run_section(section, args.out, limit)
+        results[section]["wall_s"] = round(time.monotonic() - started, 1)
+        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(section, json.dumps(results[section]), flush=True)
+    if background is not None:
+        try:
+            background.wait(max(1.0, ends_at - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            background.kill()
+        lines = (args.out / "cpu-tests.txt").read_text(errors="replace").splitlines()
+        results["cpu-tests"] = {"rc": background.returncode, "last_line": lines[-1:]}
+        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))
+
+
+def start_cpu_tests(out: Path) -> subprocess.Popen[bytes]:
+    """Test the C++ kernels on the upper half of the cores, which may know more instructions."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = ",".join(map(str, cores[len(cores) // 2 :]))
+    command = ["taskset", "-c", half, sys.executable, "-m", "pytest", "-q", "-n", "6"]
+    command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "tests/test_kernels.py"]
+    with (out / "cpu-tests.txt").open("w") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=child_environment()
+        )
+
+
+def run_section(section: str, out: Path, limit: float) -> dict[str, Any]:
+    """Run a section in a child process; return its JSON object, or what went wrong."""
+    if limit < 5:
+        return {"error": "no time left"}
+    output = out / "log.txt"
+    environment = {**child_environment(), "CUDA_CHECK_OUT": str(out.resolve())}
+    begins_at = output.stat().st_size if output.exists() else 0
+    with output.open("a") as file:
+        try:
+            child = subprocess.run(
+                [sys.executable, "-m", "benchmarks.cuda_sections", section],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                env=environment,
+                cwd=REPOSITORY,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"stopped after {limit:.0f} s", **_last_object(output, begins_at)}
+    found = _last_object(output, begins_at)
+    return found if child.returncode == 0 else {"error": f"exit {child.returncode}", **found}
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment in which Python finds gptbatch, benchmarks and tests."""
+    paths = [str(REPOSITORY / "src"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def _last_object(output: Path, begins_at: int) -> dict[str, Any]:
+    """Return the last line from that byte on that is a JSON object; an empty one for none."""
+    text = output.read_bytes()[begins_at:].decode(errors="replace")
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    return {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Layer normalization, alone or behind what precedes it. One program per row.
+
+The two sums of a row run over 32 logical lanes (c mod 32), each one chain over c, then over the
+tree of one warp, which adds lanes i and i + 16 first. This order follows neither the number of
+warps nor the dtype.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@triton.jit
+def norm_row(x, weight, bias, y, epsilon, C: tl.constexpr):
+    """Normalize the row x (C,) into y (C,): (x - mean) / sqrt(variance + epsilon) * w + b."""
+    lane = tl.arange(0, 32)
+    total = tl.zeros((32,), tl.float32)
+    values: tl.tuple = ()
+    for c0 in tl.static_range(0, C, 32):
+        value = tl.load(x + c0 + lane, mask=c0 + lane < C, other=0.0).to(tl.float32)
+        values = values + (value,)  # noqa: RUF005
+        total += value
+    mean = tl.div_rn(tl.sum(total, axis=0), C * 1.0)
+    total = tl.zeros((32,), tl.float32)
+    for i in tl.static_range(len(values)):
+        centered = tl.where(i * 32 + lane < C, values[i] - mean, 0.0)
+        total = tl.fma(centered, centered, total)
+    deviation = tl.sqrt_rn(tl.div_rn(tl.sum(total, axis=0), C * 1.0) + epsilon)
+    for i in tl.static_range(len(values)):
+        c = i * 32 + lane
+        w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+        b = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+        result = tl.fma(tl.div_rn(values[i] - mean, deviation), w, b)
+        tl.store(y + c, result.to(y.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def norm_kernel(x, weight, bias, y, epsilon, C: tl.constexpr):
+    """X (M, C) -> y (M, C)."""
+    row = tl.program_id(0)
+    norm_row(x + row * C, weight, bias, y + row * C, epsilon, C)
+
+
+@triton.jit
+def add_norm_kernel(
+    partials,
+    linear_bias,
+    x,
+    weight,
+    bias,
+    y,
+    epsilon,
+    M,
+    C: tl.constexpr,
+    SIZE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """X (M, C) += the sum of partials (SEGMENTS, M, C) + linear_bias; y (M, C) = norm(x).
+
+    SIZE: C rounded up to a power of 2.
+    """
+    row = tl.program_id(0)
+    c = tl.arange(0, SIZE)
+    mask = c < C
+    total = tl.zeros((SIZE,), tl.float32)
+    for segment in tl.static_range(SEGMENTS):
+        total += tl.load(partials + (segment * M + row) * C + c, mask=mask, other=0.0)
+    total += tl.load(linear_bias + c, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(x + row * C + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(x + row * C + c, total.to(x.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+    norm_row(x + row * C, weight, bias, y + row * C, epsilon, C)
+
+
+@triton.jit
+def embed_kernel(
+    tokens, positions, wte, wpe, weight, bias, x, y, epsilon, C: tl.constexpr, SIZE: tl.constexpr
+):
+    """X (M, C) = wte[tokens] + wpe[positions], y (M, C) = norm(x); position -1 is read as 0."""
+    row = tl.program_id(0)
+    token = tl.load(tokens + row).to(tl.int64)
+    position = tl.maximum(tl.load(positions + row), 0)
+    c = tl.arange(0, SIZE)
+    mask = c < C
+    value = tl.load(wte + token * C + c, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(wpe + position * C + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(x + row * C + c, value.to(x.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+    norm_row(x + row * C, weight, bias, y + row * C, epsilon, C)
+
+
+def norm_twin(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Compute in torch what `norm_kernel` computes, in float32."""
+    return F.layer_norm(x.float(), (x.shape[1],), weight.float(), bias.float(), epsilon)
