@@ -5,8 +5,9 @@
                                   [--repeats 2] [--threads N] [--json ablation.json]
 
 Uses random weights on a CPU with the C++ kernels. Each variant is a process of its own that loads
-its model once. A repeat is one turn of each variant while the others wait. Prints a markdown table
-of speed-ups: the median over the repeats of (rate with it on) / (rate with it off). The column
+its model once, and then waits. In a repeat, each variant runs directly after what it is compared
+with, or before it, so that both meet the machine in the same state. Prints a markdown table of
+speed-ups: the median over the repeats of (rate with it on) / (rate with it off). The column
 "same tokens" tells whether both give the same tokens. "n/a" stands where the optimization is never
 used: the two-pass head needs float32 and bfloat16 instructions, and the fused blocks need linears
 in the model's own dtype. The last line is a JSON object.
@@ -318,22 +319,14 @@ def measure(
             applies[name] = connections[name].recv()
         results = []
         for workload in workloads:
-            rates: dict[str, list[float]] = {name: [] for name in names}
-            digests = {}
-            for repeat in range(repeats):
-                # Alternate the order, so that no variant always runs first.
-                for name in names if repeat % 2 == 0 else list(reversed(names)):
-                    connections[name].send((workload, repeat))
-                    rate, digest = connections[name].recv()
-                    rates[name].append(rate)
-                    digests[name, repeat] = digest
-                    print(
-                        f"{work.dtype}, {workload}, repeat {repeat}: {name:<18} {rate:8.1f} "
-                        "new tokens/s",
-                        flush=True,
-                    )
+            pairs = [
+                run_pair(name, work.dtype, workload, repeat, connections)
+                for repeat in range(repeats)
+                for name in names
+                if name != "all on"
+            ]
             results += [
-                summarize(name, work.dtype, workload, rates, digests) | {"applies": applies[name]}
+                summarize(name, work.dtype, workload, pairs) | {"applies": applies[name]}
                 for name in names
             ]
         return results
@@ -388,29 +381,52 @@ def run(
     return sum(map(len, tokens.values())) / seconds, digest
 
 
-def summarize(
-    name: str,
-    dtype: str,
-    workload: str,
-    rates: dict[str, list[float]],
-    digests: dict[tuple[str, int], str],
-) -> dict[str, Any]:
-    """Compare a variant with its baseline."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One run of a variant, and one of its baseline beside it."""
+
+    name: str
+    on: float
+    off: float
+    same_tokens: bool
+
+
+def run_pair(
+    name: str, dtype: str, workload: str, repeat: int, connections: dict[str, Connection]
+) -> Pair:
+    """Run a variant and its baseline, one directly after the other; the order alternates."""
+    baseline = VARIANTS[name].baseline
+    found: dict[str, tuple[float, str]] = {}
+    for which in (baseline, name) if repeat % 2 == 0 else (name, baseline):
+        connections[which].send((workload, repeat))
+        found[which] = connections[which].recv()
+    (on, on_digest), (off, off_digest) = found[baseline], found[name]
+    print(f"{dtype}, {workload}, repeat {repeat}: {name:<18} {on:8.1f} {off:8.1f}", flush=True)
+    return Pair(name=name, on=on, off=off, same_tokens=on_digest == off_digest)
+
+
+def summarize(name: str, dtype: str, workload: str, pairs: list[Pair]) -> dict[str, Any]:
+    """Compare a variant with its baseline; of "all on", list the rates of all pairs."""
     variant = VARIANTS[name]
-    pairs = list(zip(rates[variant.baseline], rates[name], strict=True))
-    ratios = [off / on if variant.is_extra else on / off for on, off in pairs]
-    repeats = range(len(pairs))
+    if name == "all on":
+        rates = [pair.on for pair in pairs if VARIANTS[pair.name].baseline == name]
+        return {
+            "dtype": dtype,
+            "workload": workload,
+            "variant": name,
+            "tokens_per_s": [round(rate, 1) for rate in rates],
+        }
+    pairs = [pair for pair in pairs if pair.name == name]
+    ratios = [pair.off / pair.on if variant.is_extra else pair.on / pair.off for pair in pairs]
     return {
         "dtype": dtype,
         "workload": workload,
         "variant": name,
         "label": variant.label,
         "baseline": variant.baseline,
-        "tokens_per_s": [round(rate, 1) for rate in rates[name]],
+        "ratios": [round(ratio, 3) for ratio in ratios],
         "speed_up": round(statistics.median(ratios), 3),
-        "same_tokens": all(
-            digests[name, repeat] == digests[variant.baseline, repeat] for repeat in repeats
-        ),
+        "same_tokens": all(pair.same_tokens for pair in pairs),
     }
 
 
