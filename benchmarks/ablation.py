@@ -59,9 +59,6 @@ MAX_SEQS = 64
 WARM_UP_TOKENS = 4
 # For trying the benchmark out.
 TINY = {"vocab_size": 2048, "n_positions": 512, "n_layer": 2, "n_head": 4, "n_embd": 64}
-WEIGHTS_PER_BLOCK = 12
-# As in the kernel: the most rounds of heads times threads, relative to the heads.
-MAX_ROUNDS_PER_HEAD = 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +155,7 @@ def run_one_by_one(*, fuse_qkv: bool = True, native_norm: bool = True) -> Callab
         y: Tensor
         heads = cache.shape[0]
         head_size = bias.numel() // (3 * heads)
-        if fuse_qkv and can_fuse_qkv(heads, head_size):
+        if fuse_qkv and torch.ops.gptbatch.runs_by_head(heads, head_size):
             y = torch.ops.gptbatch.qkv_paged_attention(x, qkv, bias, cache, *call)
             return y
         projected = product(x, qkv, bias, None, "none").view(len(x), heads, 3, head_size)
@@ -170,9 +167,9 @@ def run_one_by_one(*, fuse_qkv: bool = True, native_norm: bool = True) -> Callab
     ) -> Tensor:
         cache = attention.cache
         for index, (layer, scale) in enumerate(zip(self.layers, self.scales, strict=True)):
-            first = index * WEIGHTS_PER_BLOCK
+            count = len(self.weights) // len(self.layers)
             n1, b1, qkv, qkv_b, out, out_b, n2, b2, w_in, in_b, w_out, w_out_b = self.weights[
-                first : first + WEIGHTS_PER_BLOCK
+                index * count : (index + 1) * count
             ]
             call = (cache.block_table, attention.seq_indices, attention.positions, scale)
             normed = norm(x, n1, b1, self.epsilon)
@@ -193,15 +190,6 @@ def run_one_by_one(*, fuse_qkv: bool = True, native_norm: bool = True) -> Callab
     return patch
 
 
-def can_fuse_qkv(heads: int, head_size: int) -> bool:
-    """Return whether the kernel fuses projection and attention for these heads and threads."""
-    threads = torch.get_num_threads()
-    rounds = -(-heads // threads)
-    panel_width: int = torch.ops.gptbatch.pack_weight(torch.zeros(1, 1)).shape[2]
-    is_balanced = rounds * threads <= MAX_ROUNDS_PER_HEAD * heads
-    return 3 * head_size % panel_width == 0 and rounds > 1 and is_balanced
-
-
 def has_fused_blocks(model: GPT) -> bool:
     """Return whether all blocks run in one kernel call."""
     return model.blocks.fused is not None
@@ -209,7 +197,10 @@ def has_fused_blocks(model: GPT) -> bool:
 
 def has_fused_qkv(model: GPT) -> bool:
     """Return whether the kernel fuses projection and attention of this model."""
-    return has_fused_blocks(model) and can_fuse_qkv(model.config.n_head, model.config.head_size)
+    config = model.config
+    return has_fused_blocks(model) and bool(
+        torch.ops.gptbatch.runs_by_head(config.n_head, config.head_size)
+    )
 
 
 def has_two_pass_head(model: GPT) -> bool:
@@ -319,11 +310,11 @@ def measure(
             applies[name] = connections[name].recv()
         results = []
         for workload in workloads:
+            turns = [(repeat, name) for repeat in range(repeats) for name in names[1:]]
+            # Other prompts for every pair, so that no run finds those of an earlier one cached.
             pairs = [
-                run_pair(name, work.dtype, workload, repeat, connections)
-                for repeat in range(repeats)
-                for name in names
-                if name != "all on"
+                run_pair(name, work.dtype, workload, turn, connections, swap=repeat % 2 == 1)
+                for turn, (repeat, name) in enumerate(turns)
             ]
             results += [
                 summarize(name, work.dtype, workload, pairs) | {"applies": applies[name]}
@@ -351,7 +342,7 @@ def serve(name: str, work: Work, connection: Connection) -> None:
     )
     applies = variant.applies(model)
     variant.adapt(model)
-    engine = Engine(model=model, batch_size=MAX_SEQS, end_tokens=())
+    engine = Engine(model=model, batch_size=MAX_SEQS, eos_token_ids=())
     run(engine, work, "uniform", 0, WARM_UP_TOKENS)
     connection.send(applies)
     while True:
@@ -392,16 +383,22 @@ class Pair:
 
 
 def run_pair(
-    name: str, dtype: str, workload: str, repeat: int, connections: dict[str, Connection]
+    name: str,
+    dtype: str,
+    workload: str,
+    turn: int,
+    connections: dict[str, Connection],
+    *,
+    swap: bool,
 ) -> Pair:
-    """Run a variant and its baseline, one directly after the other; the order alternates."""
+    """Run the prompts of a turn by a baseline and its variant, the variant first if `swap`."""
     baseline = VARIANTS[name].baseline
     found: dict[str, tuple[float, str]] = {}
-    for which in (baseline, name) if repeat % 2 == 0 else (name, baseline):
-        connections[which].send((workload, repeat))
+    for which in (name, baseline) if swap else (baseline, name):
+        connections[which].send((workload, turn))
         found[which] = connections[which].recv()
     (on, on_digest), (off, off_digest) = found[baseline], found[name]
-    print(f"{dtype}, {workload}, repeat {repeat}: {name:<18} {on:8.1f} {off:8.1f}", flush=True)
+    print(f"{dtype}, {workload}, turn {turn}: {name:<18} {on:8.1f} {off:8.1f}", flush=True)
     return Pair(name=name, on=on, off=off, same_tokens=on_digest == off_digest)
 
 

@@ -61,7 +61,7 @@ def main() -> None:
         assert report.passed or name == "padded", report.failures
 
     def tokens_per_s(model: GPT, repeat: int) -> float:
-        engine = Engine(model=model, batch_size=args.rows, end_tokens=())
+        engine = Engine(model=model, batch_size=args.rows, eos_token_ids=())
         began = time.perf_counter()
         for _ in engine.generate(work.prompts(repeat, vocab_size=config.vocab_size)):
             pass

@@ -145,7 +145,7 @@ def engine_alone(model: Path, args: argparse.Namespace) -> Callable[[], float]:
         engine = Engine(
             model=loaded.model,
             batch_size=loaded.batch_size(None),
-            end_tokens=(),
+            eos_token_ids=(),
             memory_bytes=loaded.cache_memory_bytes(None),
         )
         rows = prompts()

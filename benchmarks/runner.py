@@ -52,7 +52,7 @@ def gptbatch(
         checkpoint, config, settings, torch.device(args.device), batch_invariance="require"
     )
     memory = loaded.cache_memory_bytes(MEMORY_GIB if args.device == "cpu" else None)
-    engine = Engine(model=loaded.model, batch_size=MAX_ROWS, end_tokens=(), memory_bytes=memory)
+    engine = Engine(model=loaded.model, batch_size=MAX_ROWS, eos_token_ids=(), memory_bytes=memory)
 
     def generate(rows: Rows) -> None:
         work = Workload(

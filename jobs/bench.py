@@ -128,7 +128,7 @@ def _bench(options: dict[str, Any]) -> None:
     engine = Engine(
         model=model,
         batch_size=loaded.batch_size(options["batch_size"]),
-        end_tokens=(),
+        eos_token_ids=(),
         memory_bytes=loaded.cache_memory_bytes(None),
         scheduling=SchedulingOptions(
             step_tokens=options["step_tokens"] or STEP_TOKENS,

@@ -88,7 +88,7 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
         + (f"differ in {compared.difference}" if compared.difference else "equal")
     )
     ends, unfollowed = checkpoint.special_tokens.ends, checkpoint.settings_not_followed
-    hf_ends = _end_tokens(hf_model)
+    hf_ends = _eos_token_ids(hf_model)
     missing_ends = {token for token in hf_ends if 0 <= token < gpt.config.vocab_size} - set(ends)
     echo(f"EOS tokens: gptbatch {list(ends)}, transformers {hf_ends}")
     echo(f"ignored generation settings: {json.dumps(unfollowed) if unfollowed else 'none'}")
@@ -102,8 +102,8 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
         "greedy_tokens_equal": networks.equal_tokens,
         "greedy_tokens_compared": networks.tokens,
         "tokenizer_difference": compared.difference,
-        "end_tokens": ends,
-        "end_tokens_transformers": hf_ends,
+        "eos_token_ids": ends,
+        "eos_token_ids_transformers": hf_ends,
         "settings_not_followed": unfollowed,
         "agree": agree,
     }
@@ -218,7 +218,7 @@ def _load_with_transformers(checkpoint: Checkpoint) -> GPT2LMHeadModel:
     return model
 
 
-def _end_tokens(hf_model: GPT2LMHeadModel) -> list[int]:
+def _eos_token_ids(hf_model: GPT2LMHeadModel) -> list[int]:
     """Return the EOS tokens of `generate` of transformers."""
     generation: Any = hf_model.generation_config
     ends = generation.eos_token_id

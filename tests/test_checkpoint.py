@@ -253,7 +253,7 @@ def test_another_end_token_is_another_job(tmp_path: Path) -> None:
     run(folder, tmp_path, ["hi"])  # a setting that is not followed changes nothing
     assert run_command(["verify", str(tmp_path / "out")]) == 0
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": STOP}))
-    with pytest.raises(Exception, match="end_tokens differ"):
+    with pytest.raises(Exception, match="eos_token_ids differ"):
         run(folder, tmp_path, ["hi"])
     assert run_command(["verify", str(tmp_path / "out")]) == 78
 
@@ -965,8 +965,10 @@ def test_check_model_compares_end_tokens_and_settings(
     stdout = capsys.readouterr().out
     summary = json.loads(stdout.splitlines()[-1])
     assert summary["agree"]
-    assert summary["end_tokens"] == [0, STOP]
-    assert summary["end_tokens_transformers"] == ([STOP] if name == "a single one" else [0, STOP])
+    assert summary["eos_token_ids"] == [0, STOP]
+    assert summary["eos_token_ids_transformers"] == (
+        [STOP] if name == "a single one" else [0, STOP]
+    )
     assert summary["settings_not_followed"] == (settings if generation else {})
     assert "EOS tokens: gptbatch [0, 258], transformers [" in stdout
 

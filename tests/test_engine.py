@@ -49,7 +49,7 @@ def run(
     prompts: Sequence[TokenizedPrompt],
     *,
     batch_size: int,
-    end_tokens: tuple[int, ...] = (END_OF_TEXT,),
+    eos_token_ids: tuple[int, ...] = (END_OF_TEXT,),
     window_full: WindowFull = "stop",
     step_tokens: int = 4096,
 ) -> list[Completion]:
@@ -57,7 +57,7 @@ def run(
     engine = Engine(
         model=model,
         batch_size=batch_size,
-        end_tokens=end_tokens,
+        eos_token_ids=eos_token_ids,
         window_full=window_full,
         scheduling=SchedulingOptions(step_tokens=step_tokens),
     )
@@ -72,12 +72,16 @@ def expect(
     model: GPT,
     prompts: Sequence[TokenizedPrompt],
     *,
-    end_tokens: tuple[int, ...] = (END_OF_TEXT,),
+    eos_token_ids: tuple[int, ...] = (END_OF_TEXT,),
     window_full: WindowFull = "stop",
 ) -> list[tuple[list[int], str]]:
     return [
         reference.generate(
-            model, p.token_ids, p.prompt.params, end_tokens=end_tokens, window_full=window_full
+            model,
+            p.token_ids,
+            p.prompt.params,
+            eos_token_ids=eos_token_ids,
+            window_full=window_full,
         )
         for p in prompts
     ]
@@ -90,10 +94,10 @@ def outcome(completions: Sequence[Completion]) -> list[tuple[list[int], str | No
 def test_engine_gives_the_tokens_of_the_reference(model: GPT) -> None:
     prompts = ragged_prompts(40)
     # the two commonest tokens of a first run, so that sequences end early
-    first = run(model, prompts, batch_size=16, end_tokens=())
+    first = run(model, prompts, batch_size=16, eos_token_ids=())
     counts = torch.bincount(torch.tensor([t for completion in first for t in completion.token_ids]))
-    end_tokens = tuple(counts.topk(2).indices.tolist())
-    expected = expect(model, prompts, end_tokens=end_tokens)
+    eos_token_ids = tuple(counts.topk(2).indices.tolist())
+    expected = expect(model, prompts, eos_token_ids=eos_token_ids)
     assert {reason for _, reason in expected} >= {"end_of_text", "max_new_tokens"}
     for batch_size in (1, 3, 16):
         for step_tokens in (4096, 60):
@@ -101,7 +105,7 @@ def test_engine_gives_the_tokens_of_the_reference(model: GPT) -> None:
                 model,
                 prompts,
                 batch_size=batch_size,
-                end_tokens=end_tokens,
+                eos_token_ids=eos_token_ids,
                 step_tokens=step_tokens,
             )
             assert outcome(found) == expected, (batch_size, step_tokens)
@@ -137,9 +141,9 @@ def test_greedy_tokens_are_those_of_transformers() -> None:
     theirs = random_model(seed=5, n_layer=3)
     prompts = ragged_prompts(32, greedy=True)
     ours = our_model(theirs)
-    completions = run(ours, prompts, batch_size=32, end_tokens=())
+    completions = run(ours, prompts, batch_size=32, eos_token_ids=())
     for batch_size in (1, 7):
-        found = run(ours, prompts, batch_size=batch_size, end_tokens=())
+        found = run(ours, prompts, batch_size=batch_size, eos_token_ids=())
         assert outcome(found) == outcome(completions), batch_size
     with torch.inference_mode():
         for prompt, completion in zip(prompts, completions, strict=True):
@@ -176,9 +180,9 @@ def test_greedy_tokens_are_those_of_transformers_on_the_gpt2_shape(n_layer: int)
         for i in range(64)
     ]
     ours = our_model(theirs)
-    completions = run(ours, prompts, batch_size=32, end_tokens=())
+    completions = run(ours, prompts, batch_size=32, eos_token_ids=())
     for batch_size in (1, 7):
-        found = run(ours, prompts, batch_size=batch_size, end_tokens=())
+        found = run(ours, prompts, batch_size=batch_size, eos_token_ids=())
         assert outcome(found) == outcome(completions), batch_size
     with torch.inference_mode():
         for prompt, completion in zip(prompts, completions, strict=True):
@@ -242,7 +246,7 @@ def test_prompts_are_taken_as_sequences_finish(model: GPT) -> None:
             yield prompt
 
     engine = Engine(
-        model=model, batch_size=8, end_tokens=(), scheduling=SchedulingOptions(max_waiting=5)
+        model=model, batch_size=8, eos_token_ids=(), scheduling=SchedulingOptions(max_waiting=5)
     )
     for completions in engine.generate(counted()):
         ended += len(completions)
@@ -298,7 +302,7 @@ def test_memory_that_runs_out_in_allocate_halves_the_batch(
     prompts = ragged_prompts(20)
     expected = outcome(run(model, prompts, batch_size=8))
     monkeypatch.setattr(PaddedKVCache, "allocate", allocate)
-    engine = Engine(model=model, batch_size=8, end_tokens=(END_OF_TEXT,))
+    engine = Engine(model=model, batch_size=8, eos_token_ids=(END_OF_TEXT,))
     ended = [
         completion for completions in engine.generate(iter(prompts)) for completion in completions
     ]

@@ -69,14 +69,14 @@ def run(
     prompts: Sequence[TokenizedPrompt],
     *,
     batch_size: int,
-    end_tokens: tuple[int, ...] = (0,),
+    eos_token_ids: tuple[int, ...] = (0,),
     window_full: WindowFull = "stop",
     step_tokens: int = 4096,
 ) -> dict[int, Outcome]:
     engine = Engine(
         model=model,
         batch_size=batch_size,
-        end_tokens=end_tokens,
+        eos_token_ids=eos_token_ids,
         window_full=window_full,
         scheduling=SchedulingOptions(step_tokens=step_tokens),
         record_logits=True,
@@ -233,14 +233,14 @@ def test_cache_widths_and_prefill_groups(demo: GPT) -> None:
 
 def test_windows_that_slide(demo: GPT) -> None:
     prompts = [tokenized(i, [3 + i] * (250 + 2 * i), max_new_tokens=8 + i) for i in range(4)]
-    expected = run(demo, prompts, batch_size=1, end_tokens=(), window_full="slide")
+    expected = run(demo, prompts, batch_size=1, eos_token_ids=(), window_full="slide")
     assert {len(tokens) for tokens, *_ in expected.values()} == {8, 9, 10, 11}
     assert (
         run(
             demo,
             [*prompts[::-1], *demo_prompts(10)[4:]],
             batch_size=5,
-            end_tokens=(),
+            eos_token_ids=(),
             window_full="slide",
         ).items()
         >= expected.items()
@@ -253,7 +253,7 @@ def test_the_reference_gives_the_same_bits(demo: GPT) -> None:
     for index, (token_ids, stop_reason, _, digest) in run(demo, prompts, batch_size=8).items():
         prompt = prompts[index]
         assert reference.generate(
-            demo, prompt.token_ids, prompt.prompt.params, end_tokens=(0,)
+            demo, prompt.token_ids, prompt.prompt.params, eos_token_ids=(0,)
         ) == (token_ids, stop_reason)
         assert digest == reference_digest(demo, prompt.token_ids, token_ids)
 
@@ -438,7 +438,7 @@ def test_blocks_are_freed() -> None:
     if not has_kernels():
         pytest.skip("no C++ compiler")
     model = our_model(random_model(), attention="ragged")
-    engine = Engine(model=model, batch_size=4, end_tokens=())
+    engine = Engine(model=model, batch_size=4, eos_token_ids=())
     for _ in engine.generate(iter(random_prompts(40, 300, longest=50, max_new_tokens=10))):
         pass
     cache = engine._cache
@@ -591,7 +591,7 @@ def test_gpt2_chunks_and_the_reference(gpt2: GPT) -> None:
     )
     prompt = random_prompts(1, 50257, longest=30, max_new_tokens=3)[0]
     token_ids, stop_reason, _, digest = run(gpt2, [prompt], batch_size=1)[0]
-    assert reference.generate(gpt2, prompt.token_ids, prompt.prompt.params, end_tokens=(0,)) == (
+    assert reference.generate(gpt2, prompt.token_ids, prompt.prompt.params, eos_token_ids=(0,)) == (
         token_ids,
         stop_reason,
     )

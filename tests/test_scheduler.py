@@ -224,14 +224,14 @@ def test_random_work_gives_the_tokens_of_the_reference(seed: int) -> None:
         )
     expected = [
         reference.generate(
-            model, p.token_ids, p.prompt.params, end_tokens=(7,), window_full="slide"
+            model, p.token_ids, p.prompt.params, eos_token_ids=(7,), window_full="slide"
         )
         for p in prompts
     ]
     engine = Engine(
         model=model,
         batch_size=rng.randint(1, 12),
-        end_tokens=(7,),
+        eos_token_ids=(7,),
         window_full="slide",
         scheduling=SchedulingOptions(
             step_tokens=rng.randint(1, 150), max_waiting=rng.randrange(20)

@@ -222,7 +222,7 @@ def test_a_run_is_the_same_with_and_without(model: GPT) -> None:
     ]
 
     def run() -> list[tuple[str, list[int], float | None]]:
-        engine = Engine(model=model, batch_size=7, end_tokens=())
+        engine = Engine(model=model, batch_size=7, eos_token_ids=())
         ended = (completion for some in engine.generate(iter(prompts)) for completion in some)
         return sorted((c.prompt.prompt_id, c.token_ids, c.min_decision_margin) for c in ended)
 

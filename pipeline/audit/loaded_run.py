@@ -108,7 +108,7 @@ class LoadedRun:
         )
 
     @property
-    def end_tokens(self) -> tuple[int, ...]:
+    def eos_token_ids(self) -> tuple[int, ...]:
         """Token ids that end a row; empty with ignore_eos."""
         return () if self.config.ignore_eos else self.checkpoint.special_tokens.ends
 

@@ -76,7 +76,7 @@ def replay_row(
     engine = Engine(
         model=loaded_run.loaded.model,
         batch_size=1,
-        end_tokens=loaded_run.end_tokens,
+        eos_token_ids=loaded_run.eos_token_ids,
         window_full=loaded_run.config.window_full,
         record_logits=row["logits_digest"] is not None,
     )

@@ -284,7 +284,7 @@ def _finish_problem(loaded_run: LoadedRun, row: dict[str, Any], tokens: Recorded
     from gptbatch.pipeline.engine.sequence import StopRule
 
     rule = StopRule(
-        end_tokens=loaded_run.end_tokens,
+        eos_token_ids=loaded_run.eos_token_ids,
         n_positions=loaded_run.gpt_config.n_positions,
         window_full=loaded_run.config.window_full,
     )

@@ -83,7 +83,7 @@ def _engine_s(model: GPT, last: int, *, slide: bool) -> tuple[list[int], list[fl
     engine = Engine(
         model=model,
         batch_size=1,
-        end_tokens=(),
+        eos_token_ids=(),
         window_full="slide" if slide else "stop",
         scheduling=SchedulingOptions(step_tokens=model.config.n_positions),
     )

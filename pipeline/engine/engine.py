@@ -85,7 +85,7 @@ class Engine:
     Attributes:
         model: A packed model.
         batch_size: The most sequences that run at once. The engine lowers it when memory runs out.
-        end_tokens: Token ids that end a completion; empty for none.
+        eos_token_ids: Token ids that end a completion; empty for none.
         memory_bytes: Memory of the KV cache; None is enough for batch_size full contexts.
         window_full: See `StopRule`.
         scheduling: How steps are filled.
@@ -95,7 +95,7 @@ class Engine:
 
     model: GPT
     batch_size: int
-    end_tokens: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     memory_bytes: int | None = None
     window_full: WindowFull = "stop"
     scheduling: SchedulingOptions = SchedulingOptions()
@@ -108,7 +108,7 @@ class Engine:
             self._max_waiting = MAX_WAITING_PER_SEQ * self.batch_size if self.batch_size > 1 else 0
         self._n_positions = self.model.config.n_positions
         self._stop_rule = StopRule(
-            end_tokens=self.end_tokens,
+            eos_token_ids=self.eos_token_ids,
             n_positions=self._n_positions,
             window_full=self.window_full,
         )

@@ -35,7 +35,7 @@ def generate(
     prompt_token_ids: list[int],
     params: SamplingParams,
     *,
-    end_tokens: tuple[int, ...],
+    eos_token_ids: tuple[int, ...],
     window_full: Literal["stop", "slide"] = "stop",
 ) -> tuple[list[int], StopReason]:
     """Return the new tokens of one prompt of 1 to n_positions tokens, and why they stop."""
@@ -49,7 +49,7 @@ def generate(
         with torch.inference_mode():
             logits = network(idx)[0, -1]
         new_tokens.append(sample_token(logits, params, step))
-        if new_tokens[-1] in end_tokens:
+        if new_tokens[-1] in eos_token_ids:
             return new_tokens, "end_of_text"
     return new_tokens, "max_new_tokens"
 

@@ -146,13 +146,13 @@ class StopRule:
     """When a sequence stops.
 
     Attributes:
-        end_tokens: Token ids that stop it; empty for none.
+        eos_token_ids: Token ids that stop it; empty for none.
         n_positions: Length of the context.
         window_full: What happens when the context is full. `stop` stops. `slide` continues: each
             step takes the n_positions most recent tokens at positions from 0.
     """
 
-    end_tokens: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     n_positions: int
     window_full: WindowFull
 
@@ -167,7 +167,7 @@ class StopRule:
             n_tokens: Prompt and new tokens, this one included.
             max_new_tokens: The limit of the prompt.
         """
-        if token in self.end_tokens:
+        if token in self.eos_token_ids:
             return "end_of_text"
         if n_new_tokens >= max_new_tokens:
             return "max_new_tokens"

@@ -15,8 +15,9 @@ INT8_SCALE_BYTES = 4
 INT8_MAX = 127
 # int8: keys and values whose absmax is below this are stored as 0.
 INT8_MIN_ABSMAX = 1e-30
-# The two-pass LM head keeps one error bound per this many tokens of the vocabulary.
-TOKENS_PER_BOUND = 32
+# Tokens of the vocabulary per group: sampling keeps one maximum per group, and the two-pass LM head
+# one error bound.
+TOKENS_PER_GROUP = 32
 CACHE_LINE_BYTES = 64
 
 LAYOUT: dict[str, int | float] = {
@@ -26,6 +27,6 @@ LAYOUT: dict[str, int | float] = {
     "INT8_SCALE_BYTES": INT8_SCALE_BYTES,
     "INT8_MAX": INT8_MAX,
     "INT8_MIN_ABSMAX": INT8_MIN_ABSMAX,
-    "TOKENS_PER_BOUND": TOKENS_PER_BOUND,
+    "TOKENS_PER_GROUP": TOKENS_PER_GROUP,
     "CACHE_LINE_BYTES": CACHE_LINE_BYTES,
 }

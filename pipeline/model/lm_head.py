@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from gptbatch.pipeline.kernels.constants import TOKENS_PER_BOUND
+from gptbatch.pipeline.kernels.constants import TOKENS_PER_GROUP
 from gptbatch.pipeline.model.linear import Linear
 
 # Name of the head's work in torch.profiler.
@@ -53,21 +53,21 @@ class TwoPassHead:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        """Pack a bfloat16 copy of the weight and compute its error bounds."""
+        """Pack a bfloat16 copy of the weight and compute what bounds its errors."""
         assert weight.dtype == torch.float32
         self.weight = weight = weight.contiguous()
         rounded = weight.bfloat16()
         self._packed = torch.ops.gptbatch.pack_weight(rounded)
         # One buffer per thread: new memory for every call would come slowly from the system.
         self._buffers = threading.local()
-        rows = 128 * TOKENS_PER_BOUND
-        error_bounds = [
+        rows = 128 * TOKENS_PER_GROUP
+        group_norms = [
             torch.stack(
                 [_max_norms(part), _max_norms(part - rounded_part.float()) + SUBNORMAL_NORM], dim=1
             )
             for part, rounded_part in zip(weight.split(rows), rounded.split(rows), strict=True)
         ]
-        self._weight_error_bounds = torch.cat(error_bounds)
+        self._group_norms = torch.cat(group_norms)
         self.n_rows = self.n_fallbacks = 0
 
     @property
@@ -111,14 +111,14 @@ class TwoPassHead:
             rounding_norm = torch.linalg.vector_norm(hidden - rounded, dim=1, dtype=torch.float64)
             times_weight_norm = rounding_norm + hidden.shape[1] * 2**-22 * norm + SUBNORMAL_NORM
             times_weight_rounding = torch.linalg.vector_norm(rounded, dim=1, dtype=torch.float64)
-            # error of a logit <= hidden_error_bounds[row] . weight_error_bounds[group of its token]
-            hidden_error_bounds = torch.stack([times_weight_norm, times_weight_rounding], dim=1)
+            # error of a logit <= row_norms[row] . group_norms[group of its token]
+            row_norms = torch.stack([times_weight_norm, times_weight_rounding], dim=1)
             thresholds: Tensor = torch.ops.gptbatch.rescore(
                 logits,
                 hidden,
                 self.weight,
-                hidden_error_bounds,
-                self._weight_error_bounds,
+                row_norms,
+                self._group_norms,
                 kept_sizes,
                 exact_ranges,
             )
@@ -153,7 +153,7 @@ def logits_bytes(logits: Tensor) -> bytes:
 
 
 def _max_norms(rows: Tensor) -> Tensor:
-    """Bound the row norms in each block of tokens: rows (V, C) -> (blocks,) float64."""
+    """Bound the row norms in each group of tokens: rows (V, C) -> (groups,) float64."""
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    padded = torch.nn.functional.pad(norms, (0, -len(norms) % TOKENS_PER_BOUND))
-    return padded.view(-1, TOKENS_PER_BOUND).amax(dim=1) * NORM_ROUNDING
+    padded = torch.nn.functional.pad(norms, (0, -len(norms) % TOKENS_PER_GROUP))
+    return padded.view(-1, TOKENS_PER_GROUP).amax(dim=1) * NORM_ROUNDING

@@ -12,10 +12,10 @@
 // order. The compiler must not reorder or contract: -ffp-contract=off, no -ffast-math.
 //
 // qkv_paged_attention overlaps a GEMM, which is bound by computation, with attention, which is
-// bound by memory. While a thread multiplies the rows of head h, it prefetches the KV blocks of
-// head h - 1 into L2, and attends over them tile by tile. In a decode step, rows are few: the
-// projected queries of a head are still cached when attention reads them. No barrier stands between
-// projection and attention.
+// bound by memory. A thread takes heads one after the other. While it multiplies the rows of one
+// head, it prefetches the KV blocks of the head that it took before into L2, and attends over them
+// tile by tile. In a decode step, rows are few: the projected queries of a head are still cached
+// when attention reads them. No barrier stands between projection and attention.
 
 #include "attention_tiles.h"
 #include "gemm.h"

@@ -42,6 +42,7 @@ class AttentionTiles {
       while (n < MAX_QUERIES_PER_TILE && t + n < count && seq[t + n] == seq[t] &&
              position[t + n] == position[t] + n)
         n++;
+      // The micro-kernels take MAX_QUERIES_PER_TILE queries or one.
       n = n == MAX_QUERIES_PER_TILE ? n : 1;
       // A partial block belongs to one sequence. Only full blocks are shared.
       const bool is_partial = position[t] % Blocks::SIZE != Blocks::SIZE - 1;

@@ -142,7 +142,8 @@ class RowTiles {
 
   // Multiplies a tile by a panel. Prefetches the tile's share of `next_panel`, and
   // LISTED_PER_STEP * prefetch_steps() lines of a list. Without AMX, a tile prefetches one line per
-  // K step: where there are only one or two tiles, part of the next panel is not prefetched.
+  // K step. A tile with more lines than K steps leaves some of them out; a tile with fewer goes on
+  // into the share of the next tile.
   template <int LISTED_PER_STEP, class Y>
   void multiply(int64_t tile, const T* panel, const T* next_panel, const char* const* listed,
                 const Epilogue<Y>& epilogue) const {

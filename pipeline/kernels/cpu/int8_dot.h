@@ -1,8 +1,9 @@
 // Dot products of int8 (keys or values, from the cache) with 16-bit integers (queries or weights),
 // four at a time.
 //
-//     SplitInt16  16-bit integers in groups of four. A group is split over two 32-bit words: high
-//                 and low bytes (int8_dot_vnni.h), or even and odd places (int8_dot_pairs.h)
+//     SplitInt16  16-bit integers in groups of four. A group is split over two 32-bit words, which
+//                 `first` and `second` point to: its high and its low bytes (int8_dot_vnni.h), or
+//                 its even and its odd places (int8_dot_pairs.h)
 //     Int8Dot     int32 sums per lane
 //
 // The cache stores an int8 as a byte plus 128. Naive code that computes the same:
@@ -13,9 +14,9 @@
 
 #pragma once
 
-#include "int8_avx2.h"
-#include "int8_avx512.h"
-#include "int8_generic.h"
+#include "int16_pairs_avx2.h"
+#include "int16_pairs_avx512.h"
+#include "int16_pairs_generic.h"
 
 namespace gptbatch {
 

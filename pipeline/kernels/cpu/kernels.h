@@ -20,7 +20,7 @@ constexpr int64_t HEAD_SIZE_MULTIPLE = GPTBATCH_HEAD_SIZE_MULTIPLE;
 constexpr int64_t INT8_SCALE_BYTES = GPTBATCH_INT8_SCALE_BYTES;
 constexpr int32_t INT8_MAX_VALUE = GPTBATCH_INT8_MAX;
 constexpr float INT8_MIN_ABSMAX = static_cast<float>(GPTBATCH_INT8_MIN_ABSMAX);
-constexpr int64_t TOKENS_PER_BOUND = GPTBATCH_TOKENS_PER_BOUND;
+constexpr int64_t TOKENS_PER_GROUP = GPTBATCH_TOKENS_PER_GROUP;
 constexpr int64_t CACHE_LINE_BYTES = GPTBATCH_CACHE_LINE_BYTES;
 
 #ifdef __AVX512BF16__
@@ -100,7 +100,7 @@ void sample(const T* logits, int64_t n_rows, int64_t vocab_size, const SampleRow
 struct RescoreInputs {
   const float *hidden, *weight;
   int64_t n_rows, vocab_size, width;
-  const double *hidden_error_bounds, *weight_error_bounds;
+  const double *row_norms, *group_norms;
   const int64_t* kept_sizes;
   const double* exact_ranges;
 };

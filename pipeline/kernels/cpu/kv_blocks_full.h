@@ -1,6 +1,7 @@
 // KV blocks in the model's dtype, and the attention of queries over them.
 //
-// A block holds 16 positions of one head. P is the head size D padded to a multiple of 32 with 0:
+// A block holds 16 positions of one head. P, padded_size_ in the code, is the head size D padded to
+// a multiple of 32 with 0:
 //
 //     keys    (P, 16)  transposed. In bfloat16 with AVX512_BF16: (P / 2, 16, 2), pairs interleaved
 //     values  (16, P)
@@ -147,12 +148,16 @@ class FullBlocks {
   // Micro-kernel: scores of B blocks from `first` on.
   //
   // Register map (Q B KEY_VECTORS 2 sums: 8, but 16 with vectors of 8 lanes and four queries. AVX2
-  // has 16 registers in all, so there GCC spills some of them):
+  // has 16 registers in all, so there GCC spills some of them. At the end of a row of blocks, B is
+  // 2 or 1, and the sums are fewer):
   //
   //     sums[q][b][v][0]  even steps of d, query q, block b, LANES positions
   //     sums[q][b][v][1]  odd steps of d; one chain alone would wait for its own latency
   //     key[...]          2 * KEY_VECTORS vectors: d and d + 1 of the block's positions
   //     element           one element of the query in all lanes
+  //
+  // With AVX512_BF16, [0] and [1] are every other pair of d: a step takes d to d + 3, and an
+  // element and a key are pairs.
   template <int Q, int B>
   FLAT void score_blocks(const float* queries, float scale, int64_t first, float* scores,
                          int64_t stride, BlockPrefetcher& prefetcher) const {

@@ -1,6 +1,7 @@
 // int8 KV blocks, and the attention of queries over them, one block after the other.
 //
-// A block holds 64 positions of one head. P is the head size D padded to a multiple of 32 with 0.
+// A block holds 64 positions of one head. P, padded_size_ in the code, is the head size D padded to
+// a multiple of 32 with 0.
 // An int8 is stored as a byte plus 128:
 //
 //     keys          (P / 4, 64, 4)  four elements of a position side by side
@@ -15,11 +16,15 @@
 // same:
 //
 //     for (block = 0; block < n_blocks; block++) {
-//       score[k] = scale * query_scale * key_scale[k] * dot(query_int, key_int[k]);
+//       for (k = 0; k < 64; k++)
+//         score[k] = scale * query_scale * key_scale[k] * dot(query_int, key_int[k]);
 //       new_max = max(max, max(score)); decay = exp(max - new_max);
-//       weight[k] = exp(score[k] - new_max); w_int = quantize(weight[k] * value_scale[k]);
+//       for (k = 0; k < 64; k++) weight[k] = exp(score[k] - new_max);
 //       total = total * decay + sum(weight);
-//       out[d] = fma(dot(w_int, value_int[.][d]), w_scale, out[d] * decay);
+//       (w_int, w_scale) = quantize(weight * value_scale);
+//       for (d = 0; d < D; d++)
+//         out[d] = fma(dot(w_int, value_int[.][d]), w_scale, out[d] * decay);
+//       max = new_max;
 //     }
 //     out /= total;
 
@@ -299,7 +304,8 @@ class Int8Blocks : public Int8BlocksBase {
     scratch.floats.resize(padded_size_);
     scratch.integers.resize(Q * padded_size_ / 2);
     float* whole = scratch.floats.data();
-    // A dot product of bytes and 16-bit integers fits int32: P * 128 * max_value < 2^31.
+    // A dot product of int8 and 16-bit integers fits int32: P * 128 * max_value < 2^31. The sums of
+    // bytes, which are larger, may wrap around; subtracting 128 * sum(int16) undoes that.
     const int64_t max_value =
         std::min<int64_t>(INT16_MAX_VALUE,
                           std::numeric_limits<int32_t>::max() / (128 * padded_size_));

@@ -28,12 +28,12 @@
 //         margin_bounds  (S,) float64: a margin above the bound may be returned as the bound
 //         tokens         (S,) int64; -1 if logits hold NaN or +inf, or only -inf
 //         margins        (S,) float64
-//     rescore(logits (S, V), hidden (S, C), weight (V, C), hidden_error_bounds (S, 2),
-//             weight_error_bounds (G, 2), kept_sizes (S,), exact_ranges (S,))
+//     rescore(logits (S, V), hidden (S, C), weight (V, C), row_norms (S, 2),
+//             group_norms (G, 2), kept_sizes (S,), exact_ranges (S,))
 //         -> thresholds (S,); changes logits
 //         logits, hidden and weight are float32, kept_sizes is int64, the others float64. An
 //         approximate logit of row s and group g (32 tokens) is off by at most
-//         hidden_error_bounds[s] . weight_error_bounds[g]
+//         row_norms[s] . group_norms[g]
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -307,28 +307,28 @@ std::tuple<Tensor, Tensor> sample_op(const Tensor& logits, const Tensor& seeds,
 }
 
 Tensor rescore_op(Tensor& logits, const Tensor& hidden, const Tensor& weight,
-                  const Tensor& hidden_error_bounds, const Tensor& weight_error_bounds,
+                  const Tensor& row_norms, const Tensor& group_norms,
                   const Tensor& kept_sizes, const Tensor& exact_ranges) {
   const int64_t batch = logits.size(0), vocab_size = logits.size(1), width = hidden.size(1);
-  const int64_t groups = (vocab_size + TOKENS_PER_BOUND - 1) / TOKENS_PER_BOUND;
+  const int64_t groups = (vocab_size + TOKENS_PER_GROUP - 1) / TOKENS_PER_GROUP;
   TORCH_CHECK(logits.is_contiguous() && hidden.is_contiguous() && weight.is_contiguous() &&
-                  hidden_error_bounds.is_contiguous() && weight_error_bounds.is_contiguous(),
+                  row_norms.is_contiguous() && group_norms.is_contiguous(),
               "rescore: all inputs must be contiguous");
   TORCH_CHECK(hidden.size(0) == batch && weight.size(0) == vocab_size && weight.size(1) == width &&
-                  hidden_error_bounds.numel() == 2 * batch &&
-                  weight_error_bounds.numel() == 2 * groups &&
+                  row_norms.numel() == 2 * batch &&
+                  group_norms.numel() == 2 * groups &&
                   kept_sizes.numel() == batch && exact_ranges.numel() == batch,
               "rescore: the shapes of logits ", logits.sizes(), ", hidden ", hidden.sizes(),
-              ", weight ", weight.sizes(), ", hidden_error_bounds ", hidden_error_bounds.sizes(),
-              " and weight_error_bounds ", weight_error_bounds.sizes(), " do not fit");
+              ", weight ", weight.sizes(), ", row_norms ", row_norms.sizes(),
+              " and group_norms ", group_norms.sizes(), " do not fit");
   Tensor thresholds = at::empty({batch}, exact_ranges.options());
   const RescoreInputs inputs{hidden.const_data_ptr<float>(),
                              weight.const_data_ptr<float>(),
                              batch,
                              vocab_size,
                              width,
-                             hidden_error_bounds.const_data_ptr<double>(),
-                             weight_error_bounds.const_data_ptr<double>(),
+                             row_norms.const_data_ptr<double>(),
+                             group_norms.const_data_ptr<double>(),
                              kept_sizes.const_data_ptr<int64_t>(),
                              exact_ranges.const_data_ptr<double>()};
   rescore(logits.data_ptr<float>(), inputs, thresholds.data_ptr<double>());
@@ -356,8 +356,8 @@ TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
       "sample(Tensor logits, Tensor seeds, Tensor steps, Tensor temperatures, Tensor kept_sizes, "
       "Tensor margin_bounds) -> (Tensor, Tensor)");
   library.def(
-      "rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor hidden_error_bounds, "
-      "Tensor weight_error_bounds, Tensor kept_sizes, Tensor exact_ranges) -> Tensor");
+      "rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor row_norms, "
+      "Tensor group_norms, Tensor kept_sizes, Tensor exact_ranges) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {

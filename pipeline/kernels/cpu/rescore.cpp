@@ -3,7 +3,7 @@
 // The first pass gives approximate logits and, per row and group of 32 tokens, a bound of their
 // error. pipeline/model/lm_head.py derives the bound. For each row:
 //
-//     threshold = k-th largest approximate logit - largest error - exact_range
+//     threshold = (at most) k-th largest approximate logit - largest error - exact_range
 //     for (t = 0; t < V; t++)
 //       if (logit[t] >= threshold - error[group of t]) logit[t] = dot(hidden, weight[t]);
 //
@@ -28,10 +28,12 @@ constexpr double MIN_ERROR = 1e-30;  // bfloat16 instructions flush products bel
 constexpr double MAX_ERROR = 1e28;   // below it, no sum came near the largest float32
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 
-struct HiddenErrorBounds {
-  double hidden, weight;
-  double error(const double* group) const {
-    return hidden * group[0] + weight * group[1] + MIN_ERROR;
+// Of a row: what multiplies the two norms of a group. Their sum of products bounds the error of the
+// group's logits.
+struct RowNorms {
+  double times_weight, times_rounding;
+  double error_bound(const double* group_norms) const {
+    return times_weight * group_norms[0] + times_rounding * group_norms[1] + MIN_ERROR;
   }
 };
 
@@ -72,12 +74,11 @@ double rescore_row(float* logits, const RescoreInputs& inputs, int64_t i,
                    RescoreScratch& scratch) {
   auto& [maxima, work, candidates] = scratch;
   const int64_t vocab_size = inputs.vocab_size;
-  const HiddenErrorBounds bounds{inputs.hidden_error_bounds[2 * i],
-                                 inputs.hidden_error_bounds[2 * i + 1]};
+  const RowNorms norms{inputs.row_norms[2 * i], inputs.row_norms[2 * i + 1]};
   find_maxima(logits, vocab_size, maxima);
   double largest_error = 0.0;
   for (size_t g = 0; g < maxima.size(); g++) {
-    const double error = bounds.error(inputs.weight_error_bounds + 2 * g);
+    const double error = norms.error_bound(inputs.group_norms + 2 * g);
     if (!std::isfinite(maxima[g]) || !(error < MAX_ERROR)) return NOT_A_NUMBER;
     largest_error = std::max(largest_error, error);
   }
@@ -85,10 +86,10 @@ double rescore_row(float* logits, const RescoreInputs& inputs, int64_t i,
                            largest_error - inputs.exact_ranges[i];
   candidates.clear();
   for (size_t g = 0; g < maxima.size(); g++) {
-    const double min_logit = threshold - bounds.error(inputs.weight_error_bounds + 2 * g);
+    const double min_logit = threshold - norms.error_bound(inputs.group_norms + 2 * g);
     if (maxima[g] < min_logit) continue;
-    const int64_t first = static_cast<int64_t>(g) * GROUP_SIZE;
-    for (int64_t token = first; token < std::min(vocab_size, first + GROUP_SIZE); token++)
+    const int64_t first = static_cast<int64_t>(g) * TOKENS_PER_GROUP;
+    for (int64_t token = first; token < std::min(vocab_size, first + TOKENS_PER_GROUP); token++)
       if (logits[token] >= min_logit) candidates.push_back(token);
     if (static_cast<int64_t>(candidates.size()) * LOGITS_PER_CANDIDATE > vocab_size)
       return NOT_A_NUMBER;

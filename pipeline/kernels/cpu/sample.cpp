@@ -26,7 +26,7 @@
 namespace gptbatch {
 namespace {
 
-constexpr int64_t NOISE_TOKENS = 2 * GROUP_SIZE;  // tokens whose random bits are made at once
+constexpr int64_t NOISE_TOKENS = 2 * TOKENS_PER_GROUP;  // tokens whose random bits are made at once
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 constexpr double MAX_NOISE = 37.0;  // -log(-log(1 - 2^-53)) is 36.74
 constexpr double TWO_52 = 4503599627370496.0;
@@ -123,10 +123,10 @@ void append_candidates(const T* logits, int64_t vocab_size, double low, double h
                        SampleScratch& scratch) {
   for (size_t g = 0; g < scratch.maxima.size(); g++) {
     if (!(scratch.maxima[g] >= low)) continue;
-    const int64_t first = static_cast<int64_t>(g) * GROUP_SIZE;
-    Candidate found[GROUP_SIZE];
+    const int64_t first = static_cast<int64_t>(g) * TOKENS_PER_GROUP;
+    Candidate found[TOKENS_PER_GROUP];
     int64_t count = 0;
-    for (int64_t token = first; token < std::min(vocab_size, first + GROUP_SIZE); token++) {
+    for (int64_t token = first; token < std::min(vocab_size, first + TOKENS_PER_GROUP); token++) {
       const float x = static_cast<float>(logits[token]);
       found[count] = {x, token};
       // No branch: it would be mispredicted too often.
@@ -145,11 +145,11 @@ double largest_outside(const T* logits, int64_t vocab_size, float kth,
     if (candidate.logit < kth) outside = std::max<double>(outside, candidate.logit);
   if (outside > -INFINITE) return outside;
   for (size_t g = 0; g < scratch.maxima.size(); g++) {
-    const int64_t first = static_cast<int64_t>(g) * GROUP_SIZE;
+    const int64_t first = static_cast<int64_t>(g) * TOKENS_PER_GROUP;
     if (scratch.maxima[g] < kth) {
       outside = std::max<double>(outside, scratch.maxima[g]);
     } else {
-      for (int64_t token = first; token < std::min(vocab_size, first + GROUP_SIZE); token++)
+      for (int64_t token = first; token < std::min(vocab_size, first + TOKENS_PER_GROUP); token++)
         if (static_cast<float>(logits[token]) < kth)
           outside = std::max<double>(outside, static_cast<float>(logits[token]));
     }
@@ -222,7 +222,7 @@ SampledToken sample_full_vocab(const T* logits, int64_t vocab_size, const Sample
       const double bits = std::exp(-std::exp(-needed)) * TWO_52 - 4.0;
       min_bits = static_cast<uint64_t>(std::max(0.0, bits));
     }
-    const int64_t first = static_cast<int64_t>(g) * GROUP_SIZE;
+    const int64_t first = static_cast<int64_t>(g) * TOKENS_PER_GROUP;
     const int64_t size = std::min(NOISE_TOKENS, vocab_size - first);
     int64_t pairs[NOISE_TOKENS / 2];
     for (int64_t i = 0; i < NOISE_TOKENS / 2; i++) pairs[i] = first / 2 + i;

@@ -12,6 +12,7 @@
 //         logits_indices  (S,) int64: tokens whose final hidden states are needed; None: all.
 //                         After the attention of the last block, only these are computed
 //         y               (R, C), or (S, C)
+//     runs_by_head(heads, head_size) -> whether projection and attention are one kernel
 //
 //     for (block : blocks) {
 //       x = x + out(attention(qkv(layer_norm_1(x))));
@@ -40,7 +41,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 // qkv_paged_attention deals heads out in rounds of one per thread. It is used if rounds * threads
 // is at most this multiple of the heads, so that few threads have nothing to do in the last round.
-constexpr double MAX_ROUNDING = 1.1;
+constexpr double MAX_LOAD_IMBALANCE = 1.1;
 
 struct BlockWeights {
   static constexpr int64_t COUNT = 12;
@@ -69,13 +70,13 @@ struct BlockTokens {
 // The ops are called directly. RECORD_FUNCTION shows them to torch.profiler under their names.
 using Inputs = std::vector<c10::IValue>;
 
-Tensor call_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon) {
+Tensor run_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon) {
   RECORD_FUNCTION("gptbatch::layer_norm", Inputs({x, weight, bias}));
   return layer_norm_op(x, weight, bias, epsilon);
 }
 
-Tensor call_linear(const Tensor& x, const Tensor& packed, const Tensor& bias,
-                   const OptionalTensor& residual, const std::string& activation) {
+Tensor run_linear(const Tensor& x, const Tensor& packed, const Tensor& bias,
+                  const OptionalTensor& residual, const std::string& activation) {
   RECORD_FUNCTION("gptbatch::linear", Inputs({x, packed}));
   return linear_op(x, packed, bias.numel(), bias, residual, activation);
 }
@@ -85,11 +86,11 @@ Tensor call_linear(const Tensor& x, const Tensor& packed, const Tensor& bias,
 bool runs_by_head(int64_t heads, int64_t head_size) {
   const int64_t threads = at::get_num_threads(), rounds = (heads + threads - 1) / threads;
   return 3 * head_size % panel_columns() == 0 && rounds > 1 &&
-         static_cast<double>(rounds * threads) <= MAX_ROUNDING * static_cast<double>(heads);
+         static_cast<double>(rounds * threads) <= MAX_LOAD_IMBALANCE * static_cast<double>(heads);
 }
 
-Tensor call_attention(const Tensor& x, const BlockWeights& weights, const Tensor& cache,
-                      const BlockTokens& tokens, double scale) {
+Tensor run_attention(const Tensor& x, const BlockWeights& weights, const Tensor& cache,
+                     const BlockTokens& tokens, double scale) {
   const auto& [block_table, seq_indices, positions] = tokens;
   const int64_t heads = cache.size(0), columns = weights.qkv_bias.numel();
   const int64_t head_size = heads == 0 ? 0 : columns / (3 * heads);
@@ -101,7 +102,7 @@ Tensor call_attention(const Tensor& x, const BlockWeights& weights, const Tensor
     return qkv_paged_attention_op(x, weights.qkv, weights.qkv_bias, cache, block_table, seq_indices,
                                   positions, scale);
   }
-  const Tensor qkv = call_linear(x, weights.qkv, weights.qkv_bias, std::nullopt, "none")
+  const Tensor qkv = run_linear(x, weights.qkv, weights.qkv_bias, std::nullopt, "none")
                          .view({x.size(0), heads, 3, head_size})
                          .transpose(1, 2);
   RECORD_FUNCTION("gptbatch::paged_attention", Inputs({qkv}));
@@ -122,17 +123,17 @@ Tensor transformer_blocks_op(const Tensor& x, at::TensorList weights, double eps
   Tensor y = x;
   for (size_t layer = 0; layer < count; layer++) {
     const BlockWeights block(weights.slice(layer * BlockWeights::COUNT, BlockWeights::COUNT));
-    Tensor attended = call_attention(call_norm(y, block.norm_1, block.norm_1_bias, epsilon), block,
+    Tensor attended = run_attention(run_norm(y, block.norm_1, block.norm_1_bias, epsilon), block,
                                      caches[layer], tokens, scales[layer]);
     if (logits_indices && layer + 1 == count) {
       y = y.index_select(0, *logits_indices);
       attended = attended.index_select(0, *logits_indices);
     }
-    y = call_linear(attended, block.out, block.out_bias, y, "none");
-    const Tensor normed = call_norm(y, block.norm_2, block.norm_2_bias, epsilon);
+    y = run_linear(attended, block.out, block.out_bias, y, "none");
+    const Tensor normed = run_norm(y, block.norm_2, block.norm_2_bias, epsilon);
     const Tensor inner =
-        call_linear(normed, block.mlp_in, block.mlp_in_bias, std::nullopt, activation);
-    y = call_linear(inner, block.mlp_out, block.mlp_out_bias, y, "none");
+        run_linear(normed, block.mlp_in, block.mlp_in_bias, std::nullopt, activation);
+    y = run_linear(inner, block.mlp_out, block.mlp_out_bias, y, "none");
   }
   return y;
 }
@@ -141,6 +142,7 @@ Tensor transformer_blocks_op(const Tensor& x, at::TensorList weights, double eps
 }  // namespace gptbatch
 
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
+  library.def("runs_by_head(int heads, int head_size) -> bool", gptbatch::runs_by_head);
   library.def(
       "transformer_blocks(Tensor x, Tensor[] weights, float epsilon, str activation, "
       "Tensor(a!)[] caches, float[] scales, Tensor block_table, Tensor seq_indices, "

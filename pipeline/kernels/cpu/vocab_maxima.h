@@ -11,26 +11,24 @@
 
 namespace gptbatch {
 
-constexpr int64_t GROUP_SIZE = TOKENS_PER_BOUND;  // tokens of one maximum
-
 // The largest logit of each group of consecutive tokens; NaN if one is NaN.
 template <class T>
 void find_maxima(const T* logits, int64_t vocab_size, std::vector<float>& maxima) {
-  const int64_t full = vocab_size / GROUP_SIZE;
-  maxima.resize((vocab_size + GROUP_SIZE - 1) / GROUP_SIZE);
+  const int64_t full = vocab_size / TOKENS_PER_GROUP;
+  maxima.resize((vocab_size + TOKENS_PER_GROUP - 1) / TOKENS_PER_GROUP);
   for (int64_t g = 0; g < full; g++) {
-    const T* from = logits + g * GROUP_SIZE;
+    const T* from = logits + g * TOKENS_PER_GROUP;
     auto [first, second] = load_pair(from);
-    for (int64_t i = 2 * LANES; i < GROUP_SIZE; i += 2 * LANES) {
+    for (int64_t i = 2 * LANES; i < TOKENS_PER_GROUP; i += 2 * LANES) {
       const auto [x, y] = load_pair(from + i);
       first = at::vec::maximum(first, x);
       second = at::vec::maximum(second, y);
     }
     maxima[g] = max_lanes(at::vec::maximum(first, second));
   }
-  if (full * GROUP_SIZE < vocab_size) {
-    float max = static_cast<float>(logits[full * GROUP_SIZE]);
-    for (int64_t i = full * GROUP_SIZE + 1; i < vocab_size; i++) {
+  if (full * TOKENS_PER_GROUP < vocab_size) {
+    float max = static_cast<float>(logits[full * TOKENS_PER_GROUP]);
+    for (int64_t i = full * TOKENS_PER_GROUP + 1; i < vocab_size; i++) {
       const float x = static_cast<float>(logits[i]);
       if (!(x <= max)) max = std::isnan(max) ? max : x;
     }
