@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptbatch.pipeline.kernels.cuda.attend import attend_kernel
 from gptbatch.pipeline.kernels.cuda.linear import (
+    BLOCK_TOKENS,
     GELU_TANH,
     Tile,
     linear,
@@ -32,7 +33,6 @@ from gptbatch.pipeline.model.gpt import GPT, Block
 from gptbatch.pipeline.model.linear import Linear
 from gptbatch.pipeline.model.norm import Norm
 
-BLOCK_TOKENS = 64
 HEAD_COLUMNS = 128
 RING_STEPS = 256
 # With more rows, one block per tile fills the GPU.
@@ -127,7 +127,7 @@ class Decoder:
         self.model, self.rows, self.options = model, rows, options
         self.weights = weights_of(model)
         config = model.config
-        per_row = -(-max_tokens // BLOCK_TOKENS)
+        per_row = -(-max_tokens // BLOCK_TOKENS.value)
         blocks = torch.arange(rows * per_row)
         if shuffle is not None:
             generator = torch.Generator().manual_seed(shuffle)
@@ -136,7 +136,7 @@ class Decoder:
         # Unused places hold NaN: nothing of them may reach a result.
         self.caches = [
             torch.full(
-                (rows * per_row, 2, config.n_head, BLOCK_TOKENS, config.head_size),
+                (rows * per_row, 2, config.n_head, BLOCK_TOKENS.value, config.head_size),
                 float("nan"),
                 device=model.device,
                 dtype=model.dtype,

@@ -51,6 +51,7 @@ OTHER_EXIT_CODES = {
 FOLDERS = {
     "jobs": "the commands",
     "pipeline": "the library",
+    "pipeline/config": "the settings of a job",
     "pipeline/input": "from files to token ids",
     "pipeline/engine": "the loop: scheduling, sampling",
     "pipeline/model": "GPT-2: checkpoints, layers, self-test",

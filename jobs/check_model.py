@@ -87,7 +87,7 @@ def check_model(model: str, revision: str | None, allow_pickle: bool, new_tokens
         f"{compared.texts} decoded texts, {compared.special_tokens} special tokens: "
         + (f"differ in {compared.difference}" if compared.difference else "equal")
     )
-    ends, unfollowed = checkpoint.special_tokens.ends, checkpoint.settings_not_followed
+    ends, unfollowed = checkpoint.special_tokens.eos_token_ids, checkpoint.settings_not_followed
     hf_ends = _eos_token_ids(hf_model)
     missing_ends = {token for token in hf_ends if 0 <= token < gpt.config.vocab_size} - set(ends)
     echo(f"EOS tokens: gptbatch {list(ends)}, transformers {hf_ends}")

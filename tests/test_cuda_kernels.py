@@ -237,13 +237,13 @@ def test_sample_flags_logits_that_are_not_finite(cuda: Any, value: float) -> Non
     logits = torch.randn(2, 100)
     logits[0, 37] = value
     tokens, _ = sample(cuda, logits, [5, 5], 1.0)
-    assert tokens[0] == cuda.sample.NO_TOKEN
+    assert tokens[0] == cuda.sample.NO_TOKEN.value
     assert tokens[1] >= 0
 
 
 def test_sample_flags_more_ties_than_it_can_hold(cuda: Any) -> None:
     tokens, _ = sample(cuda, torch.zeros(1, 100), [5], 1.0)
-    assert tokens == [cuda.sample.OVERFLOW]
+    assert tokens == [cuda.sample.OVERFLOW.value]
 
 
 def test_advance_ends_rows_and_records_their_tokens(cuda: Any) -> None:

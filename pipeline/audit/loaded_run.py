@@ -110,7 +110,7 @@ class LoadedRun:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Token ids that end a row; empty with ignore_eos."""
-        return () if self.config.ignore_eos else self.checkpoint.special_tokens.ends
+        return () if self.config.ignore_eos else self.checkpoint.special_tokens.eos_token_ids
 
     def reasons_bits_may_differ(self) -> list[str]:
         """Return why bits computed here may differ from the recorded ones; empty for no reason."""

@@ -1,7 +1,8 @@
-"""The oracle: one prompt at a time, no KV cache, the whole context computed again for each token.
+"""The oracle: one prompt at a time, the whole context computed again for each token.
 
-The engine is tested against it. It shares no code with what it judges: it has its own loop, its own
-sampling and its own noise, in plain Python. It is never made fast.
+The engine is tested against it. It judges the loop, the KV cache across steps, the sampling and the
+noise, and has its own of each, in plain Python. It calls the same model; `tests/test_model.py`
+compares that with transformers. It is never made fast.
 """
 
 from __future__ import annotations

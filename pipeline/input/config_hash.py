@@ -54,7 +54,10 @@ def job_identity(
 def special_token_identity(checkpoint: Checkpoint, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     """Return the start token and the EOS tokens under their keys in the identity of a job."""
     special = checkpoint.special_tokens
-    return {"start_token": start_token(special, tokenizer), "end_tokens": list(special.ends)}
+    return {
+        "start_token": start_token(special, tokenizer),
+        "end_tokens": list(special.eos_token_ids),
+    }
 
 
 def start_token(special_tokens: SpecialTokens, tokenizer: LoadedTokenizer) -> int | None:
@@ -63,5 +66,5 @@ def start_token(special_tokens: SpecialTokens, tokenizer: LoadedTokenizer) -> in
     It is the BOS token of the model's files, or else of the tokenizer's, or else the first
     EOS token.
     """
-    candidates = (special_tokens.start, tokenizer.bos_token, *special_tokens.ends)
+    candidates = (special_tokens.start, tokenizer.bos_token, *special_tokens.eos_token_ids)
     return next((token for token in candidates if token is not None), None)

@@ -82,12 +82,12 @@ class SpecialTokens:
 
     Attributes:
         start: Begins an empty prompt. None where neither file names one.
-        ends: Each ends a completion. In the order of the files, without repeats.
+        eos_token_ids: Each ends a completion. In the order of the files, without repeats.
         ends_left_out: EOS tokens outside of the vocabulary.
     """
 
     start: int | None
-    ends: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     ends_left_out: tuple[int, ...] = ()
 
 
@@ -127,7 +127,7 @@ def read_special_tokens(
     named = list(dict.fromkeys(named))
     return SpecialTokens(
         start=next((token for token in starts if 0 <= token < vocab_size), None),
-        ends=tuple(token for token in named if 0 <= token < vocab_size),
+        eos_token_ids=tuple(token for token in named if 0 <= token < vocab_size),
         ends_left_out=tuple(token for token in named if not 0 <= token < vocab_size),
     )
 
@@ -181,8 +181,8 @@ def generation_warnings(
         where: The checkpoint in messages.
     """
     warnings = []
-    if left_out := special_tokens.ends_left_out:
-        ends = ", ".join(map(str, special_tokens.ends))
+    if left_out := special_tokens.eos_token_ids_left_out:
+        ends = ", ".join(map(str, special_tokens.eos_token_ids))
         warnings.append(
             f"{where}: eos_token_id {', '.join(map(str, left_out))} is not in the vocabulary "
             f"(vocab_size {vocab_size}) and is left out; "

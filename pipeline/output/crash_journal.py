@@ -3,9 +3,9 @@
     {"parts_in_flight": [3, 4], "prompt_id": null, "crashes_per_part": {"3": 1, "4": 1}}
 
 The file is updated while parts are in flight, and deleted by a run that ends without a crash. A run
-that finds parts in flight concludes that the last run was killed, or lost power or memory. Parts
-that were in flight at two crashes run with a batch size of 1: the journal then names the row that
-runs alone.
+that finds parts in flight concludes that the last run was killed. After a loss of power the file
+may be an older one, because it is not synced to the disk. Parts that were in flight at two crashes
+run with a batch size of 1: the journal then names the row that runs alone.
 """
 
 from __future__ import annotations

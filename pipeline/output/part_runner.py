@@ -246,7 +246,7 @@ class PartRunner:
         return Engine(
             model=self.loaded.model,
             batch_size=max(1, min(batch_size, self.summary.rows)),
-            eos_token_ids=() if config.ignore_eos else self.prompts.special_tokens.ends,
+            eos_token_ids=() if config.ignore_eos else self.prompts.special_tokens.eos_token_ids,
             memory_bytes=self.loaded.cache_memory_bytes(config.engine.memory_gib),
             window_full=config.window_full,
             record_logits=config.record_logits_digest,

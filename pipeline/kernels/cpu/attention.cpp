@@ -121,32 +121,32 @@ class HeadWorker {
     return of_thread;
   }
 
-  // Multiplies one tile by one panel, then attends over the previous head's share of tiles. `begun`
-  // and `done`: rows times panels of this head before and after the tile.
-  void project_tile(const RowTiles<T>& row_tiles, int64_t tile, int64_t panel, int64_t next_panel,
+  // Multiplies one row tile by one panel, then attends over the previous head's share of attention
+  // tiles. `begun` and `done`: rows times panels of this head before and after the row tile.
+  void project_tile(const RowTiles<T>& row_tiles, int64_t row_tile, int64_t panel, int64_t next_panel,
                     int64_t begun, int64_t done, const Epilogue<T>& epilogue) {
     const T* weights = weights_ + panel * in_ * NR;
     const T* next_weights = weights_ + next_panel * in_ * NR;
     if (previous_ < 0) {
-      row_tiles.template multiply<0>(tile, weights, next_weights, nullptr, epilogue);
+      row_tiles.template multiply<0>(row_tile, weights, next_weights, nullptr, epilogue);
       return;
     }
     const int64_t all = attention_.n_tokens() * panels_;
-    const int64_t from = attention_.n_tiles() * begun / all, to = attention_.n_tiles() * done / all;
-    const char* const* lines = list_lines(to, LISTED_LINES_PER_STEP * row_tiles.prefetch_steps());
-    row_tiles.template multiply<LISTED_LINES_PER_STEP>(tile, weights, next_weights, lines,
+    const int64_t from = attention_.n_tiles() * begun / all, end = attention_.n_tiles() * done / all;
+    const char* const* lines = list_lines(end, LISTED_LINES_PER_STEP * row_tiles.prefetch_steps());
+    row_tiles.template multiply<LISTED_LINES_PER_STEP>(row_tile, weights, next_weights, lines,
                                                        epilogue);
-    attention_.attend(from, to, previous_, head_, prefetcher_);
+    attention_.attend(from, end, previous_, head_, prefetcher_);
   }
 
-  // Exactly `count` lines to prefetch: those of the previous head before tile `to`, then a line of
-  // x, which is cached.
-  const char* const* list_lines(int64_t to, int64_t count) {
+  // Exactly `count` lines to prefetch: those of the previous head before attention tile `end`, then
+  // a line of x, which is cached.
+  const char* const* list_lines(int64_t end, int64_t count) {
     buffers_.lines.resize(count);
-    auto end = buffers_.lines.begin();
-    prefetcher_.take(std::min(count, attention_.lines_before(to, prefetcher_)),
-                     [&](const char* line) { *end++ = line; });
-    std::fill(end, buffers_.lines.end(), reinterpret_cast<const char*>(x_));
+    auto next = buffers_.lines.begin();
+    prefetcher_.take(std::min(count, attention_.lines_before(end, prefetcher_)),
+                     [&](const char* line) { *next++ = line; });
+    std::fill(next, buffers_.lines.end(), reinterpret_cast<const char*>(x_));
     return buffers_.lines.data();
   }
 
@@ -162,14 +162,15 @@ class HeadWorker {
 
 template <class T, class Blocks>
 void attend_by_head(const T* x, int64_t in, const T* packed, int64_t n_panels, const float* bias,
-                    const AttentionTiles<T, Blocks>& tiles) {
-  const int64_t heads = tiles.n_heads();
-  const int64_t multiplications = tiles.n_tokens() * in * n_panels * NR + tiles.multiplications();
+                    const AttentionTiles<T, Blocks>& attention) {
+  const int64_t heads = attention.n_heads();
+  const int64_t multiplications =
+      attention.n_tokens() * in * n_panels * NR + attention.multiplications();
   const int64_t threads =
       multiplications < MIN_PARALLEL_MULTIPLICATIONS ? 1 : at::get_num_threads();
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min(threads, heads), 1, [&](int64_t, int64_t) {
-    HeadWorker<T, Blocks> worker(x, in, packed, bias, n_panels / heads, tiles);
+    HeadWorker<T, Blocks> worker(x, in, packed, bias, n_panels / heads, attention);
     for (int64_t h; (h = taken.fetch_add(1)) < heads;)
       worker.take(h, std::min(h + threads, heads - 1));
     worker.finish();

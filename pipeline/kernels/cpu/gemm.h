@@ -4,7 +4,8 @@
 //     x      (rows, in)  float32 or bfloat16
 //     panel  (in, NR)    NR columns of W^T; in bfloat16 (in / 2, NR, 2), two rows interleaved
 //
-// The reduction order of a sum is fixed: k = 0, 1, 2, ... by fused multiply-add into one float32.
+// The reduction order of a sum is fixed: k = 0, 1, 2, ... by fused multiply-add into one float32
+// (by multiplication and addition on CPUs without AVX2). NR is in epilogue.h.
 // It depends neither on the number of rows nor on the tile. Naive code that computes the same:
 //
 //     for (r = 0; r < rows; r++)

@@ -12,7 +12,7 @@
 //     for (k = 0; k < n_keys; k++) weight[k] = exp(score[k] - max(score));
 //     for (k = 0; k < n_keys; k++)
 //       for (d = 0; d < D; d++) out[d] = fma(weight[k], value[k][d], out[d]);
-//     out /= sum(weight);
+//     out *= 1 / sum(weight);  // in attention_tiles.h
 //
 // Reduction orders: a dot product is the sum over even d plus the sum over odd d, each by fused
 // multiply-add in ascending order (with pairs: over every other pair). The sum of weights is made

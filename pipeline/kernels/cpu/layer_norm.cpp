@@ -2,7 +2,7 @@
 //
 //     mean = sum(x) / C
 //     variance = sum((x - mean)^2) / C
-//     y = (x - mean) / sqrt(variance + epsilon) * weight + bias
+//     y = (x - mean) * (1 / sqrt(variance + epsilon)) * weight + bias
 //
 // Sums are in float32: first lane by lane over the row, then over the lanes. Each element of y is
 // rounded to its dtype once. A row of y depends on the same row of x only.

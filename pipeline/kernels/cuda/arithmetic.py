@@ -1,7 +1,8 @@
 """Float32 functions of the kernels, from + - * / and fma alone: equal bits wherever IEEE 754 holds.
 
-`tl.sum` follows the layout and the version of the compiler, and `tl.exp` is an approximation of the
-GPU. Neither is used where bits are to be portable.
+`tl.exp` is an approximation of the GPU, and the order of `tl.sum` follows the layout and the
+version of the compiler. The portable forms of the kernels use neither, but for sums over one warp
+(norm.py).
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def gelu_tanh(x):
 
 @triton.jit
 def tree_sum(x, SIZE: tl.constexpr, LEVELS: tl.constexpr):
-    """Sum x (SIZE,) over a fixed tree: first x[i] + x[i + SIZE / 2]. SIZE = 2^LEVELS."""
+    """Sum x (SIZE,) over a fixed tree: first x[i] + x[i + SIZE / 2]. SIZE = 2^LEVELS.
+
+    The last tl.sum is over one element.
+    """
     for level in tl.static_range(LEVELS):
         halves = tl.reshape(x, (2, SIZE >> (level + 1)))
         low, high = tl.split(tl.permute(halves, (1, 0)))

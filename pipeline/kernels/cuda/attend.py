@@ -6,13 +6,13 @@ token are in the cache already. Naive, for one query and head:
 
     m, l, acc = -inf, 0, 0
     for block of 64 keys:
-        s = q . k * scale, -inf beyond the query's position
+        s = (q * scale) . k, -inf beyond the query's position
         m_new = max(m, max s); p = exp(s - m_new); alpha = exp(m - m_new)
         l, acc, m = l * alpha + sum p, acc * alpha + p v, m_new
     out = acc / l
 
-DOT chooses how the sums over d and over keys run: as one chain of fma each (portable), or as the
-tree of `tl.sum`.
+DOT chooses how the sums run. With it, those over d and of p v are chains of fma, and the sum of p
+is a fixed tree: portable. Without it, all are trees of `tl.sum`: faster with bfloat16 caches.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptbatch.pipeline.kernels.cuda.arithmetic import exp, tree_sum
+from gptbatch.pipeline.kernels.cuda.linear import BLOCK_TOKENS
 
 
 @triton.jit
@@ -40,28 +41,28 @@ def attend_kernel(
     SIZE: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Q (M, C), cache (blocks, 2, H, 64, D) -> out (M, C). SIZE: D rounded up to a power of 2."""
+    """Attend by q (M, C) over cache (blocks, 2, H, 64, D): out (M, C). SIZE: 2^n, at least D."""
     D: tl.constexpr = C // H
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
     seq_index = tl.load(seq_indices + row)
-    d, key = tl.arange(0, SIZE), tl.arange(0, 64)
+    d, key = tl.arange(0, SIZE), tl.arange(0, BLOCK_TOKENS)
     query = tl.load(q + row * C + head * D + d, mask=d < D, other=0.0).to(tl.float32) * scale
     largest = float("-inf")
     total = 0.0
     acc = tl.zeros((SIZE,), tl.float32)
-    for index in range((position + 64) // 64):
+    for index in range((position + BLOCK_TOKENS) // BLOCK_TOKENS):
         block = tl.load(block_tables + seq_index * table_size + index).to(tl.int64)
-        is_key = index * 64 + key <= position
-        base = cache + (block * 2 * H + head) * (64 * D)
+        is_key = index * BLOCK_TOKENS + key <= position
+        base = cache + (block * 2 * H + head) * (BLOCK_TOKENS * D)
         tile = key[:, None] * D + d[None, :]
         mask = is_key[:, None] & (d < D)[None, :]
         keys = tl.load(base + tile, mask=mask, other=0.0).to(tl.float32)
         # Asked for before the scores are computed: both loads are under way at once.
-        values = tl.load(base + H * 64 * D + tile, mask=mask, other=0.0)
+        values = tl.load(base + H * BLOCK_TOKENS * D + tile, mask=mask, other=0.0)
         if DOT:
             scores = tl.dot(query[None, :], tl.trans(keys), input_precision="ieee")
-            scores = tl.reshape(scores, (64,))
+            scores = tl.reshape(scores, (BLOCK_TOKENS,))
         else:
             scores = tl.sum(keys * query[None, :], axis=1)
         scores = tl.where(is_key, scores, float("-inf"))
@@ -71,7 +72,7 @@ def attend_kernel(
         values = values.to(tl.float32)
         if DOT:
             summed = tl.reshape(tl.dot(p[None, :], values, input_precision="ieee"), (SIZE,))
-            block_total = tree_sum(p, 64, 6)
+            block_total = tree_sum(p, BLOCK_TOKENS, 6)
         else:
             summed = tl.sum(p[:, None] * values, axis=0)
             block_total = tl.sum(p, axis=0)

@@ -13,8 +13,9 @@ Naive, for one output:
             chain = fma(x[m, k], w[n, k], chain)
         total += chain
 
-float32 runs on the FMA units. bfloat16 and float16 run on the tensor cores: the chain then adds 16
-products at a time. Neither depends on BM, BN, BK, warps or stages.
+float32 runs on the FMA units. bfloat16 and float16 run on the tensor cores, which add 16 products
+at a time to the chain (microsoft/MMA-Sim). By measurement (docs/cuda), neither depends on BM, BN,
+BK, warps or stages.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from gptbatch.pipeline.kernels.cuda.arithmetic import gelu_tanh
 
 NO_ACTIVATION, GELU_TANH, RELU = 0, 1, 2
 # Tokens per block of the KV cache.
-BLOCK_TOKENS = 64
+BLOCK_TOKENS = tl.constexpr(64)
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def linear_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """X (M, K), w (N, K) by strides, y (M, N); block_max (M, tiles of N): their largest outputs.
+    """Compute y (M, N) of x (M, K) and w (N, K); block_max (M, tiles of N): their largest outputs.
 
     The tiles of rows run side by side, so that they share the weights in the L2 cache.
     """
@@ -145,7 +146,7 @@ def qkv_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """X (M, C), w (3 C, C): queries to q (M, C), keys and values to the cache of the layer.
+    """Project x (M, C) by w (3 C, C): queries to q (M, C), keys and values to the layer's cache.
 
     cache (blocks, 2, H, 64, D); block_tables (sequences, table_size); seq_indices and positions
     (M,), position -1 in rows of padding, which write nothing to the cache.
@@ -167,9 +168,11 @@ def qkv_kernel(
     position = tl.load(positions + m)
     is_token = position >= 0
     seq_index = tl.load(seq_indices + m)
-    block = tl.load(block_tables + seq_index * table_size + position // 64, mask=is_token, other=0)
-    row = block.to(tl.int64) * (2 * C * 64) + (position % 64) * D
-    column = ((part - 1) * H + head) * (64 * D) + d
+    block = tl.load(
+        block_tables + seq_index * table_size + position // BLOCK_TOKENS, mask=is_token, other=0
+    )
+    row = block.to(tl.int64) * (2 * C * BLOCK_TOKENS) + (position % BLOCK_TOKENS) * D
+    column = ((part - 1) * H + head) * (BLOCK_TOKENS * D) + d
     tl.store(
         cache + row[:, None] + column[None, :],
         total.to(cache.dtype.element_ty),
@@ -209,7 +212,7 @@ def partial_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a linear is cut. It changes the speed and, by the tests, never a bit.
+    """How a linear is cut. It changes the speed and, by `make cuda-check`, never a bit.
 
     Attributes:
         bm: Rows per program.
@@ -260,10 +263,18 @@ def linear(
         y: (M, N), its rows contiguous.
         tile: How to cut it.
         activation: NO_ACTIVATION, GELU_TANH or RELU.
-        segment: Length of a chain over K; None is K.
+        segment: Length of a chain over K, a divisor of K; None is K.
         block_max: (M, tiles of N) float32, gets the largest output of each tile.
+
+    Raises:
+        ValueError: M is no multiple of tile.bm, or K no multiple of segment.
     """
     (rows, depth), columns = x.shape, len(w)
+    segment = segment or depth
+    if rows % tile.bm or depth % segment:
+        raise ValueError(
+            f"{rows} rows and K = {depth} must be multiples of {tile.bm} and {segment}"
+        )
     linear_kernel[rows // tile.bm, triton.cdiv(columns, tile.bn)](
         x,
         w,
@@ -275,7 +286,7 @@ def linear(
         y.stride(0),
         *w.stride(),
         depth,
-        segment or depth,
+        segment,
         bias is not None,
         activation,
         residual is not None,

@@ -1,8 +1,9 @@
-"""Layer normalization, alone or behind what precedes it. One program per row.
+"""Layer normalization: alone, after the sum of a linear's segments, and after the embedding.
 
-The two sums of a row run over 32 logical lanes (c mod 32), each one chain over c, then over the
-tree of one warp, which adds lanes i and i + 16 first. This order follows neither the number of
-warps nor the dtype.
+One program per row. The two sums of a row run over 32 logical lanes (c mod 32), each one chain over
+c, then over the lanes by `tl.sum`. In triton 3.6 that is the tree of one warp, which adds lanes i
+and i + 16 first; `make cuda-check` compares it with such a tree. This order follows neither the
+number of warps nor the dtype.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def norm_row(x, weight, bias, y, epsilon, C: tl.constexpr):
 
 @triton.jit
 def norm_kernel(x, weight, bias, y, epsilon, C: tl.constexpr):
-    """X (M, C) -> y (M, C)."""
+    """Normalize x (M, C) into y (M, C)."""
     row = tl.program_id(0)
     norm_row(x + row * C, weight, bias, y + row * C, epsilon, C)
 
@@ -58,7 +59,7 @@ def add_norm_kernel(
     SIZE: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """X (M, C) += the sum of partials (SEGMENTS, M, C) + linear_bias; y (M, C) = norm(x).
+    """Add partials (SEGMENTS, M, C) and linear_bias to x (M, C); normalize x into y (M, C).
 
     SIZE: C rounded up to a power of 2.
     """
@@ -79,7 +80,7 @@ def add_norm_kernel(
 def embed_kernel(
     tokens, positions, wte, wpe, weight, bias, x, y, epsilon, C: tl.constexpr, SIZE: tl.constexpr
 ):
-    """X (M, C) = wte[tokens] + wpe[positions], y (M, C) = norm(x); position -1 is read as 0."""
+    """Set x (M, C) to wte[tokens] + wpe[positions], y to norm(x); position -1 is read as 0."""
     row = tl.program_id(0)
     token = tl.load(tokens + row).to(tl.int64)
     position = tl.maximum(tl.load(positions + row), 0)

@@ -4,7 +4,8 @@ The k-th largest of the maxima of blocks of columns is a lower bound of the k-th
 only blocks whose maximum reaches it hold kept tokens. Their logits are gathered; the exact k-th
 largest is found by bisection over the bits; the kept tokens are gathered and scored in float64 with
 the noise of `engine/noise.py`. The largest score wins, the smallest token id among ties. See
-`engine/sampling.py` for what is computed, and for the decision margin.
+`engine/sampling.py` for what is computed. The decision margin has two of its three distances: that
+of a token outside which would be kept and win is missing, so the margin can be too large.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 # sets the row's overflow flag.
 MAX_BLOCKS = 64
 MAX_KEPT = 128
-NO_TOKEN, OVERFLOW = -1, -2
+NO_TOKEN, OVERFLOW = tl.constexpr(-1), tl.constexpr(-2)
 
 
 @triton.jit
@@ -79,8 +80,8 @@ def sample_kernel(
 
     logits (M, V) float32, rows `stride` apart; block_max (M, BLOCKS): the largest logit of each BN
     columns; seeds and steps (M,) int64; temperatures (M,) float64; top_k (M,), 1 to BLOCKS; scratch
-    of GATHERED and KEPT int32 per row. tokens (M,): -1 if the logits are not finite, -2 if a
-    scratch is too small.
+    of GATHERED and KEPT int32 per row. tokens (M,): NO_TOKEN if the logits are not finite,
+    OVERFLOW if a scratch is too small.
     margins (M,) float64: the smallest so far, lowered by this step's.
     """
     row = tl.program_id(0)
@@ -135,7 +136,7 @@ def sample_kernel(
     winning = tl.max(tl.where(is_entry & (token == winner), logit, float("-inf")), axis=0)
     margin = tl.minimum(best - second, winning - outside.to(tl.float64))
     has_room = (count <= GATHERED) & (kept_count <= KEPT)
-    tl.store(tokens + row, tl.where(is_finite, tl.where(has_room, winner, -2), -1))
+    tl.store(tokens + row, tl.where(is_finite, tl.where(has_room, winner, OVERFLOW), NO_TOKEN))
     tl.store(margins + row, tl.minimum(tl.load(margins + row), margin))
 
 
@@ -147,7 +148,7 @@ def advance_kernel(
     steps,
     budgets,
     ring,
-    end_token,
+    eos_token_id,
     ROWS,
     SIZE: tl.constexpr,
     RING: tl.constexpr,
@@ -166,6 +167,6 @@ def advance_kernel(
     budget = tl.load(budgets + row, mask=is_running, other=0)
     tl.store(ring + row * RING + step % RING, token, mask=is_running)
     tl.store(tokens + row, tl.maximum(token, 0), mask=is_running)
-    is_last = (step + 1 >= budget) | (token == end_token) | (token < 0)
+    is_last = (step + 1 >= budget) | (token == eos_token_id) | (token < 0)
     tl.store(positions + row, tl.where(is_last, -1, position + 1), mask=is_running)
     tl.store(steps + row, step + 1, mask=is_running)

@@ -1,0 +1,235 @@
+"""Load the settings of a job from a YAML file, the environment and options.
+
+An option comes before the environment, and the environment before the file. Each value is checked
+where it comes from, so that an error names its source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from gptbatch.pipeline.config.settings import JobConfig, config_fields
+from gptbatch.pipeline.errors import ConfigError
+from gptbatch.pipeline.system.bundled import PREFIX, locate
+from gptbatch.pipeline.system.paths import PathError, expand_path
+from gptbatch.pipeline.system.yaml_reader import YamlError, read_yaml_mapping
+
+ENVIRONMENT_PREFIX = "GPTBATCH_"
+MAX_PROBLEMS = 20
+_PATH_KEYS = ("model", "input", "dataset", "output")
+MAX_VALUE_CHARACTERS = 200
+# Kubernetes and Docker set these for a service or container called gptbatch or gptbatch-NAME. Two
+# of them are told from a misspelt setting, such as GPTBATCH_MODEL_NAME=gpt2, by their value.
+_SERVICE_VARIABLES = (
+    re.compile(
+        r"GPTBATCH_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*",
+        re.ASCII | re.DOTALL,
+    ),
+    re.compile(r"GPTBATCH_(\w+_)?PORT=\w+://.*", re.ASCII | re.DOTALL),
+    re.compile(r"GPTBATCH_(NAME=|(\w+_)?NAME=/|(\w+_)?ENV_\w+=).*", re.ASCII | re.DOTALL),
+)
+
+
+def load_config(
+    file: str | None, *, environment: Mapping[str, str] = os.environ, options: Mapping[str, Any]
+) -> JobConfig:
+    """Merge options, environment and file, in this order of precedence, and validate the result.
+
+    Args:
+        file: A path, or the name of a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda.
+        environment: Variables; those that begin with GPTBATCH_ are settings.
+        options: Settings by config key. Nested keys are flat: "engine.dtype".
+
+    Raises:
+        ConfigError: A setting is wrong. The message names its source and key. `keys` holds the
+            wrong keys that come from options, and the required keys that are missing.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if file is not None:
+        path = find_config(file)
+        layers.append((str(path), _flatten(_read_yaml(path), str(path))))
+    layers.append(("environment", _read_environment(environment)))
+    layers.append(("options", dict(options)))
+    merged: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for name, values in layers:
+        # an input or a dataset replaces both kinds of a lower layer
+        if values.get("input") is not None or values.get("dataset") is not None:
+            merged = {
+                key: value for key, value in merged.items() if key not in ("input", "dataset")
+            }
+        for key, value in values.items():
+            merged[key], source[key] = value, name
+    try:
+        return JobConfig.model_validate(_nest(merged))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        locations = [
+            _setting(".".join(str(step) for step in problem["loc"])) for problem in problems
+        ]
+        keys = tuple(key for key in locations if source.get(key, "options") == "options")
+        lines = [_explain(problem, source) for problem in problems[:MAX_PROBLEMS]]
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise ConfigError("\n".join(lines + more), keys=keys) from error
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a config file, or of the bundled config of this name.
+
+    Raises:
+        ConfigError: There is no such file and no such bundled config.
+    """
+    try:
+        path = Path(expand_path(name))
+    except PathError as error:
+        raise ConfigError(f"--config {name[:MAX_VALUE_CHARACTERS]}: {error}") from error
+    try:
+        is_folder = path.is_dir()
+        # exists(), since a pipe such as <(envsubst < job.yaml) is no regular file
+        if path.exists() and not is_folder:
+            return path
+    except OSError as error:
+        raise ConfigError(f"{name[:80]}: cannot be a config file ({error.strerror})") from error
+    bundled = locate(PREFIX).joinpath(f"{name}.yaml")
+    if "/" not in name and bundled.is_file():
+        return bundled
+    if is_folder:
+        raise ConfigError(f"{name}: is a folder; name the YAML file in it")
+    known = ", ".join(sorted(entry.stem for entry in locate(PREFIX).glob("*.yaml")))
+    raise ConfigError(f"{name}: no such config file, nor a bundled config ({known})")
+
+
+def environment_name(key: str) -> str:
+    """Return GPTBATCH_SEED for seed, GPTBATCH_ENGINE_DTYPE for engine.dtype."""
+    return ENVIRONMENT_PREFIX + key.replace(".", "_").upper()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return read_yaml_mapping(path)
+    except YamlError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _flatten(content: dict[str, Any], where: str) -> dict[str, Any]:
+    flat = {str(key): value for key, value in content.items() if key != "engine"}
+    engine = {} if content.get("engine") is None else content["engine"]
+    if not isinstance(engine, dict):
+        raise ConfigError(f"{where}: engine must be a mapping of keys to values")
+    return flat | {f"engine.{key}": value for key, value in engine.items()}
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {
+        key: value for key, value in flat.items() if not key.startswith("engine.")
+    }
+    engine = {
+        key.removeprefix("engine."): value
+        for key, value in flat.items()
+        if key.startswith("engine.")
+    }
+    return nested | {"engine": engine}
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    fields = config_fields()
+    names = {environment_name(key): key for key in fields}
+    values: dict[str, Any] = {}
+    for name, value in environment.items():
+        # a file of variables may have Windows line ends
+        text = value.rstrip("\r\n")
+        if not name.startswith(ENVIRONMENT_PREFIX) or text == "":
+            continue
+        if name not in names:
+            if any(pattern.fullmatch(f"{name}={text}") for pattern in _SERVICE_VARIABLES):
+                continue
+            raise ConfigError(
+                f"environment variable {name}: no such setting{_nearest(name, list(names))}"
+            )
+        key = names[name]
+        if key in _PATH_KEYS and text != text.strip() and not os.path.lexists(text):
+            raise ConfigError(
+                f"environment variable {name}: {text!r} begins or ends with blanks; remove them"
+            )
+        # validated with the config
+        if fields[key].annotation is str:
+            values[key] = text
+            continue
+        adapter: TypeAdapter[Any] = TypeAdapter(fields[key].annotation or str)
+        try:
+            # a list is given as JSON
+            values[key] = (
+                adapter.validate_json(text)
+                if get_origin(fields[key].annotation) is list
+                else adapter.validate_strings(text)
+            )
+        except ValidationError as error:
+            raise ConfigError(
+                f"environment variable {name}: {_with_value(error.errors()[0])}"
+            ) from error
+    return values
+
+
+def _explain(problem: ErrorDetails, source: Mapping[str, str]) -> str:
+    key = ".".join(str(step) for step in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{source[key]}: there is no key {key!r}{_nearest(key, list(config_fields()))}"
+    if problem["type"] == "missing":
+        return (
+            f"{key} is required: give it as an option, in the config file or as "
+            f"{environment_name(key)}"
+        )
+    if not key:
+        return problem["msg"].removeprefix("Value error, ")
+    origin = source.get(_setting(key), "config")
+    where = environment_name(_setting(key)) if origin == "environment" else f"{origin}: {key}"
+    return f"{where}: {_with_value(problem)}"
+
+
+def _setting(key: str) -> str:
+    """Return the config key of a location: skip_row for its item skip_row.0."""
+    return re.sub(r"(\.\d+)+$", "", key)
+
+
+def _with_value(problem: ErrorDetails) -> str:
+    """Return the problem and the value."""
+    value = problem["input"]
+    shown = (
+        repr(value)
+        if isinstance(value, str | bytes | int | float | None)
+        else f"{type(value).__name__} {value!r}"
+    )
+    if len(shown) > MAX_VALUE_CHARACTERS:
+        shown = f"{shown[:MAX_VALUE_CHARACTERS]}... ({len(shown)} characters)"
+    if isinstance(problem.get("ctx", {}).get("error"), PathError):
+        return f"{shown} {problem['ctx']['error']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    quoted = ""
+    if isinstance(value, bool) and problem["type"] in ("string_type", "literal_error"):
+        words = ("on", "yes", "true") if value else ("off", "no", "false")
+        fitting = [
+            word for word in words if problem["type"] == "string_type" or f"'{word}'" in message
+        ]
+        if fitting:
+            quoted = (
+                f"; YAML reads {', '.join(words[:2])} and {words[2]} without quotes as a boolean; "
+                f"quote the word: '{fitting[0]}'"
+            )
+    elif problem["type"] == "string_type" and isinstance(value, int | float):
+        quoted = "; quote it to make it text"
+    return f"{message[0].lower()}{message[1:]}, not {shown}{quoted}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else f"; known are {', '.join(known)}"
