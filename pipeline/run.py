@@ -35,6 +35,7 @@ from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.lock import OutputLock
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_runner import ErrorLimit, PartRunner, Progress, RowCounts, Stop
+from gptbatch.pipeline.output.part_source import LocalParts
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import (
     KeptParts,
@@ -149,6 +150,11 @@ def run_job(
                     sink=output.open_sink(existing.kept, facts),
                     observers=[progress_file] if progress is None else [progress, progress_file],
                     stop=stop,
+                    source=LocalParts(
+                        number
+                        for number in range(checked.plan.n_parts)
+                        if number not in existing.kept.parts
+                    ),
                 )
                 generate_s = _generate(runner, output)
                 if halvings := runner.counts.batch_size_halvings:
@@ -276,7 +282,7 @@ def _generate(runner: PartRunner, output: RunOutput) -> float:
     sink = runner.sink
     began_s = time.monotonic()
     try:
-        runner.run([number for number in range(output.plan.n_parts) if number not in sink.parts])
+        runner.run()
     except OutputConflictError:
         # The files in .gptbatch belong to another job now.
         raise

@@ -115,7 +115,7 @@ def test_end_tokens_of_both_files(tmp_path: Path, name: str) -> None:
             )
         )
     )
-    assert (checkpoint.special_tokens.ends, checkpoint.special_tokens.ends_left_out) == (
+    assert (checkpoint.special_tokens.eos_token_ids, checkpoint.special_tokens.ends_left_out) == (
         ends,
         left_out,
     )
@@ -159,7 +159,7 @@ def test_default_special_tokens_of_gpt2(tmp_path: Path, vocab_size: int, tokens:
     special = find_checkpoint(
         str(write_checkpoint(tmp_path / "model", config=config))
     ).special_tokens
-    assert (special.start, special.ends) == tokens
+    assert (special.start, special.eos_token_ids) == tokens
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_another_end_token_is_another_job(tmp_path: Path) -> None:
     run(folder, tmp_path, ["hi"])  # a setting that is not followed changes nothing
     assert run_command(["verify", str(tmp_path / "out")]) == 0
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": STOP}))
-    with pytest.raises(Exception, match="eos_token_ids differ"):
+    with pytest.raises(Exception, match="end_tokens differ"):
         run(folder, tmp_path, ["hi"])
     assert run_command(["verify", str(tmp_path / "out")]) == 78
 
@@ -979,7 +979,7 @@ def test_check_model_finds_a_missing_end_token(
     folder = write_checkpoint(tmp_path / "model", generation={"eos_token_id": STOP})
     monkeypatch.setattr(
         "gptbatch.pipeline.model.checkpoint.read_special_tokens",
-        lambda *args, **kw: SpecialTokens(start=0, ends=(0,)),
+        lambda *args, **kw: SpecialTokens(start=0, eos_token_ids=(0,)),
     )
     assert run_command(["check-model", str(folder), "--new-tokens", "1"]) == 78
     assert "the EOS tokens of gptbatch and transformers do not agree" in capsys.readouterr().err
@@ -1048,7 +1048,7 @@ def test_every_file_is_downloaded_from_the_hub(
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert find_checkpoint("someone/model").special_tokens.ends == (0, STOP)
+    assert find_checkpoint("someone/model").special_tokens.eos_token_ids == (0, STOP)
     assert {
         "config.json",
         "generation_config.json",

@@ -924,7 +924,7 @@ def test_a_run_without_parts_leaves_the_folder_free(
 ) -> None:
     from gptbatch.pipeline.output.part_runner import PartRunner
 
-    def fail(self: PartRunner, numbers: list[int]) -> None:
+    def fail(self: PartRunner) -> None:
         raise StorageError("no")
 
     output = tmp_path / "out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -122,49 +122,59 @@ class PromptReader:
         )
 
     def prompts(
-        self, checked: InputSummary, parts: Collection[int] | None = None
+        self, checked: InputSummary, parts: Iterable[int] | None = None
     ) -> Iterator[Prompt | BadRow]:
-        """Yield the rows of a checked input in order.
+        """Yield the rows of a checked input, part by part.
 
         Args:
             checked: The result of `check`.
-            parts: Numbers of the parts to read. None reads all.
+            parts: Numbers of the parts to read. The next one is taken when the rows of the last one
+                are read. A number below an earlier one reads the input from the start again. None
+                reads all parts.
 
         Raises:
             InputRowsError: The input has changed. Raised at the end of the changed part at the
                 latest.
         """
-        name, part_digest = self.source.name, hashlib.sha256()
         parser = RowParser(self.defaults, RowWarnings())
-        index = -1
-        for index, raw in enumerate(_unchanged(islice(self.source.rows(), self.limit))):
-            if index == checked.rows:
-                raise InputRowsError(
-                    f"{name}: has more than the {checked.rows} rows that were checked; {_CHANGED}"
-                )
-            number = index // checked.part_rows
-            if parts is not None and number not in parts:
-                continue
-            row, digest_input = parser.parse(index, raw)
-            if isinstance(row, BadRow) and not self.record_bad:
-                raise InputRowsError(f"{row.where}: {row.reason}; {_CHANGED}")
-            part_digest.update(digest_input)
-            if (index + 1) % checked.part_rows == 0 or index + 1 == checked.rows:
-                if part_digest.hexdigest() != checked.part_digests[number]:
-                    first = number * checked.part_rows
+        rows, n_read = self._raw_rows(), 0
+        for number in range(len(checked.part_digests)) if parts is None else parts:
+            first = number * checked.part_rows
+            end = min(first + checked.part_rows, checked.rows)
+            if first < n_read:
+                rows, n_read = self._raw_rows(), 0
+            part_digest = hashlib.sha256()
+            while n_read < end and (raw := next(rows, None)) is not None:
+                index, n_read = n_read, n_read + 1
+                if index < first:
+                    continue
+                row, digest_input = parser.parse(index, raw)
+                if isinstance(row, BadRow) and not self.record_bad:
+                    raise InputRowsError(f"{row.where}: {row.reason}; {_CHANGED}")
+                part_digest.update(digest_input)
+                if n_read == end and part_digest.hexdigest() != checked.part_digests[number]:
                     raise InputRowsError(
-                        f"{name}: differs from what was checked, in rows {first} to {index}; "
-                        f"{_CHANGED}"
+                        f"{self.source.name}: differs from what was checked, in rows {first} to "
+                        f"{index}; {_CHANGED}"
                     )
-                part_digest = hashlib.sha256()
-            if index in checked.duplicates:
-                row = self._duplicate(raw, row, checked.duplicates[index])
-            yield row
-        if index + 1 != checked.rows:
+                if index in checked.duplicates:
+                    row = self._duplicate(raw, row, checked.duplicates[index])
+                yield row
+        for _ in rows:
+            n_read += 1
+            if n_read > checked.rows:
+                raise InputRowsError(
+                    f"{self.source.name}: has more than the {checked.rows} rows that were checked; "
+                    f"{_CHANGED}"
+                )
+        if n_read != checked.rows:
             raise InputRowsError(
-                f"{name}: has {index + 1} rows, not the {checked.rows} that were checked; "
+                f"{self.source.name}: has {n_read} rows, not the {checked.rows} that were checked; "
                 f"{_CHANGED}"
             )
+
+    def _raw_rows(self) -> Iterator[RawRow]:
+        return _unchanged(islice(self.source.rows(), self.limit))
 
     def _parsed(self, warnings: RowWarnings) -> Iterator[tuple[RawRow, Prompt | BadRow, bytes]]:
         """Yield every row with the bytes that it adds to the input digest."""

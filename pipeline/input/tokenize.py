@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from gptbatch.pipeline.config import JobConfig
@@ -75,7 +75,7 @@ class TokenizedInput:
         summary: InputSummary,
         *,
         reject: Callable[[Completion], object],
-        parts: Collection[int] | None = None,
+        parts: Iterable[int] | None = None,
         try_begin_part: Callable[[int], bool] = lambda part: True,
     ) -> Iterator[TokenizedPrompt | None]:
         """Yield the prompts of a checked input in order, ready for the engine.
@@ -83,7 +83,7 @@ class TokenizedInput:
         Args:
             summary: The result of `PromptReader.check`.
             reject: Receives the error row of each row that the engine cannot run.
-            parts: Numbers of the parts to read. None reads all.
+            parts: Numbers of the parts to read, pulled one at a time. None reads all.
             try_begin_part: Begins a part, unless too many are in flight, and returns whether the
                 part has begun. Called before its first row. While it returns False, None is
                 yielded.

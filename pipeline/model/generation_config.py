@@ -181,7 +181,7 @@ def generation_warnings(
         where: The checkpoint in messages.
     """
     warnings = []
-    if left_out := special_tokens.eos_token_ids_left_out:
+    if left_out := special_tokens.ends_left_out:
         ends = ", ".join(map(str, special_tokens.eos_token_ids))
         warnings.append(
             f"{where}: eos_token_id {', '.join(map(str, left_out))} is not in the vocabulary "

@@ -1,4 +1,4 @@
-"""PartRunner: runs the prompts of missing parts through the engine, into a PartSink.
+"""PartRunner: runs the prompts of parts from a PartSource through the engine, into a PartSink.
 
 The loop belongs to the output, because the part is the unit of work: it is begun, committed,
 recorded in the crash journal and generated again as a whole.
@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 from gptbatch.pipeline.config import JobConfig
@@ -24,6 +25,7 @@ from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.model.loading import LoadedModel
 from gptbatch.pipeline.output.part_sink import PartSink
+from gptbatch.pipeline.output.part_source import PartSource
 from gptbatch.pipeline.types import Completion, TokenizedPrompt
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ class PartRunner:
         sink: Takes the rows.
         observers: Take the counts after every step.
         stop: Is queried after every step.
+        source: Deals out the parts.
         counts: What this run has finished.
     """
 
@@ -134,17 +137,17 @@ class PartRunner:
     sink: PartSink
     observers: Sequence[Progress]
     stop: Stop
+    source: PartSource
     counts: RowCounts = field(default_factory=RowCounts, init=False)
 
     def __post_init__(self) -> None:
         self._limit = ErrorLimit(self.config.max_row_errors, self.summary.rows)
         self._errors_kept = sum(part.errors for part in self.sink.parts.values())
+        self._pulled: set[int] = set()
+        self._crashing_parts: list[int] = []
 
-    def run(self, numbers: list[int]) -> None:
-        """Generate and commit parts.
-
-        Args:
-            numbers: Their part numbers.
+    def run(self) -> None:
+        """Generate and commit the parts of the source; those that may crash it come last.
 
         Raises:
             StoppedError: A stop was requested.
@@ -153,22 +156,31 @@ class PartRunner:
         if self.summary.rows == 0:
             self.sink.add_empty()
             return
-        suspect_parts = self.sink.suspect_parts & set(numbers)
         for observer in self.observers:
             observer.begin(self.summary.rows, sum(part.rows for part in self.sink.parts.values()))
         try:
-            if suspect_parts:
-                self._warn_of_suspects(suspect_parts)
-                self._run_parts(suspect_parts, batch_size=1)
-            if others := set(numbers) - suspect_parts:
-                batch_size = self.loaded.batch_size(self.config.engine.batch_size)
-                self._run_parts(others, batch_size=batch_size)
+            batch_size = self.loaded.batch_size(self.config.engine.batch_size)
+            self._run_parts(self._pull(), batch_size=batch_size)
+            if self._crashing_parts:
+                self._warn_of_suspects(self._crashing_parts)
+                self._run_parts(iter(self._crashing_parts), batch_size=1)
         finally:
+            for number in sorted(self._pulled - self.sink.parts.keys()):
+                self.source.given_up(number)
             for observer in self.observers:
                 observer.end()
             self.prompts.log_warnings()
 
-    def _warn_of_suspects(self, numbers: set[int]) -> None:
+    def _pull(self) -> Iterator[int]:
+        """Yield the parts of the source. Keep back those that were in flight at several crashes."""
+        while (number := self.source.next()) is not None:
+            self._pulled.add(number)
+            if number in self.sink.suspect_parts:
+                self._crashing_parts.append(number)
+            else:
+                yield number
+
+    def _warn_of_suspects(self, numbers: Sequence[int]) -> None:
         last = self.sink.last_prompt_id
         logger.warning(
             "two runs crashed while parts %s were in flight%s; their rows run one at a time",
@@ -178,7 +190,10 @@ class PartRunner:
             else "",
         )
 
-    def _run_parts(self, numbers: set[int], *, batch_size: int) -> None:
+    def _run_parts(self, numbers: Iterator[int], *, batch_size: int) -> None:
+        first = next(numbers, None)
+        if first is None:
+            return
         engine = self._engine(batch_size)
         max_in_flight = MAX_EXTRA_PARTS_IN_FLIGHT + -(
             -engine.max_rows_held // self.summary.part_rows
@@ -193,7 +208,10 @@ class PartRunner:
             return True
 
         prompts = self.prompts.prompts(
-            self.summary, reject=self._take, parts=numbers, try_begin_part=try_begin_part
+            self.summary,
+            reject=self._take,
+            parts=chain([first], numbers),
+            try_begin_part=try_begin_part,
         )
         if batch_size == 1:
             prompts = self._record_lone_rows(prompts)
@@ -235,7 +253,9 @@ class PartRunner:
             text = self.prompts.tokenizer.completion_text(
                 completion.prompt_token_ids, completion.token_ids, completion.finish_reason
             )
-        self.sink.add(completion, text)
+        part = self.sink.add(completion, text)
+        if part is not None:
+            self.source.committed(part)
         if failed:
             self._limit.check(self._errors_kept + self.counts.errors)
 

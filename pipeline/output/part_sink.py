@@ -75,19 +75,24 @@ class PartSink:
         """Record the row that is about to run alone."""
         self._record(prompt_id)
 
-    def add(self, completion: Completion, text: str | None) -> None:
+    def add(self, completion: Completion, text: str | None) -> Part | None:
         """Add one row, and commit the part that it completes.
 
         Args:
             completion: The result of the row.
             text: The decoded new tokens; None for an error.
 
+        Returns:
+            The part, now written; None while it lacks rows.
+
         Raises:
             StorageError: The part cannot be written.
             OutputConflictError: A part of another job has its name.
         """
-        if (part := self._writer.add(completion, text)) is not None:
+        part = self._writer.add(completion, text)
+        if part is not None:
             self._finish_part(part)
+        return part
 
     def add_empty(self) -> None:
         """Commit the part of an input without rows."""

@@ -1,0 +1,49 @@
+"""PartSource: deals out the parts that a run generates.
+
+A run pulls the number of its next part when its batch can take more rows. A local run takes the
+missing parts in order. Other sources can share one job among several runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from gptbatch.pipeline.output.json_models import Part
+
+
+class PartSource(Protocol):
+    """Deals out part numbers to one run."""
+
+    def next(self) -> int | None:
+        """Return the number of the next part to generate; None when no part is left.
+
+        Numbers in ascending order let the run read its input in one pass.
+        """
+
+    def committed(self, part: Part) -> None:
+        """Take a part that `next` returned and that is written now."""
+
+    def given_up(self, number: int) -> None:
+        """Take back a part that `next` returned: the run ends without writing it."""
+
+
+class LocalParts:
+    """The parts of a run that has the job for itself.
+
+    Args:
+        numbers: The missing parts, in ascending order.
+    """
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self._numbers = iter(numbers)
+
+    def next(self) -> int | None:
+        """Return the next missing part."""
+        return next(self._numbers, None)
+
+    def committed(self, part: Part) -> None:
+        """Do nothing: the file of the part is the record."""
+
+    def given_up(self, number: int) -> None:
+        """Do nothing: the next run finds that the part is missing."""

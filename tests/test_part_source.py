@@ -1,0 +1,138 @@
+"""Runs that pull their parts in another order, and give back what they do not write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline import run as run_module
+from gptbatch.pipeline.errors import InputRowsError, StoppedError
+from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.part_source import LocalParts
+from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
+
+WriteRows = Callable[..., Path]
+ROWS = [{"id": f"r{i}", "prompt": f"To be, {i}"} for i in range(10)]
+
+
+class Shuffled:
+    """Deals the missing parts in a given order, and records what becomes of them."""
+
+    def __init__(self, numbers: Iterable[int], order: list[int]) -> None:
+        missing = set(numbers)
+        self.left = [number for number in order if number in missing]
+        self.pulled: list[int] = []
+        self.written: list[int] = []
+        self.back: list[int] = []
+
+    def next(self) -> int | None:
+        if not self.left:
+            return None
+        self.pulled.append(self.left.pop(0))
+        return self.pulled[-1]
+
+    def committed(self, part: Part) -> None:
+        self.written.append(part.number)
+
+    def given_up(self, number: int) -> None:
+        self.back.append(number)
+
+
+class StopAfter:
+    """Asks for a stop at the given step."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def deferred(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def requested(self) -> str | None:
+        self.steps -= 1
+        return "a test" if self.steps < 0 else None
+
+
+def job(checkpoint: Path, file: Path, output: Path) -> JobConfig:
+    return JobConfig(
+        model=str(checkpoint),
+        input=str(file),
+        output=str(output),
+        part_rows=2,
+        max_new_tokens=4,
+        engine={"batch_size": 3, "device": "cpu", "threads": 1},  # type: ignore[arg-type]
+    )
+
+
+def table(output: Path) -> list[dict[str, Any]]:
+    parts = [pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))]
+    rows: list[dict[str, Any]] = pa.concat_tables(parts).select(DETERMINISTIC_COLUMNS).to_pylist()
+    return rows
+
+
+def use(monkeypatch: pytest.MonkeyPatch, order: list[int]) -> list[Shuffled]:
+    made: list[Shuffled] = []
+
+    def source(numbers: Iterable[int]) -> Shuffled:
+        made.append(Shuffled(numbers, order))
+        return made[-1]
+
+    monkeypatch.setattr(run_module, "LocalParts", source)
+    return made
+
+
+def test_parts_in_any_order_give_the_same_rows(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_rows(ROWS)
+    run_job(job(checkpoint, file, tmp_path / "in order"))
+    made = use(monkeypatch, [3, 0, 4, 1, 2])
+    run_job(job(checkpoint, file, tmp_path / "shuffled"))
+    assert made[0].pulled == [3, 0, 4, 1, 2]
+    assert sorted(made[0].written) == [0, 1, 2, 3, 4]
+    assert made[0].back == []
+    assert table(tmp_path / "shuffled") == table(tmp_path / "in order")
+
+
+def test_a_stopped_run_gives_back_what_it_pulled(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, output = write_rows(ROWS), tmp_path / "out"
+    made = use(monkeypatch, [4, 3, 2, 1, 0])
+    with pytest.raises(StoppedError):
+        run_job(job(checkpoint, file, output), stop=StopAfter(5))
+    source = made[0]
+    assert source.back
+    assert sorted(source.written + source.back) == sorted(source.pulled)
+    run_job(job(checkpoint, file, output))
+    assert not set(made[1].pulled) & set(source.written)
+    run_job(job(checkpoint, file, tmp_path / "whole"))
+    assert table(output) == table(tmp_path / "whole")
+
+
+def test_a_changed_part_is_found_in_any_order(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_rows(ROWS)
+    real = run_module._load
+
+    def load_and_change(*arguments: Any) -> Any:
+        text = file.read_text()
+        file.write_text(text.replace("To be, 3", "To be, x"))
+        return real(*arguments)
+
+    monkeypatch.setattr(run_module, "_load", load_and_change)
+    use(monkeypatch, [4, 1, 0])
+    with pytest.raises(InputRowsError, match="in rows 2 to 3"):
+        run_job(job(checkpoint, file, tmp_path / "out"))
+
+
+def test_local_parts_end() -> None:
+    source = LocalParts([2, 5])
+    assert [source.next(), source.next(), source.next()] == [2, 5, None]
