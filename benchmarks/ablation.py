@@ -377,8 +377,8 @@ class Pair:
     """One run of a variant, and one of its baseline beside it."""
 
     name: str
-    on: float
-    off: float
+    baseline_rate: float
+    rate: float
     same_tokens: bool
 
 
@@ -397,16 +397,24 @@ def run_pair(
     for which in (name, baseline) if swap else (baseline, name):
         connections[which].send((workload, turn))
         found[which] = connections[which].recv()
-    (on, on_digest), (off, off_digest) = found[baseline], found[name]
-    print(f"{dtype}, {workload}, turn {turn}: {name:<18} {on:8.1f} {off:8.1f}", flush=True)
-    return Pair(name=name, on=on, off=off, same_tokens=on_digest == off_digest)
+    (baseline_rate, baseline_digest), (rate, digest) = found[baseline], found[name]
+    print(
+        f"{dtype}, {workload}, turn {turn}: {baseline} {baseline_rate:.1f}, {name} {rate:.1f}",
+        flush=True,
+    )
+    return Pair(
+        name=name,
+        baseline_rate=baseline_rate,
+        rate=rate,
+        same_tokens=baseline_digest == digest,
+    )
 
 
 def summarize(name: str, dtype: str, workload: str, pairs: list[Pair]) -> dict[str, Any]:
     """Compare a variant with its baseline; of "all on", list the rates of all pairs."""
     variant = VARIANTS[name]
     if name == "all on":
-        rates = [pair.on for pair in pairs if VARIANTS[pair.name].baseline == name]
+        rates = [pair.baseline_rate for pair in pairs if VARIANTS[pair.name].baseline == name]
         return {
             "dtype": dtype,
             "workload": workload,
@@ -414,13 +422,16 @@ def summarize(name: str, dtype: str, workload: str, pairs: list[Pair]) -> dict[s
             "tokens_per_s": [round(rate, 1) for rate in rates],
         }
     pairs = [pair for pair in pairs if pair.name == name]
-    ratios = [pair.off / pair.on if variant.is_extra else pair.on / pair.off for pair in pairs]
+    ratios = [pair.baseline_rate / pair.rate for pair in pairs]
+    if variant.is_extra:
+        ratios = [1 / ratio for ratio in ratios]
     return {
         "dtype": dtype,
         "workload": workload,
         "variant": name,
         "label": variant.label,
         "baseline": variant.baseline,
+        "tokens_per_s": [round(pair.rate, 1) for pair in pairs],
         "ratios": [round(ratio, 3) for ratio in ratios],
         "speed_up": round(statistics.median(ratios), 3),
         "same_tokens": all(pair.same_tokens for pair in pairs),

@@ -37,6 +37,7 @@ from gptbatch.pipeline.kernels.cuda.linear import (
     partial_kernel,
 )
 from gptbatch.pipeline.kernels.cuda.norm import add_norm_kernel, norm_kernel, norm_twin
+from gptbatch.pipeline.kernels.cuda.sample import MAX_BLOCKS, MAX_KEPT
 
 C, H, INNER, LAYERS, VOCAB, POSITIONS = 768, 12, 3072, 12, 50257, 1024
 # (N, K) of each linear of GPT-2 124M
@@ -614,13 +615,14 @@ class SampleBuffers:
             return torch.zeros(*shape, device=logits.device, dtype=dtype)
 
         self.seeds = torch.arange(rows, device=logits.device)
+        self.positions = new(rows, dtype=torch.int32)
         self.steps = new(rows, dtype=torch.int64) + 5
         self.temperatures = new(rows, dtype=torch.float64) + 0.8
         self.top_k = new(rows, dtype=torch.int32) + 40
         self.margins = new(rows, dtype=torch.float64) + float("inf")
         self.sampled = new(rows, dtype=torch.int32)
-        self.blocks_scratch = new(rows, 64, dtype=torch.int32)
-        self.kept_scratch = new(rows, 128, dtype=torch.int32)
+        self.blocks_scratch = new(rows, MAX_BLOCKS, dtype=torch.int32)
+        self.kept_scratch = new(rows, MAX_KEPT, dtype=torch.int32)
 
 
 def kernel_times() -> None:

@@ -35,7 +35,7 @@ from gptbatch.pipeline.model.norm import Norm
 
 HEAD_COLUMNS = 128
 RING_STEPS = 256
-# With more rows, one block per tile fills the GPU.
+# With more rows, one program per output tile is enough to fill the GPU.
 MAX_SPREAD_ROWS = 256
 # Options of the launches of kernels with one configuration: the compiler fuses nothing.
 EXACT: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
@@ -124,6 +124,8 @@ class Decoder:
     def __init__(
         self, model: GPT, rows: int, max_tokens: int, options: Options, shuffle: int | None = None
     ) -> None:
+        if any(rows % tile.bm for tile in options.tiles.values()):
+            raise ValueError(f"{rows} rows are no multiple of every tile in {options.tiles}")
         self.model, self.rows, self.options = model, rows, options
         self.weights = weights_of(model)
         config = model.config
@@ -352,6 +354,7 @@ def sample(b: Buffers, warps: int) -> None:
     sample_kernel[(len(b.logits),)](
         b.logits,
         b.block_max,
+        b.positions,
         b.seeds,
         b.steps,
         b.temperatures,

@@ -9,5 +9,5 @@ from pathlib import Path
 import gptbatch.pipeline  # noqa: F401
 
 # Read when triton is imported, which transformers does: without a GPU, kernels run on CPU tensors.
-if not Path("/dev/nvidia0").exists():
+if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -10,7 +10,6 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 from gptbatch.pipeline.kernels.cuda.attend import attend_kernel
@@ -18,7 +17,7 @@ from gptbatch.pipeline.kernels.cuda.linear import Tile, linear_kernel, qkv_kerne
 from gptbatch.pipeline.kernels.cuda.norm import add_norm_kernel, embed_kernel, norm_kernel
 from gptbatch.pipeline.kernels.cuda.sample import sample_kernel
 
-INSTRUCTIONS = ("HGMMA", "HMMA", "FFMA", "FMUL", "UTCHMMA", "LDS", "LDL", "STL")
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "FFMA", "LDL", "STL")
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -40,7 +39,7 @@ def tools() -> Path:
 def compiled(
     kernel: Any, dtypes: dict[str, str], constants: dict[str, Any], capability: int, **options: Any
 ) -> dict[str, Any]:
-    """Compile one kernel; pointers and integers are multiples of 16 where `dtypes` says "*...".
+    """Compile one kernel; pointers, and integers called stride, are multiples of 16.
 
     Args:
         kernel: The jitted function.
@@ -58,7 +57,6 @@ def compiled(
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    CUDABackend(target)
     options = {"enable_fp_fusion": False, **options}
     binary = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -66,7 +64,8 @@ def compiled(
         file.flush()
         sass = subprocess.check_output([tools() / "cuobjdump", "-sass", file.name], text=True)
         usage = subprocess.check_output([tools() / "cuobjdump", "-res-usage", file.name], text=True)
-    found = {word: len(re.findall(rf"\b{word}\b", sass)) for word in INSTRUCTIONS}
+    # FFMA2 is two FFMA in one instruction.
+    found = {word: len(re.findall(rf"\b{word}2?\b", sass)) for word in INSTRUCTIONS}
     registers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert registers is not None, usage
     return {
@@ -194,6 +193,7 @@ def sample(warps: int, capability: int) -> dict[str, Any]:
         {
             "logits": "*fp32",
             "block_max": "*fp32",
+            "positions": "*i32",
             "seeds": "*i64",
             "steps": "*i64",
             "temperatures": "*fp64",

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, on whole numbers, against their torch twins.
+"""The Triton kernels under Triton's interpreter, against their torch twins.
 
 The interpreter shows indexing, masks, block tables and the sampler's logic. It says nothing of the
 order of sums on a GPU: `make cuda-check` does.
@@ -194,6 +194,7 @@ def sample(cuda: Any, logits: Tensor, top_k: list[int], temperature: float) -> A
     cuda.sample.sample_kernel[(rows,)](
         logits,
         padded.view(rows, blocks, 16).amax(dim=2),
+        torch.zeros(rows).int(),
         torch.arange(rows) + 2**40,
         torch.arange(rows),
         torch.full((rows,), temperature, dtype=torch.float64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline import run as run_module
 from gptbatch.pipeline.errors import InputRowsError, StoppedError
+from gptbatch.pipeline.input import tokenize
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_source import LocalParts
 from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
@@ -104,11 +106,13 @@ def test_a_stopped_run_gives_back_what_it_pulled(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, output = write_rows(ROWS), tmp_path / "out"
+    monkeypatch.setattr(tokenize, "TOKENIZE_ROWS", 1)
     made = use(monkeypatch, [4, 3, 2, 1, 0])
     with pytest.raises(StoppedError):
         run_job(job(checkpoint, file, output), stop=StopAfter(5))
     source = made[0]
     assert source.back
+    assert source.written
     assert sorted(source.written + source.back) == sorted(source.pulled)
     run_job(job(checkpoint, file, output))
     assert not set(made[1].pulled) & set(source.written)
@@ -131,6 +135,44 @@ def test_a_changed_part_is_found_in_any_order(
     use(monkeypatch, [4, 1, 0])
     with pytest.raises(InputRowsError, match="in rows 2 to 3"):
         run_job(job(checkpoint, file, tmp_path / "out"))
+
+
+def test_a_shortened_input_is_found_before_another_part_runs(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_rows(ROWS)
+    real = run_module._load
+
+    def load_and_shorten(*arguments: Any) -> Any:
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:7]))
+        return real(*arguments)
+
+    monkeypatch.setattr(run_module, "_load", load_and_shorten)
+    made = use(monkeypatch, [3, 0, 1])
+    with pytest.raises(InputRowsError, match="has 7 rows, not the 10 that were checked"):
+        run_job(job(checkpoint, file, tmp_path / "out"))
+    assert made[0].pulled == [3]
+
+
+def test_parts_of_two_crashes_run_last(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, output = write_rows(ROWS), tmp_path / "out"
+    with pytest.raises(StoppedError):
+        run_job(job(checkpoint, file, output), stop=StopAfter(5))
+    journal: dict[str, Any] = {
+        "parts_in_flight": [],
+        "prompt_id": None,
+        "crashes_per_part": {"3": 2},
+    }
+    (output / ".gptbatch" / "crash_journal.json").write_text(json.dumps(journal))
+    made = use(monkeypatch, [3, 4, 2, 1, 0])
+    run_job(job(checkpoint, file, output))
+    assert made[0].pulled[0] == 3
+    assert made[0].written[-1] == 3
+    run_job(job(checkpoint, file, tmp_path / "whole"))
+    assert table(output) == table(tmp_path / "whole")
 
 
 def test_local_parts_end() -> None:

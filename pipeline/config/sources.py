@@ -1,7 +1,7 @@
 """Load the settings of a job from a YAML file, the environment and options.
 
-An option comes before the environment, and the environment before the file. Each value is checked
-where it comes from, so that an error names its source.
+An option comes before the environment, and the environment before the file. Errors name the source
+of the value.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The oracle: one prompt at a time, the whole context computed again for each token.
 
-The engine is tested against it. It judges the loop, the KV cache across steps, the sampling and the
-noise, and has its own of each, in plain Python. It calls the same model; `tests/test_model.py`
-compares that with transformers. It is never made fast.
+The engine is tested against it. It has its own loop, sampling and noise, in plain Python, and no KV
+cache across steps. It calls the same model; `tests/test_model.py` compares that with transformers.
+It is never made fast.
 """
 
 from __future__ import annotations

@@ -160,6 +160,8 @@ class PromptReader:
                 if index in checked.duplicates:
                     row = self._duplicate(raw, row, checked.duplicates[index])
                 yield row
+            if n_read < end:
+                break
         for _ in rows:
             n_read += 1
             if n_read > checked.rows:

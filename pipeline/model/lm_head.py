@@ -53,7 +53,7 @@ class TwoPassHead:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        """Pack a bfloat16 copy of the weight and compute what bounds its errors."""
+        """Pack a bfloat16 copy of the weight and compute the norms that bound its errors."""
         assert weight.dtype == torch.float32
         self.weight = weight = weight.contiguous()
         rounded = weight.bfloat16()
@@ -111,13 +111,13 @@ class TwoPassHead:
             rounding_norm = torch.linalg.vector_norm(hidden - rounded, dim=1, dtype=torch.float64)
             times_weight_norm = rounding_norm + hidden.shape[1] * 2**-22 * norm + SUBNORMAL_NORM
             times_weight_rounding = torch.linalg.vector_norm(rounded, dim=1, dtype=torch.float64)
-            # error of a logit <= row_norms[row] . group_norms[group of its token]
-            row_norms = torch.stack([times_weight_norm, times_weight_rounding], dim=1)
+            # error of a logit <= row_factors[row] . group_norms[group of its token]
+            row_factors = torch.stack([times_weight_norm, times_weight_rounding], dim=1)
             thresholds: Tensor = torch.ops.gptbatch.rescore(
                 logits,
                 hidden,
                 self.weight,
-                row_norms,
+                row_factors,
                 self._group_norms,
                 kept_sizes,
                 exact_ranges,

@@ -144,10 +144,12 @@ class PartRunner:
         self._limit = ErrorLimit(self.config.max_row_errors, self.summary.rows)
         self._errors_kept = sum(part.errors for part in self.sink.parts.values())
         self._pulled: set[int] = set()
-        self._crashing_parts: list[int] = []
+        self._suspect_parts: list[int] = []
 
     def run(self) -> None:
-        """Generate and commit the parts of the source; those that may crash it come last.
+        """Generate and commit the parts of the source.
+
+        Parts that were in flight at two crashes run last, one row at a time.
 
         Raises:
             StoppedError: A stop was requested.
@@ -161,22 +163,22 @@ class PartRunner:
         try:
             batch_size = self.loaded.batch_size(self.config.engine.batch_size)
             self._run_parts(self._pull(), batch_size=batch_size)
-            if self._crashing_parts:
-                self._warn_of_suspects(self._crashing_parts)
-                self._run_parts(iter(self._crashing_parts), batch_size=1)
+            if self._suspect_parts:
+                self._warn_of_suspects(self._suspect_parts)
+                self._run_parts(iter(self._suspect_parts), batch_size=1)
         finally:
-            for number in sorted(self._pulled - self.sink.parts.keys()):
-                self.source.given_up(number)
             for observer in self.observers:
                 observer.end()
             self.prompts.log_warnings()
+            for number in sorted(self._pulled - self.sink.parts.keys()):
+                self.source.given_up(number)
 
     def _pull(self) -> Iterator[int]:
-        """Yield the parts of the source. Keep back those that were in flight at several crashes."""
+        """Yield the parts of the source. Put those aside that were in flight at two crashes."""
         while (number := self.source.next()) is not None:
             self._pulled.add(number)
             if number in self.sink.suspect_parts:
-                self._crashing_parts.append(number)
+                self._suspect_parts.append(number)
             else:
                 yield number
 

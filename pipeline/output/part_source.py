@@ -1,7 +1,7 @@
 """PartSource: deals out the parts that a run generates.
 
-A run pulls the number of its next part when its batch can take more rows. A local run takes the
-missing parts in order. Other sources can share one job among several runs.
+A run pulls the number of its next part when it reads on in its input, up to 256 rows ahead of the
+rows that it generates. A local run takes the missing parts in order.
 """
 
 from __future__ import annotations

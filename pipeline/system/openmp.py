@@ -2,8 +2,7 @@
 
 At the end of every parallel loop a thread waits for the others. By default it spins for
 milliseconds. If other processes use the cores, the spinning thread takes a core from the thread
-that it waits for. The limit here is about 10 microseconds, longer than the wait on an unshared
-machine. After it the thread sleeps.
+that it waits for. The limit here is about 10 microseconds. After it the thread sleeps.
 """
 
 from __future__ import annotations

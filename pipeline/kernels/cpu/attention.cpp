@@ -123,8 +123,8 @@ class HeadWorker {
 
   // Multiplies one row tile by one panel, then attends over the previous head's share of attention
   // tiles. `begun` and `done`: rows times panels of this head before and after the row tile.
-  void project_tile(const RowTiles<T>& row_tiles, int64_t row_tile, int64_t panel, int64_t next_panel,
-                    int64_t begun, int64_t done, const Epilogue<T>& epilogue) {
+  void project_tile(const RowTiles<T>& row_tiles, int64_t row_tile, int64_t panel,
+                    int64_t next_panel, int64_t begun, int64_t done, const Epilogue<T>& epilogue) {
     const T* weights = weights_ + panel * in_ * NR;
     const T* next_weights = weights_ + next_panel * in_ * NR;
     if (previous_ < 0) {
@@ -132,7 +132,8 @@ class HeadWorker {
       return;
     }
     const int64_t all = attention_.n_tokens() * panels_;
-    const int64_t from = attention_.n_tiles() * begun / all, end = attention_.n_tiles() * done / all;
+    const int64_t from = attention_.n_tiles() * begun / all;
+    const int64_t end = attention_.n_tiles() * done / all;
     const char* const* lines = list_lines(end, LISTED_LINES_PER_STEP * row_tiles.prefetch_steps());
     row_tiles.template multiply<LISTED_LINES_PER_STEP>(row_tile, weights, next_weights, lines,
                                                        epilogue);

@@ -67,7 +67,7 @@ template <class P, class Y>
 void gemm_tile_amx(int64_t rows, const BFloat16* x, int64_t in, const BFloat16* panel, P prefetch,
                    int64_t prefetches, const Epilogue<Y>& epilogue) {
   static_assert(PANEL_VECTORS == 3 && LANES * 4 == AMX_ROW_BYTES);
-  const int64_t height = (rows + 1) / 2, upper = rows - height;
+  const int64_t height = (rows + 1) / 2, first_upper = rows - height;
   configure_amx_tiles(height);
   _tile_zero(0);
   _tile_zero(1);
@@ -78,7 +78,7 @@ void gemm_tile_amx(int64_t rows, const BFloat16* x, int64_t in, const BFloat16* 
   const int64_t stride = in * 2, panel_stride = NR * 4;
   for (int64_t k = 0; k < in; k += AMX_K_STEP, panel += NR * AMX_K_STEP) {
     for (int64_t i = 0; i < prefetches; i++) prefetch.step();
-    const BFloat16 *lower = x + k, *upper = x + upper * in + k;
+    const BFloat16 *lower = x + k, *upper = x + first_upper * in + k;
     _tile_loadd(7, panel, panel_stride);
     _tile_loadd(6, lower, stride);
     _tile_dpbf16ps(0, 6, 7);
@@ -102,7 +102,7 @@ void gemm_tile_amx(int64_t rows, const BFloat16* x, int64_t in, const BFloat16* 
   _tile_stored(5, sums[1][0] + 2 * LANES, panel_stride);
   _tile_release();
   for (int64_t row = 0; row < rows; row++) {
-    const float* row_sums = row < height ? sums[0][row] : sums[1][row - upper];
+    const float* row_sums = row < height ? sums[0][row] : sums[1][row - first_upper];
     Vec values[PANEL_VECTORS];
     for (int v = 0; v < PANEL_VECTORS; v++) values[v] = Vec::loadu(row_sums + v * LANES);
     if (epilogue.columns == NR) {

@@ -100,7 +100,7 @@ void sample(const T* logits, int64_t n_rows, int64_t vocab_size, const SampleRow
 struct RescoreInputs {
   const float *hidden, *weight;
   int64_t n_rows, vocab_size, width;
-  const double *row_norms, *group_norms;
+  const double *row_factors, *group_norms;
   const int64_t* kept_sizes;
   const double* exact_ranges;
 };

@@ -23,12 +23,12 @@ int64_t bfloat16_k_multiple() {
 
 template <class T>
 void pack_weight(const T* weight, int64_t out, int64_t in, int64_t in_padded, T* packed) {
-  constexpr int64_t INTERLEAVED_ROWS = std::is_same_v<T, float> ? 1 : AVX512_BF16_K_STEP;
+  constexpr int64_t K_ROWS = std::is_same_v<T, float> ? 1 : AVX512_BF16_K_STEP;
   parallel_for_each((out + NR - 1) / NR, 1, [&](int64_t panel) {
     T* to = packed + panel * in_padded * NR;
     for (int64_t c = 0; c < std::min(NR, out - panel * NR); c++)
       for (int64_t k = 0; k < in; k++)
-        to[k / INTERLEAVED_ROWS * INTERLEAVED_ROWS * NR + c * INTERLEAVED_ROWS + k % INTERLEAVED_ROWS] =
+        to[k / K_ROWS * K_ROWS * NR + c * K_ROWS + k % K_ROWS] =
             weight[(panel * NR + c) * in + k];
   });
 }

@@ -28,12 +28,12 @@
 //         margin_bounds  (S,) float64: a margin above the bound may be returned as the bound
 //         tokens         (S,) int64; -1 if logits hold NaN or +inf, or only -inf
 //         margins        (S,) float64
-//     rescore(logits (S, V), hidden (S, C), weight (V, C), row_norms (S, 2),
+//     rescore(logits (S, V), hidden (S, C), weight (V, C), row_factors (S, 2),
 //             group_norms (G, 2), kept_sizes (S,), exact_ranges (S,))
 //         -> thresholds (S,); changes logits
 //         logits, hidden and weight are float32, kept_sizes is int64, the others float64. An
 //         approximate logit of row s and group g (32 tokens) is off by at most
-//         row_norms[s] . group_norms[g]
+//         row_factors[s] . group_norms[g]
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -307,19 +307,19 @@ std::tuple<Tensor, Tensor> sample_op(const Tensor& logits, const Tensor& seeds,
 }
 
 Tensor rescore_op(Tensor& logits, const Tensor& hidden, const Tensor& weight,
-                  const Tensor& row_norms, const Tensor& group_norms,
+                  const Tensor& row_factors, const Tensor& group_norms,
                   const Tensor& kept_sizes, const Tensor& exact_ranges) {
   const int64_t batch = logits.size(0), vocab_size = logits.size(1), width = hidden.size(1);
   const int64_t groups = (vocab_size + TOKENS_PER_GROUP - 1) / TOKENS_PER_GROUP;
   TORCH_CHECK(logits.is_contiguous() && hidden.is_contiguous() && weight.is_contiguous() &&
-                  row_norms.is_contiguous() && group_norms.is_contiguous(),
+                  row_factors.is_contiguous() && group_norms.is_contiguous(),
               "rescore: all inputs must be contiguous");
   TORCH_CHECK(hidden.size(0) == batch && weight.size(0) == vocab_size && weight.size(1) == width &&
-                  row_norms.numel() == 2 * batch &&
+                  row_factors.numel() == 2 * batch &&
                   group_norms.numel() == 2 * groups &&
                   kept_sizes.numel() == batch && exact_ranges.numel() == batch,
               "rescore: the shapes of logits ", logits.sizes(), ", hidden ", hidden.sizes(),
-              ", weight ", weight.sizes(), ", row_norms ", row_norms.sizes(),
+              ", weight ", weight.sizes(), ", row_factors ", row_factors.sizes(),
               " and group_norms ", group_norms.sizes(), " do not fit");
   Tensor thresholds = at::empty({batch}, exact_ranges.options());
   const RescoreInputs inputs{hidden.const_data_ptr<float>(),
@@ -327,7 +327,7 @@ Tensor rescore_op(Tensor& logits, const Tensor& hidden, const Tensor& weight,
                              batch,
                              vocab_size,
                              width,
-                             row_norms.const_data_ptr<double>(),
+                             row_factors.const_data_ptr<double>(),
                              group_norms.const_data_ptr<double>(),
                              kept_sizes.const_data_ptr<int64_t>(),
                              exact_ranges.const_data_ptr<double>()};
@@ -356,7 +356,7 @@ TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
       "sample(Tensor logits, Tensor seeds, Tensor steps, Tensor temperatures, Tensor kept_sizes, "
       "Tensor margin_bounds) -> (Tensor, Tensor)");
   library.def(
-      "rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor row_norms, "
+      "rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor row_factors, "
       "Tensor group_norms, Tensor kept_sizes, Tensor exact_ranges) -> Tensor");
 }
 

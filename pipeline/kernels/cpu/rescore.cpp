@@ -28,9 +28,9 @@ constexpr double MIN_ERROR = 1e-30;  // bfloat16 instructions flush products bel
 constexpr double MAX_ERROR = 1e28;   // below it, no sum came near the largest float32
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 
-// Of a row: what multiplies the two norms of a group. Their sum of products bounds the error of the
+// Factors of a row for the two norms of a group. Their sum of products bounds the errors of the
 // group's logits.
-struct RowNorms {
+struct RowFactors {
   double times_weight, times_rounding;
   double error_bound(const double* group_norms) const {
     return times_weight * group_norms[0] + times_rounding * group_norms[1] + MIN_ERROR;
@@ -74,11 +74,11 @@ double rescore_row(float* logits, const RescoreInputs& inputs, int64_t i,
                    RescoreScratch& scratch) {
   auto& [maxima, work, candidates] = scratch;
   const int64_t vocab_size = inputs.vocab_size;
-  const RowNorms norms{inputs.row_norms[2 * i], inputs.row_norms[2 * i + 1]};
+  const RowFactors factors{inputs.row_factors[2 * i], inputs.row_factors[2 * i + 1]};
   find_maxima(logits, vocab_size, maxima);
   double largest_error = 0.0;
   for (size_t g = 0; g < maxima.size(); g++) {
-    const double error = norms.error_bound(inputs.group_norms + 2 * g);
+    const double error = factors.error_bound(inputs.group_norms + 2 * g);
     if (!std::isfinite(maxima[g]) || !(error < MAX_ERROR)) return NOT_A_NUMBER;
     largest_error = std::max(largest_error, error);
   }
@@ -86,7 +86,7 @@ double rescore_row(float* logits, const RescoreInputs& inputs, int64_t i,
                            largest_error - inputs.exact_ranges[i];
   candidates.clear();
   for (size_t g = 0; g < maxima.size(); g++) {
-    const double min_logit = threshold - norms.error_bound(inputs.group_norms + 2 * g);
+    const double min_logit = threshold - factors.error_bound(inputs.group_norms + 2 * g);
     if (maxima[g] < min_logit) continue;
     const int64_t first = static_cast<int64_t>(g) * TOKENS_PER_GROUP;
     for (int64_t token = first; token < std::min(vocab_size, first + TOKENS_PER_GROUP); token++)

@@ -23,7 +23,7 @@ GELU_CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def exp(x):
-    """Compute e^x in float32 (Cephes' expf): 0 below -87, e^88 above 88."""
+    """Compute e^x in float32 (Cephes' expf): 0 below -87, e^88 above 88, NaN for NaN."""
     clamped = tl.minimum(tl.maximum(x, EXP_MIN), EXP_MAX)
     n = tl.fma(clamped, LOG2_E, ROUNDING) - ROUNDING
     r = tl.fma(n, -LN2_HIGH, clamped)
@@ -35,14 +35,14 @@ def exp(x):
     p = tl.fma(p, r, 5.0000001201e-1)
     y = tl.fma(p, r * r, r) + 1.0
     power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x < EXP_MIN, 0.0, y * power)
+    return tl.where(x != x, x, tl.where(x < EXP_MIN, 0.0, y * power))
 
 
 @triton.jit
 def gelu_tanh(x):
     """Compute x * (1 + tanh(u)) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
-    u = SQRT_2_OVER_PI * tl.fma(GELU_CUBIC * x * x, x, x)
-    return tl.div_rn(x, 1.0 + exp(-2.0 * u))
+    u = tl.fma(x * GELU_CUBIC * x, x, x) * SQRT_2_OVER_PI
+    return tl.div_rn(x, 1.0 + exp(u * -2.0))
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def attend_kernel(
         tile = key[:, None] * D + d[None, :]
         mask = is_key[:, None] & (d < D)[None, :]
         keys = tl.load(base + tile, mask=mask, other=0.0).to(tl.float32)
-        # Asked for before the scores are computed: both loads are under way at once.
+        # Loaded before the scores are computed, so that both loads overlap.
         values = tl.load(base + H * BLOCK_TOKENS * D + tile, mask=mask, other=0.0)
         if DOT:
             scores = tl.dot(query[None, :], tl.trans(keys), input_precision="ieee")
@@ -80,7 +80,8 @@ def attend_kernel(
         acc = tl.fma(acc, alpha, summed)
         total = tl.fma(total, alpha, block_total)
         largest = new_largest
-    result = tl.div_rn(acc, tl.maximum(total, 1e-30))
+    # 0 / 1 in rows of padding; NaN stays NaN.
+    result = tl.div_rn(acc, tl.where(total == 0.0, 1.0, total))
     tl.store(out + row * C + head * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from gptbatch.pipeline.kernels.cuda.arithmetic import gelu_tanh
 
-NO_ACTIVATION, GELU_TANH, RELU = 0, 1, 2
+NO_ACTIVATION, GELU_TANH, RELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Tokens per block of the KV cache.
 BLOCK_TOKENS = tl.constexpr(64)
 
@@ -110,10 +110,10 @@ def linear_kernel(
     )
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == 1:
+    if ACTIVATION == GELU_TANH:
         total = gelu_tanh(total)
-    elif ACTIVATION == 2:
-        total = tl.maximum(total, 0.0)
+    elif ACTIVATION == RELU:
+        total = tl.where(total < 0.0, 0.0, total)
     place = m[:, None].to(tl.int64) * y_stride + n[None, :]
     if HAS_RESIDUAL:
         total += tl.load(residual + place, mask=n_mask[None, :], other=0.0).to(tl.float32)

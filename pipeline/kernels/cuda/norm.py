@@ -72,6 +72,7 @@ def add_norm_kernel(
     total += tl.load(linear_bias + c, mask=mask, other=0.0).to(tl.float32)
     total += tl.load(x + row * C + c, mask=mask, other=0.0).to(tl.float32)
     tl.store(x + row * C + c, total.to(x.dtype.element_ty), mask=mask)
+    # Other threads of the program read it back.
     tl.debug_barrier()
     norm_row(x + row * C, weight, bias, y + row * C, epsilon, C)
 
@@ -89,6 +90,7 @@ def embed_kernel(
     value = tl.load(wte + token * C + c, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(wpe + position * C + c, mask=mask, other=0.0).to(tl.float32)
     tl.store(x + row * C + c, value.to(x.dtype.element_ty), mask=mask)
+    # Other threads of the program read it back.
     tl.debug_barrier()
     norm_row(x + row * C, weight, bias, y + row * C, epsilon, C)
 

@@ -1,11 +1,12 @@
 """Sample the next token of each row from its logits: top-k and temperature, without a sort.
 
 The k-th largest of the maxima of blocks of columns is a lower bound of the k-th largest logit, and
-only blocks whose maximum reaches it hold kept tokens. Their logits are gathered; the exact k-th
-largest is found by bisection over the bits; the kept tokens are gathered and scored in float64 with
-the noise of `engine/noise.py`. The largest score wins, the smallest token id among ties. See
-`engine/sampling.py` for what is computed. The decision margin has two of its three distances: that
-of a token outside which would be kept and win is missing, so the margin can be too large.
+only blocks whose maximum reaches it hold kept tokens. Their logits are gathered. Bisection over the
+bits finds the exact k-th largest. The kept tokens are gathered and scored in float64 with the noise
+of `engine/noise.py`, whose logarithm is the GPU's and not portable. The largest score wins, the
+smallest token id among ties. See `engine/sampling.py` for what is computed. The decision margin has
+two of its three distances: that of a token outside which would be kept and win is missing, so the
+margin can be too large.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What a program can gather: blocks that reach the bound, and kept tokens. More than either (ties)
-# sets the row's overflow flag.
+# What a program can gather: blocks that reach the bound, which are at least top_k, and kept tokens.
+# With more of either (ties), the token is OVERFLOW.
 MAX_BLOCKS = 64
 MAX_KEPT = 128
 NO_TOKEN, OVERFLOW = tl.constexpr(-1), tl.constexpr(-2)
@@ -60,6 +61,7 @@ def gumbel(seed, step, token):
 def sample_kernel(
     logits,
     block_max,
+    positions,
     seeds,
     steps,
     temperatures,
@@ -79,12 +81,14 @@ def sample_kernel(
     """Sample one row per program.
 
     logits (M, V) float32, rows `stride` apart; block_max (M, BLOCKS): the largest logit of each BN
-    columns; seeds and steps (M,) int64; temperatures (M,) float64; top_k (M,), 1 to BLOCKS; scratch
-    of GATHERED and KEPT int32 per row. tokens (M,): NO_TOKEN if the logits are not finite,
+    columns; positions (M,), -1 in rows without a sequence, which nothing is
+    stored for; seeds and steps (M,) int64; temperatures (M,) float64; top_k (M,), 1 to GATHERED;
+    scratch of GATHERED and KEPT int32 per row. tokens (M,): NO_TOKEN if the logits are not finite,
     OVERFLOW if a scratch is too small.
     margins (M,) float64: the smallest so far, lowered by this step's.
     """
     row = tl.program_id(0)
+    is_running = tl.load(positions + row) >= 0
     b = tl.arange(0, SIZE)
     maxima = tl.load(block_max + row * BLOCKS + b, mask=b < BLOCKS, other=float("-inf"))
     is_finite = tl.sum((maxima != maxima).to(tl.int32)) == 0
@@ -136,8 +140,10 @@ def sample_kernel(
     winning = tl.max(tl.where(is_entry & (token == winner), logit, float("-inf")), axis=0)
     margin = tl.minimum(best - second, winning - outside.to(tl.float64))
     has_room = (count <= GATHERED) & (kept_count <= KEPT)
-    tl.store(tokens + row, tl.where(is_finite, tl.where(has_room, winner, OVERFLOW), NO_TOKEN))
-    tl.store(margins + row, tl.minimum(tl.load(margins + row), margin))
+    token = tl.where(is_finite, tl.where(has_room, winner, OVERFLOW), NO_TOKEN)
+    tl.store(tokens + row, token, mask=is_running)
+    margin = tl.minimum(tl.load(margins + row), margin)
+    tl.store(margins + row, margin, mask=is_running & (token >= 0))
 
 
 @triton.jit
@@ -154,6 +160,9 @@ def advance_kernel(
     RING: tl.constexpr,
 ):
     """Take the sampled tokens as the next inputs; a row that ends gets position -1.
+
+    NO_TOKEN and OVERFLOW end a row too. The host makes an error row of the first, and samples the
+    second itself.
 
     sampled, tokens, positions (ROWS,) int32; steps and budgets (ROWS,) int64; ring (ROWS, RING):
     the new tokens by step.
