@@ -37,6 +37,7 @@ def test_the_prompts_have_every_kind() -> None:
     assert len({row["prompt"] for row in rows}) >= 190
 
 
+@pytest.mark.slow
 def test_completions_read_as_lines_of_a_play(tmp_path: Path) -> None:
     """Most completions name a speaker: a line of capitals that ends in a colon."""
     config = load_config("demo", environment={}, options={"output": str(tmp_path / "out")})
@@ -55,6 +56,7 @@ def test_completions_read_as_lines_of_a_play(tmp_path: Path) -> None:
     assert {row["finish_reason"] for row in table} == {"stop", "length"}
 
 
+@pytest.mark.slow
 def test_check_model_on_the_demo() -> None:
     ran = run_gptbatch("check-model", "bundled:demo/model")
     assert ran.code == 0, ran.stderr

@@ -79,6 +79,7 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_nothing_and_two_builds_share_a_folder(
     tmp_path: Path, tiny: Sources
 ) -> None:
@@ -309,6 +310,7 @@ def test_cache_folders_are_private_whatever_the_umask_is(
     assert [build.distrust(path) for path in (library, *library.parents[:3])] == [None] * 4
 
 
+@pytest.mark.slow
 def test_runs_and_verify_work_without_a_compiler(tmp_path: Path) -> None:
     """A warning says how to get one. With `--attention ragged` it is an error."""
     environment = {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}

@@ -115,6 +115,7 @@ def test_slurm_does_not_requeue_a_killed_program(
     assert not (tmp_path / "requeued").exists()
 
 
+@pytest.mark.slow
 def test_slurm_with_the_real_program(
     slurm: Callable[..., subprocess.Popen[str]],
     checkpoint: Path,

@@ -165,6 +165,7 @@ def test_signal_to_python_m_gptbatch(tmp_path: Path) -> None:
     assert "stopped by SIGHUP" in stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("numbers", "codes"),
     [
