@@ -39,8 +39,8 @@ class EngineStats:
     Attributes:
         steps: Forward passes.
         rows: Sum of the batch sizes of all steps.
-        prefilled_tokens: Prompt tokens computed.
-        decoded_tokens: New tokens computed.
+        prefilled_tokens: Prompt tokens that went through the model.
+        decoded_tokens: New tokens that went through the model. The last one of a row does not.
         cached_tokens: Prompt tokens taken from the prefix cache.
         padding_tokens: Rows of the forward passes that held no token.
         new_tokens: Tokens sampled.

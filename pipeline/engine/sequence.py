@@ -128,7 +128,8 @@ class ScheduledChunk:
     """Tokens of one sequence that a step computes.
 
     Attributes:
-        seq_index: Index of the sequence in the running batch.
+        seq_index: Index of the sequence in the running batch. After a step in which others finish,
+            it may be another one.
         first: Position of the first token.
         tokens: The tokens.
         needs_logits: The next token is sampled after the last of them.
