@@ -164,6 +164,43 @@ def test_attend_equals_softmax_over_the_keys_up_to_the_position(cuda: Any, dot: 
     assert torch.equal(out[5], torch.zeros(WIDTH))
 
 
+# numpy, which the interpreter computes with, warns of NaN.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dot", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_attend_gives_nan_for_a_key_that_is_not_finite(cuda: Any, dot: bool, value: float) -> None:
+    """The row with such a key becomes an error row; it must not look like a good one."""
+    cache, block_tables, seq_indices, positions = paged([70, 70])
+    cache[block_tables[0, 0], 0, 1, 5, 3] = value
+    q, out = torch.ones(2, WIDTH), torch.zeros(2, WIDTH)
+    cuda.attend.attend_kernel[2, HEADS](
+        *(q, cache, block_tables, seq_indices, positions, out, 0.25, block_tables.shape[1]),
+        C=WIDTH,
+        H=HEADS,
+        SIZE=16,
+        DOT=dot,
+    )
+    assert out[0].view(HEADS, HEAD_SIZE)[1].isnan().all()
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("activation", ["NO_ACTIVATION", "GELU_TANH", "RELU"])
+def test_linear_keeps_nan(cuda: Any, activation: str) -> None:
+    x, w = whole(16, 32), whole(32, 32)
+    x[3, 4] = float("nan")
+    y, block_max = torch.empty(16, 32), torch.empty(16, 2)
+    cuda.linear.linear(
+        *(x, w, None, None, y),
+        tile=cuda.linear.Tile(16, 16, 16),
+        activation=getattr(cuda.linear, activation),
+        block_max=block_max,
+    )
+    assert y[3].isnan().all()
+    assert block_max[3].isnan().all()
+    assert y[4].isfinite().all()
+
+
 def test_qkv_writes_keys_and_values_to_the_blocks_of_their_tokens(cuda: Any) -> None:
     x, w, bias = whole(32, WIDTH), whole(3 * WIDTH, WIDTH), whole(3 * WIDTH)
     block_tables = torch.tensor([[2, 0], [3, 1]]).int()

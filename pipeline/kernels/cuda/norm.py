@@ -1,9 +1,9 @@
 """Layer normalization: alone, after the sum of a linear's segments, and after the embedding.
 
 One program per row. The two sums of a row run over 32 logical lanes (c mod 32), each one chain over
-c, then over the lanes by `tl.sum`. In triton 3.6 that is the tree of one warp, which adds lanes i
-and i + 16 first; `make cuda-check` compares it with such a tree. This order follows neither the
-number of warps nor the dtype.
+c, then over the lanes by `tl.sum`. For one warp triton should add lanes i and i + 16 first, and so
+on. `make cuda-check` compares the result with this tree; it has not run on a GPU since the kernel
+took this form.
 """
 
 from __future__ import annotations
