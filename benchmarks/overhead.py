@@ -32,6 +32,8 @@ from gptbatch.pipeline.output.crash_journal import CrashJournal
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.progress_file import ProgressFile
+from gptbatch.pipeline.output.run_folder import RunFolder
+from gptbatch.pipeline.output.run_output import RunOutput
 
 TINY = {
     "n_layer": 1,
@@ -50,10 +52,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 DURABILITY = {
     "check input": (PromptReader, "check"),
     "commit part": (PartWriter, "_commit"),
-    "manifest and marks": (OutputFolder, "write_manifest"),
-    "begin": (OutputFolder, "claim"),
-    "complete": (OutputFolder, "complete"),
+    "claim": (RunOutput, "claim"),
+    "finish": (RunOutput, "finish"),
     "digests": (OutputFolder, "write_hashes"),
+    "records": (RunFolder, "record"),
     "journal": (CrashJournal, "record"),
     "progress file": (ProgressFile, "write"),
 }

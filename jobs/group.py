@@ -10,6 +10,7 @@ import click
 COMMANDS = {
     "generate": ("gptbatch.jobs.generate", "Generate a completion for every prompt of an input."),
     "status": ("gptbatch.jobs.status", "Show the rows, parts and errors of an output folder."),
+    "finish": ("gptbatch.jobs.finish", "Mark an output complete whose parts are all written."),
     "verify": ("gptbatch.jobs.verify", "Check recorded rows against the weights."),
     "replay": ("gptbatch.jobs.replay", "Generate one row of a run again and explain its tokens."),
     "diff": ("gptbatch.jobs.diff", "Compare two runs, row by row."),
@@ -67,6 +68,7 @@ def cli(verbose: bool) -> None:
       73  output cannot be created
       74  I/O error
       75  stopped by a signal, or out of memory; the same command continues
+          finish: parts are missing
       78  bad config, model or machine, or the output folder holds another job
     """  # noqa: D301
     from gptbatch.jobs.messages import set_up_logging

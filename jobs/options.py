@@ -25,6 +25,7 @@ _METAVARS = {
     "--output": "DIR",
     "--batch-size": "B",
     "--part-rows": "R",
+    "--shard": "I/N",
     "--max-row-errors": "N|P%",
     "--skip-row": "ID",
 }

@@ -47,12 +47,14 @@ class Lines:
         self._printed = now
         elapsed = now - self._began
         done = self._done + rows
-        left = f", about {elapsed / rows * (self._total - done):.0f} s left" if rows else ""
+        # A shard that helps others generates more than its own rows.
+        total = max(self._total, done)
+        left = f", about {elapsed / rows * (total - done):.0f} s left" if rows else ""
         speed = f"{completion_tokens / elapsed:.0f} tokens/s"
         # the reader of standard error may have closed it
         with suppress(OSError):
             click.echo(
-                f"{done} of {self._total} rows, {errors} errors, {speed}{left}",
+                f"{done} of {total} rows, {errors} errors, {speed}{left}",
                 err=True,
             )
 

@@ -41,7 +41,7 @@ def _lines(found: OutputStatus) -> list[str]:
     damaged = _first(found.parts_damaged, len(found.parts_damaged))
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.errors.items())
     lines = [
-        f"{found.output}: {found.state}",
+        f"{found.output}: {found.state}" + (f", {found.runs} runs" if found.runs > 1 else ""),
         f"rows     {found.rows_done} of {found.rows_total}"
         + (f", {found.rows_missing} missing" if found.rows_missing else ""),
         f"parts    {found.parts_done} of {found.parts_total}"

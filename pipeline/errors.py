@@ -10,6 +10,7 @@
     +-- OutputBusyError           69  another run holds the output
     +-- OutputCreationError       73  the output folder cannot be created
     +-- StorageError              74  reading or writing failed
+    +-- IncompleteError           75  parts are missing
     +-- StoppedError              75  stopped by a signal; the same command continues the run
         +-- OutOfMemoryError      75  not even one row fits
 
@@ -82,6 +83,12 @@ class StorageError(GptbatchError):
     """Reading or writing failed: a full disk, a damaged file, a lost device."""
 
     exit_code = 74
+
+
+class IncompleteError(GptbatchError):
+    """Parts of the output are missing. The command that generates them continues the run."""
+
+    exit_code = 75
 
 
 class StoppedError(GptbatchError):

@@ -13,6 +13,7 @@ Heavy libraries are imported where they are used: a complete output is recognise
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
@@ -29,16 +30,13 @@ from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device, threads_to_use
-from gptbatch.pipeline.output.atomic_write import sweep
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.lock import OutputLock
-from gptbatch.pipeline.output.part_plan import PartPlan
+from gptbatch.pipeline.output.part_plan import PartPlan, check_part_count
 from gptbatch.pipeline.output.part_runner import ErrorLimit, PartRunner, Progress, RowCounts, Stop
-from gptbatch.pipeline.output.part_source import LocalParts
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import (
-    KeptParts,
     check_same_environment,
     find_continued_run,
     find_run,
@@ -47,7 +45,15 @@ from gptbatch.pipeline.output.resume import (
     part_rows_of,
 )
 from gptbatch.pipeline.output.run_facts import collect_run_facts
-from gptbatch.pipeline.output.run_output import RunOutput
+from gptbatch.pipeline.output.run_folder import RunFolder
+from gptbatch.pipeline.output.run_output import (
+    ExistingRun,
+    RunOutput,
+    Target,
+    confirm_complete,
+    inspect_output,
+)
+from gptbatch.pipeline.output.shards import Shard, find_shard
 from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output
 from gptbatch.pipeline.system.machine import describe_cores
 from gptbatch.pipeline.system.redact import redact
@@ -66,6 +72,7 @@ class _Job:
 
     config: JobConfig
     folder: OutputFolder
+    shard: Shard
     continued: FolderState | None
     hashes: FileHashes
     checkpoint: Checkpoint
@@ -116,56 +123,62 @@ def run_job(
         # A continued run is locked before its input is read. A new folder is created only for a
         # valid input.
         if job.continued is not None and job.folder.work.is_dir():
-            lock = stack.enter_context(OutputLock(job.folder.work))
+            lock = stack.enter_context(_lock(job))
         checked = _check_input(job)
         if lock is None:
             _create_folder(job)
-            lock = stack.enter_context(OutputLock(job.folder.work))
-        output = RunOutput(
+            lock = stack.enter_context(_lock(job))
+        target = Target(
+            config=config,
             folder=job.folder,
             hashes=job.hashes,
             plan=checked.plan,
-            defaults=job.reader.defaults,
-            lock=lock,
+            shard=job.shard,
         )
-        existing = output.inspect(config, job.identity, checked.summary)
-        if len(existing.kept.parts) == checked.plan.n_parts:
-            manifest = output.complete_existing(existing)
-            return summarize_complete_output(config, manifest, time.monotonic() - began_s)
-        resolve_device(config.engine)
-        if output.lock.works:
-            sweep(job.folder.work)
-        progress_file = output.progress_file(existing.kept)
+        existing = inspect_output(target, lock, job.identity, checked.summary)
+        if existing.is_complete(target):
+            assert existing.state is not None
+            confirm_complete(target, existing.kept)
+            wall_s = time.monotonic() - began_s
+            return summarize_complete_output(config, existing.state.manifest, wall_s)
+        output = RunOutput(
+            target=target,
+            run=stack.enter_context(RunFolder(job.folder.work)),
+            defaults=job.reader.defaults,
+            existing=existing,
+        )
+        progress_file = output.progress_file()
         with progress_file.recording_state():
-            loaded, load_s = _load(job, checked, existing.kept)
+            if not output.has_work():
+                complete = output.finish(existing.kept.parts)
+                facts = {**existing.kept.footer, "identity": checked.plan.identity}
+                facts |= {"rows": existing.kept.rows, "complete": complete}
+                return summarize_complete_output(config, facts, time.monotonic() - began_s)
+            resolve_device(config.engine)
+            loaded, load_s = _load(job, checked, existing)
             stop = stop or _NeverStops()
             with stop.deferred():
                 facts = collect_run_facts(config, checked.plan.identity, job.checkpoint, loaded)
-                output.claim(config.to_yaml(), facts, existing)
+                output.claim(facts)
                 runner = PartRunner(
                     config=config,
                     prompts=checked.prompts,
                     summary=checked.summary,
                     loaded=loaded,
-                    sink=output.open_sink(existing.kept, facts),
+                    sink=output.open_sink(facts),
                     observers=[progress_file] if progress is None else [progress, progress_file],
                     stop=stop,
-                    source=LocalParts(
-                        number
-                        for number in range(checked.plan.n_parts)
-                        if number not in existing.kept.parts
-                    ),
+                    source=output.open_source(),
                 )
                 generate_s = _generate(runner, output)
-                if halvings := runner.counts.batch_size_halvings:
-                    facts = {**facts, "batch_size_halvings": halvings}
-                output.complete(runner.sink.parts, facts)
+                complete = output.finish(runner.sink.parts)
         seconds = {"load_s": load_s, "generate_s": generate_s, "wall_s": time.monotonic() - began_s}
-        return _summarize(job, loaded, runner.counts, existing.kept.rows, seconds)
+        return _summarize(job, loaded, runner.counts, existing.kept.rows, complete, seconds)
 
 
 def _find_job(config: JobConfig) -> _Job:
     """Find the model and the input, and check that the output folder holds no other job."""
+    shard = find_shard(config.shard, os.environ)
     check_placement(config)
     folder = OutputFolder(Path(config.output))
     state = find_run(folder)
@@ -183,6 +196,7 @@ def _find_job(config: JobConfig) -> _Job:
     return _Job(
         config=config,
         folder=folder,
+        shard=shard,
         continued=find_continued_run(config, state, lambda: identity),
         hashes=hashes,
         checkpoint=checkpoint,
@@ -217,6 +231,7 @@ def _check_input(job: _Job) -> _CheckedInput:
         "part_rows": part_rows,
     }
     ErrorLimit(config.max_row_errors, summary.rows).check(summary.bad_rows)
+    check_part_count(part_rows, summary.rows)
     plan = PartPlan(identity=identity, input_digests=summary.part_digests)
     return _CheckedInput(prompts=prompts, summary=summary, plan=plan)
 
@@ -227,31 +242,35 @@ def _create_folder(job: _Job) -> None:
     job.folder.create()
 
 
-def _load(job: _Job, checked: _CheckedInput, kept: KeptParts) -> tuple[LoadedModel, float]:
+def _lock(job: _Job) -> OutputLock:
+    return OutputLock(job.folder.work, shared=not job.shard.is_whole)
+
+
+def _load(job: _Job, checked: _CheckedInput, existing: ExistingRun) -> tuple[LoadedModel, float]:
     """Load the model, and check that it computes as it did for the kept rows.
 
     Returns the seconds that it took, too.
     """
-    config = job.config
-    _log_loading(config, checked.summary.rows - kept.rows)
+    config, recorded = job.config, existing.facts(job.shard)
+    _log_loading(config, checked.summary.rows - existing.kept.rows)
     began_s = time.monotonic()
     loaded = load_model(
         job.checkpoint,
         checked.prompts.gpt_config,
-        _engine_config(config, kept),
+        _engine_config(config, recorded),
         resolve_device(config.engine),
         batch_invariance=config.batch_invariance,
     )
-    check_same_environment(config, kept, loaded.environment, loaded.batch_invariance)
+    check_same_environment(config, recorded, loaded.environment, loaded.batch_invariance)
     return loaded, time.monotonic() - began_s
 
 
-def _engine_config(config: JobConfig, kept: KeptParts) -> EngineConfig:
-    """Return the engine's settings; `attention: auto` takes the backend of the kept rows."""
-    recorded = kept.footer.get("environment", {}).get("attention")
-    if recorded is None or config.engine.attention != "auto" or config.allow_other_environment:
+def _engine_config(config: JobConfig, recorded: dict[str, Any]) -> EngineConfig:
+    """Return the engine's settings; `attention: auto` takes the backend of recorded rows."""
+    attention = recorded.get("environment", {}).get("attention")
+    if attention is None or config.engine.attention != "auto" or config.allow_other_environment:
         return config.engine
-    return config.engine.model_copy(update={"attention": recorded})
+    return config.engine.model_copy(update={"attention": attention})
 
 
 def _log_loading(config: JobConfig, rows: int) -> None:
@@ -289,17 +308,22 @@ def _generate(runner: PartRunner, output: RunOutput) -> float:
     except BaseException:
         with suppress(StorageError):
             sink.close_journal()
-            output.write_records(sink.parts.values())
+            if output.target.shard.is_whole:
+                output.write_error_rows(sink.parts.values())
         raise
     sink.close_journal()
-    output.write_records(sink.parts.values())
     generate_s = time.monotonic() - began_s
     logger.info("%d rows written in %.1f s", runner.counts.rows, generate_s)
     return generate_s
 
 
 def _summarize(
-    job: _Job, loaded: LoadedModel, counts: RowCounts, rows_kept: int, seconds: dict[str, float]
+    job: _Job,
+    loaded: LoadedModel,
+    counts: RowCounts,
+    rows_kept: int,
+    complete: bool,
+    seconds: dict[str, float],
 ) -> RunSummary:
     generate_s = seconds["generate_s"]
     return RunSummary(
@@ -308,6 +332,8 @@ def _summarize(
         ok=counts.rows - counts.errors,
         errors=counts.errors,
         rows_kept=rows_kept,
+        complete=complete,
+        batch_size_halvings=counts.batch_size_halvings,
         prompt_tokens=counts.prompt_tokens,
         completion_tokens=counts.completion_tokens,
         tokens_per_s=round(counts.completion_tokens / generate_s, 1) if generate_s > 0 else 0.0,

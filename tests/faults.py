@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptbatch.pipeline.output import atomic_write
-from gptbatch.pipeline.output.folder import SUCCESS, OutputFolder
+from gptbatch.pipeline.output import atomic_write, finish, run_output
+from gptbatch.pipeline.output.folder import SUCCESS
 from gptbatch.pipeline.output.manifest import MANIFEST
 
 STEPS = ("write", "close", "fsync", "replace", "folder", "manifest", "success")
@@ -56,7 +56,7 @@ def install(step: str, kind: str) -> None:
     if step in OTHERS:
         OTHERS[step](kind)
         return
-    part = "part-00001.parquet"
+    part = "part-000001.parquet"
     target = TARGETS.get(step, part)
     # the files being written, innermost last
     now: list[Path] = []
@@ -80,7 +80,7 @@ def install(step: str, kind: str) -> None:
 
         return call
 
-    original_write, original_complete = atomic_write.Writer.write, OutputFolder.complete
+    original_write, original_finish = atomic_write.Writer.write, finish.finish
     completing: list[bool] = []
 
     def write(
@@ -99,12 +99,12 @@ def install(step: str, kind: str) -> None:
             now.pop()
         return written
 
-    def complete(self: OutputFolder, *arguments: Any) -> None:
+    def complete(*arguments: Any) -> finish.Finished:
         completing.append(True)
-        original_complete(self, *arguments)
+        return original_finish(*arguments)
 
     setattr(atomic_write.Writer, "write", write)  # noqa: B010
-    setattr(OutputFolder, "complete", complete)  # noqa: B010
+    vars(run_output)["finish"] = complete
     if step == "close":
         original_open = Path.open
 
@@ -122,7 +122,7 @@ def install(step: str, kind: str) -> None:
     if step == "folder":
         atomic_write._fsync = around(
             atomic_write._fsync,
-            lambda path: path.is_dir() and (kind != "kill" or path.name == ".gptbatch"),
+            lambda path: path.is_dir() and (kind != "kill" or path.parent.name == "runs"),
         )
     if step == "replace" or (step in TARGETS and kind != "kill"):
         os.replace = around(os.replace, lambda *_: True)
@@ -134,16 +134,12 @@ def install(step: str, kind: str) -> None:
 
 def no_locks(kind: str) -> None:
     """Fail every lock with this errno."""
-    from gptbatch.pipeline.output import lock
+    from gptbatch.pipeline.system import file_lock
 
-    class NoLock:
-        def __init__(self, path: Path) -> None:
-            pass
+    def fail(*arguments: Any) -> None:
+        raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
 
-        def acquire(self, **settings: Any) -> None:
-            raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
-
-    vars(lock)["FileLock"] = NoLock
+    vars(file_lock)["_try_flock"] = fail
 
 
 def before_each_step(act: Callable[[Any, list[Any]], None]) -> None:
@@ -204,13 +200,13 @@ def poison(prompt_id: str) -> None:
 
 def cleared(kind: str) -> None:
     """Kill the process between the deletion of the replaced run and the start of its own."""
-    original = OutputFolder.delete_run
+    original = vars(run_output)["delete_run"]
 
-    def clear(self: OutputFolder, state: Any, **settings: Any) -> None:
-        original(self, state, **settings)
+    def clear(*arguments: Any) -> None:
+        original(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(OutputFolder, "delete_run", clear)  # noqa: B010
+    vars(run_output)["delete_run"] = clear
 
 
 OTHERS = {

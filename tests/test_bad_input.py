@@ -320,7 +320,7 @@ def test_unusual_valid_input(generate: Generate, tmp_path: Path) -> None:
     rows = [
         b'\xef\xbb\xbf{"prompt": "a\\u0000b", "id": "../../etc/passwd"}\r\n',
         '{"prompt": "a\u2028b\u0085c", "id": "/"}\r\n'.encode(),
-        b'{"prompt": "\\ud83d\\ude00", "id": "part-00000.parquet", "big": 1e400, "long": '
+        b'{"prompt": "\\ud83d\\ude00", "id": "part-000000.parquet", "big": 1e400, "long": '
         + b"9" * 5000
         + b"}\n",
         b"\n\r\n  \n",
@@ -328,9 +328,9 @@ def test_unusual_valid_input(generate: Generate, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_bytes(b"".join(rows))
     code, child = generate(tmp_path, "--input", "prompts.jsonl")
     assert code == 0, child.stderr
-    table = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    table = pq.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
     assert [row["prompt"] for row in table] == ["a\0b", "a\u2028b\u0085c", "\U0001f600"]
-    assert [row["prompt_id"] for row in table] == ["../../etc/passwd", "/", "part-00000.parquet"]
+    assert [row["prompt_id"] for row in table] == ["../../etc/passwd", "/", "part-000000.parquet"]
     assert table[2]["metadata"] == '{"big": 1e400, "long": ' + "9" * 5000 + "}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.jsonl"]
 
@@ -409,7 +409,7 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
         tmp_path / "again", "--input", errors, "--context-overflow", "truncate_left"
     )
     assert (code, child.summary["ok"]) == (0, 6), child.stderr
-    again = pq.read_table(tmp_path / "again" / "out" / "part-00000.parquet").to_pylist()
+    again = pq.read_table(tmp_path / "again" / "out" / "part-000000.parquet").to_pylist()
     assert (again[3]["prompt_id"], again[3]["seed"], again[3]["prompt"]) == (
         "long",
         rows[4]["seed"],
@@ -527,7 +527,8 @@ def check_any_bytes(generate: Generate, folder: Path, lines: list[bytes], on_bad
 
 
 @pytest.mark.parametrize(
-    "link", ["out", "out/.gptbatch", "out/_manifest.json", "out/_SUCCESS", "out/part-00000.parquet"]
+    "link",
+    ["out", "out/.gptbatch", "out/_manifest.json", "out/_SUCCESS", "out/part-000000.parquet"],
 )
 def test_symbolic_links_are_not_written_through(
     generate: Generate, tmp_path: Path, link: str
@@ -570,27 +571,27 @@ def test_foreign_files_with_names_of_parts(generate: Generate, tmp_path: Path) -
     """Files that no run wrote are neither replaced nor deleted."""
     (tmp_path / "prompts.jsonl").write_bytes(GOOD * 3)
     assert generate(tmp_path, "--input", "prompts.jsonl", "--part-rows", "1")[0] == 0
-    mine = tmp_path / "out" / "part-00001.parquet"
+    mine = tmp_path / "out" / "part-000001.parquet"
     kept = mine.read_bytes()
     mine.unlink()
     pq.write_table(
-        pq.read_table(tmp_path / "out" / "part-00000.parquet").replace_schema_metadata(None), mine
+        pq.read_table(tmp_path / "out" / "part-000000.parquet").replace_schema_metadata(None), mine
     )
     stranger = mine.read_bytes()
     for more in ((), ("--overwrite", "--seed", "1")):
         expect(
             generate(tmp_path, "--input", "prompts.jsonl", *more),
             78,
-            "part-00001.parquet: is not a part that gptbatch wrote",
+            "part-000001.parquet: is not a part that gptbatch wrote",
         )
         assert mine.read_bytes() == stranger
     mine.write_bytes(kept)
-    beyond = tmp_path / "out" / "part-00007.parquet"
+    beyond = tmp_path / "out" / "part-000007.parquet"
     beyond.write_bytes(b"not a part")
     expect(
         generate(tmp_path, "--input", "prompts.jsonl"),
         78,
-        "part-00007.parquet: this run has 3 parts, and no such one",
+        "part-000007.parquet: this run has 3 parts, and no such one",
     )
     assert beyond.read_bytes() == b"not a part"
 

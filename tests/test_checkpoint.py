@@ -74,7 +74,7 @@ def run(model: Path, folder: Path, prompts: list[str], **settings: Any) -> list[
         **settings,
     }
     run_job(JobConfig(model=str(model), input=str(source), output=str(folder / "out"), **settings))
-    rows: list[dict[str, Any]] = pq.read_table(folder / "out" / "part-00000.parquet").to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(folder / "out" / "part-000000.parquet").to_pylist()
     return rows
 
 

@@ -85,7 +85,7 @@ def test_generate_writes_rows_and_prints_a_summary(
         ran.summary["ok"],
         ran.summary["rows_kept"],
     ) == ("out", 5, 5, 0)
-    completions = pq.read_table(tmp_path / "out" / "part-00000.parquet")["completion"].to_pylist()
+    completions = pq.read_table(tmp_path / "out" / "part-000000.parquet")["completion"].to_pylist()
     for text in ("secret", *(c for c in completions if len(c) > 3)):
         assert text not in ran.stdout + ran.stderr, "prompts and completions are never logged"
     again = run_gptbatch(*command, cwd=tmp_path)
@@ -97,7 +97,7 @@ def test_prompts_from_standard_input(checkpoint: Path, tmp_path: Path) -> None:
     settings = ["--model", str(checkpoint), "--max-new-tokens", "3"]
     ran = run_fresh("generate", *settings, "--output", tmp_path / "out", "--input", "-", stdin=rows)
     assert ran.code == 0, ran.stderr
-    assert pq.read_table(tmp_path / "out" / "part-00000.parquet")["prompt"].to_pylist() == [
+    assert pq.read_table(tmp_path / "out" / "part-000000.parquet")["prompt"].to_pylist() == [
         "The king",
         "The queen",
     ]
@@ -127,7 +127,7 @@ def test_generate_reads_a_dataset_split(checkpoint: Path, tmp_path: Path) -> Non
         env={"HF_HOME": str(tmp_path / "hf")},
     )
     assert ran.code == 0, ran.stderr
-    assert pq.read_table(tmp_path / "out" / "part-00000.parquet")["seed"].to_pylist() == [1]
+    assert pq.read_table(tmp_path / "out" / "part-000000.parquet")["seed"].to_pylist() == [1]
 
 
 def test_a_dry_run_loads_no_model_and_writes_nothing(

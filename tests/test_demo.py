@@ -43,7 +43,7 @@ def test_completions_read_as_lines_of_a_play(tmp_path: Path) -> None:
     config = load_config("demo", environment={}, options={"output": str(tmp_path / "out")})
     summary = run_job(config)
     assert (summary.rows, summary.errors) == (200, 0)
-    table = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    table = pq.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
     speaking = [
         row
         for row in table

@@ -19,7 +19,12 @@ from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline.audit.diff import RowDifference, diff_runs, settings_that_differ, summarize
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import InputNotFoundError, StorageError
+from gptbatch.pipeline.input.input_digest import input_digest
+from gptbatch.pipeline.input.rows import RowDefaults
+from gptbatch.pipeline.output.atomic_write import Writer
+from gptbatch.pipeline.output.claim import claim
 from gptbatch.pipeline.output.file_hashes import FileHashes
+from gptbatch.pipeline.output.finish import finish
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
 from gptbatch.pipeline.output.part_writer import PartWriter
@@ -27,7 +32,7 @@ from gptbatch.pipeline.output.schema import COLUMNS, FORMAT
 from gptbatch.pipeline.types import Completion, Prompt, RowError, SamplingParams, Timing
 from tests.processes import LIMIT_S, child_environment
 
-IDENTITY = {"config_hash": "f" * 64, "dtype": "float32", "seed": 0, "input_digest": "1" * 64}
+IDENTITY = {"config_hash": "f" * 64, "dtype": "float32", "seed": 0}
 FACTS = {
     "device": "cpu",
     "dtype": "float32",
@@ -89,13 +94,19 @@ def write_run(
     """Write a run as generate does; with first_rows, stop after these rows like a killed run."""
     folder = OutputFolder(path)
     folder.create()
-    identity = {**IDENTITY, "rows": len(completions), "part_rows": part_rows, **(identity or {})}
+    digests = ["0" * 64] * count_parts(part_rows, len(completions))
+    identity = {
+        **IDENTITY,
+        "rows": len(completions),
+        "part_rows": part_rows,
+        "input_digest": input_digest(digests),
+        **(identity or {}),
+    }
     facts = {"format": FORMAT, "identity": identity, **FACTS, **(facts or {})}
-    folder.claim("seed: 0\nengine:\n  dtype: float32\n", facts, [])
-    plan = PartPlan(
-        identity=identity, input_digests=["0" * 64] * count_parts(part_rows, len(completions))
-    )
-    writer = PartWriter(path, folder.writer, FileHashes(), plan=plan, facts=facts)
+    files = Writer(folder.work)
+    claim(folder, files, "seed: 0\nengine:\n  dtype: float32\n", facts)
+    plan = PartPlan(identity=identity, input_digests=digests)
+    writer = PartWriter(path, files, FileHashes(), plan=plan, facts=facts)
     parts = []
     for index, one in enumerate(completions[:first_rows]):
         placed = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, index=index))
@@ -105,10 +116,14 @@ def write_run(
     if not completions:
         parts.append(writer.add_empty())
     if first_rows is None:
-        folder.complete(
-            facts, {part.number: part for part in parts if part is not None}, FileHashes(), plan
-        )
+        known = {part.number: part for part in parts if part is not None}
+        finish(folder, files, identity, FileHashes(), known, row_defaults())
     return path
+
+
+def row_defaults() -> RowDefaults:
+    params = SamplingParams(seed=0, temperature=1.0, top_k=0, max_new_tokens=4)
+    return RowDefaults(prompt_field="prompt", sampling=params)
 
 
 def differences(a: Path, b: Path) -> list[RowDifference]:
@@ -121,9 +136,9 @@ def differences(a: Path, b: Path) -> list[RowDifference]:
 def test_a_run_is_read_back_in_order(tmp_path: Path) -> None:
     run = RunReader(write_run(tmp_path / "out", [*many(6), failed("x")], part_rows=3))
     assert [path.name for path in run.parts] == [
-        "part-00000.parquet",
-        "part-00001.parquet",
-        "part-00002.parquet",
+        "part-000000.parquet",
+        "part-000001.parquet",
+        "part-000002.parquet",
     ]
     assert (run.n_rows, run.complete) == (7, True)
     assert run.manifest["identity"]["config_hash"] == "f" * 64
@@ -143,22 +158,22 @@ def test_a_run_is_read_back_in_order(tmp_path: Path) -> None:
 
 
 def test_parts_are_ordered_by_number(tmp_path: Path) -> None:
-    """Sorted as text, part-100000 comes before part-99999."""
-    out = write_run(tmp_path / "out", many(4), first_rows=0, identity={"rows": 200_004})
-    folder, plan = (
-        OutputFolder(out),
-        PartPlan(
-            identity={**IDENTITY, "rows": 200_004, "part_rows": 2},
-            input_digests=["0" * 64] * 100_002,
-        ),
+    """Names of earlier formats had five digits: part-100000 came before part-99999."""
+    identity = {"rows": 200_004, "input_digest": "1" * 64}
+    out = write_run(tmp_path / "out", many(4), first_rows=0, identity=identity)
+    plan = PartPlan(
+        identity={**IDENTITY, **identity, "part_rows": 2},
+        input_digests=["0" * 64] * 100_002,
     )
     facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
-    writer = PartWriter(out, folder.writer, FileHashes(), plan=plan, facts=facts)
+    files = Writer(OutputFolder(out).work)
+    writer = PartWriter(out, files, FileHashes(), plan=plan, facts=facts)
     for index in (200_000, 200_001, 0, 1, 199_998, 199_999):
         row = completion(f"id {index}")
         writer.add(
             dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, index=index)), ""
         )
+    (out / "part-099999.parquet").rename(out / "part-99999.parquet")
     assert [row["prompt_id"] for row in RunReader(out).rows(["prompt_id"])][1:4] == [
         "id 1",
         "id 199998",
@@ -216,14 +231,14 @@ def test_an_unfinished_run_is_read(tmp_path: Path) -> None:
 
 def test_a_run_that_lost_a_part_is_not_complete(tmp_path: Path) -> None:
     out = write_run(tmp_path / "out", many(6))
-    (out / "part-00001.parquet").unlink()
+    (out / "part-000001.parquet").unlink()
     run = RunReader(out)
     assert (run.n_rows, run.complete, run.facts) == (4, False, FACTS)
 
 
 def test_a_column_that_an_older_version_lacks_is_none(tmp_path: Path) -> None:
     out = write_run(tmp_path / "out", many(2))
-    part = out / "part-00000.parquet"
+    part = out / "part-000000.parquet"
     table = pq.read_table(part)
     pq.write_table(table.drop_columns(["min_decision_margin", "logits_digest"]), part)
     assert list(RunReader(out).rows(["min_decision_margin", "prompt_id"])) == [
@@ -253,18 +268,18 @@ def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_part_is_an_error_and_a_foreign_file_is_not(tmp_path: Path) -> None:
     out = write_run(tmp_path / "out", many(4))
-    (out / "part-00099.parquet").write_bytes(b"mine")
+    (out / "part-000099.parquet").write_bytes(b"mine")
     assert RunReader(out).n_rows == 4
-    part = out / "part-00001.parquet"
+    part = out / "part-000001.parquet"
     whole = part.read_bytes()
     part.write_bytes(whole[:-20])
-    with pytest.raises(StorageError, match=r"part-00001\.parquet: cannot be read"):
+    with pytest.raises(StorageError, match=r"part-000001\.parquet: cannot be read"):
         RunReader(out)
-    chunk = pq.read_metadata(out / "part-00000.parquet").row_group(0).column(0)
+    chunk = pq.read_metadata(out / "part-000000.parquet").row_group(0).column(0)
     flipped = bytearray(whole)
     flipped[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     part.write_bytes(flipped)
-    with pytest.raises(StorageError, match=r"part-00001\.parquet: cannot be read"):
+    with pytest.raises(StorageError, match=r"part-000001\.parquet: cannot be read"):
         list(RunReader(out).rows())
 
 
@@ -710,6 +725,7 @@ def test_rows_of_only_one_run_come_last_and_can_be_left_out(
     )
     code, lines, _ = gptbatch_diff(a, b, "--limit", "3")
     assert code == 1
+    assert lines.pop(3).startswith("setting input_digest differs: ")
     assert lines[:7] == [
         "2 rows are in both runs: 1 differ (1 by tokens)",
         "38 rows are only in A",
@@ -750,8 +766,8 @@ def test_exit_codes_of_runs_that_cannot_be_compared(tmp_path: Path, gptbatch_dif
         code, lines, stderr = gptbatch_diff(*pair)
         assert (code, lines) == (66, [])
         assert stderr.startswith(f"gptbatch: {tmp_path}")
-    (run / "part-00001.parquet").write_bytes(b"")
+    (run / "part-000001.parquet").write_bytes(b"")
     code, lines, stderr = gptbatch_diff(run, run)
     assert (code, lines) == (74, [])
-    assert "part-00001.parquet: cannot be read" in stderr
+    assert "part-000001.parquet: cannot be read" in stderr
     assert gptbatch_diff(run)[0] == gptbatch_diff(run, run, "--limit", "-1")[0] == 2

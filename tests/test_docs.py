@@ -242,7 +242,8 @@ def test_the_table_of_readme_is_the_output_of_the_demo(demo_output: Path) -> Non
 def test_the_keys_of_json_files_are_documented(demo_output: Path) -> None:
     folder = demo_output / "demo"
     manifest = json.loads((folder / "_manifest.json").read_text(encoding="utf-8"))
-    progress = json.loads((folder / ".gptbatch/progress.json").read_text(encoding="utf-8"))
+    (path,) = folder.glob(".gptbatch/runs/*/progress.json")
+    progress = json.loads(path.read_text(encoding="utf-8"))
     documented = {
         "output.md": manifest,
         "batch-invariance.md": manifest["environment"],

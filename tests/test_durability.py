@@ -69,7 +69,7 @@ class Setting:
         child = self.start(output, *more, **settings)
         return child.wait(), child
 
-    def check_complete(self, output: Path) -> None:
+    def check_complete(self, output: Path, *, runs: int = 1) -> None:
         """Check that the folder holds the files of an undisturbed run, and no others."""
         found = table(output)
         ids = found["prompt_id"].to_pylist()
@@ -78,10 +78,11 @@ class Setting:
         assert (output / "_SUCCESS").exists()
         assert json.loads((output / "_manifest.json").read_text())["complete"] is True
         assert sorted(path.name for path in output.iterdir() if path.name[0] not in "_.") == [
-            f"part-{k:05d}.parquet" for k in range(-(-len(ids) // 6))
+            f"part-{k:06d}.parquet" for k in range(-(-len(ids) // 6))
         ]
         assert not [path for path in output.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
-        assert not (output / ".gptbatch" / "crash_journal.json").exists()
+        assert not list(output.glob(".gptbatch/runs/*/crash_journal.json"))
+        assert len(list(output.glob(".gptbatch/runs/*"))) == runs
 
 
 def table(output: Path) -> pa.Table:
@@ -91,6 +92,12 @@ def table(output: Path) -> pa.Table:
         for path in sorted(output.glob("part-*.parquet"))
     ]
     return pa.concat_tables(parts).combine_chunks()
+
+
+def run_states(output: Path) -> list[str]:
+    """Return the state in the progress file of each run."""
+    paths = sorted(output.glob(".gptbatch/runs/*/progress.json"))
+    return [json.loads(path.read_text())["state"] for path in paths]
 
 
 def check_parts(output: Path) -> None:
@@ -153,8 +160,8 @@ def test_a_fault_at_any_step_of_a_commit_loses_nothing(
         assert "Traceback" not in child.stderr
         assert not [path for path in output.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
     check_parts(output)
-    assert (output / "part-00000.parquet").exists()
-    assert (output / "part-00001.parquet").exists() == (
+    assert (output / "part-000000.parquet").exists()
+    assert (output / "part-000001.parquet").exists() == (
         step in ("manifest", "success", "folder") or (step, kind) == ("replace", "kill")
     )
     assert (output / "_SUCCESS").exists() == ((step, kind) == ("success", "kill"))
@@ -196,8 +203,8 @@ def test_a_signal_stops_a_run_that_can_be_continued(
     assert "Traceback" not in child.stderr
     assert not (output / "_SUCCESS").exists()
     check_parts(output)
-    assert json.loads((output / ".gptbatch" / "progress.json").read_text())["state"] == "stopped"
-    assert not (output / ".gptbatch" / "crash_journal.json").exists(), "a stop is not a crash"
+    assert run_states(output) == ["stopped"]
+    assert not list(output.glob(".gptbatch/runs/*/crash_journal.json")), "a stop is not a crash"
     done = sum(pq.read_metadata(path).num_rows for path in output.glob("part-*.parquet"))
     assert 18 <= done < 300
     code, child = long.run(output)
@@ -209,7 +216,7 @@ def test_a_signal_stops_a_run_that_can_be_continued(
 def test_a_signal_while_loading_ends_at_once(long: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     child = long.start(output, fault=("slow load", str(2 * LIMIT_S)))
-    wait_for((output / ".gptbatch" / "progress.json").exists, "the lock")
+    wait_for(lambda: run_states(output), "the lock")
     child.send_signal(signal.SIGTERM)
     assert child.wait() == 75
     assert "Traceback" not in child.stderr
@@ -223,10 +230,7 @@ def test_a_second_signal_ends_at_once(long: Setting, tmp_path: Path) -> None:
     """
     output = tmp_path / "out"
     child = long.start(output, fault=("slow step", str(2 * LIMIT_S)))
-    progress = output / ".gptbatch" / "progress.json"
-    wait_for(
-        lambda: progress.exists() and json.loads(progress.read_text())["state"] == "running", "rows"
-    )
+    wait_for(lambda: run_states(output) == ["running"], "rows")
     child.send_signal(signal.SIGTERM)
     child.send_signal(signal.SIGINT)
     assert child.wait() in (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -236,10 +240,7 @@ def test_a_step_longer_than_the_time_limit_is_interrupted(long: Setting, tmp_pat
     """One signal ends the process, although the step does not return."""
     output = tmp_path / "out"
     child = long.start(output, fault=("slow step", str(2 * LIMIT_S)), patience_s=0.1)
-    progress = output / ".gptbatch" / "progress.json"
-    wait_for(
-        lambda: progress.exists() and json.loads(progress.read_text())["state"] == "running", "rows"
-    )
+    wait_for(lambda: run_states(output) == ["running"], "rows")
     child.send_signal(signal.SIGTERM)
     assert child.wait() == 75
     assert "gptbatch: stopped; run the same command again\n" in child.stderr
@@ -267,11 +268,12 @@ def test_the_lock_of_a_killed_process_is_free(long: Setting, tmp_path: Path) -> 
     output = tmp_path / "out"
     child = long.start(output, fault=SLOW)
     wait_for_parts(output, 2)
-    (output / ".gptbatch" / "part-00001.parquet.0123456789ab.tmp").write_bytes(b"left behind")
+    (folder,) = (output / ".gptbatch" / "runs").iterdir()
+    (folder / "part-000001.parquet.tmp").write_bytes(b"left behind")
     (output / ".gptbatch" / "notes.tmp").write_bytes(b"not ours")
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    assert (output / ".gptbatch" / "holder.json").exists()
+    assert json.loads((folder / "lock").read_text())["pid"] == child.pid
     code, child = long.run(output)
     assert code == 0, child.stderr
     (output / ".gptbatch" / "notes.tmp").unlink()
@@ -286,7 +288,7 @@ def test_a_run_without_working_locks_warns_and_completes(long: Setting, tmp_path
         code = child.wait()
         assert code == 0, child.stderr
         assert "cannot be locked" in child.stderr
-    long.check_complete(output)
+    long.check_complete(output, runs=2)
 
 
 @pytest.mark.parametrize("setting_of_the_other", ["--seed=1", "--temperature=0.5", "--part-rows=7"])
@@ -343,7 +345,7 @@ def test_a_file_size_limit_is_reported(long: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     code, child = long.run(output, "--part-rows", "200", file_size_limit=25_000)
     assert code == 74
-    assert "part-00000.parquet: cannot be written (File too large)" in child.stderr
+    assert "part-000000.parquet: cannot be written (File too large)" in child.stderr
     assert not list(output.glob("part-*"))
     assert not [path for path in output.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
     code, child = long.run(output, "--part-rows", "200")
@@ -382,7 +384,6 @@ def test_a_lost_manifest_is_rebuilt(setting: Setting, tmp_path: Path) -> None:
     expected = json.loads((output / "_manifest.json").read_text())
     manifest = output / "_manifest.json"
     errors = output / ".gptbatch" / "errors.jsonl"
-    assert errors.exists()
     for damage in ("missing", "cut off"):
         errors.unlink()
         if damage == "missing":
@@ -395,9 +396,7 @@ def test_a_lost_manifest_is_rebuilt(setting: Setting, tmp_path: Path) -> None:
         setting.check_complete(output)
         assert json.loads((output / "_manifest.json").read_text()) == expected
         assert [json.loads(line)["id"] for line in errors.read_text().splitlines()] == ["r7"]
-        assert (
-            json.loads((output / ".gptbatch" / "progress.json").read_text())["state"] == "complete"
-        )
+        assert run_states(output) == ["complete"]
 
 
 def test_a_larger_limit_continues_the_run(setting: Setting, tmp_path: Path) -> None:
@@ -432,7 +431,7 @@ def test_another_environment_is_refused(setting: Setting, tmp_path: Path) -> Non
         setting.start(output, "--attention", "padded", fault=("manifest", "kill")).wait()
         == -signal.SIGKILL
     )
-    (output / "part-00003.parquet").unlink()
+    (output / "part-000003.parquet").unlink()
     code, child = setting.run(output, "--batch-invariance", "off")
     assert code == 78
     assert "holds rows of another environment (self_test_digest was " in child.stderr
@@ -450,7 +449,7 @@ def test_another_environment_is_refused(setting: Setting, tmp_path: Path) -> Non
     code, child = setting.run(
         tmp_path / "mixed", "--attention", "padded", fault=("manifest", "kill")
     )
-    (tmp_path / "mixed" / "part-00003.parquet").unlink()
+    (tmp_path / "mixed" / "part-000003.parquet").unlink()
     code, child = setting.run(
         tmp_path / "mixed", "--batch-invariance", "off", "--allow-other-environment"
     )
@@ -544,7 +543,7 @@ def test_out_of_memory_halves_the_batch(setting: Setting, tmp_path: Path, attent
     assert code == 0, child.stderr
     assert "out of memory: going on with at most 8 rows at a time" in child.stderr
     assert "out of memory: going on with at most 2 rows at a time" in child.stderr
-    assert json.loads((output / "_manifest.json").read_text())["batch_size_halvings"] == 3
+    assert child.summary["batch_size_halvings"] == 3
     assert (
         table(output)
         .column("completion_token_ids")

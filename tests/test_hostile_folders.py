@@ -22,8 +22,12 @@ from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import OutOfMemoryError, OutputConflictError, StorageError
+from gptbatch.pipeline.input.input_digest import input_digest
 from gptbatch.pipeline.output import part_writer
+from gptbatch.pipeline.output.atomic_write import Writer
+from gptbatch.pipeline.output.claim import claim, write_manifest
 from gptbatch.pipeline.output.file_hashes import FileHashes
+from gptbatch.pipeline.output.finish import finish
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.part_file import FOOTER_KEY, PartFile, inspect_part
 from gptbatch.pipeline.output.part_plan import PartPlan
@@ -31,7 +35,7 @@ from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.status import output_status
 from gptbatch.pipeline.output.stray_tables import find_stray_tables
-from tests.test_diff import FACTS, IDENTITY, completion, many, write_run
+from tests.test_diff import FACTS, IDENTITY, completion, many, row_defaults, write_run
 
 Command = Callable[..., tuple[int, str, str]]
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -199,21 +203,21 @@ FOOTERS: dict[str, Callable[[dict[str, Any]], object] | str] = {
 
 @pytest.mark.parametrize("name", FOOTERS)
 def test_a_footer_with_wrong_types_is_damage(output: Path, command: Command, name: str) -> None:
-    change_footer(output / "part-00001.parquet", FOOTERS[name])
+    change_footer(output / "part-000001.parquet", FOOTERS[name])
     code, stdout, _ = command("status", output)
     assert (code, "damaged 1: recomputed by the next run" in stdout) == (0, True)
     for arguments in (("verify", output), ("diff", output, output)):
         code, _, stderr = command(*arguments)
-        assert (code, "part-00001.parquet: cannot be read (" in stderr) == (74, True)
+        assert (code, "part-000001.parquet: cannot be read (" in stderr) == (74, True)
 
 
 def test_a_part_with_a_damaged_footer_is_generated_again(finished: Path, output: Path) -> None:
-    change_footer(output / "part-00001.parquet", lambda footer: footer.update(rows="many"))
+    change_footer(output / "part-000001.parquet", lambda footer: footer.update(rows="many"))
     summary = run_job(job(finished, output=str(output)))
     assert (summary.rows, summary.rows_kept) == (3, 4)
 
 
-SMALL_FILES = ["progress.json", "digests.json", "crash_journal.json", "holder.json"]
+SMALL_FILES = ["progress.json", "crash_journal.json", "records.jsonl", "lock"]
 SMALL_CONTENTS = {
     "nothing": "",
     "null": "null",
@@ -228,7 +232,7 @@ SMALL_CONTENTS = {
             "prompt_id": 5,
             "host": {},
             "pid": "\x1b[31m",
-            "parts": {"part-00000.parquet": {"stat": "x", "sha256": 5}},
+            "parts": {"part-000000.parquet": {"stat": "x", "sha256": 5}},
             "files": [],
             "input": 5,
         }
@@ -245,12 +249,17 @@ SMALL_CONTENTS = {
 def test_damaged_small_files_are_ignored(
     finished: Path, output: Path, command: Command, content: str
 ) -> None:
-    for name in SMALL_FILES:
-        (output / ".gptbatch" / name).write_text(content)
+    (folder,) = (output / ".gptbatch" / "runs").iterdir()
+    for path in (
+        *(folder / name for name in SMALL_FILES),
+        output / ".gptbatch" / "digests.json",
+        output / ".gptbatch" / "lock",
+    ):
+        path.write_text(content)
     code, stdout, _ = command("status", output)
     assert (code, "7 of 7" in stdout) == (0, True)
     assert command("diff", output, output)[0] == 0
-    (output / "part-00002.parquet").unlink()
+    (output / "part-000002.parquet").unlink()
     assert run_job(job(finished, output=str(output))).rows == 1
 
 
@@ -308,7 +317,7 @@ def change_column(
             74,
             "completion_token_ids is null in a row",
         ),
-        ("completion_token_ids", ["a", "b", "c"], 74, "part-00000.parquet: cannot be read"),
+        ("completion_token_ids", ["a", "b", "c"], 74, "part-000000.parquet: cannot be read"),
         ("seed", [-1] * 3, 1, "its seed is -1"),
         ("temperature", [float("nan")] * 3, 1, "its temperature is nan"),
         ("top_k", [-7] * 3, 1, "its top_k is -7"),
@@ -327,7 +336,7 @@ def test_rows_that_no_run_writes_are_mismatches(
     output: Path, command: Command, name: str, values: list[Any], code: int, message: str
 ) -> None:
     type_ = pa.string() if isinstance(values[0], str) else None
-    change_column(output / "part-00000.parquet", name, values, type_)
+    change_column(output / "part-000000.parquet", name, values, type_)
     found, stdout, stderr = command("verify", output, "--all")
     assert (found, message in stdout + stderr) == (code, True), stdout + stderr
     assert command("diff", output, output)[0] in (0, 74)
@@ -377,11 +386,9 @@ def test_a_missing_model_folder_falls_back_to_the_settings(
 WORK_FILES = [
     "config.yaml",
     "digests.json",
-    "progress.json",
     "errors.jsonl",
-    "crash_journal.json",
     "lock",
-    "holder.json",
+    "runs",
 ]
 
 
@@ -392,9 +399,11 @@ def test_no_file_is_written_through_a_link(
     victim = tmp_path / "victim"
     victim.write_text("precious")
     path = output / ".gptbatch" / name
+    if path.is_dir():
+        shutil.rmtree(path)
     path.unlink(missing_ok=True)
     path.symlink_to(victim)
-    (output / "part-00000.parquet").unlink()
+    (output / "part-000000.parquet").unlink()
     with pytest.raises(OutputConflictError, match=f"{name}: is a symbolic link"):
         run_job(job(finished, output=str(output)))
     output_status(output)
@@ -406,7 +415,6 @@ def test_no_file_is_written_through_a_link(
     [
         "_manifest.json",
         ".gptbatch/digests.json",
-        ".gptbatch/progress.json",
         ".gptbatch/lock",
         ".gptbatch/config.yaml",
     ],
@@ -442,12 +450,12 @@ def device(path: Path) -> None:
 def test_an_entry_that_is_not_a_file_is_not_a_part(
     finished: Path, output: Path, command: Command, make: Callable[[Path], None]
 ) -> None:
-    path = output / "part-00001.parquet"
+    path = output / "part-000001.parquet"
     path.unlink()
     make(path)
     code, stdout, _ = command("status", output)
     assert code == 0
-    assert "part-00001.parquet: is not a part of gptbatch (not a regular file)" in stdout
+    assert "part-000001.parquet: is not a part of gptbatch (not a regular file)" in stdout
     assert "rows     4 of 7, 3 missing" in stdout
     for arguments in (("verify", output), ("diff", output, output)):
         assert command(*arguments)[0] == 74
@@ -467,19 +475,20 @@ def test_parts_behind_links_are_read(output: Path, tmp_path: Path, command: Comm
 # -- other tables beside the parts -----------------------------------------------------------------
 
 STRAYS = [
-    "part-00000 (1).parquet",
-    "part-000000.parquet",
-    "part-00000.parquet.~1~",
-    "part-00000 (copy)",
+    "part-000000 (1).parquet",
+    "part-00000.parquet",
+    "part-0000000.parquet",
+    "part-000000.parquet.~1~",
+    "part-000000 (copy)",
     "PART-00000.PARQUET",
     "merged.parquet",
-    "old/part-00000.parquet",
+    "old/part-000000.parquet",
 ]
 HIDDEN = [
-    ".part-00000.parquet.Xa1",
-    "_part-00000.parquet",
-    ".stversions/part-00000.parquet",
-    "_old/part-00000.parquet",
+    ".part-000000.parquet.Xa1",
+    "_part-000000.parquet",
+    ".stversions/part-000000.parquet",
+    "_old/part-000000.parquet",
 ]
 
 
@@ -489,7 +498,7 @@ def test_a_stray_table_is_reported(
 ) -> None:
     stray = output / name
     stray.parent.mkdir(exist_ok=True)
-    shutil.copy(output / "part-00000.parquet", stray)
+    shutil.copy(output / "part-000000.parquet", stray)
     assert len(pd.read_parquet(output)) == 7 + 3
     message = f"readers will also read {name}, which is no part of the run"
     found = output_status(output)
@@ -508,14 +517,14 @@ def test_a_stray_table_is_reported(
     assert stray.exists()
 
 
-@pytest.mark.parametrize("name", [*HIDDEN, "notes.txt", "part-00000.parquet.sha256"])
+@pytest.mark.parametrize("name", [*HIDDEN, "notes.txt", "part-000000.parquet.sha256"])
 def test_files_that_readers_ignore_are_not_stray(
     finished: Path, output: Path, command: Command, name: str
 ) -> None:
     path = output / name
     path.parent.mkdir(exist_ok=True)
     if name in HIDDEN:
-        shutil.copy(output / "part-00000.parquet", path)
+        shutil.copy(output / "part-000000.parquet", path)
         assert len(pd.read_parquet(output)) == 7
     else:
         path.write_text("text")
@@ -530,23 +539,23 @@ def test_a_link_to_a_folder_of_tables_is_followed(
 ) -> None:
     """Readers follow links; a link to a parent folder is followed once."""
     (tmp_path / "elsewhere/deeper").mkdir(parents=True)
-    shutil.copy(output / "part-00000.parquet", tmp_path / "elsewhere")
+    shutil.copy(output / "part-000000.parquet", tmp_path / "elsewhere")
     (output / "old").symlink_to(target)
     assert len(pd.read_parquet(output)) == 7 + 3
     (tmp_path / "elsewhere/loop").symlink_to(".")
     (tmp_path / "elsewhere/self").symlink_to("self")
-    assert find_stray_tables(output) == ["old/part-00000.parquet"]
+    assert find_stray_tables(output) == ["old/part-000000.parquet"]
 
 
 def test_another_programs_table_under_a_parts_name(output: Path, command: Command) -> None:
-    pq.write_table(pa.table({"a": [1]}), output / "part-00007.parquet")
+    pq.write_table(pa.table({"a": [1]}), output / "part-000007.parquet")
     code, _, stderr = command("verify", output)
-    assert (code, "readers will also read part-00007.parquet" in stderr) == (74, True)
+    assert (code, "readers will also read part-000007.parquet" in stderr) == (74, True)
 
 
 def test_many_stray_tables_are_counted(output: Path) -> None:
     for number in range(9):
-        shutil.copy(output / "part-00000.parquet", output / f"copy {number}.parquet")
+        shutil.copy(output / "part-000000.parquet", output / f"copy {number}.parquet")
     (problem,) = output_status(output).problems
     assert problem == (
         "readers will also read copy 0.parquet, copy 1.parquet, copy 2.parquet and 6 more, "
@@ -555,15 +564,22 @@ def test_many_stray_tables_are_counted(output: Path) -> None:
 
 
 def test_a_copy_that_appears_during_the_run_keeps_it_from_being_complete(tmp_path: Path) -> None:
+    OutputFolder(tmp_path).create()
     mine, plan, facts = writer(tmp_path, 2)
-    OutputFolder(tmp_path).writer.work.mkdir()
-    OutputFolder(tmp_path).claim("seed: 0\n", facts, [])
+    claim(OutputFolder(tmp_path), files(tmp_path), "seed: 0\n", facts)
     part = add(mine, range(2))
-    shutil.copy(tmp_path / part.name, tmp_path / "part-00000 (1).parquet")
+    shutil.copy(tmp_path / part.name, tmp_path / "part-000000 (1).parquet")
     with pytest.raises(
-        OutputConflictError, match=r"readers will also read part-00000 \(1\)\.parquet"
+        OutputConflictError, match=r"readers will also read part-000000 \(1\)\.parquet"
     ):
-        OutputFolder(tmp_path).complete(facts, {0: part}, FileHashes(), plan)
+        finish(
+            OutputFolder(tmp_path),
+            files(tmp_path),
+            plan.identity,
+            FileHashes(),
+            {0: part},
+            row_defaults(),
+        )
     assert not (tmp_path / "_SUCCESS").exists()
 
 
@@ -646,9 +662,9 @@ def test_a_read_error_is_not_damage(
         raise error
 
     monkeypatch.setattr("gptbatch.pipeline.output.part_file.pq.read_metadata", fail)
-    with pytest.raises(kind, match=rf"part-00000\.parquet: cannot be read.*{message}"):
-        inspect_part(output / "part-00000.parquet")
-    with pytest.raises(kind, match=rf"part-0000.\.parquet: cannot be read.*{message}"):
+    with pytest.raises(kind, match=rf"part-000000\.parquet: cannot be read.*{message}"):
+        inspect_part(output / "part-000000.parquet")
+    with pytest.raises(kind, match=rf"part-00000.\.parquet: cannot be read.*{message}"):
         RunReader(output)
 
 
@@ -667,7 +683,7 @@ def test_damage_keeps_its_cause(
         raise error
 
     monkeypatch.setattr("gptbatch.pipeline.output.part_file.pq.read_metadata", fail)
-    found = inspect_part(output / "part-00000.parquet")
+    found = inspect_part(output / "part-000000.parquet")
     assert (found.state, found.problem) == ("damaged", str(error))
 
 
@@ -712,8 +728,8 @@ def test_a_failing_hash_names_the_file(output: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("hashlib.file_digest", fail)
-    with pytest.raises(OSError, match="part-00000"):
-        file_sha256(output / "part-00000.parquet")
+    with pytest.raises(OSError, match="part-000000"):
+        file_sha256(output / "part-000000.parquet")
 
 
 def test_a_part_that_reads_back_differently_is_reported(
@@ -747,14 +763,25 @@ def test_output_folders_of_any_name_work(tmp_path: Path, name: str) -> None:
 OTHER = {"config_hash": "e" * 64, "seed": 1}
 
 
+def files(path: Path) -> Writer:
+    return Writer(OutputFolder(path).work)
+
+
 def writer(path: Path, count: int, **identity: Any) -> tuple[PartWriter, PartPlan, dict[str, Any]]:
+    digests = [identity.get("digest", "0" * 64)] * (count // 2)
     plan = PartPlan(
-        identity={**IDENTITY, "rows": count, "part_rows": 2, **identity},
-        input_digests=[identity.get("digest", "0" * 64)] * (count // 2),
+        identity={
+            **IDENTITY,
+            "rows": count,
+            "part_rows": 2,
+            "input_digest": input_digest(digests),
+            **identity,
+        },
+        input_digests=digests,
     )
     facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
     return (
-        PartWriter(path, OutputFolder(path).writer, FileHashes(), plan=plan, facts=facts),
+        PartWriter(path, files(path), FileHashes(), plan=plan, facts=facts),
         plan,
         facts,
     )
@@ -794,7 +821,7 @@ def test_a_part_of_another_job_is_never_replaced(folder: Path, other: dict[str, 
     mine = add(writer(folder, 4, **first)[0], range(2))
     before = (folder / mine.name).read_bytes()
     with pytest.raises(
-        OutputConflictError, match=r"part-00000\.parquet: is a part of another (job|input)"
+        OutputConflictError, match=r"part-000000\.parquet: is a part of another (job|input)"
     ):
         add(writer(folder, 4, **{**first, **other})[0], range(2))
     assert (folder / mine.name).read_bytes() == before
@@ -822,13 +849,13 @@ def test_a_part_of_this_job_that_is_not_whole_is_replaced(folder: Path, damage: 
         )
         facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
         add(
-            PartWriter(folder, OutputFolder(folder).writer, FileHashes(), plan=plan, facts=facts),
+            PartWriter(folder, files(folder), FileHashes(), plan=plan, facts=facts),
             range(1),
         )
     elif damage == "misplaced":
         add(writer(folder, 4)[0], range(2, 4))
         path.unlink()
-        (folder / "part-00001.parquet").rename(path)
+        (folder / "part-000001.parquet").rename(path)
     else:
         path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:1000])
     assert add(writer(folder, 4)[0], range(2)) == whole
@@ -838,20 +865,22 @@ def test_a_part_of_this_job_that_is_not_whole_is_replaced(folder: Path, damage: 
 def test_a_folder_with_a_part_of_another_job_is_never_complete(folder: Path) -> None:
     """A part of another job takes a free name during the run."""
     mine, plan, facts = writer(folder, 4)
-    OutputFolder(folder).claim("seed: 0\n", facts, [])
+    claim(OutputFolder(folder), files(folder), "seed: 0\n", facts)
     done = {part.number: part for part in (add(mine, range(2)), add(mine, range(2, 4)))}
-    (folder / "part-00001.parquet").unlink()
+    (folder / "part-000001.parquet").unlink()
     add(writer(folder, 4, **OTHER)[0], range(2, 4))
     with pytest.raises(
         OutputConflictError,
-        match=r"part-00001\.parquet: is a part of another job \(config_hash, seed differ\)",
+        match=r"part-000001\.parquet: is a part of another job \(config_hash, seed differ\)",
     ):
-        OutputFolder(folder).complete(facts, done, FileHashes(), plan)
+        finish(
+            OutputFolder(folder), files(folder), plan.identity, FileHashes(), done, row_defaults()
+        )
     assert not (folder / "_SUCCESS").exists()
     assert json.loads((folder / "_manifest.json").read_text())["complete"] is False
     assert (
         "holds parts of 2 jobs: 1 of job ffffffff, 1 of job eeeeeeee "
-        "(part-00001.parquet; seed 0 / 1)"
+        "(part-000001.parquet; seed 0 / 1)"
     ) in output_status(folder).problems
     with pytest.raises(OutputConflictError, match="holds parts of 2 jobs"):
         RunReader(folder)
@@ -860,11 +889,13 @@ def test_a_folder_with_a_part_of_another_job_is_never_complete(folder: Path) -> 
 def test_the_manifest_is_claimed_once(folder: Path) -> None:
     _, _, facts = writer(folder, 4)
     _, _, other = writer(folder, 4, **OTHER)
-    OutputFolder(folder).claim("seed: 0\n", facts, [])
+    output, work = OutputFolder(folder), files(folder)
+    claim(output, work, "seed: 0\n", facts)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     acts: list[Callable[[], object]] = [
-        lambda: OutputFolder(folder).claim("seed: 1\n", other, []),
-        lambda: OutputFolder(folder).write_manifest(other, [], complete=False),
+        lambda: claim(output, work, "seed: 1\n", other),
+        lambda: claim(output, work, "seed: 1\n", other, joins=True),
+        lambda: write_manifest(output, work, other, "{}"),
     ]
     for act in acts:
         with pytest.raises(
@@ -873,8 +904,8 @@ def test_the_manifest_is_claimed_once(folder: Path) -> None:
         ):
             act()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    OutputFolder(folder).claim("seed: 0\n", facts, [])
-    OutputFolder(folder).claim("seed: 1\n", other, [], replaces=facts["identity"])
+    claim(output, work, "seed: 0\n", facts)
+    claim(output, work, "seed: 1\n", other, replaces=facts["identity"])
 
 
 def test_parts_of_two_jobs_in_one_folder_are_refused(tmp_path: Path, command: Command) -> None:
@@ -888,7 +919,7 @@ def test_parts_of_two_jobs_in_one_folder_are_refused(tmp_path: Path, command: Co
     assert code == 0
     assert (
         "holds parts of 2 jobs: 2 of job ffffffff, 1 of job eeeeeeee "
-        "(part-00002.parquet; seed 0 / 1)"
+        "(part-000002.parquet; seed 0 / 1)"
     ) in stdout
     assert "a copy without .gptbatch/config.yaml" in stdout
     assert "rows     4 of 8, 4 missing" in stdout
@@ -904,11 +935,11 @@ def test_parts_of_two_jobs_in_one_folder_are_refused(tmp_path: Path, command: Co
 def test_a_part_with_more_rows_than_its_name_says_is_not_counted(tmp_path: Path) -> None:
     """The number of missing rows is never negative."""
     a = write_run(tmp_path / "a", many(2), part_rows=2)
-    shutil.copy(a / "part-00000.parquet", a / "part-00001.parquet")
+    shutil.copy(a / "part-000000.parquet", a / "part-000001.parquet")
     found = output_status(a)
     assert (found.rows_done, found.rows_missing, found.state) == (2, 0, "unfinished")
     assert any(
-        "part-00001.parquet: it holds rows 0 to 1 of its run" in problem
+        "part-000001.parquet: it holds rows 0 to 1 of its run" in problem
         for problem in found.problems
     )
 
@@ -969,8 +1000,8 @@ def test_another_format_is_not_continued(finished: Path, output: Path) -> None:
     ):
         run_job(job(finished, output=str(output)))
     change_json(output / "_manifest.json", lambda manifest: manifest.update(format=FORMAT))
-    change_footer(output / "part-00001.parquet", lambda footer: footer.update(format="gptbatch-1"))
-    with pytest.raises(OutputConflictError, match=r"part-00001\.parquet: has format gptbatch-1"):
+    change_footer(output / "part-000001.parquet", lambda footer: footer.update(format="gptbatch-1"))
+    with pytest.raises(OutputConflictError, match=r"part-000001\.parquet: has format gptbatch-1"):
         run_job(job(finished, output=str(output)))
 
 

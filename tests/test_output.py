@@ -150,9 +150,9 @@ def test_footers_and_manifest_record_the_run(
     assert manifest["complete"] is True
     assert (manifest["rows"], manifest["errors"]) == (7, 1)
     assert [part["name"] for part in manifest["parts"]] == [
-        "part-00000.parquet",
-        "part-00001.parquet",
-        "part-00002.parquet",
+        "part-000000.parquet",
+        "part-000001.parquet",
+        "part-000002.parquet",
     ]
     for part, first, rows in zip(manifest["parts"], (0, 3, 6), (3, 3, 1), strict=True):
         footer = read_footer(output / part["name"])
@@ -190,20 +190,26 @@ def test_footers_and_manifest_record_the_run(
         assert footer["versions"]["torch"]
     names = {path.name for path in output.iterdir()}
     assert names == {
-        "part-00000.parquet",
-        "part-00001.parquet",
-        "part-00002.parquet",
+        "part-000000.parquet",
+        "part-000001.parquet",
+        "part-000002.parquet",
         "_manifest.json",
         "_SUCCESS",
         ".gptbatch",
     }
     work = {path.name for path in (output / ".gptbatch").iterdir()}
-    assert work == {"config.yaml", "digests.json", "errors.jsonl", "lock", "progress.json"}
+    assert work == {"config.yaml", "digests.json", "errors.jsonl", "lock", "runs"}
+    (run_folder,) = (output / ".gptbatch" / "runs").iterdir()
+    assert {path.name for path in run_folder.iterdir()} == {
+        "lock",
+        "progress.json",
+        "records.jsonl",
+    }
 
 
 def test_parts_have_checksums(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
     run_job(job(checkpoint, write_rows(ROWS), tmp_path / "out"))
-    path = tmp_path / "out" / "part-00000.parquet"
+    path = tmp_path / "out" / "part-000000.parquet"
     column = pq.read_metadata(path).row_group(0).column(DETERMINISTIC_COLUMNS.index("prompt"))
     content = bytearray(path.read_bytes())
     content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
@@ -353,8 +359,12 @@ def run(checkpoint: Path, path: Path, output: Path, **settings: Any) -> RunSumma
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """All files but digests.json, which only saves time."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "digests.json"]
+    """All files but digests.json, which only saves time, and the lock."""
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("digests.json", "lock")
+    ]
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in files
@@ -399,7 +409,7 @@ def damage_part(path: Path, damage: str) -> None:
             pq.write_table(changed, path)
             return
         case "a part of other rows":
-            content = bytearray((path.parent / "part-00000.parquet").read_bytes())
+            content = bytearray((path.parent / "part-000000.parquet").read_bytes())
     status = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -423,7 +433,7 @@ def test_a_lost_part_is_generated_again(
     path, output = write_rows(ROWS), tmp_path / "out"
     run(checkpoint, path, output, part_rows=3)
     expected = deterministic(output)
-    lost = output / "part-00001.parquet"
+    lost = output / "part-000001.parquet"
     before = {
         path: path.stat().st_mtime_ns for path in output.glob("part-*.parquet") if path != lost
     }
@@ -462,7 +472,7 @@ def test_an_incomplete_output_is_continued(
     run(checkpoint, path, output, part_rows=3)
     expected = deterministic(output)
     (output / "_SUCCESS").unlink()
-    (output / "part-00001.parquet").unlink()
+    (output / "part-000001.parquet").unlink()
     assert run(checkpoint, path, output, part_rows=3).rows == 3
     assert deterministic(output) == expected
     assert (output / "_SUCCESS").is_file()

@@ -16,6 +16,7 @@ from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline import run as run_module
 from gptbatch.pipeline.errors import InputRowsError, StoppedError
 from gptbatch.pipeline.input import tokenize
+from gptbatch.pipeline.output import run_output
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_source import LocalParts
 from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
@@ -85,7 +86,7 @@ def use(monkeypatch: pytest.MonkeyPatch, order: list[int]) -> list[Shuffled]:
         made.append(Shuffled(numbers, order))
         return made[-1]
 
-    monkeypatch.setattr(run_module, "LocalParts", source)
+    monkeypatch.setattr(run_output, "LocalParts", source)
     return made
 
 
@@ -166,7 +167,8 @@ def test_parts_of_two_crashes_run_last(
         "prompt_id": None,
         "crashes_per_part": {"3": 2},
     }
-    (output / ".gptbatch" / "crash_journal.json").write_text(json.dumps(journal))
+    (folder,) = (output / ".gptbatch" / "runs").iterdir()
+    (folder / "crash_journal.json").write_text(json.dumps(journal))
     made = use(monkeypatch, [3, 4, 2, 1, 0])
     run_job(job(checkpoint, file, output))
     assert made[0].pulled[0] == 3

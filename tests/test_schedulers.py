@@ -19,7 +19,9 @@ import yaml
 from click.testing import CliRunner
 
 from gptbatch.jobs.group import cli
+from gptbatch.pipeline import load_config
 from gptbatch.pipeline.errors import GptbatchError, OutputBusyError, StoppedError, StorageError
+from gptbatch.pipeline.output.shards import Shard, find_shard
 from tests.paths import PYTHONPATH, REPOSITORY
 from tests.processes import LIMIT_S, wait_for
 
@@ -146,7 +148,7 @@ def test_slurm_with_the_real_program(
         "5",
     ]
     process = slurm(*arguments)
-    wait_for((tmp_path / "out" / "part-00001.parquet").exists, "a part")
+    wait_for((tmp_path / "out" / "part-000001.parquet").exists, "a part")
     process.send_signal(signal.SIGUSR1)
     _, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75, stderr
@@ -158,8 +160,10 @@ def test_slurm_with_the_real_program(
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows"] == 200
 
 
-def test_the_kubernetes_job_handles_every_exit_code() -> None:
-    job = yaml.safe_load((CONFIGS / "kubernetes-job.yml").read_text())
+@pytest.mark.parametrize("kind", ["job", "indexed-job"])
+def test_the_kubernetes_job_handles_every_exit_code(kind: str) -> None:
+    job = yaml.safe_load((CONFIGS / f"kubernetes-{kind}.yml").read_text())
+    fail = "FailIndex" if kind == "indexed-job" else "FailJob"
     assert (job["kind"], job["spec"]["template"]["spec"]["restartPolicy"]) == ("Job", "Never")
     assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 10
     rules = {
@@ -169,9 +173,19 @@ def test_the_kubernetes_job_handles_every_exit_code() -> None:
     }
     assert rules["Count"] == [OutputBusyError.exit_code, StoppedError.exit_code]
     every = {error.exit_code for error in all_errors(GptbatchError)} | {2}
-    assert set(rules["FailJob"]) == every - set(rules["Count"]) - {StorageError.exit_code}
+    assert set(rules[fail]) == every - set(rules["Count"]) - {StorageError.exit_code}
     (container,) = job["spec"]["template"]["spec"]["containers"]
     check_command([*container["command"], *container["args"]])
+
+
+def test_the_pods_of_the_indexed_job_find_their_shard() -> None:
+    job = yaml.safe_load((CONFIGS / "kubernetes-indexed-job.yml").read_text())["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    environment = {item["name"]: item["value"] for item in container["env"]}
+    environment["JOB_COMPLETION_INDEX"] = "15"
+    options = {"model": "gpt2", "input": "rows.jsonl", "output": "out", "shard": "auto"}
+    config = load_config(None, environment=environment, options=options)
+    assert find_shard(config.shard, environment) == Shard(15, job["completions"])
 
 
 def all_errors(base: type[GptbatchError]) -> set[type[GptbatchError]]:

@@ -774,7 +774,7 @@ def test_text_from_an_output_folder_is_cleaned(
         "2",
     ]
     assert gptbatch("generate", *options)[0] == 0
-    progress = tmp_path / "out" / ".gptbatch" / "progress.json"
+    (progress,) = (tmp_path / "out").glob(".gptbatch/runs/*/progress.json")
     progress.write_text(json.dumps(json.loads(progress.read_text()) | {"updated_at": "\x1b[2J"}))
     _, stdout, stderr = gptbatch("status", "out")
     assert "\x1b" not in stdout + stderr

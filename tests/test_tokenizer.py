@@ -91,7 +91,7 @@ def run(model: Path, prompts: list[str], **changes: Any) -> list[dict[str, Any]]
     config = settings(model, prompts, **changes)
     run_job(config)
     rows: list[dict[str, Any]] = pq.read_table(
-        Path(config.output) / "part-00000.parquet"
+        Path(config.output) / "part-000000.parquet"
     ).to_pylist()
     return rows
 

@@ -196,9 +196,16 @@ def summarize(a: RunReader, b: RunReader, differences: Iterable[RowDifference]) 
 def settings_that_differ(a: RunReader, b: RunReader) -> list[SettingDifference]:
     """Return the identity keys, device, dtype and environment in which two runs differ, by name.
 
-    Device and environment are left out where a run has no part yet, which does not record them.
+    Device and environment are left out where a run has no part yet, which does not record them. The
+    digests of inputs are compared only where both divide their rows alike, in one format.
     """
     left, right = dict(a.manifest["identity"]), dict(b.manifest["identity"])
+    if (left.get("part_rows"), a.manifest["format"]) != (
+        right.get("part_rows"),
+        b.manifest["format"],
+    ):
+        left.pop("input_digest", None)
+        right.pop("input_digest", None)
     if a.facts and b.facts:
         left.update(_environment(a.facts))
         right.update(_environment(b.facts))

@@ -176,6 +176,14 @@ class JobConfig(_Section):
             " the value of the run that is continued."
         ),
     )
+    shard: Name | None = Field(
+        None,
+        description=(
+            "Generate the share I of N, with I from 0, of the parts; all shards write into one "
+            "folder, and a shard that is done helps others. auto: from the variables of Slurm, "
+            "Kubernetes, SkyPilot, torchrun or MPI. Default: all parts."
+        ),
+    )
     overwrite: bool = Field(
         False,
         description=(
@@ -264,6 +272,15 @@ class JobConfig(_Section):
     def _one_input(self) -> Self:
         if (self.input is None) == (self.dataset is None):
             raise ValueError("give either input or dataset" + (", not both" if self.input else ""))
+        return self
+
+    @model_validator(mode="after")
+    def _no_shard_overwrites(self) -> Self:
+        if self.shard is not None and self.overwrite:
+            raise ValueError(
+                "shard and overwrite: a shard would delete the parts of the others; delete the "
+                "output folder before the shards start"
+            )
         return self
 
     @property

@@ -23,6 +23,8 @@ from gptbatch.pipeline.system.paths import PathError, expand_path
 from gptbatch.pipeline.system.yaml_reader import YamlError, read_yaml_mapping
 
 ENVIRONMENT_PREFIX = "GPTBATCH_"
+# no setting: the count of an Indexed Job, for `shard: auto`
+SHARDS_VARIABLE = "GPTBATCH_SHARDS"
 MAX_PROBLEMS = 20
 _PATH_KEYS = ("model", "input", "dataset", "output")
 MAX_VALUE_CHARACTERS = 200
@@ -148,7 +150,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     for name, value in environment.items():
         # a file of variables may have Windows line ends
         text = value.rstrip("\r\n")
-        if not name.startswith(ENVIRONMENT_PREFIX) or text == "":
+        if not name.startswith(ENVIRONMENT_PREFIX) or name == SHARDS_VARIABLE or text == "":
             continue
         if name not in names:
             if any(pattern.fullmatch(f"{name}={text}") for pattern in _SERVICE_VARIABLES):

@@ -214,12 +214,17 @@ def open_input(config: JobConfig) -> PromptReader:
         source=_open_source(config),
         limit=config.limit,
         record_bad=config.on_bad_row == "record",
-        defaults=RowDefaults(
-            prompt_field=config.prompt_field,
-            id_field=config.id_field,
-            metadata_fields=frozenset(config.metadata_field),
-            sampling=config.sampling,
-        ),
+        defaults=row_defaults(config),
+    )
+
+
+def row_defaults(config: JobConfig) -> RowDefaults:
+    """Return the field names and the settings of rows without their own."""
+    return RowDefaults(
+        prompt_field=config.prompt_field,
+        id_field=config.id_field,
+        metadata_fields=frozenset(config.metadata_field),
+        sampling=config.sampling,
     )
 
 

@@ -3,8 +3,8 @@
     temporary file on the same file system -> close -> fsync -> check -> link or replace -> fsync of
     both folders
 
-After a kill or a power cut the name holds the old content or the new one. The next run deletes the
-temporary file. Its name is `NAME.RUN.tmp`; RUN is 12 random hexadecimal digits of the run.
+After a kill or a power cut the name holds the old content or the new one. The temporary file,
+`NAME.tmp`, lies in the folder of its run, which the next run deletes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,19 +20,19 @@ from typing import BinaryIO
 from gptbatch.pipeline.errors import OutOfMemoryError, StorageError
 
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-TEMPORARY_NAME = re.compile(r".+\.[0-9a-f]{12}\.tmp")
+TEMPORARY_NAME = re.compile(r".+\.tmp")
 
 
 class Writer:
     """Writes the files of one run.
 
     Args:
-        work: The folder of the temporary files, on the file system of the targets.
+        work: The folder of the temporary files, on the file system of the targets. No other run
+            writes there.
     """
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        self.run_id = secrets.token_hex(6)
 
     def write(
         self,
@@ -63,7 +62,7 @@ class Writer:
             StorageError: The file cannot be written.
             OutOfMemoryError: There is not enough memory to write it.
         """
-        temporary = self.work / f"{target.name}.{self.run_id}.tmp"
+        temporary = self.work / f"{target.name}.tmp"
         try:
             with temporary.open("xb") as file:
                 content(file)
@@ -121,13 +120,6 @@ class Writer:
             raise StorageError(
                 f"{target}: cannot be removed ({error.strerror or error})"
             ) from error
-
-
-def sweep(work: Path) -> None:
-    """Delete the temporary files of crashed runs. The caller holds the lock of the folder."""
-    for path in work.iterdir():
-        if TEMPORARY_NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-            path.unlink(missing_ok=True)
 
 
 def _link(temporary: Path, target: Path) -> bool:

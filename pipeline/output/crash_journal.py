@@ -2,15 +2,17 @@
 
     {"parts_in_flight": [3, 4], "prompt_id": null, "crashes_per_part": {"3": 1, "4": 1}}
 
-The file is updated while parts are in flight, and deleted by a run that ends without a crash. A run
-that finds parts in flight concludes that the last run was killed. After a loss of power the file
-may be an older one, because it is not synced to the disk. Parts that were in flight at two crashes
-run with a batch size of 1: the journal then names the row that runs alone.
+The file is updated while parts are in flight, and deleted by a run that ends without a crash. Parts
+in flight in the journal of a dead run mean that it was killed. After a loss of power the file may
+be an older one, because it is not synced to the disk. Parts that were in flight at two crashes run
+with a batch size of 1: the journal then names the row that runs alone.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from gptbatch.pipeline.output.atomic_write import Writer
@@ -22,11 +24,12 @@ MIN_CRASHES_TO_SUSPECT = 2
 
 
 class CrashJournal:
-    """The crash journal of an output.
+    """The crash journal of this run.
 
     Args:
-        work: The folder `.gptbatch` of the output.
+        run: The folder of the run.
         writer: Writes files atomically.
+        dead: The journals of dead runs, whose crashes count.
 
     Attributes:
         crashes_per_part: Number of crashes while a part was in flight, by part number. Written
@@ -34,17 +37,20 @@ class CrashJournal:
         last_prompt_id: Id of the row that ran alone at the last crash; None where none did.
     """
 
-    def __init__(self, work: Path, writer: Writer) -> None:
-        self._path, self._writer = work / CRASH_JOURNAL, writer
-        content = _read(self._path)
-        self.last_prompt_id = content.prompt_id
-        self.crashes_per_part = {
-            int(number): crashes for number, crashes in content.crashes_per_part.items()
-        }
-        for number in content.parts_in_flight:
-            self.crashes_per_part[number] = self.crashes_per_part.get(number, 0) + 1
+    def __init__(self, run: Path, writer: Writer, dead: Iterable[CrashJournalContent] = ()) -> None:
+        self._path, self._writer = run / CRASH_JOURNAL, writer
+        self.last_prompt_id: str | None = None
+        crashes: Counter[int] = Counter()
+        for journal in dead:
+            self.last_prompt_id = journal.prompt_id or self.last_prompt_id
+            crashes.update(journal.parts_in_flight)
+            for number, count in journal.crashes_per_part.items():
+                crashes[int(number)] += count
+        self.crashes_per_part: dict[int, int] = dict(crashes)
         self._parts_in_flight: list[int] = []
         self._prompt_id: str | None = None
+        if self.crashes_per_part:
+            self._save()
 
     @property
     def suspect_parts(self) -> set[int]:
@@ -89,9 +95,9 @@ class CrashJournal:
         self._writer.write_text(self._path, json.dumps(content) + "\n", durable=False)
 
 
-def _read(path: Path) -> CrashJournalContent:
-    """Read the file; a missing or damaged one is read as empty."""
+def read_crash_journal(run: Path) -> CrashJournalContent:
+    """Read the journal of a run; a missing or damaged one is read as empty."""
     try:
-        return validated(CrashJournalContent, read_json(path))
+        return validated(CrashJournalContent, read_json(run / CRASH_JOURNAL))
     except (OSError, ValueError):
         return CrashJournalContent(parts_in_flight=[], prompt_id=None, crashes_per_part={})

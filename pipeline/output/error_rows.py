@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from gptbatch.pipeline.errors import StorageError
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.input.strict_json import parse_object, to_json
+from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.folder import ERRORS, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
@@ -60,11 +61,14 @@ def describe_errors(kinds: Mapping[str, int], rows: int) -> str:
     return f"{count} of {rows} {noun}: {', '.join(described)}"
 
 
-def write_error_rows(folder: OutputFolder, parts: Iterable[Part], defaults: RowDefaults) -> None:
+def write_error_rows(
+    folder: OutputFolder, writer: Writer, parts: Iterable[Part], defaults: RowDefaults
+) -> None:
     """Write errors.jsonl; remove it when no row is an error.
 
     Args:
         folder: The output folder.
+        writer: Writes files atomically.
         parts: Its written parts.
         defaults: The names of the input's fields. A dotted path becomes one key.
 
@@ -74,7 +78,7 @@ def write_error_rows(folder: OutputFolder, parts: Iterable[Part], defaults: RowD
     with_errors = sorted((part for part in parts if part.errors), key=lambda part: part.first_row)
     path = folder.work / ERRORS
     if not with_errors:
-        folder.writer.remove(path)
+        writer.remove(path)
         return
 
     def write_lines(file: BinaryIO) -> None:
@@ -82,7 +86,7 @@ def write_error_rows(folder: OutputFolder, parts: Iterable[Part], defaults: RowD
             for row in _error_rows(folder, part):
                 file.write(_to_line(row, defaults).encode("utf-8") + b"\n")
 
-    folder.writer.write(path, write_lines)
+    writer.write(path, write_lines)
 
 
 def _error_rows(folder: OutputFolder, part: Part) -> Iterator[dict[str, Any]]:

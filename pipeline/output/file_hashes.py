@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gptbatch.pipeline.output.json_models import DigestsContent, validated
+from gptbatch.pipeline.output.json_models import DigestsContent, PartRecord, validated
 from gptbatch.pipeline.system.redact import redact
 from gptbatch.pipeline.system.regular_file import file_sha256, read_json
 
@@ -145,6 +145,10 @@ class FileHashes:
         except OSError:
             return False
 
+    def is_recorded(self, path: Path) -> bool:
+        """Return whether a hash is recorded for a part: it was read back when it was written."""
+        return path.name in self._parts
+
     def is_altered(self, path: Path) -> bool:
         """Read a part, and return whether a hash is recorded for it that differs.
 
@@ -154,9 +158,23 @@ class FileHashes:
         recorded = self._parts.get(path.name)
         return recorded is not None and bool(recorded["sha256"] != file_sha256(path))
 
+    def add_records(self, records: Iterable[PartRecord]) -> None:
+        """Add what runs have recorded of their parts since the file was written."""
+        for record in records:
+            if self._parts.get(record.name, {}).get("sha256") != record.sha256:
+                self.record_part(record.name, record.sha256)
+
     def record_part(self, name: str, sha256: str) -> None:
         """Record the hash of a part that has just been written."""
         self._parts[name] = {"stat": None, "sha256": sha256}
+
+    def sha256_of_part(self, name: str) -> str:
+        """Return the recorded hash of a part.
+
+        Raises:
+            KeyError: None is recorded.
+        """
+        return str(self._parts[name]["sha256"])
 
     def keep_parts(self, names: Iterable[str]) -> None:
         """Delete the records of all parts but these: the others are about to be written."""

@@ -1,20 +1,18 @@
-"""The output folder: its files, the run that it holds, and when the run is complete.
+"""The output folder: its files, the run that it holds, and what its parts hold.
 
-    part-00000.parquet ...  the table
-    _manifest.json          facts of the run, and its parts
-    _SUCCESS                written last: the run is complete
+    part-000000.parquet ...  the table
+    _manifest.json           facts of the job, and its parts once they are all written
+    _SUCCESS                 written last: the output is complete
     .gptbatch/
-        config.yaml         the resolved config
-        digests.json        hashes of files (file_hashes.py)
-        progress.json       state and speed of the run (progress_file.py)
-        errors.jsonl        the error rows (error_rows.py)
-        crash_journal.json  the parts in flight (crash_journal.py)
-        lock, holder.json   the lock, and the process that holds it (lock.py)
-        *.tmp               temporary files (atomic_write.py)
+        config.yaml          the resolved config
+        digests.json         hashes of files (file_hashes.py)
+        errors.jsonl         the error rows (error_rows.py)
+        lock                 held by a run, or by the runs of several shards (lock.py)
+        runs/RUN/            the files of one run (run_folder.py)
 
 The parts are the record of what is done. The manifest claims the folder for a job before the first
-part is written, and is rebuilt from the parts where it is lost. A folder without parts holds no
-job. Only files whose name and footer are those of gptbatch are deleted.
+part is written (claim.py), and is rebuilt from the parts where it is lost. A folder without parts
+holds no job. Only files whose name and footer are those of gptbatch are deleted.
 """
 
 from __future__ import annotations
@@ -24,37 +22,30 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gptbatch.pipeline.errors import OutputConflictError, OutputCreationError, StorageError
+from gptbatch.pipeline.errors import OutputConflictError, OutputCreationError
 from gptbatch.pipeline.output.atomic_write import Writer
-from gptbatch.pipeline.output.crash_journal import CRASH_JOURNAL
 from gptbatch.pipeline.output.file_hashes import FileHashes
-from gptbatch.pipeline.output.json_models import Part
-from gptbatch.pipeline.output.lock import HOLDER, LOCK
+from gptbatch.pipeline.output.lock import LOCK
 from gptbatch.pipeline.output.manifest import (
     MANIFEST,
     DamagedManifestError,
-    manifest_text,
     read_manifest,
     rebuild_manifest,
 )
-from gptbatch.pipeline.output.part_file import PartFile, inspect_part, part_number
-from gptbatch.pipeline.output.part_plan import PartPlan, differing_keys
-from gptbatch.pipeline.output.progress_file import PROGRESS
-from gptbatch.pipeline.output.stray_tables import find_stray_tables, refuse_stray_tables
+from gptbatch.pipeline.output.part_file import PartFile, inspect_part, part_name, part_number
+from gptbatch.pipeline.output.run_folder import RUNS, list_runs, read_records
+from gptbatch.pipeline.output.stray_tables import find_stray_tables
 
 SUCCESS = "_SUCCESS"
 WORK = ".gptbatch"
 CONFIG = "config.yaml"
 DIGESTS = "digests.json"
 ERRORS = "errors.jsonl"
-# Tries to write the manifest while another program creates and deletes it.
-MAX_CLAIM_TRIES = 3
 
 logger = logging.getLogger("gptbatch")
 
@@ -106,11 +97,6 @@ class OutputFolder:
         self.path = path
         self.work = path / WORK
 
-    @cached_property
-    def writer(self) -> Writer:
-        """Writes files of this folder atomically."""
-        return Writer(self.work)
-
     # -- inspection --------------------------------------------------------------------------------
 
     def refuse_links(self) -> None:
@@ -121,11 +107,9 @@ class OutputFolder:
             OutputCreationError: The folder's name is too long for the file system.
         """
         files = [self.path / MANIFEST, self.path / SUCCESS]
-        files += [
-            self.work / name
-            for name in (CONFIG, DIGESTS, PROGRESS, ERRORS, CRASH_JOURNAL, LOCK, HOLDER)
-        ]
-        for entry in (self.path, self.work, *files):
+        files += [self.work / name for name in (CONFIG, DIGESTS, ERRORS, LOCK)]
+        folders = [self.path, self.work, self.work / RUNS]
+        for entry in (*folders, *files):
             try:
                 mode = entry.lstat().st_mode
             except (FileNotFoundError, NotADirectoryError):
@@ -147,7 +131,7 @@ class OutputFolder:
                 raise OutputConflictError(
                     f"{entry}: is not a regular file; move it away, or name another output"
                 )
-            if entry == self.work and not stat.S_ISDIR(mode):
+            if entry in folders[1:] and not stat.S_ISDIR(mode):
                 raise OutputConflictError(
                     f"{entry}: is not a folder; move it away, or name another output"
                 )
@@ -164,7 +148,7 @@ class OutputFolder:
             raise OutputConflictError(
                 f"{self.path}: exists and is not a folder; name another output"
             )
-        parts = self._list_parts()
+        parts = self.list_parts()
         damaged: DamagedManifestError | None = None
         manifest = None
         try:
@@ -192,14 +176,23 @@ class OutputFolder:
             stray_tables=find_stray_tables(self.path),
         )
 
-    def inspect_parts(self, state: FolderState, hashes: FileHashes) -> dict[int, PartFile]:
-        """Inspect every part; read those whose size or times differ from the recorded ones.
+    def inspect_parts(
+        self, state: FolderState, hashes: FileHashes, numbers: Container[int]
+    ) -> dict[int, PartFile]:
+        """Inspect parts; read those whose size or times differ from the recorded ones.
+
+        Args:
+            state: The run in the folder.
+            hashes: The recorded hashes.
+            numbers: The parts to inspect, as far as they exist.
 
         Returns:
             The files by part number, without those that are gone by now.
         """
         files = {}
         for number, path in state.parts.items():
+            if number not in numbers:
+                continue
             unchanged = hashes.is_unchanged(path)
             file = inspect_part(path, content=not unchanged)
             if file.state == "sound" and not unchanged and hashes.is_altered(path):
@@ -211,7 +204,7 @@ class OutputFolder:
                 files[number] = file
         return files
 
-    # -- creation and completion -------------------------------------------------------------------
+    # -- creation ----------------------------------------------------------------------------------
 
     def create(self) -> None:
         """Create the folder if it is missing, and check that it is writable.
@@ -246,125 +239,22 @@ class OutputFolder:
                 f"{self.path}: cannot be created: {nearest} is not a writable folder"
             )
 
-    def claim(
-        self,
-        config_yaml: str,
-        facts: dict[str, Any],
-        parts: Iterable[Part],
-        *,
-        replaces: dict[str, Any] | None = None,
-    ) -> None:
-        """Claim the folder for a job, before the first part is written.
-
-        Args:
-            config_yaml: The resolved config.
-            facts: Facts of the run, its identity among them.
-            parts: The parts that are kept.
-            replaces: The identity of the run that this one replaces; None when it replaces none.
-
-        Raises:
-            OutputConflictError: Another job has claimed the folder since it was inspected.
-        """
-        self._write_manifest(manifest_text(facts, parts, complete=False), facts, replaces)
-        self.writer.remove(self.path / SUCCESS)
-        self.writer.write_text(self.work / CONFIG, config_yaml)
-
-    def write_manifest(
-        self, facts: dict[str, Any], parts: Iterable[Part], *, complete: bool
-    ) -> None:
-        """Replace the manifest.
-
-        Raises:
-            OutputConflictError: Another job has claimed the folder since `claim`.
-        """
-        self._write_manifest(manifest_text(facts, parts, complete=complete), facts, None)
-
-    def complete(
-        self, facts: dict[str, Any], parts: dict[int, Part], hashes: FileHashes, plan: PartPlan
-    ) -> None:
-        """Write the final manifest, then `_SUCCESS`, and record the hashes of the parts.
-
-        Raises:
-            OutputConflictError: The folder holds other parts or tables than `parts`.
-            StorageError: A file cannot be written, or a part is gone.
-        """
-        self._check_parts(parts, hashes, plan)
-        self.write_manifest(facts, parts.values(), complete=True)
-        self.writer.write_text(self.path / SUCCESS, "")
-        self.writer.remove(self.work / CRASH_JOURNAL)
-        hashes.confirm_parts(self.path / part.name for part in parts.values())
-        self.write_hashes(hashes)
-
-    def delete_run(self, state: FolderState, *, keep_journal: bool = False) -> None:
-        """Delete the run in this folder: its `_SUCCESS`, its parts and its crash journal.
-
-        Other files stay. The manifest stays until the next run replaces it, so that the folder is
-        never unclaimed.
-
-        Args:
-            state: The run.
-            keep_journal: Keep the crash journal.
-        """
-        self.writer.remove(self.path / SUCCESS)
-        if not keep_journal:
-            self.writer.remove(self.work / CRASH_JOURNAL)
-        for path in state.parts.values():
-            if inspect_part(path, content=False).footer is not None:
-                self.writer.remove(path)
+    def list_parts(self) -> dict[int, Path]:
+        """Return every entry with a part's name, by number, in order."""
+        parts: dict[int, Path] = {}
+        for entry in self.path.iterdir():
+            number = part_number(entry.name)
+            # The name of an earlier format counts where there is none of this one.
+            if number is not None and (number not in parts or entry.name == part_name(number)):
+                parts[number] = entry
+        return dict(sorted(parts.items()))
 
     def read_hashes(self) -> FileHashes:
-        """Read `digests.json`; a missing or damaged file gives no hashes."""
-        return FileHashes.load(self.work / DIGESTS)
+        """Read the hashes in `digests.json` and in the records of runs; skip damaged ones."""
+        hashes = FileHashes.load(self.work / DIGESTS)
+        hashes.add_records(read_records(list_runs(self.work)))
+        return hashes
 
-    def write_hashes(self, hashes: FileHashes) -> None:
+    def write_hashes(self, writer: Writer, hashes: FileHashes) -> None:
         """Write `digests.json`."""
-        self.writer.write_text(self.work / DIGESTS, hashes.to_json(), durable=False)
-
-    def _list_parts(self) -> dict[int, Path]:
-        """Return every entry with a part's name, by number."""
-        numbers = ((part_number(entry.name), entry) for entry in self.path.iterdir())
-        return dict(sorted((number, entry) for number, entry in numbers if number is not None))
-
-    def _write_manifest(
-        self, text: str, facts: dict[str, Any], replaces: dict[str, Any] | None
-    ) -> None:
-        """Write the manifest, unless that of another job is in place."""
-        target = self.path / MANIFEST
-        identity = facts["identity"]
-        for _ in range(MAX_CLAIM_TRIES):
-            try:
-                current = read_manifest(target)
-            except DamagedManifestError:
-                # It was damaged when the folder was inspected, and is rebuilt now.
-                current = {"identity": identity}
-            if current is not None:
-                keys = differing_keys(identity, current["identity"])
-                if keys and current["identity"] != replaces:
-                    raise OutputConflictError(
-                        f"{self.path}: another job has begun there since ({', '.join(keys)} "
-                        "differ); its files stay as they are; name another output"
-                    )
-            if self.writer.write_text(target, text, only_if_absent=current is None):
-                return
-        raise StorageError(
-            f"{target}: appears and disappears; is another program working in this folder?"
-        )
-
-    def _check_parts(self, parts: dict[int, Part], hashes: FileHashes, plan: PartPlan) -> None:
-        """Check that the folder holds exactly these parts of this job, and no other table."""
-        refuse_stray_tables(self.path, find_stray_tables(self.path))
-        expected = {number: self.path / part.name for number, part in parts.items()}
-        for number, path in (self._list_parts() | expected).items():
-            if number in parts and hashes.is_unchanged(path):
-                continue
-            file = inspect_part(path, content=False)
-            if file.state == "missing":
-                raise StorageError(
-                    f"{path}: is gone since it was written; run the same command again"
-                )
-            plan.check_part(file)
-            if file.part is None or file.part != parts.get(number):
-                raise OutputConflictError(
-                    f"{path}: another run has changed it "
-                    f"({file.problem or 'it holds other rows'}); run the same command again"
-                )
+        writer.write_text(self.work / DIGESTS, hashes.to_json(), durable=False)

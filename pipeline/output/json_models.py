@@ -1,9 +1,11 @@
 """Models of the JSON that is read back from an output folder, to validate it before use.
 
-    _manifest.json   Manifest      .gptbatch/progress.json        ProgressContent
-    part footers     Footer        .gptbatch/crash_journal.json   CrashJournalContent
-                                   .gptbatch/digests.json         DigestsContent
-                                   .gptbatch/holder.json          HolderContent
+    _manifest.json          Manifest          RUN/progress.json        ProgressContent
+    part footers            Footer            RUN/crash_journal.json   CrashJournalContent
+    .gptbatch/digests.json  DigestsContent    RUN/records.jsonl        PartRecord
+    .gptbatch/lock          HolderContent     RUN/lock                 HolderContent
+
+RUN is a folder in `.gptbatch/runs`.
 
 Types are strict: "5", 5.0 and true are not integers. Unknown keys, which another version may write,
 are kept.
@@ -80,6 +82,16 @@ class Part(_StrictModel):
         return int(self.name.removeprefix("part-").removesuffix(".parquet"))
 
 
+class PartRecord(Part):
+    """A line of `records.jsonl`: a part that a run has written.
+
+    Attributes:
+        sha256: SHA-256 of the file.
+    """
+
+    sha256: Digest
+
+
 class Identity(_StrictModel):
     """The identity of a job and its input. Further keys are the settings that decide tokens."""
 
@@ -142,7 +154,7 @@ class CrashJournalContent(_StrictModel):
 
 
 class HolderContent(_StrictModel):
-    """The content of `holder.json`: the process that holds the lock."""
+    """The content of a lock file: the process that holds the lock."""
 
     host: Text
     pid: Count

@@ -72,22 +72,21 @@ def rebuild_manifest(parts: Iterable[Path]) -> dict[str, Any] | None:
     return max(largest_job, key=lambda footer: footer["identity"].get("rows") or 0, default=None)
 
 
-def manifest_text(facts: dict[str, Any], parts: Iterable[Part], *, complete: bool) -> str:
+def manifest_text(facts: dict[str, Any], parts: Iterable[Part] | None = None) -> str:
     """Return the content of a manifest.
 
     Args:
         facts: The facts of the run, its identity among them.
-        parts: The written parts.
-        complete: Whether the run is complete.
+        parts: All parts of a complete output. None while it is not complete.
     """
-    ordered = sorted(parts, key=lambda part: part.first_row)
+    ordered = sorted(parts or (), key=lambda part: part.first_row)
     kinds: Counter[str] = Counter()
     for part in ordered:
         kinds.update(part.error_kinds)
     content = {
         "format": FORMAT,
         **facts,
-        "complete": complete,
+        "complete": parts is not None,
         "rows": sum(part.rows for part in ordered),
         "errors": kinds.total(),
         "error_kinds": dict(sorted(kinds.items())),

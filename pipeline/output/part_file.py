@@ -28,14 +28,17 @@ PART_NAME = re.compile(PART_NAME_PATTERN)
 
 
 def part_name(number: int) -> str:
-    """Return the file name of a part."""
-    return f"part-{number:05d}.parquet"
+    """Return the file name of a part. Names sort as the numbers do."""
+    return f"part-{number:06d}.parquet"
 
 
 def part_number(name: str) -> int | None:
-    """Return the number in a part's name; None for other names."""
+    """Return the number in a part's name, of this format or an earlier one; None for others."""
     match = PART_NAME.fullmatch(name)
-    return int(match[1]) if match is not None and name == part_name(int(match[1])) else None
+    if match is None:
+        return None
+    number = int(match[1])
+    return number if name in (part_name(number), f"part-{number:05d}.parquet") else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

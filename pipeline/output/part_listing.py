@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError
 from gptbatch.pipeline.output.file_hashes import FileHashes
@@ -16,6 +16,9 @@ from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.manifest import MANIFEST, DamagedManifestError
 from gptbatch.pipeline.output.part_file import PartFile, inspect_footer
 from gptbatch.pipeline.output.part_plan import differing_keys, group_by_job, rows_of_part
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 READING_THREADS = 8
 MAX_NAMED = 3
@@ -52,7 +55,7 @@ def list_parts(state: FolderState, hashes: FileHashes | None = None) -> PartList
     unusable: list[PartFile] = []
     of_other_jobs: list[PartFile] = []
     paths = [path for path in state.parts.values() if path not in unchanged]
-    for file in _map_in_threads(inspect_footer, paths):
+    for file in map_in_threads(inspect_footer, paths):
         if file.state == "missing":
             continue
         if file.footer is None or file.part is None or file.state != "sound":
@@ -128,8 +131,8 @@ def _misplaced(part: Part, identity: dict[str, Any]) -> str:
 def _describe_jobs(manifest: dict[str, Any], n_parts: int, files: list[PartFile]) -> str:
     """Describe the parts of other jobs.
 
-    `holds parts of 2 jobs: 8 of job 5e6f7a8b, 2 of job 1a2b3c4d (part-00003.parquet,
-    part-00007.parquet; seed 0 / 1)`
+    `holds parts of 2 jobs: 8 of job 5e6f7a8b, 2 of job 1a2b3c4d (part-000003.parquet,
+    part-000007.parquet; seed 0 / 1)`
     """
     names = {id(file.footer): file.path.name for file in files}
     jobs = group_by_job([file.footer for file in files if file.footer is not None])
@@ -169,12 +172,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 20 else f"{text[:8]}..."
 
 
-def _map_in_threads(inspect: Callable[[Path], PartFile], paths: Iterable[Path]) -> list[PartFile]:
-    """Inspect files in parallel: on a network disk most of the time is latency."""
-    paths = list(paths)
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Apply a function to items in parallel: on a network disk most of the time is latency."""
+    items = list(items)
     try:
-        with ThreadPoolExecutor(min(READING_THREADS, max(1, len(paths)))) as pool:
-            return list(pool.map(inspect, paths))
+        with ThreadPoolExecutor(min(READING_THREADS, max(1, len(items)))) as pool:
+            return list(pool.map(function, items))
     except RuntimeError:
         # No thread can be started.
-        return [inspect(path) for path in paths]
+        return [function(item) for item in items]

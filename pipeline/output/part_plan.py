@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gptbatch.pipeline.errors import OutputConflictError
+from gptbatch.pipeline.errors import ConfigError, OutputConflictError
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_file import PartFile
 from gptbatch.pipeline.output.schema import FORMAT
 
+# Names of parts have six digits.
+MAX_PARTS = 1_000_000
 # A larger limit changes these keys of the identity, and continues the same job.
 _INPUT_KEYS = ("input_digest", "rows", "limit")
 
@@ -26,6 +28,20 @@ def rows_of_part(number: int, part_rows: int, total_rows: int) -> int:
 def count_parts(part_rows: int, total_rows: int) -> int:
     """Return the number of parts; an input without rows makes one part without rows."""
     return max(1, -(-total_rows // part_rows))
+
+
+def check_part_count(part_rows: int, total_rows: int) -> None:
+    """Check that the names of the parts sort as their numbers do.
+
+    Raises:
+        ConfigError: There are more than MAX_PARTS parts.
+    """
+    if (n_parts := count_parts(part_rows, total_rows)) > MAX_PARTS:
+        raise ConfigError(
+            f"part_rows: {total_rows} rows in parts of {part_rows} are {n_parts} files, and at "
+            f"most {MAX_PARTS} are possible; use --part-rows {-(-total_rows // MAX_PARTS)} or more",
+            keys=("part_rows",),
+        )
 
 
 def differing_keys(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -44,7 +44,7 @@ class Progress(Protocol):
         """Start.
 
         Args:
-            total_rows: Rows of the whole output.
+            total_rows: Rows of the output, or of the run's shard.
             done_rows: Rows among them that earlier runs have done.
         """
 
@@ -159,7 +159,9 @@ class PartRunner:
             self.sink.add_empty()
             return
         for observer in self.observers:
-            observer.begin(self.summary.rows, sum(part.rows for part in self.sink.parts.values()))
+            observer.begin(
+                self.sink.rows_total, sum(part.rows for part in self.sink.parts.values())
+            )
         try:
             batch_size = self.loaded.batch_size(self.config.engine.batch_size)
             self._run_parts(self._pull(), batch_size=batch_size)

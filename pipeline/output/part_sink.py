@@ -1,51 +1,46 @@
-"""PartSink: passes rows to the PartWriter, and keeps crash journal and manifest up to date.
+"""PartSink: passes rows to the PartWriter, and keeps crash journal and records up to date.
 
 PartRunner fills it. PartWriter turns rows into files.
 """
 
 from __future__ import annotations
 
-import time
-
 from gptbatch.pipeline.output.crash_journal import CrashJournal
-from gptbatch.pipeline.output.file_hashes import FileHashes
-from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_writer import PartWriter
+from gptbatch.pipeline.output.run_folder import RunFolder
 from gptbatch.pipeline.types import Completion
-
-MANIFEST_INTERVAL_S = 5.0
 
 
 class PartSink:
-    """Writes parts, and keeps crash journal, manifest and hashes up to date.
+    """Writes parts, and keeps crash journal and records up to date.
 
     Args:
-        folder: The output folder, claimed for this job.
-        hashes: The hashes of its files.
+        run: The folder of the run.
         writer: Writes the parts.
-        journal: The crash journal; None where the folder has no working lock.
+        journal: The crash journal.
         parts: The parts that are kept, by number.
+        rows_total: Rows of the parts of this run.
 
     Attributes:
         parts: All written parts, by number.
+        rows_total: Rows of the parts of this run.
     """
 
     def __init__(
         self,
-        folder: OutputFolder,
-        hashes: FileHashes,
+        run: RunFolder,
         writer: PartWriter,
-        journal: CrashJournal | None,
+        journal: CrashJournal,
         parts: dict[int, Part],
+        *,
+        rows_total: int,
     ) -> None:
-        self._folder, self._hashes, self._writer, self._journal = folder, hashes, writer, journal
-        self.parts = dict(parts)
+        self._run, self._writer, self._journal = run, writer, journal
+        self.parts, self.rows_total = dict(parts), rows_total
         self._in_flight: set[int] = set()
-        self._manifest_written_s = time.monotonic()
-        if journal is not None:
-            for number in parts:
-                journal.clear_part(number)
+        for number in parts:
+            journal.clear_part(number)
 
     @property
     def n_in_flight(self) -> int:
@@ -55,12 +50,12 @@ class PartSink:
     @property
     def suspect_parts(self) -> set[int]:
         """Numbers of the parts that were in flight at several crashes."""
-        return set() if self._journal is None else self._journal.suspect_parts
+        return self._journal.suspect_parts
 
     @property
     def last_prompt_id(self) -> str | None:
         """Id of the row that ran alone at the last crash."""
-        return None if self._journal is None else self._journal.last_prompt_id
+        return self._journal.last_prompt_id
 
     def is_in_flight(self, number: int) -> bool:
         """Return whether a part has begun and is not written."""
@@ -100,20 +95,14 @@ class PartSink:
 
     def close_journal(self) -> None:
         """Record that the run ends without a crash."""
-        if self._journal is not None:
-            self._journal.close()
+        self._journal.close()
 
     def _record(self, prompt_id: str | None = None) -> None:
-        if self._journal is not None:
-            self._journal.record(sorted(self._in_flight), prompt_id)
+        self._journal.record(sorted(self._in_flight), prompt_id)
 
     def _finish_part(self, part: Part) -> None:
         self.parts[part.number] = part
         self._in_flight.discard(part.number)
-        if self._journal is not None:
-            self._journal.clear_part(part.number)
+        self._journal.clear_part(part.number)
+        self._run.record(part, self._writer.sha256_of(part))
         self._record()
-        if time.monotonic() - self._manifest_written_s >= MANIFEST_INTERVAL_S:
-            self._folder.write_manifest(self._writer.facts, self.parts.values(), complete=False)
-            self._folder.write_hashes(self._hashes)
-            self._manifest_written_s = time.monotonic()

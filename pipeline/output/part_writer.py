@@ -80,6 +80,10 @@ class PartWriter:
         del self._rows[number]
         return part
 
+    def sha256_of(self, part: Part) -> str:
+        """Return the SHA-256 of the file of a written part."""
+        return self._hashes.sha256_of_part(part.name)
+
     def add_empty(self) -> Part:
         """Write the part of an input without rows, so that readers find the schema."""
         assert self._plan.total_rows == 0

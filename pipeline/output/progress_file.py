@@ -29,23 +29,23 @@ class ProgressFile:
     """Writes the progress of a run.
 
     Args:
-        work: The folder `.gptbatch` of the output.
+        run: The folder of the run.
         writer: Writes files atomically.
-        rows_total: Rows of the whole output.
-        rows_kept: Rows that earlier runs have done.
+        rows_total: Rows of the parts of this run.
+        rows_kept: Rows among them that earlier runs have done.
         error_rows_kept: Error rows among these.
     """
 
     def __init__(
         self,
-        work: Path,
+        run: Path,
         writer: Writer,
         *,
         rows_total: int,
         rows_kept: int,
         error_rows_kept: int,
     ) -> None:
-        self._path, self._writer = work / PROGRESS, writer
+        self._path, self._writer = run / PROGRESS, writer
         self._rows_total, self._rows_kept, self._errors_kept = (
             rows_total,
             rows_kept,
@@ -90,7 +90,8 @@ class ProgressFile:
         """Write the file now. A full disk does not end the run for the sake of this file."""
         self._written_s = time.monotonic()
         elapsed_s = self._written_s - self._began_s
-        rows_left = self._rows_total - self._rows_kept - self._rows
+        # A shard that generates parts of others has more than its own.
+        rows_left = max(0, self._rows_total - self._rows_kept - self._rows)
         content = {
             "state": state,
             "rows_total": self._rows_total,
@@ -108,12 +109,12 @@ class ProgressFile:
             self._writer.write_text(self._path, json.dumps(content) + "\n", durable=False)
 
 
-def seems_running(work: Path) -> bool:
-    """Return whether `progress.json` was updated by a running run less than MAX_SILENCE_S ago.
+def seems_running(run: Path, max_silence_s: float = MAX_SILENCE_S) -> bool:
+    """Return whether a run says that it is running, less than `max_silence_s` ago.
 
     This is a guess, for file systems without locks.
     """
-    progress = read_progress(work)
+    progress = read_progress(run)
     if (
         progress is None
         or progress.updated_at is None
@@ -125,12 +126,12 @@ def seems_running(work: Path) -> bool:
     except ValueError:
         # The pattern of the field accepts the 99th day of a month.
         return False
-    return time.time() - updated_s < MAX_SILENCE_S
+    return time.time() - updated_s < max_silence_s
 
 
-def read_progress(work: Path) -> ProgressContent | None:
-    """Read `progress.json`; None when the file is missing or damaged."""
+def read_progress(run: Path) -> ProgressContent | None:
+    """Read the progress of a run; None when the file is missing or damaged."""
     try:
-        return validated(ProgressContent, read_json(work / PROGRESS))
+        return validated(ProgressContent, read_json(run / PROGRESS))
     except (OSError, ValueError):
         return None

@@ -124,6 +124,20 @@ def find_continued_run(
     return state
 
 
+def check_format(output: str, state: FolderState) -> None:
+    """Check that this version can continue the run in a folder.
+
+    Raises:
+        OutputConflictError: It is of another format.
+    """
+    if state.manifest["format"] != FORMAT:
+        raise OutputConflictError(
+            f"{output}: holds a run of format {state.manifest['format']}, and this version writes "
+            f"{FORMAT}, which cannot be mixed; go on with the version that began it "
+            f"({_version(state)}), {_ADVICE}"
+        )
+
+
 def check_continuable(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> None:
     """Check that this job can continue the run in a folder, apart from its input.
 
@@ -131,12 +145,7 @@ def check_continuable(config: JobConfig, state: FolderState, identity: dict[str,
         OutputConflictError: The format, a setting, the attention backend or the batch invariance
             differs.
     """
-    if state.manifest["format"] != FORMAT:
-        raise OutputConflictError(
-            f"{config.output}: holds a run of format {state.manifest['format']}, and this version "
-            f"writes {FORMAT}, which cannot be mixed; "
-            f"go on with the version that began it ({_version(state)}), {_ADVICE}"
-        )
+    check_format(config.output, state)
     differing = differing_keys(identity, state.identity)
     recorded = state.identity.get("part_rows")
     if config.part_rows is not None and config.part_rows != recorded:
@@ -165,24 +174,32 @@ def check_continuable(config: JobConfig, state: FolderState, identity: dict[str,
 
 
 def check_same_environment(
-    config: JobConfig, kept: KeptParts, environment: dict[str, Any], batch_invariance: str
+    config: JobConfig, recorded: dict[str, Any], environment: dict[str, Any], batch_invariance: str
 ) -> None:
-    """Check that new rows are computed in the same way as the kept rows.
+    """Check that new rows are computed in the same way as recorded ones.
+
+    Args:
+        config: The settings of the job.
+        recorded: The facts of the recorded rows; {} where there are none.
+        environment: What the bits of this run depend on besides the job.
+        batch_invariance: The result of its self-test.
 
     Raises:
         OutputConflictError: The environments differ, and allow_other_environment is off.
     """
-    recorded = {
-        **kept.footer.get("environment", {}),
-        "batch_invariance": kept.footer.get("batch_invariance"),
+    if not recorded or config.allow_other_environment:
+        return
+    before = {
+        **recorded.get("environment", {}),
+        "batch_invariance": recorded.get("batch_invariance"),
     }
     current = {**environment, "batch_invariance": batch_invariance}
     differing = [
-        f"{key} was {recorded.get(key)}, is {value}"
+        f"{key} was {before.get(key)}, is {value}"
         for key, value in current.items()
-        if recorded.get(key) != value
+        if before.get(key) != value
     ]
-    if kept.parts and differing and not config.allow_other_environment:
+    if differing:
         raise OutputConflictError(
             f"{config.output}: holds rows of another environment ({'; '.join(differing)}), whose "
             "bits these may not match; go on where it was begun, name another output, or use "

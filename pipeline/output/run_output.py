@@ -1,11 +1,11 @@
-"""RunOutput: the output of one job, from the inspection of its folder to `_SUCCESS`."""
+"""RunOutput: the output of one run, from its claim on the folder to `_SUCCESS`."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,31 +13,65 @@ from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import OutputBusyError, StorageError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.rows import RowDefaults
-from gptbatch.pipeline.output.atomic_write import sweep
-from gptbatch.pipeline.output.crash_journal import CrashJournal
+from gptbatch.pipeline.output.atomic_write import Writer
+from gptbatch.pipeline.output.claim import claim, delete_run
+from gptbatch.pipeline.output.crash_journal import CrashJournal, read_crash_journal
 from gptbatch.pipeline.output.error_rows import describe_errors, write_error_rows
 from gptbatch.pipeline.output.file_hashes import FileHashes
+from gptbatch.pipeline.output.finish import finish, missing_parts
 from gptbatch.pipeline.output.folder import ERRORS, FolderState, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.lock import OutputLock
-from gptbatch.pipeline.output.manifest import facts_of
+from gptbatch.pipeline.output.part_file import part_name
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_sink import PartSink
+from gptbatch.pipeline.output.part_source import LocalParts, PartSource
 from gptbatch.pipeline.output.part_writer import PartWriter
-from gptbatch.pipeline.output.progress_file import PROGRESS, ProgressFile, seems_running
+from gptbatch.pipeline.output.progress_file import ProgressFile, seems_running
 from gptbatch.pipeline.output.resume import (
     KeptParts,
     check_continuable,
     check_replaceable,
+    check_same_environment,
     check_same_input,
     find_kept_parts,
     is_replaced,
     is_same_job,
     part_rows_of,
 )
-from gptbatch.pipeline.output.schema import FORMAT
+from gptbatch.pipeline.output.run_folder import RunFolder, list_runs, read_records
+from gptbatch.pipeline.output.shards import Shard, ShardParts, find_free_parts
 
 logger = logging.getLogger("gptbatch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a run writes, and where.
+
+    Attributes:
+        config: The settings of the job.
+        folder: The output folder.
+        hashes: The recorded hashes of the files in it.
+        plan: The parts of the job.
+        shard: The shard of this run.
+    """
+
+    config: JobConfig
+    folder: OutputFolder
+    hashes: FileHashes
+    plan: PartPlan
+    shard: Shard
+
+    @property
+    def share(self) -> range:
+        """The numbers of the parts of this run."""
+        return self.shard.parts(self.plan.n_parts)
+
+    @property
+    def share_rows(self) -> int:
+        """Rows of these parts."""
+        return sum(self.plan.rows_of(number) for number in self.share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,165 +81,233 @@ class ExistingRun:
     Attributes:
         state: The run; None for a new folder.
         is_replaced: Whether the job replaces it.
-        kept: Its parts that the job keeps.
+        kept: Its parts that this run keeps, of those in its share.
     """
 
     state: FolderState | None
     is_replaced: bool
     kept: KeptParts
 
+    def facts(self, shard: Shard) -> dict[str, Any]:
+        """Return the facts of the kept rows, for a shard else of those of others; {} for none."""
+        joins = not shard.is_whole and not self.is_replaced
+        return self.kept.footer or (self.state.manifest if joins and self.state else {})
+
+    def is_complete(self, target: Target) -> bool:
+        """Return whether the output is complete, and marked so."""
+        return (
+            self.state is not None
+            and not self.is_replaced
+            and self.state.marked_complete
+            and self.state.identity == target.plan.identity
+            and len(self.kept.parts) == len(target.share)
+            and not missing_parts(target.folder, target.plan.identity)
+        )
+
+
+def inspect_output(
+    target: Target, lock: OutputLock, identity: dict[str, Any], summary: InputSummary
+) -> ExistingRun:
+    """Inspect the folder again, under the lock: another run may have changed it.
+
+    Args:
+        target: The output of this run.
+        lock: The lock of the folder.
+        identity: The identity of the job, without its input.
+        summary: The result of checking the input.
+
+    Raises:
+        OutputConflictError: The folder holds a run of another job or input.
+        OutputBusyError: Another run has begun since the folder was locked or inspected.
+    """
+    config, folder, hashes, plan = target.config, target.folder, target.hashes, target.plan
+    state = folder.state()
+    nothing = KeptParts(parts={}, footer={})
+    if state is None:
+        return ExistingRun(state=None, is_replaced=False, kept=nothing)
+    if not (lock.works or state.holds_job or is_same_job(state, identity)):
+        for run in list_runs(folder.work):
+            if seems_running(run.path):
+                raise OutputBusyError(
+                    f"{config.output}: another job is beginning there, according to {run.path}; "
+                    "name another output"
+                )
+    if is_replaced(config, state, identity):
+        check_replaceable(state, folder.inspect_parts(state, hashes, state.parts))
+        return ExistingRun(state=state, is_replaced=True, kept=nothing)
+    check_continuable(config, state, identity)
+    if part_rows_of(config, state) != plan.part_rows:
+        raise OutputBusyError(
+            f"{config.output}: another run began there while this one checked its input; run the "
+            "same command again"
+        )
+    check_same_input(config, state, summary)
+    # A part beyond the last is refused.
+    numbers = {number for number in state.parts if number in target.share or number >= plan.n_parts}
+    kept = find_kept_parts(folder.inspect_parts(state, hashes, numbers), plan)
+    logger.info("%d of %d parts are written", len(kept.parts), len(target.share))
+    return ExistingRun(state=state, is_replaced=False, kept=kept)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOutput:
-    """The output of one job. Its methods are called in order, while the folder is locked.
+    """The output of one run. Its methods are called in order.
 
     Attributes:
-        folder: The output folder.
-        hashes: The hashes of its files.
-        plan: The parts of the job.
+        target: The folder, which is locked, and what this run writes there.
+        run: The folder of this run.
         defaults: The names of the input's fields, for errors.jsonl.
-        lock: The lock of the folder.
+        existing: The run that was in the folder.
     """
 
-    folder: OutputFolder
-    hashes: FileHashes
-    plan: PartPlan
+    target: Target
+    run: RunFolder
     defaults: RowDefaults
-    lock: OutputLock
+    existing: ExistingRun
 
-    def inspect(
-        self, config: JobConfig, identity: dict[str, Any], summary: InputSummary
-    ) -> ExistingRun:
-        """Inspect the folder again, under the lock: another run may have changed it.
+    @property
+    def writer(self) -> Writer:
+        """Writes files of the output."""
+        return self.run.writer
 
-        Args:
-            config: The settings of the job.
-            identity: The identity of the job, without its input.
-            summary: The result of checking the input.
+    @property
+    def folder(self) -> OutputFolder:
+        """The output folder."""
+        return self.target.folder
 
-        Raises:
-            OutputConflictError: The folder holds a run of another job or input.
-            OutputBusyError: Another run has begun since the folder was locked or inspected.
-        """
-        folder, state = self.folder, self.folder.state()
-        nothing = KeptParts(parts={}, footer={})
-        if state is None:
-            return ExistingRun(state=None, is_replaced=False, kept=nothing)
-        if not (
-            self.lock.works or state.holds_job or is_same_job(state, identity)
-        ) and seems_running(folder.work):
-            raise OutputBusyError(
-                f"{config.output}: another job is beginning there, according to "
-                f"{folder.work / PROGRESS}; name another output"
-            )
-        if is_replaced(config, state, identity):
-            check_replaceable(state, folder.inspect_parts(state, self.hashes))
-            return ExistingRun(state=state, is_replaced=True, kept=nothing)
-        check_continuable(config, state, identity)
-        if part_rows_of(config, state) != self.plan.part_rows:
-            raise OutputBusyError(
-                f"{config.output}: another run began there while this one checked its input; run "
-                "the same command again"
-            )
-        check_same_input(config, state, summary)
-        kept = find_kept_parts(folder.inspect_parts(state, self.hashes), self.plan)
-        logger.info("%d of %d parts are written", len(kept.parts), self.plan.n_parts)
-        return ExistingRun(state=state, is_replaced=False, kept=kept)
-
-    def progress_file(self, kept: KeptParts) -> ProgressFile:
-        """Return the progress file of a run that keeps these parts."""
+    def progress_file(self) -> ProgressFile:
+        """Return the progress file of this run."""
         return ProgressFile(
-            self.folder.work,
-            self.folder.writer,
-            rows_total=self.plan.total_rows,
-            rows_kept=kept.rows,
-            error_rows_kept=kept.errors,
+            self.run.path,
+            self.writer,
+            rows_total=self.target.share_rows,
+            rows_kept=self.existing.kept.rows,
+            error_rows_kept=self.existing.kept.errors,
         )
 
-    def claim(self, config_yaml: str, facts: dict[str, Any], existing: ExistingRun) -> None:
+    def claim(self, facts: dict[str, Any]) -> None:
         """Delete the run that is replaced, and claim the folder for this job.
 
         Args:
-            config_yaml: The resolved config.
             facts: The facts of the run.
-            existing: The run in the folder.
 
         Raises:
-            OutputConflictError: Another job has claimed the folder since it was inspected.
+            OutputConflictError: Another job has claimed the folder since it was inspected, or
+                another shard computes in another environment.
         """
-        replaced = existing.state if existing.is_replaced else None
-        if replaced is not None:
-            same_run = replaced.identity == self.plan.identity and not replaced.holds_job
-            self.folder.delete_run(replaced, keep_journal=same_run)
-        self.folder.claim(
-            config_yaml,
-            facts,
-            existing.kept.parts.values(),
-            replaces=None if replaced is None else replaced.identity,
+        replaced = self.existing.state if self.existing.is_replaced else None
+        # Of runs that are going on, or have written parts, a shard accepts the claim.
+        config = self.target.config
+        joins = not self.target.shard.is_whole and (
+            self.run.has_company() or bool(self.folder.list_parts())
         )
+        if replaced is not None and not joins:
+            delete_run(self.folder, self.writer, replaced)
+        claimed = claim(
+            self.folder,
+            self.writer,
+            config.to_yaml(),
+            facts,
+            joins=joins,
+            replaces=None if replaced is None or joins else replaced.identity,
+        )
+        check_same_environment(config, claimed, facts["environment"], facts["batch_invariance"])
 
-    def open_sink(self, kept: KeptParts, facts: dict[str, Any]) -> PartSink:
+    def open_sink(self, facts: dict[str, Any]) -> PartSink:
         """Return the sink of the rows that are to be generated.
 
         Args:
-            kept: The parts that are not generated again.
             facts: The facts of the run.
         """
-        folder = self.folder
-        self.hashes.keep_parts(part.name for part in kept.parts.values())
-        folder.write_hashes(self.hashes)
-        writer = PartWriter(folder.path, folder.writer, self.hashes, plan=self.plan, facts=facts)
-        journal = CrashJournal(folder.work, folder.writer) if self.lock.works else None
-        return PartSink(folder, self.hashes, writer, journal, kept.parts)
+        target, kept = self.target, self.existing.kept.parts
+        if target.shard.is_whole:
+            target.hashes.keep_parts(part.name for part in kept.values())
+        self.folder.write_hashes(self.writer, target.hashes)
+        writer = PartWriter(
+            self.folder.path, self.writer, target.hashes, plan=target.plan, facts=facts
+        )
+        with self.run.dead_runs() as dead:
+            replaced = self.existing.state if self.existing.is_replaced else None
+            same_job = replaced is None or (
+                replaced.identity == target.plan.identity and not replaced.holds_job
+            )
+            journals = [read_crash_journal(run.path) for run in dead if same_job]
+            journal = CrashJournal(self.run.path, self.writer, journals)
+            for record in read_records(dead):
+                if record.number in kept or record.number not in target.share:
+                    self.run.record(record, record.sha256)
+        return PartSink(self.run, writer, journal, kept, rows_total=self.target.share_rows)
 
-    def write_records(self, parts: Iterable[Part]) -> None:
-        """Write the records that a run leaves unless it crashes: file hashes and error rows.
+    def open_source(self) -> PartSource:
+        """Return the parts that are to be generated."""
+        kept = self.existing.kept.parts
+        missing = [number for number in self.target.share if number not in kept]
+        if self.target.shard.is_whole:
+            return LocalParts(missing)
+        folder = self.folder.path
+        return ShardParts(
+            missing,
+            lambda: find_free_parts(self.folder, self.run, self.target.plan),
+            lambda number: (folder / part_name(number)).exists(),
+            seed=self.run.path.name,
+        )
+
+    def has_work(self) -> bool:
+        """Return whether a part of this shard is missing, or one that no run has in flight."""
+        if len(self.existing.kept.parts) < len(self.target.share):
+            return True
+        is_whole = self.target.shard.is_whole
+        return not is_whole and bool(find_free_parts(self.folder, self.run, self.target.plan))
+
+    def finish(self, parts: dict[int, Part]) -> bool:
+        """Mark the output complete, if no part is missing.
 
         Args:
-            parts: The written parts.
-        """
-        self.folder.write_hashes(self.hashes)
-        write_error_rows(self.folder, parts, self.defaults)
-
-    def complete(self, parts: dict[int, Part], facts: dict[str, Any]) -> None:
-        """Mark the output complete, and log its error rows.
-
-        Args:
-            parts: All parts of the job, by number.
-            facts: The facts of the run.
-        """
-        self.folder.complete(facts, parts, self.hashes, self.plan)
-        kinds: Counter[str] = Counter()
-        for part in parts.values():
-            kinds.update(part.error_kinds)
-        if described := describe_errors(kinds, self.plan.total_rows):
-            errors = self.folder.work / ERRORS
-            logger.warning("%s; %s has their prompts and reasons", described, errors)
-
-    def complete_existing(self, existing: ExistingRun) -> dict[str, Any]:
-        """Mark an output complete whose parts are all written, unless it is marked already.
+            parts: The parts that this run has written or kept, by number.
 
         Returns:
-            The manifest of the output.
+            Whether the output is complete.
+
+        Raises:
+            OutputConflictError: The folder holds other parts or tables.
+            StorageError: A file cannot be written, or a part is gone.
         """
-        folder, state, parts = self.folder, existing.state, existing.kept.parts
-        assert state is not None
-        facts = {
-            **facts_of(existing.kept.footer),
-            "format": FORMAT,
-            "identity": self.plan.identity,
-        }
-        # A complete output may be read-only: then nothing is recorded.
-        with suppress(StorageError) if state.marked_complete else nullcontext():
-            if not state.marked_complete:
-                folder.create()
-            if self.lock.works:
-                sweep(folder.work)
-            if state.marked_complete and state.identity == self.plan.identity:
-                self.hashes.confirm_parts(folder.path / part.name for part in parts.values())
-                folder.write_hashes(self.hashes)
-            else:
-                self.write_records(parts.values())
-                folder.complete(facts, parts, self.hashes, self.plan)
-                self.progress_file(existing.kept).write("complete")
-        return {**facts, "rows": existing.kept.rows}
+        target = self.target
+        if missing := missing_parts(self.folder, target.plan.identity):
+            logger.info(
+                "%d of %d parts are missing, which other runs generate; the last run marks the "
+                "output complete, or `gptbatch finish` does",
+                len(missing),
+                target.plan.n_parts,
+            )
+            return False
+        target.hashes.add_records(read_records(list_runs(self.folder.work)))
+        done = finish(
+            self.folder, self.writer, target.plan.identity, target.hashes, parts, self.defaults
+        )
+        with self.run.dead_runs():
+            # They are not needed any more.
+            pass
+        self._log_errors(done.parts)
+        return True
+
+    def write_error_rows(self, parts: Iterable[Part]) -> None:
+        """Write errors.jsonl."""
+        write_error_rows(self.folder, self.writer, parts, self.defaults)
+
+    def _log_errors(self, parts: Iterable[Part]) -> None:
+        kinds: Counter[str] = Counter()
+        for part in parts:
+            kinds.update(part.error_kinds)
+        if described := describe_errors(kinds, self.target.plan.total_rows):
+            logger.warning(
+                "%s; %s has their prompts and reasons", described, self.folder.work / ERRORS
+            )
+
+
+def confirm_complete(target: Target, kept: KeptParts) -> None:
+    """Record the times of the kept parts of a complete output, unless it is read-only."""
+    folder = target.folder
+    target.hashes.confirm_parts(folder.path / part.name for part in kept.parts.values())
+    with suppress(StorageError):
+        folder.write_hashes(Writer(folder.work), target.hashes)

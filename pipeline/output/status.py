@@ -16,13 +16,15 @@ from typing import Any, Literal
 from gptbatch.pipeline.errors import InputNotFoundError, StorageError
 from gptbatch.pipeline.output.folder import CONFIG, WORK, FolderState, OutputFolder
 from gptbatch.pipeline.output.json_models import Part, ProgressContent
-from gptbatch.pipeline.output.lock import is_held
+from gptbatch.pipeline.output.lock import LOCK
 from gptbatch.pipeline.output.manifest import MANIFEST
 from gptbatch.pipeline.output.part_file import part_number
 from gptbatch.pipeline.output.part_listing import PartListing, list_parts, read_run_state
 from gptbatch.pipeline.output.part_plan import count_parts
 from gptbatch.pipeline.output.progress_file import read_progress
+from gptbatch.pipeline.output.run_folder import list_runs, live_runs
 from gptbatch.pipeline.output.stray_tables import describe_stray_tables
+from gptbatch.pipeline.system.file_lock import is_locked
 
 MAX_NAMED = 3
 MAX_MISSING_PARTS = 1000
@@ -35,6 +37,7 @@ class OutputStatus:
     Attributes:
         output: The output folder.
         state: "complete"; "running": a process holds its lock; "unfinished": no process does.
+        runs: Number of runs that are going on: more than 1 with shards.
         rows_total: Rows of the input.
         rows_done: Rows in parts of the folder's job.
         rows_missing: Rows that are not done.
@@ -46,16 +49,18 @@ class OutputStatus:
         errors: Number of error rows by kind.
         prompt_tokens: Sum over the rows that are done.
         completion_tokens: Sum over the rows that are done.
-        tokens_per_s: Speed of the current run, or of the last one. None when no run has recorded
-            it.
-        remaining_s: Estimated seconds until the current run ends. None when none is running.
-        updated_at: When the run recorded its progress, in UTC.
+        tokens_per_s: Speed of the current runs together, or of the last one. None when no run has
+            recorded it.
+        remaining_s: Estimated seconds until the last of the current runs ends. None when none is
+            running.
+        updated_at: When a run last recorded its progress, in UTC.
         config_hash: Hash of all settings that decide tokens.
         problems: Problems of the folder, a sentence each.
     """
 
     output: str
     state: Literal["complete", "running", "unfinished"]
+    runs: int
     rows_total: int
     rows_done: int
     rows_missing: int
@@ -82,7 +87,7 @@ def output_status(path: Path) -> OutputStatus:
         StorageError: It cannot be read.
     """
     folder = OutputFolder(path)
-    progress = read_progress(folder.work)
+    progress = _progress(folder)
     try:
         state = read_run_state(path)
         listing = None if state is None else list_parts(state, folder.read_hashes())
@@ -123,10 +128,11 @@ def _status(
         and not (listing.other_jobs or listing.unusable or state.stray_tables)
         and (len(parts), rows_done) == (n_parts, rows)
     )
-    running = not complete and is_held(folder.work)
+    running = not complete and is_locked(folder.work / LOCK)
     return OutputStatus(
         output=str(folder.path),
         state="complete" if complete else "running" if running else "unfinished",
+        runs=len(live_runs(folder.work)) if running else 0,
         rows_total=rows,
         rows_done=rows_done,
         rows_missing=max(0, rows - rows_done),
@@ -147,6 +153,23 @@ def _status(
         updated_at=progress.updated_at if progress is not None else None,
         config_hash=identity.get("config_hash"),
         problems=problems,
+    )
+
+
+def _progress(folder: OutputFolder) -> ProgressContent | None:
+    """Return the progress of the live runs together; without any, that of the latest run."""
+    found = [(run.is_live(), read_progress(run.path)) for run in list_runs(folder.work)]
+    every = [progress for _, progress in found if progress is not None]
+    live = [progress for is_live, progress in found if is_live and progress is not None]
+    latest = max(every, key=lambda progress: progress.updated_at or "", default=None)
+    if latest is None or not live:
+        return latest
+    remaining = [progress.remaining_s for progress in live if progress.remaining_s is not None]
+    return latest.model_copy(
+        update={
+            "tokens_per_s": sum(progress.tokens_per_s or 0.0 for progress in live),
+            "remaining_s": max(remaining, default=None),
+        }
     )
 
 

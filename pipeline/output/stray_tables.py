@@ -1,6 +1,6 @@
 """Stray tables: tables in an output folder that are not its parts, but are read with them.
 
-Sync programs (`part-00000 (1).parquet`), editors and rsync (`part-00000.parquet.~1~`) and users
+Sync programs (`part-000000 (1).parquet`), editors and rsync (`part-000000.parquet.~1~`) and users
 make such copies.
 """
 
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from gptbatch.pipeline.errors import OutputConflictError
-from gptbatch.pipeline.output.part_file import part_number
+from gptbatch.pipeline.output.part_file import part_name, part_number
 from gptbatch.pipeline.system.regular_file import open_regular
 
 MAX_NAMED = 3
@@ -43,9 +43,7 @@ def find_stray_tables(folder: Path) -> list[str]:
             break
         for name in names:
             path = Path(parent, name)
-            if not (
-                name.startswith(_HIDDEN) or (at_top and part_number(name) is not None)
-            ) and _is_table(path):
+            if not (name.startswith(_HIDDEN) or (at_top and _is_part(path))) and _is_table(path):
                 strays.append(str(path.relative_to(folder)))
     return sorted(strays)
 
@@ -89,6 +87,15 @@ def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
         return False
     seen.add(key)
     return True
+
+
+def _is_part(path: Path) -> bool:
+    """Return whether a file has a part's name, and no other file that of the same number."""
+    number = part_number(path.name)
+    if number is None:
+        return False
+    name = part_name(number)
+    return path.name == name or not os.path.lexists(path.with_name(name))
 
 
 def _is_table(path: Path) -> bool:

@@ -17,7 +17,9 @@ class RunSummary:
         rows: Rows that this run has generated, error rows included.
         ok: Rows among these with a completion.
         errors: Rows among these with an error.
-        rows_kept: Rows that the output already held.
+        rows_kept: Rows that the output, or the run's shard, already held.
+        complete: Whether the output holds all rows now. False after a shard, while others run.
+        batch_size_halvings: How often memory was too small for the batch.
         prompt_tokens: Tokens of the prompts of `rows`.
         completion_tokens: Tokens that this run has generated.
         load_s: Seconds to load the model.
@@ -35,6 +37,8 @@ class RunSummary:
     ok: int
     errors: int
     rows_kept: int
+    complete: bool
+    batch_size_halvings: int
     prompt_tokens: int
     completion_tokens: int
     load_s: float
@@ -63,6 +67,8 @@ def summarize_complete_output(
         ok=0,
         errors=0,
         rows_kept=manifest.get("rows", 0),
+        complete=manifest.get("complete", True),
+        batch_size_halvings=0,
         prompt_tokens=0,
         completion_tokens=0,
         load_s=0.0,

@@ -1,0 +1,131 @@
+"""Finishing an output: the final manifest and `_SUCCESS`, once all parts are written.
+
+The result is a function of the parts. Any run may finish an output, also several at once: they
+write the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptbatch.pipeline.errors import OutputConflictError, StorageError
+from gptbatch.pipeline.input.input_digest import input_digest
+from gptbatch.pipeline.input.rows import RowDefaults
+from gptbatch.pipeline.output.atomic_write import Writer
+from gptbatch.pipeline.output.claim import write_manifest
+from gptbatch.pipeline.output.error_rows import write_error_rows
+from gptbatch.pipeline.output.file_hashes import FileHashes
+from gptbatch.pipeline.output.folder import SUCCESS, OutputFolder
+from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.manifest import facts_of, manifest_text
+from gptbatch.pipeline.output.part_file import PartFile, inspect_part, part_name, read_footer
+from gptbatch.pipeline.output.part_listing import map_in_threads
+from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
+from gptbatch.pipeline.output.schema import FORMAT
+from gptbatch.pipeline.output.stray_tables import find_stray_tables, refuse_stray_tables
+
+# Missing parts that are looked up by name.
+MAX_LOOKUPS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The parts of a complete output.
+
+    Attributes:
+        manifest: The facts in its manifest.
+        parts: The parts, in order.
+    """
+
+    manifest: dict[str, Any]
+    parts: list[Part]
+
+
+def missing_parts(folder: OutputFolder, identity: dict[str, Any]) -> list[int]:
+    """Return the numbers of the parts that are not written yet."""
+    present = folder.list_parts()
+    n_parts = count_parts(identity["part_rows"], identity["rows"])
+    missing = [number for number in range(n_parts) if number not in present]
+    if len(missing) > MAX_LOOKUPS:
+        return missing
+    # A listing of NFS may be older than the last parts.
+    return [number for number in missing if not (folder.path / part_name(number)).exists()]
+
+
+def finish(
+    folder: OutputFolder,
+    writer: Writer,
+    identity: dict[str, Any],
+    hashes: FileHashes,
+    known: Mapping[int, Part],
+    defaults: RowDefaults,
+) -> Finished:
+    """Check that the folder holds exactly the parts of a job, and mark it complete.
+
+    Args:
+        folder: The output folder. No part is missing.
+        writer: Writes files atomically.
+        identity: The identity of the job, its input included.
+        hashes: The recorded hashes of the parts.
+        known: Parts whose content has been checked, by number. Of others the content is read,
+            unless its hash is recorded.
+        defaults: The names of the input's fields, for errors.jsonl.
+
+    Raises:
+        OutputConflictError: The folder holds other parts or tables.
+        StorageError: A file cannot be written, or a part is damaged or gone.
+    """
+    refuse_stray_tables(folder.path, find_stray_tables(folder.path))
+
+    def inspect(entry: tuple[int, Path]) -> PartFile:
+        number, path = entry
+        if number in known and hashes.is_unchanged(path):
+            return PartFile(path=path, state="sound", part=known[number])
+        return inspect_part(path, content=number not in known and not hashes.is_recorded(path))
+
+    files = map_in_threads(inspect, folder.list_parts().items())
+    plan = PartPlan(
+        identity=identity,
+        input_digests=[file.part.input_rows_digest if file.part else "" for file in files],
+    )
+    parts = [_whole_part(plan, file, known) for file in files]
+    if input_digest(plan.input_digests) != identity["input_digest"] or len(parts) != plan.n_parts:
+        raise OutputConflictError(
+            f"{folder.path}: its parts are not those of one input (input_digest differs); name "
+            "another output"
+        )
+    footer = read_footer(files[0].path)
+    assert footer is not None
+    facts = {**facts_of(footer), "format": FORMAT, "identity": identity}
+    write_error_rows(folder, writer, parts, defaults)
+    write_manifest(folder, writer, facts, manifest_text(facts, parts))
+    writer.write_text(folder.path / SUCCESS, "")
+    hashes.confirm_parts(folder.path / part.name for part in parts)
+    folder.write_hashes(writer, hashes)
+    return Finished(manifest=facts, parts=parts)
+
+
+def _whole_part(plan: PartPlan, file: PartFile, known: Mapping[int, Part]) -> Part:
+    """Return the part in a file.
+
+    Raises:
+        StorageError: The file is gone.
+        OutputConflictError: It is of another job, damaged, or changed by another run.
+    """
+    if file.state == "missing":
+        raise StorageError(f"{file.path}: is gone since it was written; run the same command again")
+    plan.check_part(file)
+    if (
+        file.state != "sound"
+        or file.part is None
+        or not plan.is_whole(file.part)
+        or file.part != known.get(file.part.number, file.part)
+    ):
+        raise OutputConflictError(
+            f"{file.path}: another run has changed it ({file.problem or 'it holds other rows'}); "
+            "run the same command again"
+        )
+    return file.part

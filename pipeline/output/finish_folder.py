@@ -1,0 +1,94 @@
+"""finish_folder: marks an output complete when all parts are written. Needs no input or model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from gptbatch.pipeline.config import JobConfig
+from gptbatch.pipeline.errors import IncompleteError, InputNotFoundError
+from gptbatch.pipeline.input.prompt_reader import row_defaults
+from gptbatch.pipeline.input.rows import RowDefaults
+from gptbatch.pipeline.output.finish import finish, missing_parts
+from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
+from gptbatch.pipeline.output.lock import OutputLock
+from gptbatch.pipeline.output.resume import check_format, find_run
+from gptbatch.pipeline.output.run_folder import RunFolder
+from gptbatch.pipeline.system.yaml_reader import YamlError, read_yaml_mapping
+
+logger = logging.getLogger("gptbatch")
+
+MAX_NAMED = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedOutput:
+    """A complete output.
+
+    Attributes:
+        output: The folder.
+        rows: Its rows.
+        parts: Its parts.
+        errors: Error rows among the rows.
+    """
+
+    output: str
+    rows: int
+    parts: int
+    errors: int
+
+
+def finish_folder(path: Path) -> FinishedOutput:
+    """Write the final manifest and `_SUCCESS` of an output whose parts are all written.
+
+    Each run does so at its end. This is for the case that none came to its end.
+
+    Args:
+        path: The output folder.
+
+    Raises:
+        InputNotFoundError: There is no run.
+        IncompleteError: Parts are missing.
+        OutputBusyError: A run of the whole job is going on.
+        OutputConflictError: The folder holds other parts or tables.
+        StorageError: A file cannot be read or written.
+    """
+    folder = OutputFolder(path)
+    state = find_run(folder) if path.is_dir() else None
+    if state is None or not isinstance(state.identity.get("rows"), int):
+        raise InputNotFoundError(
+            f"{path}: holds no run of gptbatch; name the output folder of a run"
+        )
+    check_format(str(path), state)
+    folder.create()
+    with OutputLock(folder.work, shared=True), RunFolder(folder.work) as run:
+        if missing := missing_parts(folder, state.identity):
+            named = ", ".join(map(str, islice(missing, MAX_NAMED)))
+            more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
+            raise IncompleteError(
+                f"{path}: parts {named}{more} are missing; run the job again, and it generates them"
+            )
+        done = finish(
+            folder, run.writer, state.identity, folder.read_hashes(), {}, _defaults(folder)
+        )
+        with run.dead_runs():
+            # They are not needed any more.
+            pass
+    return FinishedOutput(
+        output=str(path),
+        rows=sum(part.rows for part in done.parts),
+        parts=len(done.parts),
+        errors=sum(part.errors for part in done.parts),
+    )
+
+
+def _defaults(folder: OutputFolder) -> RowDefaults:
+    """Return the field names of the recorded config, for errors.jsonl."""
+    path = folder.work / CONFIG
+    try:
+        return row_defaults(JobConfig.model_validate(read_yaml_mapping(path)))
+    except (OSError, ValueError, YamlError) as error:
+        logger.warning("%s: cannot be read (%s); errors.jsonl has default field names", path, error)
+        return row_defaults(JobConfig(model="unknown", input="-", output=str(folder.path)))

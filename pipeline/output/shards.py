@@ -1,0 +1,244 @@
+"""Shards: several runs of one job, on one or more machines, that write into one folder.
+
+Shard i of n generates the parts [i P / n, (i + 1) P / n) of P parts. Then it helps: it generates
+missing parts of other shards that no run has in flight. Two runs may generate the same part. They
+write the same rows, and the first one keeps the name.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from gptbatch.pipeline.config.sources import SHARDS_VARIABLE
+from gptbatch.pipeline.errors import ConfigError
+from gptbatch.pipeline.output.finish import missing_parts
+from gptbatch.pipeline.output.folder import OutputFolder
+from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.part_plan import PartPlan
+from gptbatch.pipeline.output.run_folder import RunFolder
+
+logger = logging.getLogger("gptbatch")
+
+AUTO = "auto"
+SHARD_PATTERN = re.compile(r"(\d{1,9})/([1-9]\d{0,8})")
+# Progress is written every 2 s. A wrong guess generates a part twice.
+MAX_SILENCE_S = 60.0
+# A listing of a million names takes seconds.
+LOOK_INTERVAL_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One of `count` shards; `index` counts from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the only shard of its job."""
+        return self.count == 1
+
+    def parts(self, n_parts: int) -> range:
+        """Return the numbers of its parts: an n-th of all parts, rounded up or down."""
+        first, end = (n_parts * index // self.count for index in (self.index, self.index + 1))
+        return range(first, end)
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+class ShardParts:
+    """The missing parts of a shard, in order, and then missing parts of other shards.
+
+    A shard takes parts of others from the end of a gap between written parts, since the shard that
+    owns the gap comes from its beginning. Shards that end at the same time seldom take the same.
+
+    Args:
+        missing: The missing parts of the shard, in ascending order.
+        find_free: Returns the missing parts of all shards that no live run has in flight, in
+            ascending order.
+        is_written: Returns whether a part is written by now.
+        seed: Of the choice among gaps: the name of the run.
+        clock: Returns seconds.
+    """
+
+    def __init__(
+        self,
+        missing: Iterable[int],
+        find_free: Callable[[], list[int]],
+        is_written: Callable[[int], bool],
+        *,
+        seed: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._own = iter(missing)
+        self._find_free, self._is_written, self._clock = find_free, is_written, clock
+        self._random = random.Random(seed)
+        self._pulled: set[int] = set()
+        self._free: list[int] = []
+        self._looked_s = -math.inf
+
+    def next(self) -> int | None:
+        """Return the next part; None when each missing part is in flight in some run."""
+        for number in self._own:
+            # Another shard may have helped.
+            if not self._is_written(number):
+                self._pulled.add(number)
+                return number
+        while self._look():
+            number = self._take_from_a_gap()
+            if not self._is_written(number):
+                logger.info("generating part %d of another shard", number)
+                self._pulled.add(number)
+                return number
+        return None
+
+    def committed(self, part: Part) -> None:
+        """Do nothing: the file of the part is the record."""
+
+    def given_up(self, number: int) -> None:
+        """Do nothing: another run finds that the part is missing."""
+
+    def _look(self) -> bool:
+        """Return whether free parts are known. Look again if the last look was some time ago."""
+        if not self._free or self._clock() - self._looked_s >= LOOK_INTERVAL_S:
+            self._free = [number for number in self._find_free() if number not in self._pulled]
+            self._looked_s = self._clock()
+        return bool(self._free)
+
+    def _take_from_a_gap(self) -> int:
+        """Take the last part of a gap, chosen with a probability that grows with its length."""
+        index = self._random.randrange(len(self._free))
+        while index + 1 < len(self._free) and self._free[index + 1] == self._free[index] + 1:
+            index += 1
+        return self._free.pop(index)
+
+
+def find_free_parts(folder: OutputFolder, run: RunFolder, plan: PartPlan) -> list[int]:
+    """Return the missing parts that no live run beside this one has in flight.
+
+    Args:
+        folder: The output folder.
+        run: The folder of this run.
+        plan: The parts of the job.
+    """
+    taken = run.others_in_flight(MAX_SILENCE_S)
+    return [number for number in missing_parts(folder, plan.identity) if number not in taken]
+
+
+def find_shard(setting: str | None, environment: Mapping[str, str]) -> Shard:
+    """Return the shard of this process.
+
+    Args:
+        setting: "3/16", "auto", or None for the whole job.
+        environment: The environment variables, for "auto".
+
+    Raises:
+        ConfigError: The setting or a variable is invalid, or "auto" finds no variable.
+    """
+    if setting is None:
+        return Shard()
+    if setting != AUTO:
+        return parse_shard(setting)
+    for scheduler, find in _SCHEDULERS.items():
+        try:
+            shard = find(environment)
+        except ValueError as error:
+            raise ConfigError(f"shard: auto: {scheduler}: {error}", keys=("shard",)) from error
+        if shard is not None:
+            logger.info("shard %s, by the variables of %s", shard, scheduler)
+            return shard
+    raise ConfigError(
+        "shard: auto finds no variables of "
+        f"{', '.join(_SCHEDULERS)} in the environment; name the shard: --shard 0/4",
+        keys=("shard",),
+    )
+
+
+def parse_shard(text: str) -> Shard:
+    """Return the shard that "3/16" names.
+
+    Raises:
+        ConfigError: The text is none, or the index is too large.
+    """
+    match = SHARD_PATTERN.fullmatch(text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ConfigError(
+            f"shard: {text!r} is not INDEX/COUNT with an index from 0 to COUNT - 1; "
+            "four shards are 0/4, 1/4, 2/4 and 3/4",
+            keys=("shard",),
+        )
+    return Shard(int(match[1]), int(match[2]))
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Shard | None:
+    """Take the task of a job array, and within it the process of a step (srun -n)."""
+    index, count = 0, 1
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        first = _number(environment, "SLURM_ARRAY_TASK_MIN")
+        step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP", default=1))
+        count = max(1, _number(environment, "SLURM_ARRAY_TASK_COUNT"))
+        # With gaps (--array=3,17) an index may exceed the count.
+        index = (_number(environment, "SLURM_ARRAY_TASK_ID") - first) // step % count
+    processes = _number(environment, "SLURM_NTASKS", default=1)
+    if processes > 1 and "SLURM_PROCID" in environment:
+        index = index * processes + _number(environment, "SLURM_PROCID")
+        count *= processes
+    elif "SLURM_ARRAY_TASK_ID" not in environment:
+        return None
+    return _checked(index, count)
+
+
+def _from_kubernetes(environment: Mapping[str, str]) -> Shard | None:
+    """Take the index of an Indexed Job. Kubernetes does not tell the count."""
+    if "JOB_COMPLETION_INDEX" not in environment:
+        return None
+    if SHARDS_VARIABLE not in environment:
+        raise ValueError(
+            f"JOB_COMPLETION_INDEX is set, and {SHARDS_VARIABLE} is not; set it to the completions "
+            "of the Job"
+        )
+    return _checked(
+        _number(environment, "JOB_COMPLETION_INDEX"), _number(environment, SHARDS_VARIABLE)
+    )
+
+
+def _from_pair(index: str, count: str) -> Callable[[Mapping[str, str]], Shard | None]:
+    def find(environment: Mapping[str, str]) -> Shard | None:
+        if index not in environment or count not in environment:
+            return None
+        return _checked(_number(environment, index), _number(environment, count))
+
+    return find
+
+
+_SCHEDULERS: dict[str, Callable[[Mapping[str, str]], Shard | None]] = {
+    "Slurm": _from_slurm,
+    "Kubernetes": _from_kubernetes,
+    "SkyPilot": _from_pair("SKYPILOT_JOB_RANK", "SKYPILOT_NUM_JOBS"),
+    "torchrun": _from_pair("RANK", "WORLD_SIZE"),
+    "Open MPI": _from_pair("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "MPICH": _from_pair("PMI_RANK", "PMI_SIZE"),
+}
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environment.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not value.isdecimal():
+        raise ValueError(f"{name} is {value!r}, and a number is needed")
+    return int(value)
+
+
+def _checked(index: int, count: int) -> Shard:
+    if not 0 <= index < count:
+        raise ValueError(f"index {index} of {count} shards")
+    return Shard(index, count)
