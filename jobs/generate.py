@@ -14,7 +14,7 @@ from gptbatch.jobs.messages import echo
 from gptbatch.jobs.options import GroupedCommand, config_options, option_name
 from gptbatch.jobs.progress import progress_for_terminal
 from gptbatch.jobs.signals import Signals
-from gptbatch.pipeline.config import load_config
+from gptbatch.pipeline.config import JobConfig, load_config
 from gptbatch.pipeline.dry_run import inspect_job
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.run import run_job
@@ -24,17 +24,20 @@ gptbatch generate --model gpt2 --input prompts.jsonl --output out/mine --tempera
 gptbatch generate --config gpt2-cpu --input prompts.jsonl --output out/mine --dry-run"""
 
 
-class _Generate(GroupedCommand):
-    example = EXAMPLES
-
-
-@click.command(cls=_Generate)
-@click.option(
+config_file_option = click.option(
     "--config",
     "config_file",
     metavar="FILE",
     help="YAML file, or a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda.",
 )
+
+
+class _Generate(GroupedCommand):
+    example = EXAMPLES
+
+
+@click.command(cls=_Generate)
+@config_file_option
 @config_options
 @click.option("--greedy", is_flag=True, help="Decode greedily: the same as --temperature 0.")
 @click.option(
@@ -55,27 +58,42 @@ def generate(
 
     Options override environment variables (GPTBATCH_SEED=1), and these override the config file.
     """
-    options = {
-        name.replace("__", "."): list(value) if isinstance(value, tuple) else value
-        for name, value in settings.items()
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    }
-    if greedy:
-        if "temperature" in options:
-            raise click.UsageError("--greedy and --temperature cannot be given together")
-        options["temperature"] = 0.0
-    try:
-        config = load_config(config_file, options=options)
-    except ConfigError as error:
-        if set(error.keys) & set(options) or (config_file is None and error.keys):
-            raise click.UsageError(_in_option_words(str(error), options)) from error
-        raise
+    if greedy and context.get_parameter_source("temperature") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--greedy and --temperature cannot be given together")
+    config = command_config(context, config_file, settings, {"temperature": 0.0} if greedy else {})
     if dry_run:
         echo(json.dumps(asdict(inspect_job(config))))
         return
     check_limits(computes=True)
     summary = run_job(config, progress_for_terminal(), context.find_object(Signals))
     echo(json.dumps(asdict(summary)))
+
+
+def command_config(
+    context: click.Context,
+    config_file: str | None,
+    settings: dict[str, Any],
+    more: dict[str, Any],
+) -> JobConfig:
+    """Return the config that the options of a command, the environment and a file give.
+
+    Args:
+        context: The context of the command.
+        config_file: A YAML file, or the name of a bundled config.
+        settings: The values of the options by parameter.
+        more: Further settings.
+    """
+    options = {
+        name.replace("__", "."): list(value) if isinstance(value, tuple) else value
+        for name, value in settings.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    } | more
+    try:
+        return load_config(config_file, options=options)
+    except ConfigError as error:
+        if set(error.keys) & set(options) or (config_file is None and error.keys):
+            raise click.UsageError(_in_option_words(str(error), options)) from error
+        raise
 
 
 def _in_option_words(message: str, options: dict[str, Any]) -> str:

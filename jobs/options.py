@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
 from gptbatch.jobs.messages import log_verbosely, print_message
 from gptbatch.pipeline.config import config_fields
+from gptbatch.pipeline.config.settings import is_list, value_type
 from gptbatch.pipeline.system.paths import PathError, expand_path
 from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
@@ -170,7 +170,7 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for every config key. JobConfig checks their ranges."""
     for key, field in reversed(config_fields().items()):
         name, kind = option_name(key), _click_type(field.annotation)
-        many = get_origin(field.annotation) is list
+        many = is_list(field)
         default = (
             ""
             if field.is_required() or field.default in (None, [])
@@ -249,14 +249,11 @@ def print_checkpoint(run: RunReader, model: str | None) -> None:
 
 
 def _click_type(annotation: Any) -> click.ParamType[Any]:
-    if get_origin(annotation) in (Union, types.UnionType):
-        (annotation,) = [arm for arm in get_args(annotation) if arm is not types.NoneType]
+    annotation = value_type(annotation)
     if get_origin(annotation) is list:
-        (annotation,) = get_args(annotation)
+        annotation = value_type(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return click.Choice(get_args(annotation))
-    if hasattr(annotation, "__metadata__"):
-        annotation = annotation.__origin__
     return {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}[annotation]
 
 

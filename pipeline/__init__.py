@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ConfigError,
         DeviceError,
         GptbatchError,
+        IncompleteError,
         InputNotFoundError,
         InputRowsError,
         ModelError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     )
     from gptbatch.pipeline.output.part_runner import Progress, Stop
     from gptbatch.pipeline.output.summary import RunSummary
+    from gptbatch.pipeline.plan import Plan, plan_job
     from gptbatch.pipeline.run import run_job
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "DeviceError",
     "EngineConfig",
     "GptbatchError",
+    "IncompleteError",
     "InputNotFoundError",
     "InputReport",
     "InputRowsError",
@@ -49,6 +52,7 @@ __all__ = [
     "OutputBusyError",
     "OutputConflictError",
     "OutputCreationError",
+    "Plan",
     "Progress",
     "RunSummary",
     "Stop",
@@ -56,6 +60,7 @@ __all__ = [
     "StorageError",
     "inspect_job",
     "load_config",
+    "plan_job",
     "run_job",
 ]
 
@@ -64,11 +69,13 @@ _MODULES = {
     "EngineConfig": "config",
     "InputReport": "dry_run",
     "JobConfig": "config",
+    "Plan": "plan",
     "Progress": "output.part_runner",
     "RunSummary": "output.summary",
     "Stop": "output.part_runner",
     "inspect_job": "dry_run",
     "load_config": "config",
+    "plan_job": "plan",
     "run_job": "run",
 }
 

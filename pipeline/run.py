@@ -32,17 +32,16 @@ from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device, threads_to_use
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
+from gptbatch.pipeline.output.input_record import CheckedInput, check_input
 from gptbatch.pipeline.output.lock import OutputLock
-from gptbatch.pipeline.output.part_plan import PartPlan, check_part_count
+from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_runner import ErrorLimit, PartRunner, Progress, RowCounts, Stop
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import (
     check_same_environment,
     find_continued_run,
     find_run,
-    input_settings,
     is_up_to_date,
-    part_rows_of,
 )
 from gptbatch.pipeline.output.run_facts import collect_run_facts
 from gptbatch.pipeline.output.run_folder import RunFolder
@@ -86,8 +85,12 @@ class _CheckedInput:
     """The input, after every row was checked. The identity in `plan` includes the input."""
 
     prompts: TokenizedInput
-    summary: InputSummary
+    rows: CheckedInput
     plan: PartPlan
+
+    @property
+    def summary(self) -> InputSummary:
+        return self.rows.summary
 
 
 class _NeverStops:
@@ -149,6 +152,7 @@ def run_job(
         )
         progress_file = output.progress_file()
         with progress_file.recording_state():
+            checked.rows.write(job.folder, output.writer)
             if not output.has_work():
                 complete = output.finish(existing.kept.parts)
                 facts = {**existing.kept.footer, "identity": checked.plan.identity}
@@ -182,7 +186,7 @@ def _find_job(config: JobConfig) -> _Job:
     check_placement(config)
     folder = OutputFolder(Path(config.output))
     state = find_run(folder)
-    hashes = FileHashes() if state is None else folder.read_hashes()
+    hashes = folder.read_hashes()
     checkpoint = find_checkpoint(
         config.model,
         revision=config.revision,
@@ -207,33 +211,23 @@ def _find_job(config: JobConfig) -> _Job:
 
 
 def _check_input(job: _Job) -> _CheckedInput:
-    """Read and check every row. A continued run decides the rows per part."""
-    config, continued = job.config, job.continued
+    """Check the rows, and make the plan of their parts."""
+    config = job.config
     prompts = TokenizedInput(config, job.checkpoint, job.tokenizer, job.reader)
-    part_rows = part_rows_of(config, continued)
-    began_ns = time.time_ns()
-    summary = job.reader.check(
-        part_rows=part_rows,
-        prefix_rows=[] if continued is None else [continued.identity.get("rows", 0)],
-        required_ids=config.skip_row,
+    checked = check_input(
+        config, job.folder, job.reader, job.hashes, job.continued, is_whole=job.shard.is_whole
     )
-    job.hashes.record_input(
-        input_settings(config),
-        job.reader.source.files(),
-        began_ns,
-        {"rows": summary.rows, "digest": summary.digest},
-    )
+    summary = checked.summary
     identity = {
         **job.identity,
         "input_digest": summary.digest,
         "rows": summary.rows,
         "limit": config.limit,
-        "part_rows": part_rows,
+        "part_rows": summary.part_rows,
     }
     ErrorLimit(config.max_row_errors, summary.rows).check(summary.bad_rows)
-    check_part_count(part_rows, summary.rows)
     plan = PartPlan(identity=identity, input_digests=summary.part_digests)
-    return _CheckedInput(prompts=prompts, summary=summary, plan=plan)
+    return _CheckedInput(prompts=prompts, rows=checked, plan=plan)
 
 
 def _create_folder(job: _Job) -> None:

@@ -8,8 +8,8 @@ import sys
 import gptbatch.pipeline
 from gptbatch.pipeline import errors
 
-FUNCTIONS = {"inspect_job", "load_config", "run_job"}
-TYPES = {"EngineConfig", "InputReport", "JobConfig", "Progress", "RunSummary", "Stop"}
+FUNCTIONS = {"inspect_job", "load_config", "plan_job", "run_job"}
+TYPES = {"EngineConfig", "InputReport", "JobConfig", "Plan", "Progress", "RunSummary", "Stop"}
 
 
 def test_the_public_names_are_the_functions_their_types_and_the_errors() -> None:

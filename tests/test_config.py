@@ -56,7 +56,7 @@ def test_an_input_replaces_a_dataset_of_a_lower_layer_and_vice_versa(tmp_path: P
     assert (config.input, config.dataset) == (None, "d")
     path.write_text("{model: m, dataset: d, output: o}")
     config = load_config(str(path), environment={}, options={"input": "i"})
-    assert (config.input, config.dataset) == ("i", None)
+    assert (config.input, config.dataset) == (["i"], None)
     with pytest.raises(ConfigError, match="give either input or dataset, not both"):
         load_config(None, environment={}, options={**NEEDED, "dataset": "d"})
 

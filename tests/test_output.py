@@ -198,7 +198,14 @@ def test_footers_and_manifest_record_the_run(
         ".gptbatch",
     }
     work = {path.name for path in (output / ".gptbatch").iterdir()}
-    assert work == {"config.yaml", "digests.json", "errors.jsonl", "lock", "runs"}
+    assert work == {
+        "config.yaml",
+        "digests.json",
+        "errors.jsonl",
+        "input_index.parquet",
+        "lock",
+        "runs",
+    }
     (run_folder,) = (output / ".gptbatch" / "runs").iterdir()
     assert {path.name for path in run_folder.iterdir()} == {
         "lock",

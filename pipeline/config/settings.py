@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+import types
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -37,6 +38,15 @@ def _path_setting(*, writes: bool) -> Any:
 
 
 InputPath = Annotated[str, _path_setting(writes=False)]
+# One path stands for a list of one.
+if TYPE_CHECKING:
+    InputPaths = str | list[str]
+else:
+    InputPaths = Annotated[
+        list[InputPath],
+        Field(min_length=1),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ]
 OutputPath = Annotated[str, _path_setting(writes=True)]
 # "5" or "2.5%"; a YAML file may say 5 without quotes
 CountOrShare = Annotated[
@@ -121,8 +131,12 @@ class JobConfig(_Section):
     allow_pickle: bool = Field(
         False, description="Read pytorch_model.bin where the checkpoint has no safetensors."
     )
-    input: InputPath | None = Field(
-        None, description="JSON Lines file, compressed or not; - is standard input."
+    input: InputPaths | None = Field(
+        None,
+        description=(
+            "File of JSON Lines, compressed or not, or Parquet; a folder or a pattern of such "
+            "files; - is standard input."
+        ),
     )
     dataset: InputPath | None = Field(
         None,
@@ -172,8 +186,8 @@ class JobConfig(_Section):
         ge=1,
         le=2**31 - 1,
         description=(
-            "Rows per Parquet file; a crash costs the rows of unfinished files. Default: 512, or"
-            " the value of the run that is continued."
+            "Rows per Parquet file; a crash costs the rows of unfinished files. Default: 512, more "
+            "above 5 million rows, or the value of the run that is continued."
         ),
     )
     shard: Name | None = Field(
@@ -271,7 +285,8 @@ class JobConfig(_Section):
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if (self.input is None) == (self.dataset is None):
-            raise ValueError("give either input or dataset" + (", not both" if self.input else ""))
+            both = ", not both" if self.input else ""
+            raise ValueError(f"give either input or dataset{both}")
         return self
 
     @model_validator(mode="after")
@@ -282,6 +297,11 @@ class JobConfig(_Section):
                 "output folder before the shards start"
             )
         return self
+
+    @property
+    def inputs(self) -> list[str]:
+        """The paths in `input`; empty for a dataset."""
+        return [self.input] if isinstance(self.input, str) else self.input or []
 
     @property
     def sampling(self) -> SamplingParams:
@@ -300,6 +320,18 @@ def config_fields() -> dict[str, FieldInfo]:
     """Return every config key by its full name: `seed`, `engine.dtype`."""
     fields = {name: info for name, info in JobConfig.model_fields.items() if name != "engine"}
     return fields | {f"engine.{name}": info for name, info in EngineConfig.model_fields.items()}
+
+
+def value_type(annotation: Any) -> Any:
+    """Return the type of a setting without None and without its validators: str, list[str]."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        (annotation,) = [arm for arm in get_args(annotation) if arm is not types.NoneType]
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+
+
+def is_list(field: FieldInfo) -> bool:
+    """Return whether a setting takes several values."""
+    return get_origin(value_type(field.annotation)) is list
 
 
 def _redacted(value: Any) -> Any:

@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from gptbatch.pipeline.config.settings import JobConfig, config_fields
+from gptbatch.pipeline.config.settings import JobConfig, config_fields, is_list
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.system.bundled import PREFIX, locate
 from gptbatch.pipeline.system.paths import PathError, expand_path
@@ -169,10 +169,12 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             continue
         adapter: TypeAdapter[Any] = TypeAdapter(fields[key].annotation or str)
         try:
-            # a list is given as JSON
+            # a list of several values is given as JSON
             values[key] = (
                 adapter.validate_json(text)
-                if get_origin(fields[key].annotation) is list
+                if is_list(fields[key]) and text.lstrip().startswith("[")
+                else adapter.validate_python([text])
+                if is_list(fields[key])
                 else adapter.validate_strings(text)
             )
         except ValidationError as error:

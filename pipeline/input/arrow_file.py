@@ -16,12 +16,13 @@ from gptbatch.pipeline.errors import (
     StorageError,
 )
 from gptbatch.pipeline.input.file_kind import HEAD_BYTES, describe_binary
-from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.input.strict_json import DECODER
 from gptbatch.pipeline.system.error_text import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 BATCH_ROWS = 1024
 _PARQUET, _ARROW_FILE, _GZIP = b"PAR1", b"ARROW1", b"\x1f\x8b"
@@ -55,8 +56,8 @@ class ArrowFile:
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
 
-    def rows(self) -> Iterator[RawRow]:
-        """Yield the rows.
+    def rows(self, start: Place = START) -> Iterator[RawRow]:
+        """Yield the rows from `start.row` on.
 
         Raises:
             InputRowsError: The file is damaged, or of a kind that pyarrow does not read.
@@ -67,7 +68,7 @@ class ArrowFile:
         import pyarrow as pa
 
         try:
-            yield from self._rows()
+            yield from self._rows(start.row)
         except PermissionError as error:
             raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
         except (pa.ArrowMemoryError, MemoryError) as error:
@@ -88,23 +89,22 @@ class ArrowFile:
                 f"read ({first_line(error)})"
             ) from error
 
-    def _rows(self) -> Iterator[RawRow]:
-        position = 0
-        for batch in self._batches():
+    def _rows(self, first: int) -> Iterator[RawRow]:
+        for position, batch in self._batches(first):
             names = batch.schema.names
             if repeated := [name for name in names if names.count(name) > 1]:
                 raise InputRowsError(f"{self.name}: two columns are called {repeated[0]!r}")
             read = _row_reader(batch)
-            for offset in range(batch.num_rows):
+            for offset in range(max(0, first - position), batch.num_rows):
                 yield RawRow(
-                    where=f"{self.name} row {position}",
-                    line=position,
-                    position=position,
+                    where=f"{self.name} row {position + offset}",
+                    line=position + offset,
+                    position=position + offset,
                     parse=partial(read, offset),
                 )
-                position += 1
 
-    def _batches(self) -> Iterator[pa.RecordBatch]:
+    def _batches(self, first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yield batches and their first rows. Row groups of Parquet before `first` are skipped."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -117,16 +117,34 @@ class ArrowFile:
                 )
             if head.startswith(_PARQUET):
                 with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-                    yield from parquet.iter_batches(BATCH_ROWS)
+                    yield from _parquet_batches(parquet, first)
                 return
             is_file = head.startswith(_ARROW_FILE)
             if not is_file and (kind := describe_binary(head, self.name)) is not None:
                 raise InputRowsError(f"{self.name}: is {kind}")
+            position = 0
             for batch in _ipc_batches(file, is_file=is_file):
                 # offsets that point outside of their buffers would end the process
                 batch.validate(full=True)
-                for first in range(0, batch.num_rows, BATCH_ROWS):
-                    yield batch.slice(first, BATCH_ROWS)
+                for begin in range(0, batch.num_rows, BATCH_ROWS):
+                    yield position + begin, batch.slice(begin, BATCH_ROWS)
+                position += batch.num_rows
+
+
+def _parquet_batches(parquet: pq.ParquetFile, first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    metadata = parquet.metadata
+    position, group = 0, 0
+    while group < metadata.num_row_groups:
+        rows = metadata.row_group(group).num_rows
+        if position + rows > first:
+            break
+        position, group = position + rows, group + 1
+    groups = list(range(group, metadata.num_row_groups))
+    if not groups and metadata.num_row_groups:
+        return
+    for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups or None):
+        yield position, batch
+        position += batch.num_rows
 
 
 def _ipc_batches(file: BinaryIO, *, is_file: bool) -> Iterable[pa.RecordBatch]:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from gptbatch.pipeline.errors import InputNotFoundError
 from gptbatch.pipeline.input.dataset_files import ARROW_SUFFIXES, TEXT_SUFFIXES, suffix_of, walk
 from gptbatch.pipeline.input.hub_dataset import HubDataset
 from gptbatch.pipeline.input.local_dataset import Splits, local_splits
-from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.input.split import SplitPart, parse_split
 from gptbatch.pipeline.system.bundled import locate
 from gptbatch.pipeline.types import SAMPLING_SETTINGS
@@ -41,6 +42,8 @@ class DatasetSplit:
         delimiter: Of CSV files. None takes a comma, and a tab for `.tsv`.
     """
 
+    unit: Literal["line", "row"] = "row"
+
     def __init__(
         self,
         *,
@@ -64,8 +67,8 @@ class DatasetSplit:
             return sorted(files) if len(files) <= _MAX_REMEMBERED_FILES else None
         return [] if self._revision is not None and _COMMIT.fullmatch(self._revision) else None
 
-    def rows(self) -> Iterator[RawRow]:
-        """Yield the rows.
+    def rows(self, start: Place = START) -> Iterator[RawRow]:
+        """Yield the rows. Those before `start` are read, and skipped.
 
         Raises:
             InputNotFoundError: There is no such dataset, configuration or split.
@@ -74,6 +77,9 @@ class DatasetSplit:
             parts = parse_split(self._split)
         except ValueError as error:
             raise InputNotFoundError(f"{self.name}: {error}") from error
+        yield from islice(self._rows(parts), start.position, None)
+
+    def _rows(self, parts: list[SplitPart]) -> Iterator[RawRow]:
         several = len({part.name for part in parts}) > 1
         count = 0
         for part in parts:

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, Literal
 
 from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
 from gptbatch.pipeline.input.file_kind import MAX_SNIFFED_LINES, describe_text
 from gptbatch.pipeline.input.lines import LineReader, decode_line
-from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.input.strict_json import parse_object
 
 
@@ -33,6 +33,8 @@ class JsonlFile:
     Raises:
         InputNotFoundError: There is no such file.
     """
+
+    unit: Literal["line", "row"] = "line"
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         self.path = Path(path)
@@ -57,14 +59,17 @@ class JsonlFile:
         self._spool.flush()
         self.path = Path(self._spool.name)
 
-    def rows(self) -> Iterator[RawRow]:
+    def rows(self, start: Place = START) -> Iterator[RawRow]:
         """Yield one row per line. Blank lines at the end of the file are not rows.
 
         Raises:
             InputRowsError: The file does not hold JSON lines. The message names its format.
         """
-        is_first = True
-        for number, line in LineReader(self.path, self.name).lines_to_last(b" \t\r\n"):
+        is_first = start.row == 0
+        reader = LineReader(self.path, self.name)
+        for number, line, offset in reader.lines_to_last(
+            b" \t\r\n", skip=start.row, offset=start.offset
+        ):
             if is_first and line != b"":
                 is_first = False
                 if line is not None:
@@ -74,6 +79,7 @@ class JsonlFile:
                 line=number,
                 position=number - 1,
                 parse=partial(_parse_line, line),
+                offset=offset,
             )
 
     def _check_format(self, first: bytes) -> None:

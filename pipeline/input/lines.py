@@ -27,47 +27,70 @@ class LineReader:
         self.path, self.name = path, name
         # number of the last line that was read
         self._line = 0
+        # byte after it in a file that is not compressed, else -1
+        self.offset = -1
 
-    def lines(self) -> Iterator[tuple[int, bytes | None]]:
+    def lines(self, *, skip: int = 0, offset: int = -1) -> Iterator[tuple[int, bytes | None]]:
         """Yield each line number from 1 and its bytes, with the line end.
 
         The bytes are None for a line longer than MAX_LINE_BYTES. Such a line is skipped in pieces.
         A byte order mark before line 1 is removed.
+
+        Args:
+            skip: Number of lines to skip.
+            offset: The byte at which the next one begins; -1 reads the lines before it.
 
         Raises:
             InputRowsError: The file is damaged, or is not text.
             InputNotFoundError: Permission to read the file is missing.
             StorageError: Reading failed.
         """
-        self._line = 0
         with self.open() as file:
+            is_plain = isinstance(getattr(file, "raw", None), io.FileIO)
+            self._line, self.offset = 0, 0 if is_plain else -1
+            if skip and is_plain and offset >= 0:
+                file.seek(offset)
+                self._line, self.offset = skip, offset
             while line := file.readline(MAX_LINE_BYTES + 1):
                 self._line += 1
+                size = len(line)
                 if self._line == 1:
                     line = line.removeprefix(BOM)
-                if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                is_too_long = size > MAX_LINE_BYTES and not line.endswith(b"\n")
+                if is_too_long:
                     while line and not line.endswith(b"\n"):
                         line = file.readline(MAX_LINE_BYTES)
-                    yield self._line, None
-                else:
-                    yield self._line, line
+                        size += len(line)
+                if is_plain:
+                    self.offset += size
+                if self._line > skip:
+                    yield self._line, None if is_too_long else line
 
-    def lines_to_last(self, blank: bytes = b"\r\n") -> Iterator[tuple[int, bytes | None]]:
-        r"""Yield as `lines` does, up to the last line that is not blank.
+    def lines_to_last(
+        self, blank: bytes = b"\r\n", *, skip: int = 0, offset: int = -1
+    ) -> Iterator[tuple[int, bytes | None, int]]:
+        r"""Yield as `lines` does, up to the last line that is not blank, and the byte of each.
 
         Args:
             blank: A line of these bytes only is blank. Blank lines before the last are yielded as
                 b"".
+            skip: As for `lines`.
+            offset: As for `lines`.
         """
-        blanks = 0
-        for number, line in self.lines():
+        blanks: list[int] = []
+        # byte at which the line begins
+        begin = offset if skip else -1
+        for number, line in self.lines(skip=skip, offset=offset):
+            begin = 0 if number == 1 and self.offset >= 0 else begin
             if line is not None and not line.strip(blank):
-                blanks += 1
+                blanks.append(begin)
+                begin = self.offset
                 continue
-            for blank_number in range(number - blanks, number):
-                yield blank_number, b""
-            blanks = 0
-            yield number, line
+            for index, place in enumerate(blanks):
+                yield number - len(blanks) + index, b"", place
+            blanks.clear()
+            yield number, line, begin
+            begin = self.offset
 
     @contextmanager
     def open(self) -> Iterator[io.BufferedReader]:

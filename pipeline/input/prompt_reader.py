@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,14 +11,13 @@ from gptbatch.pipeline.errors import ConfigError, InputRowsError
 from gptbatch.pipeline.input.bad_rows import BadRows
 from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.duplicate_ids import IdHashes, find_duplicates
-from gptbatch.pipeline.input.input_digest import InputDigests
-from gptbatch.pipeline.input.jsonl import JsonlFile
+from gptbatch.pipeline.input.input_digest import InputDigests, PartDigest
+from gptbatch.pipeline.input.input_files import InputFiles
 from gptbatch.pipeline.input.row_warnings import RowWarnings
 from gptbatch.pipeline.input.rows import BadRow, RowDefaults, RowParser
-from gptbatch.pipeline.input.source import RawRow, RowSource
+from gptbatch.pipeline.input.source import START, Place, RawRow, RowSource
 from gptbatch.pipeline.input.strict_json import shorten
-from gptbatch.pipeline.system.bundled import locate
-from gptbatch.pipeline.types import DEFAULT_PART_ROWS, Prompt
+from gptbatch.pipeline.types import Prompt
 
 _CHANGED = "the input has changed since it was checked"
 _ID_HINT = (
@@ -36,6 +34,7 @@ class InputSummary:
         digest: SHA-256 of the content of all rows that decides the output.
         part_rows: Rows per part.
         part_digests: The same digest of each part.
+        places: Place of the first row of each part; empty without rows.
         prefix_digests: Row count -> the same digest of that many first rows. Holds 0, all rows and
             the counts that were requested.
         bad_rows: Number of rows that become error rows, duplicates included.
@@ -46,6 +45,7 @@ class InputSummary:
     digest: str
     part_rows: int
     part_digests: list[str]
+    places: list[Place]
     prefix_digests: dict[int, str]
     bad_rows: int
     duplicates: dict[int, int]
@@ -75,14 +75,14 @@ class PromptReader:
     def check(
         self,
         *,
-        part_rows: int = DEFAULT_PART_ROWS,
+        part_rows: int | None = None,
         prefix_rows: Iterable[int] = (),
         required_ids: Iterable[str] = (),
     ) -> InputSummary:
         """Read and validate all rows. Keeps 8 bytes per row in memory.
 
         Args:
-            part_rows: Rows per part.
+            part_rows: Rows per part. None follows `default_part_rows`.
             prefix_rows: Row counts for InputSummary.prefix_digests.
             required_ids: Ids of skip_row, which must exist.
 
@@ -92,14 +92,14 @@ class PromptReader:
         """
         bad, id_hashes, warnings = BadRows(), IdHashes(), RowWarnings()
         digests, missing = InputDigests(part_rows, prefix_rows), set(required_ids)
-        for _, row, digest_input in self._parsed(warnings):
+        for raw, row, digest_input in self._parsed(warnings):
             if isinstance(row, BadRow):
                 bad.add(row)
             if missing:
                 missing.discard(row.prompt_id)
             if self.record_bad or isinstance(row, Prompt):
                 id_hashes.add(row.prompt_id)
-            digests.add(digest_input)
+            digests.add(digest_input, raw)
         digest = digests.finish()
         duplicates = find_duplicates(self.rows, id_hashes.repeated(), record_bad=self.record_bad)
         warnings.log(self.source.name, digests.rows)
@@ -114,8 +114,9 @@ class PromptReader:
         return InputSummary(
             rows=digests.rows,
             digest=digest,
-            part_rows=part_rows,
+            part_rows=digests.part_rows,
             part_digests=digests.parts,
+            places=digests.places,
             prefix_digests=digests.prefixes,
             bad_rows=bad.count + len(duplicates),
             duplicates=duplicates,
@@ -129,30 +130,29 @@ class PromptReader:
         Args:
             checked: The result of `check`.
             parts: Numbers of the parts to read. The next one is taken when the rows of the last one
-                are read. A number below an earlier one reads the input from the start again. None
-                reads all parts.
+                are read. None reads all parts.
 
         Raises:
             InputRowsError: The input has changed. Raised at the end of the changed part at the
                 latest.
         """
         parser = RowParser(self.defaults, RowWarnings())
-        rows, n_read = self._raw_rows(), 0
+        rows: Iterator[RawRow] = iter(())
+        n_read, end = -1, 0
         for number in range(len(checked.part_digests)) if parts is None else parts:
             first = number * checked.part_rows
             end = min(first + checked.part_rows, checked.rows)
-            if first < n_read:
-                rows, n_read = self._raw_rows(), 0
-            part_digest = hashlib.sha256()
+            if n_read != first:
+                rows = self._raw_rows(checked.places[number] if checked.rows else START)
+                n_read = first
+            digest = PartDigest()
             while n_read < end and (raw := next(rows, None)) is not None:
                 index, n_read = n_read, n_read + 1
-                if index < first:
-                    continue
                 row, digest_input = parser.parse(index, raw)
                 if isinstance(row, BadRow) and not self.record_bad:
                     raise InputRowsError(f"{row.where}: {row.reason}; {_CHANGED}")
-                part_digest.update(digest_input)
-                if n_read == end and part_digest.hexdigest() != checked.part_digests[number]:
+                digest.add(digest_input)
+                if n_read == end and digest.hexdigest() != checked.part_digests[number]:
                     raise InputRowsError(
                         f"{self.source.name}: differs from what was checked, in rows {first} to "
                         f"{index}; {_CHANGED}"
@@ -161,22 +161,20 @@ class PromptReader:
                     row = self._duplicate(raw, row, checked.duplicates[index])
                 yield row
             if n_read < end:
-                break
-        for _ in rows:
-            n_read += 1
-            if n_read > checked.rows:
                 raise InputRowsError(
-                    f"{self.source.name}: has more than the {checked.rows} rows that were checked; "
-                    f"{_CHANGED}"
+                    f"{self.source.name}: has {n_read} rows, not the {checked.rows} that were "
+                    f"checked; {_CHANGED}"
                 )
-        if n_read != checked.rows:
+        if end == checked.rows and next(rows, None) is not None:
             raise InputRowsError(
-                f"{self.source.name}: has {n_read} rows, not the {checked.rows} that were checked; "
+                f"{self.source.name}: has more than the {checked.rows} rows that were checked; "
                 f"{_CHANGED}"
             )
 
-    def _raw_rows(self) -> Iterator[RawRow]:
-        return _unchanged(islice(self.source.rows(), self.limit))
+    def _raw_rows(self, start: Place) -> Iterator[RawRow]:
+        rows = self.source.rows(start)
+        left = None if self.limit is None else self.limit - start.position
+        return _unchanged(islice(rows, left))
 
     def _parsed(self, warnings: RowWarnings) -> Iterator[tuple[RawRow, Prompt | BadRow, bytes]]:
         """Yield every row with the bytes that it adds to the input digest."""
@@ -197,15 +195,13 @@ class PromptReader:
 
     def _duplicate(self, raw: RawRow, row: Prompt | BadRow, line: int) -> BadRow:
         """Return the error row of a row whose id is taken by the row of a line."""
-        unit = "line" if isinstance(self.source, JsonlFile) else "row"
-        reason = (
-            f"id {shorten(row.prompt_id)} was already used on {unit} {line}; ids must be unique"
-        )
+        used = f"was already used on {self.source.unit} {line}"
+        reason = f"id {shorten(row.prompt_id)} {used}; ids must be unique"
         return BadRow(index=row.index, where=raw.where, line=raw.line, reason=reason)
 
 
 def open_input(config: JobConfig) -> PromptReader:
-    """Open the input that a config names: a JSONL file or a split of a dataset.
+    """Open the input that a config names: files of rows, or a split of a dataset.
 
     Raises:
         InputNotFoundError: There is no such file.
@@ -238,7 +234,7 @@ def _open_source(config: JobConfig) -> RowSource:
             delimiter=config.csv_delimiter,
         )
     assert config.input is not None
-    return JsonlFile(config.input if config.input == "-" else locate(config.input))
+    return InputFiles(config.input)
 
 
 def _unchanged(rows: Iterator[RawRow]) -> Iterator[RawRow]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,23 +15,52 @@ class RawRow:
     Attributes:
         where: The row in messages, `prompts.jsonl:3`.
         line: Line number from 1, or row number from 0.
-        position: Position in the file or split, from 0. It is the id of a row without one.
+        position: Position in the input or split, from 0. It is the id of a row without one.
         parse: Returns the fields. Raises ValueError with the reason where the row is malformed.
+        file: Index of its file in an input of several files.
+        offset: Byte at which the row begins, in a file that can be read from there; else -1.
     """
 
     where: str
     line: int
     position: int
     parse: Callable[[], dict[str, Any]]
+    file: int = 0
+    offset: int = -1
+
+
+class Place(NamedTuple):
+    """Where a row begins, so that reading can start there.
+
+    Attributes:
+        position: Position of the row in the input.
+        file: Index of its file.
+        row: Rows before it in this file.
+        offset: Byte at which it begins; -1 where the rows before it must be skipped.
+    """
+
+    position: int
+    file: int
+    row: int
+    offset: int
+
+
+START = Place(position=0, file=0, row=0, offset=-1)
 
 
 class RowSource(Protocol):
-    """Rows that can be read more than once, always in the same order."""
+    """Rows that can be read more than once, always in the same order.
+
+    Attributes:
+        name: The source in messages.
+        unit: What `RawRow.line` counts.
+    """
 
     name: str
+    unit: Literal["line", "row"]
 
-    def rows(self) -> Iterator[RawRow]:
-        """Yield the rows in order."""
+    def rows(self, start: Place = START) -> Iterator[RawRow]:
+        """Yield the rows in order, from a place that an earlier pass has found."""
 
     def files(self) -> list[Path] | None:
         """Return the files that determine the rows; None where only reading them can tell."""

@@ -26,7 +26,7 @@ class TextFile:
 
     def rows(self) -> Iterator[RawRow]:
         """Yield one row per line."""
-        for number, line in LineReader(self.path, self.name).lines_to_last():
+        for number, line, _ in LineReader(self.path, self.name).lines_to_last():
             yield RawRow(
                 where=f"{self.name}:{number}",
                 line=number,

@@ -91,7 +91,7 @@ class FileHashes:
     # -- input -------------------------------------------------------------------------------------
 
     def find_input(
-        self, settings: dict[str, Any], files: list[Path] | None
+        self, settings: dict[str, Any], files: list[Path] | None, *, exactly: bool = True
     ) -> dict[str, Any] | None:
         """Return the recorded summary of an input whose files have not changed.
 
@@ -99,17 +99,20 @@ class FileHashes:
             settings: The settings that name the input.
             files: The files of the input. None when they are not known, as for a dataset on the
                 hub.
+            exactly: Compare inodes and all times, which may differ between hosts. Otherwise sizes
+                and times of change are compared.
 
         Returns:
             The summary given to `record_input`; None when none is recorded for these settings, or a
             file has changed.
         """
         recorded = self._input
-        if (
-            files is None
-            or recorded is None
-            or recorded["settings_sha256"] != _hash(settings)
-            or recorded["files"] != _stats(files)
+        if files is None or recorded is None or recorded["settings_sha256"] != _hash(settings):
+            return None
+        compared = slice(None if exactly else 2)
+        now, before = _stats(files) or {}, recorded["files"]
+        if now.keys() != before.keys() or any(
+            now[key][compared] != before[key][compared] for key in now
         ):
             return None
         summary: dict[str, Any] = recorded["summary"]

@@ -6,6 +6,7 @@
     .gptbatch/
         config.yaml          the resolved config
         digests.json         hashes of files (file_hashes.py)
+        input_index.parquet  digest and place of each part of the input (index_file.py)
         errors.jsonl         the error rows (error_rows.py)
         lock                 held by a run, or by the runs of several shards (lock.py)
         runs/RUN/            the files of one run (run_folder.py)
@@ -30,6 +31,7 @@ from typing import Any
 from gptbatch.pipeline.errors import OutputConflictError, OutputCreationError
 from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.file_hashes import FileHashes
+from gptbatch.pipeline.output.index_file import INDEX
 from gptbatch.pipeline.output.lock import LOCK
 from gptbatch.pipeline.output.manifest import (
     MANIFEST,
@@ -107,7 +109,7 @@ class OutputFolder:
             OutputCreationError: The folder's name is too long for the file system.
         """
         files = [self.path / MANIFEST, self.path / SUCCESS]
-        files += [self.work / name for name in (CONFIG, DIGESTS, ERRORS, LOCK)]
+        files += [self.work / name for name in (CONFIG, DIGESTS, ERRORS, INDEX, LOCK)]
         folders = [self.path, self.work, self.work / RUNS]
         for entry in (*folders, *files):
             try:

@@ -161,6 +161,16 @@ class HolderContent(_StrictModel):
     since: Time
 
 
+class IndexContent(_StrictModel):
+    """The metadata of `input_index.parquet` (see index_file.py)."""
+
+    rows: Count
+    part_rows: PartRows
+    digest: Digest
+    bad_rows: Count
+    duplicates: dict[Annotated[str, Field(pattern=r"^\d{1,19}$")], Count]
+
+
 class FileDigest(_StrictModel):
     """The hash of a file.
 

@@ -27,7 +27,6 @@ from gptbatch.pipeline.output.part_plan import (
 )
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.stray_tables import refuse_stray_tables
-from gptbatch.pipeline.types import DEFAULT_PART_ROWS
 
 _INPUT_SETTINGS = {
     "input",
@@ -215,24 +214,24 @@ def input_settings(config: JobConfig) -> dict[str, Any]:
     return config.model_dump(include=_INPUT_SETTINGS)
 
 
-def part_rows_of(config: JobConfig, state: FolderState | None) -> int:
-    """Return the rows per part: those of the continued run, else those of the config.
+def part_rows_of(config: JobConfig, state: FolderState | None) -> int | None:
+    """Return the rows per part: those of the continued run, else those of the config, else None.
 
     Args:
         config: The settings of the job.
         state: The continued run; None for a new run.
     """
     recorded = None if state is None else state.identity.get("part_rows")
-    return int(recorded or config.part_rows or DEFAULT_PART_ROWS)
+    return recorded or config.part_rows
 
 
 def check_same_input(config: JobConfig, state: FolderState, summary: InputSummary) -> None:
-    """Check that the input begins with the rows of the run, and only a larger limit adds rows.
+    """Check that the input begins with the rows of the run. Further rows are added to it.
 
     Raises:
         OutputConflictError: The input has changed.
     """
-    rows, digest, limit = (state.identity.get(key) for key in ("rows", "input_digest", "limit"))
+    rows, digest = (state.identity.get(key) for key in ("rows", "input_digest"))
     if not isinstance(rows, int):
         raise OutputConflictError(
             f"{config.output}: another version wrote it, which did not record its number of rows; "
@@ -247,12 +246,6 @@ def check_same_input(config: JobConfig, state: FolderState, summary: InputSummar
         raise OutputConflictError(
             f"{config.output}: holds a run of another input (input_digest differs in its {rows} "
             f"rows); {_ADVICE}"
-        )
-    grown = isinstance(limit, int) and (config.limit is None or config.limit > limit)
-    if rows < summary.rows and not grown:
-        raise OutputConflictError(
-            f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows} now; "
-            f"only a larger --limit adds rows; {_ADVICE}"
         )
 
 

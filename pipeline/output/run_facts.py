@@ -26,7 +26,10 @@ def collect_run_facts(
         checkpoint: The checkpoint of the model.
         loaded: The model on this machine.
     """
-    source = config.input if config.input is not None else f"{config.dataset}[{config.split}]"
+    source = f"{config.dataset}[{config.split}]"
+    if config.inputs:
+        more = f" and {len(config.inputs) - 1} more" if len(config.inputs) > 1 else ""
+        source = f"{config.inputs[0]}{more}"
     return {
         "format": FORMAT,
         "identity": identity,

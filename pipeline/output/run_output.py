@@ -15,7 +15,7 @@ from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.claim import claim, delete_run
-from gptbatch.pipeline.output.crash_journal import CrashJournal, read_crash_journal
+from gptbatch.pipeline.output.crash_journal import CRASH_JOURNAL, CrashJournal, read_crash_journal
 from gptbatch.pipeline.output.error_rows import describe_errors, write_error_rows
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.finish import finish, missing_parts
@@ -136,7 +136,7 @@ def inspect_output(
         check_replaceable(state, folder.inspect_parts(state, hashes, state.parts))
         return ExistingRun(state=state, is_replaced=True, kept=nothing)
     check_continuable(config, state, identity)
-    if part_rows_of(config, state) != plan.part_rows:
+    if part_rows_of(config, state) not in (None, plan.part_rows):
         raise OutputBusyError(
             f"{config.output}: another run began there while this one checked its input; run the "
             "same command again"
@@ -288,6 +288,7 @@ class RunOutput:
         with self.run.dead_runs():
             # They are not needed any more.
             pass
+        self.writer.remove(self.run.path / CRASH_JOURNAL)
         self._log_errors(done.parts)
         return True
 

@@ -1,0 +1,132 @@
+"""InputFiles: an input of one or several files, JSON lines or Parquet, read as one table."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from gptbatch.pipeline.errors import InputNotFoundError
+from gptbatch.pipeline.input.arrow_file import ArrowFile
+from gptbatch.pipeline.input.dataset_files import suffix_of, walk
+from gptbatch.pipeline.input.file_kind import read_head
+from gptbatch.pipeline.input.jsonl import JsonlFile
+from gptbatch.pipeline.input.source import START, Place, RawRow
+from gptbatch.pipeline.system.bundled import locate
+
+STANDARD_INPUT = "-"
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+MAX_FILES = 100_000
+_MAX_NAMED = 5
+
+
+class InputFiles:
+    """The rows of files, one after the other.
+
+    With several files, a row's position counts the rows of the files before, too. Then a row has
+    the same id, seed and part wherever the rows are divided into files.
+
+    Args:
+        names: Files, folders and glob patterns. A folder stands for its files of JSON lines and
+            Parquet. `-` is standard input.
+
+    Raises:
+        InputNotFoundError: There is no such file, or one is given twice.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._files = [_open(path) for path in find_files(names)]
+        is_one_jsonl = len(self._files) == 1 and isinstance(self._files[0], JsonlFile)
+        self.unit: Literal["line", "row"] = "line" if is_one_jsonl else "row"
+        first = self._files[0].name
+        self.name = first if len(self._files) == 1 else f"{first} and {len(self._files) - 1} more"
+
+    def rows(self, start: Place = START) -> Iterator[RawRow]:
+        """Yield the rows of all files, from a place on."""
+        if len(self._files) == 1:
+            yield from self._files[0].rows(start)
+            return
+        position = start.position
+        begin = start._replace(position=start.row)
+        for index, file in islice(enumerate(self._files), start.file, None):
+            for row in file.rows(begin):
+                # Error rows are named by their line, which must differ among all files.
+                yield RawRow(
+                    where=row.where,
+                    line=position + 1,
+                    position=position,
+                    parse=row.parse,
+                    file=index,
+                    offset=row.offset,
+                )
+                position += 1
+            begin = START
+
+    def files(self) -> list[Path] | None:
+        """Return the files; None for pipes and standard input."""
+        paths = []
+        for file in self._files:
+            found = file.files() if isinstance(file, JsonlFile) else [file.path]
+            if found is None:
+                return None
+            paths += found
+        return paths
+
+
+def find_files(names: Sequence[str]) -> list[str | Path]:
+    """Return the files that names stand for, in order; those of a folder or pattern are sorted.
+
+    Raises:
+        InputNotFoundError: There is no such file, or one is given twice.
+    """
+    if STANDARD_INPUT in names and len(names) > 1:
+        raise InputNotFoundError("-: standard input cannot be combined with other inputs")
+    files: list[str | Path] = []
+    for name in names:
+        files += _expand(name)
+    if len(files) > MAX_FILES:
+        raise InputNotFoundError(
+            f"{names[0]}: {len(files)} files, and at most {MAX_FILES} are read; join some of them"
+        )
+    seen: set[str] = set()
+    for file in files if len(files) > 1 else ():
+        real = os.path.realpath(file)
+        if real in seen:
+            raise InputNotFoundError(f"{file}: is given twice; its rows would have the same ids")
+        seen.add(real)
+    return files
+
+
+def _expand(name: str) -> list[str | Path]:
+    if name == STANDARD_INPUT:
+        return [name]
+    path = locate(name)
+    if path.is_dir():
+        suffixes = (*JSONL_SUFFIXES, *PARQUET_SUFFIXES)
+        found = sorted(entry for entry in walk(path) if suffix_of(Path(entry)) in suffixes)
+        if not found:
+            raise InputNotFoundError(
+                f"{name}: is a folder without files of JSON lines or Parquet "
+                f"({', '.join(suffixes)}, compressed or not); name a file, or use --dataset"
+            )
+        return [path / entry for entry in found]
+    if glob.has_magic(name) and not path.exists():
+        matches = sorted(
+            match for match in glob.glob(name, recursive=True) if Path(match).is_file()
+        )
+        if not matches:
+            raise InputNotFoundError(f"{name}: no file matches this pattern")
+        return [Path(match) for match in matches]
+    return [path]
+
+
+def _open(path: str | Path) -> JsonlFile | ArrowFile:
+    if path != STANDARD_INPUT and Path(path).is_file():
+        file = Path(path)
+        if suffix_of(file) in PARQUET_SUFFIXES or read_head(file).startswith(b"PAR1"):
+            return ArrowFile(file, str(file))
+    return JsonlFile(path)
