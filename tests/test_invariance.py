@@ -185,10 +185,12 @@ def with_parameters(
 # The demo model
 
 
-def test_batch_sizes_and_orders(demo: GPT) -> None:
-    prompts = demo_prompts(66, max_new_tokens=8)
+def test_batch_sizes_and_orders(demo: GPT, backend: BackendName) -> None:
+    # padded attention is slow
+    count = 66 if backend == "ragged" else 24
+    prompts = demo_prompts(count, max_new_tokens=8)
     expected = run(demo, prompts, batch_size=1)
-    assert len({digest for *_, digest in expected.values()}) == 66, (
+    assert len({digest for *_, digest in expected.values()}) == count, (
         "rows that are alike show little"
     )
     for batch_size in BATCH_SIZES:

@@ -30,7 +30,7 @@ from gptbatch.pipeline.kv_cache.spec import PADDED
 from gptbatch.pipeline.model.config import Activation
 from gptbatch.pipeline.model.linear import ACTIVATIONS, use_threads
 from gptbatch.pipeline.types import SamplingParams
-from tests.conftest import has_kernels, run_fresh
+from tests.conftest import has_kernels, run_gptbatch
 from tests.paths import REPOSITORY
 from tests.processes import LIMIT_S, child_environment, is_running, wait_for
 
@@ -314,7 +314,7 @@ def test_cache_folders_are_private_whatever_the_umask_is(
 def test_runs_and_verify_work_without_a_compiler(tmp_path: Path) -> None:
     """A warning says how to get one. With `--attention ragged` it is an error."""
     environment = {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    ran = run_fresh(
+    ran = run_gptbatch(
         "generate",
         "--config",
         "demo",
@@ -328,10 +328,10 @@ def test_runs_and_verify_work_without_a_compiler(tmp_path: Path) -> None:
     assert ran.stderr.count("WARNING") == 1
     assert "install g++ or clang++" in ran.stderr
     assert ran.summary["batch_invariance"] == "verified"
-    verified = run_fresh("verify", tmp_path / "out", "--all", env=environment)
+    verified = run_gptbatch("verify", tmp_path / "out", "--all", env=environment)
     assert verified.code == 0, verified.stderr
     assert verified.summary["judged"] == "exactly"
-    refused = run_fresh(
+    refused = run_gptbatch(
         "generate",
         "--config",
         "demo",

@@ -65,7 +65,7 @@ class Model:
             )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     prompts=work(),
     max_seqs=st.integers(1, 9),
