@@ -60,6 +60,7 @@ FOLDERS = {
     "pipeline/kernels/cpu": "",
     "pipeline/kernels/cuda": "",
     "pipeline/output": "from completions to files that survive a crash",
+    "pipeline/cluster": "many workers on a cluster",
     "pipeline/audit": "checking recorded runs",
     "pipeline/bench": "measuring speed",
     "pipeline/system": "the machine, paths, secrets",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -19,10 +19,15 @@ from gptbatch.pipeline.dry_run import inspect_job
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.run import run_job
 
+if TYPE_CHECKING:
+    from gptbatch.pipeline.cluster.on_ray import RaySummary
+
 EXAMPLES = """\
 gptbatch generate --model gpt2 --input prompts.jsonl --output out/mine --temperature 0.8 --top-k 40
 gptbatch generate --config gpt2-cpu --input prompts.jsonl --output out/mine --dry-run"""
 
+
+CLUSTER_OPTIONS = ("workers", "ray_address", "worker_cpus", "worker_gpus")
 
 config_file_option = click.option(
     "--config",
@@ -39,6 +44,40 @@ class _Generate(GroupedCommand):
 @click.command(cls=_Generate)
 @config_file_option
 @config_options
+@click.option(
+    "--on",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where to run. ray: on the workers of a Ray cluster.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Workers on the cluster. Each loads the model once.",
+)
+@click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="Ray cluster: auto, or HOST:PORT. Default: start one on this machine.",
+)
+@click.option(
+    "--worker-cpus",
+    type=click.FloatRange(0),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="CPUs per worker.",
+)
+@click.option(
+    "--worker-gpus",
+    type=click.FloatRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="GPUs per worker.",
+)
 @click.option("--greedy", is_flag=True, help="Decode greedily: the same as --temperature 0.")
 @click.option(
     "--dry-run",
@@ -47,7 +86,13 @@ class _Generate(GroupedCommand):
 )
 @click.pass_context
 def generate(
-    context: click.Context, /, config_file: str | None, greedy: bool, dry_run: bool, **settings: Any
+    context: click.Context,
+    /,
+    config_file: str | None,
+    on: str,
+    greedy: bool,
+    dry_run: bool,
+    **settings: Any,
 ) -> None:
     """Generate a completion for every prompt of an input and write them to Parquet files.
 
@@ -58,15 +103,35 @@ def generate(
 
     Options override environment variables (GPTBATCH_SEED=1), and these override the config file.
     """
+    cluster = {name: settings.pop(name) for name in CLUSTER_OPTIONS}
     if greedy and context.get_parameter_source("temperature") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--greedy and --temperature cannot be given together")
     config = command_config(context, config_file, settings, {"temperature": 0.0} if greedy else {})
     if dry_run:
         echo(json.dumps(asdict(inspect_job(config))))
         return
+    if on == "ray":
+        echo(json.dumps(asdict(_generate_on_ray(config, cluster, context.find_object(Signals)))))
+        return
     check_limits(computes=True)
     summary = run_job(config, progress_for_terminal(), context.find_object(Signals))
     echo(json.dumps(asdict(summary)))
+
+
+def _generate_on_ray(
+    config: JobConfig, options: dict[str, Any], signals: Signals | None
+) -> RaySummary:
+    from gptbatch.pipeline.cluster.on_ray import RaySettings, run_on_ray
+
+    if options["workers"] is None:
+        raise click.UsageError("--on ray needs --workers")
+    settings = RaySettings(
+        workers=options["workers"],
+        address=options["ray_address"],
+        cpus=options["worker_cpus"],
+        gpus=options["worker_gpus"],
+    )
+    return run_on_ray(config, settings, progress_for_terminal(), signals)
 
 
 def command_config(

@@ -36,6 +36,7 @@ from gptbatch.pipeline.output.input_record import CheckedInput, check_input
 from gptbatch.pipeline.output.lock import OutputLock
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_runner import ErrorLimit, PartRunner, Progress, RowCounts, Stop
+from gptbatch.pipeline.output.part_source import PartSource
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import (
     check_same_environment,
@@ -52,7 +53,7 @@ from gptbatch.pipeline.output.run_output import (
     confirm_complete,
     inspect_output,
 )
-from gptbatch.pipeline.output.shards import Shard, find_shard
+from gptbatch.pipeline.output.shards import NO_SHARD, Shard, find_shard
 from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output
 from gptbatch.pipeline.system.machine import describe_cores
 from gptbatch.pipeline.system.redact import redact
@@ -114,8 +115,66 @@ def run_job(
     Raises:
         GptbatchError: See errors.py for the kinds.
     """
+    shard = find_shard(config.shard, os.environ)
+    return _run(config, progress, stop, shard, None, _Models())
+
+
+def run_parts(
+    config: JobConfig,
+    source: PartSource,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> RunSummary:
+    """Generate the parts that a source deals, into an output that other runs write, too.
+
+    The output is not marked complete: `finish_folder` does that, when all parts are written.
+
+    Args:
+        config: The settings of the job; `shard` is ignored.
+        source: Deals out part numbers.
+        progress: Takes the counts after every step.
+        stop: Is queried for requests to stop after every step.
+
+    Raises:
+        GptbatchError: See errors.py for the kinds.
+    """
+    return PartWorker(config).run(source, progress, stop)
+
+
+class PartWorker:
+    """Generates parts as `run_parts` does, any number of times with a model that is loaded once.
+
+    Args:
+        config: The settings of the job.
+    """
+
+    def __init__(self, config: JobConfig) -> None:
+        self._config, self._models = config, _Models()
+
+    def run(
+        self, source: PartSource, progress: Progress | None = None, stop: Stop | None = None
+    ) -> RunSummary:
+        """Generate the parts that a source deals. Arguments and errors are those of `run_parts`."""
+        return _run(self._config, progress, stop, NO_SHARD, source, self._models)
+
+
+@dataclass(slots=True)
+class _Models:
+    """The model of a worker, once it is loaded."""
+
+    loaded: LoadedModel | None = None
+
+
+def _run(
+    config: JobConfig,
+    progress: Progress | None,
+    stop: Stop | None,
+    shard: Shard,
+    source: PartSource | None,
+    models: _Models,
+) -> RunSummary:
     began_s = time.monotonic()
-    job = _find_job(config)
+    job = _find_job(config, shard)
     if job.continued is not None and is_up_to_date(
         config, job.continued, job.reader.source, job.hashes
     ):
@@ -153,13 +212,13 @@ def run_job(
         progress_file = output.progress_file()
         with progress_file.recording_state():
             checked.rows.write(job.folder, output.writer)
-            if not output.has_work():
+            if source is None and not output.has_work():
                 complete = output.finish(existing.kept.parts)
                 facts = {**existing.kept.footer, "identity": checked.plan.identity}
                 facts |= {"rows": existing.kept.rows, "complete": complete}
                 return summarize_complete_output(config, facts, time.monotonic() - began_s)
             resolve_device(config.engine)
-            loaded, load_s = _load(job, checked, existing)
+            loaded, load_s = _load(job, checked, existing, models)
             stop = stop or _NeverStops()
             with stop.deferred():
                 facts = collect_run_facts(config, checked.plan.identity, job.checkpoint, loaded)
@@ -172,17 +231,16 @@ def run_job(
                     sink=output.open_sink(facts),
                     observers=[progress_file] if progress is None else [progress, progress_file],
                     stop=stop,
-                    source=output.open_source(),
+                    source=source or output.open_source(),
                 )
                 generate_s = _generate(runner, output)
-                complete = output.finish(runner.sink.parts)
+                complete = source is None and output.finish(runner.sink.parts)
         seconds = {"load_s": load_s, "generate_s": generate_s, "wall_s": time.monotonic() - began_s}
         return _summarize(job, loaded, runner.counts, existing.kept.rows, complete, seconds)
 
 
-def _find_job(config: JobConfig) -> _Job:
+def _find_job(config: JobConfig, shard: Shard) -> _Job:
     """Find the model and the input, and check that the output folder holds no other job."""
-    shard = find_shard(config.shard, os.environ)
     check_placement(config)
     folder = OutputFolder(Path(config.output))
     state = find_run(folder)
@@ -240,7 +298,9 @@ def _lock(job: _Job) -> OutputLock:
     return OutputLock(job.folder.work, shared=not job.shard.is_whole)
 
 
-def _load(job: _Job, checked: _CheckedInput, existing: ExistingRun) -> tuple[LoadedModel, float]:
+def _load(
+    job: _Job, checked: _CheckedInput, existing: ExistingRun, models: _Models
+) -> tuple[LoadedModel, float]:
     """Load the model, and check that it computes as it did for the kept rows.
 
     Returns the seconds that it took, too.
@@ -248,7 +308,7 @@ def _load(job: _Job, checked: _CheckedInput, existing: ExistingRun) -> tuple[Loa
     config, recorded = job.config, existing.facts(job.shard)
     _log_loading(config, checked.summary.rows - existing.kept.rows)
     began_s = time.monotonic()
-    loaded = load_model(
+    loaded = models.loaded = models.loaded or load_model(
         job.checkpoint,
         checked.prompts.gpt_config,
         _engine_config(config, recorded),

@@ -35,7 +35,7 @@ LOOK_INTERVAL_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One of `count` shards; `index` counts from 0."""
+    """One of `count` shards; `index` counts from 0. With a count of 0 it has no parts."""
 
     index: int = 0
     count: int = 1
@@ -47,11 +47,17 @@ class Shard:
 
     def parts(self, n_parts: int) -> range:
         """Return the numbers of its parts: an n-th of all parts, rounded up or down."""
+        if self.count == 0:
+            return range(0)
         first, end = (n_parts * index // self.count for index in (self.index, self.index + 1))
         return range(first, end)
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
+
+
+# Of a run whose parts are dealt out.
+NO_SHARD = Shard(0, 0)
 
 
 class ShardParts:

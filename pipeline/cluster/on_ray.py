@@ -1,0 +1,411 @@
+"""run_on_ray: run a job on a Ray cluster. The only module that imports Ray.
+
+    driver   checks the input, starts the actors, replaces workers, finishes the output
+    dealer   one actor: deals out part numbers (output/dealer.py)
+    workers  actors that load the model once, pull parts from the dealer and write them
+
+Only part numbers travel between the actors. All of them see the input, the model and the output
+under the same paths. The driver waits for parts, never for workers: the job is done when each part
+is written, or set aside.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptbatch.pipeline.cluster.dealer import Dealer
+from gptbatch.pipeline.config import JobConfig
+from gptbatch.pipeline.errors import (
+    ConfigError,
+    DeviceError,
+    GptbatchError,
+    IncompleteError,
+    StoppedError,
+)
+from gptbatch.pipeline.output.finish import missing_parts
+from gptbatch.pipeline.output.finish_folder import finish_folder
+from gptbatch.pipeline.output.folder import OutputFolder
+from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.part_runner import Progress, Stop
+from gptbatch.pipeline.plan import Plan, plan_job
+
+logger = logging.getLogger("gptbatch")
+
+POLL_S = 1.0
+# A worker is replaced this often before the job is given up.
+MAX_FAILURES_PER_WORKER = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaySettings:
+    """How a job uses a cluster.
+
+    Attributes:
+        workers: Number of workers.
+        address: Of the cluster: "auto", or a host and port. None starts one on this machine.
+        cpus: CPUs per worker; also its threads, unless engine.threads is set.
+        gpus: GPUs per worker.
+    """
+
+    workers: int
+    address: str | None = None
+    cpus: float = 1
+    gpus: float = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaySummary:
+    """What a job on a cluster did.
+
+    Attributes:
+        output: The output folder.
+        rows: Rows of the output.
+        errors: Error rows among them.
+        parts: Parts that this job has written.
+        parts_kept: Parts that the output already held.
+        parts_copied: Copies of parts in flight that were generated at the end.
+        workers_lost: Workers that crashed or whose machine was lost.
+        wall_s: Seconds of the whole job.
+        completion_tokens: Tokens that this job has generated.
+    """
+
+    output: str
+    rows: int
+    errors: int
+    parts: int
+    parts_kept: int
+    parts_copied: int
+    workers_lost: int
+    wall_s: float
+    completion_tokens: int
+
+
+class DealerActor:
+    """The dealer of a job, and the sums of what its workers have written."""
+
+    def __init__(self, missing: list[int], workers: int) -> None:
+        self._dealer = Dealer(missing, workers)
+        self._rows = self._errors = self._tokens = 0
+
+    def next(self, worker: str) -> int | None:
+        return self._dealer.next(worker)
+
+    def committed(self, number: int, rows: int, errors: int, tokens: int) -> None:
+        if self._dealer.committed(number):
+            self._rows += rows
+            self._errors += errors
+            self._tokens += tokens
+
+    def given_up(self, worker: str, number: int) -> None:
+        self._dealer.given_up(worker, number)
+
+    def lost(self, worker: str, crashed: bool) -> None:
+        held = self._dealer.lost(worker, crashed=crashed)
+        logger.info("worker %s is lost; parts %s are dealt again", worker, held)
+
+    def state(self) -> dict[str, Any]:
+        counts = self._dealer.counts
+        return {
+            "is_done": self._dealer.is_done,
+            "has_parts": self._dealer.has_parts,
+            "set_aside": self._dealer.set_aside,
+            "written": counts.written,
+            "copies": counts.copies,
+            "rows": self._rows,
+            "errors": self._errors,
+            "tokens": self._tokens,
+        }
+
+
+class DealtParts:
+    """The parts that a dealer in another process gives to one worker."""
+
+    def __init__(self, dealer: Any, worker: str) -> None:
+        self._dealer, self._worker = dealer, worker
+
+    def next(self) -> int | None:
+        import ray
+
+        number: int | None = ray.get(self._dealer.next.remote(self._worker))
+        return number
+
+    def committed(self, part: Part) -> None:
+        self._dealer.committed.remote(part.number, part.rows, part.errors, part.completion_tokens)
+
+    def given_up(self, number: int) -> None:
+        self._dealer.given_up.remote(self._worker, number)
+
+
+class WorkerActor:
+    """Loads the model once, and generates the parts that a dealer gives to it."""
+
+    def __init__(self, config: JobConfig, dealer: Any, name: str, memory_share: float) -> None:
+        from gptbatch.pipeline.run import PartWorker
+        from gptbatch.pipeline.system.machine import free_memory_bytes
+
+        if config.engine.memory_gib is None and memory_share < 1:
+            free = free_memory_bytes() or 0
+            memory_gib = max(free / 2**31 * memory_share, 2**-10)
+            engine = config.engine.model_copy(update={"memory_gib": memory_gib})
+            config = config.model_copy(update={"engine": engine})
+        self._worker = PartWorker(config)
+        self._source = DealtParts(dealer, name)
+
+    def node(self) -> str:
+        import ray
+
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    def run(self) -> None:
+        """Generate parts until the dealer has none.
+
+        Raises:
+            GptbatchError: See errors.py for the kinds.
+        """
+        self._worker.run(self._source)
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A worker as the driver sees it.
+
+    Attributes:
+        name: The name under which the dealer counts it.
+        actor: Its handle.
+        node: Reference to the id of its node.
+        running: Reference to its call of `run`; None while it has nothing to do.
+    """
+
+    name: str
+    actor: Any
+    node: Any
+    running: Any = None
+
+
+def run_on_ray(
+    config: JobConfig,
+    settings: RaySettings,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> RaySummary:
+    """Run a job on a Ray cluster until its output is complete.
+
+    Args:
+        config: The settings of the job.
+        settings: How it uses the cluster.
+        progress: Takes the counts about once per second.
+        stop: Is queried about once per second.
+
+    Raises:
+        IncompleteError: Parts were in flight at several crashes and are set aside. All others are
+            written.
+        GptbatchError: See errors.py for the other kinds.
+    """
+    began_s = time.monotonic()
+    if config.shard is not None or config.overwrite:
+        name = "shard" if config.shard is not None else "overwrite"
+        raise ConfigError(f"{name}: cannot be combined with a cluster", keys=(name,))
+    plan = plan_job(config)
+    folder = OutputFolder(Path(config.output))
+    identity = {"rows": plan.rows, "part_rows": plan.part_rows}
+    missing = missing_parts(folder, identity)
+    driver = _Driver(config=config, settings=settings, plan=plan, missing=missing)
+    state: dict[str, Any] = {"tokens": 0, "written": 0, "copies": 0, "set_aside": []}
+    if missing:
+        with _cluster(settings.address), nullcontext() if stop is None else stop.deferred():
+            state = driver.run(progress, stop)
+    if set_aside := state["set_aside"]:
+        raise IncompleteError(
+            f"{config.output}: parts {', '.join(map(str, set_aside))} were in flight at several "
+            "crashes, and are left out; all others are written. Generate them on one machine with "
+            "the same command, without the cluster: after two crashes it names the row"
+        )
+    done = finish_folder(Path(config.output))
+    return RaySummary(
+        output=config.output,
+        rows=done.rows,
+        errors=done.errors,
+        parts=state["written"],
+        parts_kept=plan.parts - len(missing),
+        parts_copied=state["copies"],
+        workers_lost=driver.n_lost,
+        wall_s=round(time.monotonic() - began_s, 3),
+        completion_tokens=state["tokens"],
+    )
+
+
+@dataclass(kw_only=True)
+class _Driver:
+    """Starts and replaces workers until all parts are written.
+
+    Attributes:
+        config: The settings of the job.
+        settings: How it uses the cluster.
+        plan: The parts of the job.
+        missing: The parts to generate.
+        n_lost: Workers that were lost.
+    """
+
+    config: JobConfig
+    settings: RaySettings
+    plan: Plan
+    missing: list[int]
+    n_lost: int = 0
+    _workers: list[_Worker] = field(default_factory=list)
+    _n_started: int = 0
+
+    def run(self, progress: Progress | None, stop: Stop | None) -> dict[str, Any]:
+        """Run until each part is written or set aside. Returns the state of the dealer."""
+        import ray
+
+        count = min(self.settings.workers, len(self.missing))
+        make_dealer: Any = ray.remote(num_cpus=0)(DealerActor)
+        dealer = make_dealer.remote(self.missing, count)
+        rows_missing = sum(
+            min(self.plan.part_rows, self.plan.rows - number * self.plan.part_rows)
+            for number in self.missing
+        )
+        if progress is not None:
+            progress.begin(self.plan.rows, self.plan.rows - rows_missing)
+        try:
+            self._workers = [self._start(dealer) for _ in range(count)]
+            while True:
+                state: dict[str, Any] = ray.get(dealer.state.remote())
+                if progress is not None:
+                    progress.update(
+                        rows=state["rows"],
+                        errors=state["errors"],
+                        completion_tokens=state["tokens"],
+                    )
+                if state["is_done"]:
+                    return state
+                if stop is not None and (source := stop.requested()) is not None:
+                    raise StoppedError(
+                        f"stopped by {source}; {state['written']} parts are written; run the same "
+                        "command again to go on"
+                    )
+                self._attend(dealer, has_parts=state["has_parts"])
+        finally:
+            if progress is not None:
+                progress.end()
+            for worker in self._workers:
+                ray.kill(worker.actor)
+            ray.kill(dealer)
+
+    def _attend(self, dealer: Any, *, has_parts: bool) -> None:
+        """Wait a moment. Replace workers that are lost, and call those again that have ended."""
+        import ray
+
+        running = [worker for worker in self._workers if worker.running is not None]
+        calls = [worker.running for worker in running]
+        ended = ray.wait(calls, num_returns=len(calls), timeout=POLL_S)[0] if calls else []
+        for worker in running:
+            if worker.running in ended:
+                self._end_call(worker, dealer)
+        for worker in self._workers:
+            if has_parts and worker.running is None:
+                worker.running = worker.actor.run.remote()
+        if not running and not has_parts:
+            # The last parts are about to be counted, or are copies of a lost worker.
+            time.sleep(POLL_S)
+
+    def _end_call(self, worker: _Worker, dealer: Any) -> None:
+        import ray
+
+        call, worker.running = worker.running, None
+        try:
+            ray.get(call)
+        except ray.exceptions.RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            raise cause if isinstance(cause, GptbatchError) else error from error
+        except ray.exceptions.RayActorError as error:
+            self.n_lost += 1
+            crashed = not getattr(error, "preempted", False) and self._is_alive(worker)
+            ray.get(dealer.lost.remote(worker.name, crashed))
+            why = "its process crashed" if crashed else "its machine was lost"
+            logger.warning("%s is lost (%s); another worker starts", worker.name, why)
+            if self.n_lost > MAX_FAILURES_PER_WORKER * self.settings.workers:
+                raise IncompleteError(
+                    f"{self.config.output}: {self.n_lost} workers were lost; their log files show "
+                    "why. What is written stays, and the same command goes on"
+                ) from error
+            self._workers[self._workers.index(worker)] = self._start(dealer)
+
+    def _is_alive(self, worker: _Worker) -> bool:
+        """Return whether the node of a lost worker is still there: then its process has crashed."""
+        import ray
+
+        try:
+            node = ray.get(worker.node, timeout=POLL_S)
+        except (ray.exceptions.RayError, TimeoutError):
+            # It was lost before it could say where it ran.
+            return False
+        alive = {entry["NodeID"] for entry in ray.nodes() if entry["Alive"]}
+        return node in alive
+
+    def _start(self, dealer: Any) -> _Worker:
+        """Create an actor. Where no node has room for it, it waits, as demand for an autoscaler."""
+        import ray
+
+        settings = self.settings
+        name = f"worker-{self._n_started}"
+        self._n_started += 1
+        make_worker: Any = ray.remote(
+            num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0, max_task_retries=0
+        )(WorkerActor)
+        actor = make_worker.remote(self._config_of_worker(), dealer, name, self._memory_share())
+        return _Worker(name=name, actor=actor, node=actor.node.remote(), running=actor.run.remote())
+
+    def _config_of_worker(self) -> JobConfig:
+        engine = self.config.engine
+        if engine.threads is None:
+            engine = engine.model_copy(update={"threads": max(1, int(self.settings.cpus))})
+        return self.config.model_copy(update={"engine": engine})
+
+    def _memory_share(self) -> float:
+        """Return the share of a node's memory for one of its workers."""
+        import ray
+
+        largest = max(
+            (entry["Resources"].get("CPU", 1.0) for entry in ray.nodes() if entry["Alive"]),
+            default=1.0,
+        )
+        per_node = largest // self.settings.cpus if self.settings.cpus else self.settings.workers
+        return 1 / max(1, min(self.settings.workers, int(per_node)))
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Connect to a cluster, unless this process is connected; disconnect at the end.
+
+    Raises:
+        DeviceError: Ray is not installed, or there is no such cluster.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise DeviceError("ray is not installed: pip install 'gptbatch[ray]'", keys=()) from error
+    if ray.is_initialized():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise DeviceError(f"the Ray cluster {address} cannot be reached ({error})") from error
+    # Ray replaces it in the main thread, by one that exits at once.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
