@@ -1,4 +1,4 @@
-"""Simulation of many workers on many parts, with deaths and stragglers, on a virtual clock.
+"""Simulation of many workers on many parts, with losses and stragglers, on a virtual clock.
 
     python benchmarks/simulate_workers.py [--workers 1000] [--parts 1000000] [--part-s 20]
                                           [--deaths 100] [--stragglers 0.01] [--seed 0]

@@ -19,8 +19,7 @@ def finish(output: Path) -> None:
     """Write the final manifest and _SUCCESS of the output folder OUTPUT.
 
     Each run does so at its end, when no part is missing. This command is for the case that none
-    came to its end. It needs neither the input nor the model, and changes nothing in a folder that
-    is complete. The last line is a JSON object.
+    came to its end. It needs neither the input nor the model. The last line is a JSON object.
 
     Exits with 75 if parts are missing.
     """

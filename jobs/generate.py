@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -163,5 +164,5 @@ def command_config(
 
 def _in_option_words(message: str, options: dict[str, Any]) -> str:
     for key in options:
-        message = message.replace(f"options: {key}:", f"{option_name(key)}:")
+        message = re.sub(rf"options: {re.escape(key)}(\.\d+)?:", f"{option_name(key)}:", message)
     return message

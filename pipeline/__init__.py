@@ -32,15 +32,18 @@ if TYPE_CHECKING:
         StoppedError,
         StorageError,
     )
+    from gptbatch.pipeline.output.finish_folder import FinishedOutput, finish_folder
     from gptbatch.pipeline.output.part_runner import Progress, Stop
+    from gptbatch.pipeline.output.part_source import PartSource
     from gptbatch.pipeline.output.summary import RunSummary
     from gptbatch.pipeline.plan import Plan, plan_job
-    from gptbatch.pipeline.run import run_job
+    from gptbatch.pipeline.run import run_job, run_parts
 
 __all__ = [
     "ConfigError",
     "DeviceError",
     "EngineConfig",
+    "FinishedOutput",
     "GptbatchError",
     "IncompleteError",
     "InputNotFoundError",
@@ -52,31 +55,38 @@ __all__ = [
     "OutputBusyError",
     "OutputConflictError",
     "OutputCreationError",
+    "PartSource",
     "Plan",
     "Progress",
     "RunSummary",
     "Stop",
     "StoppedError",
     "StorageError",
+    "finish_folder",
     "inspect_job",
     "load_config",
     "plan_job",
     "run_job",
+    "run_parts",
 ]
 
 # the module of each name; the errors are in `errors`
 _MODULES = {
     "EngineConfig": "config",
+    "FinishedOutput": "output.finish_folder",
     "InputReport": "dry_run",
     "JobConfig": "config",
+    "PartSource": "output.part_source",
     "Plan": "plan",
     "Progress": "output.part_runner",
     "RunSummary": "output.summary",
     "Stop": "output.part_runner",
+    "finish_folder": "output.finish_folder",
     "inspect_job": "dry_run",
     "load_config": "config",
     "plan_job": "plan",
     "run_job": "run",
+    "run_parts": "run",
 }
 
 limit_spinning()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from gptbatch.pipeline.output.input_record import check_input
 from gptbatch.pipeline.output.lock import OutputLock
 from gptbatch.pipeline.output.part_runner import ErrorLimit
 from gptbatch.pipeline.output.placement import check_placement
-from gptbatch.pipeline.output.resume import find_run
+from gptbatch.pipeline.output.resume import check_format, check_part_rows, find_run
 from gptbatch.pipeline.output.run_folder import RunFolder
+
+logger = logging.getLogger("gptbatch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +55,18 @@ def plan_job(config: JobConfig) -> Plan:
     folder = OutputFolder(Path(config.output))
     folder.check_creatable()
     state = find_run(folder)
+    if state is not None and not state.holds_job:
+        state = None
+    if state is not None:
+        check_format(config.output, state)
+        check_part_rows(config, state)
     reader = open_input(config)
+    if reader.source.files() is None:
+        logger.warning(
+            "%s: cannot be recognised again, since it is no file of this machine: each run checks "
+            "its rows itself",
+            reader.source.name,
+        )
     checked = check_input(config, folder, reader, folder.read_hashes(), state, is_whole=False)
     ErrorLimit(config.max_row_errors, checked.summary.rows).check(checked.summary.bad_rows)
     folder.create()

@@ -15,13 +15,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.config import EngineConfig, JobConfig
-from gptbatch.pipeline.errors import OutputConflictError, StorageError
+from gptbatch.pipeline.errors import InputRowsError, OutputConflictError, StorageError
 from gptbatch.pipeline.input.config_hash import job_identity
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
 from gptbatch.pipeline.input.tokenize import TokenizedInput
@@ -158,6 +159,57 @@ class PartWorker:
         return _run(self._config, progress, stop, NO_SHARD, source, self._models)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenOutput:
+    """The output of a job whose parts a driver deals out.
+
+    Attributes:
+        plan: The parts of the job.
+        missing: Numbers of the parts to generate: those that are missing, damaged, or not whole.
+    """
+
+    plan: PartPlan
+    missing: list[int]
+    _output: RunOutput
+
+    def finish(self) -> int:
+        """Mark the output complete. Returns the number of error rows.
+
+        Raises:
+            IncompleteError: A part is not whole.
+            OutputConflictError: The folder holds other parts or tables.
+            StorageError: A file cannot be written, or a part is gone.
+        """
+        return self._output.finish_all()
+
+
+@contextmanager
+def open_output(config: JobConfig) -> Iterator[OpenOutput]:
+    """Check the input and inspect the output of a job, for a driver that deals out its parts.
+
+    Args:
+        config: The settings of the job; `shard` is ignored.
+
+    Raises:
+        GptbatchError: The errors that `run_job` raises before it loads the model.
+    """
+    job = _find_job(config, NO_SHARD)
+    checked = _check_input(job)
+    job.folder.create()
+    whole = Target(
+        config=config, folder=job.folder, hashes=job.hashes, plan=checked.plan, shard=Shard()
+    )
+    with (
+        _lock(job) as lock,
+        RunFolder(job.folder.work, job.identity["config_hash"]) as run,
+    ):
+        existing = inspect_output(whole, lock, job.identity, checked.summary)
+        output = RunOutput(target=whole, run=run, defaults=job.reader.defaults, existing=existing)
+        checked.rows.write(job.folder, run.writer)
+        missing = [number for number in whole.share if number not in existing.kept.parts]
+        yield OpenOutput(plan=checked.plan, missing=missing, _output=output)
+
+
 @dataclass(slots=True)
 class _Models:
     """The model of a worker, once it is loaded."""
@@ -205,7 +257,7 @@ def _run(
             return summarize_complete_output(config, existing.state.manifest, wall_s)
         output = RunOutput(
             target=target,
-            run=stack.enter_context(RunFolder(job.folder.work)),
+            run=stack.enter_context(RunFolder(job.folder.work, job.identity["config_hash"])),
             defaults=job.reader.defaults,
             existing=existing,
         )
@@ -233,7 +285,11 @@ def _run(
                     stop=stop,
                     source=source or output.open_source(),
                 )
-                generate_s = _generate(runner, output)
+                try:
+                    generate_s = _generate(runner, output)
+                except InputRowsError:
+                    checked.rows.forget(job.folder, output.writer)
+                    raise
                 complete = source is None and output.finish(runner.sink.parts)
         seconds = {"load_s": load_s, "generate_s": generate_s, "wall_s": time.monotonic() - began_s}
         return _summarize(job, loaded, runner.counts, existing.kept.rows, complete, seconds)

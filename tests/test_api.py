@@ -8,8 +8,25 @@ import sys
 import gptbatch.pipeline
 from gptbatch.pipeline import errors
 
-FUNCTIONS = {"inspect_job", "load_config", "plan_job", "run_job"}
-TYPES = {"EngineConfig", "InputReport", "JobConfig", "Plan", "Progress", "RunSummary", "Stop"}
+FUNCTIONS = {
+    "finish_folder",
+    "inspect_job",
+    "load_config",
+    "plan_job",
+    "run_job",
+    "run_parts",
+}
+TYPES = {
+    "EngineConfig",
+    "FinishedOutput",
+    "InputReport",
+    "JobConfig",
+    "PartSource",
+    "Plan",
+    "Progress",
+    "RunSummary",
+    "Stop",
+}
 
 
 def test_the_public_names_are_the_functions_their_types_and_the_errors() -> None:

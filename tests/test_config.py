@@ -150,7 +150,9 @@ def test_gpt2_cpu_yaml_shows_every_key_and_its_default() -> None:
 def test_every_key_has_an_option_a_variable_and_a_description() -> None:
     options = {name for parameter in generate.params for name in parameter.opts}
     keys = config_fields()
-    assert {option_name(key) for key in keys} | {"--config", "--greedy", "--dry-run"} == options
+    others = {"--config", "--greedy", "--dry-run", "--on", "--workers", "--ray-address"}
+    others |= {"--worker-cpus", "--worker-gpus"}
+    assert {option_name(key) for key in keys} | others == options
     assert len({environment_name(key) for key in keys}) == len(keys)
     assert all(field.description for field in keys.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from gptbatch.pipeline.output.shards import (
     parse_shard,
 )
 from tests.launcher import Child, Launcher
-from tests.processes import wait_for
-from tests.test_durability import SLOW, Setting, check_parts, run_states
+from tests.processes import LIMIT_S, wait_for
+from tests.test_durability import SLOW, Setting, check_parts, run_states, table
 
 # -- which parts -----------------------------------------------------------------------------------
 
@@ -78,6 +79,15 @@ AUTO = {
         },
         Shard(13, 24),
     ),
+    "mpirun in a job of Slurm": (
+        {
+            "SLURM_NTASKS": "8",
+            "SLURM_PROCID": "0",
+            "OMPI_COMM_WORLD_RANK": "5",
+            "OMPI_COMM_WORLD_SIZE": "8",
+        },
+        Shard(5, 8),
+    ),
     "srun": ({"SLURM_NTASKS": "8", "SLURM_PROCID": "5"}, Shard(5, 8)),
     "Indexed Job": ({"JOB_COMPLETION_INDEX": "3", "GPTBATCH_SHARDS": "16"}, Shard(3, 16)),
     "SkyPilot": ({"SKYPILOT_JOB_RANK": "1", "SKYPILOT_NUM_JOBS": "2"}, Shard(1, 2)),
@@ -98,7 +108,7 @@ def test_auto_finds_the_shard_of_a_scheduler(name: str) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({}, "auto finds no variables of Slurm, Kubernetes, SkyPilot"),
+        ({}, "auto finds no variables of Slurm arrays, Kubernetes, SkyPilot, torchrun"),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "auto finds no variables"),
         ({"JOB_COMPLETION_INDEX": "3"}, "GPTBATCH_SHARDS is not; set it to the completions"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "torchrun: RANK is 'x', and a number is needed"),
@@ -169,6 +179,9 @@ def test_shards_that_end_together_seldom_take_the_same_part() -> None:
     assert len(set(taken)) > 15
 
 
+# above the largest number of a process on Linux
+NO_PID = 2**22 + 1
+
 # -- the folders of runs ---------------------------------------------------------------------------
 
 
@@ -176,8 +189,8 @@ def test_a_dead_run_is_taken_over_by_one_run_alone(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as dead:
         assert OtherRun(dead.path).is_live()
     assert not OtherRun(dead.path).is_live()
-    with RunFolder(tmp_path) as first, RunFolder(tmp_path) as second:
-        assert first.has_company()
+    with RunFolder(tmp_path) as first, RunFolder(tmp_path, "of a job") as second:
+        assert first.company() == {"of a job"}
         with first.dead_runs() as taken:
             assert [run.path for run in taken] == [dead.path]
             with second.dead_runs() as left:
@@ -191,23 +204,25 @@ def test_files_of_others_stay_in_the_folder_of_a_dead_run(tmp_path: Path) -> Non
     with RunFolder(tmp_path) as dead:
         (dead.path / "part-000000.parquet.tmp").write_bytes(b"left behind")
         (dead.path / "notes.txt").write_text("mine")
-    with RunFolder(tmp_path) as run, run.dead_runs():
-        pass
+    with RunFolder(tmp_path) as run:
+        run.sweep()
     assert [path.name for path in dead.path.iterdir()] == ["notes.txt"]
 
 
 def test_a_run_on_another_host_lives_while_it_shows_progress(tmp_path: Path) -> None:
-    """Its lock may not be seen here: some file systems lock within a host only."""
+    """Its lock may not be seen here: some file systems lock within a host only, or not at all."""
     with RunFolder(tmp_path) as run:
         note = json.loads((run.path / "lock").read_text())
         progress = {"rows_total": 1, "rows_done": 0, "error_rows": 0, "state": "running"}
     other = OtherRun(run.path)
-    for updated_at, host, lives in (
-        ("2999-01-01T00:00:00Z", "elsewhere", True),
-        ("2999-01-01T00:00:00Z", note["host"], False),
-        ("2020-01-01T00:00:00Z", "elsewhere", False),
+    for updated_at, host, pid, lives in (
+        ("2999-01-01T00:00:00Z", "elsewhere", NO_PID, True),
+        ("2020-01-01T00:00:00Z", "elsewhere", NO_PID, False),
+        ("2999-01-01T00:00:00Z", note["host"], NO_PID, False),
+        ("2999-01-01T00:00:00Z", note["host"], os.getpid(), True),
+        ("2020-01-01T00:00:00Z", note["host"], os.getpid(), False),
     ):
-        (run.path / "lock").write_text(json.dumps({**note, "host": host}))
+        (run.path / "lock").write_text(json.dumps({**note, "host": host, "pid": pid}))
         (run.path / "progress.json").write_text(json.dumps({**progress, "updated_at": updated_at}))
         assert other.is_live() == lives
 
@@ -272,6 +287,16 @@ def test_the_last_shard_finishes_and_others_skip_what_is_done(
     setting.check_complete(output)
 
 
+def test_a_shard_generates_its_damaged_parts_again(setting: Setting, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    wait_all(start(setting, output, "0/2"))
+    part = output / "part-000013.parquet"
+    part.write_bytes(part.read_bytes()[:-100])
+    (shard,) = wait_all(start(setting, output, "1/2"))
+    assert (shard.summary["rows"], shard.summary["complete"]) == (6, True)
+    setting.check_complete(output)
+
+
 def test_finish_completes_an_output_without_model_and_input(
     setting: Setting, launcher: Launcher, tmp_path: Path
 ) -> None:
@@ -285,7 +310,7 @@ def test_finish_completes_an_output_without_model_and_input(
     content = part.read_bytes()
     part.unlink()
     code, child = launcher.run("finish", output)
-    assert (code, "parts 3 are missing; run the job again" in child.stderr) == (75, True)
+    assert (code, "1 of 20 parts are missing (3); run the" in child.stderr) == (75, True)
     part.write_bytes(content)
     code, child = launcher.run("finish", output)
     assert code == 0, child.stderr
@@ -294,7 +319,37 @@ def test_finish_completes_an_output_without_model_and_input(
     setting.check_complete(output)
     part.write_bytes(content[:-100])
     code, child = launcher.run("finish", output)
-    assert (code, "part-000003.parquet: another run has changed it" in child.stderr) == (78, True)
+    assert (code, "part-000003.parquet: is not whole" in child.stderr) == (75, True)
+
+
+def test_shards_of_another_job_may_follow_shards_without_parts(
+    setting: Setting, tmp_path: Path
+) -> None:
+    """A folder without parts is free, also for several shards that begin together."""
+    output = tmp_path / "out"
+    first = setting.start(output, "--shard", "0/2", fault=("slow step", str(2 * LIMIT_S)))
+    wait_for((output / "_manifest.json").exists, "the claim")
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    assert not list(output.glob("part-*"))
+    done = wait_all(
+        [setting.start(output, "--shard", f"{index}/2", "--seed", "9") for index in (0, 1)]
+    )
+    assert any(child.summary["complete"] for child in done)
+
+
+def test_a_grown_input_is_finished_by_its_shards(setting: Setting, tmp_path: Path) -> None:
+    """The last part had few rows. The shard that does not own it says that it is not done."""
+    output = tmp_path / "out"
+    wait_all([setting.start(output, "--shard", f"{index}/2", "--limit", "63") for index in (0, 1)])
+    limit = ("--limit", "65")
+    first = setting.start(output, "--shard", "0/2", *limit)
+    assert first.wait() == 0, first.stderr
+    assert not first.summary["complete"]
+    second = setting.start(output, "--shard", "1/2", *limit)
+    assert second.wait() == 0, second.stderr
+    assert second.summary["complete"]
+    assert table(output).equals(setting.expected.slice(0, 65))
 
 
 def test_a_run_of_the_whole_job_excludes_shards(setting: Setting, tmp_path: Path) -> None:

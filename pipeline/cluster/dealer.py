@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-# A part that was in flight at so many crashes is not dealt again.
+# A part that was in flight at this number of crashes is not dealt again.
 MAX_CRASHES = 3
 
 
@@ -45,9 +45,6 @@ class Dealer:
         missing: The numbers of the parts to generate.
         workers: The number of workers that are expected. Others may come and go.
         clock: Returns seconds.
-
-    Attributes:
-        set_aside: Parts that were in flight at MAX_CRASHES crashes, in order.
     """
 
     def __init__(
@@ -59,7 +56,7 @@ class Dealer:
     ) -> None:
         self._clock = clock
         self._numbers = sorted(missing)
-        # Ranges of indices in _numbers that no worker has begun: those of nobody, and of workers.
+        # Ranges of indices in _numbers that have not begun: those without a worker, and of workers.
         self._free = deque(_split(len(self._numbers), workers))
         self._ranges: dict[str, range] = {}
         self._returned: deque[int] = deque()
@@ -67,7 +64,7 @@ class Dealer:
         self._in_flight: dict[int, dict[str, float]] = {}
         self._written: set[int] = set()
         self._crashes: Counter[int] = Counter()
-        self.set_aside: list[int] = []
+        self._set_aside: set[int] = set()
         self._copies = self._steals = 0
 
     def next(self, worker: str) -> int | None:
@@ -113,15 +110,20 @@ class Dealer:
             self._crashes[number] += crashed
             if self._crashes[number] < MAX_CRASHES:
                 self.given_up(worker, number)
-            elif number not in self.set_aside:
+            else:
                 self._in_flight.pop(number)
-                self.set_aside.append(number)
+                self._set_aside.add(number)
         return held
 
     @property
     def is_done(self) -> bool:
         """Whether each part is written or set aside."""
-        return self.counts.missing == len(set(self.set_aside) - self._written)
+        return self.counts.missing == len(self.set_aside)
+
+    @property
+    def set_aside(self) -> list[int]:
+        """Parts that were in flight at MAX_CRASHES crashes, in order. They are not dealt again."""
+        return sorted(self._set_aside - self._written)
 
     @property
     def has_parts(self) -> bool:

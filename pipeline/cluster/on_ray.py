@@ -1,7 +1,7 @@
 """run_on_ray: run a job on a Ray cluster. The only module that imports Ray.
 
     driver   checks the input, starts the actors, replaces workers, finishes the output
-    dealer   one actor: deals out part numbers (output/dealer.py)
+    dealer   one actor: deals out part numbers (dealer.py)
     workers  actors that load the model once, pull parts from the dealer and write them
 
 Only part numbers travel between the actors. All of them see the input, the model and the output
@@ -12,13 +12,13 @@ is written, or set aside.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.cluster.dealer import Dealer
@@ -30,16 +30,17 @@ from gptbatch.pipeline.errors import (
     IncompleteError,
     StoppedError,
 )
-from gptbatch.pipeline.output.finish import missing_parts
-from gptbatch.pipeline.output.finish_folder import finish_folder
-from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_runner import Progress, Stop
-from gptbatch.pipeline.plan import Plan, plan_job
+from gptbatch.pipeline.run import open_output
+from gptbatch.pipeline.system.bundled import PREFIX
 
 logger = logging.getLogger("gptbatch")
 
 POLL_S = 1.0
+# Workers end after a step. Those that do not are killed.
+STOP_S = 10.0
 # A worker is replaced this often before the job is given up.
 MAX_FAILURES_PER_WORKER = 5
 
@@ -108,8 +109,7 @@ class DealerActor:
         self._dealer.given_up(worker, number)
 
     def lost(self, worker: str, crashed: bool) -> None:
-        held = self._dealer.lost(worker, crashed=crashed)
-        logger.info("worker %s is lost; parts %s are dealt again", worker, held)
+        self._dealer.lost(worker, crashed=crashed)
 
     def state(self) -> dict[str, Any]:
         counts = self._dealer.counts
@@ -145,19 +145,30 @@ class DealtParts:
 
 
 class WorkerActor:
-    """Loads the model once, and generates the parts that a dealer gives to it."""
+    """Loads the model once, and generates the parts that a dealer gives to it.
 
-    def __init__(self, config: JobConfig, dealer: Any, name: str, memory_share: float) -> None:
+    Args:
+        config: The settings of the job.
+        dealer: The actor that deals.
+        name: Of this worker, for the dealer.
+        memory_share: Share of the node's free memory; None where the device is no CPU.
+    """
+
+    def __init__(
+        self, config: JobConfig, dealer: Any, name: str, memory_share: float | None
+    ) -> None:
+        from gptbatch.pipeline.model.loading import CACHE_MEMORY_SHARE
         from gptbatch.pipeline.run import PartWorker
         from gptbatch.pipeline.system.machine import free_memory_bytes
 
-        if config.engine.memory_gib is None and memory_share < 1:
-            free = free_memory_bytes() or 0
-            memory_gib = max(free / 2**31 * memory_share, 2**-10)
+        free = free_memory_bytes()
+        if config.engine.memory_gib is None and memory_share is not None and free is not None:
+            memory_gib = free * CACHE_MEMORY_SHARE * memory_share / 2**30
             engine = config.engine.model_copy(update={"memory_gib": memory_gib})
             config = config.model_copy(update={"engine": engine})
         self._worker = PartWorker(config)
         self._source = DealtParts(dealer, name)
+        self._stopped = False
 
     def node(self) -> str:
         import ray
@@ -166,12 +177,23 @@ class WorkerActor:
         return node
 
     def run(self) -> None:
-        """Generate parts until the dealer has none.
+        """Generate parts until the dealer has none, or until `stop` is called.
 
         Raises:
             GptbatchError: See errors.py for the kinds.
         """
-        self._worker.run(self._source)
+        with suppress(StoppedError):
+            self._worker.run(self._source, stop=self)
+
+    def stop(self) -> None:
+        """End `run` after its step. A killed process would count as a crash of its parts."""
+        self._stopped = True
+
+    def deferred(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def requested(self) -> str | None:
+        return "the driver" if self._stopped else None
 
 
 @dataclass(slots=True)
@@ -211,36 +233,52 @@ def run_on_ray(
         GptbatchError: See errors.py for the other kinds.
     """
     began_s = time.monotonic()
-    if config.shard is not None or config.overwrite:
-        name = "shard" if config.shard is not None else "overwrite"
-        raise ConfigError(f"{name}: cannot be combined with a cluster", keys=(name,))
-    plan = plan_job(config)
-    folder = OutputFolder(Path(config.output))
-    identity = {"rows": plan.rows, "part_rows": plan.part_rows}
-    missing = missing_parts(folder, identity)
-    driver = _Driver(config=config, settings=settings, plan=plan, missing=missing)
-    state: dict[str, Any] = {"tokens": 0, "written": 0, "copies": 0, "set_aside": []}
-    if missing:
-        with _cluster(settings.address), nullcontext() if stop is None else stop.deferred():
-            state = driver.run(progress, stop)
-    if set_aside := state["set_aside"]:
-        raise IncompleteError(
-            f"{config.output}: parts {', '.join(map(str, set_aside))} were in flight at several "
-            "crashes, and are left out; all others are written. Generate them on one machine with "
-            "the same command, without the cluster: after two crashes it names the row"
+    if config.shard is not None or config.overwrite or config.inputs == ["-"]:
+        name = "shard" if config.shard else "overwrite" if config.overwrite else "input"
+        raise ConfigError(
+            f"{name}: {getattr(config, name)} cannot be combined with a cluster", keys=(name,)
         )
-    done = finish_folder(Path(config.output))
+    config = _with_absolute_paths(config)
+    with open_output(config) as output:
+        missing = output.missing
+        driver = _Driver(config=config, settings=settings, plan=output.plan, missing=missing)
+        state: dict[str, Any] = {"tokens": 0, "written": 0, "copies": 0, "set_aside": []}
+        if missing:
+            with _cluster(settings.address), nullcontext() if stop is None else stop.deferred():
+                state = driver.run(progress, stop)
+        if set_aside := state["set_aside"]:
+            raise IncompleteError(
+                f"{config.output}: parts {', '.join(map(str, set_aside))} were in flight at "
+                "several crashes, and are left out; all others are written. Generate them on one "
+                "machine with the same command, without the cluster: after two crashes it names "
+                "the row"
+            )
+        errors = output.finish()
     return RaySummary(
         output=config.output,
-        rows=done.rows,
-        errors=done.errors,
+        rows=output.plan.total_rows,
+        errors=errors,
         parts=state["written"],
-        parts_kept=plan.parts - len(missing),
+        parts_kept=output.plan.n_parts - len(missing),
         parts_copied=state["copies"],
         workers_lost=driver.n_lost,
         wall_s=round(time.monotonic() - began_s, 3),
         completion_tokens=state["tokens"],
     )
+
+
+def _with_absolute_paths(config: JobConfig) -> JobConfig:
+    """Return the config for processes in other folders. Names of the hub stay as they are."""
+    changes: dict[str, Any] = {"output": os.path.abspath(config.output)}
+    for key in ("model", "dataset"):
+        value = getattr(config, key)
+        if value is not None and os.path.exists(value):
+            changes[key] = os.path.abspath(value)
+    if config.inputs:
+        changes["input"] = [
+            name if name.startswith(PREFIX) else os.path.abspath(name) for name in config.inputs
+        ]
+    return config.model_copy(update=changes)
 
 
 @dataclass(kw_only=True)
@@ -257,7 +295,7 @@ class _Driver:
 
     config: JobConfig
     settings: RaySettings
-    plan: Plan
+    plan: PartPlan
     missing: list[int]
     n_lost: int = 0
     _workers: list[_Worker] = field(default_factory=list)
@@ -266,16 +304,16 @@ class _Driver:
     def run(self, progress: Progress | None, stop: Stop | None) -> dict[str, Any]:
         """Run until each part is written or set aside. Returns the state of the dealer."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         count = min(self.settings.workers, len(self.missing))
-        make_dealer: Any = ray.remote(num_cpus=0)(DealerActor)
-        dealer = make_dealer.remote(self.missing, count)
-        rows_missing = sum(
-            min(self.plan.part_rows, self.plan.rows - number * self.plan.part_rows)
-            for number in self.missing
-        )
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        make_dealer: Any = ray.remote(DealerActor)
+        options = {"num_cpus": 0, "scheduling_strategy": here}
+        dealer = make_dealer.options(**options).remote(self.missing, count)
+        rows_missing = sum(self.plan.rows_of(number) for number in self.missing)
         if progress is not None:
-            progress.begin(self.plan.rows, self.plan.rows - rows_missing)
+            progress.begin(self.plan.total_rows, self.plan.total_rows - rows_missing)
         try:
             self._workers = [self._start(dealer) for _ in range(count)]
             while True:
@@ -294,12 +332,26 @@ class _Driver:
                         "command again to go on"
                     )
                 self._attend(dealer, has_parts=state["has_parts"])
+        except ray.exceptions.RayActorError as error:
+            raise IncompleteError(
+                f"{self.config.output}: the dealer was lost ({error}); run the same command again"
+            ) from error
         finally:
             if progress is not None:
                 progress.end()
-            for worker in self._workers:
-                ray.kill(worker.actor)
+            self._stop_workers()
             ray.kill(dealer)
+
+    def _stop_workers(self) -> None:
+        import ray
+
+        for worker in self._workers:
+            worker.actor.stop.remote()
+        calls = [worker.running for worker in self._workers if worker.running is not None]
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=STOP_S)
+        for worker in self._workers:
+            ray.kill(worker.actor)
 
     def _attend(self, dealer: Any, *, has_parts: bool) -> None:
         """Wait a moment. Replace workers that are lost, and call those again that have ended."""
@@ -328,6 +380,8 @@ class _Driver:
             cause = getattr(error, "cause", None)
             raise cause if isinstance(cause, GptbatchError) else error from error
         except ray.exceptions.RayActorError as error:
+            if getattr(error, "actor_init_failed", False):
+                raise DeviceError(f"a worker cannot start: {error}") from error
             self.n_lost += 1
             crashed = not getattr(error, "preempted", False) and self._is_alive(worker)
             ray.get(dealer.lost.remote(worker.name, crashed))
@@ -353,16 +407,16 @@ class _Driver:
         return node in alive
 
     def _start(self, dealer: Any) -> _Worker:
-        """Create an actor. Where no node has room for it, it waits, as demand for an autoscaler."""
+        """Create an actor. Without free resources it is pending, as demand for an autoscaler."""
         import ray
 
         settings = self.settings
         name = f"worker-{self._n_started}"
         self._n_started += 1
-        make_worker: Any = ray.remote(
-            num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0, max_task_retries=0
-        )(WorkerActor)
-        actor = make_worker.remote(self._config_of_worker(), dealer, name, self._memory_share())
+        make_worker: Any = ray.remote(WorkerActor)
+        actor = make_worker.options(
+            num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0, max_concurrency=2
+        ).remote(self._config_of_worker(), dealer, name, self._memory_share())
         return _Worker(name=name, actor=actor, node=actor.node.remote(), running=actor.run.remote())
 
     def _config_of_worker(self) -> JobConfig:
@@ -371,10 +425,12 @@ class _Driver:
             engine = engine.model_copy(update={"threads": max(1, int(self.settings.cpus))})
         return self.config.model_copy(update={"engine": engine})
 
-    def _memory_share(self) -> float:
-        """Return the share of a node's memory for one of its workers."""
+    def _memory_share(self) -> float | None:
+        """Return the share of a node's memory for one of its workers; None for GPUs."""
         import ray
 
+        if self.settings.gpus:
+            return None
         largest = max(
             (entry["Resources"].get("CPU", 1.0) for entry in ray.nodes() if entry["Alive"]),
             default=1.0,
@@ -399,7 +455,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         return
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        ray.init(address=address or "local", log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise DeviceError(f"the Ray cluster {address} cannot be reached ({error})") from error
     # Ray replaces it in the main thread, by one that exits at once.

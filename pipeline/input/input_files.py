@@ -47,7 +47,7 @@ class InputFiles:
 
     def rows(self, start: Place = START) -> Iterator[RawRow]:
         """Yield the rows of all files, from a place on."""
-        if len(self._files) == 1:
+        if self.unit == "line":
             yield from self._files[0].rows(start)
             return
         position = start.position

@@ -71,7 +71,8 @@ def write_manifest(
         writer: Writes files atomically.
         facts: Facts of the run, its identity among them.
         text: The content.
-        joins: Keep an incomplete manifest of the same job and input.
+        joins: Keep a manifest of the same job and input, unless it is complete and parts are
+            missing.
         replaces: The identity of another job that is replaced.
 
     Returns:
@@ -86,8 +87,11 @@ def write_manifest(
         if (
             joins
             and current is not None
-            and not current.get("complete")
             and current["identity"].get("rows") == identity["rows"]
+            and not differing_keys(identity, current["identity"])
+            and not (
+                current.get("complete") and folder.missing_parts(len(current.get("parts", [])))
+            )
         ):
             return current
         if writer.write_text(target, text, only_if_absent=current is None):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptbatch.pipeline.errors import OutputConflictError, StorageError
+from gptbatch.pipeline.errors import IncompleteError, OutputConflictError, StorageError
 from gptbatch.pipeline.input.input_digest import input_digest
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.output.atomic_write import Writer
@@ -27,9 +27,6 @@ from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.stray_tables import find_stray_tables, refuse_stray_tables
 
-# Missing parts that are looked up by name.
-MAX_LOOKUPS = 100
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
@@ -42,17 +39,6 @@ class Finished:
 
     manifest: dict[str, Any]
     parts: list[Part]
-
-
-def missing_parts(folder: OutputFolder, identity: dict[str, Any]) -> list[int]:
-    """Return the numbers of the parts that are not written yet."""
-    present = folder.list_parts()
-    n_parts = count_parts(identity["part_rows"], identity["rows"])
-    missing = [number for number in range(n_parts) if number not in present]
-    if len(missing) > MAX_LOOKUPS:
-        return missing
-    # A listing of NFS may be older than the last parts.
-    return [number for number in missing if not (folder.path / part_name(number)).exists()]
 
 
 def finish(
@@ -76,7 +62,8 @@ def finish(
 
     Raises:
         OutputConflictError: The folder holds other parts or tables.
-        StorageError: A file cannot be written, or a part is damaged or gone.
+        IncompleteError: A part is damaged, or lacks rows.
+        StorageError: A file cannot be written, or a part is gone.
     """
     refuse_stray_tables(folder.path, find_stray_tables(folder.path))
 
@@ -86,7 +73,11 @@ def finish(
             return PartFile(path=path, state="sound", part=known[number])
         return inspect_part(path, content=number not in known and not hashes.is_recorded(path))
 
-    files = map_in_threads(inspect, folder.list_parts().items())
+    # Not by a listing, which may be older than the last parts.
+    n_parts = count_parts(identity["part_rows"], identity["rows"])
+    paths = {number: folder.path / part_name(number) for number in range(n_parts)}
+    paths |= {number: path for number, path in folder.list_parts().items() if number >= n_parts}
+    files = map_in_threads(inspect, paths.items())
     plan = PartPlan(
         identity=identity,
         input_digests=[file.part.input_rows_digest if file.part else "" for file in files],
@@ -103,7 +94,10 @@ def finish(
     write_error_rows(folder, writer, parts, defaults)
     write_manifest(folder, writer, facts, manifest_text(facts, parts))
     writer.write_text(folder.path / SUCCESS, "")
-    hashes.confirm_parts(folder.path / part.name for part in parts)
+    try:
+        hashes.confirm_parts(folder.path / part.name for part in parts)
+    except OSError as error:
+        raise StorageError(f"{error.filename}: is gone since it was checked") from error
     folder.write_hashes(writer, hashes)
     return Finished(manifest=facts, parts=parts)
 
@@ -113,19 +107,20 @@ def _whole_part(plan: PartPlan, file: PartFile, known: Mapping[int, Part]) -> Pa
 
     Raises:
         StorageError: The file is gone.
-        OutputConflictError: It is of another job, damaged, or changed by another run.
+        IncompleteError: It is damaged, or lacks rows.
+        OutputConflictError: It is of another job, or changed by another run.
     """
     if file.state == "missing":
         raise StorageError(f"{file.path}: is gone since it was written; run the same command again")
     plan.check_part(file)
-    if (
-        file.state != "sound"
-        or file.part is None
-        or not plan.is_whole(file.part)
-        or file.part != known.get(file.part.number, file.part)
-    ):
+    if file.state != "sound" or file.part is None or not plan.is_whole(file.part):
+        raise IncompleteError(
+            f"{file.path}: is not whole ({file.problem or 'it lacks rows'}); run the job again, "
+            "which generates the part"
+        )
+    if file.part != known.get(file.part.number, file.part):
         raise OutputConflictError(
-            f"{file.path}: another run has changed it ({file.problem or 'it holds other rows'}); "
-            "run the same command again"
+            f"{file.path}: another run has changed it (it holds other rows); run the same command "
+            "again"
         )
     return file.part

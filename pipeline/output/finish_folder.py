@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import IncompleteError, InputNotFoundError
 from gptbatch.pipeline.input.prompt_reader import row_defaults
 from gptbatch.pipeline.input.rows import RowDefaults
-from gptbatch.pipeline.output.finish import finish, missing_parts
+from gptbatch.pipeline.output.finish import finish
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
 from gptbatch.pipeline.output.lock import OutputLock
+from gptbatch.pipeline.output.part_plan import count_parts
 from gptbatch.pipeline.output.resume import check_format, find_run
 from gptbatch.pipeline.output.run_folder import RunFolder
 from gptbatch.pipeline.system.yaml_reader import YamlError, read_yaml_mapping
@@ -57,25 +57,26 @@ def finish_folder(path: Path) -> FinishedOutput:
     """
     folder = OutputFolder(path)
     state = find_run(folder) if path.is_dir() else None
-    if state is None or not isinstance(state.identity.get("rows"), int):
+    known = {} if state is None else state.identity
+    if state is None or not {"rows", "part_rows", "input_digest"} <= known.keys():
         raise InputNotFoundError(
             f"{path}: holds no run of gptbatch; name the output folder of a run"
         )
     check_format(str(path), state)
     folder.create()
     with OutputLock(folder.work, shared=True), RunFolder(folder.work) as run:
-        if missing := missing_parts(folder, state.identity):
-            named = ", ".join(map(str, islice(missing, MAX_NAMED)))
+        n_parts = count_parts(state.identity["part_rows"], state.identity["rows"])
+        if missing := folder.missing_parts(n_parts):
+            named = ", ".join(map(str, missing[:MAX_NAMED]))
             more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
             raise IncompleteError(
-                f"{path}: parts {named}{more} are missing; run the job again, and it generates them"
+                f"{path}: {len(missing)} of {n_parts} parts are missing ({named}{more}); run the "
+                "job again, which generates them"
             )
         done = finish(
             folder, run.writer, state.identity, folder.read_hashes(), {}, _defaults(folder)
         )
-        with run.dead_runs():
-            # They are not needed any more.
-            pass
+        run.sweep()
     return FinishedOutput(
         output=str(path),
         rows=sum(part.rows for part in done.parts),

@@ -49,6 +49,9 @@ CONFIG = "config.yaml"
 DIGESTS = "digests.json"
 ERRORS = "errors.jsonl"
 
+# Missing parts that are looked up by name.
+MAX_LOOKUPS = 100
+
 logger = logging.getLogger("gptbatch")
 
 
@@ -250,6 +253,15 @@ class OutputFolder:
             if number is not None and (number not in parts or entry.name == part_name(number)):
                 parts[number] = entry
         return dict(sorted(parts.items()))
+
+    def missing_parts(self, n_parts: int) -> list[int]:
+        """Return the numbers below `n_parts` whose parts are not there."""
+        present = self.list_parts()
+        missing = [number for number in range(n_parts) if number not in present]
+        if len(missing) > MAX_LOOKUPS:
+            return missing
+        # A listing of NFS may be older than the last parts.
+        return [number for number in missing if not (self.path / part_name(number)).exists()]
 
     def read_hashes(self) -> FileHashes:
         """Read the hashes in `digests.json` and in the records of runs; skip damaged ones."""

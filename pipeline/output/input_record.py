@@ -32,6 +32,10 @@ class CheckedInput:
     hashes: FileHashes
     is_new: bool
 
+    def forget(self, folder: OutputFolder, writer: Writer) -> None:
+        """Delete the index: the input has changed in a way that its files do not show."""
+        writer.remove(folder.work / INDEX)
+
     def write(self, folder: OutputFolder, writer: Writer) -> None:
         """Write the index and the hashes, if they are new.
 

@@ -159,6 +159,7 @@ class HolderContent(_StrictModel):
     host: Text
     pid: Count
     since: Time
+    job: Text | None = None
 
 
 class IndexContent(_StrictModel):

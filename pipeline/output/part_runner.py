@@ -156,7 +156,8 @@ class PartRunner:
             InputRowsError: There are more error rows than max_row_errors.
         """
         if self.summary.rows == 0:
-            self.sink.add_empty()
+            if self.source.next() is not None:
+                self.source.committed(self.sink.add_empty())
             return
         for observer in self.observers:
             observer.begin(

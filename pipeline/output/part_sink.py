@@ -89,9 +89,11 @@ class PartSink:
             self._finish_part(part)
         return part
 
-    def add_empty(self) -> None:
+    def add_empty(self) -> Part:
         """Commit the part of an input without rows."""
-        self._finish_part(self._writer.add_empty())
+        part = self._writer.add_empty()
+        self._finish_part(part)
+        return part
 
     def close_journal(self) -> None:
         """Record that the run ends without a crash."""

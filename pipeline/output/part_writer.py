@@ -7,6 +7,7 @@ A part under its final name is the record that its rows are done. The file appea
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,8 @@ from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.schema import content_digest, to_row, to_table
 from gptbatch.pipeline.system.regular_file import file_sha256
 from gptbatch.pipeline.types import Completion
+
+logger = logging.getLogger("gptbatch")
 
 # Tries to commit a part while another program creates and deletes files of its name.
 MAX_COMMIT_TRIES = 3
@@ -111,6 +114,16 @@ class PartWriter:
                 self._check_same_rows(existing, part)
                 self._hashes.record_part(part.name, file_sha256(path))
                 return existing.part
+            if (
+                existing.state == "sound"
+                and existing.part is not None
+                and existing.part.first_row == part.first_row
+                and existing.part.rows > part.rows
+            ):
+                raise OutputConflictError(
+                    f"{path}: another run of this job has more rows, of a larger limit or input; "
+                    "run the same command with these again"
+                )
             self._write(path, table, part, only_if_absent=False)
             return part
         raise StorageError(
@@ -163,13 +176,20 @@ class PartWriter:
     def _check_same_rows(self, existing: PartFile, part: Part) -> None:
         assert existing.part is not None
         assert existing.footer is not None
-        if existing.part.content_digest != part.content_digest:
-            same = existing.footer.get("environment") == self.facts.get("environment")
-            where = "on a machine with the same environment" if same else "with another environment"
-            raise OutputConflictError(
-                f"{existing.path}: another run of this job wrote it {where}, and its rows differ "
-                "(content_digest); name another output"
+        if existing.part.content_digest == part.content_digest:
+            return
+        if existing.footer.get("environment") != self.facts.get("environment"):
+            # allow_other_environment
+            logger.warning(
+                "%s: another run wrote it in another environment, and its rows differ; they stay",
+                existing.path,
             )
+            return
+        raise OutputConflictError(
+            f"{existing.path}: another run of this job wrote it in the same environment, and its "
+            "rows differ (content_digest): one of the two machines computes wrongly; find out "
+            "which, with gptbatch verify, and name another output"
+        )
 
 
 def _write_table(file: BinaryIO, table: pa.Table) -> None:

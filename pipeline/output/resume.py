@@ -137,6 +137,20 @@ def check_format(output: str, state: FolderState) -> None:
         )
 
 
+def check_part_rows(config: JobConfig, state: FolderState) -> None:
+    """Check that the config names no other rows per part than the run in a folder.
+
+    Raises:
+        OutputConflictError: They differ.
+    """
+    recorded = state.identity.get("part_rows")
+    if config.part_rows not in (None, recorded):
+        raise OutputConflictError(
+            f"{config.output}: holds a run with {recorded} rows per part, not {config.part_rows}; "
+            f"{_ADVICE}"
+        )
+
+
 def check_continuable(config: JobConfig, state: FolderState, identity: dict[str, Any]) -> None:
     """Check that this job can continue the run in a folder, apart from its input.
 

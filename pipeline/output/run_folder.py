@@ -55,20 +55,32 @@ class OtherRun:
     def is_live(self, max_silence_s: float = MAX_SILENCE_S) -> bool:
         """Return whether the run is going on.
 
-        The lock tells, except where it is held on another host whose locks are not seen here: then
-        the age of its progress does.
+        The lock tells. Where it is not held, it may be held on another host whose locks are not
+        seen here, or the file system has no locks: then the age of the run's progress tells.
 
         Args:
-            max_silence_s: Seconds without progress after which a run on another host is dead.
+            max_silence_s: Seconds without progress after which such a run is dead.
         """
         if is_locked(self.path / RUN_LOCK):
             return True
-        try:
-            content = validated(HolderContent, read_json(self.path / RUN_LOCK))
-        except (OSError, ValueError):
-            # The run has ended, and has emptied the file.
+        content = self._holder()
+        # A run that ends empties the file.
+        if content is None:
             return False
-        return content.host != socket.gethostname() and seems_running(self.path, max_silence_s)
+        if content.host == socket.gethostname() and not _exists(content.pid):
+            return False
+        return seems_running(self.path, max_silence_s)
+
+    def config_hash(self) -> str | None:
+        """Return the config hash of the run's job; None where it does not say so."""
+        content = self._holder()
+        return None if content is None else content.job
+
+    def _holder(self) -> HolderContent | None:
+        try:
+            return validated(HolderContent, read_json(self.path / RUN_LOCK))
+        except (OSError, ValueError):
+            return None
 
 
 class RunFolder:
@@ -76,6 +88,7 @@ class RunFolder:
 
     Args:
         work: The folder `.gptbatch` of the output.
+        config_hash: Of the job; None where it is not known.
 
     Attributes:
         path: The folder.
@@ -85,8 +98,8 @@ class RunFolder:
         OutputCreationError: The folder cannot be created.
     """
 
-    def __init__(self, work: Path) -> None:
-        self._work = work
+    def __init__(self, work: Path, config_hash: str | None = None) -> None:
+        self._work, self._config_hash = work, config_hash
         self.path = work / RUNS / secrets.token_hex(6)
         self.writer = Writer(self.path)
         self._lock: FileLock | None = None
@@ -95,11 +108,12 @@ class RunFolder:
         new = self.path.with_name(f"{self.path.name}.new")
         try:
             new.mkdir(parents=True)
+            note = json.dumps({**holder(), "job": self._config_hash}) + "\n"
+            (new / RUN_LOCK).write_text(note)
             lock = FileLock(new / RUN_LOCK)
             # Where the file system has no locks, OutputLock has warned.
             with suppress(OSError):
                 if lock.acquire(timeout_s=LOCK_TIMEOUT_S):
-                    lock.write_note(json.dumps(holder()) + "\n")
                     self._lock = lock
             new.rename(self.path)
         except OSError as error:
@@ -114,8 +128,9 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        with suppress(OSError):
+            (self.path / RUN_LOCK).write_text("")
         if self._lock is not None:
-            self._lock.write_note("")
             self._lock.release()
 
     def record(self, part: Part, sha256: str) -> None:
@@ -142,9 +157,14 @@ class RunFolder:
             for run in dead:
                 _delete(run.path)
 
-    def has_company(self) -> bool:
-        """Return whether another run is going on in the output folder."""
-        return any(run.is_live() for run in self._others())
+    def sweep(self) -> None:
+        """Delete the folders of dead runs, whose records are not needed any more."""
+        with self.dead_runs():
+            pass
+
+    def company(self) -> set[str | None]:
+        """Return the config hashes of the jobs of other runs that are going on."""
+        return {run.config_hash() for run in self._others() if run.is_live()}
 
     def others_in_flight(self, max_silence_s: float) -> set[int]:
         """Return the parts that live runs beside this one have in flight."""
@@ -207,6 +227,17 @@ def describe_holder(lock: Path) -> str:
     except (OSError, ValueError):
         return "its host and process are unknown"
     return f"process {content.pid} on host {content.host}, since {content.since}"
+
+
+def _exists(pid: int) -> bool:
+    """Return whether this machine has a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _delete(path: Path) -> None:

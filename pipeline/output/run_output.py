@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.errors import OutputBusyError, StorageError
+from gptbatch.pipeline.errors import IncompleteError, OutputBusyError, StorageError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.output.atomic_write import Writer
@@ -18,7 +18,7 @@ from gptbatch.pipeline.output.claim import claim, delete_run
 from gptbatch.pipeline.output.crash_journal import CRASH_JOURNAL, CrashJournal, read_crash_journal
 from gptbatch.pipeline.output.error_rows import describe_errors, write_error_rows
 from gptbatch.pipeline.output.file_hashes import FileHashes
-from gptbatch.pipeline.output.finish import finish, missing_parts
+from gptbatch.pipeline.output.finish import finish
 from gptbatch.pipeline.output.folder import ERRORS, FolderState, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.lock import OutputLock
@@ -101,7 +101,7 @@ class ExistingRun:
             and self.state.marked_complete
             and self.state.identity == target.plan.identity
             and len(self.kept.parts) == len(target.share)
-            and not missing_parts(target.folder, target.plan.identity)
+            and not target.folder.missing_parts(target.plan.n_parts)
         )
 
 
@@ -196,12 +196,14 @@ class RunOutput:
                 another shard computes in another environment.
         """
         replaced = self.existing.state if self.existing.is_replaced else None
-        # Of runs that are going on, or have written parts, a shard accepts the claim.
-        config = self.target.config
+        config, company = self.target.config, self.run.company()
+        # Of runs of this job that are going on, or have written parts, a shard accepts the claim.
         joins = not self.target.shard.is_whole and (
-            self.run.has_company() or bool(self.folder.list_parts())
+            facts["config_hash"] in company or bool(self.folder.list_parts())
         )
-        if replaced is not None and not joins:
+        if replaced is not None and replaced.identity["config_hash"] in company:
+            replaced = None
+        if replaced is not None:
             delete_run(self.folder, self.writer, replaced)
         claimed = claim(
             self.folder,
@@ -209,7 +211,7 @@ class RunOutput:
             config.to_yaml(),
             facts,
             joins=joins,
-            replaces=None if replaced is None or joins else replaced.identity,
+            replaces=None if replaced is None else replaced.identity,
         )
         check_same_environment(config, claimed, facts["environment"], facts["batch_invariance"])
 
@@ -245,10 +247,14 @@ class RunOutput:
         if self.target.shard.is_whole:
             return LocalParts(missing)
         folder = self.folder.path
+        # Files of these names are there, and are to be replaced.
+        damaged = set(missing) & (
+            self.existing.state.parts.keys() if self.existing.state else set()
+        )
         return ShardParts(
             missing,
             lambda: find_free_parts(self.folder, self.run, self.target.plan),
-            lambda number: (folder / part_name(number)).exists(),
+            lambda number: number not in damaged and (folder / part_name(number)).exists(),
             seed=self.run.path.name,
         )
 
@@ -273,7 +279,12 @@ class RunOutput:
             StorageError: A file cannot be written, or a part is gone.
         """
         target = self.target
-        if missing := missing_parts(self.folder, target.plan.identity):
+        if missing := self.folder.missing_parts(target.plan.n_parts):
+            if target.shard.is_whole:
+                path = self.folder.path / part_name(missing[0])
+                raise StorageError(
+                    f"{path}: is gone since it was written; run the same command again"
+                )
             logger.info(
                 "%d of %d parts are missing, which other runs generate; the last run marks the "
                 "output complete, or `gptbatch finish` does",
@@ -281,16 +292,43 @@ class RunOutput:
                 target.plan.n_parts,
             )
             return False
+        try:
+            self.finish_all(parts)
+        except IncompleteError as error:
+            if target.shard.is_whole:
+                raise
+            logger.info("%s", error)
+            return False
+        return True
+
+    def finish_all(self, known: Mapping[int, Part] | None = None) -> int:
+        """Mark the output complete, of which no part is missing.
+
+        Args:
+            known: Parts that this run has written or kept, by number.
+
+        Returns:
+            The number of error rows.
+
+        Raises:
+            IncompleteError: A part is damaged, or lacks rows.
+            OutputConflictError: The folder holds other parts or tables.
+            StorageError: A file cannot be written, or a part is gone.
+        """
+        target = self.target
         target.hashes.add_records(read_records(list_runs(self.folder.work)))
         done = finish(
-            self.folder, self.writer, target.plan.identity, target.hashes, parts, self.defaults
+            self.folder,
+            self.writer,
+            target.plan.identity,
+            target.hashes,
+            known or {},
+            self.defaults,
         )
-        with self.run.dead_runs():
-            # They are not needed any more.
-            pass
+        self.run.sweep()
         self.writer.remove(self.run.path / CRASH_JOURNAL)
         self._log_errors(done.parts)
-        return True
+        return sum(part.errors for part in done.parts)
 
     def write_error_rows(self, parts: Iterable[Part]) -> None:
         """Write errors.jsonl."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from gptbatch.pipeline.config.sources import SHARDS_VARIABLE
 from gptbatch.pipeline.errors import ConfigError
-from gptbatch.pipeline.output.finish import missing_parts
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_plan import PartPlan
@@ -136,7 +135,7 @@ def find_free_parts(folder: OutputFolder, run: RunFolder, plan: PartPlan) -> lis
         plan: The parts of the job.
     """
     taken = run.others_in_flight(MAX_SILENCE_S)
-    return [number for number in missing_parts(folder, plan.identity) if number not in taken]
+    return [number for number in folder.missing_parts(plan.n_parts) if number not in taken]
 
 
 def find_shard(setting: str | None, environment: Mapping[str, str]) -> Shard:
@@ -153,19 +152,18 @@ def find_shard(setting: str | None, environment: Mapping[str, str]) -> Shard:
         return Shard()
     if setting != AUTO:
         return parse_shard(setting)
-    for scheduler, find in _SCHEDULERS.items():
-        try:
-            shard = find(environment)
-        except ValueError as error:
-            raise ConfigError(f"shard: auto: {scheduler}: {error}", keys=("shard",)) from error
-        if shard is not None:
-            logger.info("shard %s, by the variables of %s", shard, scheduler)
-            return shard
-    raise ConfigError(
-        "shard: auto finds no variables of "
-        f"{', '.join(_SCHEDULERS)} in the environment; name the shard: --shard 0/4",
-        keys=("shard",),
-    )
+    # The task of an array or job, and within it one of several processes.
+    task, process = _find(_TASKS, environment), _find(_PROCESSES, environment)
+    if task is None and process is None:
+        raise ConfigError(
+            f"shard: auto finds no variables of {', '.join((*_TASKS, *_PROCESSES))} in the "
+            "environment; name the shard: --shard 0/4",
+            keys=("shard",),
+        )
+    outer, inner = task or Shard(), process or Shard()
+    shard = Shard(outer.index * inner.count + inner.index, outer.count * inner.count)
+    logger.info("shard %s, by the environment", shard)
+    return shard
 
 
 def parse_shard(text: str) -> Shard:
@@ -184,22 +182,21 @@ def parse_shard(text: str) -> Shard:
     return Shard(int(match[1]), int(match[2]))
 
 
-def _from_slurm(environment: Mapping[str, str]) -> Shard | None:
-    """Take the task of a job array, and within it the process of a step (srun -n)."""
-    index, count = 0, 1
-    if "SLURM_ARRAY_TASK_ID" in environment:
-        first = _number(environment, "SLURM_ARRAY_TASK_MIN")
-        step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP", default=1))
-        count = max(1, _number(environment, "SLURM_ARRAY_TASK_COUNT"))
-        # With gaps (--array=3,17) an index may exceed the count.
-        index = (_number(environment, "SLURM_ARRAY_TASK_ID") - first) // step % count
-    processes = _number(environment, "SLURM_NTASKS", default=1)
-    if processes > 1 and "SLURM_PROCID" in environment:
-        index = index * processes + _number(environment, "SLURM_PROCID")
-        count *= processes
-    elif "SLURM_ARRAY_TASK_ID" not in environment:
+def _from_slurm_array(environment: Mapping[str, str]) -> Shard | None:
+    if "SLURM_ARRAY_TASK_ID" not in environment:
         return None
-    return _checked(index, count)
+    first = _number(environment, "SLURM_ARRAY_TASK_MIN")
+    step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP", default=1))
+    count = max(1, _number(environment, "SLURM_ARRAY_TASK_COUNT"))
+    # With gaps (--array=3,17) an index may exceed the count.
+    return Shard((_number(environment, "SLURM_ARRAY_TASK_ID") - first) // step % count, count)
+
+
+def _from_slurm_step(environment: Mapping[str, str]) -> Shard | None:
+    count = _number(environment, "SLURM_NTASKS", default=1)
+    if count == 1 or "SLURM_PROCID" not in environment:
+        return None
+    return _checked(_number(environment, "SLURM_PROCID"), count)
 
 
 def _from_kubernetes(environment: Mapping[str, str]) -> Shard | None:
@@ -225,14 +222,30 @@ def _from_pair(index: str, count: str) -> Callable[[Mapping[str, str]], Shard | 
     return find
 
 
-_SCHEDULERS: dict[str, Callable[[Mapping[str, str]], Shard | None]] = {
-    "Slurm": _from_slurm,
+_Find = Callable[[Mapping[str, str]], Shard | None]
+_TASKS: dict[str, _Find] = {
+    "Slurm arrays": _from_slurm_array,
     "Kubernetes": _from_kubernetes,
     "SkyPilot": _from_pair("SKYPILOT_JOB_RANK", "SKYPILOT_NUM_JOBS"),
+}
+# Slurm sets its variables for the processes of the others, too.
+_PROCESSES: dict[str, _Find] = {
     "torchrun": _from_pair("RANK", "WORLD_SIZE"),
     "Open MPI": _from_pair("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "MPICH": _from_pair("PMI_RANK", "PMI_SIZE"),
+    "srun": _from_slurm_step,
 }
+
+
+def _find(kinds: Mapping[str, _Find], environment: Mapping[str, str]) -> Shard | None:
+    for scheduler, find in kinds.items():
+        try:
+            shard = find(environment)
+        except ValueError as error:
+            raise ConfigError(f"shard: auto: {scheduler}: {error}", keys=("shard",)) from error
+        if shard is not None:
+            return shard
+    return None
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
