@@ -11,7 +11,7 @@ import click
 from gptbatch.jobs.generate import command_config, config_file_option
 from gptbatch.jobs.messages import echo
 from gptbatch.jobs.options import GroupedCommand, config_options
-from gptbatch.pipeline.plan import plan_job
+from gptbatch.pipeline.cluster.plan import plan_job
 
 EXAMPLES = """\
 gptbatch plan --config gpt2-cpu --input 'data/*.jsonl.gz' --output out/mine

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gptbatch.pipeline.system.openmp import limit_spinning
 
 if TYPE_CHECKING:
+    from gptbatch.pipeline.cluster.plan import Plan, plan_job
     from gptbatch.pipeline.config import EngineConfig, JobConfig, load_config
     from gptbatch.pipeline.dry_run import InputReport, inspect_job
     from gptbatch.pipeline.errors import (
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from gptbatch.pipeline.output.part_runner import Progress, Stop
     from gptbatch.pipeline.output.part_source import PartSource
     from gptbatch.pipeline.output.summary import RunSummary
-    from gptbatch.pipeline.plan import Plan, plan_job
     from gptbatch.pipeline.run import run_job, run_parts
 
 __all__ = [
@@ -77,14 +77,14 @@ _MODULES = {
     "InputReport": "dry_run",
     "JobConfig": "config",
     "PartSource": "output.part_source",
-    "Plan": "plan",
+    "Plan": "cluster.plan",
     "Progress": "output.part_runner",
     "RunSummary": "output.summary",
     "Stop": "output.part_runner",
     "finish_folder": "output.finish_folder",
     "inspect_job": "dry_run",
     "load_config": "config",
-    "plan_job": "plan",
+    "plan_job": "cluster.plan",
     "run_job": "run",
     "run_parts": "run",
 }

@@ -15,34 +15,18 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.config import EngineConfig, JobConfig
 from gptbatch.pipeline.errors import InputRowsError, OutputConflictError, StorageError
-from gptbatch.pipeline.input.config_hash import job_identity
-from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
-from gptbatch.pipeline.input.tokenize import TokenizedInput
-from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
-from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
-from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
-from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.job import CheckedJob, Job, check_job, find_job, lock_output
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device, threads_to_use
-from gptbatch.pipeline.output.file_hashes import FileHashes
-from gptbatch.pipeline.output.folder import FolderState, OutputFolder
-from gptbatch.pipeline.output.input_record import CheckedInput, check_input
-from gptbatch.pipeline.output.lock import OutputLock
-from gptbatch.pipeline.output.part_plan import PartPlan
-from gptbatch.pipeline.output.part_runner import ErrorLimit, PartRunner, Progress, RowCounts, Stop
+from gptbatch.pipeline.output.part_runner import PartRunner, Progress, RowCounts, Stop
 from gptbatch.pipeline.output.part_source import PartSource
-from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import (
     check_same_environment,
-    find_continued_run,
-    find_run,
     is_up_to_date,
 )
 from gptbatch.pipeline.output.run_facts import collect_run_facts
@@ -61,38 +45,6 @@ from gptbatch.pipeline.system.redact import redact
 
 logger = logging.getLogger("gptbatch")
 loading_logger = logging.getLogger("gptbatch.loading")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """A job whose model and input are found.
-
-    Attributes:
-        continued: The run that the job continues; None where it starts anew.
-    """
-
-    config: JobConfig
-    folder: OutputFolder
-    shard: Shard
-    continued: FolderState | None
-    hashes: FileHashes
-    checkpoint: Checkpoint
-    tokenizer: LoadedTokenizer
-    identity: dict[str, Any]
-    reader: PromptReader
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _CheckedInput:
-    """The input, after every row was checked. The identity in `plan` includes the input."""
-
-    prompts: TokenizedInput
-    rows: CheckedInput
-    plan: PartPlan
-
-    @property
-    def summary(self) -> InputSummary:
-        return self.rows.summary
 
 
 class _NeverStops:
@@ -159,57 +111,6 @@ class PartWorker:
         return _run(self._config, progress, stop, NO_SHARD, source, self._models)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenOutput:
-    """The output of a job whose parts a driver deals out.
-
-    Attributes:
-        plan: The parts of the job.
-        missing: Numbers of the parts to generate: those that are missing, damaged, or not whole.
-    """
-
-    plan: PartPlan
-    missing: list[int]
-    _output: RunOutput
-
-    def finish(self) -> int:
-        """Mark the output complete. Returns the number of error rows.
-
-        Raises:
-            IncompleteError: A part is not whole.
-            OutputConflictError: The folder holds other parts or tables.
-            StorageError: A file cannot be written, or a part is gone.
-        """
-        return self._output.finish_all()
-
-
-@contextmanager
-def open_output(config: JobConfig) -> Iterator[OpenOutput]:
-    """Check the input and inspect the output of a job, for a driver that deals out its parts.
-
-    Args:
-        config: The settings of the job; `shard` is ignored.
-
-    Raises:
-        GptbatchError: The errors that `run_job` raises before it loads the model.
-    """
-    job = _find_job(config, NO_SHARD)
-    checked = _check_input(job)
-    job.folder.create()
-    whole = Target(
-        config=config, folder=job.folder, hashes=job.hashes, plan=checked.plan, shard=Shard()
-    )
-    with (
-        _lock(job) as lock,
-        RunFolder(job.folder.work, job.identity["config_hash"]) as run,
-    ):
-        existing = inspect_output(whole, lock, job.identity, checked.summary)
-        output = RunOutput(target=whole, run=run, defaults=job.reader.defaults, existing=existing)
-        checked.rows.write(job.folder, run.writer)
-        missing = [number for number in whole.share if number not in existing.kept.parts]
-        yield OpenOutput(plan=checked.plan, missing=missing, _output=output)
-
-
 @dataclass(slots=True)
 class _Models:
     """The model of a worker, once it is loaded."""
@@ -226,7 +127,7 @@ def _run(
     models: _Models,
 ) -> RunSummary:
     began_s = time.monotonic()
-    job = _find_job(config, shard)
+    job = find_job(config, shard)
     if job.continued is not None and is_up_to_date(
         config, job.continued, job.reader.source, job.hashes
     ):
@@ -237,11 +138,11 @@ def _run(
         # A continued run is locked before its input is read. A new folder is created only for a
         # valid input.
         if job.continued is not None and job.folder.work.is_dir():
-            lock = stack.enter_context(_lock(job))
-        checked = _check_input(job)
+            lock = stack.enter_context(lock_output(job))
+        checked = check_job(job)
         if lock is None:
             _create_folder(job)
-            lock = stack.enter_context(_lock(job))
+            lock = stack.enter_context(lock_output(job))
         target = Target(
             config=config,
             folder=job.folder,
@@ -295,67 +196,14 @@ def _run(
         return _summarize(job, loaded, runner.counts, existing.kept.rows, complete, seconds)
 
 
-def _find_job(config: JobConfig, shard: Shard) -> _Job:
-    """Find the model and the input, and check that the output folder holds no other job."""
-    check_placement(config)
-    folder = OutputFolder(Path(config.output))
-    state = find_run(folder)
-    hashes = folder.read_hashes()
-    checkpoint = find_checkpoint(
-        config.model,
-        revision=config.revision,
-        allow_pickle=config.allow_pickle,
-        sha256=hashes.sha256,
-    )
-    # A bad config.json is reported before the tokenizer is loaded, which takes seconds.
-    parse_config(checkpoint.config, str(checkpoint.config_path))
-    tokenizer = load_tokenizer(checkpoint.folder)
-    identity = job_identity(config, checkpoint, tokenizer)
-    return _Job(
-        config=config,
-        folder=folder,
-        shard=shard,
-        continued=find_continued_run(config, state, lambda: identity),
-        hashes=hashes,
-        checkpoint=checkpoint,
-        tokenizer=tokenizer,
-        identity=identity,
-        reader=open_input(config),
-    )
-
-
-def _check_input(job: _Job) -> _CheckedInput:
-    """Check the rows, and make the plan of their parts."""
-    config = job.config
-    prompts = TokenizedInput(config, job.checkpoint, job.tokenizer, job.reader)
-    checked = check_input(
-        config, job.folder, job.reader, job.hashes, job.continued, is_whole=job.shard.is_whole
-    )
-    summary = checked.summary
-    identity = {
-        **job.identity,
-        "input_digest": summary.digest,
-        "rows": summary.rows,
-        "limit": config.limit,
-        "part_rows": summary.part_rows,
-    }
-    ErrorLimit(config.max_row_errors, summary.rows).check(summary.bad_rows)
-    plan = PartPlan(identity=identity, input_digests=summary.part_digests)
-    return _CheckedInput(prompts=prompts, rows=checked, plan=plan)
-
-
-def _create_folder(job: _Job) -> None:
+def _create_folder(job: Job) -> None:
     """Create the output folder of a new run, if the device exists."""
     resolve_device(job.config.engine)
     job.folder.create()
 
 
-def _lock(job: _Job) -> OutputLock:
-    return OutputLock(job.folder.work, shared=not job.shard.is_whole)
-
-
 def _load(
-    job: _Job, checked: _CheckedInput, existing: ExistingRun, models: _Models
+    job: Job, checked: CheckedJob, existing: ExistingRun, models: _Models
 ) -> tuple[LoadedModel, float]:
     """Load the model, and check that it computes as it did for the kept rows.
 
@@ -428,7 +276,7 @@ def _generate(runner: PartRunner, output: RunOutput) -> float:
 
 
 def _summarize(
-    job: _Job,
+    job: Job,
     loaded: LoadedModel,
     counts: RowCounts,
     rows_kept: int,

@@ -222,7 +222,7 @@ def test_a_part_that_crashes_workers_is_set_aside_and_named(
 
 def poisoned(prompt_id: str) -> type:
     """Return an actor class whose process is killed by the row of an id."""
-    from gptbatch.pipeline.cluster.on_ray import WorkerActor
+    from gptbatch.pipeline.cluster.ray_actors import WorkerActor
 
     class PoisonedActor(WorkerActor):
         def run(self) -> None:
