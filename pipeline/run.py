@@ -158,7 +158,13 @@ def _run(
             return summarize_complete_output(config, existing.state.manifest, wall_s)
         output = RunOutput(
             target=target,
-            run=stack.enter_context(RunFolder(job.folder.work, job.identity["config_hash"])),
+            run=stack.enter_context(
+                RunFolder(
+                    job.folder.work,
+                    job.identity["config_hash"],
+                    alone=lock.works and job.shard.is_whole,
+                )
+            ),
             defaults=job.reader.defaults,
             existing=existing,
         )

@@ -249,7 +249,7 @@ LINES: dict[str, tuple[bytes, int, str]] = {
     "a Parquet file": (
         b"PAR1" + b"\x15\x04\x15" * 20 + b"PAR1",
         65,
-        ": is a Parquet file: read it with --dataset prompts.jsonl",
+        ": the file is damaged, cut off, or of a kind that pyarrow does not read",
     ),
 }
 OTHER_FILES: dict[str, tuple[str, bytes, int, str]] = {

@@ -209,6 +209,18 @@ def test_files_of_others_stay_in_the_folder_of_a_dead_run(tmp_path: Path) -> Non
     assert [path.name for path in dead.path.iterdir()] == ["notes.txt"]
 
 
+def test_a_folder_that_never_got_its_name_is_deleted(tmp_path: Path) -> None:
+    """Its run was killed before it had its lock. A young one may be that of a live shard."""
+    new = tmp_path / "runs" / "0123456789ab.new"
+    new.mkdir(parents=True)
+    with RunFolder(tmp_path) as shard:
+        shard.sweep()
+        assert new.exists()
+    with RunFolder(tmp_path, alone=True) as whole:
+        whole.sweep()
+        assert not new.exists()
+
+
 def test_a_run_on_another_host_lives_while_it_shows_progress(tmp_path: Path) -> None:
     """Its lock may not be seen here: some file systems lock within a host only, or not at all."""
     with RunFolder(tmp_path) as run:

@@ -89,6 +89,7 @@ class RunFolder:
     Args:
         work: The folder `.gptbatch` of the output.
         config_hash: Of the job; None where it is not known.
+        alone: Whether no other run can be going on: the lock of the output is exclusive.
 
     Attributes:
         path: The folder.
@@ -98,8 +99,8 @@ class RunFolder:
         OutputCreationError: The folder cannot be created.
     """
 
-    def __init__(self, work: Path, config_hash: str | None = None) -> None:
-        self._work, self._config_hash = work, config_hash
+    def __init__(self, work: Path, config_hash: str | None = None, *, alone: bool = False) -> None:
+        self._work, self._config_hash, self._alone = work, config_hash, alone
         self.path = work / RUNS / secrets.token_hex(6)
         self.writer = Writer(self.path)
         self._lock: FileLock | None = None
@@ -176,11 +177,18 @@ class RunFolder:
         }
 
     def _others(self) -> list[OtherRun]:
-        return [run for run in list_runs(self._work) if run.path != self.path]
+        runs = list_runs(self._work, with_new=self._alone)
+        return [run for run in runs if run.path != self.path]
 
 
-def list_runs(work: Path) -> list[OtherRun]:
-    """Return the folders of all runs, this process's own among them, oldest first."""
+def list_runs(work: Path, *, with_new: bool = False) -> list[OtherRun]:
+    """Return the folders of all runs, this process's own among them, oldest first.
+
+    Args:
+        work: The folder `.gptbatch` of the output.
+        with_new: Take a young folder without its final name, too. Its run may be about to acquire
+            its lock.
+    """
     runs = []
     with suppress(OSError):
         for entry in os.scandir(work / RUNS):
@@ -191,8 +199,7 @@ def list_runs(work: Path) -> list[OtherRun]:
                 if not entry.is_dir(follow_symlinks=False):
                     continue
                 changed_s = entry.stat(follow_symlinks=False).st_mtime
-                # A folder whose lock its run is about to acquire.
-                if not is_new or time.time() - changed_s > MAX_SILENCE_S:
+                if with_new or not is_new or time.time() - changed_s > MAX_SILENCE_S:
                     runs.append((changed_s, OtherRun(Path(entry.path))))
     return [run for _, run in sorted(runs, key=lambda pair: pair[0])]
 
