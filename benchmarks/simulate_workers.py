@@ -104,7 +104,11 @@ class Sharded:
         ]
 
     def next(self, worker: int) -> int | None:
-        number = self._sources[worker].next()
+        source = self._sources[worker]
+        number = source.next()
+        if number is None:
+            # Its own parts are written, and it helps.
+            number = source.next()
         if number is not None:
             self._in_flight.setdefault(number, set()).add(worker)
         return number

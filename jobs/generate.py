@@ -111,12 +111,18 @@ def generate(
     if dry_run:
         echo(json.dumps(asdict(inspect_job(config))))
         return
+    if on == "local" and (given := [name for name in CLUSTER_OPTIONS if _is_given(context, name)]):
+        raise click.UsageError(f"{option_name(given[0])} needs --on ray")
     if on == "ray":
         echo(json.dumps(asdict(_generate_on_ray(config, cluster, context.find_object(Signals)))))
         return
     check_limits(computes=True)
     summary = run_job(config, progress_for_terminal(), context.find_object(Signals))
     echo(json.dumps(asdict(summary)))
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def _generate_on_ray(

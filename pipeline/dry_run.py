@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from gptbatch.pipeline.output.resume import (
     find_run,
     part_rows_of,
 )
+from gptbatch.pipeline.output.shards import find_shard
 from gptbatch.pipeline.types import Completion
 
 logger = logging.getLogger("gptbatch")
@@ -69,6 +71,7 @@ def inspect_job(config: JobConfig) -> InputReport:
     Raises:
         GptbatchError: The errors that `run_job` raises before it loads the model.
     """
+    find_shard(config.shard, os.environ)
     check_placement(config)
     folder = OutputFolder(Path(config.output))
     folder.check_creatable()

@@ -216,7 +216,8 @@ def _load(
     Returns the seconds that it took, too.
     """
     config, recorded = job.config, existing.facts(job.shard)
-    _log_loading(config, checked.summary.rows - existing.kept.rows)
+    rows = sum(checked.plan.rows_of(number) for number in job.shard.parts(checked.plan.n_parts))
+    _log_loading(config, job.shard, rows - existing.kept.rows)
     began_s = time.monotonic()
     loaded = models.loaded = models.loaded or load_model(
         job.checkpoint,
@@ -237,7 +238,7 @@ def _engine_config(config: JobConfig, recorded: dict[str, Any]) -> EngineConfig:
     return config.engine.model_copy(update={"attention": attention})
 
 
-def _log_loading(config: JobConfig, rows: int) -> None:
+def _log_loading(config: JobConfig, shard: Shard, rows: int) -> None:
     """Log the model, the device and the rows, and limits on the cores.
 
     This is the first line of a run.
@@ -250,11 +251,12 @@ def _log_loading(config: JobConfig, rows: int) -> None:
         else str(device)
     )
     loading_logger.info(
-        "loading %s as %s on %s for %d rows",
+        "loading %s as %s on %s for %d rows%s",
         redact(config.model),
         config.engine.dtype,
         where,
         rows,
+        "" if shard.is_whole else f" of shard {shard}",
     )
     if device.type == "cpu" and (shared := describe_cores()):
         loading_logger.info("the cores are not this run's own: %s", shared)

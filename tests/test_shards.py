@@ -46,7 +46,7 @@ AUTO = {
         {
             "SLURM_ARRAY_TASK_ID": "12",
             "SLURM_ARRAY_TASK_MIN": "10",
-            "SLURM_ARRAY_TASK_COUNT": "4",
+            "SLURM_ARRAY_TASK_MAX": "13",
             "SLURM_NTASKS": "1",
             "SLURM_PROCID": "0",
         },
@@ -57,7 +57,7 @@ AUTO = {
             "SLURM_ARRAY_TASK_ID": "30",
             "SLURM_ARRAY_TASK_MIN": "10",
             "SLURM_ARRAY_TASK_STEP": "10",
-            "SLURM_ARRAY_TASK_COUNT": "4",
+            "SLURM_ARRAY_TASK_MAX": "40",
         },
         Shard(2, 4),
     ),
@@ -65,15 +65,15 @@ AUTO = {
         {
             "SLURM_ARRAY_TASK_ID": "17",
             "SLURM_ARRAY_TASK_MIN": "3",
-            "SLURM_ARRAY_TASK_COUNT": "2",
+            "SLURM_ARRAY_TASK_MAX": "17",
         },
-        Shard(0, 2),
+        Shard(14, 15),
     ),
     "processes of an array task": (
         {
             "SLURM_ARRAY_TASK_ID": "1",
             "SLURM_ARRAY_TASK_MIN": "0",
-            "SLURM_ARRAY_TASK_COUNT": "3",
+            "SLURM_ARRAY_TASK_MAX": "2",
             "SLURM_NTASKS": "8",
             "SLURM_PROCID": "5",
         },
@@ -151,6 +151,7 @@ def test_a_shard_takes_its_own_parts_and_then_free_ones_of_others() -> None:
     assert [source.next(), source.next()] == [0, 2]
     folder.written |= {0, 2, 3}
     folder.in_flight |= {4}
+    assert source.next() is None, "it helps when its own parts are written"
     assert source.next() == 7, "the end of the gap: its owner comes from the beginning"
     folder.written.add(6)
     assert source.next() == 5

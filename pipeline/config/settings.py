@@ -193,7 +193,7 @@ class JobConfig(_Section):
     shard: Name | None = Field(
         None,
         description=(
-            "Generate the share I of N, with I from 0, of the parts; all shards write into one "
+            "Generate block I of N blocks of parts, I from 0 to N - 1. All shards write into one "
             "folder, and a shard that is done helps others. auto: from the variables of Slurm, "
             "Kubernetes, SkyPilot, torchrun or MPI. Default: all parts."
         ),

@@ -1,6 +1,11 @@
 """`crash_journal.json`: the parts in flight, so that the next run can tell which one crashes.
 
-    {"parts_in_flight": [3, 4], "prompt_id": null, "crashes_per_part": {"3": 1, "4": 1}}
+    {
+        "parts_in_flight": [3, 4],
+        "parts_reserved": [5],
+        "prompt_id": null,
+        "crashes_per_part": {"3": 1, "4": 1}
+    }
 
 The file is updated while parts are in flight, and deleted by a run that ends without a crash. Parts
 in flight in the journal of a dead run mean that it was killed. After a loss of power the file may
@@ -49,6 +54,7 @@ class CrashJournal:
         self.crashes_per_part: dict[int, int] = dict(crashes)
         self._parts_in_flight: list[int] = []
         self._prompt_id: str | None = None
+        self._reserved: list[int] = []
         if self.crashes_per_part:
             self._save()
 
@@ -61,15 +67,23 @@ class CrashJournal:
             if crashes >= MIN_CRASHES_TO_SUSPECT
         }
 
-    def record(self, parts_in_flight: list[int], prompt_id: str | None = None) -> None:
+    def record(
+        self,
+        parts_in_flight: list[int],
+        prompt_id: str | None = None,
+        *,
+        reserved: list[int] | None = None,
+    ) -> None:
         """Record the parts that are in flight from now on.
 
         Args:
             parts_in_flight: Their numbers.
             prompt_id: Id of a row that runs alone; None where rows share a batch.
+            reserved: Parts that are about to begin. A crash does not count for them.
         """
-        if (parts_in_flight, prompt_id) != (self._parts_in_flight, self._prompt_id):
-            self._parts_in_flight, self._prompt_id = parts_in_flight, prompt_id
+        state = (parts_in_flight, prompt_id, reserved or [])
+        if state != (self._parts_in_flight, self._prompt_id, self._reserved):
+            self._parts_in_flight, self._prompt_id, self._reserved = state
             self._save()
 
     def clear_part(self, number: int) -> None:
@@ -78,7 +92,7 @@ class CrashJournal:
 
     def close(self) -> None:
         """Record that the run ends without a crash."""
-        self._parts_in_flight, self._prompt_id = [], None
+        self._parts_in_flight, self._prompt_id, self._reserved = [], None, []
         if self.crashes_per_part:
             self._save()
         else:
@@ -87,6 +101,7 @@ class CrashJournal:
     def _save(self) -> None:
         content = {
             "parts_in_flight": self._parts_in_flight,
+            "parts_reserved": self._reserved,
             "prompt_id": self._prompt_id,
             "crashes_per_part": {
                 str(number): crashes for number, crashes in sorted(self.crashes_per_part.items())

@@ -115,8 +115,8 @@ def _whole_part(plan: PartPlan, file: PartFile, known: Mapping[int, Part]) -> Pa
     plan.check_part(file)
     if file.state != "sound" or file.part is None or not plan.is_whole(file.part):
         raise IncompleteError(
-            f"{file.path}: is not whole ({file.problem or 'it lacks rows'}); run the job again, "
-            "which generates the part"
+            f"{file.path}: is not whole ({file.problem or 'it lacks rows'}); run the job again "
+            "without --shard, which generates the part"
         )
     if file.part != known.get(file.part.number, file.part):
         raise OutputConflictError(

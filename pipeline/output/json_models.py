@@ -149,6 +149,7 @@ class CrashJournalContent(_StrictModel):
     """The content of `crash_journal.json` (see CrashJournal)."""
 
     parts_in_flight: list[Count]
+    parts_reserved: list[Count] = []
     prompt_id: Text | None
     crashes_per_part: dict[PartNumber, Count]
 

@@ -165,7 +165,9 @@ class PartRunner:
             )
         try:
             batch_size = self.loaded.batch_size(self.config.engine.batch_size)
-            self._run_parts(self._pull(), batch_size=batch_size)
+            # A source may have parts again, once all that it dealt are written.
+            while self._run_parts(self._pull(), batch_size=batch_size):
+                pass
             if self._suspect_parts:
                 self._warn_of_suspects(self._suspect_parts)
                 self._run_parts(iter(self._suspect_parts), batch_size=1)
@@ -180,6 +182,7 @@ class PartRunner:
         """Yield the parts of the source. Put those aside that were in flight at two crashes."""
         while (number := self.source.next()) is not None:
             self._pulled.add(number)
+            self.sink.reserve(number)
             if number in self.sink.suspect_parts:
                 self._suspect_parts.append(number)
             else:
@@ -195,10 +198,11 @@ class PartRunner:
             else "",
         )
 
-    def _run_parts(self, numbers: Iterator[int], *, batch_size: int) -> None:
+    def _run_parts(self, numbers: Iterator[int], *, batch_size: int) -> bool:
+        """Generate and commit parts. Returns whether there were any."""
         first = next(numbers, None)
         if first is None:
-            return
+            return False
         engine = self._engine(batch_size)
         max_in_flight = MAX_EXTRA_PARTS_IN_FLIGHT + -(
             -engine.max_rows_held // self.summary.part_rows
@@ -237,6 +241,7 @@ class PartRunner:
                     f"stopped by {source}; {len(self.sink.parts)} parts are written; run the same "
                     "command again to go on"
                 )
+        return True
 
     def _record_lone_rows(
         self, prompts: Iterator[TokenizedPrompt | None]

@@ -39,6 +39,7 @@ class PartSink:
         self._run, self._writer, self._journal = run, writer, journal
         self.parts, self.rows_total = dict(parts), rows_total
         self._in_flight: set[int] = set()
+        self._reserved: set[int] = set()
         for number in parts:
             journal.clear_part(number)
 
@@ -61,8 +62,14 @@ class PartSink:
         """Return whether a part has begun and is not written."""
         return number in self._in_flight
 
+    def reserve(self, number: int) -> None:
+        """Record that this run is about to generate a part, so that no other shard takes it."""
+        self._reserved.add(number)
+        self._record()
+
     def begin_part(self, number: int) -> None:
         """Record that a part is in flight, before its first row runs."""
+        self._reserved.discard(number)
         self._in_flight.add(number)
         self._record()
 
@@ -100,11 +107,12 @@ class PartSink:
         self._journal.close()
 
     def _record(self, prompt_id: str | None = None) -> None:
-        self._journal.record(sorted(self._in_flight), prompt_id)
+        self._journal.record(sorted(self._in_flight), prompt_id, reserved=sorted(self._reserved))
 
     def _finish_part(self, part: Part) -> None:
         self.parts[part.number] = part
         self._in_flight.discard(part.number)
+        self._reserved.discard(part.number)
         self._journal.clear_part(part.number)
         self._run.record(part, self._writer.sha256_of(part))
         self._record()

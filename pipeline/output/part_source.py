@@ -16,9 +16,10 @@ class PartSource(Protocol):
     """Deals out part numbers to one run."""
 
     def next(self) -> int | None:
-        """Return the number of the next part to generate; None when no part is left.
+        """Return the number of the next part to generate; None when there is none now.
 
-        Numbers in ascending order let the run read its input in one pass.
+        After None, the run writes the parts that it has, and asks again. It ends at a None without
+        a part before it. Numbers in ascending order let the run read its input in one pass.
         """
 
     def committed(self, part: Part) -> None:

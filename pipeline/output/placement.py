@@ -27,6 +27,13 @@ def check_placement(config: JobConfig) -> None:
                 f"{config.output}: lies inside the folder of its own dataset ({config.dataset}), "
                 "so that the next run would read it as input; name an output outside it"
             )
+    for name in config.inputs:
+        folder = locate(name).resolve()
+        if folder.is_dir() and (output == folder or folder in output.parents):
+            raise OutputConflictError(
+                f"{config.output}: lies inside the folder of its own input ({name}), so that the "
+                "next run would read it as input; name an output outside it"
+            )
     named = {column.name.lower() for column in COLUMNS}
     hive = [
         part

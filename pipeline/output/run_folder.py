@@ -168,12 +168,14 @@ class RunFolder:
         return {run.config_hash() for run in self._others() if run.is_live()}
 
     def others_in_flight(self, max_silence_s: float) -> set[int]:
-        """Return the parts that live runs beside this one have in flight."""
+        """Return the parts that live runs beside this one have in flight, or are about to begin."""
+        journals = [
+            read_crash_journal(run.path) for run in self._others() if run.is_live(max_silence_s)
+        ]
         return {
             number
-            for run in self._others()
-            if run.is_live(max_silence_s)
-            for number in read_crash_journal(run.path).parts_in_flight
+            for journal in journals
+            for number in (*journal.parts_in_flight, *journal.parts_reserved)
         }
 
     def _others(self) -> list[OtherRun]:

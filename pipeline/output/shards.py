@@ -88,15 +88,24 @@ class ShardParts:
         self._random = random.Random(seed)
         self._pulled: set[int] = set()
         self._free: list[int] = []
+        self._helps = False
         self._looked_s = -math.inf
 
     def next(self) -> int | None:
-        """Return the next part; None when each missing part is in flight in some run."""
+        """Return the next part.
+
+        None comes after the last part of the shard, and then when each missing part is in flight in
+        some run. The shard helps only after its own parts are written: others may begin later.
+        """
         for number in self._own:
             # Another shard may have helped.
             if not self._is_written(number):
                 self._pulled.add(number)
                 return number
+        if not self._helps:
+            self._helps = True
+            if self._pulled:
+                return None
         while self._look():
             number = self._take_from_a_gap()
             if not self._is_written(number):
@@ -187,9 +196,9 @@ def _from_slurm_array(environment: Mapping[str, str]) -> Shard | None:
         return None
     first = _number(environment, "SLURM_ARRAY_TASK_MIN")
     step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP", default=1))
-    count = max(1, _number(environment, "SLURM_ARRAY_TASK_COUNT"))
-    # With gaps (--array=3,17) an index may exceed the count.
-    return Shard((_number(environment, "SLURM_ARRAY_TASK_ID") - first) // step % count, count)
+    # Not SLURM_ARRAY_TASK_COUNT: with gaps (--array=3,17), others help with the shards between.
+    count = (_number(environment, "SLURM_ARRAY_TASK_MAX") - first) // step + 1
+    return _checked((_number(environment, "SLURM_ARRAY_TASK_ID") - first) // step, count)
 
 
 def _from_slurm_step(environment: Mapping[str, str]) -> Shard | None:
@@ -253,7 +262,8 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if value is None and default is not None:
         return default
     if value is None or not value.isdecimal():
-        raise ValueError(f"{name} is {value!r}, and a number is needed")
+        seen = "not set" if value is None else repr(value)
+        raise ValueError(f"{name} is {seen}, and a number is needed")
     return int(value)
 
 
