@@ -199,7 +199,7 @@ class _Driver:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         count = min(self.settings.workers, len(self.missing))
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         make_dealer: Any = ray.remote(DealerActor)
         options = {"num_cpus": 0, "scheduling_strategy": here}
         dealer = make_dealer.options(**options).remote(self.missing, count)
