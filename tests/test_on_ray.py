@@ -216,7 +216,8 @@ def test_a_part_that_crashes_workers_is_set_aside_and_named(
     with pytest.raises(IncompleteError, match=r"parts .*15.* were in flight at several crashes"):
         run(job(checkpoint, work, output))
     assert not (output / "part-000015.parquet").exists()
-    assert len(list(output.glob("part-*"))) >= 30
+    # Parts that were in flight beside it three times are left out, too.
+    assert len(list(output.glob("part-*"))) >= 15
     run_job(job(checkpoint, work, output))
     check(work, output)
 
