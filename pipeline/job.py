@@ -126,6 +126,7 @@ def check_job(job: Job) -> CheckedJob:
 
 
 def lock_output(job: Job) -> OutputLock:
+    """Return the lock of the output; shards share it."""
     return OutputLock(job.folder.work, shared=not job.shard.is_whole)
 
 

@@ -150,11 +150,14 @@ def test_problems_of_many_files_name_file_and_line(tmp_path: Path) -> None:
     assert len(set(found)) == 5, "error rows have different ids"
 
 
-def test_folders_and_patterns_stand_for_their_files(tmp_path: Path) -> None:
+def test_folders_and_patterns_stand_for_their_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_files(tmp_path / "split", WRITERS, [10, 40, 90])
     (tmp_path / "split" / "notes.txt").write_text("mine")
     (tmp_path / "split" / "README.md").write_text("mine")
     folder = reader(tmp_path / "split")
+    assert "4 files are read, and 2 are not" in caplog.text
     assert folder.check().rows == 120
     assert folder.check().digest == reader(f"{tmp_path}/split/0*.*[lqz]*").check().digest
     (tmp_path / "[a].jsonl").write_text('{"prompt": "x"}\n')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -17,11 +18,12 @@ from gptbatch.pipeline.input.jsonl import JsonlFile
 from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.system.bundled import locate
 
+logger = logging.getLogger("gptbatch")
+
 STANDARD_INPUT = "-"
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 MAX_FILES = 100_000
-_MAX_NAMED = 5
 
 
 class InputFiles:
@@ -107,11 +109,20 @@ def _expand(name: str) -> list[str | Path]:
     path = locate(name)
     if path.is_dir():
         suffixes = (*JSONL_SUFFIXES, *PARQUET_SUFFIXES)
-        found = sorted(entry for entry in walk(path) if suffix_of(Path(entry)) in suffixes)
+        entries = sorted(walk(path))
+        found = [entry for entry in entries if suffix_of(Path(entry)) in suffixes]
         if not found:
             raise InputNotFoundError(
                 f"{name}: is a folder without files of JSON lines or Parquet "
                 f"({', '.join(suffixes)}, compressed or not); name a file, or use --dataset"
+            )
+        if len(found) < len(entries):
+            logger.warning(
+                "%s: %d files are read, and %d are not, since their names do not end in %s",
+                name,
+                len(found),
+                len(entries) - len(found),
+                ", ".join(suffixes),
             )
         return [path / entry for entry in found]
     if glob.has_magic(name) and not path.exists():
