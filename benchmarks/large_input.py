@@ -31,16 +31,16 @@ from typing import Any
 from gptbatch.pipeline import JobConfig, plan_job
 from gptbatch.pipeline.input.prompt_reader import PromptReader, open_input
 from gptbatch.pipeline.input.rows import BadRow
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.claim import claim
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.finish_folder import finish_folder
-from gptbatch.pipeline.output.folder import DIGESTS, OutputFolder
+from gptbatch.pipeline.output.folder import DIGESTS, WORK, OutputFolder
 from gptbatch.pipeline.output.index_file import INDEX, read_index
+from gptbatch.pipeline.output.local_run import LocalRunFolder
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_writer import PartWriter
-from gptbatch.pipeline.output.run_folder import RunFolder
 from gptbatch.pipeline.output.schema import FORMAT
+from gptbatch.pipeline.storage.atomic_write import FileWriter
 from gptbatch.pipeline.types import Completion
 
 
@@ -90,7 +90,7 @@ def write(folder: Path, limit: int) -> dict[str, Any]:
     }
     facts = {"format": FORMAT, "identity": identity, "environment": {}}
     hashes = FileHashes()
-    with RunFolder(output.work) as run:
+    with LocalRunFolder(folder / "parts" / WORK) as run:
         claim(output, run.writer, config.to_yaml(), facts)
         parts = PartWriter(
             output.path,
@@ -123,9 +123,9 @@ def finish(folder: Path, limit: int) -> dict[str, Any]:
 
 def finish_without_records(folder: Path, limit: int) -> dict[str, Any]:
     """Finish the parts after all records are lost."""
-    output = OutputFolder(folder / "parts")
-    Writer(output.work).remove(output.work / DIGESTS)
-    shutil.rmtree(output.work / "runs")
+    work = folder / "parts" / WORK
+    FileWriter(work).remove(work / DIGESTS)
+    shutil.rmtree(work / "runs")
     return {"parts": finish_folder(folder / "parts").parts}
 
 

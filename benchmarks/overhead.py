@@ -30,9 +30,9 @@ from gptbatch.pipeline.input.prompt_reader import PromptReader
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.output.crash_journal import CrashJournal
 from gptbatch.pipeline.output.folder import OutputFolder
+from gptbatch.pipeline.output.local_run import LocalRunFolder
 from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.progress_file import ProgressFile
-from gptbatch.pipeline.output.run_folder import RunFolder
 from gptbatch.pipeline.output.run_output import RunOutput
 
 TINY = {
@@ -55,7 +55,7 @@ DURABILITY = {
     "claim": (RunOutput, "claim"),
     "finish": (RunOutput, "finish"),
     "digests": (OutputFolder, "write_hashes"),
-    "records": (RunFolder, "record"),
+    "records": (LocalRunFolder, "record"),
     "journal": (CrashJournal, "record"),
     "progress file": (ProgressFile, "write"),
 }

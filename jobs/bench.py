@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Group, ModelArgument, PathArgument
+from gptbatch.jobs.options import FolderArgument, Group, ModelArgument
 from gptbatch.pipeline.bench.shapes import SHAPES, shape_config
 from gptbatch.pipeline.bench.workloads import WORKLOADS, make_workload
 
@@ -177,7 +177,7 @@ def _bench(options: dict[str, Any]) -> None:
 @bench.command()
 @click.option(
     "--output",
-    type=PathArgument(writes=True),
+    type=FolderArgument(),
     default=Path(),
     help="Folder for scaling.png and scaling.json. Default: the current folder.",
 )

@@ -6,13 +6,13 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from gptbatch.jobs.messages import echo, print_message
-from gptbatch.jobs.options import Command, PathArgument
+from gptbatch.jobs.options import Command, OutputArgument
+from gptbatch.pipeline.storage.location import Location
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.diff import DiffSummary, RowDifference
@@ -21,8 +21,8 @@ DIFFERENT = 1
 
 
 @click.command(cls=Command)
-@click.argument("a", type=PathArgument())
-@click.argument("b", type=PathArgument())
+@click.argument("a", type=OutputArgument())
+@click.argument("b", type=OutputArgument())
 @click.option(
     "--limit",
     default=20,
@@ -31,7 +31,7 @@ DIFFERENT = 1
     help="Maximum number of differing rows to print; 0 prints all.",
 )
 @click.option("--common", is_flag=True, help="Compare only the ids that both runs have.")
-def diff(a: Path, b: Path, limit: int, common: bool) -> int:
+def diff(a: Location, b: Location, limit: int, common: bool) -> int:
     """Compare the runs in the output folders A and B row by row, joined by prompt_id.
 
     Prints the number of rows that differ, the settings that differ (A / B), and the rows. The last

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Command, PathArgument
+from gptbatch.jobs.options import Command, OutputArgument
 from gptbatch.pipeline.output.finish_folder import finish_folder
+from gptbatch.pipeline.storage.location import Location
 
 
 @click.command(cls=Command)
-@click.argument("output", type=PathArgument())
-def finish(output: Path) -> None:
+@click.argument("output", type=OutputArgument())
+def finish(output: Location) -> None:
     """Write the final manifest and _SUCCESS of the output folder OUTPUT.
 
     Each run does so at its end, when no part is missing. This command is for the case that none

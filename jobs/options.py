@@ -11,6 +11,7 @@ import click
 from gptbatch.jobs.messages import log_verbosely, print_message
 from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.config.settings import is_list, value_type
+from gptbatch.pipeline.storage.location import Location, location_of
 from gptbatch.pipeline.system.paths import PathError, expand_path
 from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
@@ -31,23 +32,33 @@ _METAVARS = {
 }
 
 
-class PathArgument(click.ParamType[Path]):
-    """A path in which `~` is the home folder.
-
-    Args:
-        writes: The path is an output, which need not exist.
-    """
+class FolderArgument(click.ParamType[Path]):
+    """A folder to write, which need not exist. `~` is the home folder."""
 
     name = "path"
-
-    def __init__(self, *, writes: bool = False) -> None:
-        self._writes = writes
 
     def convert(
         self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
     ) -> Path:
         try:
-            return Path(expand_path(str(value), writes=self._writes))
+            return Path(expand_path(str(value), writes=True))
+        except PathError as error:
+            self.fail(f"{value!r} {error}", param, ctx)
+
+
+class OutputArgument(click.ParamType[Location]):
+    """The output of a run: a folder, in which `~` is the home folder, or a URL of an object store.
+
+    A store that cannot be used raises ConfigError.
+    """
+
+    name = "path"
+
+    def convert(
+        self, value: str | Location, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Location:
+        try:
+            return location_of(expand_path(str(value), stores=True))
         except PathError as error:
             self.fail(f"{value!r} {error}", param, ctx)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,11 +12,12 @@ import click
 from gptbatch.jobs.messages import echo
 from gptbatch.jobs.options import (
     Command,
-    PathArgument,
+    OutputArgument,
     print_checkpoint,
     reopen_options,
     sampling_options,
 )
+from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ TokenText = Callable[[int], str]
 
 
 @click.command(cls=Command)
-@click.argument("output", type=PathArgument())
+@click.argument("output", type=OutputArgument())
 @click.option("--prompt-id", required=True, help="Id of the row.")
 @click.option(
     "--trace",
@@ -46,7 +46,7 @@ TokenText = Callable[[int], str]
 @sampling_options
 @reopen_options
 def replay(
-    output: Path,
+    output: Location,
     prompt_id: str,
     trace: bool,
     as_json: bool,

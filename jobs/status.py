@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Command, PathArgument
+from gptbatch.jobs.options import Command, OutputArgument
 from gptbatch.pipeline.output.status import OutputStatus, output_status
+from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.system.machine import cores, describe_cores
 
 MAX_NAMED = 10
 
 
 @click.command(cls=Command)
-@click.argument("output", type=PathArgument())
+@click.argument("output", type=OutputArgument())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
-def status(output: Path, as_json: bool) -> None:
+def status(output: Location, as_json: bool) -> None:
     """Show the state of the output folder OUTPUT: rows, parts and errors.
 
     Lists missing and damaged parts, and errors by kind. For a running job it adds the speed and

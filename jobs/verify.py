@@ -6,13 +6,13 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gptbatch.jobs.messages import echo, print_message
-from gptbatch.jobs.options import Command, PathArgument, print_checkpoint, reopen_options
+from gptbatch.jobs.options import Command, OutputArgument, print_checkpoint, reopen_options
+from gptbatch.pipeline.storage.location import Location
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.loaded_run import LoadedRun
@@ -24,7 +24,7 @@ MAX_LINES = 20
 
 
 @click.command(cls=Command)
-@click.argument("output", type=PathArgument())
+@click.argument("output", type=OutputArgument())
 @click.option(
     "--rows",
     type=click.IntRange(1),
@@ -33,7 +33,7 @@ MAX_LINES = 20
 @click.option("--all", "all_rows", is_flag=True, help="Check every row.")
 @reopen_options
 def verify(
-    output: Path,
+    output: Location,
     rows: int | None,
     all_rows: bool,
     **options: Any,

@@ -7,7 +7,6 @@ import os
 from array import array
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.config_hash import job_identity
@@ -26,6 +25,7 @@ from gptbatch.pipeline.output.resume import (
     part_rows_of,
 )
 from gptbatch.pipeline.output.shards import find_shard
+from gptbatch.pipeline.storage.location import location_of
 from gptbatch.pipeline.types import Completion
 
 logger = logging.getLogger("gptbatch")
@@ -73,7 +73,7 @@ def inspect_job(config: JobConfig) -> InputReport:
     """
     find_shard(config.shard, os.environ)
     check_placement(config)
-    folder = OutputFolder(Path(config.output))
+    folder = OutputFolder(location_of(config.output))
     folder.check_creatable()
     checkpoint = find_checkpoint(
         config.model, revision=config.revision, allow_pickle=config.allow_pickle

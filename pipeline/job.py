@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.config import JobConfig
@@ -19,14 +18,15 @@ from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.input_record import CheckedInput, check_input
-from gptbatch.pipeline.output.lock import OutputLock
+from gptbatch.pipeline.output.lock import OutputLock, open_lock
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_runner import ErrorLimit
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import find_continued_run, find_run
-from gptbatch.pipeline.output.run_folder import RunFolder
 from gptbatch.pipeline.output.run_output import RunOutput, Target, inspect_output
+from gptbatch.pipeline.output.runs import open_run_folder
 from gptbatch.pipeline.output.shards import NO_SHARD, Shard
+from gptbatch.pipeline.storage.location import location_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class CheckedJob:
 def find_job(config: JobConfig, shard: Shard) -> Job:
     """Find the model and the input, and check that the output folder holds no other job."""
     check_placement(config)
-    folder = OutputFolder(Path(config.output))
+    folder = OutputFolder(location_of(config.output))
     state = find_run(folder)
     hashes = folder.read_hashes()
     checkpoint = find_checkpoint(
@@ -127,7 +127,7 @@ def check_job(job: Job) -> CheckedJob:
 
 def lock_output(job: Job) -> OutputLock:
     """Return the lock of the output; shards share it."""
-    return OutputLock(job.folder.work, shared=not job.shard.is_whole)
+    return open_lock(job.folder.work, shared=not job.shard.is_whole)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +172,7 @@ def open_output(config: JobConfig) -> Iterator[OpenOutput]:
     )
     with (
         lock_output(job) as lock,
-        RunFolder(job.folder.work, job.identity["config_hash"]) as run,
+        open_run_folder(job.folder.work, job.identity["config_hash"]) as run,
     ):
         existing = inspect_output(whole, lock, job.identity, checked.summary)
         output = RunOutput(target=whole, run=run, defaults=job.reader.defaults, existing=existing)

@@ -30,7 +30,6 @@ from gptbatch.pipeline.output.resume import (
     is_up_to_date,
 )
 from gptbatch.pipeline.output.run_facts import collect_run_facts
-from gptbatch.pipeline.output.run_folder import RunFolder
 from gptbatch.pipeline.output.run_output import (
     ExistingRun,
     RunOutput,
@@ -38,6 +37,7 @@ from gptbatch.pipeline.output.run_output import (
     confirm_complete,
     inspect_output,
 )
+from gptbatch.pipeline.output.runs import open_run_folder
 from gptbatch.pipeline.output.shards import NO_SHARD, Shard, find_shard
 from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output
 from gptbatch.pipeline.system.machine import describe_cores
@@ -153,16 +153,17 @@ def _run(
         existing = inspect_output(target, lock, job.identity, checked.summary)
         if existing.is_complete(target):
             assert existing.state is not None
-            confirm_complete(target, existing.kept)
+            confirm_complete(target, existing)
             wall_s = time.monotonic() - began_s
             return summarize_complete_output(config, existing.state.manifest, wall_s)
         output = RunOutput(
             target=target,
             run=stack.enter_context(
-                RunFolder(
+                open_run_folder(
                     job.folder.work,
                     job.identity["config_hash"],
-                    alone=lock.works and job.shard.is_whole,
+                    shared=not job.shard.is_whole,
+                    lock_works=lock.works,
                 )
             ),
             defaults=job.reader.defaults,

@@ -24,9 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptbatch.pipeline.output import atomic_write, finish, run_output
+from gptbatch.pipeline.output import finish, run_output
 from gptbatch.pipeline.output.folder import SUCCESS
 from gptbatch.pipeline.output.manifest import MANIFEST
+from gptbatch.pipeline.storage import atomic_write
 
 STEPS = ("write", "close", "fsync", "replace", "folder", "manifest", "success")
 TARGETS = {"manifest": MANIFEST, "success": SUCCESS}
@@ -80,11 +81,14 @@ def install(step: str, kind: str) -> None:
 
         return call
 
-    original_write, original_finish = atomic_write.Writer.write, finish.finish
+    original_write, original_finish = atomic_write.FileWriter.write, finish.finish
     completing: list[bool] = []
 
     def write(
-        self: atomic_write.Writer, path: Path, content: Callable[[BinaryIO], None], **settings: Any
+        self: atomic_write.FileWriter,
+        path: Path,
+        content: Callable[[BinaryIO], None],
+        **settings: Any,
     ) -> bool:
         if step == "manifest" and not completing:
             return original_write(self, path, content, **settings)
@@ -103,7 +107,7 @@ def install(step: str, kind: str) -> None:
         completing.append(True)
         return original_finish(*arguments)
 
-    setattr(atomic_write.Writer, "write", write)  # noqa: B010
+    setattr(atomic_write.FileWriter, "write", write)  # noqa: B010
     vars(run_output)["finish"] = complete
     if step == "close":
         original_open = Path.open

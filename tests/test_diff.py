@@ -21,7 +21,6 @@ from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import InputNotFoundError, StorageError
 from gptbatch.pipeline.input.input_digest import input_digest
 from gptbatch.pipeline.input.rows import RowDefaults
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.claim import claim
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.finish import finish
@@ -29,6 +28,7 @@ from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
 from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.schema import COLUMNS, FORMAT
+from gptbatch.pipeline.storage.atomic_write import FileWriter
 from gptbatch.pipeline.types import Completion, Prompt, RowError, SamplingParams, Timing
 from tests.processes import LIMIT_S, child_environment
 
@@ -103,7 +103,7 @@ def write_run(
         **(identity or {}),
     }
     facts = {"format": FORMAT, "identity": identity, **FACTS, **(facts or {})}
-    files = Writer(folder.work)
+    files = FileWriter(path / ".gptbatch")
     claim(folder, files, "seed: 0\nengine:\n  dtype: float32\n", facts)
     plan = PartPlan(identity=identity, input_digests=digests)
     writer = PartWriter(path, files, FileHashes(), plan=plan, facts=facts)
@@ -166,7 +166,7 @@ def test_parts_are_ordered_by_number(tmp_path: Path) -> None:
         input_digests=["0" * 64] * 100_002,
     )
     facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
-    files = Writer(OutputFolder(out).work)
+    files = FileWriter(out / ".gptbatch")
     writer = PartWriter(out, files, FileHashes(), plan=plan, facts=facts)
     for index in (200_000, 200_001, 0, 1, 199_998, 199_999):
         row = completion(f"id {index}")

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptbatch.pipeline.output.atomic_write import TEMPORARY_NAME
 from gptbatch.pipeline.output.part_file import inspect_part
 from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
+from gptbatch.pipeline.storage.atomic_write import TEMPORARY_NAME
 from tests.faults import STEPS
 from tests.launcher import Child, Launcher
 from tests.processes import LIMIT_S, child_environment, wait_for

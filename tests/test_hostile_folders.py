@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pandas as pd
 import pyarrow as pa
@@ -24,17 +24,18 @@ from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import OutOfMemoryError, OutputConflictError, StorageError
 from gptbatch.pipeline.input.input_digest import input_digest
 from gptbatch.pipeline.output import part_writer
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.claim import claim, write_manifest
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.finish import finish
 from gptbatch.pipeline.output.folder import OutputFolder
-from gptbatch.pipeline.output.part_file import FOOTER_KEY, PartFile, inspect_part
+from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.part_file import FOOTER_KEY, inspect_part
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.status import output_status
 from gptbatch.pipeline.output.stray_tables import find_stray_tables
+from gptbatch.pipeline.storage.atomic_write import FileWriter
 from tests.test_diff import FACTS, IDENTITY, completion, many, row_defaults, write_run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -707,8 +708,7 @@ class BrokenDisk:
 def test_a_failing_disk_is_reported_with_the_file(
     output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from gptbatch.pipeline.audit import run_reader
-    from gptbatch.pipeline.system import regular_file
+    from gptbatch.pipeline.storage import regular_file
 
     opened = regular_file.open_regular
 
@@ -716,13 +716,12 @@ def test_a_failing_disk_is_reported_with_the_file(
         return BrokenDisk() if path == output / name else opened(path)
 
     monkeypatch.setattr(regular_file, "open_regular", open_regular)
-    monkeypatch.setattr(run_reader, "open_regular", open_regular)
     code, _, stderr = command("verify", output)
     assert (code, f"{output / name}: cannot be read (Input/output error)" in stderr) == (74, True)
 
 
 def test_a_failing_hash_names_the_file(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptbatch.pipeline.system.regular_file import file_sha256
+    from gptbatch.pipeline.storage.regular_file import file_sha256
 
     def fail(*arguments: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -735,10 +734,10 @@ def test_a_failing_hash_names_the_file(output: Path, monkeypatch: pytest.MonkeyP
 def test_a_part_that_reads_back_differently_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path, **settings: Any) -> PartFile:
-        return PartFile(path=path, state="damaged", problem="page 3: CRC differs")
+    def fail(file: BinaryIO, name: str) -> Part:
+        raise OSError("page 3: CRC differs")
 
-    monkeypatch.setattr(part_writer, "inspect_part", fail)
+    monkeypatch.setattr(part_writer, "read_part", fail)
     with pytest.raises(
         StorageError,
         match=(
@@ -763,8 +762,8 @@ def test_output_folders_of_any_name_work(tmp_path: Path, name: str) -> None:
 OTHER = {"config_hash": "e" * 64, "seed": 1}
 
 
-def files(path: Path) -> Writer:
-    return Writer(OutputFolder(path).work)
+def files(path: Path) -> FileWriter:
+    return FileWriter(path / ".gptbatch")
 
 
 def writer(path: Path, count: int, **identity: Any) -> tuple[PartWriter, PartPlan, dict[str, Any]]:
@@ -806,7 +805,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         def refuse(*arguments: Any) -> None:
             raise OSError(errno.EPERM, "Operation not permitted")
 
-        monkeypatch.setattr("gptbatch.pipeline.output.atomic_write.os.link", refuse)
+        monkeypatch.setattr("gptbatch.pipeline.storage.atomic_write.os.link", refuse)
     OutputFolder(tmp_path / "out").create()
     return tmp_path / "out"
 

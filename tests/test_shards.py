@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptbatch.pipeline.errors import ConfigError
-from gptbatch.pipeline.output.run_folder import OtherRun, RunFolder, list_runs
+from gptbatch.pipeline.output.local_run import LocalRun, LocalRunFolder
+from gptbatch.pipeline.output.runs import list_runs
 from gptbatch.pipeline.output.shards import (
     LOOK_INTERVAL_S,
     Shard,
@@ -187,10 +188,10 @@ NO_PID = 2**22 + 1
 
 
 def test_a_dead_run_is_taken_over_by_one_run_alone(tmp_path: Path) -> None:
-    with RunFolder(tmp_path) as dead:
-        assert OtherRun(dead.path).is_live()
-    assert not OtherRun(dead.path).is_live()
-    with RunFolder(tmp_path) as first, RunFolder(tmp_path, "of a job") as second:
+    with LocalRunFolder(tmp_path) as dead:
+        assert LocalRun(dead.path).is_live()
+    assert not LocalRun(dead.path).is_live()
+    with LocalRunFolder(tmp_path) as first, LocalRunFolder(tmp_path, "of a job") as second:
         assert first.company() == {"of a job"}
         with first.dead_runs() as taken:
             assert [run.path for run in taken] == [dead.path]
@@ -202,10 +203,10 @@ def test_a_dead_run_is_taken_over_by_one_run_alone(tmp_path: Path) -> None:
 
 
 def test_files_of_others_stay_in_the_folder_of_a_dead_run(tmp_path: Path) -> None:
-    with RunFolder(tmp_path) as dead:
+    with LocalRunFolder(tmp_path) as dead:
         (dead.path / "part-000000.parquet.tmp").write_bytes(b"left behind")
         (dead.path / "notes.txt").write_text("mine")
-    with RunFolder(tmp_path) as run:
+    with LocalRunFolder(tmp_path) as run:
         run.sweep()
     assert [path.name for path in dead.path.iterdir()] == ["notes.txt"]
 
@@ -214,20 +215,20 @@ def test_a_folder_that_never_got_its_name_is_deleted(tmp_path: Path) -> None:
     """Its run was killed before it had its lock. A young one may be that of a live shard."""
     new = tmp_path / "runs" / "0123456789ab.new"
     new.mkdir(parents=True)
-    with RunFolder(tmp_path) as shard:
+    with LocalRunFolder(tmp_path) as shard:
         shard.sweep()
         assert new.exists()
-    with RunFolder(tmp_path, alone=True) as whole:
+    with LocalRunFolder(tmp_path, alone=True) as whole:
         whole.sweep()
         assert not new.exists()
 
 
 def test_a_run_on_another_host_lives_while_it_shows_progress(tmp_path: Path) -> None:
     """Its lock may not be seen here: some file systems lock within a host only, or not at all."""
-    with RunFolder(tmp_path) as run:
+    with LocalRunFolder(tmp_path) as run:
         note = json.loads((run.path / "lock").read_text())
         progress = {"rows_total": 1, "rows_done": 0, "error_rows": 0, "state": "running"}
-    other = OtherRun(run.path)
+    other = LocalRun(run.path)
     for updated_at, host, pid, lives in (
         ("2999-01-01T00:00:00Z", "elsewhere", NO_PID, True),
         ("2020-01-01T00:00:00Z", "elsewhere", NO_PID, False),

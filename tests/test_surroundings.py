@@ -36,7 +36,7 @@ from gptbatch.pipeline.config import (
 )
 from gptbatch.pipeline.errors import ConfigError, ModelError
 from gptbatch.pipeline.output.error_rows import describe_errors
-from gptbatch.pipeline.output.lock import OutputLock
+from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.system.openmp import limit_spinning
 from gptbatch.pipeline.system.paths import PathError, expand_path
@@ -201,13 +201,11 @@ def test_file_names_with_dollar_signs_or_braces_are_accepted(text: str) -> None:
 
 
 URLS = [
-    ("s3://bucket/run", "s3:"),
     ("S3A://bucket/run", "s3a:"),
-    ("gs://bucket/run", "gs:"),
+    ("s3:/bucket/run", "s3:"),
     ("file:///data/x", "give the path: /data/x"),
     ("file:/data/x", "give the path: /data/x"),
     ("dbfs:/runs/1", "/dbfs/..."),
-    ("abfss://c@a.dfs.core.windows.net/x", "abfss:"),
     ("https://example.org/x.jsonl", "https:"),
     ("hf://datasets/acme/prompts", "--dataset acme/prompts"),
     ("https://huggingface.co/gpt2", "--model gpt2"),
@@ -216,8 +214,14 @@ URLS = [
 ]
 
 
-@pytest.mark.parametrize("key", PATH_KEYS)
-@pytest.mark.parametrize(("text", "advice"), URLS)
+STORES = ["s3://bucket/run", "gs://bucket/run", "abfss://c@a.dfs.core.windows.net/x"]
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "advice"),
+    [(key, *url) for key in PATH_KEYS for url in URLS]
+    + [(key, url, "which is not supported") for key in ("model", "dataset") for url in STORES],
+)
 def test_urls_are_rejected(
     text: str, advice: str, key: str, gptbatch: Command, tmp_path: Path
 ) -> None:
@@ -233,6 +237,13 @@ def test_urls_are_rejected(
     assert f"--{key}: {text!r} is a URL" in stderr.replace("***", "c")
     assert advice in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/a//b", "gs://bucket/../b", "s3://bucket/$OUT"])
+def test_names_of_objects_are_checked(text: str, gptbatch: Command) -> None:
+    code, _, stderr = gptbatch("generate", "--model", "m", "--input", "in.jsonl", "--output", text)
+    assert code == 2
+    assert "--output" in stderr
 
 
 def test_a_config_url_is_rejected(gptbatch: Command) -> None:
@@ -1184,7 +1195,7 @@ def test_status_shows_shared_cores_of_a_running_job(
     )
     assert "cores " not in gptbatch("status", "out")[1]
     (tmp_path / "out" / "_SUCCESS").unlink()
-    with OutputLock(tmp_path / "out" / ".gptbatch"):
+    with open_lock(tmp_path / "out" / ".gptbatch"):
         assert (
             "cores    shared with other programs, if the run is on this machine: "
             "other processes run or wait for them\n"

@@ -7,7 +7,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +18,8 @@ from gptbatch.pipeline.output.old_formats import OLD_COLUMN_NAMES, is_old_format
 from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
 from gptbatch.pipeline.output.part_listing import PartListing, list_parts, read_run_state
 from gptbatch.pipeline.output.schema import SCHEMA
-from gptbatch.pipeline.system.regular_file import named_in_errors, open_regular
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.regular_file import named_in_errors, open_whole
 from gptbatch.pipeline.system.yaml_reader import MAX_RECORDED_BYTES, YamlError, parse_yaml_mapping
 
 BATCH_ROWS = 2048
@@ -52,7 +52,7 @@ class RunReader:
         StorageError: The folder or a part cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
         try:
             state = read_run_state(path)
@@ -98,14 +98,14 @@ class RunReader:
         """
         path = OutputFolder(self.path).work / CONFIG
         try:
-            with named_in_errors(path), open_regular(path) as file:
+            with named_in_errors(path), open_whole(path) as file:
                 content = file.read(MAX_RECORDED_BYTES + 1)
             if len(content) > MAX_RECORDED_BYTES:
                 raise YamlError(f"larger than {MAX_RECORDED_BYTES >> 20} MiB")
             config = parse_yaml_mapping(content)
             return translate_config(config) if is_old_format(self.manifest["format"]) else config
         except (FileNotFoundError, NotADirectoryError) as error:
-            if os.path.lexists(path.parent) and not path.parent.is_dir():
+            if os.path.lexists(str(path.parent)) and not path.parent.is_dir():
                 raise StorageError(
                     f"{path.parent}: is not a folder; it should hold the settings of the run; copy "
                     "it again"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.prompt_reader import open_input
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.input_record import check_input
-from gptbatch.pipeline.output.lock import OutputLock
+from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.part_runner import ErrorLimit
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import check_format, check_part_rows, find_run
-from gptbatch.pipeline.output.run_folder import RunFolder
+from gptbatch.pipeline.output.runs import open_run_folder
+from gptbatch.pipeline.storage.location import location_of
 
 logger = logging.getLogger("gptbatch")
 
@@ -52,7 +52,7 @@ def plan_job(config: JobConfig) -> Plan:
         GptbatchError: The errors of the input and the output folder that `run_job` raises.
     """
     check_placement(config)
-    folder = OutputFolder(Path(config.output))
+    folder = OutputFolder(location_of(config.output))
     folder.check_creatable()
     state = find_run(folder)
     if state is not None and not state.holds_job:
@@ -70,7 +70,7 @@ def plan_job(config: JobConfig) -> Plan:
     checked = check_input(config, folder, reader, folder.read_hashes(), state, is_whole=False)
     ErrorLimit(config.max_row_errors, checked.summary.rows).check(checked.summary.bad_rows)
     folder.create()
-    with OutputLock(folder.work, shared=True), RunFolder(folder.work) as run:
+    with open_lock(folder.work, shared=True), open_run_folder(folder.work) as run:
         checked.write(folder, run.writer)
     summary = checked.summary
     return Plan(

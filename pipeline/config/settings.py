@@ -24,7 +24,7 @@ from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingParams
 Name = Annotated[str, Field(min_length=1)]
 
 
-def _path_setting(*, writes: bool) -> Any:
+def _path_setting(*, writes: bool = False, stores: bool = False) -> Any:
     """Return a validator for paths. pydantic's own validator rejects names that are not UTF-8."""
 
     def check(value: Any) -> str:
@@ -32,22 +32,24 @@ def _path_setting(*, writes: bool) -> Any:
             raise PydanticCustomError("string_type", "Input should be a valid string")
         if not value:
             raise PydanticCustomError("string_too_short", "String should have at least 1 character")
-        return value if value == "-" and not writes else expand_path(value, writes=writes)
+        if value == "-" and not writes:
+            return value
+        return expand_path(value, writes=writes, stores=stores)
 
     return PlainValidator(check)
 
 
-InputPath = Annotated[str, _path_setting(writes=False)]
+InputPath = Annotated[str, _path_setting()]
 # One path stands for a list of one.
 if TYPE_CHECKING:
     InputPaths = str | list[str]
 else:
     InputPaths = Annotated[
-        list[InputPath],
+        list[Annotated[str, _path_setting(stores=True)]],
         Field(min_length=1),
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     ]
-OutputPath = Annotated[str, _path_setting(writes=True)]
+OutputPath = Annotated[str, _path_setting(writes=True, stores=True)]
 # "5" or "2.5%"; a YAML file may say 5 without quotes
 CountOrShare = Annotated[
     str,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gptbatch.pipeline.errors import (
@@ -18,6 +17,7 @@ from gptbatch.pipeline.errors import (
 from gptbatch.pipeline.input.file_kind import HEAD_BYTES, describe_binary
 from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.input.strict_json import DECODER
+from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.system.error_text import first_line
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ArrowFile:
         name: The file in messages.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Location, name: str) -> None:
         self.path, self.name = path, name
 
     def rows(self, start: Place = START) -> Iterator[RawRow]:

@@ -8,10 +8,10 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from gptbatch.pipeline.errors import InputRowsError
+from gptbatch.pipeline.storage.location import Location
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 # `zstd --ultra --long=31` needs this window. The default limit of the library is 2**27.
@@ -28,7 +28,7 @@ class FrameError(Exception):
 DAMAGE_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, FrameError)
 
 
-def open_decompressed(path: Path, name: str) -> io.BufferedReader:
+def open_decompressed(path: Location, name: str) -> io.BufferedReader:
     """Open a file and return its decompressed content.
 
     Reads raise one of DAMAGE_ERRORS where a compressed file is damaged or truncated.

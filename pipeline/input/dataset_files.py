@@ -27,6 +27,7 @@ from gptbatch.pipeline.input.json_file import JsonFile
 from gptbatch.pipeline.input.jsonl import JsonlFile
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.text_file import TextFile
+from gptbatch.pipeline.storage.location import Location
 
 MAX_FILES = 100_000
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
@@ -190,7 +191,7 @@ def check_shards(where: str, names: list[str]) -> None:
             )
 
 
-def suffix_of(path: Path) -> str:
+def suffix_of(path: Location) -> str:
     """Return the suffix of the format in lower case: `.csv` for `A.CSV.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from gptbatch.pipeline.model.other_formats import LFS_HEADER
+from gptbatch.pipeline.storage.location import Location
 
 _MAGIC = (
     (b"PAR1", "a Parquet file: read it with --dataset {path}"),
@@ -152,7 +152,7 @@ def _has_rows(value: list[object] | dict[str, object]) -> bool:
     return isinstance(value, dict) and not all(key.isdecimal() for key in value)
 
 
-def read_head(path: Path) -> bytes:
+def read_head(path: Location) -> bytes:
     """Return the first bytes of a file, b"" where it cannot be read."""
     try:
         with path.open("rb") as file:

@@ -16,7 +16,8 @@ from gptbatch.pipeline.input.dataset_files import suffix_of, walk
 from gptbatch.pipeline.input.file_kind import read_head
 from gptbatch.pipeline.input.jsonl import JsonlFile
 from gptbatch.pipeline.input.source import START, Place, RawRow
-from gptbatch.pipeline.system.bundled import locate
+from gptbatch.pipeline.storage.location import Location, location_of
+from gptbatch.pipeline.storage.object_path import match_objects
 
 logger = logging.getLogger("gptbatch")
 
@@ -68,9 +69,9 @@ class InputFiles:
                 position += 1
             begin = START
 
-    def files(self) -> list[Path] | None:
+    def files(self) -> list[Location] | None:
         """Return the files; None for pipes and standard input."""
-        paths = []
+        paths: list[Location] = []
         for file in self._files:
             found = file.files() if isinstance(file, JsonlFile) else [file.path]
             if found is None:
@@ -79,7 +80,7 @@ class InputFiles:
         return paths
 
 
-def find_files(names: Sequence[str]) -> list[str | Path]:
+def find_files(names: Sequence[str]) -> list[str | Location]:
     """Return the files that names stand for, in order; those of a folder or pattern are sorted.
 
     Raises:
@@ -87,7 +88,7 @@ def find_files(names: Sequence[str]) -> list[str | Path]:
     """
     if STANDARD_INPUT in names and len(names) > 1:
         raise InputNotFoundError("-: standard input cannot be combined with other inputs")
-    files: list[str | Path] = []
+    files: list[str | Location] = []
     for name in names:
         files += _expand(name)
     if len(files) > MAX_FILES:
@@ -96,21 +97,21 @@ def find_files(names: Sequence[str]) -> list[str | Path]:
         )
     seen: set[str] = set()
     for file in files if len(files) > 1 else ():
-        real = os.path.realpath(file)
+        real = os.path.realpath(file) if isinstance(file, (str, Path)) else str(file)
         if real in seen:
             raise InputNotFoundError(f"{file}: is given twice; its rows would have the same ids")
         seen.add(real)
     return files
 
 
-def _expand(name: str) -> list[str | Path]:
+def _expand(name: str) -> list[str | Location]:
     if name == STANDARD_INPUT:
         return [name]
-    path = locate(name)
+    path = location_of(name)
     if path.is_dir():
         suffixes = (*JSONL_SUFFIXES, *PARQUET_SUFFIXES)
-        entries = sorted(walk(path))
-        found = [entry for entry in entries if suffix_of(Path(entry)) in suffixes]
+        entries = _files_below(path)
+        found = [entry for entry in entries if suffix_of(entry) in suffixes]
         if not found:
             raise InputNotFoundError(
                 f"{name}: is a folder without files of JSON lines or Parquet "
@@ -124,20 +125,37 @@ def _expand(name: str) -> list[str | Path]:
                 len(entries) - len(found),
                 ", ".join(suffixes),
             )
-        return [path / entry for entry in found]
+        return [*found]
     if glob.has_magic(name) and not path.exists():
-        matches = sorted(
-            match for match in glob.glob(name, recursive=True) if Path(match).is_file()
-        )
+        matches = _matches(name) if isinstance(path, Path) else match_objects(path)
         if not matches:
             raise InputNotFoundError(f"{name}: no file matches this pattern")
-        return [Path(match) for match in matches]
+        return [*matches]
     return [path]
 
 
-def _open(path: str | Path) -> JsonlFile | ArrowFile:
-    if path != STANDARD_INPUT and Path(path).is_file():
-        file = Path(path)
-        if suffix_of(file) in PARQUET_SUFFIXES or read_head(file).startswith(b"PAR1"):
-            return ArrowFile(file, str(file))
+def _files_below(folder: Location) -> list[Location]:
+    """Return the files in a folder and its subfolders, sorted, without hidden ones."""
+    if isinstance(folder, Path):
+        return [folder / entry for entry in sorted(walk(folder))]
+    return sorted(
+        file
+        for file in folder.walk_files()
+        if not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    )
+
+
+def _matches(pattern: str) -> list[Path]:
+    matches = sorted(glob.glob(pattern, recursive=True))
+    return [Path(match) for match in matches if Path(match).is_file()]
+
+
+def _open(path: str | Location) -> JsonlFile | ArrowFile:
+    file = Path(path) if isinstance(path, str) else path
+    if (
+        path != STANDARD_INPUT
+        and file.is_file()
+        and (suffix_of(file) in PARQUET_SUFFIXES or read_head(file).startswith(b"PAR1"))
+    ):
+        return ArrowFile(file, str(file))
     return JsonlFile(path)

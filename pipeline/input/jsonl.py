@@ -19,6 +19,7 @@ from gptbatch.pipeline.input.file_kind import MAX_SNIFFED_LINES, describe_text
 from gptbatch.pipeline.input.lines import LineReader, decode_line
 from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.input.strict_json import parse_object
+from gptbatch.pipeline.storage.location import Location
 
 
 class JsonlFile:
@@ -36,8 +37,8 @@ class JsonlFile:
 
     unit: Literal["line", "row"] = "line"
 
-    def __init__(self, path: str | Path, name: str | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Location, name: str | None = None) -> None:
+        self.path: Location = Path(path) if isinstance(path, str) else path
         self.name = name or ("<stdin>" if str(path) == "-" else str(path))
         self._spool: IO[bytes] | None = None
         if str(path) == "-":
@@ -92,7 +93,7 @@ class JsonlFile:
             if (kind := describe_text([line or b"" for _, line in lines], path)) is not None:
                 raise InputRowsError(f"{self.name}: is {kind}") from None
 
-    def files(self) -> list[Path] | None:
+    def files(self) -> list[Location] | None:
         """Return the file, None for a pipe or standard input."""
         return None if self._spool is not None else [self.path]
 

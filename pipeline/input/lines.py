@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError, StorageError
 from gptbatch.pipeline.input.compression import DAMAGE_ERRORS, open_decompressed
 from gptbatch.pipeline.input.file_kind import HEAD_BYTES, describe_binary
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.object_path import ObjectReader
 
 MAX_LINE_BYTES = 16 * 2**20
 BOM = b"\xef\xbb\xbf"
@@ -23,7 +24,7 @@ class LineReader:
         name: The file in messages.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Location, name: str) -> None:
         self.path, self.name = path, name
         # number of the last line that was read
         self._line = 0
@@ -46,7 +47,7 @@ class LineReader:
             StorageError: Reading failed.
         """
         with self.open() as file:
-            is_plain = isinstance(getattr(file, "raw", None), io.FileIO)
+            is_plain = isinstance(getattr(file, "raw", None), (io.FileIO, ObjectReader))
             self._line, self.offset = 0, 0 if is_plain else -1
             if skip and is_plain and offset >= 0:
                 file.seek(offset)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
+
+from gptbatch.pipeline.storage.location import Location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,5 +63,5 @@ class RowSource(Protocol):
     def rows(self, start: Place = START) -> Iterator[RawRow]:
         """Yield the rows in order, from a place that an earlier pass has found."""
 
-    def files(self) -> list[Path] | None:
+    def files(self) -> Sequence[Location] | None:
         """Return the files that determine the rows; None where only reading them can tell."""

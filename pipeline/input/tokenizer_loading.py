@@ -40,8 +40,8 @@ from gptbatch.pipeline.input.tokenizer_files import (
 )
 from gptbatch.pipeline.input.tokenizer_transformers import load_with_transformers
 from gptbatch.pipeline.model.checkpoint import CONFIG_FILE, read_json, reading
+from gptbatch.pipeline.storage.regular_file import file_sha256
 from gptbatch.pipeline.system.error_text import first_line
-from gptbatch.pipeline.system.regular_file import file_sha256
 from gptbatch.pipeline.system.rust_panics import panics_as_errors
 
 logger = logging.getLogger("gptbatch")

@@ -27,9 +27,9 @@ from gptbatch.pipeline.model.other_formats import (
     is_lfs_pointer,
     lfs_message,
 )
+from gptbatch.pipeline.storage.regular_file import file_sha256
 from gptbatch.pipeline.system.bundled import locate
 from gptbatch.pipeline.system.error_text import first_line
-from gptbatch.pipeline.system.regular_file import file_sha256
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from gptbatch.pipeline.errors import OutputConflictError, StorageError
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.folder import CONFIG, SUCCESS, FolderState, OutputFolder
 from gptbatch.pipeline.output.manifest import (
     MANIFEST,
@@ -15,6 +14,7 @@ from gptbatch.pipeline.output.manifest import (
 )
 from gptbatch.pipeline.output.part_file import inspect_part
 from gptbatch.pipeline.output.part_plan import differing_keys
+from gptbatch.pipeline.storage.atomic_write import Writer
 
 # Tries to write the manifest while another program creates and deletes it.
 MAX_CLAIM_TRIES = 3

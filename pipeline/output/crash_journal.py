@@ -18,11 +18,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.json_models import CrashJournalContent, validated
-from gptbatch.pipeline.system.regular_file import read_json
+from gptbatch.pipeline.storage.atomic_write import Writer
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.regular_file import read_json
 
 CRASH_JOURNAL = "crash_journal.json"
 MIN_CRASHES_TO_SUSPECT = 2
@@ -42,7 +42,9 @@ class CrashJournal:
         last_prompt_id: Id of the row that ran alone at the last crash; None where none did.
     """
 
-    def __init__(self, run: Path, writer: Writer, dead: Iterable[CrashJournalContent] = ()) -> None:
+    def __init__(
+        self, run: Location, writer: Writer, dead: Iterable[CrashJournalContent] = ()
+    ) -> None:
         self._path, self._writer = run / CRASH_JOURNAL, writer
         self.last_prompt_id: str | None = None
         crashes: Counter[int] = Counter()
@@ -110,7 +112,7 @@ class CrashJournal:
         self._writer.write_text(self._path, json.dumps(content) + "\n", durable=False)
 
 
-def read_crash_journal(run: Path) -> CrashJournalContent:
+def read_crash_journal(run: Location) -> CrashJournalContent:
     """Read the journal of a run; a missing or damaged one is read as empty."""
     try:
         return validated(CrashJournalContent, read_json(run / CRASH_JOURNAL))

@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 from gptbatch.pipeline.errors import StorageError
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.input.strict_json import parse_object, to_json
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.folder import ERRORS, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
+from gptbatch.pipeline.storage.atomic_write import Writer
 from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 _COLUMNS = [

@@ -18,13 +18,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.output.json_models import DigestsContent, PartRecord, validated
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.regular_file import file_sha256, read_json
 from gptbatch.pipeline.system.redact import redact
-from gptbatch.pipeline.system.regular_file import file_sha256, read_json
 
 # size, mtime in ns, ctime in ns, inode
 Stat = list[int]
@@ -36,8 +37,15 @@ CLOCK_TICK_NS = 50_000_000
 COARSE_CLOCK_TICK_NS = 2_000_000_000
 
 
-def stat_of(path: Path) -> Stat:
-    """Return the size, times and inode of a file."""
+def stat_of(path: Location) -> Stat:
+    """Return the size, times and inode of a file.
+
+    For an object: the size, when it was written, 0, and a number that changes with its version.
+    """
+    if not isinstance(path, Path):
+        info = path.info()
+        version = hashlib.sha256(info.version.encode()).digest()[:6]
+        return [info.size, int(info.modified_s * 1e9), 0, int.from_bytes(version)]
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
@@ -56,7 +64,7 @@ class FileHashes:
         self._input: dict[str, Any] | None = content.get("input")
 
     @classmethod
-    def load(cls, path: Path) -> FileHashes:
+    def load(cls, path: Location) -> FileHashes:
         """Read the hashes of a file; a missing or damaged file gives none."""
         try:
             content = read_json(path)
@@ -70,7 +78,7 @@ class FileHashes:
         content = {"files": self._files, "input": self._input, "parts": self._parts}
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
-    def sha256(self, path: Path) -> str:
+    def sha256(self, path: Location) -> str:
         """Return the hash of a file in hexadecimal; read the file only if it has changed.
 
         Raises:
@@ -91,7 +99,7 @@ class FileHashes:
     # -- input -------------------------------------------------------------------------------------
 
     def find_input(
-        self, settings: dict[str, Any], files: list[Path] | None, *, exactly: bool = True
+        self, settings: dict[str, Any], files: Sequence[Location] | None, *, exactly: bool = True
     ) -> dict[str, Any] | None:
         """Return the recorded summary of an input whose files have not changed.
 
@@ -121,7 +129,7 @@ class FileHashes:
     def record_input(
         self,
         settings: dict[str, Any],
-        files: list[Path] | None,
+        files: Sequence[Location] | None,
         began_ns: int,
         summary: dict[str, Any],
     ) -> None:
@@ -140,19 +148,21 @@ class FileHashes:
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def is_unchanged(self, path: Path) -> bool:
+    def is_unchanged(self, path: Location) -> bool:
         """Return whether a part has the size, times and inode that `confirm_parts` recorded."""
         recorded = self._parts.get(path.name)
+        if recorded is None or recorded["stat"] is None:
+            return False
         try:
-            return recorded is not None and bool(recorded["stat"] == stat_of(path))
+            return bool(recorded["stat"] == stat_of(path))
         except OSError:
             return False
 
-    def is_recorded(self, path: Path) -> bool:
+    def is_recorded(self, path: Location) -> bool:
         """Return whether a hash is recorded for a part: it was read back when it was written."""
         return path.name in self._parts
 
-    def is_altered(self, path: Path) -> bool:
+    def is_altered(self, path: Location) -> bool:
         """Read a part, and return whether a hash is recorded for it that differs.
 
         Raises:
@@ -183,7 +193,7 @@ class FileHashes:
         """Delete the records of all parts but these: the others are about to be written."""
         self._parts = {name: self._parts[name] for name in names if name in self._parts}
 
-    def confirm_parts(self, paths: Iterable[Path]) -> None:
+    def confirm_parts(self, paths: Iterable[Location]) -> None:
         """Record size and times of parts that are known to be whole.
 
         A part that was written a moment ago gets no times, so that the next run reads it.
@@ -203,11 +213,11 @@ def _hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _key(path: Path) -> str:
-    return redact(str(path.resolve()))
+def _key(path: Location) -> str:
+    return redact(str(path.resolve() if isinstance(path, Path) else path))
 
 
-def _stats(files: list[Path]) -> dict[str, Stat] | None:
+def _stats(files: Sequence[Location]) -> dict[str, Stat] | None:
     try:
         return {_key(path): stat_of(path) for path in files}
     except OSError:
@@ -217,7 +227,8 @@ def _stats(files: list[Path]) -> dict[str, Stat] | None:
 def _is_stable(stats: Iterable[Stat], began_ns: int) -> bool:
     """Return whether a change after `began_ns` would change the times of these files.
 
-    The clocks of file systems tick every few milliseconds, or every one or two seconds.
+    The clocks of file systems tick every few milliseconds, or every one or two seconds. The version
+    of an object changes in any case.
     """
     ticks = (
         (ctime, COARSE_CLOCK_TICK_NS if ctime % 1_000_000_000 == 0 else CLOCK_TICK_NS)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.errors import IncompleteError, OutputConflictError, StorageError
 from gptbatch.pipeline.input.input_digest import input_digest
 from gptbatch.pipeline.input.rows import RowDefaults
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.claim import write_manifest
 from gptbatch.pipeline.output.error_rows import write_error_rows
 from gptbatch.pipeline.output.file_hashes import FileHashes
@@ -26,6 +24,8 @@ from gptbatch.pipeline.output.part_listing import map_in_threads
 from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.stray_tables import find_stray_tables, refuse_stray_tables
+from gptbatch.pipeline.storage.atomic_write import Writer
+from gptbatch.pipeline.storage.location import Location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def finish(
     """
     refuse_stray_tables(folder.path, find_stray_tables(folder.path))
 
-    def inspect(entry: tuple[int, Path]) -> PartFile:
+    def inspect(entry: tuple[int, Location]) -> PartFile:
         number, path = entry
         if number in known and hashes.is_unchanged(path):
             return PartFile(path=path, state="sound", part=known[number])
@@ -76,7 +76,7 @@ def finish(
     # Not by a listing, which may be older than the last parts.
     n_parts = count_parts(identity["part_rows"], identity["rows"])
     paths = {number: folder.path / part_name(number) for number in range(n_parts)}
-    paths |= {number: path for number, path in folder.list_parts().items() if number >= n_parts}
+    paths |= folder.list_parts()
     files = map_in_threads(inspect, paths.items())
     plan = PartPlan(
         identity=identity,
@@ -95,7 +95,7 @@ def finish(
     write_manifest(folder, writer, facts, manifest_text(facts, parts))
     writer.write_text(folder.path / SUCCESS, "")
     try:
-        hashes.confirm_parts(folder.path / part.name for part in parts)
+        hashes.confirm_parts(file.path for file in files)
     except OSError as error:
         raise StorageError(f"{error.filename}: is gone since it was checked") from error
     folder.write_hashes(writer, hashes)

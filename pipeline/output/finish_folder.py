@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import IncompleteError, InputNotFoundError
@@ -12,11 +11,17 @@ from gptbatch.pipeline.input.prompt_reader import row_defaults
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.output.finish import finish
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
-from gptbatch.pipeline.output.lock import OutputLock
+from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.part_plan import count_parts
 from gptbatch.pipeline.output.resume import check_format, find_run
-from gptbatch.pipeline.output.run_folder import RunFolder
-from gptbatch.pipeline.system.yaml_reader import YamlError, read_yaml_mapping
+from gptbatch.pipeline.output.runs import open_run_folder
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.regular_file import open_whole
+from gptbatch.pipeline.system.yaml_reader import (
+    MAX_RECORDED_BYTES,
+    YamlError,
+    parse_yaml_mapping,
+)
 
 logger = logging.getLogger("gptbatch")
 
@@ -40,7 +45,7 @@ class FinishedOutput:
     errors: int
 
 
-def finish_folder(path: Path) -> FinishedOutput:
+def finish_folder(path: Location) -> FinishedOutput:
     """Write the final manifest and `_SUCCESS` of an output whose parts are all written.
 
     Each run does so at its end. This is for the case that none came to its end.
@@ -64,7 +69,7 @@ def finish_folder(path: Path) -> FinishedOutput:
         )
     check_format(str(path), state)
     folder.create()
-    with OutputLock(folder.work, shared=True), RunFolder(folder.work) as run:
+    with open_lock(folder.work, shared=True), open_run_folder(folder.work) as run:
         n_parts = count_parts(state.identity["part_rows"], state.identity["rows"])
         if missing := folder.missing_parts(n_parts):
             named = ", ".join(map(str, missing[:MAX_NAMED]))
@@ -89,7 +94,9 @@ def _defaults(folder: OutputFolder) -> RowDefaults:
     """Return the field names of the recorded config, for errors.jsonl."""
     path = folder.work / CONFIG
     try:
-        return row_defaults(JobConfig.model_validate(read_yaml_mapping(path)))
+        with open_whole(path) as file:
+            content = parse_yaml_mapping(file.read(MAX_RECORDED_BYTES))
+        return row_defaults(JobConfig.model_validate(content))
     except (OSError, ValueError, YamlError) as error:
         logger.warning("%s: cannot be read (%s); errors.jsonl has default field names", path, error)
         return row_defaults(JobConfig(model="unknown", input="-", output=str(folder.path)))

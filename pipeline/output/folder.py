@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.errors import OutputConflictError, OutputCreationError
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.index_file import INDEX
 from gptbatch.pipeline.output.lock import LOCK
@@ -40,8 +39,11 @@ from gptbatch.pipeline.output.manifest import (
     rebuild_manifest,
 )
 from gptbatch.pipeline.output.part_file import PartFile, inspect_part, part_name, part_number
-from gptbatch.pipeline.output.run_folder import RUNS, list_runs, read_records
+from gptbatch.pipeline.output.run_folder import RUNS, read_records
+from gptbatch.pipeline.output.runs import list_runs
 from gptbatch.pipeline.output.stray_tables import find_stray_tables
+from gptbatch.pipeline.storage.atomic_write import Writer
+from gptbatch.pipeline.storage.location import Location
 
 SUCCESS = "_SUCCESS"
 WORK = ".gptbatch"
@@ -70,7 +72,7 @@ class FolderState:
     """
 
     manifest: dict[str, Any]
-    parts: dict[int, Path]
+    parts: dict[int, Location]
     success: bool
     marked_complete: bool
     manifest_lost: bool
@@ -95,10 +97,10 @@ class OutputFolder:
     """One output folder.
 
     Args:
-        path: The folder; it need not exist.
+        path: The folder, on a file system or in an object store. It need not exist.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
         self.work = path / WORK
 
@@ -111,6 +113,8 @@ class OutputFolder:
             OutputConflictError: A name is a link, FIFO, socket or device.
             OutputCreationError: The folder's name is too long for the file system.
         """
+        if not isinstance(self.path, Path) or not isinstance(self.work, Path):
+            return
         files = [self.path / MANIFEST, self.path / SUCCESS]
         files += [self.work / name for name in (CONFIG, DIGESTS, ERRORS, INDEX, LOCK)]
         folders = [self.path, self.work, self.work / RUNS]
@@ -214,9 +218,13 @@ class OutputFolder:
     def create(self) -> None:
         """Create the folder if it is missing, and check that it is writable.
 
+        An object store has no folders. The first object of the run shows whether it is writable.
+
         Raises:
             OutputCreationError: It cannot be created or written.
         """
+        if not isinstance(self.work, Path):
+            return
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.work):
@@ -232,6 +240,8 @@ class OutputFolder:
         Raises:
             OutputCreationError: `create` is sure to fail.
         """
+        if not isinstance(self.path, Path):
+            return
         nearest = next(
             folder
             for folder in (self.path, *self.path.absolute().parents)
@@ -244,9 +254,9 @@ class OutputFolder:
                 f"{self.path}: cannot be created: {nearest} is not a writable folder"
             )
 
-    def list_parts(self) -> dict[int, Path]:
+    def list_parts(self) -> dict[int, Location]:
         """Return every entry with a part's name, by number, in order."""
-        parts: dict[int, Path] = {}
+        parts: dict[int, Location] = {}
         for entry in self.path.iterdir():
             number = part_number(entry.name)
             # The name of an earlier format counts where there is none of this one.
@@ -258,7 +268,8 @@ class OutputFolder:
         """Return the numbers below `n_parts` whose parts are not there."""
         present = self.list_parts()
         missing = [number for number in range(n_parts) if number not in present]
-        if len(missing) > MAX_LOOKUPS:
+        # Listings of object stores are up to date.
+        if len(missing) > MAX_LOOKUPS or not isinstance(self.path, Path):
             return missing
         # A listing of NFS may be older than the last parts.
         return [number for number in missing if not (self.path / part_name(number)).exists()]

@@ -7,7 +7,6 @@ the place of its first part. The content of each part is compared with its diges
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -19,7 +18,8 @@ from gptbatch.pipeline.input.source import Place
 from gptbatch.pipeline.output.json_models import IndexContent, validated
 from gptbatch.pipeline.output.part_file import is_damage, open_parquet
 from gptbatch.pipeline.output.part_plan import count_parts
-from gptbatch.pipeline.system.regular_file import parse_json
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.regular_file import parse_json
 
 INDEX = "input_index.parquet"
 _KEY = b"gptbatch"
@@ -56,7 +56,7 @@ def write_index(file: BinaryIO, summary: InputSummary) -> None:
     pq.write_table(table, file, compression="zstd")
 
 
-def read_index(path: Path) -> InputSummary | None:
+def read_index(path: Location) -> InputSummary | None:
     """Read an index; None where it is missing, damaged, or not consistent.
 
     Raises:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.index_file import INDEX, read_index, write_index
 from gptbatch.pipeline.output.part_plan import check_part_count
 from gptbatch.pipeline.output.resume import input_settings, part_rows_of
+from gptbatch.pipeline.storage.atomic_write import Writer
 
 logger = logging.getLogger("gptbatch")
 

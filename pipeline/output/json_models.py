@@ -161,6 +161,8 @@ class HolderContent(_StrictModel):
     pid: Count
     since: Time
     job: Text | None = None
+    # whether runs of other shards may be going on
+    shared: bool = False
 
 
 class IndexContent(_StrictModel):

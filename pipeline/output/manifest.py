@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.errors import OutputConflictError, StorageError
@@ -14,7 +13,8 @@ from gptbatch.pipeline.output.old_formats import translate_facts
 from gptbatch.pipeline.output.part_file import read_footer
 from gptbatch.pipeline.output.part_plan import group_by_job
 from gptbatch.pipeline.output.schema import FORMAT
-from gptbatch.pipeline.system.regular_file import read_json
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.regular_file import read_json
 
 MANIFEST = "_manifest.json"
 FORMAT_PREFIX = "gptbatch-"
@@ -28,7 +28,7 @@ class DamagedManifestError(OutputConflictError):
         why: The problem, without advice.
     """
 
-    def __init__(self, path: Path, why: str) -> None:
+    def __init__(self, path: Location, why: str) -> None:
         super().__init__(
             f"{path}: damaged, or not written by gptbatch ({why}); name another output, or delete "
             "the folder if it is an old run"
@@ -36,7 +36,7 @@ class DamagedManifestError(OutputConflictError):
         self.why = why
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(path: Location) -> dict[str, Any] | None:
     """Read a manifest, with names of earlier formats translated; None where there is no file.
 
     Raises:
@@ -60,7 +60,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     )
 
 
-def rebuild_manifest(parts: Iterable[Path]) -> dict[str, Any] | None:
+def rebuild_manifest(parts: Iterable[Location]) -> dict[str, Any] | None:
     """Rebuild a lost manifest from the footers of the parts.
 
     Returns:

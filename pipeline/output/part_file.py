@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +21,13 @@ from gptbatch.pipeline.errors import GptbatchError, OutOfMemoryError, StorageErr
 from gptbatch.pipeline.output.json_models import PART_NAME_PATTERN, Footer, Part, validated
 from gptbatch.pipeline.output.old_formats import translate_facts
 from gptbatch.pipeline.output.schema import FORMAT, content_digest
-from gptbatch.pipeline.system.regular_file import named_in_errors, open_regular, parse_json
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.regular_file import (
+    named_in_errors,
+    open_regular,
+    open_whole,
+    parse_json,
+)
 
 FOOTER_KEY = b"gptbatch"
 PART_NAME = re.compile(PART_NAME_PATTERN)
@@ -55,7 +61,7 @@ class PartFile:
         part: The part that the footer describes; None where there is no valid footer.
     """
 
-    path: Path
+    path: Location
     state: Literal["sound", "damaged", "foreign", "missing"]
     problem: str = ""
     footer: dict[str, Any] | None = None
@@ -67,20 +73,20 @@ class _NoFooterError(Exception):
 
 
 @contextmanager
-def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Location) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file. Checksums are verified, and no threads are used.
 
     The file is opened here because pyarrow takes names with a colon for URLs. Raises the errors of
     pyarrow: see `is_damage`.
     """
-    with (
-        named_in_errors(path),
-        open_regular(path) as file,
-        pq.ParquetFile(
-            file, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 16
-        ) as parquet,
-    ):
+    with named_in_errors(path), open_whole(path) as file, _parquet_file(file) as parquet:
         yield parquet
+
+
+def _parquet_file(file: BinaryIO) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        file, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 16
+    )
 
 
 def is_damage(error: Exception) -> bool:
@@ -97,7 +103,7 @@ def is_damage(error: Exception) -> bool:
     return isinstance(error, (pa.ArrowException, ValueError, LookupError, TypeError))
 
 
-def read_error(path: Path, error: Exception) -> GptbatchError:
+def read_error(path: Location, error: Exception) -> GptbatchError:
     """Return the error to raise for a read error that is no damage."""
     if isinstance(error, MemoryError):
         return OutOfMemoryError(f"{path}: cannot be read: out of memory ({error})")
@@ -109,15 +115,11 @@ def read_error(path: Path, error: Exception) -> GptbatchError:
     return StorageError(f"{path}: cannot be read ({cause})")
 
 
-def inspect_part(
-    path: Path, *, name: str | None = None, content: bool = True, follow_links: bool = False
-) -> PartFile:
+def inspect_part(path: Location, *, content: bool = True, follow_links: bool = False) -> PartFile:
     """Inspect a file with a part's name.
 
     Args:
         path: The file.
-        name: The final name of the part, where the file does not have it yet. None takes that of
-            `path`.
         content: Read all rows and compare their digest with the footer. Otherwise only the footer
             is read.
         follow_links: Accept a link to a regular file, as readers of the table do. A run refuses
@@ -130,16 +132,13 @@ def inspect_part(
     footer: dict[str, Any] | None = None
     part: Part | None = None
     try:
-        mode = (path.stat() if follow_links else path.lstat()).st_mode
-        if not stat.S_ISREG(mode):
-            problem = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+        if problem := _irregularity(path, follow_links):
             return PartFile(path=path, state="foreign", problem=problem)
-        footer, rows = _read_footer(path)
-        part = validated(Part, {**footer, "name": path.name if name is None else name})
-        if rows != part.rows:
-            raise ValueError(f"it holds {rows} rows, and its footer says {part.rows}")
-        if content and footer["format"] == FORMAT:
-            _check_content(path, part)
+        with named_in_errors(path), (open_whole if content else open_regular)(path) as file:
+            footer, rows = _read_footer(file)
+            part = _part_of(footer, rows, path.name)
+            if content and footer["format"] == FORMAT:
+                _check_content(file, part)
     except FileNotFoundError:
         return PartFile(path=path, state="missing", problem="gone")
     except _NoFooterError:
@@ -152,20 +151,44 @@ def inspect_part(
     return PartFile(path=path, state="sound", footer=footer, part=part)
 
 
-def inspect_footer(path: Path) -> PartFile:
+def inspect_footer(path: Location) -> PartFile:
     """Inspect a part by its footer alone, through a link too, as hub downloads are."""
     return inspect_part(path, content=False, follow_links=True)
 
 
-def read_footer(path: Path) -> dict[str, Any] | None:
+def read_footer(path: Location) -> dict[str, Any] | None:
     """Return the footer of a part, or None. Raises the errors of `inspect_part`."""
     return inspect_footer(path).footer
 
 
-def _read_footer(path: Path) -> tuple[dict[str, Any], int]:
+def read_part(file: BinaryIO, name: str) -> Part:
+    """Read a part that has been written, and check its content.
+
+    Args:
+        file: The open file.
+        name: The name that it is about to get.
+
+    Raises:
+        Exception: The file is not sound. See `is_damage`.
+    """
+    part = _part_of(*_read_footer(file), name)
+    _check_content(file, part)
+    return part
+
+
+def _irregularity(path: Location, follow_links: bool) -> str:
+    """Return why a path is no regular file; "" for one, and for objects."""
+    if not isinstance(path, Path):
+        return ""
+    mode = (path.stat() if follow_links else path.lstat()).st_mode
+    if stat.S_ISREG(mode):
+        return ""
+    return "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+
+
+def _read_footer(file: BinaryIO) -> tuple[dict[str, Any], int]:
     """Return the valid footer, and the number of rows in the metadata of Parquet."""
-    with named_in_errors(path), open_regular(path) as file:
-        metadata = pq.read_metadata(file)
+    metadata = pq.read_metadata(file)
     text = (metadata.metadata or {}).get(FOOTER_KEY)
     if text is None:
         raise _NoFooterError
@@ -174,8 +197,16 @@ def _read_footer(path: Path) -> tuple[dict[str, Any], int]:
     return footer, int(metadata.num_rows)
 
 
-def _check_content(path: Path, part: Part) -> None:
-    with open_parquet(path) as parquet:
+def _part_of(footer: dict[str, Any], rows: int, name: str) -> Part:
+    part = validated(Part, {**footer, "name": name})
+    if rows != part.rows:
+        raise ValueError(f"it holds {rows} rows, and its footer says {part.rows}")
+    return part
+
+
+def _check_content(file: BinaryIO, part: Part) -> None:
+    file.seek(0)
+    with _parquet_file(file) as parquet:
         digest = content_digest(parquet.read(use_threads=False))
     if digest != part.content_digest:
         raise ValueError("its rows are not those that were written (content_digest differs)")

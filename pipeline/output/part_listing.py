@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError
@@ -16,6 +15,7 @@ from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.manifest import MANIFEST, DamagedManifestError
 from gptbatch.pipeline.output.part_file import PartFile, inspect_footer
 from gptbatch.pipeline.output.part_plan import differing_keys, group_by_job, rows_of_part
+from gptbatch.pipeline.storage.location import Location
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -74,7 +74,7 @@ def list_parts(state: FolderState, hashes: FileHashes | None = None) -> PartList
     return PartListing(parts=parts, footers=footers, unusable=unusable, other_jobs=other_jobs)
 
 
-def read_run_state(path: Path) -> FolderState | None:
+def read_run_state(path: Location) -> FolderState | None:
     """Return the run in a folder, for readers; None for a folder without one.
 
     Raises:
@@ -99,7 +99,7 @@ def read_run_state(path: Path) -> FolderState | None:
         ) from error
 
 
-def _unchanged_parts(state: FolderState, hashes: FileHashes) -> dict[Path, Part]:
+def _unchanged_parts(state: FolderState, hashes: FileHashes) -> dict[Location, Part]:
     """Return the parts of the manifest whose files have not changed."""
     listed = {part["name"]: part for part in state.manifest.get("parts", [])}
     return {

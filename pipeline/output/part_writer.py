@@ -9,20 +9,28 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptbatch.pipeline.errors import OutputConflictError, StorageError
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.json_models import Part
-from gptbatch.pipeline.output.part_file import FOOTER_KEY, PartFile, inspect_part, part_name
+from gptbatch.pipeline.output.part_file import (
+    FOOTER_KEY,
+    PartFile,
+    inspect_part,
+    is_damage,
+    part_name,
+    read_error,
+    read_part,
+)
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.schema import content_digest, to_row, to_table
-from gptbatch.pipeline.system.regular_file import file_sha256
+from gptbatch.pipeline.storage.atomic_write import Writer
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.regular_file import file_sha256, sha256_of
 from gptbatch.pipeline.types import Completion
 
 logger = logging.getLogger("gptbatch")
@@ -44,7 +52,7 @@ class PartWriter:
 
     def __init__(
         self,
-        output: Path,
+        output: Location,
         writer: Writer,
         hashes: FileHashes,
         *,
@@ -146,22 +154,27 @@ class PartWriter:
         footer = {**self.facts, **part.model_dump(exclude={"name"})}
         return part, table.replace_schema_metadata({FOOTER_KEY: json.dumps(footer)})
 
-    def _write(self, path: Path, table: pa.Table, part: Part, *, only_if_absent: bool) -> bool:
+    def _write(self, path: Location, table: pa.Table, part: Part, *, only_if_absent: bool) -> bool:
         """Write the part and read it back.
 
         Returns False where `only_if_absent` and the name is taken.
         """
         digests: list[str] = []
 
-        def check(temporary: Path) -> None:
-            written = inspect_part(temporary, name=part.name)
-            if written.state != "sound" or written.part != part:
-                cause = written.problem or "its footer differs"
+        def check(file: BinaryIO) -> None:
+            try:
+                written = read_part(file, part.name)
+                cause = "" if written == part else "its footer differs"
+            except Exception as error:
+                if not is_damage(error):
+                    raise read_error(path, error) from error
+                cause = str(error) or type(error).__name__
+            if cause:
                 raise StorageError(
                     f"{path}: reads back differently from what was written ({cause}); is the disk "
                     "failing?"
                 )
-            digests.append(file_sha256(temporary))
+            digests.append(sha256_of(file))
 
         done = self._writer.write(
             path,

@@ -8,6 +8,7 @@ from pathlib import Path
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import OutputConflictError
 from gptbatch.pipeline.output.schema import COLUMNS
+from gptbatch.pipeline.storage.location import location_of
 from gptbatch.pipeline.system.bundled import locate
 
 logger = logging.getLogger("gptbatch")
@@ -19,6 +20,9 @@ def check_placement(config: JobConfig) -> None:
     Raises:
         OutputConflictError: The next run would read the output as rows of the dataset.
     """
+    if not isinstance(location_of(config.output), Path):
+        _refuse_inside_input(config)
+        return
     output = Path(config.output).resolve()
     if config.dataset is not None and (dataset := locate(config.dataset)).is_dir():
         folder = dataset.resolve()
@@ -28,7 +32,10 @@ def check_placement(config: JobConfig) -> None:
                 "so that the next run would read it as input; name an output outside it"
             )
     for name in config.inputs:
-        folder = locate(name).resolve()
+        location = location_of(name)
+        if not isinstance(location, Path):
+            continue
+        folder = location.resolve()
         if folder.is_dir() and (output == folder or folder in output.parents):
             raise OutputConflictError(
                 f"{config.output}: lies inside the folder of its own input ({name}), so that the "
@@ -47,3 +54,15 @@ def check_placement(config: JobConfig) -> None:
             config.output,
             ", ".join(hive),
         )
+
+
+def _refuse_inside_input(config: JobConfig) -> None:
+    """Refuse an output in the folder of its own input, in an object store."""
+    output = str(location_of(config.output))
+    for name in config.inputs:
+        folder = str(location_of(name))
+        if output == folder or output.startswith(f"{folder}/"):
+            raise OutputConflictError(
+                f"{config.output}: lies inside the folder of its own input ({name}), so that the "
+                "next run would read it as input; name an output outside it"
+            )

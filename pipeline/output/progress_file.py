@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Literal
 
 from gptbatch.pipeline.errors import OutputConflictError, StoppedError, StorageError
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.json_models import ProgressContent, validated
-from gptbatch.pipeline.system.regular_file import read_json
+from gptbatch.pipeline.storage.atomic_write import Writer
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.regular_file import read_json
 
 PROGRESS = "progress.json"
 WRITE_INTERVAL_S = 2.0
+# Requests to an object store take longer, and cost money.
+OBJECT_WRITE_INTERVAL_S = 20.0
 # Loading a large model takes minutes without an update.
 MAX_SILENCE_S = 600.0
 
@@ -38,7 +41,7 @@ class ProgressFile:
 
     def __init__(
         self,
-        run: Path,
+        run: Location,
         writer: Writer,
         *,
         rows_total: int,
@@ -52,7 +55,8 @@ class ProgressFile:
             error_rows_kept,
         )
         self._began_s = time.monotonic()
-        self._written_s = -WRITE_INTERVAL_S
+        self._interval_s = WRITE_INTERVAL_S if isinstance(run, Path) else OBJECT_WRITE_INTERVAL_S
+        self._written_s = -self._interval_s
         self._rows = self._errors = self._tokens = 0
 
     @contextmanager
@@ -78,9 +82,9 @@ class ProgressFile:
         self.write("running")
 
     def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
-        """Take the counts of this run, and write the file at most every WRITE_INTERVAL_S."""
+        """Take the counts of this run, and write the file at most every few seconds."""
         self._rows, self._errors, self._tokens = rows, errors, completion_tokens
-        if time.monotonic() - self._written_s >= WRITE_INTERVAL_S:
+        if time.monotonic() - self._written_s >= self._interval_s:
             self.write("running")
 
     def end(self) -> None:
@@ -109,7 +113,7 @@ class ProgressFile:
             self._writer.write_text(self._path, json.dumps(content) + "\n", durable=False)
 
 
-def seems_running(run: Path, max_silence_s: float = MAX_SILENCE_S) -> bool:
+def seems_running(run: Location, max_silence_s: float = MAX_SILENCE_S) -> bool:
     """Return whether a run says that it is running, less than `max_silence_s` ago.
 
     This is a guess, for file systems without locks.
@@ -129,7 +133,7 @@ def seems_running(run: Path, max_silence_s: float = MAX_SILENCE_S) -> bool:
     return time.time() - updated_s < max_silence_s
 
 
-def read_progress(run: Path) -> ProgressContent | None:
+def read_progress(run: Location) -> ProgressContent | None:
     """Read the progress of a run; None when the file is missing or damaged."""
     try:
         return validated(ProgressContent, read_json(run / PROGRESS))

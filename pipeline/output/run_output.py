@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import IncompleteError, OutputBusyError, StorageError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.rows import RowDefaults
-from gptbatch.pipeline.output.atomic_write import Writer
 from gptbatch.pipeline.output.claim import claim, delete_run
 from gptbatch.pipeline.output.crash_journal import CRASH_JOURNAL, CrashJournal, read_crash_journal
 from gptbatch.pipeline.output.error_rows import describe_errors, write_error_rows
@@ -27,7 +27,7 @@ from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_sink import PartSink
 from gptbatch.pipeline.output.part_source import LocalParts, PartSource
 from gptbatch.pipeline.output.part_writer import PartWriter
-from gptbatch.pipeline.output.progress_file import ProgressFile, seems_running
+from gptbatch.pipeline.output.progress_file import ProgressFile
 from gptbatch.pipeline.output.resume import (
     KeptParts,
     check_continuable,
@@ -39,8 +39,10 @@ from gptbatch.pipeline.output.resume import (
     is_same_job,
     part_rows_of,
 )
-from gptbatch.pipeline.output.run_folder import RunFolder, list_runs, read_records
+from gptbatch.pipeline.output.run_folder import RunFolder, read_records
+from gptbatch.pipeline.output.runs import list_runs
 from gptbatch.pipeline.output.shards import Shard, ShardParts, find_free_parts
+from gptbatch.pipeline.storage.atomic_write import FileWriter, Writer
 
 logger = logging.getLogger("gptbatch")
 
@@ -127,7 +129,7 @@ def inspect_output(
         return ExistingRun(state=None, is_replaced=False, kept=nothing)
     if not (lock.works or state.holds_job or is_same_job(state, identity)):
         for run in list_runs(folder.work):
-            if seems_running(run.path):
+            if run.is_live():
                 raise OutputBusyError(
                     f"{config.output}: another job is beginning there, according to {run.path}; "
                     "name another output"
@@ -344,9 +346,12 @@ class RunOutput:
             )
 
 
-def confirm_complete(target: Target, kept: KeptParts) -> None:
-    """Record the times of the kept parts of a complete output, unless it is read-only."""
-    folder = target.folder
-    target.hashes.confirm_parts(folder.path / part.name for part in kept.parts.values())
-    with suppress(StorageError):
-        folder.write_hashes(Writer(folder.work), target.hashes)
+def confirm_complete(target: Target, existing: ExistingRun) -> None:
+    """Record the times of the parts of a complete output, unless it is read-only."""
+    assert existing.state is not None
+    folder, paths = target.folder, existing.state.parts
+    target.hashes.confirm_parts(paths[number] for number in existing.kept.parts)
+    # Versions of objects do not change when they are copied back.
+    if isinstance(folder.work, Path):
+        with suppress(StorageError):
+            folder.write_hashes(FileWriter(folder.work), target.hashes)

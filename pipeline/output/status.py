@@ -22,8 +22,9 @@ from gptbatch.pipeline.output.part_file import part_number
 from gptbatch.pipeline.output.part_listing import PartListing, list_parts, read_run_state
 from gptbatch.pipeline.output.part_plan import count_parts
 from gptbatch.pipeline.output.progress_file import read_progress
-from gptbatch.pipeline.output.run_folder import list_runs, live_runs
+from gptbatch.pipeline.output.runs import list_runs, live_runs
 from gptbatch.pipeline.output.stray_tables import describe_stray_tables
+from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.system.file_lock import is_locked
 
 MAX_NAMED = 3
@@ -79,7 +80,7 @@ class OutputStatus:
     problems: list[str]
 
 
-def output_status(path: Path) -> OutputStatus:
+def output_status(path: Location) -> OutputStatus:
     """Return the status of an output folder.
 
     Raises:
@@ -128,7 +129,7 @@ def _status(
         and not (listing.other_jobs or listing.unusable or state.stray_tables)
         and (len(parts), rows_done) == (n_parts, rows)
     )
-    running = not complete and is_locked(folder.work / LOCK)
+    running = not complete and _is_running(folder)
     return OutputStatus(
         output=str(folder.path),
         state="complete" if complete else "running" if running else "unfinished",
@@ -154,6 +155,12 @@ def _status(
         config_hash=identity.get("config_hash"),
         problems=problems,
     )
+
+
+def _is_running(folder: OutputFolder) -> bool:
+    if isinstance(folder.work, Path):
+        return is_locked(folder.work / LOCK)
+    return bool(live_runs(folder.work))
 
 
 def _progress(folder: OutputFolder) -> ProgressContent | None:
@@ -197,7 +204,7 @@ def _problems(folder: OutputFolder, state: FolderState, listing: PartListing) ->
         problems.append(
             f"{MANIFEST} is missing or damaged: its facts are taken from the footers of the parts"
         )
-    if os.path.lexists(folder.work) and not folder.work.is_dir():
+    if os.path.lexists(str(folder.work)) and not folder.work.is_dir():
         problems.append(f"{WORK} is not a folder: verify and replay need the settings in it")
     elif state.parts and not (folder.work / CONFIG).exists():
         problems.append(f"a copy without {WORK}/{CONFIG}: verify and replay need it")

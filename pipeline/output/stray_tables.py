@@ -11,7 +11,9 @@ from pathlib import Path
 
 from gptbatch.pipeline.errors import OutputConflictError
 from gptbatch.pipeline.output.part_file import part_name, part_number
-from gptbatch.pipeline.system.regular_file import open_regular
+from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.object_path import ObjectPath
+from gptbatch.pipeline.storage.regular_file import open_regular
 
 MAX_NAMED = 3
 # Files of subfolders that are searched: a subfolder may be a link to a data lake.
@@ -21,13 +23,15 @@ PARQUET_MAGIC = b"PAR1"
 _HIDDEN = (".", "_")
 
 
-def find_stray_tables(folder: Path) -> list[str]:
+def find_stray_tables(folder: Location) -> list[str]:
     """Return the paths of stray tables, relative to `folder`, sorted.
 
     A table is a file named `*.parquet`, or a file of any name that begins with the magic bytes of
     Parquet. Subfolders and links to folders are searched as readers search them, each folder once,
     up to MAX_SEARCHED files.
     """
+    if not isinstance(folder, Path):
+        return _stray_objects(folder)
     strays = []
     seen: set[tuple[int, int]] = set()
     searched = 0
@@ -48,6 +52,19 @@ def find_stray_tables(folder: Path) -> list[str]:
     return sorted(strays)
 
 
+def _stray_objects(folder: ObjectPath) -> list[str]:
+    """Do the same in an object store, by the names alone."""
+    parts = {path.name for path in folder.iterdir() if part_number(path.name) is not None}
+    strays = []
+    for path in folder.walk_files():
+        name = path.relative_to(folder)
+        is_hidden = any(part.startswith(_HIDDEN) for part in name.parts)
+        is_part = str(name) in parts
+        if not is_hidden and not is_part and name.suffix.lower() == ".parquet":
+            strays.append(str(name))
+    return sorted(strays)
+
+
 def describe_stray_tables(names: list[str]) -> str:
     """Return `readers will also read A, B, C and 2 more, which are no parts of the run; ...`."""
     shown = ", ".join(names[:MAX_NAMED]) + (
@@ -58,7 +75,7 @@ def describe_stray_tables(names: list[str]) -> str:
     return f"readers will also read {shown}, which are no parts of the run; move them away"
 
 
-def refuse_stray_tables(path: Path, names: list[str]) -> None:
+def refuse_stray_tables(path: Location, names: list[str]) -> None:
     """Check that a folder holds no stray tables.
 
     Args:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import re
 
+STORES = ("s3", "gs", "az", "abfs", "abfss")
+# group 1: the bucket, group 2: the name in it
+OBJECT_URL = re.compile(rf"((?:{'|'.join(STORES)})://[^/]+)(?:/(.*))?", re.DOTALL)
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # schemes that are also written with one slash; other names with a colon are file names
 _ONE_SLASH = re.compile(
     r"(s3[an]?|gs|gcs|r2|oss|az|adl|abfss?|wasbs?|hdfs|webhdfs|dbfs|file|hf|https?|s?ftp|ssh|github|memory):/",
     re.IGNORECASE,
 )
+_NAMED_STORES = ", ".join(f"{scheme}://" for scheme in STORES)
 _HUB = re.compile(
     r"(?:https?://(?:huggingface\.co|hf\.co)|hf:/)/(?:(datasets|models)/)?([\w.-]+(?:/[\w.-]+)?)/?$"
 )
@@ -27,11 +31,12 @@ class PathError(ValueError):
     """The text is not a path. The message does not repeat the path."""
 
 
-def expand_path(text: str, *, writes: bool = False) -> str:
+def expand_path(text: str, *, writes: bool = False, stores: bool = False) -> str:
     """Expand `~` and `~user` in the path of a setting.
 
     Args:
         text: The value of the setting.
+        stores: URLs of object stores are accepted.
         writes: The path is an output, which need not exist. `~` is then the home folder even if a
             file named `~` exists.
 
@@ -46,15 +51,25 @@ def expand_path(text: str, *, writes: bool = False) -> str:
         ) from None
     if "\0" in text:
         raise PathError("is no name that a file can have: it holds a zero byte")
+    if stores and (match := OBJECT_URL.fullmatch(text)) is not None:
+        _check_key((match[2] or "").rstrip("/"))
+        _reject_variable(text)
+        return text.rstrip("/")
     exists = os.path.lexists(text)
     if not exists and text.isspace():
         raise PathError("is blank; name a file or folder")
     if text.startswith("~"):
         return _expand_home(text, exists=exists, writes=writes)
     if not exists:
-        _reject_url(text, writes=writes)
+        _reject_url(text, writes=writes, stores=stores)
         _reject_variable(text)
     return text
+
+
+def _check_key(key: str) -> None:
+    """Check the name in a bucket. Stores keep names as they are, and do not resolve dots."""
+    if key and any(part in ("", ".", "..") for part in key.split("/")):
+        raise PathError("holds //, /./ or /../, which object stores do not resolve; remove them")
 
 
 def _expand_home(text: str, *, exists: bool, writes: bool) -> str:
@@ -71,7 +86,7 @@ def _expand_home(text: str, *, exists: bool, writes: bool) -> str:
     return text if exists and not (writes or os.path.lexists(expanded)) else expanded
 
 
-def _reject_url(text: str, *, writes: bool) -> None:
+def _reject_url(text: str, *, writes: bool, stores: bool) -> None:
     found = _URL.match(text) or _ONE_SLASH.match(text)
     if found is None:
         return
@@ -83,6 +98,12 @@ def _reject_url(text: str, *, writes: bool) -> None:
         advice = f"give the path: {text[len('file:') :].replace('//', '', 1) or '/'}"
     elif scheme == "dbfs":
         advice = "give the path under which it is mounted: /dbfs/..."
+    elif scheme in STORES and stores:
+        advice = f"write {scheme}://BUCKET/NAME"
+    elif stores and writes:
+        advice = f"an output is a local folder, or a URL of {_NAMED_STORES}"
+    elif stores:
+        advice = f"fetch it and give the local path; object stores are {_NAMED_STORES}"
     elif writes:
         advice = "write to a local folder and copy it there when the run is complete"
     else:

@@ -1,5 +1,7 @@
 """Atomic and durable writes: every file of an output appears whole, or not at all.
 
+Objects are written by object_writer.py, and files as follows:
+
     temporary file on the same file system -> close -> fsync -> check -> link or replace -> fsync of
     both folders
 
@@ -15,16 +17,74 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from gptbatch.pipeline.errors import OutOfMemoryError, StorageError
+from gptbatch.pipeline.storage.location import Location
 
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 TEMPORARY_NAME = re.compile(r".+\.tmp")
 
 
-class Writer:
-    """Writes the files of one run.
+class Writer(Protocol):
+    """Writes the files of one run."""
+
+    def write(
+        self,
+        target: Any,
+        content: Callable[[BinaryIO], None],
+        *,
+        check: Callable[[BinaryIO], None] | None = None,
+        durable: bool = True,
+        only_if_absent: bool = False,
+    ) -> bool:
+        """Write a file.
+
+        Args:
+            target: The final name: a Path for files, an ObjectPath for objects.
+            content: Writes the content to an open file.
+            check: Inspects the finished content; raises to keep the old target.
+            durable: Wait until the file survives a power cut, and compare an object with what was
+                sent. The replacement is atomic in any case.
+            only_if_absent: Keep an existing target, and return False.
+
+        Returns:
+            Whether the file was written.
+
+        Raises:
+            StorageError: The file cannot be written.
+            OutOfMemoryError: There is not enough memory to write it.
+        """
+
+    def remove(self, target: Any) -> None:
+        """Delete a file durably; a missing file is no error.
+
+        Raises:
+            StorageError: The file cannot be deleted.
+        """
+
+    def write_text(
+        self, target: Location, text: str, *, durable: bool = True, only_if_absent: bool = False
+    ) -> bool:
+        r"""Write a text in UTF-8, as `write` does.
+
+        Bytes of file names that are not UTF-8 become escapes of JSON and YAML, such as `\udce8`.
+        """
+        content = text.encode("utf-8", "backslashreplace")
+        return self.write(
+            target,
+            lambda file: _write_all(file, content),
+            durable=durable,
+            only_if_absent=only_if_absent,
+        )
+
+
+class FileWriter(Writer):
+    """Writes the files of one run on a file system.
+
+    A symbolic link at a target is replaced, not followed. Of several writers of an absent file, a
+    hard link makes one succeed. On a file system without hard links, two simultaneous writers may
+    both succeed, and the last one wins.
 
     Args:
         work: The folder of the temporary files, on the file system of the targets. No other run
@@ -39,29 +99,11 @@ class Writer:
         target: Path,
         content: Callable[[BinaryIO], None],
         *,
-        check: Callable[[Path], None] | None = None,
+        check: Callable[[BinaryIO], None] | None = None,
         durable: bool = True,
         only_if_absent: bool = False,
     ) -> bool:
-        """Write a file. A symbolic link at `target` is replaced, not followed.
-
-        Args:
-            target: The final name.
-            content: Writes the content to an open file.
-            check: Inspects the finished temporary file; raises to keep the old target.
-            durable: Wait until the file survives a power cut. The replacement is atomic in both
-                cases.
-            only_if_absent: Keep an existing target, and return False. A hard link makes one of
-                several writers succeed. On a file system without hard links, two simultaneous
-                writers may both succeed, and the last one wins.
-
-        Returns:
-            Whether the file was written.
-
-        Raises:
-            StorageError: The file cannot be written.
-            OutOfMemoryError: There is not enough memory to write it.
-        """
+        """Write a file. See Writer."""
         temporary = self.work / f"{target.name}.tmp"
         try:
             with temporary.open("xb") as file:
@@ -69,7 +111,8 @@ class Writer:
             if durable:
                 _fsync(temporary)
             if check is not None:
-                check(temporary)
+                with temporary.open("rb") as file:
+                    check(file)
             if only_if_absent:
                 if not _link(temporary, target):
                     return False
@@ -91,27 +134,8 @@ class Writer:
                 temporary.unlink(missing_ok=True)
         return True
 
-    def write_text(
-        self, target: Path, text: str, *, durable: bool = True, only_if_absent: bool = False
-    ) -> bool:
-        r"""Write a text in UTF-8, as `write` does.
-
-        Bytes of file names that are not UTF-8 become escapes of JSON and YAML, such as `\udce8`.
-        """
-        content = text.encode("utf-8", "backslashreplace")
-        return self.write(
-            target,
-            lambda file: _write_all(file, content),
-            durable=durable,
-            only_if_absent=only_if_absent,
-        )
-
     def remove(self, target: Path) -> None:
-        """Delete a file durably; a missing file is no error.
-
-        Raises:
-            StorageError: The file cannot be deleted.
-        """
+        """Delete a file durably. See Writer."""
         try:
             with suppress(FileNotFoundError):
                 target.unlink()

@@ -1,0 +1,179 @@
+"""The folder of a run in an object store. Its progress tells whether the run is alive.
+
+There are no locks, and an object cannot be extended: the records are written anew every
+RECORD_INTERVAL_S. What a killed run has not recorded is found in its parts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+
+from gptbatch.pipeline.errors import OutputCreationError, StorageError
+from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.progress_file import PROGRESS
+from gptbatch.pipeline.output.run_folder import (
+    RECORDS,
+    RUN_FILES,
+    RUN_LOCK,
+    RUN_NAME,
+    RUNS,
+    OtherRun,
+    RunFolder,
+    holder,
+    process_exists,
+    record_line,
+)
+from gptbatch.pipeline.storage.object_path import ObjectPath
+from gptbatch.pipeline.storage.object_writer import ObjectWriter, obeys_conditions
+
+logger = logging.getLogger("gptbatch")
+
+RECORD_INTERVAL_S = 30.0
+# A run that shows no progress for this time has been killed. It writes its progress six times as
+# often.
+MAX_SILENCE_S = 120.0
+
+
+class ObjectRun(OtherRun):
+    """The folder of another run in an object store.
+
+    Args:
+        path: The folder.
+        files: Its files by name, as they were listed.
+    """
+
+    path: ObjectPath
+
+    def __init__(self, path: ObjectPath, files: dict[str, ObjectPath]) -> None:
+        self.path, self.files = path, files
+
+    def is_live(self, max_silence_s: float = MAX_SILENCE_S) -> bool:
+        """Return whether the run shows progress, by the clock of the store."""
+        # A run that ends empties the file.
+        if RUN_LOCK not in self.files or self.files[RUN_LOCK].info().size == 0:
+            return False
+        if self.silence_s() >= max_silence_s:
+            return False
+        content = self.holder()
+        if content is None:
+            return False
+        # A container that starts again has its old name, and often the same number of process.
+        is_here = content.host == socket.gethostname()
+        return not is_here or (content.pid != os.getpid() and process_exists(content.pid))
+
+    def is_shared(self) -> bool:
+        """Return whether the run may be going on beside those of other shards."""
+        content = self.holder()
+        return content is not None and content.shared
+
+    def silence_s(self) -> float:
+        """Return the seconds since the run has shown progress."""
+        written = [self.files[name].info() for name in (PROGRESS, RUN_LOCK) if name in self.files]
+        last_s = max((info.modified_s for info in written), default=0.0)
+        return self.path.bucket.now_s() - last_s
+
+    def delete(self) -> None:
+        """Delete the objects. Those with other names stay."""
+        with suppress(OSError):
+            for name, file in self.files.items():
+                if name in RUN_FILES:
+                    file.unlink()
+
+
+class ObjectRunFolder(RunFolder):
+    """The folder of this run in an object store.
+
+    Args:
+        work: The folder `.gptbatch` of the output.
+        config_hash: Of the job; None where it is not known.
+        shared: Whether runs of other shards may be going on.
+    """
+
+    path: ObjectPath
+
+    def __init__(
+        self, work: ObjectPath, config_hash: str | None = None, *, shared: bool = True
+    ) -> None:
+        self._work = work
+        self._note = {"job": config_hash, "shared": shared}
+        self.path = work / RUNS / secrets.token_hex(6)
+        self._records: list[str] = []
+        self._recorded_s = time.monotonic()
+
+    def __enter__(self) -> ObjectRunFolder:
+        lock = self.path / RUN_LOCK
+        content = json.dumps({**holder(), **self._note}) + "\n"
+        try:
+            conditional = obeys_conditions(lock, content.encode())
+            lock.bucket.set_clock(lock.info().modified_s)
+        except OSError as error:
+            raise OutputCreationError(
+                f"{self.path}: cannot be created ({error.strerror or error})"
+            ) from error
+        if not conditional:
+            logger.warning(
+                "%s: the store replaces an object that it is told to keep: of two writers of one "
+                "part the last one stays, with the same rows but for their times",
+                lock.bucket.url,
+            )
+        self.writer = ObjectWriter(obeys_conditions=conditional)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._write_records()
+        with suppress(OSError):
+            lock = self.path / RUN_LOCK
+            lock.bucket.put(lock.key, b"")
+
+    def record(self, part: Part, sha256: str) -> None:
+        """Record a part, at the latest with the first one after RECORD_INTERVAL_S."""
+        self._records.append(record_line(part, sha256))
+        if time.monotonic() - self._recorded_s >= RECORD_INTERVAL_S:
+            self._write_records()
+
+    @contextmanager
+    def dead_runs(self) -> Iterator[list[ObjectRun]]:
+        """Yield the dead runs, and delete their objects after the block."""
+        dead = [run for run in self.others() if not run.is_live()]
+        yield dead
+        # Parts that this run has taken over are recorded before they are forgotten there.
+        self._write_records()
+        for run in dead:
+            run.delete()
+
+    def others(self) -> list[ObjectRun]:
+        """Return the other runs, live and dead, oldest first."""
+        return [run for run in list_object_runs(self._work) if run.path != self.path]
+
+    def _write_records(self) -> None:
+        self._recorded_s = time.monotonic()
+        if self._records:
+            with suppress(StorageError):
+                text = "".join(self._records)
+                self.writer.write_text(self.path / RECORDS, text, durable=False)
+
+
+def list_object_runs(work: ObjectPath) -> list[ObjectRun]:
+    """Return the folders of all runs, this process's own among them, oldest first."""
+    files: defaultdict[str, dict[str, ObjectPath]] = defaultdict(dict)
+    with suppress(OSError):
+        for file in (work / RUNS).walk_files():
+            run = file.parent
+            if run.parent == work / RUNS and RUN_NAME.fullmatch(run.name):
+                files[run.name][file.name] = file
+    runs = [ObjectRun(work / RUNS / name, found) for name, found in files.items()]
+    return sorted(runs, key=lambda run: -run.silence_s())

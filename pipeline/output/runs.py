@@ -1,0 +1,41 @@
+"""The runs of an output, on a file system or in an object store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptbatch.pipeline.output.local_run import LocalRunFolder, list_local_runs
+from gptbatch.pipeline.output.object_run import ObjectRunFolder, list_object_runs
+from gptbatch.pipeline.output.run_folder import OtherRun, RunFolder
+from gptbatch.pipeline.storage.location import Location
+
+
+def open_run_folder(
+    work: Location,
+    config_hash: str | None = None,
+    *,
+    shared: bool = True,
+    lock_works: bool = True,
+) -> RunFolder:
+    """Return the folder of a new run.
+
+    Args:
+        work: The folder `.gptbatch` of the output.
+        config_hash: Of the job; None where it is not known.
+        shared: Whether runs of other shards may be going on.
+        lock_works: Whether the lock of the output is held.
+    """
+    if isinstance(work, Path):
+        return LocalRunFolder(work, config_hash, alone=lock_works and not shared)
+    return ObjectRunFolder(work, config_hash, shared=shared)
+
+
+def list_runs(work: Location) -> Sequence[OtherRun]:
+    """Return the folders of all runs, this process's own among them, oldest first."""
+    return list_local_runs(work) if isinstance(work, Path) else list_object_runs(work)
+
+
+def live_runs(work: Location) -> list[OtherRun]:
+    """Return the runs that are going on."""
+    return [run for run in list_runs(work) if run.is_live()]

@@ -1,0 +1,177 @@
+"""ObjectWriter: writes objects so that each appears whole, once, and as it was sent.
+
+    content in memory -> check -> PUT, only if absent -> look, where the reply is unclear
+    -> read back and compare
+
+A reply does not tell what a store has done. A PUT whose reply is lost is repeated by the client,
+and fails because the object exists: it is this writer's own. A conflict (409) is reported like an
+existing object, and nothing was stored. So after each error the writer looks at the object:
+
+    absent                  written again, after a pause
+    the bytes that it sent  written
+    other bytes             another writer was first
+
+A store that ignores the condition would keep the last writer's object instead of the first one's.
+The writer then looks before it writes. Two writers of one part still cannot lose or double rows,
+since both have the same.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import BinaryIO
+
+from gptbatch.pipeline.errors import OutOfMemoryError, StorageError
+from gptbatch.pipeline.storage.atomic_write import Writer
+from gptbatch.pipeline.storage.object_path import ObjectPath
+
+logger = logging.getLogger("gptbatch")
+
+MAX_TRIES = 8
+FIRST_PAUSE_S = 0.1
+MAX_PAUSE_S = 15.0
+
+
+class ObjectWriter(Writer):
+    """Writes the objects of one run.
+
+    Args:
+        obeys_conditions: Whether the store refuses to write an object that exists, when it is told
+            to. `obeys_conditions` finds out.
+    """
+
+    def __init__(self, *, obeys_conditions: bool = True) -> None:
+        self._obeys_conditions = obeys_conditions
+
+    def write(
+        self,
+        target: ObjectPath,
+        content: Callable[[BinaryIO], None],
+        *,
+        check: Callable[[BinaryIO], None] | None = None,
+        durable: bool = True,
+        only_if_absent: bool = False,
+    ) -> bool:
+        """Write an object. See Writer."""
+        try:
+            file = io.BytesIO()
+            content(file)
+            if check is not None:
+                file.seek(0)
+                check(file)
+            data = file.getvalue()
+            if only_if_absent:
+                return self._create(target, data)
+            if durable:
+                self._replace(target, data)
+            else:
+                target.bucket.put(target.key, data)
+        except OSError as error:
+            raise StorageError(
+                f"{target}: cannot be written ({error.strerror or error})"
+            ) from error
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"{target}: cannot be written: out of memory ({error})"
+            ) from error
+        return True
+
+    def remove(self, target: ObjectPath) -> None:
+        """Delete an object. See Writer."""
+        try:
+            target.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"{target}: cannot be removed ({error.strerror or error})"
+            ) from error
+
+    def _create(self, target: ObjectPath, data: bytes) -> bool:
+        """Write an object that is absent, and return whether it is this one."""
+        flawed: str | None = None
+        for attempt in range(MAX_TRIES):
+            problem: OSError | None = None
+            version = ""
+            if not self._obeys_conditions and (found := _read(target)) is not None and not flawed:
+                return found[0] == data
+            try:
+                version = target.bucket.put(
+                    target.key,
+                    data,
+                    only_if_absent=self._obeys_conditions and not flawed,
+                    replaces=flawed if self._obeys_conditions else None,
+                )
+            except PermissionError:
+                raise
+            except OSError as error:
+                problem = error
+            found = _read(target)
+            if found is None:
+                flawed = None
+                _pause(attempt)
+                continue
+            if found[0] == data:
+                return True
+            if problem is not None or found[1] != version:
+                return False
+            logger.warning("%s: reads back differently from what was sent; sent again", target)
+            flawed = version
+        raise problem or _not_kept(target)
+
+    def _replace(self, target: ObjectPath, data: bytes) -> None:
+        """Write an object, whether it exists or not, until it reads back as it was sent."""
+        for attempt in range(MAX_TRIES):
+            problem: OSError | None = None
+            try:
+                version = target.bucket.put(target.key, data)
+            except PermissionError:
+                raise
+            except OSError as error:
+                problem, version = error, ""
+            found = _read(target)
+            # Another version is that of a later writer.
+            if found is not None and (found[0] == data or (version and found[1] != version)):
+                return
+            _pause(attempt)
+        raise problem or _not_kept(target)
+
+
+def obeys_conditions(target: ObjectPath, data: bytes) -> bool:
+    """Write an object of this run alone, and return whether the store refuses a second one.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    target.bucket.put(target.key, data)
+    try:
+        target.bucket.put(target.key, data, only_if_absent=True)
+    except FileExistsError:
+        return True
+    except PermissionError:
+        raise
+    except OSError as error:
+        # Such as 501, where a store does not know the condition.
+        logger.info("%s: refuses a condition (%s)", target.bucket.url, error.strerror)
+    return False
+
+
+def _read(target: ObjectPath) -> tuple[bytes, str] | None:
+    """Return an object and its version; None where there is none."""
+    try:
+        return target.bucket.get_version(target.key)
+    except FileNotFoundError:
+        return None
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(min(MAX_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1.0))
+
+
+def _not_kept(target: ObjectPath) -> StorageError:
+    return StorageError(
+        f"{target}: reads back differently from what was sent, {MAX_TRIES} times; is the store, or "
+        "the memory of this machine, failing?"
+    )
