@@ -155,7 +155,7 @@ def _has_rows(value: list[object] | dict[str, object]) -> bool:
 def read_head(path: Location) -> bytes:
     """Return the first bytes of a file, b"" where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb", HEAD_BYTES) as file:
             return file.read(HEAD_BYTES)
     except OSError:
         return b""

@@ -130,14 +130,18 @@ class ObjectPath:
             if info.key != self.key:
                 yield ObjectPath(self.bucket, info.key, info)
 
-    def open(self, mode: str = "rb") -> io.BufferedReader:
+    def open(self, mode: str = "rb", buffering: int = READ_BYTES) -> io.BufferedReader:
         """Open the object for reading. Reads request ranges of it, of one version.
+
+        Args:
+            mode: "rb".
+            buffering: Least bytes of a request.
 
         Raises:
             OSError: There is no such object, or the request failed.
         """
         assert mode == "rb"
-        return io.BufferedReader(cast(io.RawIOBase, ObjectReader(self)), READ_BYTES)
+        return io.BufferedReader(cast(io.RawIOBase, ObjectReader(self)), buffering)
 
     def read_bytes(self) -> bytes:
         """Return the content, by one request."""
@@ -164,9 +168,12 @@ def match_objects(pattern: ObjectPath) -> list[ObjectPath]:
 def _matches(parts: list[str], patterns: list[str]) -> bool:
     if not patterns:
         return not parts
+    is_hidden = bool(parts) and parts[0].startswith(".")
     if patterns[0] == "**":
-        return any(_matches(parts[skip:], patterns[1:]) for skip in range(len(parts) + 1))
-    if not parts or (parts[0].startswith(".") and not patterns[0].startswith(".")):
+        # It stands for any number of components.
+        in_a_folder = bool(parts) and not is_hidden and _matches(parts[1:], patterns)
+        return in_a_folder or _matches(parts, patterns[1:])
+    if not parts or (is_hidden and not patterns[0].startswith(".")):
         return False
     return fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
 
@@ -200,6 +207,15 @@ class ObjectReader(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+    def readall(self) -> bytes:
+        if self._position >= self._info.size:
+            return b""
+        content = self._path.bucket.get(
+            self._info.key, start=self._position, version=self._info.version or None
+        )
+        self._position += len(content)
+        return content
 
     def readinto(self, buffer: Any) -> int:
         end = min(self._position + len(buffer), self._info.size)

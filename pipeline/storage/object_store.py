@@ -1,7 +1,7 @@
 """Buckets of S3, Google Cloud Storage and Azure, through obstore. Only this module imports it.
 
 The errors of a store become those of files: FileNotFoundError, FileExistsError, PermissionError
-and OSError.
+and OSError. The last two are StorageErrors as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from gptbatch.pipeline.errors import ConfigError
+from gptbatch.pipeline.errors import ConfigError, StorageError
 from gptbatch.pipeline.system.redact import redact
 
 # The client repeats requests after 5xx errors, lost connections and timeouts.
@@ -44,6 +44,17 @@ class ObjectInfo:
     size: int
     version: str
     modified_s: float
+
+
+class ObjectStoreError(StorageError, OSError):
+    """A request that failed. Code that handles the errors of files handles it, too."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+class ObjectPermissionError(ObjectStoreError, PermissionError):
+    """The store refuses a request."""
 
 
 class Bucket:
@@ -182,18 +193,19 @@ class Bucket:
         except exceptions.AlreadyExistsError as error:
             raise FileExistsError(errno.EEXIST, _first_line(error), name) from error
         except exceptions.PreconditionError as error:
-            raise OSError(errno.ESTALE, "has changed meanwhile", name) from error
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise OSError(errno.ENXIO, f"there is no bucket {self.url}", name) from error
-            raise FileNotFoundError(errno.ENOENT, "no such object", name) from error
+            raise ObjectStoreError(errno.ESTALE, "has changed meanwhile", name) from error
         except (
             exceptions.PermissionDeniedError,
             exceptions.UnauthenticatedError,
         ) as error:
-            raise PermissionError(errno.EACCES, _first_line(error), name) from error
-        except exceptions.BaseError as error:
-            raise OSError(errno.EIO, _first_line(error), name) from error
+            raise ObjectPermissionError(errno.EACCES, _first_line(error), name) from error
+        except (exceptions.BaseError, FileNotFoundError) as error:
+            if "NoSuchBucket" in str(error):
+                problem = f"there is no bucket {self.url}"
+                raise ObjectStoreError(errno.ENXIO, problem, name) from error
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, "no such object", name) from error
+            raise ObjectStoreError(errno.EIO, _first_line(error), name) from error
 
 
 @cache
