@@ -98,10 +98,12 @@ class PromptReader:
             if missing:
                 missing.discard(row.prompt_id)
             if self.record_bad or isinstance(row, Prompt):
-                id_hashes.add(row.prompt_id)
+                id_hashes.add(row.prompt_id, raw.position)
             digests.add(digest_input, raw)
         digest = digests.finish()
-        duplicates = find_duplicates(self.rows, id_hashes.repeated(), record_bad=self.record_bad)
+        duplicates = find_duplicates(
+            lambda _: self.rows(), id_hashes.repeated(), record_bad=self.record_bad
+        )
         warnings.log(self.source.name, digests.rows)
         if (bad.count or duplicates) and not self.record_bad:
             raise self._rejection(bad, duplicates, digests.rows)
