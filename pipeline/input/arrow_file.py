@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,6 +16,7 @@ from gptbatch.pipeline.errors import (
     StorageError,
 )
 from gptbatch.pipeline.input.file_kind import HEAD_BYTES, describe_binary
+from gptbatch.pipeline.input.row_count import FileRows
 from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.input.strict_json import DECODER
 from gptbatch.pipeline.system.error_text import first_line
@@ -65,10 +66,27 @@ class ArrowFile:
             OutOfMemoryError: A batch does not fit into memory.
             StorageError: Reading failed.
         """
+        with self._named_errors():
+            yield from self._rows(start.row)
+
+    def count(self) -> FileRows:
+        """Count the rows, those of Parquet by its footer. Raises as `rows` does."""
+        import pyarrow.parquet as pq
+
+        with self._named_errors():
+            with self.path.open("rb") as file:
+                if file.read(len(_PARQUET)) == _PARQUET:
+                    file.seek(0)
+                    return FileRows(pq.read_metadata(file).num_rows)
+            return FileRows(sum(batch.num_rows for _, batch in self._batches(0)))
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Turn errors of pyarrow and of the file system into those that `rows` raises."""
         import pyarrow as pa
 
         try:
-            yield from self._rows(start.row)
+            yield
         except PermissionError as error:
             raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
         except (pa.ArrowMemoryError, MemoryError) as error:
