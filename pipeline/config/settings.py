@@ -193,9 +193,10 @@ class JobConfig(_Section):
     shard: Name | None = Field(
         None,
         description=(
-            "Generate block I of N blocks of parts, I from 0 to N - 1. All shards write into one "
-            "folder, and a shard that is done helps others. auto: from the variables of Slurm, "
-            "Kubernetes, SkyPilot, torchrun or MPI. Default: all parts."
+            "Generate block I of N blocks of parts, I from 0 to N - 1; `plan` checks their rows. "
+            "All shards write into one folder, and a shard of `generate` that is done helps "
+            "others. auto: from the variables of Slurm, Kubernetes, SkyPilot, torchrun or MPI. "
+            "Default: all parts."
         ),
     )
     overwrite: bool = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import islice
 
@@ -60,12 +60,15 @@ class PromptReader:
         defaults: Field names, and the settings of rows without their own.
         limit: Number of rows to read from the front. None reads all.
         record_bad: Bad rows become error rows of the output. Otherwise `check` rejects them.
+        finds_duplicates: Rows whose id another row has are bad. Otherwise all ids are taken to be
+            unique.
     """
 
     source: RowSource
     defaults: RowDefaults
     limit: int | None = None
     record_bad: bool = False
+    finds_duplicates: bool = True
 
     def rows(self) -> Iterator[tuple[RawRow, Prompt | BadRow]]:
         """Yield every row in input order. Duplicate ids are not detected here."""
@@ -97,7 +100,7 @@ class PromptReader:
                 bad.add(row)
             if missing:
                 missing.discard(row.prompt_id)
-            if self.record_bad or isinstance(row, Prompt):
+            if self.finds_duplicates and (self.record_bad or isinstance(row, Prompt)):
                 id_hashes.add(row.prompt_id, raw.position)
             digests.add(digest_input, raw)
         digest = digests.finish()
@@ -106,13 +109,8 @@ class PromptReader:
         )
         warnings.log(self.source.name, digests.rows)
         if (bad.count or duplicates) and not self.record_bad:
-            raise self._rejection(bad, duplicates, digests.rows)
-        if missing:
-            raise ConfigError(
-                f"{self.source.name}: no row has the id {shorten(min(missing))} "
-                "that skip_row names",
-                keys=("skip_row",),
-            )
+            raise self.rejection(bad, duplicates, digests.rows, self.rows())
+        self.check_required(missing)
         return InputSummary(
             rows=digests.rows,
             digest=digest,
@@ -123,6 +121,35 @@ class PromptReader:
             bad_rows=bad.count + len(duplicates),
             duplicates=duplicates,
         )
+
+    def check_required(self, missing: Set[str]) -> None:
+        """Raise ConfigError if an id of skip_row is missing."""
+        if missing:
+            raise ConfigError(
+                f"{self.source.name}: no row has the id {shorten(min(missing))} "
+                "that skip_row names",
+                keys=("skip_row",),
+            )
+
+    def rows_of_parts(
+        self, numbers: Iterable[int], places: list[Place], part_rows: int
+    ) -> Iterator[tuple[RawRow, Prompt | BadRow]]:
+        """Yield the rows of some parts, as `rows` does.
+
+        Args:
+            numbers: The parts, in ascending order.
+            places: The place of each part.
+            part_rows: Rows per part.
+        """
+        parser = RowParser(self.defaults, RowWarnings())
+        rows: Iterator[RawRow] = iter(())
+        next_number = -1
+        for number in numbers:
+            if number != next_number:
+                rows = self._raw_rows(places[number])
+            for index, raw in enumerate(islice(rows, part_rows), number * part_rows):
+                yield raw, parser.parse(index, raw)[0]
+            next_number = number + 1
 
     def prompts(
         self, checked: InputSummary, parts: Iterable[int] | None = None
@@ -184,10 +211,23 @@ class PromptReader:
         for index, raw in enumerate(islice(self.source.rows(), self.limit)):
             yield raw, *parser.parse(index, raw)
 
-    def _rejection(self, bad: BadRows, duplicates: dict[int, int], rows: int) -> InputRowsError:
-        """Return the error that lists bad rows and duplicates."""
+    def rejection(
+        self,
+        bad: BadRows,
+        duplicates: dict[int, int],
+        rows: int,
+        again: Iterator[tuple[RawRow, Prompt | BadRow]],
+    ) -> InputRowsError:
+        """Return the error that lists bad rows and duplicates.
+
+        Args:
+            bad: The bad rows.
+            duplicates: As `InputSummary.duplicates`.
+            rows: Number of rows.
+            again: Yields rows of the input again, the duplicates among them.
+        """
         if duplicates:
-            for raw, row in self.rows():
+            for raw, row in again:
                 if row.index in duplicates:
                     bad.add(self._duplicate(raw, row, duplicates[row.index]))
         return InputRowsError(
