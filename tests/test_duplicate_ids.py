@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline.errors import InputRowsError
 from gptbatch.pipeline.input.duplicate_ids import IdHashes, id_hash, position_of_hash
 
 IDS = st.one_of(
@@ -23,6 +29,7 @@ def rows_of(ids: list[str | None]) -> list[tuple[str, int]]:
     return [(str(index) if own is None else own, index) for index, own in enumerate(ids)]
 
 
+@settings(max_examples=50, deadline=None)
 @given(ids=st.lists(st.none() | IDS, max_size=60), max_in_memory=st.sampled_from([1, 7, 1000]))
 def test_repeated_ids_are_found_in_memory_and_in_buckets(
     ids: list[str | None], max_in_memory: int
@@ -35,6 +42,7 @@ def test_repeated_ids_are_found_in_memory_and_in_buckets(
     assert hashes.repeated() == expected
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     ids=st.lists(st.none() | IDS, max_size=60),
     borders=st.lists(st.integers(0, 60), max_size=4),
@@ -74,3 +82,34 @@ def test_positions_that_come_again_are_repeated() -> None:
 @pytest.mark.parametrize("position", [0, 1, 511, 2**59])
 def test_the_hash_of_a_number_gives_it_back(position: int) -> None:
     assert position_of_hash(id_hash(str(position))) == position
+
+
+# -- trusted ids -----------------------------------------------------------------------------------
+
+
+def job(checkpoint: Path, folder: Path, rows: list[dict[str, str]], ids: Any) -> JobConfig:
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return JobConfig(
+        model=str(checkpoint),
+        input=str(folder / "a.jsonl"),
+        output=str(folder / "out"),
+        max_new_tokens=4,
+        ids=ids,
+    )
+
+
+def test_rows_with_one_trusted_id_have_one_seed(checkpoint: Path, tmp_path: Path) -> None:
+    rows = [{"id": name, "prompt": "x"} for name in ("same", "b", "same")]
+    with pytest.raises(InputRowsError, match="id 'same' was already used on line 1"):
+        run_job(job(checkpoint, tmp_path, rows, "checked"))
+    assert run_job(job(checkpoint, tmp_path, rows, "trusted")).ok == 3
+    table = pq.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
+    first, other, last = ((row["seed"], row["completion"]) for row in table)
+    assert first == last != other
+
+
+def test_trusted_ids_are_the_same_job(checkpoint: Path, tmp_path: Path) -> None:
+    rows = [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}]
+    first = run_job(job(checkpoint, tmp_path, rows, "trusted"))
+    again = run_job(job(checkpoint, tmp_path, rows, "checked"))
+    assert (again.rows_kept, again.config_hash) == (2, first.config_hash)

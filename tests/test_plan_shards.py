@@ -230,6 +230,17 @@ def test_only_parts_with_repeated_hashes_are_read_again(
     assert set(read) == {*range(10), 100}
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_trusted_ids_are_not_compared(tmp_path: Path, count: int) -> None:
+    rows = [*ROWS[:100], {"id": "r3", "prompt": "again"}, {"id": "r3", "prompt": "again"}]
+    source = write_input(tmp_path / "in", ("a.jsonl", rows))
+    config = job(source, tmp_path / "out", ids="trusted")
+    plan = plan_job(config) if count == 1 else check_same(config, tmp_path, count)
+    assert (plan.rows, plan.bad_rows, plan.complete) == (102, 0, True)
+    with pytest.raises(InputRowsError, match="2 bad of 102 rows"):
+        plan_job(config.model_copy(update={"ids": "checked"}))
+
+
 def test_errors_are_limited_when_the_pieces_are_joined(tmp_path: Path) -> None:
     rows = [{"prompt": 5}, *ROWS[1:60], {"prompt": 5}, *ROWS[61:]]
     source = write_input(tmp_path / "in", ("a.jsonl", rows))

@@ -213,6 +213,13 @@ class JobConfig(_Section):
             "loaded. record: write an error row."
         ),
     )
+    ids: Literal["checked", "trusted"] = Field(
+        "checked",
+        description=(
+            "Search for ids that several rows have. checked: such rows are bad. trusted: they are "
+            "not searched for, which saves memory and time if the ids are known to be unique."
+        ),
+    )
     max_row_errors: CountOrShare | None = Field(
         None,
         description=(

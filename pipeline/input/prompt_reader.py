@@ -82,7 +82,7 @@ class PromptReader:
         prefix_rows: Iterable[int] = (),
         required_ids: Iterable[str] = (),
     ) -> InputSummary:
-        """Read and validate all rows. Keeps 8 bytes per row in memory.
+        """Read and validate all rows. Keeps 8 bytes in memory per row with an id of its own.
 
         Args:
             part_rows: Rows per part. None follows `default_part_rows`.
@@ -252,6 +252,7 @@ def open_input(config: JobConfig) -> PromptReader:
         source=_open_source(config),
         limit=config.limit,
         record_bad=config.on_bad_row == "record",
+        finds_duplicates=config.ids == "checked",
         defaults=row_defaults(config),
     )
 
