@@ -142,10 +142,11 @@ class ArrowFile:
                 raise InputRowsError(f"{self.name}: is {kind}")
             position = 0
             for batch in _ipc_batches(file, is_file=is_file):
-                # offsets that point outside of their buffers would end the process
-                batch.validate(full=True)
-                for begin in range(0, batch.num_rows, BATCH_ROWS):
-                    yield position + begin, batch.slice(begin, BATCH_ROWS)
+                if position + batch.num_rows > first:
+                    # offsets that point outside of their buffers would end the process
+                    batch.validate(full=True)
+                    for begin in range(0, batch.num_rows, BATCH_ROWS):
+                        yield position + begin, batch.slice(begin, BATCH_ROWS)
                 position += batch.num_rows
 
 
