@@ -6,6 +6,7 @@ The shards of `gptbatch plan` check a block of parts each. The joined result is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import islice
@@ -68,7 +69,8 @@ def check_parts(
     if not numbers:
         return CheckedParts(digests=[], places=[], ids=[], bad_rows=0, found_ids=frozenset())
     first, end = numbers.start * part_rows, min(numbers.stop * part_rows, count.rows)
-    bad, hashes, warnings = BadRows(), IdHashes(), RowWarnings()
+    # The hashes of each part are taken from memory.
+    bad, hashes, warnings = BadRows(), IdHashes(max_in_memory=sys.maxsize), RowWarnings()
     parser, digests = RowParser(reader.defaults, warnings), InputDigests(part_rows)
     digests.begin_at(count.place_of(first))
     required, found = frozenset(required_ids), set()

@@ -11,7 +11,7 @@ from gptbatch.pipeline.errors import ConfigError, InputRowsError
 from gptbatch.pipeline.input.bad_rows import BadRows
 from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.duplicate_ids import IdHashes, find_duplicates
-from gptbatch.pipeline.input.input_digest import InputDigests, PartDigest
+from gptbatch.pipeline.input.input_digest import InputDigests, PartDigest, input_digest
 from gptbatch.pipeline.input.input_files import InputFiles
 from gptbatch.pipeline.input.row_warnings import RowWarnings
 from gptbatch.pipeline.input.rows import BadRow, RowDefaults, RowParser
@@ -121,6 +121,29 @@ class PromptReader:
             bad_rows=bad.count + len(duplicates),
             duplicates=duplicates,
         )
+
+    def prefix_digest(self, checked: InputSummary, rows: int) -> str:
+        """Return the digest of the first rows of a checked input. Reads those of one part.
+
+        Args:
+            checked: The result of `check`.
+            rows: Number of rows.
+
+        Raises:
+            InputRowsError: The input has changed.
+        """
+        number, left = divmod(rows, checked.part_rows)
+        digests = checked.part_digests[:number]
+        if left or not rows:
+            parser, digest = RowParser(self.defaults, RowWarnings()), PartDigest()
+            for index, raw in zip(
+                range(number * checked.part_rows, rows),
+                self._raw_rows(checked.places[number] if left else START),
+                strict=False,
+            ):
+                digest.add(parser.parse(index, raw)[1])
+            digests = [*digests, digest.hexdigest()]
+        return input_digest(digests)
 
     def check_required(self, missing: Set[str]) -> None:
         """Raise ConfigError if an id of skip_row is missing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
@@ -75,7 +75,11 @@ def check_input(
     rows = None if continued is None else continued.identity.get("rows", 0)
     settings, files = input_settings(config), reader.source.files()
     index = find_index(config, folder, reader, hashes, part_rows, is_whole=is_whole)
-    if index is not None and rows in (None, index.rows):
+    if index is not None and rows is not None and rows < index.rows:
+        # The input has grown since the run began. Its first rows must be those of the run.
+        prefix = {rows: reader.prefix_digest(index, rows)}
+        index = replace(index, prefix_digests=index.prefix_digests | prefix)
+    if index is not None and (rows is None or rows <= index.rows):
         logger.info("the input is unchanged since all of its rows were checked")
         return CheckedInput(summary=index, hashes=hashes, is_new=False)
     began_ns = time.time_ns()
