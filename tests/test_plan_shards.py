@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptbatch.pipeline import ConfigError, JobConfig, plan_job, run_job
 from gptbatch.pipeline.cluster import plan_shard
@@ -24,6 +27,7 @@ from gptbatch.pipeline.input import input_digest, row_count
 from gptbatch.pipeline.input.duplicate_ids import id_hash
 from gptbatch.pipeline.input.input_files import InputFiles
 from gptbatch.pipeline.input.row_count import RowCount
+from gptbatch.pipeline.output import index_piece
 from gptbatch.pipeline.output.index_file import INDEX
 from tests.conftest import run_gptbatch
 
@@ -132,7 +136,10 @@ def test_shards_write_the_index_of_one_file(
         {"metadata_field": ["id"]},
     ],
 )
-def test_shards_write_the_index_of_many_files(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_shards_write_the_index_of_many_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(index_piece, "_IDS_PER_ROW_GROUP", 20)
     config = job(write_mixed(tmp_path / "in"), tmp_path / "out", **settings)
     check_same(config, tmp_path, 4)
 
@@ -259,6 +266,35 @@ def test_a_row_to_skip_must_exist_in_some_shard(tmp_path: Path) -> None:
     plan_job(shard_of(config, 0, 2))
     with pytest.raises(ConfigError, match="no row has the id 'none' that skip_row names"):
         plan_job(shard_of(config, 1, 2))
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_shards_of_any_rows_write_the_index_of_one_check(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Rows with and without ids, with repeated ids, and bad ones, in files of all kinds."""
+    work = tmp_path_factory.mktemp("any")
+    own = st.none() | st.integers(0, 80).map(str) | st.sampled_from(["a", "line:3", "line:9"])
+    ids = data.draw(st.lists(own, max_size=60))
+    rows = [{"id": name, "prompt": f"{index}"} for index, name in enumerate(ids)]
+    borders = sorted(data.draw(st.lists(st.integers(0, len(rows)), min_size=2, max_size=2)))
+    suffixes = data.draw(st.permutations(["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]))
+    bounds = pairwise([0, *borders, len(rows)])
+    files = [
+        (f"{index}.{suffix}", rows[first:end])
+        for index, (suffix, (first, end)) in enumerate(zip(suffixes, bounds, strict=False))
+        if end > first
+    ]
+    source = write_input(work / "in", ("none.jsonl", []), *files)
+    config = job(
+        source,
+        work / "out",
+        part_rows=data.draw(st.sampled_from([1, 3, 10, 100])),
+        limit=data.draw(st.none() | st.integers(0, 70)),
+        on_bad_row="record",
+    )
+    check_same(config, work, data.draw(st.integers(2, 6)))
 
 
 # -- several processes, and other counts of shards ------------------------------------------------

@@ -55,28 +55,35 @@ def piece_path(work: Path, shard: Shard) -> Path:
 
 
 def write_piece(file: BinaryIO, content: PieceContent, parts: CheckedParts) -> None:
-    """Write a piece."""
-    columns: dict[str, Any] = {
-        "digest": parts.digests,
-        "file": [place.file for place in parts.places],
-        "row": [place.row for place in parts.places],
-        "offset": [place.offset for place in parts.places],
-    }
-    for index, name in enumerate(_ID_COLUMNS):
-        ids = [part[index] for part in parts.ids]
-        ends = np.cumsum([0, *(len(part) // 8 for part in ids)], dtype=np.int64)
-        values = np.frombuffer(b"".join(ids), dtype=np.uint64)
-        columns[name] = pa.LargeListArray.from_arrays(ends, values)
+    """Write a piece, a row group at a time: a table of all ids would double the memory."""
     schema = _SCHEMA.with_metadata({_KEY: content.model_dump_json()})
-    pq.write_table(
-        pa.table(columns, schema=schema),
+    group = max(1, _IDS_PER_ROW_GROUP // content.part_rows)
+    with pq.ParquetWriter(
         file,
-        row_group_size=max(1, _IDS_PER_ROW_GROUP // content.part_rows),
+        schema,
         # Hashes do not become smaller.
         use_dictionary=False,
         compression="none",
         write_page_checksum=True,
-    )
+    ) as writer:
+        for first in range(0, len(parts.digests), group):
+            writer.write_table(_table_of(parts, slice(first, first + group), schema))
+
+
+def _table_of(parts: CheckedParts, some: slice, schema: pa.Schema) -> pa.Table:
+    places = parts.places[some]
+    columns: dict[str, Any] = {
+        "digest": parts.digests[some],
+        "file": [place.file for place in places],
+        "row": [place.row for place in places],
+        "offset": [place.offset for place in places],
+    }
+    for index, name in enumerate(_ID_COLUMNS):
+        ids = [part[index] for part in parts.ids[some]]
+        ends = np.cumsum([0, *(len(part) // 8 for part in ids)], dtype=np.int64)
+        values = np.frombuffer(b"".join(ids), dtype=np.uint64)
+        columns[name] = pa.LargeListArray.from_arrays(ends, values)
+    return pa.table(columns, schema=schema)
 
 
 def read_piece_content(path: Path, shard: Shard, input_key: str) -> PieceContent | None:
