@@ -5,6 +5,8 @@
 Makes files of tiny rows, and then measures, each in a process of its own:
 
     plan     gptbatch plan: read and check all rows, write the index
+    shard    the first of ten shards of it: count all rows, check a tenth of them
+    join     the last one: the same, and join the pieces
     again    the same once more: the index is found
     seek     read the index, and the first row of the last part
     write    write the parts of the first --write-rows rows, with empty completions
@@ -64,6 +66,18 @@ def plan(folder: Path, limit: int) -> dict[str, Any]:
     """Check all rows, or find the index."""
     found = plan_job(job(folder))
     return {"rows": found.rows, "parts": found.parts, "part_rows": found.part_rows}
+
+
+def plan_shard(folder: Path, limit: int) -> dict[str, Any]:
+    """Check a tenth of the rows."""
+    config = job(folder, shard="0/10").model_copy(update={"output": str(folder / "shards")})
+    return {"complete": plan_job(config).complete}
+
+
+def join(folder: Path, limit: int) -> dict[str, Any]:
+    """Check the last tenth of the rows, and join the pieces."""
+    config = job(folder, shard="9/10").model_copy(update={"output": str(folder / "shards")})
+    return {"complete": plan_job(config).complete}
 
 
 def seek(folder: Path, limit: int) -> dict[str, Any]:
@@ -131,6 +145,8 @@ def finish_without_records(folder: Path, limit: int) -> dict[str, Any]:
 
 STEPS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "plan": plan,
+    "shard": plan_shard,
+    "join": join,
     "again": plan,
     "seek": seek,
     "write": write,
@@ -173,6 +189,10 @@ def main() -> None:
         # Files that are younger than the clock of the file system ticks are read again.
         time.sleep(2.5)
         for step in STEPS:
+            if step == "join":
+                for index in range(1, 9):
+                    config = job(folder, shard=f"{index}/10")
+                    plan_job(config.model_copy(update={"output": str(folder / "shards")}))
             ours, theirs = context.Pipe()
             process = context.Process(target=measure, args=(step, folder, args.write_rows, theirs))
             process.start()

@@ -15,6 +15,7 @@ from gptbatch.pipeline.cluster.plan import plan_job
 
 EXAMPLES = """\
 gptbatch plan --config gpt2-cpu --input 'data/*.jsonl.gz' --output out/mine
+gptbatch plan --config gpt2-cpu --input 'data/*.jsonl.gz' --output out/mine --shard auto
 sbatch --array=0-15 slurm.sbatch --shard auto --config gpt2-cpu --input 'data/*.jsonl.gz' \\
     --output out/mine"""
 
@@ -33,6 +34,9 @@ def plan(context: click.Context, /, config_file: str | None, **settings: Any) ->
     `generate` with the same settings then begins without reading the input, and a shard begins at
     its own rows. Without a plan, each shard checks all rows itself. Neither the model nor its
     tokenizer is loaded. The last line on standard output is a JSON object.
+
+    With --shard, the check is divided among processes or machines that share the output folder.
+    The last one to finish writes the index; the others print "complete": false.
     """
     config = command_config(context, config_file, settings, {})
     echo(json.dumps(asdict(plan_job(config))))

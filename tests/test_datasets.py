@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
+from gptbatch.pipeline.input.csv_file import CsvFile
 from gptbatch.pipeline.input.dataset import DatasetSplit
+from gptbatch.pipeline.input.lines import LineReader
 from gptbatch.pipeline.input.prompt_reader import PromptReader
 from gptbatch.pipeline.input.rows import RowDefaults, derive_seed
 from gptbatch.pipeline.types import Prompt, SamplingParams
@@ -39,6 +42,77 @@ def read(dataset: Path | str, split: str = "train", limit: int | None = None) ->
     prompts = [row for row in reader.prompts(checked) if isinstance(row, Prompt)]
     assert checked.rows == len(prompts)
     return prompts
+
+
+def write_lines(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[dict[str, object]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
+
+
+def write_arrow(path: Path, rows: list[dict[str, object]]) -> None:
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+
+
+WRITERS = {"jsonl": write_lines, "csv": write_csv, "parquet": write_parquet, "arrow": write_arrow}
+
+
+@pytest.mark.parametrize(
+    "split", ["train", "train[:50]", "train[:80%]", "train[0:]", "train[7:]", "train+train[:9]"]
+)
+@pytest.mark.parametrize("kinds", [["jsonl"], ["parquet"], ["csv"], ["arrow"], list(WRITERS)])
+def test_parts_of_a_dataset_are_read_from_their_places(
+    tmp_path: Path, kinds: list[str], split: str
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows: list[dict[str, object]] = [{"prompt": f"prompt {index}"} for index in range(60)]
+    size = len(rows) // len(kinds)
+    for index, kind in enumerate(kinds):
+        WRITERS[kind](folder / f"{index}.{kind}", rows[index * size : (index + 1) * size])
+    source = DatasetSplit(dataset=str(folder), config=None, split=split, revision=None)
+    reader = PromptReader(source=source, defaults=DEFAULTS, record_bad=True)
+    checked = reader.check(part_rows=7)
+    every = [(row.index, row.prompt_id) for row in reader.prompts(checked)]
+    for number in reversed(range(len(checked.part_digests))):
+        part = [(row.index, row.prompt_id) for row in reader.prompts(checked, [number])]
+        assert part == every[number * 7 : number * 7 + 7]
+
+
+def test_a_part_of_a_dataset_is_sought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files before it are not opened, nor are rows before it read in plain JSON lines."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows: list[dict[str, object]] = [{"prompt": f"prompt {index}"} for index in range(60)]
+    write_csv(folder / "0.csv", rows[:20])
+    write_lines(folder / "1.jsonl", rows[20:])
+    source = DatasetSplit(dataset=str(folder), config=None, split="train", revision=None)
+    reader = PromptReader(source=source, defaults=DEFAULTS)
+    checked = reader.check(part_rows=10)
+    read: list[int] = []
+    lines = LineReader.lines
+
+    def counted(self: LineReader, **places: int) -> Iterator[tuple[int, bytes | None]]:
+        for number, line in lines(self, **places):
+            read.append(number)
+            yield number, line
+
+    monkeypatch.setattr(LineReader, "lines", counted)
+    (folder / "0.csv").unlink()
+    monkeypatch.setattr(CsvFile, "rows", None)
+    assert [row.index for row in reader.prompts(checked, [4])] == [*range(40, 50)]
+    assert read == [*range(21, 31)]
 
 
 def write_folder(folder: Path, kind: str, split: str = "train") -> Path:

@@ -339,3 +339,39 @@ def test_an_input_that_has_grown_at_its_end_is_continued(checkpoint: Path, tmp_p
         for name in ("out", "whole")
     )
     assert one == two
+
+
+@pytest.mark.parametrize("rows", [0, 5, 25, 40])
+def test_the_digest_of_the_first_rows_follows_from_an_index(tmp_path: Path, rows: int) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    source = reader(tmp_path / "a.jsonl")
+    checked = source.check(part_rows=10, prefix_rows=[rows])
+    assert source.prefix_digest(checked, rows) == checked.prefix_digests[rows]
+
+
+@pytest.mark.parametrize("rows", [20, 25])
+def test_a_plan_of_a_grown_input_spares_runs_the_check(
+    checkpoint: Path, tmp_path: Path, no_checks: Callable[[], None], rows: int
+) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, ROWS[:rows])
+    config = job(checkpoint, tmp_path / "out", path)
+    run_job(config)
+    write_jsonl(path, ROWS[:47])
+    age(path)
+    assert plan_job(config).rows == 47
+    no_checks()
+    done = run_job(config)
+    assert (done.rows_kept, done.rows, done.complete) == (20, 27, True)
+
+
+def test_a_plan_of_other_first_rows_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, ROWS[:25])
+    config = job(checkpoint, tmp_path / "out", path)
+    run_job(config)
+    write_jsonl(path, [*ROWS[:22], *ROWS[60:100]])
+    age(path)
+    plan_job(config)
+    with pytest.raises(ConfigError, match="input_digest differs in its 25 rows"):
+        run_job(config)

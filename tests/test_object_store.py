@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline import JobConfig, plan_job, run_job
 from gptbatch.pipeline.errors import (
     ConfigError,
     InputNotFoundError,
@@ -321,7 +322,8 @@ def test_a_kill_between_two_steps_loses_nothing(
 
     def kill() -> None:
         assert started.wait(LIMIT_S)
-        children[0].send_signal(signal.SIGKILL)
+        # The launcher serves one thread.
+        os.kill(children[0].pid, signal.SIGKILL)
 
     store.kill = kill
     children.append(launcher.start(*job.arguments(url), env=store.environment))
@@ -609,6 +611,20 @@ def test_an_unchanged_input_in_a_bucket_is_not_read_again(
     changed.bucket.put(changed.key, changed.read_bytes().replace(b"king", b"lord"))
     with pytest.raises(OutputConflictError, match="input_digest"):
         run_job(config)
+
+
+def test_a_plan_in_a_bucket_is_divided_among_shards(
+    store: FaultyStore, inputs: Path, job: Job
+) -> None:
+    url = f"{store.url}/out"
+    config = job.config(url, input=f"{store.url}/in")
+    plans = [plan_job(config.model_copy(update={"shard": f"{index}/3"})) for index in range(3)]
+    assert [plan.complete for plan in plans] == [False, False, True]
+    assert run_job(config).rows == len(ROWS)
+    manifest = json.loads(ObjectPath.parse(f"{url}/_manifest.json").read_bytes())
+    assert manifest["identity"]["input_digest"] == plans[-1].input_digest
+    work = {path.name for path in ObjectPath.parse(f"{url}/.gptbatch").iterdir()}
+    assert not [name for name in work if "-of-" in name]
 
 
 def test_patterns_match_as_those_of_files_do(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 
+from gptbatch.pipeline.cluster.plan_shard import PlanShard, check_divisible
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.input.prompt_reader import open_input
-from gptbatch.pipeline.output.folder import OutputFolder
+from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
+from gptbatch.pipeline.output.folder import FolderState, OutputFolder
+from gptbatch.pipeline.output.index_piece import delete_pieces
 from gptbatch.pipeline.output.input_record import check_input
 from gptbatch.pipeline.output.lock import open_lock
+from gptbatch.pipeline.output.part_plan import count_parts
 from gptbatch.pipeline.output.part_runner import ErrorLimit
 from gptbatch.pipeline.output.placement import check_placement
-from gptbatch.pipeline.output.resume import check_format, check_part_rows, find_run
+from gptbatch.pipeline.output.resume import check_format, check_part_rows, find_run, part_rows_of
 from gptbatch.pipeline.output.runs import open_run_folder
+from gptbatch.pipeline.output.shards import find_shard
 from gptbatch.pipeline.storage.location import location_of
 
 logger = logging.getLogger("gptbatch")
@@ -26,10 +31,12 @@ class Plan:
     Attributes:
         output: The output folder.
         rows: Rows of the input.
-        bad_rows: Rows that become error rows.
+        bad_rows: Rows that become error rows. Without `complete`, those that this shard has found.
         part_rows: Rows per part.
         parts: Number of parts.
-        input_digest: SHA-256 of the content of all rows that decides the output.
+        input_digest: SHA-256 of the content of all rows that decides the output. None without
+            `complete`.
+        complete: Whether all rows are checked. Otherwise other shards have not checked theirs.
     """
 
     output: str
@@ -37,13 +44,15 @@ class Plan:
     bad_rows: int
     part_rows: int
     parts: int
-    input_digest: str
+    input_digest: str | None
+    complete: bool
 
 
 def plan_job(config: JobConfig) -> Plan:
     """Check every row of the input, and write its index into the output folder.
 
     Runs of this input then begin without reading it. Neither the model nor its tokenizer is needed.
+    With a shard in the config, only its rows are checked. The last shard writes the index.
 
     Args:
         config: The settings of the job.
@@ -51,6 +60,9 @@ def plan_job(config: JobConfig) -> Plan:
     Raises:
         GptbatchError: The errors of the input and the output folder that `run_job` raises.
     """
+    shard = find_shard(config.shard, os.environ)
+    if not shard.is_whole:
+        check_divisible(config)
     check_placement(config)
     folder = OutputFolder(location_of(config.output))
     folder.check_creatable()
@@ -61,6 +73,27 @@ def plan_job(config: JobConfig) -> Plan:
         check_format(config.output, state)
         check_part_rows(config, state)
     reader = open_input(config)
+    if shard.is_whole:
+        return _complete(config, _check_all(config, folder, reader, state))
+    work = PlanShard(config, folder, reader, shard, part_rows_of(config, state))
+    summary = work.run()
+    if summary is not None:
+        return _complete(config, summary)
+    piece = work.content
+    return Plan(
+        output=config.output,
+        rows=piece.rows,
+        bad_rows=piece.bad_rows,
+        part_rows=piece.part_rows,
+        parts=count_parts(piece.part_rows, piece.rows),
+        input_digest=None,
+        complete=False,
+    )
+
+
+def _check_all(
+    config: JobConfig, folder: OutputFolder, reader: PromptReader, state: FolderState | None
+) -> InputSummary:
     if reader.source.files() is None:
         logger.warning(
             "%s: cannot be recognised again, since it is no file of this machine: each run checks "
@@ -72,7 +105,12 @@ def plan_job(config: JobConfig) -> Plan:
     folder.create()
     with open_lock(folder.work, shared=True), open_run_folder(folder.work) as run:
         checked.write(folder, run.writer)
-    summary = checked.summary
+        # of shards that were given up
+        delete_pieces(folder.work)
+    return checked.summary
+
+
+def _complete(config: JobConfig, summary: InputSummary) -> Plan:
     return Plan(
         output=config.output,
         rows=summary.rows,
@@ -80,4 +118,5 @@ def plan_job(config: JobConfig) -> Plan:
         part_rows=summary.part_rows,
         parts=len(summary.part_digests),
         input_digest=summary.digest,
+        complete=True,
     )

@@ -195,9 +195,10 @@ class JobConfig(_Section):
     shard: Name | None = Field(
         None,
         description=(
-            "Generate block I of N blocks of parts, I from 0 to N - 1. All shards write into one "
-            "folder, and a shard that is done helps others. auto: from the variables of Slurm, "
-            "Kubernetes, SkyPilot, torchrun or MPI. Default: all parts."
+            "Generate block I of N blocks of parts, I from 0 to N - 1; `plan` checks their rows. "
+            "All shards write into one folder, and a shard of `generate` that is done helps "
+            "others. auto: from the variables of Slurm, Kubernetes, SkyPilot, torchrun or MPI. "
+            "Default: all parts."
         ),
     )
     overwrite: bool = Field(
@@ -212,6 +213,13 @@ class JobConfig(_Section):
         description=(
             "Action for a row that cannot be read or is invalid. fail: stop before the model is "
             "loaded. record: write an error row."
+        ),
+    )
+    ids: Literal["checked", "trusted"] = Field(
+        "checked",
+        description=(
+            "Search for ids that several rows have. checked: such rows are bad. trusted: they are "
+            "not searched for, which saves memory and time if the ids are known to be unique."
         ),
     )
     max_row_errors: CountOrShare | None = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -15,6 +15,7 @@ from gptbatch.pipeline.errors import (
     StorageError,
 )
 from gptbatch.pipeline.input.file_kind import HEAD_BYTES, describe_binary
+from gptbatch.pipeline.input.row_count import FileRows
 from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.input.strict_json import DECODER
 from gptbatch.pipeline.storage.location import Location
@@ -65,10 +66,27 @@ class ArrowFile:
             OutOfMemoryError: A batch does not fit into memory.
             StorageError: Reading failed.
         """
+        with self._named_errors():
+            yield from self._rows(start.row)
+
+    def count(self) -> FileRows:
+        """Count the rows, those of Parquet by its footer. Raises as `rows` does."""
+        import pyarrow.parquet as pq
+
+        with self._named_errors():
+            with self.path.open("rb") as file:
+                if file.read(len(_PARQUET)) == _PARQUET:
+                    file.seek(0)
+                    return FileRows(pq.read_metadata(file).num_rows)
+            return FileRows(sum(batch.num_rows for _, batch in self._batches(0)))
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Turn errors of pyarrow and of the file system into those that `rows` raises."""
         import pyarrow as pa
 
         try:
-            yield from self._rows(start.row)
+            yield
         except PermissionError as error:
             raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
         except (pa.ArrowMemoryError, MemoryError) as error:
@@ -124,10 +142,11 @@ class ArrowFile:
                 raise InputRowsError(f"{self.name}: is {kind}")
             position = 0
             for batch in _ipc_batches(file, is_file=is_file):
-                # offsets that point outside of their buffers would end the process
-                batch.validate(full=True)
-                for begin in range(0, batch.num_rows, BATCH_ROWS):
-                    yield position + begin, batch.slice(begin, BATCH_ROWS)
+                if position + batch.num_rows > first:
+                    # offsets that point outside of their buffers would end the process
+                    batch.validate(full=True)
+                    for begin in range(0, batch.num_rows, BATCH_ROWS):
+                        yield position + begin, batch.slice(begin, BATCH_ROWS)
                 position += batch.num_rows
 
 

@@ -68,7 +68,10 @@ class DatasetSplit:
         return [] if self._revision is not None and _COMMIT.fullmatch(self._revision) else None
 
     def rows(self, start: Place = START) -> Iterator[RawRow]:
-        """Yield the rows. Those before `start` are read, and skipped.
+        """Yield the rows, from a place on.
+
+        One split from its first row on is read as its files allow, see `read_rows`. In other
+        slices and in sums, the rows before `start` are read, and skipped.
 
         Raises:
             InputNotFoundError: There is no such dataset, configuration or split.
@@ -77,23 +80,38 @@ class DatasetSplit:
             parts = parse_split(self._split)
         except ValueError as error:
             raise InputNotFoundError(f"{self.name}: {error}") from error
-        yield from islice(self._rows(parts), start.position, None)
+        terms = [(part.name, *self._bounds(part)) for part in parts]
+        (name, first, stop), *others = terms
+        if first > 0 or others:
+            yield from islice(self._rows(terms), start.position, None)
+            return
+        left = None if stop is None else max(0, stop - start.position)
+        for row in islice(self._backend.rows(name, start), left):
+            yield RawRow(
+                where=row.where,
+                line=row.position,
+                position=row.position,
+                parse=row.parse,
+                file=row.file,
+                offset=row.offset,
+            )
 
-    def _rows(self, parts: list[SplitPart]) -> Iterator[RawRow]:
-        several = len({part.name for part in parts}) > 1
+    def _rows(self, terms: list[tuple[str, int, int | None]]) -> Iterator[RawRow]:
+        """Yield the rows of slices and sums, each with the name, first row and end of a split."""
+        several = len({name for name, _, _ in terms}) > 1
         count = 0
-        for part in parts:
-            for row in self._slice(part):
+        for name, first, stop in terms:
+            for row in islice(self._backend.rows(name), first, stop):
                 position = count if several else row.position
                 yield RawRow(where=row.where, line=position, position=position, parse=row.parse)
                 count += 1
 
-    def _slice(self, part: SplitPart) -> Iterator[RawRow]:
+    def _bounds(self, part: SplitPart) -> tuple[int, int | None]:
+        """Return the first row of a term, and the row after its last; None for all rows."""
         if part.is_whole:
-            return iter(self._backend.rows(part.name))
+            return 0, None
         length = self._backend.length(part.name) if part.needs_length else 2**63 - 1
-        start, stop = part.bounds(length)
-        return islice(self._backend.rows(part.name), start, stop)
+        return part.bounds(length)
 
     @cached_property
     def _backend(self) -> Splits:

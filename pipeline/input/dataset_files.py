@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from gptbatch.pipeline.errors import InputNotFoundError
@@ -25,7 +26,7 @@ from gptbatch.pipeline.input.dataset_card import CARD, DatasetCard
 from gptbatch.pipeline.input.file_kind import describe_binary, read_head
 from gptbatch.pipeline.input.json_file import JsonFile
 from gptbatch.pipeline.input.jsonl import JsonlFile
-from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.input.text_file import TextFile
 from gptbatch.pipeline.storage.location import Location
 
@@ -199,7 +200,9 @@ def suffix_of(path: Location) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def read_rows(path: Path, name: str, delimiter: str | None) -> Iterator[RawRow]:
+def read_rows(
+    path: Path, name: str, delimiter: str | None, start: Place = START
+) -> Iterator[RawRow]:
     """Return the rows of one file.
 
     The first bytes identify Parquet and Arrow files. The suffix identifies the other formats.
@@ -208,21 +211,24 @@ def read_rows(path: Path, name: str, delimiter: str | None) -> Iterator[RawRow]:
         path: The file.
         name: The file in messages.
         delimiter: Of CSV files. None takes a comma, and a tab for `.tsv`.
+        start: A place in this file. Parquet is read from its row group, and plain JSON lines from
+            its byte. Other files are read from their beginning, and rows are skipped.
 
     Raises:
         InputNotFoundError: The suffix is not that of a supported format.
     """
     suffix, head = suffix_of(path), read_head(path)
     if suffix in ARROW_SUFFIXES or head.startswith((b"PAR1", b"ARROW1")):
-        return ArrowFile(path, name).rows()
-    if suffix in (".csv", ".tsv"):
-        return CsvFile(path, name, delimiter or ("\t" if suffix == ".tsv" else ",")).rows()
-    if suffix == ".txt":
-        return TextFile(path, name).rows()
-    if suffix == ".json":
-        return JsonFile(path, name).rows()
+        return ArrowFile(path, name).rows(start)
     if suffix in (".jsonl", ".ndjson"):
-        return JsonlFile(path, name).rows()
+        return JsonlFile(path, name).rows(start)
+    if suffix in (".csv", ".tsv"):
+        csv = CsvFile(path, name, delimiter or ("\t" if suffix == ".tsv" else ","))
+        return islice(csv.rows(), start.row, None)
+    if suffix == ".txt":
+        return islice(TextFile(path, name).rows(), start.row, None)
+    if suffix == ".json":
+        return islice(JsonFile(path, name).rows(), start.row, None)
     if (kind := describe_binary(head, name)) is not None:
         raise InputNotFoundError(f"{name}: is {kind}")
     known = ", ".join((*TEXT_SUFFIXES, *ARROW_SUFFIXES))

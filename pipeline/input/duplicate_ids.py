@@ -1,36 +1,159 @@
-"""Finds prompts whose id another row has. The first pass keeps 8 bytes per row."""
+"""Finds prompts whose id another row has. The first pass keeps at most 8 bytes per row.
+
+An id of decimal digits is mapped to 64 bits one to one, any other id by BLAKE2b. A row whose id is
+its position, as one without an own id, is not kept: only the ranges of such positions are.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import tempfile
+import weakref
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
+from typing import IO, TYPE_CHECKING
 
+from gptbatch.pipeline.errors import StorageError
 from gptbatch.pipeline.input.rows import BadRow
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.types import Prompt
 
-ReadRows = Callable[[], Iterator[tuple[RawRow, Prompt | BadRow]]]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Hashes = NDArray[np.uint64]
+
+# Takes hashes, and returns at least the rows whose id has one of them.
+ReadRows = Callable[[Set[int]], Iterator[tuple[RawRow, Prompt | BadRow]]]
+
+# 1 GiB of hashes
+MAX_HASHES_IN_MEMORY = 1 << 27
+_BUCKETS = 256
+_BLOCK = 1 << 20
+# Odd, so that the product modulo 2**64 is one to one. 2**64 divided by the golden ratio: the first
+# byte of the products of consecutive numbers is evenly distributed.
+_FACTOR = 0x9E37_79B9_7F4A_7C15
+_INVERSE = pow(_FACTOR, -1, 1 << 64)
+_MASK = (1 << 64) - 1
+_MAX_DIGITS = 18
 
 
 class IdHashes:
-    """64-bit hashes of the ids of an input."""
+    """64-bit hashes of the ids of an input.
 
-    def __init__(self) -> None:
+    Above `max_in_memory`, hashes lie in a temporary file. They are sorted before they are written,
+    so that those with the same first byte, a bucket, are read back together.
+
+    Args:
+        max_in_memory: Hashes that are held in memory.
+    """
+
+    def __init__(self, max_in_memory: int = MAX_HASHES_IN_MEMORY) -> None:
+        self._max = max_in_memory
         self._hashes = array("Q")
+        # start and end of each range of positions that are the ids of their rows
+        self._default_ids = array("Q")
+        self._file: IO[bytes] | None = None
+        # first hash of each bucket in each sorted run of the file, and the end of the run
+        self._runs: list[list[int]] = []
 
-    def add(self, prompt_id: str) -> None:
-        """Add the id of one row."""
-        self._hashes.append(_id_hash(prompt_id))
+    def add(self, prompt_id: str, position: int) -> None:
+        """Add the id of one row, and its position in the input."""
+        ranges = self._default_ids
+        if prompt_id == str(position) and (not ranges or position >= ranges[-1]):
+            if ranges and position == ranges[-1]:
+                ranges[-1] += 1
+            else:
+                ranges.extend((position, position + 1))
+            return
+        self._hashes.append(id_hash(prompt_id))
+        if len(self._hashes) >= self._max:
+            self._spill()
+
+    def merge(self, hashes: bytes, default_ids: bytes) -> None:
+        """Add the ids of later rows, as `take` has returned them."""
+        self._hashes.frombytes(hashes)
+        ranges = array("Q", default_ids)
+        if ranges and self._default_ids and ranges[0] == self._default_ids[-1]:
+            self._default_ids[-1] = ranges[1]
+            del ranges[:2]
+        self._default_ids += ranges
+        if len(self._hashes) >= self._max:
+            self._spill()
+
+    def take(self) -> tuple[bytes, bytes]:
+        """Return the hashes and the ranges of default ids in memory, and forget them."""
+        taken = self._hashes.tobytes(), self._default_ids.tobytes()
+        self._hashes, self._default_ids = array("Q"), array("Q")
+        return taken
 
     def repeated(self) -> set[int]:
         """Return the hashes of more than one row: repeated ids, and rarely equal hashes."""
+        found: set[int] = set()
+        for hashes in self._buckets():
+            # in place: a sorted copy would take as much memory again
+            hashes.sort()
+            found.update(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+            if self._default_ids:
+                for first in range(0, len(hashes), _BLOCK):
+                    found.update(self._default_among(hashes[first : first + _BLOCK]))
+        return found
+
+    def _buckets(self) -> Iterator[Hashes]:
+        """Yield all hashes, those that are equal together."""
+        import numpy as np
+
+        if self._file is None:
+            if self._hashes:
+                yield np.frombuffer(self._hashes, dtype=np.uint64)
+            return
+        self._spill()
+        for bucket in range(_BUCKETS):
+            joined = bytearray()
+            for bounds in self._runs:
+                self._file.seek(8 * bounds[bucket])
+                joined += self._file.read(8 * (bounds[bucket + 1] - bounds[bucket]))
+            if joined:
+                yield np.frombuffer(joined, dtype=np.uint64)
+
+    def _default_among(self, hashes: Hashes) -> list[int]:
+        """Return the hashes that are those of default ids."""
+        import numpy as np
+
+        numbers = hashes * np.uint64(_INVERSE)
+        ranges = np.frombuffer(self._default_ids, dtype=np.uint64)
+        # An odd count of bounds up to a number: it lies inside a range.
+        inside = np.searchsorted(ranges, numbers, side="right") % 2 == 1
+        found: list[int] = hashes[inside].tolist()
+        return found
+
+    def _spill(self) -> None:
+        """Write the hashes in memory to the temporary file, sorted."""
         import numpy as np
 
         if not self._hashes:
-            return set()
-        ordered = np.sort(np.frombuffer(self._hashes, dtype=np.uint64))
-        return {int(value) for value in ordered[1:][ordered[1:] == ordered[:-1]]}
+            return
+        hashes = np.frombuffer(self._hashes, dtype=np.uint64)
+        hashes.sort()
+        starts = np.arange(_BUCKETS, dtype=np.uint64) << np.uint64(56)
+        begin = self._runs[-1][-1] if self._runs else 0
+        bounds = [begin + int(index) for index in np.searchsorted(hashes, starts)]
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="gptbatch-ids-")  # noqa: SIM115
+                weakref.finalize(self, self._file.close)
+            self._file.seek(8 * begin)
+            self._file.write(hashes.data)
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(
+                f"{tempfile.gettempdir()}: the ids of the input cannot be written to a temporary "
+                f"file ({error.strerror or error}); set TMPDIR to another folder, or use "
+                "--ids trusted if no id occurs twice"
+            ) from error
+        self._runs.append([*bounds, begin + len(hashes)])
+        self._hashes = array("Q")
 
 
 def find_duplicates(
@@ -43,7 +166,7 @@ def find_duplicates(
     duplicate is a new error row, so the rows are read again until there are no new ones.
 
     Args:
-        read_rows: Reads the input again.
+        read_rows: Reads rows of the input again, in order.
         repeated_hashes: Hashes of ids that more than one row has.
         record_bad: Whether bad rows become error rows.
     """
@@ -55,8 +178,8 @@ def find_duplicates(
     error_rows: dict[str, int] = {}
     # lines of rows that have just become error rows
     new: list[int] = []
-    for raw, row in read_rows():
-        if _id_hash(row.prompt_id) not in repeated_hashes:
+    for raw, row in read_rows(repeated_hashes):
+        if id_hash(row.prompt_id) not in repeated_hashes:
             continue
         if isinstance(row, BadRow):
             error_rows[row.prompt_id] = row.line
@@ -73,7 +196,7 @@ def find_duplicates(
         new.append(line)
     while new:
         error_rows, new = {f"line:{line}": line for line in new}, []
-        for raw, row in read_rows():
+        for raw, row in read_rows({id_hash(prompt_id) for prompt_id in error_rows}):
             is_prompt = isinstance(row, Prompt) and row.index not in duplicates
             if is_prompt and row.prompt_id in error_rows:
                 duplicates[row.index] = error_rows[row.prompt_id]
@@ -81,6 +204,21 @@ def find_duplicates(
     return duplicates
 
 
-def _id_hash(prompt_id: str) -> int:
+def id_hash(prompt_id: str) -> int:
+    """Return the hash of an id, from 0 to 2**64 - 1."""
+    if (number := _number(prompt_id)) is not None:
+        return number * _FACTOR & _MASK
     digest = hashlib.blake2b(prompt_id.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def position_of_hash(value: int) -> int:
+    """Return the position whose decimal digits have a hash."""
+    return value * _INVERSE & _MASK
+
+
+def _number(text: str) -> int | None:
+    """Return the number whose decimal digits are a text; None for other texts, such as "007"."""
+    if len(text) > _MAX_DIGITS or not (text.isascii() and text.isdecimal()):
+        return None
+    return None if text[0] == "0" and len(text) > 1 else int(text)

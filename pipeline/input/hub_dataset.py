@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
 from gptbatch.pipeline.input.dataset_card import CARD
 from gptbatch.pipeline.input.dataset_files import NoDataFilesError, arrange
 from gptbatch.pipeline.input.local_dataset import FileSplits, Splits, local_splits
-from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.system.error_text import first_line
 
 logger = logging.getLogger("gptbatch")
@@ -164,8 +165,11 @@ class LibrarySplits:
         self._dataset, self._where, self._config, self._revision = dataset, where, config, revision
         self._prepared: dict[str, Any] = {}
 
-    def rows(self, split: str) -> Iterator[RawRow]:
-        """Yield the rows of a split."""
+    def rows(self, split: str, start: Place = START) -> Iterator[RawRow]:
+        """Yield the rows of a split. Those before `start` are read, and skipped."""
+        yield from islice(self._rows(split), start.position, None)
+
+    def _rows(self, split: str) -> Iterator[RawRow]:
         rows = (
             self._prepared[split] if split in self._prepared else self._load(split, streaming=True)
         )

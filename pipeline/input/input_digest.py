@@ -57,8 +57,13 @@ class InputDigests:
         self._n_in_block = 0
         # of the first row of each block
         self._files, self._file_rows, self._offsets = array("i"), array("q"), array("q")
-        self._file = self._first_of_file = 0
+        self._file = self._first_of_file = self._first_position = 0
         self.prefixes = {0: input_digest([part_digest([self._block.digest()])])}
+
+    def begin_at(self, first: Place) -> None:
+        """Place the first row, which begins a part in the middle of the input."""
+        self._file, self._first_of_file = first.file, -first.row
+        self._first_position = first.position
 
     def add(self, content: bytes, raw: RawRow) -> None:
         """Add a row by the bytes that represent it."""
@@ -85,7 +90,7 @@ class InputDigests:
         blocks = self._blocks_per_part()
         self.places = [
             Place(
-                number * self.part_rows,
+                self._first_position + number * self.part_rows,
                 self._files[block],
                 self._file_rows[block],
                 self._offsets[block],

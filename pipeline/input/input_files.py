@@ -15,6 +15,7 @@ from gptbatch.pipeline.input.arrow_file import ArrowFile
 from gptbatch.pipeline.input.dataset_files import suffix_of, walk
 from gptbatch.pipeline.input.file_kind import read_head
 from gptbatch.pipeline.input.jsonl import JsonlFile
+from gptbatch.pipeline.input.row_count import FileRows, RowCount
 from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.storage.location import Location, location_of
 from gptbatch.pipeline.storage.object_path import match_objects
@@ -68,6 +69,21 @@ class InputFiles:
                 )
                 position += 1
             begin = START
+
+    def count(self, limit: int | None = None) -> RowCount:
+        """Count the rows without parsing them. Files behind the limit are not opened.
+
+        Raises:
+            InputRowsError: A file is damaged, or of another kind.
+        """
+        counted: list[FileRows] = []
+        left = limit
+        for file in self._files:
+            if left is not None and left <= 0:
+                break
+            counted.append(file.count(left) if isinstance(file, JsonlFile) else file.count())
+            left = None if left is None else left - counted[-1].rows
+        return RowCount(counted, limit)
 
     def files(self) -> list[Location] | None:
         """Return the files; None for pipes and standard input."""

@@ -17,9 +17,12 @@ from typing import IO, Any, BinaryIO, Literal
 from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
 from gptbatch.pipeline.input.file_kind import MAX_SNIFFED_LINES, describe_text
 from gptbatch.pipeline.input.lines import LineReader, decode_line
+from gptbatch.pipeline.input.row_count import FileRows, count_lines
 from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.input.strict_json import parse_object
 from gptbatch.pipeline.storage.location import Location
+
+_BLANK = b" \t\r\n"
 
 
 class JsonlFile:
@@ -69,7 +72,7 @@ class JsonlFile:
         is_first = start.row == 0
         reader = LineReader(self.path, self.name)
         for number, line, offset in reader.lines_to_last(
-            b" \t\r\n", skip=start.row, offset=start.offset
+            _BLANK, skip=start.row, offset=start.offset
         ):
             if is_first and line != b"":
                 is_first = False
@@ -82,6 +85,11 @@ class JsonlFile:
                 parse=partial(_parse_line, line),
                 offset=offset,
             )
+
+    def count(self, stop: int | None = None) -> FileRows:
+        """Count the rows; at `stop` rows, counting may end. Raises as `rows` does."""
+        next(self.rows(), None)
+        return count_lines(LineReader(self.path, self.name), _BLANK, stop)
 
     def _check_format(self, first: bytes) -> None:
         """Raise InputRowsError if the first line is not JSON and the first lines show a format."""

@@ -52,6 +52,8 @@ class LineReader:
             if skip and is_plain and offset >= 0:
                 file.seek(offset)
                 self._line, self.offset = skip, offset
+            if not is_plain:
+                self._skip_lines(file, skip)
             while line := file.readline(MAX_LINE_BYTES + 1):
                 self._line += 1
                 size = len(line)
@@ -66,6 +68,15 @@ class LineReader:
                     self.offset += size
                 if self._line > skip:
                     yield self._line, None if is_too_long else line
+
+    def _skip_lines(self, file: io.BufferedReader, count: int) -> None:
+        """Skip lines by counting their ends, as many buffers as hold fewer."""
+        while self._line < count and (buffered := file.peek()):
+            ends = buffered.count(b"\n")
+            if self._line + ends >= count:
+                return
+            self._line += ends
+            file.read(len(buffered))
 
     def lines_to_last(
         self, blank: bytes = b"\r\n", *, skip: int = 0, offset: int = -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from gptbatch.pipeline.input.dataset_files import (
     read_rows,
     suffix_of,
 )
-from gptbatch.pipeline.input.source import RawRow
+from gptbatch.pipeline.input.source import START, Place, RawRow
 
 logger = logging.getLogger("gptbatch")
 
@@ -26,8 +27,8 @@ _MAX_NAMED_FILES = 5
 class Splits(Protocol):
     """The splits of one dataset. Both methods raise InputNotFoundError for a missing split."""
 
-    def rows(self, split: str) -> Iterator[RawRow]:
-        """Yield the rows of a split in order."""
+    def rows(self, split: str, start: Place = START) -> Iterator[RawRow]:
+        """Yield the rows of a split in order, from a place on."""
 
     def length(self, split: str) -> int:
         """Return the number of rows of a split."""
@@ -68,19 +69,23 @@ class FileSplits:
                 more,
             )
 
-    def rows(self, split: str) -> Iterator[RawRow]:
-        """Yield the rows of all files of a split."""
+    def rows(self, split: str, start: Place = START) -> Iterator[RawRow]:
+        """Yield the rows of all files of a split, from a place on. Does not open files before."""
         names = self._of_split(split)
-        if len(names) == 1:
-            yield from read_rows(
-                self._fetch(names[0]), self._display_name(names[0]), self._delimiter
-            )
-            return
-        position = 0
-        for name in names:
-            for row in read_rows(self._fetch(name), self._display_name(name), self._delimiter):
-                yield RawRow(where=row.where, line=row.line, position=position, parse=row.parse)
+        position, begin = start.position, start._replace(position=start.row)
+        for index, name in islice(enumerate(names), start.file, None):
+            path, shown = self._fetch(name), self._display_name(name)
+            for row in read_rows(path, shown, self._delimiter, begin):
+                yield RawRow(
+                    where=row.where,
+                    line=row.line,
+                    position=row.position if len(names) == 1 else position,
+                    parse=row.parse,
+                    file=index,
+                    offset=row.offset,
+                )
                 position += 1
+            begin = START
 
     def length(self, split: str) -> int:
         """Return the number of rows of a split. Reads all files but Parquet files."""

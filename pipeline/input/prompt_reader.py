@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +11,7 @@ from gptbatch.pipeline.errors import ConfigError, InputRowsError
 from gptbatch.pipeline.input.bad_rows import BadRows
 from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.duplicate_ids import IdHashes, find_duplicates
-from gptbatch.pipeline.input.input_digest import InputDigests, PartDigest
+from gptbatch.pipeline.input.input_digest import InputDigests, PartDigest, input_digest
 from gptbatch.pipeline.input.input_files import InputFiles
 from gptbatch.pipeline.input.row_warnings import RowWarnings
 from gptbatch.pipeline.input.rows import BadRow, RowDefaults, RowParser
@@ -60,12 +60,15 @@ class PromptReader:
         defaults: Field names, and the settings of rows without their own.
         limit: Number of rows to read from the front. None reads all.
         record_bad: Bad rows become error rows of the output. Otherwise `check` rejects them.
+        finds_duplicates: Rows whose id another row has are bad. Otherwise all ids are taken to be
+            unique.
     """
 
     source: RowSource
     defaults: RowDefaults
     limit: int | None = None
     record_bad: bool = False
+    finds_duplicates: bool = True
 
     def rows(self) -> Iterator[tuple[RawRow, Prompt | BadRow]]:
         """Yield every row in input order. Duplicate ids are not detected here."""
@@ -79,7 +82,7 @@ class PromptReader:
         prefix_rows: Iterable[int] = (),
         required_ids: Iterable[str] = (),
     ) -> InputSummary:
-        """Read and validate all rows. Keeps 8 bytes per row in memory.
+        """Read and validate all rows. Keeps 8 bytes in memory per row with an id of its own.
 
         Args:
             part_rows: Rows per part. None follows `default_part_rows`.
@@ -97,20 +100,17 @@ class PromptReader:
                 bad.add(row)
             if missing:
                 missing.discard(row.prompt_id)
-            if self.record_bad or isinstance(row, Prompt):
-                id_hashes.add(row.prompt_id)
+            if self.finds_duplicates and (self.record_bad or isinstance(row, Prompt)):
+                id_hashes.add(row.prompt_id, raw.position)
             digests.add(digest_input, raw)
         digest = digests.finish()
-        duplicates = find_duplicates(self.rows, id_hashes.repeated(), record_bad=self.record_bad)
+        duplicates = find_duplicates(
+            lambda _: self.rows(), id_hashes.repeated(), record_bad=self.record_bad
+        )
         warnings.log(self.source.name, digests.rows)
         if (bad.count or duplicates) and not self.record_bad:
-            raise self._rejection(bad, duplicates, digests.rows)
-        if missing:
-            raise ConfigError(
-                f"{self.source.name}: no row has the id {shorten(min(missing))} "
-                "that skip_row names",
-                keys=("skip_row",),
-            )
+            raise self.rejection(bad, duplicates, digests.rows, self.rows())
+        self.check_required(missing)
         return InputSummary(
             rows=digests.rows,
             digest=digest,
@@ -121,6 +121,58 @@ class PromptReader:
             bad_rows=bad.count + len(duplicates),
             duplicates=duplicates,
         )
+
+    def prefix_digest(self, checked: InputSummary, rows: int) -> str:
+        """Return the digest of the first rows of a checked input. Reads those of one part.
+
+        Args:
+            checked: The result of `check`.
+            rows: Number of rows.
+
+        Raises:
+            InputRowsError: The input has changed.
+        """
+        number, left = divmod(rows, checked.part_rows)
+        digests = checked.part_digests[:number]
+        if left or not rows:
+            parser, digest = RowParser(self.defaults, RowWarnings()), PartDigest()
+            for index, raw in zip(
+                range(number * checked.part_rows, rows),
+                self._raw_rows(checked.places[number] if left else START),
+                strict=False,
+            ):
+                digest.add(parser.parse(index, raw)[1])
+            digests = [*digests, digest.hexdigest()]
+        return input_digest(digests)
+
+    def check_required(self, missing: Set[str]) -> None:
+        """Raise ConfigError if an id of skip_row is missing."""
+        if missing:
+            raise ConfigError(
+                f"{self.source.name}: no row has the id {shorten(min(missing))} "
+                "that skip_row names",
+                keys=("skip_row",),
+            )
+
+    def rows_of_parts(
+        self, numbers: Iterable[int], places: list[Place], part_rows: int
+    ) -> Iterator[tuple[RawRow, Prompt | BadRow]]:
+        """Yield the rows of some parts, as `rows` does.
+
+        Args:
+            numbers: The parts, in ascending order.
+            places: The place of each part.
+            part_rows: Rows per part.
+        """
+        parser = RowParser(self.defaults, RowWarnings())
+        rows: Iterator[RawRow] = iter(())
+        next_number = -1
+        for number in numbers:
+            if number != next_number:
+                rows = self._raw_rows(places[number])
+            for index, raw in enumerate(islice(rows, part_rows), number * part_rows):
+                yield raw, parser.parse(index, raw)[0]
+            next_number = number + 1
 
     def prompts(
         self, checked: InputSummary, parts: Iterable[int] | None = None
@@ -182,10 +234,23 @@ class PromptReader:
         for index, raw in enumerate(islice(self.source.rows(), self.limit)):
             yield raw, *parser.parse(index, raw)
 
-    def _rejection(self, bad: BadRows, duplicates: dict[int, int], rows: int) -> InputRowsError:
-        """Return the error that lists bad rows and duplicates."""
+    def rejection(
+        self,
+        bad: BadRows,
+        duplicates: dict[int, int],
+        rows: int,
+        again: Iterator[tuple[RawRow, Prompt | BadRow]],
+    ) -> InputRowsError:
+        """Return the error that lists bad rows and duplicates.
+
+        Args:
+            bad: The bad rows.
+            duplicates: As `InputSummary.duplicates`.
+            rows: Number of rows.
+            again: Yields rows of the input again, the duplicates among them.
+        """
         if duplicates:
-            for raw, row in self.rows():
+            for raw, row in again:
                 if row.index in duplicates:
                     bad.add(self._duplicate(raw, row, duplicates[row.index]))
         return InputRowsError(
@@ -210,6 +275,7 @@ def open_input(config: JobConfig) -> PromptReader:
         source=_open_source(config),
         limit=config.limit,
         record_bad=config.on_bad_row == "record",
+        finds_duplicates=config.ids == "checked",
         defaults=row_defaults(config),
     )
 

@@ -208,6 +208,28 @@ class FileHashes:
             }
 
 
+def input_key(settings: dict[str, Any], files: Sequence[Location]) -> str:
+    """Return a hash of settings, and of sizes and times of change of files, in hexadecimal.
+
+    Two hosts compute the same hash for an unchanged input.
+
+    Raises:
+        OSError: A file is gone.
+    """
+    stats = [[_key(path), *stat_of(path)[:2]] for path in files]
+    return _hash({"settings": settings, "files": stats})
+
+
+def wait_for_clock_tick(files: Iterable[Location]) -> None:
+    """Wait until a later change of files would change their times; two seconds at most."""
+    now_ns = time.time_ns()
+    ticks = [_tick_end(stat_of(path)[2]) for path in files]
+    wait_ns = max((end - now_ns for end in ticks), default=0)
+    # A clock of another host may be ahead.
+    if wait_ns >= 0:
+        time.sleep((min(wait_ns, COARSE_CLOCK_TICK_NS) + 1_000_000) / 1e9)
+
+
 def _hash(settings: dict[str, Any]) -> str:
     """Hash settings: they may hold secrets, and are not stored."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -230,8 +252,10 @@ def _is_stable(stats: Iterable[Stat], began_ns: int) -> bool:
     The clocks of file systems tick every few milliseconds, or every one or two seconds. The version
     of an object changes in any case.
     """
-    ticks = (
-        (ctime, COARSE_CLOCK_TICK_NS if ctime % 1_000_000_000 == 0 else CLOCK_TICK_NS)
-        for _, _, ctime, _ in stats
-    )
-    return all(ctime + tick < began_ns for ctime, tick in ticks)
+    return all(_tick_end(ctime) < began_ns for _, _, ctime, _ in stats)
+
+
+def _tick_end(ctime: int) -> int:
+    """Return the time from which on a change of a file shows in its times, in nanoseconds."""
+    is_coarse = ctime % 1_000_000_000 == 0
+    return ctime + (COARSE_CLOCK_TICK_NS if is_coarse else CLOCK_TICK_NS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
@@ -74,14 +74,12 @@ def check_input(
     part_rows = part_rows_of(config, continued)
     rows = None if continued is None else continued.identity.get("rows", 0)
     settings, files = input_settings(config), reader.source.files()
-    recorded = hashes.find_input(settings, files, exactly=is_whole)
-    index = None if recorded is None else read_index(folder.work / INDEX)
-    if (
-        index is not None
-        and recorded == {"rows": index.rows, "digest": index.digest}
-        and part_rows in (None, index.part_rows)
-        and rows in (None, index.rows)
-    ):
+    index = find_index(config, folder, reader, hashes, part_rows, is_whole=is_whole)
+    if index is not None and rows is not None and rows < index.rows:
+        # The input has grown since the run began. Its first rows must be those of the run.
+        prefix = {rows: reader.prefix_digest(index, rows)}
+        index = replace(index, prefix_digests=index.prefix_digests | prefix)
+    if index is not None and (rows is None or rows <= index.rows):
         logger.info("the input is unchanged since all of its rows were checked")
         return CheckedInput(summary=index, hashes=hashes, is_new=False)
     began_ns = time.time_ns()
@@ -93,3 +91,33 @@ def check_input(
     check_part_count(summary.part_rows, summary.rows)
     hashes.record_input(settings, files, began_ns, {"rows": summary.rows, "digest": summary.digest})
     return CheckedInput(summary=summary, hashes=hashes, is_new=True)
+
+
+def find_index(
+    config: JobConfig,
+    folder: OutputFolder,
+    reader: PromptReader,
+    hashes: FileHashes,
+    part_rows: int | None,
+    *,
+    is_whole: bool,
+) -> InputSummary | None:
+    """Return the index of an unchanged input; None where there is none.
+
+    Args:
+        config: The settings of the job.
+        folder: The output folder.
+        reader: The input.
+        hashes: The hashes of the output folder.
+        part_rows: Rows per part; None for any number.
+        is_whole: As for `check_input`.
+    """
+    recorded = hashes.find_input(input_settings(config), reader.source.files(), exactly=is_whole)
+    index = None if recorded is None else read_index(folder.work / INDEX)
+    if (
+        index is None
+        or recorded != {"rows": index.rows, "digest": index.digest}
+        or part_rows not in (None, index.part_rows)
+    ):
+        return None
+    return index

@@ -175,6 +175,26 @@ class IndexContent(_StrictModel):
     duplicates: dict[Annotated[str, Field(pattern=r"^\d{1,19}$")], Count]
 
 
+class PieceContent(_StrictModel):
+    """The metadata of a piece of the index (see index_piece.py).
+
+    Attributes:
+        input_key: Hash of the settings and files of the input (see `file_hashes.input_key`).
+        began_ns: When reading the input began, in nanoseconds since 1970.
+        rows: Rows of the input.
+        part_rows: Rows per part.
+        bad_rows: Bad rows of the piece, without duplicates.
+        found_ids: The ids of skip_row that its rows have.
+    """
+
+    input_key: Digest
+    began_ns: Count
+    rows: Count
+    part_rows: PartRows
+    bad_rows: Count
+    found_ids: list[Text]
+
+
 class FileDigest(_StrictModel):
     """The hash of a file.
 

@@ -73,13 +73,19 @@ class _NoFooterError(Exception):
 
 
 @contextmanager
-def open_parquet(path: Location) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Location, *, whole: bool = True) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file. Checksums are verified, and no threads are used.
+
+    Args:
+        path: The file.
+        whole: Fetch an object by one request, into memory. Otherwise its row groups are fetched one
+            by one.
 
     The file is opened here because pyarrow takes names with a colon for URLs. Raises the errors of
     pyarrow: see `is_damage`.
     """
-    with named_in_errors(path), open_whole(path) as file, _parquet_file(file) as parquet:
+    opened = open_whole if whole else open_regular
+    with named_in_errors(path), opened(path) as file, _parquet_file(file) as parquet:
         yield parquet
 
 

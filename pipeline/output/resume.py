@@ -37,6 +37,8 @@ _INPUT_SETTINGS = {
     "csv_delimiter",
     "limit",
     "on_bad_row",
+    # An index without a search for repeated ids is not that of a check with one.
+    "ids",
     "skip_row",
     "prompt_field",
     "id_field",
