@@ -15,8 +15,10 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.config import EngineConfig, JobConfig
@@ -24,7 +26,7 @@ from gptbatch.pipeline.errors import InputRowsError, OutputConflictError, Storag
 from gptbatch.pipeline.job import CheckedJob, Job, check_job, find_job, lock_output
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device, threads_to_use
 from gptbatch.pipeline.output.part_runner import PartRunner, Progress, RowCounts, Stop
-from gptbatch.pipeline.output.part_source import PartSource
+from gptbatch.pipeline.output.part_source import ListedParts, PartSource
 from gptbatch.pipeline.output.resume import (
     check_same_environment,
     is_up_to_date,
@@ -74,23 +76,25 @@ def run_job(
 
 def run_parts(
     config: JobConfig,
-    source: PartSource,
+    parts: PartSource | Iterable[int],
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> RunSummary:
-    """Generate the parts that a source deals, into an output that other runs write, too.
+    """Generate some parts of an output that other runs write, too.
 
     The output is not marked complete: `finish_folder` does that, when all parts are written.
 
     Args:
         config: The settings of the job; `shard` is ignored.
-        source: Deals out part numbers.
+        parts: Numbers of parts, in ascending order, of which those that are written are left out;
+            or a source that deals out numbers.
         progress: Takes the counts after every step.
         stop: Is queried for requests to stop after every step.
 
     Raises:
         GptbatchError: See errors.py for the kinds.
     """
+    source = ListedParts(parts, Path(config.output)) if isinstance(parts, Iterable) else parts
     return PartWorker(config).run(source, progress, stop)
 
 
@@ -107,7 +111,7 @@ class PartWorker:
     def run(
         self, source: PartSource, progress: Progress | None = None, stop: Stop | None = None
     ) -> RunSummary:
-        """Generate the parts that a source deals. Arguments and errors are those of `run_parts`."""
+        """Generate the parts that a source deals. The errors are those of `run_parts`."""
         return _run(self._config, progress, stop, NO_SHARD, source, self._models)
 
 

@@ -40,9 +40,10 @@ MAX_README_BYTES = 7 * 1024
 MAX_BLOCKS_NOT_RUN = 10
 LANGUAGES = {"console", "python", "text"}
 
-# an optional marker, then a fenced block
+# an optional marker, then a fenced block; blocks that need an engine are run by test_recipes.py
 BLOCK = re.compile(
-    r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<body>.*?)^```$",
+    r"(?:<!-- (?:not run: (?P<reason>[^\n]+)|needs (?P<needs>\w+)) -->\n)?"
+    r"```(?P<language>\w*)\n(?P<body>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -326,7 +327,7 @@ def test_the_examples_run(page: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
         pytest.skip("jq is not installed")
     for block in BLOCK.finditer(TEXTS[page]):
         body = block["body"]
-        if block["reason"] is not None or block["language"] == "text":
+        if block["reason"] or block["needs"] or block["language"] == "text":
             continue
         if block["language"] == "python":
             run_python(body, tmp_path)

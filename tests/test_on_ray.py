@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +22,7 @@ from gptbatch.pipeline import ConfigError, IncompleteError, JobConfig, StoppedEr
 from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
 from tests.paths import PYTHONPATH
-from tests.processes import wait_for
+from tests.processes import LIMIT_S, child_environment, is_running, wait_for
 
 # Otherwise Ray binds the address of a network card. It is read on import.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -117,13 +119,13 @@ def in_background(act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def worker_pids(output: Path) -> list[int]:
-    """Return the processes whose runs are live, by their locks."""
+def worker_pids(output: Path, *, but: int = os.getpid()) -> list[int]:
+    """Return the processes whose runs are live, by their locks, but for the driver."""
     pids = []
     for path in output.glob(".gptbatch/runs/*/lock"):
         if text := path.read_text():
             pids.append(json.loads(text)["pid"])
-    return [pid for pid in pids if pid != os.getpid()]
+    return [pid for pid in pids if pid != but]
 
 
 def test_a_job_on_a_cluster_has_the_rows_of_a_local_run(
@@ -208,6 +210,49 @@ def test_a_stopped_driver_goes_on_with_the_same_command(
     check(work, output)
 
 
+def test_a_killed_driver_goes_on_with_the_same_command(cluster: Any, work: Path) -> None:
+    """Ray ends the workers of a driver that is gone. Nothing of them is left at the end."""
+    output = work / "killed driver"
+    options = ["--config", "demo", "--limit", "40", "--part-rows", "2"]
+    on_ray = ["--on", "ray", "--ray-address", cluster.address, "--workers", "2"]
+    command = [sys.executable, "-m", "gptbatch", "generate", *options, *on_ray]
+    command += ["--batch-size", "4", "--output", str(output)]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command,
+            env=child_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    with start() as driver:
+        wait_for_parts(output, 2)
+        workers = worker_pids(output, but=driver.pid)
+        driver.kill()
+    written = len(list(output.glob("part-*")))
+    assert written < 20
+    assert not (output / "_SUCCESS").exists()
+    runs = set((output / ".gptbatch" / "runs").iterdir())
+
+    with start() as driver:
+        stdout, stderr = driver.communicate(timeout=LIMIT_S)
+    assert driver.returncode == 0, stderr
+    summary = json.loads(stdout)
+    # A worker may have written a part before Ray has ended it.
+    assert summary["rows"] == 40
+    assert summary["parts"] + summary["parts_kept"] == 20
+    assert summary["parts_kept"] >= written
+    assert workers
+    assert not any(is_running(pid) for pid in workers)
+    (left,) = (output / ".gptbatch" / "runs").iterdir()
+    assert left not in runs
+    assert [path.name for path in left.iterdir()] == ["lock"]
+    assert run_command(["generate", *options, "--output", str(work / "undisturbed")]) == 0
+    assert table(output).equals(table(work / "undisturbed"))
+
+
 def test_a_part_that_crashes_workers_is_set_aside_and_named(
     cluster: Any, checkpoint: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +281,28 @@ def poisoned(prompt_id: str) -> type:
             super().run()
 
     return PoisonedActor
+
+
+def test_workers_that_no_node_can_take_are_named(
+    cluster: Any,
+    checkpoint: Path,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from gptbatch.pipeline.cluster import on_ray
+
+    class StopWhenWarned(StopAtParts):
+        def requested(self) -> str | None:
+            return "a test" if "pending" in caplog.text else None
+
+    monkeypatch.setattr(on_ray, "MAX_PENDING_S", 1.0)
+    settings = on_ray.RaySettings(workers=2, gpus=1)
+    config = job(checkpoint, work, work / "pending")
+    with pytest.raises(StoppedError):
+        on_ray.run_on_ray(config, settings, stop=StopWhenWarned(work, 0))
+    assert "2 of 2 workers are pending: each requests 1 CPUs and 1 GPUs" in caplog.text
+    assert "2 CPUs and 0 GPUs" in caplog.text
 
 
 def test_an_error_of_a_worker_ends_the_job(cluster: Any, checkpoint: Path, work: Path) -> None:

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline import ConfigError, JobConfig, finish_folder, run_job, run_parts
 from gptbatch.pipeline import run as run_module
 from gptbatch.pipeline.errors import InputRowsError, StoppedError
 from gptbatch.pipeline.input import tokenize
 from gptbatch.pipeline.output import run_output
 from gptbatch.pipeline.output.json_models import Part
-from gptbatch.pipeline.output.part_source import LocalParts
+from gptbatch.pipeline.output.part_source import ListedParts, LocalParts
 from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
 
 WriteRows = Callable[..., Path]
@@ -180,3 +180,25 @@ def test_parts_of_two_crashes_run_last(
 def test_local_parts_end() -> None:
     source = LocalParts([2, 5])
     assert [source.next(), source.next(), source.next()] == [2, 5, None]
+
+
+def test_listed_parts_leave_out_what_is_written_by_then(tmp_path: Path) -> None:
+    source = ListedParts([2, 5, 7], tmp_path)
+    (tmp_path / "part-000002.parquet").touch()
+    assert source.next() == 5
+    (tmp_path / "part-000007.parquet").touch()
+    assert source.next() is None
+
+
+def test_runs_of_listed_parts_make_one_output(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    file, output = write_rows(ROWS), tmp_path / "out"
+    assert run_parts(job(checkpoint, file, output), [0, 3]).rows == 4
+    assert run_parts(job(checkpoint, file, output), iter(range(4))).rows == 4
+    assert run_parts(job(checkpoint, file, output), range(5)).rows == 2
+    assert finish_folder(output).rows == 10
+    with pytest.raises(ConfigError, match="no part 5; the job has parts 0 to 4"):
+        run_parts(job(checkpoint, file, tmp_path / "other"), [4, 5])
+    run_job(job(checkpoint, file, tmp_path / "whole"))
+    assert table(output) == table(tmp_path / "whole")

@@ -26,6 +26,10 @@ from tests.paths import PYTHONPATH, REPOSITORY
 from tests.processes import LIMIT_S, wait_for
 
 CONFIGS = REPOSITORY / "configs"
+SBATCH = ["slurm.sbatch", "slurm-ray.sbatch"]
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi
+"""
 STAND_IN = """#!/bin/bash
 # ends with the code in $CODE; a signal ends it with 75
 echo "$@" > arguments
@@ -38,6 +42,18 @@ exit 70
 """
 
 
+# A job step with two processes, as if each were on a node of its own.
+SRUN = """#!/bin/bash
+while [[ "$1" == --* ]]; do shift; done
+SLURM_PROCID=0 "$@" &
+head=$!
+SLURM_PROCID=1 "$@" &
+trap 'kill "$head" "$!"' TERM
+wait
+wait
+"""
+
+
 def write_program(path: Path, text: str) -> None:
     path.write_text(text)
     path.chmod(0o755)
@@ -45,23 +61,32 @@ def write_program(path: Path, text: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start slurm.sbatch under bash with a fake scontrol, and a fake gptbatch if there is none."""
+    """Start a script under bash with fakes of the commands of Slurm and Ray, and of gptbatch."""
     (tmp_path / "bin").mkdir()
-    write_program(tmp_path / "bin" / "scontrol", '#!/bin/bash\necho "$@" >> requeued\n')
+    write_program(tmp_path / "bin" / "scontrol", SCONTROL)
+    write_program(tmp_path / "bin" / "srun", '#!/bin/bash\necho "$@" > step\nexec sleep 900\n')
+    write_program(tmp_path / "bin" / "ray", "#!/bin/bash\n")
     write_program(tmp_path / "bin" / "gptbatch", STAND_IN)
 
-    def start(*arguments: str, code: str = "") -> subprocess.Popen[str]:
+    def start(
+        *arguments: str, script: str = "slurm.sbatch", code: str = "", **variables: str
+    ) -> subprocess.Popen[str]:
         environment = {
             **os.environ,
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "SLURM_JOB_ID": "17",
             "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_NNODES": "2",
+            "CODE": code,
+            **variables,
         }
-        command = ["bash", str(CONFIGS / "slurm.sbatch"), *arguments]
+        # tests/test_on_ray.py sets it; `ray start` refuses it.
+        environment.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
         return subprocess.Popen(
-            command,
+            ["bash", str(CONFIGS / script), *arguments],
             cwd=tmp_path,
-            env={**environment, "CODE": code},
+            env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -70,21 +95,47 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("code", ["0", "65", "69", "75", "78"])
+@pytest.mark.parametrize("script", SBATCH)
 def test_slurm_requeues_on_75_only(
-    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, code: str
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, script: str, code: str
 ) -> None:
-    process = slurm("--config", "demo", code=code)
+    process = slurm("--config", "demo", script=script, code=code)
     process.communicate(timeout=LIMIT_S)
     assert process.returncode == int(code)
-    assert (tmp_path / "arguments").read_text() == "generate --threads 1 --config demo\n"
+    on_ray = "--on ray --ray-address 127.0.0.1:20017 --workers 2 --worker-cpus 1"
+    own = on_ray if "ray" in script else "--threads 1"
+    assert (tmp_path / "arguments").read_text() == f"generate {own} --config demo\n"
+    check_command(["gptbatch", *(tmp_path / "arguments").read_text().split()])
     assert (tmp_path / "requeued").exists() == (code == "75")
 
 
-@pytest.mark.parametrize("name", ["USR1", "TERM"])
-def test_slurm_forwards_signals(
-    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
+def test_ray_in_slurm_is_requeued_20_times(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    process = slurm()
+    """A part that crashes workers ends each run with 75."""
+    process = slurm(script="slurm-ray.sbatch", code="75", SLURM_RESTART_COUNT="20")
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 75
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_ray_in_slurm_goes_on_when_its_step_has_failed(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """Then gptbatch finds no cluster, and says so."""
+    write_program(tmp_path / "bin" / "srun", "#!/bin/bash\nexit 1\n")
+    write_program(tmp_path / "bin" / "ray", "#!/bin/bash\nexit 1\n")
+    process = slurm(script="slurm-ray.sbatch", code="78")
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 78
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+@pytest.mark.parametrize("script", SBATCH)
+def test_slurm_forwards_signals(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, script: str, name: str
+) -> None:
+    process = slurm(script=script)
     wait_for((tmp_path / "started").exists, "start")
     process.send_signal(signal.Signals[f"SIG{name}"])
     process.communicate(timeout=LIMIT_S)
@@ -94,24 +145,26 @@ def test_slurm_forwards_signals(
 
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
+@pytest.mark.parametrize("script", SBATCH)
 def test_slurm_forwards_a_signal_that_arrives_before_the_program(
-    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, script: str, name: str
 ) -> None:
     """The fake gptbatch signals the shell, whose trap signals it before it has handlers."""
     write_program(
         tmp_path / "bin" / "gptbatch", f"#!/bin/bash\nkill -{name} $PPID\nexec sleep 900\n"
     )
-    process = slurm()
+    process = slurm(script=script)
     process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
+@pytest.mark.parametrize("script", SBATCH)
 def test_slurm_does_not_requeue_a_killed_program(
-    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, script: str
 ) -> None:
     write_program(tmp_path / "bin" / "gptbatch", "#!/bin/bash\nkill -KILL $$\n")
-    process = slurm()
+    process = slurm(script=script)
     process.communicate(timeout=LIMIT_S)
     assert process.returncode == 137
     assert not (tmp_path / "requeued").exists()
@@ -160,6 +213,37 @@ def test_slurm_with_the_real_program(
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows"] == 200
 
 
+@pytest.mark.slow
+def test_ray_in_slurm_with_the_real_programs(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """Two nodes of Ray on this machine, a signal, and the job that Slurm would start again."""
+    pytest.importorskip("ray")
+    bin_folder = tmp_path / "bin"
+    (bin_folder / "ray").unlink()
+    (bin_folder / "ray").symlink_to(Path(sys.executable).with_name("ray"))
+    write_program(bin_folder / "srun", SRUN)
+    program = f'#!/bin/bash\nPYTHONPATH={PYTHONPATH} exec {sys.executable} -m gptbatch "$@"\n'
+    write_program(bin_folder / "gptbatch", program)
+    options = ["--config", "demo", "--limit", "80", "--part-rows", "5", "--output", "out"]
+    variables = {"SLURM_JOB_ID": str(os.getpid()), "PYTHONPATH": PYTHONPATH}
+
+    def run(batch_size: int, stop_at: str | None = None) -> int:
+        size = ["--batch-size", str(batch_size)]
+        process = slurm(*options, *size, script="slurm-ray.sbatch", **variables)
+        if stop_at is not None:
+            wait_for((tmp_path / "out" / stop_at).exists, "a part")
+            process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=LIMIT_S)
+        return process.returncode
+
+    assert run(1, stop_at="part-000001.parquet") == 75
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert run(64) == 0
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows"] == 80
+
+
 @pytest.mark.parametrize("kind", ["job", "indexed-job"])
 def test_the_kubernetes_job_handles_every_exit_code(kind: str) -> None:
     job = yaml.safe_load((CONFIGS / f"kubernetes-{kind}.yml").read_text())
@@ -186,6 +270,54 @@ def test_the_pods_of_the_indexed_job_find_their_shard() -> None:
     options = {"model": "gpt2", "input": "rows.jsonl", "output": "out", "shard": "auto"}
     config = load_config(None, environment=environment, options=options)
     assert find_shard(config.shard, environment) == Shard(15, job["completions"])
+
+
+def test_the_rayjob_is_a_valid_command_on_enough_cpus() -> None:
+    job = yaml.safe_load((CONFIGS / "rayjob.yml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster, command = job["spec"]["rayClusterSpec"], job["spec"]["entrypoint"].split()
+    check_command(command)
+    # No service of the job may set variables that gptbatch reads as settings.
+    assert all(pod["spec"]["enableServiceLinks"] is False for pod in pods_of(job))
+    assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    (group,) = cluster["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    cpus = int(container["resources"]["limits"]["cpu"])
+    assert group["replicas"] == int(command[command.index("--workers") + 1])
+    assert cpus == int(command[command.index("--worker-cpus") + 1])
+    pins = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    assert f"ray=={cluster['rayVersion']}" in pins
+
+
+def test_the_jobs_of_skypilot_find_their_shard() -> None:
+    task = yaml.safe_load((CONFIGS / "skypilot.yaml").read_text())
+    assert task["resources"]["job_recovery"]["max_restarts_on_errors"] > 0
+    lines = task["run"].replace("\\\n", " ")
+    check_command(lines.removeprefix("exec ").split())
+    environment = {"SKYPILOT_JOB_RANK": "15", "SKYPILOT_NUM_JOBS": "16"}
+    assert find_shard("auto", environment) == Shard(15, 16)
+
+
+def pods_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the pod templates of a Job or RayJob."""
+    spec = manifest["spec"]
+    if manifest["kind"] == "Job":
+        return [spec["template"]]
+    cluster = spec["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"] for group in groups]
+
+
+@pytest.mark.parametrize("name", ["kubernetes-job", "kubernetes-indexed-job", "rayjob"])
+def test_kubernetes_knows_each_field(name: str) -> None:
+    """The models take fields of the right type, and leave out those that they do not have."""
+    batch = pytest.importorskip("lightkube.models.batch_v1")
+    core = pytest.importorskip("lightkube.models.core_v1")
+    manifest = yaml.safe_load((CONFIGS / f"{name}.yml").read_text())
+    for pod in pods_of(manifest):
+        assert core.PodTemplateSpec.from_dict(pod).to_dict() == pod
+    if manifest["kind"] == "Job":
+        assert batch.Job.from_dict(manifest).to_dict() == manifest
 
 
 def all_errors(base: type[GptbatchError]) -> set[type[GptbatchError]]:

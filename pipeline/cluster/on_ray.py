@@ -12,8 +12,10 @@ is written, or set aside.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from gptbatch.pipeline.cluster.pending import describe_pending
 from gptbatch.pipeline.cluster.ray_actors import DealerActor, WorkerActor
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import (
@@ -40,6 +43,9 @@ logger = logging.getLogger("gptbatch")
 POLL_S = 1.0
 # Workers end after a step. Those that do not are killed.
 STOP_S = 10.0
+CONNECT_S = 10.0
+# Workers that are pending for this long are named once.
+MAX_PENDING_S = 20.0
 # A worker is replaced this often before the job is given up.
 MAX_FAILURES_PER_WORKER = 5
 
@@ -192,6 +198,7 @@ class _Driver:
     n_lost: int = 0
     _workers: list[_Worker] = field(default_factory=list)
     _n_started: int = 0
+    _warn_at_s: float = 0.0
 
     def run(self, progress: Progress | None, stop: Stop | None) -> dict[str, Any]:
         """Run until each part is written or set aside. Returns the state of the dealer."""
@@ -208,6 +215,7 @@ class _Driver:
             progress.begin(self.plan.total_rows, self.plan.total_rows - rows_missing)
         try:
             self._workers = [self._start(dealer) for _ in range(count)]
+            self._warn_at_s = time.monotonic() + MAX_PENDING_S
             while True:
                 state: dict[str, Any] = ray.get(dealer.state.remote())
                 if progress is not None:
@@ -224,6 +232,8 @@ class _Driver:
                         "command again to go on"
                     )
                 self._attend(dealer, has_parts=state["has_parts"])
+                if time.monotonic() >= self._warn_at_s:
+                    self._warn_of_pending_workers()
         except ray.exceptions.RayActorError as error:
             raise IncompleteError(
                 f"{self.config.output}: the dealer was lost ({error}); run the same command again"
@@ -239,7 +249,12 @@ class _Driver:
 
         for worker in self._workers:
             worker.actor.stop.remote()
-        calls = [worker.running for worker in self._workers if worker.running is not None]
+        pending = set(self._pending_nodes())
+        calls = [
+            worker.running
+            for worker in self._workers
+            if worker.running is not None and worker.node not in pending
+        ]
         if calls:
             ray.wait(calls, num_returns=len(calls), timeout=STOP_S)
         for worker in self._workers:
@@ -261,6 +276,24 @@ class _Driver:
         if not running and not has_parts:
             # The last parts are about to be counted, or are copies of a lost worker.
             time.sleep(POLL_S)
+
+    def _pending_nodes(self) -> list[Any]:
+        """Return the references to the nodes of workers that have not started."""
+        import ray
+
+        nodes = [worker.node for worker in self._workers]
+        return ray.wait(nodes, num_returns=len(nodes), timeout=0)[1] if nodes else []
+
+    def _warn_of_pending_workers(self) -> None:
+        """Warn once, if workers are pending."""
+        import ray
+
+        self._warn_at_s = math.inf
+        if pending := self._pending_nodes():
+            resources = [entry["Resources"] for entry in ray.nodes() if entry["Alive"]]
+            what = f"{len(pending)} of {len(self._workers)} workers"
+            cpus, gpus = self.settings.cpus, self.settings.gpus
+            logger.warning("%s", describe_pending(what, cpus=cpus, gpus=gpus, nodes=resources))
 
     def _end_call(self, worker: _Worker, dealer: Any) -> None:
         import ray
@@ -331,6 +364,23 @@ class _Driver:
         return 1 / max(1, min(self.settings.workers, int(per_node)))
 
 
+def check_reachable(address: str) -> None:
+    """Connect to HOST:PORT once. Ray itself tries for many minutes.
+
+    Raises:
+        DeviceError: No process listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "//" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise DeviceError(
+            f"the Ray cluster {address} cannot be reached ({error.strerror or error})"
+        ) from error
+
+
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
     """Connect to a cluster, unless this process is connected; disconnect at the end.
@@ -345,6 +395,8 @@ def _cluster(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if address is not None:
+        check_reachable(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", log_to_driver=False, configure_logging=False)

@@ -20,7 +20,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.errors import InputRowsError, StoppedError
+from gptbatch.pipeline.errors import ConfigError, InputRowsError, StoppedError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.model.loading import LoadedModel
@@ -154,6 +154,7 @@ class PartRunner:
         Raises:
             StoppedError: A stop was requested.
             InputRowsError: There are more error rows than max_row_errors.
+            ConfigError: The source deals out a part that the job does not have.
         """
         if self.summary.rows == 0:
             if self.source.next() is not None:
@@ -180,7 +181,12 @@ class PartRunner:
 
     def _pull(self) -> Iterator[int]:
         """Yield the parts of the source. Put those aside that were in flight at two crashes."""
+        n_parts = len(self.summary.part_digests)
         while (number := self.source.next()) is not None:
+            if not 0 <= number < n_parts:
+                raise ConfigError(
+                    f"there is no part {number}; the job has parts 0 to {n_parts - 1}"
+                )
             self._pulled.add(number)
             self.sink.reserve(number)
             if number in self.sink.suspect_parts:

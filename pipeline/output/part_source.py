@@ -7,9 +7,11 @@ rows that it generates. A local run takes the missing parts in order.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
 from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.part_file import part_name
 
 
 class PartSource(Protocol):
@@ -48,3 +50,15 @@ class LocalParts:
 
     def given_up(self, number: int) -> None:
         """Do nothing: the next run finds that the part is missing."""
+
+
+class ListedParts(LocalParts):
+    """The parts of a list, except those that are written when their turn comes.
+
+    Args:
+        numbers: Numbers of parts, in ascending order.
+        folder: The output folder.
+    """
+
+    def __init__(self, numbers: Iterable[int], folder: Path) -> None:
+        super().__init__(number for number in numbers if not (folder / part_name(number)).exists())
