@@ -15,12 +15,12 @@ from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.input_record import CheckedInput, check_input
 from gptbatch.pipeline.output.lock import OutputLock, open_lock
 from gptbatch.pipeline.output.part_plan import PartPlan
-from gptbatch.pipeline.output.part_runner import ErrorLimit
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import find_continued_run, find_run
 from gptbatch.pipeline.output.run_output import RunOutput, Target, inspect_output
@@ -137,10 +137,12 @@ class OpenOutput:
     Attributes:
         plan: The parts of the job.
         missing: Numbers of the parts to generate: those that are missing, damaged, or not whole.
+        errors_kept: Error rows in the parts that are kept.
     """
 
     plan: PartPlan
     missing: list[int]
+    errors_kept: int
     _output: RunOutput
 
     def finish(self) -> int:
@@ -178,4 +180,9 @@ def open_output(config: JobConfig) -> Iterator[OpenOutput]:
         output = RunOutput(target=whole, run=run, defaults=job.reader.defaults, existing=existing)
         checked.rows.write(job.folder, run.writer)
         missing = [number for number in whole.share if number not in existing.kept.parts]
-        yield OpenOutput(plan=checked.plan, missing=missing, _output=output)
+        yield OpenOutput(
+            plan=checked.plan,
+            missing=missing,
+            errors_kept=existing.kept.errors,
+            _output=output,
+        )

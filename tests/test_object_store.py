@@ -32,10 +32,12 @@ from gptbatch.pipeline.errors import (
     StorageError,
 )
 from gptbatch.pipeline.input.prompt_reader import open_input
-from gptbatch.pipeline.output import lock, object_run
+from gptbatch.pipeline.output import lock, object_run, progress_file
 from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.object_run import ObjectRunFolder, list_object_runs
-from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
+from gptbatch.pipeline.output.part_file import FOOTER_KEY
+from gptbatch.pipeline.output.progress_file import ProgressFile
+from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS, content_digest
 from gptbatch.pipeline.storage import object_store, object_writer
 from gptbatch.pipeline.storage.object_path import ObjectPath, match_objects
 from gptbatch.pipeline.storage.object_store import open_bucket
@@ -43,7 +45,7 @@ from gptbatch.pipeline.storage.object_writer import ObjectWriter, obeys_conditio
 from tests.conftest import run_gptbatch
 from tests.launcher import Child, Launcher
 from tests.object_stores import FaultyStore, Rule, faulty_store, s3_server
-from tests.processes import LIMIT_S
+from tests.processes import LIMIT_S, wait_for
 from tests.test_durability import SLOW, table
 
 PART_ROWS = 6
@@ -436,8 +438,6 @@ def test_rows_that_differ_in_one_environment_are_reported(store: FaultyStore, jo
     run_job(job.config(url))
     folder, part = ObjectPath.parse(url), ObjectPath.parse(f"{url}/part-000001.parquet")
     table = pq.read_table(pa.BufferReader(part.read_bytes()))
-    from gptbatch.pipeline.output.part_file import FOOTER_KEY
-    from gptbatch.pipeline.output.schema import content_digest
 
     index = table.schema.get_field_index("completion")
     other = table.set_column(index, table.schema.field(index), pa.array(["x"] * len(table)))
@@ -542,6 +542,23 @@ def test_the_clock_of_the_store_decides(
         monkeypatch.setattr(time, "time", lambda: now() + 5000)
         with ObjectRunFolder(work) as run:
             assert [found.is_live() for found in run.others()] == [True]
+
+
+def test_a_run_shows_that_it_is_alive_while_it_loads(
+    store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_file, "OBJECT_WRITE_INTERVAL_S", 0.02)
+    with ObjectRunFolder(ObjectPath.parse(f"{store.url}/out/.gptbatch")) as run:
+        progress = ProgressFile(run.path, run.writer, rows_total=1, rows_kept=0, error_rows_kept=0)
+        with progress.recording_state():
+            wait_for(lambda: len(store.requests) > 8, "several writes")
+            progress.begin(1, 0)
+            states = [json.loads((run.path / "progress.json").read_bytes())["state"]]
+        states.append(json.loads((run.path / "progress.json").read_bytes())["state"])
+        count = len(store.requests)
+        time.sleep(0.1)
+        assert len(store.requests) == count
+    assert states == ["running", "complete"]
 
 
 def test_records_are_written_now_and_then_and_at_the_end(

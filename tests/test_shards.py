@@ -418,3 +418,20 @@ def test_status_counts_the_runs(setting: Setting, launcher: Launcher, tmp_path: 
     for running in children:
         running.send_signal(signal.SIGTERM)
         assert running.wait() in (0, 75)
+
+
+def test_the_limit_on_error_rows_holds_for_all_shards_together(
+    setting: Setting, launcher: Launcher, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    options = ("--skip-row", "r100")  # besides r7, in another shard
+    code, child = setting.run(output, *options, "--shard", "0/2", "--max-row-errors", "2")
+    assert code == 0, child.stderr
+    (output / "_SUCCESS").unlink()
+    code, child = setting.run(output, *options, "--shard", "0/2", "--max-row-errors", "1")
+    assert code == 65
+    assert "2 of 120 rows are errors, more than max_row_errors (1) allows" in child.stderr
+    assert not (output / "_SUCCESS").exists()
+    errors = (output / ".gptbatch" / "errors.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in errors] == ["r7", "r100"]
+    assert launcher.run("finish", output)[0] == 0

@@ -34,9 +34,11 @@ from gptbatch.pipeline.errors import (
     StoppedError,
 )
 from gptbatch.pipeline.job import open_output
+from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_runner import Progress, Stop
 from gptbatch.pipeline.system.bundled import PREFIX
+from gptbatch.pipeline.system.paths import OBJECT_URL
 
 logger = logging.getLogger("gptbatch")
 
@@ -139,7 +141,13 @@ def run_on_ray(
     config = _with_absolute_paths(config)
     with open_output(config) as output:
         missing = output.missing
-        driver = _Driver(config=config, settings=settings, plan=output.plan, missing=missing)
+        driver = _Driver(
+            config=config,
+            settings=settings,
+            plan=output.plan,
+            missing=missing,
+            errors_kept=output.errors_kept,
+        )
         state: dict[str, Any] = {"tokens": 0, "written": 0, "copies": 0, "set_aside": []}
         if missing:
             with _cluster(settings.address), nullcontext() if stop is None else stop.deferred():
@@ -167,16 +175,19 @@ def run_on_ray(
 
 def _with_absolute_paths(config: JobConfig) -> JobConfig:
     """Return the config for processes in other folders. Names of the hub stay as they are."""
-    changes: dict[str, Any] = {"output": os.path.abspath(config.output)}
+    changes: dict[str, Any] = {"output": _absolute(config.output)}
     for key in ("model", "dataset"):
         value = getattr(config, key)
         if value is not None and os.path.exists(value):
             changes[key] = os.path.abspath(value)
     if config.inputs:
-        changes["input"] = [
-            name if name.startswith(PREFIX) else os.path.abspath(name) for name in config.inputs
-        ]
+        changes["input"] = [_absolute(name) for name in config.inputs]
     return config.model_copy(update=changes)
+
+
+def _absolute(name: str) -> str:
+    is_path = not (name.startswith(PREFIX) or OBJECT_URL.fullmatch(name))
+    return os.path.abspath(name) if is_path else name
 
 
 @dataclass(kw_only=True)
@@ -188,6 +199,7 @@ class _Driver:
         settings: How it uses the cluster.
         plan: The parts of the job.
         missing: The parts to generate.
+        errors_kept: Error rows in the other parts.
         n_lost: Workers that were lost.
     """
 
@@ -195,6 +207,7 @@ class _Driver:
     settings: RaySettings
     plan: PartPlan
     missing: list[int]
+    errors_kept: int
     n_lost: int = 0
     _workers: list[_Worker] = field(default_factory=list)
     _n_started: int = 0
@@ -216,6 +229,7 @@ class _Driver:
         try:
             self._workers = [self._start(dealer) for _ in range(count)]
             self._warn_at_s = time.monotonic() + MAX_PENDING_S
+            limit = ErrorLimit(self.config.max_row_errors, self.plan.total_rows)
             while True:
                 state: dict[str, Any] = ray.get(dealer.state.remote())
                 if progress is not None:
@@ -224,6 +238,7 @@ class _Driver:
                         errors=state["errors"],
                         completion_tokens=state["tokens"],
                     )
+                limit.check(self.errors_kept + state["errors"])
                 if state["is_done"]:
                     return state
                 if stop is not None and (source := stop.requested()) is not None:

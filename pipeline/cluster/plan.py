@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from gptbatch.pipeline.cluster.plan_shard import PlanShard, check_divisible
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
+from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.index_piece import delete_pieces
 from gptbatch.pipeline.output.input_record import check_input
 from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.part_plan import count_parts
-from gptbatch.pipeline.output.part_runner import ErrorLimit
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import check_format, check_part_rows, find_run, part_rows_of
 from gptbatch.pipeline.output.runs import open_run_folder

@@ -20,6 +20,7 @@ from gptbatch.pipeline.input.input_digest import default_part_rows
 from gptbatch.pipeline.input.input_files import STANDARD_INPUT, InputFiles
 from gptbatch.pipeline.input.part_check import CheckedParts, check_parts, join_parts
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
+from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.file_hashes import input_key, wait_for_clock_tick
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.index_piece import (
@@ -34,7 +35,6 @@ from gptbatch.pipeline.output.input_record import CheckedInput, find_index
 from gptbatch.pipeline.output.json_models import PieceContent
 from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.part_plan import check_part_count, count_parts
-from gptbatch.pipeline.output.part_runner import ErrorLimit
 from gptbatch.pipeline.output.resume import input_settings
 from gptbatch.pipeline.output.runs import open_run_folder
 from gptbatch.pipeline.output.shards import Shard

@@ -14,6 +14,7 @@ from gptbatch.pipeline.errors import IncompleteError, OutputConflictError, Stora
 from gptbatch.pipeline.input.input_digest import input_digest
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.output.claim import write_manifest
+from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.error_rows import write_error_rows
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import SUCCESS, OutputFolder
@@ -48,6 +49,7 @@ def finish(
     hashes: FileHashes,
     known: Mapping[int, Part],
     defaults: RowDefaults,
+    max_row_errors: str | None = None,
 ) -> Finished:
     """Check that the folder holds exactly the parts of a job, and mark it complete.
 
@@ -59,9 +61,11 @@ def finish(
         known: Parts whose content has been checked, by number. Of others the content is read,
             unless its hash is recorded.
         defaults: The names of the input's fields, for errors.jsonl.
+        max_row_errors: The setting of the job.
 
     Raises:
         OutputConflictError: The folder holds other parts or tables.
+        InputRowsError: The parts of all runs together hold more error rows than `max_row_errors`.
         IncompleteError: A part is damaged, or lacks rows.
         StorageError: A file cannot be written, or a part is gone.
     """
@@ -88,10 +92,11 @@ def finish(
             f"{folder.path}: its parts are not those of one input (input_digest differs); name "
             "another output"
         )
+    write_error_rows(folder, writer, parts, defaults)
+    ErrorLimit(max_row_errors, plan.total_rows).check(sum(part.errors for part in parts))
     footer = read_footer(files[0].path)
     assert footer is not None
     facts = {**facts_of(footer), "format": FORMAT, "identity": identity}
-    write_error_rows(folder, writer, parts, defaults)
     write_manifest(folder, writer, facts, manifest_text(facts, parts))
     writer.write_text(folder.path / SUCCESS, "")
     try:

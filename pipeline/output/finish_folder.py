@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import IncompleteError, InputNotFoundError
 from gptbatch.pipeline.input.prompt_reader import row_defaults
-from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.output.finish import finish
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
 from gptbatch.pipeline.output.lock import open_lock
@@ -56,6 +55,7 @@ def finish_folder(path: Location) -> FinishedOutput:
     Raises:
         InputNotFoundError: There is no run.
         IncompleteError: Parts are missing.
+        InputRowsError: There are more error rows than the recorded `max_row_errors` allows.
         OutputBusyError: A run of the whole job is going on.
         OutputConflictError: The folder holds other parts or tables.
         StorageError: A file cannot be read or written.
@@ -78,8 +78,15 @@ def finish_folder(path: Location) -> FinishedOutput:
                 f"{path}: {len(missing)} of {n_parts} parts are missing ({named}{more}); run the "
                 "job again, which generates them"
             )
+        config = _recorded_config(folder)
         done = finish(
-            folder, run.writer, state.identity, folder.read_hashes(), {}, _defaults(folder)
+            folder,
+            run.writer,
+            state.identity,
+            folder.read_hashes(),
+            {},
+            row_defaults(config),
+            config.max_row_errors,
         )
         run.sweep()
     return FinishedOutput(
@@ -90,13 +97,13 @@ def finish_folder(path: Location) -> FinishedOutput:
     )
 
 
-def _defaults(folder: OutputFolder) -> RowDefaults:
-    """Return the field names of the recorded config, for errors.jsonl."""
+def _recorded_config(folder: OutputFolder) -> JobConfig:
+    """Return the recorded config. Without one, settings have their defaults."""
     path = folder.work / CONFIG
     try:
         with open_whole(path) as file:
             content = parse_yaml_mapping(file.read(MAX_RECORDED_BYTES))
-        return row_defaults(JobConfig.model_validate(content))
+        return JobConfig.model_validate(content)
     except (OSError, ValueError, YamlError) as error:
         logger.warning("%s: cannot be read (%s); errors.jsonl has default field names", path, error)
-        return row_defaults(JobConfig(model="unknown", input="-", output=str(folder.path)))
+        return JobConfig(model="unknown", input="-", output=str(folder.path))

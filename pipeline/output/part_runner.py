@@ -20,10 +20,11 @@ from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.errors import ConfigError, InputRowsError, StoppedError
+from gptbatch.pipeline.errors import ConfigError, StoppedError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.model.loading import LoadedModel
+from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.part_sink import PartSink
 from gptbatch.pipeline.output.part_source import PartSource
 from gptbatch.pipeline.types import Completion, TokenizedPrompt
@@ -66,41 +67,6 @@ class Stop(Protocol):
 
     def requested(self) -> str | None:
         """Return the source of a request ("SIGTERM"); None for none. Called at every step."""
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorLimit:
-    """The limit on error rows.
-
-    Attributes:
-        setting: max_row_errors: "5", or "2.5%" of `rows`. None allows any number.
-        rows: Rows of the input.
-    """
-
-    setting: str | None
-    rows: int
-
-    @property
-    def max_errors(self) -> int:
-        """The largest allowed number of error rows."""
-        if self.setting is None:
-            return self.rows
-        if self.setting.endswith("%"):
-            return int(float(self.setting[:-1]) / 100 * self.rows)
-        return int(self.setting)
-
-    def check(self, errors: int) -> None:
-        """Check a number of error rows.
-
-        Raises:
-            InputRowsError: It exceeds the limit.
-        """
-        if errors > self.max_errors:
-            raise InputRowsError(
-                f"{errors} of {self.rows} rows are errors, more than max_row_errors "
-                f"({self.setting}) allows; what is written stays, and the same command with a "
-                "larger one goes on"
-            )
 
 
 @dataclass(slots=True)

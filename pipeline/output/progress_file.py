@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -55,7 +56,9 @@ class ProgressFile:
             error_rows_kept,
         )
         self._began_s = time.monotonic()
-        self._interval_s = WRITE_INTERVAL_S if isinstance(run, Path) else OBJECT_WRITE_INTERVAL_S
+        self._is_local = isinstance(run, Path)
+        self._interval_s = WRITE_INTERVAL_S if self._is_local else OBJECT_WRITE_INTERVAL_S
+        self._has_begun = threading.Event()
         self._written_s = -self._interval_s
         self._rows = self._errors = self._tokens = 0
 
@@ -64,7 +67,8 @@ class ProgressFile:
         """Record the state of the run: loading at first, then complete, stopped or failed."""
         self.write("loading")
         try:
-            yield
+            with nullcontext() if self._is_local else self._repeating_loading():
+                yield
         except (StoppedError, KeyboardInterrupt):
             self.write("stopped")
             raise
@@ -76,8 +80,25 @@ class ProgressFile:
             raise
         self.write("complete")
 
+    @contextmanager
+    def _repeating_loading(self) -> Iterator[None]:
+        """Show that the run is alive while it loads the model, where no lock does."""
+
+        def repeat() -> None:
+            while not self._has_begun.wait(self._interval_s):
+                self.write("loading")
+
+        thread = threading.Thread(target=repeat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._has_begun.set()
+            thread.join()
+
     def begin(self, total_rows: int, done_rows: int) -> None:
         """Start the clock of tokens/s: the first row is about to run."""
+        self._has_begun.set()
         self._began_s = time.monotonic()
         self.write("running")
 

@@ -314,6 +314,7 @@ class RunOutput:
 
         Raises:
             IncompleteError: A part is damaged, or lacks rows.
+            InputRowsError: There are more error rows than `max_row_errors` allows.
             OutputConflictError: The folder holds other parts or tables.
             StorageError: A file cannot be written, or a part is gone.
         """
@@ -326,6 +327,7 @@ class RunOutput:
             target.hashes,
             known or {},
             self.defaults,
+            target.config.max_row_errors,
         )
         self.run.sweep()
         self.writer.remove(self.run.path / CRASH_JOURNAL)
