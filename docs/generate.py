@@ -61,6 +61,7 @@ FOLDERS = {
     "pipeline/kernels/cuda": "",
     "pipeline/output": "from completions to files that survive a crash",
     "pipeline/cluster": "many workers on a cluster",
+    "pipeline/storage": "files and objects: paths, reading, atomic writes",
     "pipeline/audit": "checking recorded runs",
     "pipeline/bench": "measuring speed",
     "pipeline/system": "the machine, paths, secrets",

@@ -14,7 +14,7 @@ from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.part_plan import count_parts
 from gptbatch.pipeline.output.resume import check_format, find_run
 from gptbatch.pipeline.output.runs import open_run_folder
-from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.storage.location import Location, location_of
 from gptbatch.pipeline.storage.regular_file import open_whole
 from gptbatch.pipeline.system.yaml_reader import (
     MAX_RECORDED_BYTES,
@@ -44,13 +44,13 @@ class FinishedOutput:
     errors: int
 
 
-def finish_folder(path: Location) -> FinishedOutput:
+def finish_folder(output: str | Location) -> FinishedOutput:
     """Write the final manifest and `_SUCCESS` of an output whose parts are all written.
 
     Each run does so at its end. This is for the case that none came to its end.
 
     Args:
-        path: The output folder.
+        output: The output: a folder, or a URL of an object store.
 
     Raises:
         InputNotFoundError: There is no run.
@@ -60,6 +60,7 @@ def finish_folder(path: Location) -> FinishedOutput:
         OutputConflictError: The folder holds other parts or tables.
         StorageError: A file cannot be read or written.
     """
+    path = location_of(output) if isinstance(output, str) else output
     folder = OutputFolder(path)
     state = find_run(folder) if path.is_dir() else None
     known = {} if state is None else state.identity

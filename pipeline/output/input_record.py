@@ -82,6 +82,12 @@ def check_input(
     if index is not None and (rows is None or rows <= index.rows):
         logger.info("the input is unchanged since all of its rows were checked")
         return CheckedInput(summary=index, hashes=hashes, is_new=False)
+    if not is_whole and (folder.work / INDEX).exists():
+        logger.warning(
+            "%s: its plan is not used, since files or settings of the input have changed; each run "
+            "checks all rows",
+            folder.path,
+        )
     began_ns = time.time_ns()
     summary = reader.check(
         part_rows=part_rows,

@@ -114,6 +114,7 @@ class RunFacts(_StrictModel):
     input: Text | None = None
     dtype: Text | None = None
     device: Text | None = None
+    host: Text | None = None
     batch_invariance: Text | None = None
     environment: dict[Text, Text | int | float | bool | None] = {}
     versions: dict[Text, Text | None] = {}

@@ -200,8 +200,9 @@ class PartWriter:
             return
         raise OutputConflictError(
             f"{existing.path}: another run of this job wrote it in the same environment, and its "
-            "rows differ (content_digest): one of the two machines computes wrongly; find out "
-            "which, with gptbatch verify, and name another output"
+            "rows differ (content_digest): one of the two machines computes wrongly, "
+            f"{existing.footer.get('host')} or {self.facts.get('host')}; find out which, with "
+            "gptbatch verify on each, and name another output"
         )
 
 

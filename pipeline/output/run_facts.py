@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import socket
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -42,6 +43,7 @@ def collect_run_facts(
         "input_digest": identity["input_digest"],
         "dtype": config.engine.dtype,
         "device": loaded.model.device.type,
+        "host": socket.gethostname(),
         "batch_invariance": loaded.batch_invariance,
         "environment": loaded.environment,
         "versions": {
