@@ -214,7 +214,9 @@ def test_a_store_that_always_changes_bytes_is_reported(store: FaultyStore) -> No
 def test_a_store_that_refuses_is_reported_at_once(store: FaultyStore) -> None:
     target = ObjectPath.parse(f"{store.url}/name")
     store.rules.append(Rule("PUT", "name", "forbid", times=100))
-    with pytest.raises(StorageError, match=r"/name: cannot be written \(403 Forbidden, AccessDen"):
+    with pytest.raises(
+        StorageError, match=r"/name: cannot be written \(403 Forbidden, AccessDenied: credentials"
+    ):
         ObjectWriter().write(target, put_text("mine"), only_if_absent=True)
     assert len(store.requests) == 1
 
@@ -698,6 +700,25 @@ def test_the_missing_package_is_named(
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ConfigError, match=r"pip install 'gptbatch\[cloud\]'"):
         run_job(job.config(f"{store.url}/out"))
+
+
+def test_a_profile_of_aws_is_read(
+    store: FaultyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiles = tmp_path / "credentials"
+    profiles.write_text("[mine]\naws_access_key_id = key\naws_secret_access_key = secret\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profiles))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    open_bucket.cache_clear()
+    target = ObjectPath.parse(f"{store.url}/name")
+    target.bucket.put(target.key, b"mine")
+    assert target.read_bytes() == b"mine"
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    open_bucket.cache_clear()
+    with pytest.raises(ConfigError, match=r"AWS_PROFILE: .*other"):
+        ObjectPath.parse(f"{store.url}/name")
 
 
 def test_credentials_are_in_no_object(store: FaultyStore, job: Job) -> None:

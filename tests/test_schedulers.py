@@ -290,7 +290,7 @@ def test_the_rayjob_is_a_valid_command_on_enough_cpus() -> None:
 
 
 def test_the_jobs_of_skypilot_find_their_shard() -> None:
-    task = yaml.safe_load((CONFIGS / "skypilot.yaml").read_text())
+    task = yaml.safe_load((CONFIGS / "skypilot.yml").read_text())
     assert task["resources"]["job_recovery"]["max_restarts_on_errors"] > 0
     lines = task["run"].replace("\\\n", " ")
     check_command(lines.removeprefix("exec ").split())

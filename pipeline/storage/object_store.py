@@ -198,7 +198,8 @@ class Bucket:
             exceptions.PermissionDeniedError,
             exceptions.UnauthenticatedError,
         ) as error:
-            raise ObjectPermissionError(errno.EACCES, _first_line(error), name) from error
+            problem = f"{_first_line(error)}: credentials are missing, or do not allow this"
+            raise ObjectPermissionError(errno.EACCES, problem, name) from error
         except (exceptions.BaseError, FileNotFoundError) as error:
             if "NoSuchBucket" in str(error):
                 problem = f"there is no bucket {self.url}"
@@ -234,12 +235,16 @@ def _import_obstore(url: str) -> Any:
 def _aws_profile() -> Any:
     """Return the credentials of AWS_PROFILE, which obstore itself does not read."""
     try:
+        from botocore.exceptions import BotoCoreError
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
         raise ConfigError(
-            "AWS_PROFILE is set, and reading profiles needs boto3: pip install boto3"
+            "AWS_PROFILE is set, and reading it needs boto3: pip install boto3"
         ) from error
-    return Boto3CredentialProvider()
+    try:
+        return Boto3CredentialProvider()
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"AWS_PROFILE: {redact(str(error))}") from error
 
 
 def _info(meta: Any) -> ObjectInfo:

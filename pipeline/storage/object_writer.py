@@ -92,7 +92,7 @@ class ObjectWriter(Writer):
     def _create(self, target: ObjectPath, data: bytes) -> bool:
         """Write an object that is absent, and return whether it is this one."""
         flawed: str | None = None
-        for attempt in range(MAX_TRIES):
+        for count in range(MAX_TRIES):
             problem: OSError | None = None
             version = ""
             if not self._obeys_conditions and (found := _read(target)) is not None and not flawed:
@@ -111,7 +111,7 @@ class ObjectWriter(Writer):
             found = _read(target)
             if found is None:
                 flawed = None
-                _pause(attempt)
+                _pause(count)
                 continue
             if found[0] == data:
                 return True
@@ -123,7 +123,7 @@ class ObjectWriter(Writer):
 
     def _replace(self, target: ObjectPath, data: bytes) -> None:
         """Write an object, whether it exists or not, until it reads back as it was sent."""
-        for attempt in range(MAX_TRIES):
+        for count in range(MAX_TRIES):
             problem: OSError | None = None
             try:
                 version = target.bucket.put(target.key, data)
@@ -135,7 +135,7 @@ class ObjectWriter(Writer):
             # Another version is that of a later writer.
             if found is not None and (found[0] == data or (version and found[1] != version)):
                 return
-            _pause(attempt)
+            _pause(count)
         raise problem or _not_kept(target)
 
 
@@ -166,8 +166,8 @@ def _read(target: ObjectPath) -> tuple[bytes, str] | None:
         return None
 
 
-def _pause(attempt: int) -> None:
-    time.sleep(min(MAX_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1.0))
+def _pause(count: int) -> None:
+    time.sleep(min(MAX_PAUSE_S, FIRST_PAUSE_S * 2**count) * random.uniform(0.5, 1.0))
 
 
 def _not_kept(target: ObjectPath) -> StorageError:
