@@ -192,7 +192,8 @@ def test_a_dead_run_is_taken_over_by_one_run_alone(tmp_path: Path) -> None:
         assert LocalRun(dead.path).is_live()
     assert not LocalRun(dead.path).is_live()
     with LocalRunFolder(tmp_path) as first, LocalRunFolder(tmp_path, "of a job") as second:
-        assert first.company() == {"of a job"}
+        assert first.has_company("of a job")
+        assert not first.has_company("of another job")
         with first.dead_runs() as taken:
             assert [run.path for run in taken] == [dead.path]
             with second.dead_runs() as left:

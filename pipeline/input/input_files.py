@@ -168,10 +168,11 @@ def _matches(pattern: str) -> list[Path]:
 
 def _open(path: str | Location) -> JsonlFile | ArrowFile:
     file = Path(path) if isinstance(path, str) else path
-    if (
-        path != STANDARD_INPUT
-        and file.is_file()
-        and (suffix_of(file) in PARQUET_SUFFIXES or read_head(file).startswith(b"PAR1"))
-    ):
+    suffix = suffix_of(file)
+    if path == STANDARD_INPUT or not file.is_file():
+        return JsonlFile(path)
+    # Of many objects in a store, the first bytes are not requested.
+    is_known = suffix in JSONL_SUFFIXES and not isinstance(file, Path)
+    if suffix in PARQUET_SUFFIXES or (not is_known and read_head(file).startswith(b"PAR1")):
         return ArrowFile(file, str(file))
     return JsonlFile(path)

@@ -48,11 +48,13 @@ class JsonlFile:
             if sys.stdin is None:
                 raise InputNotFoundError("<stdin>: is closed")
             self._copy(sys.stdin.buffer)
+        elif self.path.is_file():
+            return
         elif self.path.is_dir():
             raise InputNotFoundError(f"{self.name}: is a folder; name a file, or use --dataset")
         elif not self.path.exists():
             raise InputNotFoundError(f"{self.name}: no such file")
-        elif not self.path.is_file():
+        else:
             with self.path.open("rb") as pipe:
                 self._copy(pipe)
 

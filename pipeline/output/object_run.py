@@ -15,10 +15,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from types import TracebackType
 
 from gptbatch.pipeline.errors import OutputCreationError, StorageError
-from gptbatch.pipeline.output.json_models import Part
+from gptbatch.pipeline.output.json_models import HolderContent, Part
 from gptbatch.pipeline.output.progress_file import PROGRESS
 from gptbatch.pipeline.output.run_folder import (
     RECORDS,
@@ -74,6 +75,18 @@ class ObjectRun(OtherRun):
         """Return whether the run may be going on beside those of other shards."""
         content = self.holder()
         return content is not None and content.shared
+
+    def has_records(self) -> bool:
+        """Return whether the listing had records: without them no request is needed."""
+        return RECORDS in self.files
+
+    def holder(self) -> HolderContent | None:
+        """Return what the lock says about the process; None for a run that has ended."""
+        return self._holder
+
+    @cached_property
+    def _holder(self) -> HolderContent | None:
+        return super().holder()
 
     def silence_s(self) -> float:
         """Return the seconds since the run has shown progress."""

@@ -64,6 +64,10 @@ class OtherRun(ABC):
         content = self.holder()
         return None if content is None else content.job
 
+    def has_records(self) -> bool:
+        """Return whether the run may have records."""
+        return True
+
     def holder(self) -> HolderContent | None:
         """Return what the lock says about the process; None for a run that has ended."""
         try:
@@ -114,9 +118,9 @@ class RunFolder(ABC):
         with self.dead_runs():
             pass
 
-    def company(self) -> set[str | None]:
-        """Return the config hashes of the jobs of other runs that are going on."""
-        return {run.config_hash() for run in self.others() if run.is_live()}
+    def has_company(self, config_hash: str) -> bool:
+        """Return whether another run of a job is going on."""
+        return any(run.is_live() and run.config_hash() == config_hash for run in self.others())
 
     def others_in_flight(self, max_silence_s: float) -> set[int]:
         """Return the parts that live runs beside this one have in flight, or are about to begin."""
@@ -138,6 +142,8 @@ def record_line(part: Part, sha256: str) -> str:
 def read_records(runs: Iterable[OtherRun]) -> Iterator[PartRecord]:
     """Yield the records of runs. Damaged lines are left out, such as the last one of a dead run."""
     for run in runs:
+        if not run.has_records():
+            continue
         with suppress(OSError), open_whole(run.path / RECORDS) as file:
             for line in file:
                 with suppress(ValueError):

@@ -198,12 +198,12 @@ class RunOutput:
                 another shard computes in another environment.
         """
         replaced = self.existing.state if self.existing.is_replaced else None
-        config, company = self.target.config, self.run.company()
+        config = self.target.config
         # Of runs of this job that are going on, or have written parts, a shard accepts the claim.
         joins = not self.target.shard.is_whole and (
-            facts["config_hash"] in company or bool(self.folder.list_parts())
+            bool(self.folder.list_parts()) or self.run.has_company(facts["config_hash"])
         )
-        if replaced is not None and replaced.identity["config_hash"] in company:
+        if replaced is not None and self.run.has_company(replaced.identity["config_hash"]):
             replaced = None
         if replaced is not None:
             delete_run(self.folder, self.writer, replaced)
