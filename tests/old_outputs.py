@@ -2,13 +2,15 @@
 
     python -m tests.old_outputs FOLDER
 
-adds that of this version. It runs in FOLDER, an empty folder, whose name the output keeps.
+adds that of this version. It runs in FOLDER, an empty folder, whose name the output keeps; the name
+of the machine it does not.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -43,5 +45,6 @@ def write_output(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    socket.gethostname = lambda: "host"
     made = write_output(Path(sys.argv[1]))
     shutil.copytree(made, OUTPUTS / made.name)

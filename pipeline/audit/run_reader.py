@@ -14,7 +14,7 @@ import pyarrow as pa
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError, StorageError
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
 from gptbatch.pipeline.output.manifest import facts_of
-from gptbatch.pipeline.output.old_formats import OLD_COLUMN_NAMES, is_old_format, translate_config
+from gptbatch.pipeline.output.old_formats import has_column, is_old_format, translate_config
 from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
 from gptbatch.pipeline.output.part_listing import PartListing, list_parts, read_run_state
 from gptbatch.pipeline.output.schema import SCHEMA
@@ -149,13 +149,11 @@ class RunReader:
             try:
                 with open_parquet(path) as file:
                     present = set(file.schema_arrow.names)
-                    stored = {name: _stored_name(name, present) for name in names}
+                    stored = {name for name in names if name in present and self._has(name)}
                     for batch in file.iter_batches(
-                        BATCH_ROWS,
-                        columns=[name for name in stored.values() if name is not None],
-                        use_threads=False,
+                        BATCH_ROWS, columns=sorted(stored), use_threads=False
                     ):
-                        arrays = [_column(batch, name, stored[name]) for name in names]
+                        arrays = [_column(batch, name, name in stored) for name in names]
                         yield pa.RecordBatch.from_arrays(arrays, names=names)
             except Exception as error:
                 if is_damage(error) or isinstance(error, FileNotFoundError):
@@ -163,6 +161,9 @@ class RunReader:
                         f"{path}: cannot be read ({error}); the part is damaged or gone"
                     ) from error
                 raise read_error(path, error) from error
+
+    def _has(self, column: str) -> bool:
+        return has_column(self.manifest["format"], column)
 
     def _part_of(self, index: int) -> tuple[int, int]:
         """Return the number of the part that holds a row, and the index of the part's first row."""
@@ -249,24 +250,16 @@ def _environments(footers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return environments
 
 
-def _stored_name(name: str, present: set[str]) -> str | None:
-    """Return the name of a column in a file; None where an older version did not write it."""
-    if name in present:
-        return name
-    old_name = OLD_COLUMN_NAMES.get(name)
-    return old_name if old_name in present else None
-
-
-def _column(batch: pa.RecordBatch, name: str, stored_name: str | None) -> pa.Array:
+def _column(batch: pa.RecordBatch, name: str, is_stored: bool) -> pa.Array:
     """Return a column of the schema, in its type; nulls where the file does not store it.
 
     Raises:
         pa.ArrowException, ValueError: A value does not fit the type.
     """
     field = SCHEMA.field(name)
-    if stored_name is None:
+    if not is_stored:
         return pa.nulls(len(batch), field.type)
-    array = batch[stored_name]
+    array = batch[name]
     if array.type != field.type:
         array = array.cast(field.type)
     if not field.nullable and (

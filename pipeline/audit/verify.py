@@ -243,12 +243,13 @@ def _judge(
             return _token_verdict(row, "mismatch", other)
         near_tie = near_tie or other
     problem = _finish_problem(loaded_run, row, tokens)
-    # Older versions did not record the margin of every row.
-    has_bits = not (loaded_run.is_older and row["min_decision_margin"] is None)
-    if not problem and bits_equal and has_bits:
+    if not problem and bits_equal:
         has_digest = loaded_run.config.record_logits_digest
         digest = check.logits_hash.hexdigest() if has_digest else None
-        problem = _bits_problem(row, check.min_decision_margin, digest)
+        # Margins of older versions are not read.
+        recorded = row["min_decision_margin"]
+        has_margin = not (loaded_run.is_older and recorded is None)
+        problem = _bits_problem(row, check.min_decision_margin if has_margin else None, digest)
     if problem:
         return _verdict(row, "mismatch", problem)
     if near_tie is not None:
@@ -309,10 +310,10 @@ def _finish_problem(loaded_run: LoadedRun, row: dict[str, Any], tokens: Recorded
     return "" if text == row["completion"] else "its text is not that of its tokens"
 
 
-def _bits_problem(row: dict[str, Any], margin: float, logits_digest: str | None) -> str:
+def _bits_problem(row: dict[str, Any], margin: float | None, logits_digest: str | None) -> str:
     """Return which record of the logits differs, in a row with the right tokens; "" for none."""
     recorded = row["min_decision_margin"]
-    if margin != (math.inf if recorded is None else recorded):
+    if margin is not None and margin != (math.inf if recorded is None else recorded):
         return f"its min_decision_margin is not {recorded}"
     if logits_digest != row["logits_digest"]:
         return "the bits of its logits differ (logits_digest)"

@@ -10,13 +10,17 @@ Tarlow and Minka, "A* sampling", NeurIPS 2014). Temperature 0 is greedy by the s
 token does not depend on other rows.
 
 The decision margin of a step tells how close it was to another token. It is a distance in logits:
-how much the difference of two logits must change before another token wins. It is the smallest of
-three distances:
+if every logit changes by less than half of it, the same token wins. With `reach(t)`, the least
+distance at which token t enters or leaves the kept set, it is the smallest of
 
-    score(token) - the second largest score in the kept set    another kept token would win
-    logit(token) - the largest logit outside the kept set      the token would not be kept
-    k-th largest logit - logit(j)                              token j would be kept and win: for
-                                                               each j outside with a larger score
+    score(token) - score(i)                    kept token i would win: for each i besides the token
+    reach(token)                               the token would not be kept
+    max(reach(j), score(token) - score(j))     token j would be kept and win: for each j outside
+
+For top_k, with the logits sorted as v_1 >= v_2 >= ... and ties counted one by one,
+
+    reach(t) = logit(t) - v_(k+1)     of a kept token, so 0 where it ties with the k-th and the next
+    reach(j) = v_k - logit(j)         of a token outside
 """
 
 from __future__ import annotations
@@ -119,12 +123,14 @@ class KeptSet:
         top_values: The K largest logits of each row (S, K), K > k where V allows it.
         top_ids: Their token ids (S, K).
         kth: The k-th largest logit of each row (S, 1).
+        next_largest: The one after it, which may be equal (S, 1); -inf where k is V.
     """
 
     logits: Tensor
     top_values: Tensor
     top_ids: Tensor
     kth: Tensor
+    next_largest: Tensor
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Return (row, token id) of every kept token, (E,) each."""
@@ -136,12 +142,6 @@ class KeptSet:
             rows, rank = torch.nonzero(self.top_values >= threshold, as_tuple=True)
             return rows, self.top_ids[rows, rank]
         return torch.nonzero(self.logits >= threshold, as_tuple=True)  # type: ignore[return-value]
-
-    def largest_outside(self) -> Tensor:
-        """Return the largest logit outside the kept set, (S,); -inf for none."""
-        lists_outside = bool((self.top_values[:, -1:] < self.kth).all())
-        values = self.top_values if lists_outside else self.logits
-        return torch.where(values < self.kth, values, -math.inf).amax(dim=1)
 
     def _lists_all(self, threshold: Tensor) -> bool:
         """Return whether the listed logits include all that reach the threshold."""
@@ -156,13 +156,17 @@ def kept_set(logits: Tensor, kept_sizes: Tensor) -> KeptSet:
         logits: (S, V).
         kept_sizes: k of each row (S,), 1 to V; ties with the k-th largest logit are kept too.
     """
-    count = min(int(kept_sizes.max()) + EXTRA_TOP_TOKENS, logits.shape[1])
+    vocab_size = logits.shape[1]
+    count = min(int(kept_sizes.max()) + EXTRA_TOP_TOKENS, vocab_size)
     top = torch.topk(logits, count, dim=1)
+    is_all = (kept_sizes >= vocab_size)[:, None]
+    following = top.values.gather(1, kept_sizes.clamp(max=vocab_size - 1)[:, None])
     return KeptSet(
         logits=logits,
         top_values=top.values,
         top_ids=top.indices,
         kth=top.values.gather(1, kept_sizes[:, None] - 1),
+        next_largest=torch.where(is_all, -math.inf, following),
     )
 
 
@@ -230,13 +234,13 @@ def _sample_from_kept(logits: Tensor, kept_sizes: Tensor, rows: _Rows) -> tuple[
     others = torch.where(token_ids == tokens[row_ids], -math.inf, scores)
     second = _max_per_row(others, row_ids, batch)
     winning = logits.gather(1, tokens[:, None])[:, 0].double()
-    outside = kept.largest_outside().double()
-    margins = torch.minimum(torch.minimum(best - second, winning - outside), rows.margin_bounds)
+    reach = winning - kept.next_largest[:, 0].double()
+    margins = torch.minimum(torch.minimum(best - second, reach), rows.margin_bounds)
     return tokens, torch.minimum(margins, _outside_distances(kept, rows, best, margins))
 
 
 def _outside_distances(kept: KeptSet, rows: _Rows, best: Tensor, margins: Tensor) -> Tensor:
-    """Return the smallest k-th logit - logit(j) over tokens j outside that would win, (S,).
+    """Return the smallest max(reach(j), score(token) - score(j)) over tokens j outside, (S,).
 
     Only tokens nearer to the k-th logit than `margins` are examined; infinity for none.
     """
@@ -245,8 +249,8 @@ def _outside_distances(kept: KeptSet, rows: _Rows, best: Tensor, margins: Tensor
     near = logits[row_ids, token_ids].double()
     is_outside = near < kth[row_ids, 0]
     row_ids, token_ids, near = row_ids[is_outside], token_ids[is_outside], near[is_outside]
-    would_win = rows.scores(logits, row_ids, token_ids) > best[row_ids]
-    distances = torch.where(would_win, kth[row_ids, 0] - near, math.inf)
+    to_win = best[row_ids] - rows.scores(logits, row_ids, token_ids)
+    distances = torch.maximum(kth[row_ids, 0] - near, to_win)
     smallest = torch.full_like(margins, math.inf)
     return smallest.scatter_reduce(0, row_ids, distances, "amin")
 

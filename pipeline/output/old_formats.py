@@ -2,7 +2,8 @@
 
 Formats gptbatch-1 and gptbatch-2 use other names for keys and values of manifests, part footers,
 configs and columns. The reading code translates each of these once, before validation, and then
-sees only current names.
+sees only current names. Decision margins of formats 1 to 4 overlook tokens outside the kept set and
+ties; they are read as null.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _OLD_FORMAT = re.compile(r"gptbatch-[12](-[0-9a-f]{8})?")
-
-# column of this version -> column of formats 1 and 2
-OLD_COLUMN_NAMES = {"min_decision_margin": "min_margin"}
+_OLD_MARGINS = re.compile(r"gptbatch-[1-4](-[0-9a-f]{8})?")
 
 _FACT_NAMES = {
     "fingerprint": "config_hash",
@@ -42,6 +41,12 @@ _CONFIG_NAMES = {
 def is_old_format(name: Any) -> bool:
     """Return whether `name` is a format whose names need translation."""
     return isinstance(name, str) and _OLD_FORMAT.fullmatch(name) is not None
+
+
+def has_column(format_name: Any, column: str) -> bool:
+    """Return whether a column has its present meaning in outputs of a format."""
+    is_old_margin = column == "min_decision_margin" and _OLD_MARGINS.fullmatch(str(format_name))
+    return not is_old_margin
 
 
 def translate_facts(content: Any) -> Any:

@@ -158,7 +158,7 @@ SCHEMA_DIGEST = hashlib.sha256(
 ).hexdigest()[:8]
 
 # The version of the folder's layout, and the digest of the schema of its parts.
-FORMAT = f"gptbatch-4-{SCHEMA_DIGEST}"
+FORMAT = f"gptbatch-5-{SCHEMA_DIGEST}"
 
 
 def to_row(completion: Completion, text: str | None) -> dict[str, Any]:

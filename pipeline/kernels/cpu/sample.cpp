@@ -2,7 +2,7 @@
 //
 //     score[t] = logit[t] + temperature * gumbel(seed, step, t), over the kept set
 //     token    = argmax(score)
-//     margin   = how far logits may move before another token wins
+//     margin   = twice how far logits may move before another token wins
 //
 // pipeline/engine/sampling.py defines both, pipeline/engine/noise.py the noise. Naive code that
 // computes the token:
@@ -136,14 +136,14 @@ void append_candidates(const T* logits, int64_t vocab_size, double low, double h
   }
 }
 
-// The largest logit below `kth`, the smallest of the kept set.
+// The (k+1)-th largest logit, ties counted one by one. `scratch.work` holds the logits of the
+// candidates, of which the k largest come first and the k-th is `kth`.
 template <class T>
-double largest_outside(const T* logits, int64_t vocab_size, float kth,
-                       const SampleScratch& scratch) {
+double next_largest(const T* logits, int64_t vocab_size, int64_t k, float kth,
+                    const SampleScratch& scratch) {
+  if (static_cast<int64_t>(scratch.work.size()) > k)
+    return *std::max_element(scratch.work.begin() + k, scratch.work.end());
   double outside = -INFINITE;
-  for (const Candidate& candidate : scratch.candidates)
-    if (candidate.logit < kth) outside = std::max<double>(outside, candidate.logit);
-  if (outside > -INFINITE) return outside;
   for (size_t g = 0; g < scratch.maxima.size(); g++) {
     const int64_t first = static_cast<int64_t>(g) * TOKENS_PER_GROUP;
     if (scratch.maxima[g] < kth) {
@@ -170,7 +170,7 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, const SampleRo
   std::nth_element(work.begin(), work.begin() + (row.kept_size - 1), work.end(),
                    std::greater<float>());
   const float kth = work[row.kept_size - 1];
-  const double outside = largest_outside(logits, vocab_size, kth, scratch);
+  const double following = next_largest(logits, vocab_size, row.kept_size, kth, scratch);
 
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
                                   [&](const Candidate& c) { return c.logit < kth; }),
@@ -186,17 +186,16 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, const SampleRo
   const Candidate winner = candidates[best];
   const double best_score = scores[best];
   double margin = std::min(
-      std::min(best_score - second, static_cast<double>(winner.logit) - outside), row.margin_bound);
+      std::min(best_score - second, static_cast<double>(winner.logit) - following),
+      row.margin_bound);
 
   // A token outside the kept set lowers the margin only if its logit is nearer to the k-th.
   candidates.clear();
-  if (outside > -INFINITE) append_candidates(logits, vocab_size, kth - margin, kth, scratch);
+  append_candidates(logits, vocab_size, kth - margin, kth, scratch);
   scratch.score_candidates(row);
   for (size_t i = 0; i < candidates.size(); i++) {
-    if (scores[i] > best_score) {
-      const double distance = static_cast<double>(kth) - static_cast<double>(candidates[i].logit);
-      margin = std::min(margin, distance);
-    }
+    const double reach = static_cast<double>(kth) - static_cast<double>(candidates[i].logit);
+    margin = std::min(margin, std::max(reach, best_score - scores[i]));
   }
   return {winner.token, margin};
 }

@@ -5,8 +5,8 @@ only blocks whose maximum reaches it hold kept tokens. Their logits are gathered
 bits finds the exact k-th largest. The kept tokens are gathered and scored in float64 with the noise
 of `engine/noise.py`, whose logarithm is the GPU's and not portable. The largest score wins, the
 smallest token id among ties. See `engine/sampling.py` for what is computed. The decision margin has
-two of its three distances: that of a token outside which would be kept and win is missing, so the
-margin can be too large.
+two of its three distances: that of tokens outside which would be kept and win is missing, and ties
+with the k-th logit do not count, so the margin can be too large.
 """
 
 from __future__ import annotations
