@@ -107,6 +107,19 @@ SAMPLING_SETTINGS = {
         meaning="the most tokens that the row might generate",
         unit="tokens",
     ),
+    "min_p": SamplingSetting(
+        type=float,
+        minimum=0,
+        maximum=1,
+        default=0.0,
+        metavar="P",
+        help=(
+            "Sample from the tokens that are at least P times as likely as the most likely one. 0 "
+            "keeps all tokens."
+        ),
+        column_type="float64",
+        meaning="0 is off",
+    ),
 }
 
 
@@ -121,6 +134,7 @@ class SamplingParams:
     temperature: float
     top_k: int
     max_new_tokens: int
+    min_p: float = 0.0
 
     def as_dict(self) -> dict[str, int | float]:
         """Return the settings by name, in the order of SAMPLING_SETTINGS."""

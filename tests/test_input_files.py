@@ -449,7 +449,10 @@ def test_a_delta_table_is_rejected(tmp_path: Path) -> None:
 
 
 def test_nan_is_null(tmp_path: Path) -> None:
-    columns = {name: [float("nan"), 7.0] for name in ("id", *SAMPLING_SETTINGS)}
+    columns = {"id": [float("nan"), 7.0]} | {
+        name: [float("nan"), min(7.0, setting.maximum)]
+        for name, setting in SAMPLING_SETTINGS.items()
+    }
     pq.write_table(pa.table({"prompt": ["a", "b"], **columns}), tmp_path / "rows.parquet")
     first, second = read(tmp_path / "rows.parquet")
     assert (first.prompt_id, first.params.temperature, first.params.top_k) == ("0", 1.0, 0)

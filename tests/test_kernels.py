@@ -606,6 +606,7 @@ def test_op_sample_matches_torch(vocab_size: int, dtype: torch.dtype) -> None:
                 temperature=rng.choice([0, 1e-300, 0.3, 1, 2.5, 1e300]),
                 top_k=rng.choice([0, 1, 2, 40, 1000, max(1, vocab_size - 1), 10**6]),
                 max_new_tokens=1,
+                min_p=rng.choice([0, 0, 1e-9, 0.05, 0.5, 1]),
             )
             for _ in range(60)
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,12 @@ from scipy import stats
 from gptbatch.pipeline.engine import reference
 from gptbatch.pipeline.engine.noise import gumbel, philox4x32, random_bits
 from gptbatch.pipeline.engine.reference import sample_token
-from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
+from gptbatch.pipeline.engine.sampling import (
+    SampledToken,
+    kept_range,
+    kept_set,
+    sample_tokens,
+)
 from gptbatch.pipeline.input.rows import derive_seed
 from gptbatch.pipeline.types import MAX_SEED, SamplingParams
 
@@ -22,8 +28,12 @@ FALSE_ALARM = (
 )
 
 
-def params(seed: int, *, temperature: float = 1.0, top_k: int = 0) -> SamplingParams:
-    return SamplingParams(seed=seed, temperature=temperature, top_k=top_k, max_new_tokens=1)
+def params(
+    seed: int, *, temperature: float = 1.0, top_k: int = 0, min_p: float = 0.0
+) -> SamplingParams:
+    return SamplingParams(
+        seed=seed, temperature=temperature, top_k=top_k, max_new_tokens=1, min_p=min_p
+    )
 
 
 def tokens_of(
@@ -94,14 +104,20 @@ def test_noise_is_finite_at_both_ends() -> None:
         assert -torch.log(-torch.log(u)) == pytest.approx(expected, abs=0.1)
 
 
-@pytest.mark.parametrize("top_k", [0, 1, 5, 12, 40, 10**9])
+@pytest.mark.parametrize(
+    ("top_k", "min_p"),
+    [(0, 0), (1, 0), (5, 0), (12, 0), (40, 0), (10**9, 0), (0, 0.1), (0, 1), (5, 0.3), (3, 0.01)],
+)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_draws_follow_softmax(top_k: int, temperature: float) -> None:
+def test_draws_follow_softmax(top_k: int, min_p: float, temperature: float) -> None:
     """Chi-square over seeds as users have them: derived from prompt ids."""
     logits = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.0, -0.3, -0.5, -1.0, -1.1, -1.2, 0.4, 0.1, -2.0])
-    kept = min(top_k, len(logits)) or len(logits)
+    probabilities = torch.softmax(logits.double() / temperature, 0)
+    likely_enough = int((probabilities >= min_p * probabilities.max()).sum())
+    kept = min(min(top_k, len(logits)) or len(logits), likely_enough)
     rows = [
-        params(derive_seed(0, str(i)), temperature=temperature, top_k=top_k) for i in range(DRAWS)
+        params(derive_seed(0, str(i)), temperature=temperature, top_k=top_k, min_p=min_p)
+        for i in range(DRAWS)
     ]
     tokens = tokens_of(logits.expand(DRAWS, -1), rows, [0] * DRAWS)
     order = logits.argsort(descending=True)[:kept]
@@ -190,12 +206,53 @@ def test_every_tie_at_the_kth_logit_is_kept() -> None:
     assert set(tokens) == {0, 1, 2, 4}
 
 
+def test_min_p_keeps_ties_and_nothing_below() -> None:
+    logits = torch.tensor([3.0, 3.0 + math.log(0.5), 3.0 + math.log(0.25), 3.0])
+    rows = [params(s, min_p=0.5) for s in range(2000)]
+    cutoff = logits.double().max() + math.log(0.5)
+    kept = {t for t in range(4) if logits[t].double() >= cutoff}
+    assert set(tokens_of(logits.expand(2000, -1), rows, [0] * 2000)) == kept
+    rows = [params(s, min_p=1) for s in range(2000)]
+    assert set(tokens_of(logits.expand(2000, -1), rows, [0] * 2000)) == {0, 3}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_kept_tokens_are_those_of_transformers(temperature: float) -> None:
+    """Where no logit ties with the cutoff: transformers drops some ties, or keeps them."""
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+    )
+
+    logits = torch.randn(200, 60, generator=torch.Generator().manual_seed(1)) * 3
+    ids: Any = torch.zeros(200, 1, dtype=torch.long)
+    for top_k, min_p in ((0, 0.1), (0, 0.7), (10, 0.05), (10, 0.3), (10, 0.0)):
+        theirs = TemperatureLogitsWarper(temperature)(ids, logits)
+        theirs = TopKLogitsWarper(top_k)(ids, theirs) if top_k else theirs
+        theirs = MinPLogitsWarper(min_p)(ids, theirs) if min_p else theirs
+        rows = [params(0, temperature=temperature, top_k=top_k, min_p=min_p)] * 200
+        ours = kept_set(
+            logits,
+            torch.tensor([top_k or 60] * 200),
+            torch.tensor([kept_range(p) for p in rows], dtype=torch.float64),
+        )
+        kept = torch.zeros(200, 60, dtype=torch.bool)
+        kept[ours.tokens()] = True
+        assert torch.equal(kept, theirs.isfinite())
+
+
 def test_rows_keep_their_own_parameters() -> None:
     """A row's token is the one that it gets alone, whatever the parameters of other rows."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 97, generator=generator) * 3
     rows = [
-        params(s, temperature=(0, 0.5, 1, 3)[s % 4], top_k=(0, 1, 7, 97, 500)[s % 5])
+        params(
+            s,
+            temperature=(0, 0.5, 1, 3)[s % 4],
+            top_k=(0, 1, 7, 97, 500)[s % 5],
+            min_p=(0, 0.05, 0.5)[s % 3],
+        )
         for s in range(40)
     ]
     steps = [s % 3 for s in range(40)]
@@ -241,13 +298,17 @@ def naive_margin(logits: torch.Tensor, p: SamplingParams, step: int) -> float | 
     scores = logits.double() + p.temperature * gumbel(torch.tensor(p.seed), torch.tensor(step), ids)
     ordered = torch.sort(logits.double(), descending=True).values
     k = 1 if p.temperature == 0 else min(p.top_k, len(logits)) or len(logits)
-    kept = logits >= ordered[k - 1]
+    is_off = p.min_p == 0 or p.temperature == 0
+    cutoff_m = -math.inf if is_off else ordered[0].item() - reference.min_p_range(p)
+    cutoff = max(ordered[k - 1].item(), cutoff_m)
+    kept = logits.double() >= cutoff
     winner = sample_token(logits, p, step)
     distances = [(scores[winner] - scores[j]).item() for j in ids if kept[j] and j != winner]
     if k < len(logits):
         distances.append((logits[winner].double() - ordered[k]).item())
+    distances.append(logits[winner].double().item() - cutoff_m)
     distances += [
-        max((ordered[k - 1] - logits[j].double()).item(), (scores[winner] - scores[j]).item())
+        max(cutoff - logits[j].double().item(), (scores[winner] - scores[j]).item())
         for j in ids
         if not kept[j]
     ]
@@ -262,7 +323,12 @@ def test_margins_are_as_defined(vocab_size: int, dtype: torch.dtype) -> None:
         torch.randn(300, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 3
     ).to(dtype)
     rows = [
-        params(s, temperature=(0, 0.5, 1, 5)[s % 4], top_k=(0, 1, 2, 5, 100, 500)[s % 6])
+        params(
+            s,
+            temperature=(0, 0.5, 1, 5)[s % 4],
+            top_k=(0, 1, 2, 5, 100, 500)[s % 6],
+            min_p=(0, 0, 0.03, 0.4, 1)[s % 5],
+        )
         for s in range(300)
     ]
     expected = [naive_margin(logits[i], p, i % 3) for i, p in enumerate(rows)]
@@ -277,7 +343,10 @@ def test_margins_are_as_defined(vocab_size: int, dtype: torch.dtype) -> None:
         choice.decision_margin
         for choice in sample_tokens(logits, rows, [i % 3 for i in range(300)], margin_bounds)
     ]
-    few = [(p.top_k not in (0, 500) and p.top_k < vocab_size) or p.temperature == 0 for p in rows]
+    few = [
+        (p.top_k not in (0, 500) and p.top_k < vocab_size) or p.temperature == 0 or p.min_p > 0
+        for p in rows
+    ]
     assert [m for m, f in zip(bounded, few, strict=True) if f] == [
         min(m or 0, 0.4) for m, f in zip(expected, few, strict=True) if f
     ]
@@ -295,7 +364,13 @@ def test_no_change_of_less_than_half_the_margin_changes_the_token() -> None:
     # some ties, also with the k-th logit
     logits[::5] = logits[::5].round()
     rows = [
-        params(s, temperature=(0, 0.7, 2)[s % 3], top_k=(0, 1, 2, 4, 10)[s % 5]) for s in range(300)
+        params(
+            s,
+            temperature=(0, 0.7, 2)[s % 3],
+            top_k=(0, 1, 2, 4, 10)[s % 5],
+            min_p=(0, 0, 0.02, 0.3)[s % 4],
+        )
+        for s in range(300)
     ]
     choices = sample_tokens(logits, rows, [0] * n_rows)
     tokens = [choice.token for choice in choices]

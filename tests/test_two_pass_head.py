@@ -139,6 +139,7 @@ def test_choices_and_margins_are_those_of_all_logits(model: GPT, bound: float) -
             temperature=rng.choice([0.0, 0.3, 0.8, 2.0]),
             top_k=rng.choice([1, 2, 5, 12]),
             max_new_tokens=1,
+            min_p=rng.choice([0, 0.05, 0.5]),
         )
         for i in range(rows)
     ]

@@ -48,7 +48,7 @@ class RowDifference:
             finish: The same tokens, with another finish_reason or stop_reason.
             text: The same tokens, with another text.
             logits: All of these are equal, but the logits differ: another logits_digest where both
-                have one, or another min_decision_margin with the same seed, temperature and top_k.
+                have one, or another min_decision_margin with the same sampling settings.
         token_index: Index of the first token that differs; None where the tokens are equal.
         token_a: The token of run a there; None where its completion has ended.
         token_b: The same of run b.
@@ -279,7 +279,7 @@ def _differ(a: dict[str, Any], b: dict[str, Any], name: str) -> bool:
 def _sampled_alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Return whether equal logits give both rows the same min_decision_margin.
 
-    Greedy rows use neither noise nor top_k.
+    Greedy rows use neither noise nor filters.
     """
     return a["temperature"] == b["temperature"] and (
         a["temperature"] == 0 or all(a[name] == b[name] for name in _ROW_SETTINGS)

@@ -156,7 +156,8 @@ class LoadedRun:
         if row["prompt"] is None:
             return "it has no prompt"
         for name, (least, most) in _RANGES.items():
-            if not least <= row[name] <= most:
+            # None in outputs of versions without the setting
+            if row[name] is not None and not least <= row[name] <= most:
                 return f"its {name} is {row[name]}"
         if len(token_ids) != row["prompt_tokens"]:
             return (
@@ -230,8 +231,12 @@ def recorded_model(run: RunReader) -> str:
 
 
 def row_params(row: dict[str, Any]) -> SamplingParams:
-    """Return the sampling parameters of a row."""
-    return SamplingParams(**{name: row[name] for name in SAMPLING_SETTINGS})
+    """Return the sampling parameters of a row. A setting that its version lacks has its default."""
+    settings: dict[str, Any] = {
+        name: setting.default if row[name] is None else row[name]
+        for name, setting in SAMPLING_SETTINGS.items()
+    }
+    return SamplingParams(**settings)
 
 
 def _engine(recorded: EngineConfig, facts: dict[str, Any], overrides: Overrides) -> EngineConfig:

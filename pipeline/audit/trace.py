@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.noise import gumbel
-from gptbatch.pipeline.engine.sampling import kept_set, sample_tokens, top_k_size
+from gptbatch.pipeline.engine.sampling import kept_range, kept_set, sample_tokens, top_k_size
 from gptbatch.pipeline.kv_cache.interface import KVCache
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS
@@ -106,7 +106,7 @@ class StepTrace:
         candidate: The token in question.
         decision_margin: See sampling.py; None in a vocabulary of one.
         rank: 1 for the token with the largest logit.
-        kept: Size of the kept set of top-k.
+        kept: Size of the kept set.
         distance: How far the logits are from ones with which the token wins; 0 if it does.
         runners_up: The kept tokens with the next largest scores.
     """
@@ -137,7 +137,11 @@ def explain_step(
     token_ids = torch.arange(len(logits))
     noise = gumbel(torch.tensor(params.seed), torch.tensor(step), token_ids)
     scores = logits + params.temperature * noise
-    found = kept_set(logits[None], torch.tensor([top_k_size(params, len(logits))]))
+    found = kept_set(
+        logits[None],
+        torch.tensor([top_k_size(params, len(logits))]),
+        torch.tensor([kept_range(params)], dtype=torch.float64),
+    )
     is_kept = torch.zeros(len(logits), dtype=torch.bool)
     is_kept[found.tokens()[1]] = True
     kept_scores = torch.where(is_kept, scores, -math.inf)
@@ -146,7 +150,7 @@ def explain_step(
     else:
         kept_logits = torch.where(is_kept, logits / params.temperature, -math.inf)
         probabilities = torch.softmax(kept_logits, 0)
-    to_be_kept = float(found.kth[0, 0] - logits[token])
+    to_be_kept = float(found.cutoff[0, 0] - logits[token])
     to_win = float(kept_scores.max() - scores[token])
     order = [int(j) for j in kept_scores.argsort(descending=True, stable=True)[: runners_up + 1]]
 

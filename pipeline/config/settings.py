@@ -242,6 +242,7 @@ class JobConfig(_Section):
     seed: int = _sampling_field("seed")
     temperature: float = _sampling_field("temperature")
     top_k: int = _sampling_field("top_k")
+    min_p: float = _sampling_field("min_p")
     max_new_tokens: int = _sampling_field("max_new_tokens")
     ignore_eos: bool = Field(False, description="Continue after an EOS token.")
     parse_special: bool = Field(

@@ -58,11 +58,10 @@ def generate(
 def sample_token(logits: Tensor, params: SamplingParams, step: int) -> int:
     """Sample from logits (V,): the kept token of the largest logit + temperature * noise."""
     values: list[float] = logits.double().tolist()
-    k = min(params.top_k, len(values)) or len(values)
-    kth = sorted(values, reverse=True)[k - 1]
+    lowest = cutoff(values, params)
     best_token, best_score = -1, -math.inf
     for token, logit in enumerate(values):
-        if logit < kth:
+        if logit < lowest:
             continue
         score = logit
         if params.temperature > 0:
@@ -70,6 +69,20 @@ def sample_token(logits: Tensor, params: SamplingParams, step: int) -> int:
         if score > best_score:
             best_token, best_score = token, score
     return best_token
+
+
+def cutoff(values: list[float], params: SamplingParams) -> float:
+    """Return the smallest logit that is kept."""
+    k = min(params.top_k, len(values)) or len(values)
+    kth = sorted(values, reverse=True)[k - 1]
+    if params.temperature == 0 or params.min_p == 0:
+        return kth
+    return max(kth, max(values) - min_p_range(params))
+
+
+def min_p_range(params: SamplingParams) -> float:
+    """Return how far below the largest logit a token is min_p times as likely."""
+    return -params.temperature * math.log(params.min_p)
 
 
 def gumbel(seed: int, step: int, token: int) -> float:

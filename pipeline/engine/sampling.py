@@ -1,13 +1,14 @@
 """Sample the next token of each row from its logits, and measure how safe the result is.
 
-    kept   = the tokens whose logit is at least the k-th largest: ties are kept, and every token if
-             top_k is 0 or at least V
+    kept   = the tokens with logit >= cutoff: ties are kept. The cutoff is the largest of
+                 top_k    the k-th largest logit; none if top_k is 0 or at least V
+                 min_p    the largest logit + temperature * ln(min_p); none if min_p is 0
     score  = float64(logit) + temperature * g, with g the noise of (row seed, step, token id)
     token  = the kept token with the largest score; the smallest id among ties
 
 With Gumbel noise this samples from softmax(logits / temperature) over the kept set (Maddison,
-Tarlow and Minka, "A* sampling", NeurIPS 2014). Temperature 0 is greedy by the same formula. A row's
-token does not depend on other rows.
+Tarlow and Minka, "A* sampling", NeurIPS 2014). Temperature 0 is greedy by the same formula; top_k
+and min_p do not matter then. A row's token does not depend on other rows.
 
 The decision margin of a step tells how close it was to another token. It is a distance in logits:
 if every logit changes by less than half of it, the same token wins. With `reach(t)`, the least
@@ -17,10 +18,10 @@ distance at which token t enters or leaves the kept set, it is the smallest of
     reach(token)                               the token would not be kept
     max(reach(j), score(token) - score(j))     token j would be kept and win: for each j outside
 
-For top_k, with the logits sorted as v_1 >= v_2 >= ... and ties counted one by one,
+With the logits sorted as v_1 >= v_2 >= ... and ties counted one by one,
 
-    reach(t) = logit(t) - v_(k+1)     of a kept token, so 0 where it ties with the k-th and the next
-    reach(j) = v_k - logit(j)         of a token outside
+    reach(t) = logit(t) - max(v_(k+1), cutoff of min_p)    of a kept token; 0 for ties with v_(k+1)
+    reach(j) = cutoff - logit(j)                           of a token outside
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ def sample_tokens(
         seeds=torch.tensor([p.seed for p in params], device=device),
         steps=torch.tensor(list(steps), device=device),
         temperatures=torch.tensor(temperatures, dtype=torch.float64, device=device),
+        kept_ranges=torch.tensor(
+            [kept_range(p) for p in params], dtype=torch.float64, device=device
+        ),
         margin_bounds=torch.tensor(list(margin_bounds), dtype=torch.float64, device=device),
     )
     kept_sizes = [kept_set_size(p, vocab_size) for p in params]
@@ -92,6 +96,7 @@ def sample_tokens(
             rows.steps,
             rows.temperatures,
             torch.tensor(kept_sizes),
+            rows.kept_ranges,
             rows.margin_bounds,
         )
     else:
@@ -110,8 +115,18 @@ def top_k_size(params: SamplingParams, vocab_size: int) -> int:
 
 
 def kept_set_size(params: SamplingParams, vocab_size: int) -> int:
-    """Return how many tokens can win, ties aside: only the largest logit if temperature is 0."""
+    """Return how many tokens can win, ties aside: only the largest logit if temperature is 0.
+
+    min_p may leave fewer.
+    """
     return 1 if params.temperature == 0 else top_k_size(params, vocab_size)
+
+
+def kept_range(params: SamplingParams) -> float:
+    """Return how far below the largest logit min_p keeps tokens; infinity where it keeps all."""
+    if params.temperature == 0 or params.min_p == 0:
+        return math.inf
+    return -params.temperature * math.log(params.min_p)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,19 +137,20 @@ class KeptSet:
         logits: (S, V).
         top_values: The K largest logits of each row (S, K), K > k where V allows it.
         top_ids: Their token ids (S, K).
-        kth: The k-th largest logit of each row (S, 1).
-        next_largest: The one after it, which may be equal (S, 1); -inf where k is V.
+        cutoff: The smallest logit that is kept, (S, 1) float64.
+        exit: A kept token whose logit falls to this would not be kept, (S, 1) float64; -inf where
+            all are.
     """
 
     logits: Tensor
     top_values: Tensor
     top_ids: Tensor
-    kth: Tensor
-    next_largest: Tensor
+    cutoff: Tensor
+    exit: Tensor
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Return (row, token id) of every kept token, (E,) each."""
-        return self.at_least(self.kth)
+        return self.at_least(self.cutoff)
 
     def at_least(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
         """Return (row, token id) of every logit of at least threshold (S, 1), (E,) each."""
@@ -149,24 +165,31 @@ class KeptSet:
         return has_all or bool((self.top_values[:, -1:] < threshold).all())
 
 
-def kept_set(logits: Tensor, kept_sizes: Tensor) -> KeptSet:
+def kept_set(logits: Tensor, kept_sizes: Tensor, kept_ranges: Tensor) -> KeptSet:
     """Find the kept set of each row.
 
     Args:
         logits: (S, V).
         kept_sizes: k of each row (S,), 1 to V; ties with the k-th largest logit are kept too.
+        kept_ranges: How far below the largest logit tokens are kept (S,) float64.
     """
     vocab_size = logits.shape[1]
-    count = min(int(kept_sizes.max()) + EXTRA_TOP_TOKENS, vocab_size)
-    top = torch.topk(logits, count, dim=1)
-    is_all = (kept_sizes >= vocab_size)[:, None]
-    following = top.values.gather(1, kept_sizes.clamp(max=vocab_size - 1)[:, None])
+    has_k = kept_sizes < vocab_size
+    ranks = torch.where(has_k, kept_sizes, 1)
+    top = torch.topk(logits, min(int(ranks.max()) + EXTRA_TOP_TOKENS, vocab_size), dim=1)
+
+    def ranked(rank: Tensor) -> Tensor:
+        """Return the logit of a rank from 0 in each row with a k; -inf in others, (S, 1)."""
+        values = top.values.gather(1, rank.clamp(max=vocab_size - 1)[:, None]).double()
+        return torch.where(has_k[:, None], values, -math.inf)
+
+    range_cutoff = top.values[:, :1].double() - kept_ranges[:, None]
     return KeptSet(
         logits=logits,
         top_values=top.values,
         top_ids=top.indices,
-        kth=top.values.gather(1, kept_sizes[:, None] - 1),
-        next_largest=torch.where(is_all, -math.inf, following),
+        cutoff=torch.maximum(ranked(ranks - 1), range_cutoff),
+        exit=torch.maximum(ranked(ranks), range_cutoff),
     )
 
 
@@ -177,6 +200,7 @@ class _Rows:
     seeds: Tensor
     steps: Tensor
     temperatures: Tensor
+    kept_ranges: Tensor
     margin_bounds: Tensor
 
     def __getitem__(self, index: Tensor) -> _Rows:
@@ -184,6 +208,7 @@ class _Rows:
             seeds=self.seeds[index],
             steps=self.steps[index],
             temperatures=self.temperatures[index],
+            kept_ranges=self.kept_ranges[index],
             margin_bounds=self.margin_bounds[index],
         )
 
@@ -201,17 +226,19 @@ def _sample(logits: Tensor, kept_sizes: list[int], rows: _Rows) -> tuple[Tensor,
     tokens = torch.zeros_like(rows.seeds)
     margins = torch.zeros_like(rows.temperatures)
     # Rows that keep the full vocabulary need no list of kept tokens.
-    top_k_rows = [row for row, count in enumerate(kept_sizes) if count < vocab_size]
-    if top_k_rows:
-        top_k_sizes = torch.tensor([kept_sizes[row] for row in top_k_rows], device=device)
-        if len(top_k_rows) == batch:
-            tokens, margins = _sample_from_kept(logits, top_k_sizes, rows)
+    keeps_all = [
+        count == vocab_size and math.isinf(kept_range)
+        for count, kept_range in zip(kept_sizes, rows.kept_ranges.tolist(), strict=True)
+    ]
+    filtered_rows = [row for row in range(batch) if not keeps_all[row]]
+    if filtered_rows:
+        sizes = torch.tensor([kept_sizes[row] for row in filtered_rows], device=device)
+        if len(filtered_rows) == batch:
+            tokens, margins = _sample_from_kept(logits, sizes, rows)
         else:
-            index = torch.tensor(top_k_rows, device=device)
-            tokens[index], margins[index] = _sample_from_kept(
-                logits[index], top_k_sizes, rows[index]
-            )
-    full_vocab_rows = [row for row, count in enumerate(kept_sizes) if count == vocab_size]
+            index = torch.tensor(filtered_rows, device=device)
+            tokens[index], margins[index] = _sample_from_kept(logits[index], sizes, rows[index])
+    full_vocab_rows = [row for row in range(batch) if keeps_all[row]]
     for piece in _pieces(full_vocab_rows, max(1, MAX_SCORES // vocab_size)):
         index = torch.tensor(piece, device=device)
         tokens[index], margins[index] = _sample_from_all(logits[index], rows[index])
@@ -219,9 +246,9 @@ def _sample(logits: Tensor, kept_sizes: list[int], rows: _Rows) -> tuple[Tensor,
 
 
 def _sample_from_kept(logits: Tensor, kept_sizes: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
-    """Return tokens and margins (S,) of rows that keep kept_sizes (S,) < V tokens."""
+    """Return tokens and margins (S,) of rows that keep some of the tokens."""
     batch, vocab_size = logits.shape
-    kept = kept_set(logits, kept_sizes)
+    kept = kept_set(logits, kept_sizes, rows.kept_ranges)
     row_ids, token_ids = kept.tokens()
     scores = rows.scores(logits, row_ids, token_ids)
     best = _max_per_row(scores, row_ids, batch)
@@ -234,7 +261,7 @@ def _sample_from_kept(logits: Tensor, kept_sizes: Tensor, rows: _Rows) -> tuple[
     others = torch.where(token_ids == tokens[row_ids], -math.inf, scores)
     second = _max_per_row(others, row_ids, batch)
     winning = logits.gather(1, tokens[:, None])[:, 0].double()
-    reach = winning - kept.next_largest[:, 0].double()
+    reach = winning - kept.exit[:, 0]
     margins = torch.minimum(torch.minimum(best - second, reach), rows.margin_bounds)
     return tokens, torch.minimum(margins, _outside_distances(kept, rows, best, margins))
 
@@ -242,15 +269,15 @@ def _sample_from_kept(logits: Tensor, kept_sizes: Tensor, rows: _Rows) -> tuple[
 def _outside_distances(kept: KeptSet, rows: _Rows, best: Tensor, margins: Tensor) -> Tensor:
     """Return the smallest max(reach(j), score(token) - score(j)) over tokens j outside, (S,).
 
-    Only tokens nearer to the k-th logit than `margins` are examined; infinity for none.
+    Only tokens nearer to the cutoff than `margins` are examined; infinity for none.
     """
-    logits, kth = kept.logits, kept.kth.double()
-    row_ids, token_ids = kept.at_least(kth - margins[:, None])
+    logits, cutoff = kept.logits, kept.cutoff
+    row_ids, token_ids = kept.at_least(cutoff - margins[:, None])
     near = logits[row_ids, token_ids].double()
-    is_outside = near < kth[row_ids, 0]
+    is_outside = near < cutoff[row_ids, 0]
     row_ids, token_ids, near = row_ids[is_outside], token_ids[is_outside], near[is_outside]
     to_win = best[row_ids] - rows.scores(logits, row_ids, token_ids)
-    distances = torch.maximum(kth[row_ids, 0] - near, to_win)
+    distances = torch.maximum(cutoff[row_ids, 0] - near, to_win)
     smallest = torch.full_like(margins, math.inf)
     return smallest.scatter_reduce(0, row_ids, distances, "amin")
 

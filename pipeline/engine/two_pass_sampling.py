@@ -1,8 +1,9 @@
 """Sample the next token of each row from the head's input, by two passes where they are faster.
 
 A token and its decision margin (see sampling.py) depend on no logit that lies further below the
-k-th largest than the margin. The two-pass head (model/lm_head.py) makes all logits exact down to a
-threshold, so tokens and margins are those of all logits, bit for bit:
+k-th largest than the margin; the cutoff of min_p only leaves out tokens above it. The two-pass head
+(model/lm_head.py) makes all logits exact down to a threshold, so tokens and margins are those of
+all logits, bit for bit:
 
     1. approximate all logits
     2. rescore the candidates down to EXACT_RANGE below the k-th largest, and sample

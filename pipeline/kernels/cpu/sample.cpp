@@ -7,9 +7,9 @@
 // pipeline/engine/sampling.py defines both, pipeline/engine/noise.py the noise. Naive code that
 // computes the token:
 //
-//     kth = k-th largest logit;
+//     cutoff = max(k-th largest logit, largest logit - kept_range);
 //     for (t = 0; t < V; t++)
-//       if (logit[t] >= kth && logit[t] + temperature * gumbel(t) > best) best = ..., token = t;
+//       if (logit[t] >= cutoff && logit[t] + temperature * gumbel(t) > best) best = ..., token = t;
 //
 // Nothing is sorted. One pass finds the maximum of each group of 32 tokens; later passes skip
 // groups whose maximum is below the threshold. Where the kept set is the full vocabulary, random
@@ -35,6 +35,7 @@ struct SampleRow {
   uint64_t seed, step;
   double temperature;
   int64_t kept_size;
+  double kept_range;
   double margin_bound;
 };
 
@@ -157,24 +158,30 @@ double next_largest(const T* logits, int64_t vocab_size, int64_t k, float kth,
   return outside;
 }
 
-// Samples from the kept set of k tokens and those that tie with the k-th.
+// Samples from the tokens whose logit reaches the cutoff. `max` is the largest logit.
 template <class T>
-SampledToken sample_kept_set(const T* logits, int64_t vocab_size, const SampleRow& row,
+SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, const SampleRow& row,
                              SampleScratch& scratch) {
   auto& [maxima, work, candidates, bits, scores] = scratch;
   candidates.clear();
-  const float threshold = find_threshold(logits, vocab_size, row.kept_size, maxima, work);
-  append_candidates(logits, vocab_size, threshold, INFINITE, scratch);
-  work.clear();
-  for (const Candidate& candidate : candidates) work.push_back(candidate.logit);
-  std::nth_element(work.begin(), work.begin() + (row.kept_size - 1), work.end(),
-                   std::greater<float>());
-  const float kth = work[row.kept_size - 1];
-  const double following = next_largest(logits, vocab_size, row.kept_size, kth, scratch);
-
-  candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
-                                  [&](const Candidate& c) { return c.logit < kth; }),
-                   candidates.end());
+  // A kept token whose logit falls to `exit` would not be kept.
+  double cutoff = static_cast<double>(max) - row.kept_range, exit = cutoff;
+  if (row.kept_size < vocab_size) {
+    const float threshold = find_threshold(logits, vocab_size, row.kept_size, maxima, work);
+    append_candidates(logits, vocab_size, threshold, INFINITE, scratch);
+    work.clear();
+    for (const Candidate& candidate : candidates) work.push_back(candidate.logit);
+    std::nth_element(work.begin(), work.begin() + (row.kept_size - 1), work.end(),
+                     std::greater<float>());
+    const float kth = work[row.kept_size - 1];
+    exit = std::max(exit, next_largest(logits, vocab_size, row.kept_size, kth, scratch));
+    cutoff = std::max(cutoff, static_cast<double>(kth));
+    candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
+                                    [&](const Candidate& c) { return c.logit < cutoff; }),
+                     candidates.end());
+  } else {
+    append_candidates(logits, vocab_size, cutoff, INFINITE, scratch);
+  }
   scratch.score_candidates(row);
   // Candidates are in token order: of equal scores the smallest token wins.
   size_t best = 0;
@@ -186,15 +193,14 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, const SampleRo
   const Candidate winner = candidates[best];
   const double best_score = scores[best];
   double margin = std::min(
-      std::min(best_score - second, static_cast<double>(winner.logit) - following),
-      row.margin_bound);
+      std::min(best_score - second, static_cast<double>(winner.logit) - exit), row.margin_bound);
 
-  // A token outside the kept set lowers the margin only if its logit is nearer to the k-th.
+  // A token outside the kept set lowers the margin only if its logit is nearer to the cutoff.
   candidates.clear();
-  append_candidates(logits, vocab_size, kth - margin, kth, scratch);
+  append_candidates(logits, vocab_size, cutoff - margin, cutoff, scratch);
   scratch.score_candidates(row);
   for (size_t i = 0; i < candidates.size(); i++) {
-    const double reach = static_cast<double>(kth) - static_cast<double>(candidates[i].logit);
+    const double reach = cutoff - static_cast<double>(candidates[i].logit);
     margin = std::min(margin, std::max(reach, best_score - scores[i]));
   }
   return {winner.token, margin};
@@ -258,8 +264,9 @@ SampledToken sample_row(const T* logits, int64_t vocab_size, const SampleRow& ro
     max = std::max(max, x);
   }
   if (std::isinf(max)) return {-1, 0.0};
-  return row.kept_size < vocab_size ? sample_kept_set(logits, vocab_size, row, scratch)
-                               : sample_full_vocab(logits, vocab_size, row, scratch);
+  return row.kept_size < vocab_size || std::isfinite(row.kept_range)
+             ? sample_kept_set(logits, vocab_size, max, row, scratch)
+             : sample_full_vocab(logits, vocab_size, row, scratch);
 }
 
 }  // namespace
@@ -270,7 +277,8 @@ void sample(const T* logits, int64_t n_rows, int64_t vocab_size, const SampleRow
   parallel_for_each(n_rows, 1, [&](int64_t i) {
     static thread_local SampleScratch scratch;
     const SampleRow row{static_cast<uint64_t>(rows.seeds[i]), static_cast<uint64_t>(rows.steps[i]),
-                        rows.temperatures[i], rows.kept_sizes[i], rows.margin_bounds[i]};
+                        rows.temperatures[i], rows.kept_sizes[i], rows.kept_ranges[i],
+                        rows.margin_bounds[i]};
     const SampledToken sampled = sample_row(logits + i * vocab_size, vocab_size, row, scratch);
     tokens[i] = sampled.token;
     margins[i] = sampled.margin;
