@@ -18,13 +18,13 @@ import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline.config import EngineConfig, JobConfig
 from gptbatch.pipeline.errors import InputRowsError, OutputConflictError, StorageError
 from gptbatch.pipeline.job import CheckedJob, Job, check_job, find_job, lock_output
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device, threads_to_use
+from gptbatch.pipeline.output.error_limit import ErrorLimitError
 from gptbatch.pipeline.output.part_runner import PartRunner, Progress, RowCounts, Stop
 from gptbatch.pipeline.output.part_source import ListedParts, PartSource
 from gptbatch.pipeline.output.resume import (
@@ -42,6 +42,7 @@ from gptbatch.pipeline.output.run_output import (
 from gptbatch.pipeline.output.runs import open_run_folder
 from gptbatch.pipeline.output.shards import NO_SHARD, Shard, find_shard
 from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output
+from gptbatch.pipeline.storage.location import location_of
 from gptbatch.pipeline.system.machine import describe_cores
 from gptbatch.pipeline.system.redact import redact
 
@@ -94,8 +95,9 @@ def run_parts(
     Raises:
         GptbatchError: See errors.py for the kinds.
     """
-    source = ListedParts(parts, Path(config.output)) if isinstance(parts, Iterable) else parts
-    return PartWorker(config).run(source, progress, stop)
+    if isinstance(parts, Iterable):
+        parts = ListedParts(parts, location_of(config.output))
+    return PartWorker(config).run(parts, progress, stop)
 
 
 class PartWorker:
@@ -199,6 +201,8 @@ def _run(
                 )
                 try:
                     generate_s = _generate(runner, output)
+                except ErrorLimitError:
+                    raise
                 except InputRowsError:
                     checked.rows.forget(job.folder, output.writer)
                     raise

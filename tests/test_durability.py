@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,12 @@ def table(output: Path) -> pa.Table:
 
 def run_states(output: Path) -> list[str]:
     """Return the state in the progress file of each run."""
-    paths = sorted(output.glob(".gptbatch/runs/*/progress.json"))
-    return [json.loads(path.read_text())["state"] for path in paths]
+    states = []
+    for path in sorted(output.glob(".gptbatch/runs/*/progress.json")):
+        # The folder of a dead run may be deleted now.
+        with suppress(FileNotFoundError):
+            states.append(json.loads(path.read_text())["state"])
+    return states
 
 
 def check_parts(output: Path) -> None:

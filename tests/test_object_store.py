@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptbatch.pipeline import JobConfig, plan_job, run_job
+from gptbatch.pipeline import JobConfig, plan_job, run_job, run_parts
 from gptbatch.pipeline.errors import (
     ConfigError,
     InputNotFoundError,
@@ -38,6 +38,7 @@ from gptbatch.pipeline.output.object_run import ObjectRunFolder, list_object_run
 from gptbatch.pipeline.output.part_file import FOOTER_KEY
 from gptbatch.pipeline.output.progress_file import ProgressFile
 from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS, content_digest
+from gptbatch.pipeline.output.stray_tables import find_stray_tables
 from gptbatch.pipeline.storage import object_store, object_writer
 from gptbatch.pipeline.storage.object_path import ObjectPath, match_objects
 from gptbatch.pipeline.storage.object_store import open_bucket
@@ -376,6 +377,25 @@ def test_the_other_commands_read_a_bucket(store: FaultyStore, job: Job) -> None:
     assert json.loads(run("finish", url).splitlines()[-1])["rows"] == len(ROWS)
 
 
+def test_parts_are_left_out_that_are_written(store: FaultyStore, job: Job) -> None:
+    config = job.config(f"{store.url}/out")
+    assert run_parts(config, [1, 2]).rows == 2 * PART_ROWS
+    assert run_parts(config, [0, 1, 2]).rows == PART_ROWS
+
+
+def test_a_run_reads_each_kept_part_once_and_its_own_not_again(
+    store: FaultyStore, job: Job
+) -> None:
+    url = f"{store.url}/out"
+    run_parts(job.config(url), [0, 1])
+    store.requests.clear()
+    assert run_job(job.config(url)).rows_kept == 2 * PART_ROWS
+    reads = [key.rpartition("/")[2] for method, key, _ in store.requests if method == "GET"]
+    counts = [reads.count(f"part-{number:06d}.parquet") for number in range(N_PARTS)]
+    # Of the kept ones `finish` reads the footers, too, and the facts of the first part.
+    assert counts == [3, 2, 1, 1]
+
+
 def test_the_demo_has_the_same_digests_in_a_bucket(store: FaultyStore, tmp_path: Path) -> None:
     arguments = ("--config", "demo", "--limit", "40", "--part-rows", "20", "--threads", "1")
     outputs = (f"{store.url}/demo", str(tmp_path / "demo"))
@@ -502,7 +522,7 @@ def test_a_run_that_was_killed_elsewhere_is_waited_for(
     store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "POLL_S", 0.01)
-    monkeypatch.setattr(lock, "MAX_SILENCE_S", 1.5)
+    monkeypatch.setattr(lock, "MAX_SILENCE_BEFORE_START_S", 1.5)
     work = ObjectPath.parse(f"{store.url}/out/.gptbatch")
     with ObjectRunFolder(work, shared=False) as other:
         pretend(other)
@@ -529,10 +549,38 @@ def test_shards_do_not_wait_for_shards(store: FaultyStore) -> None:
         assert [found.path for found in list_object_runs(work)] == [run.path]
 
 
-def test_a_container_that_starts_again_does_not_wait_for_itself(store: FaultyStore) -> None:
+def test_a_process_that_is_gone_is_not_waited_for(store: FaultyStore) -> None:
     work = ObjectPath.parse(f"{store.url}/out/.gptbatch")
-    with ObjectRunFolder(work, shared=False):
+    with ObjectRunFolder(work, shared=False) as run:
+        pretend(run, pid=2**22 + 1)
         assert not list_object_runs(work)[0].is_live()
+        # in another container of the same machine, whose processes are not seen
+        pretend(run, pid=2**22 + 1, pid_space="another")
+        assert list_object_runs(work)[0].is_live()
+
+
+def test_of_two_runs_that_begin_at_once_the_older_goes_on(store: FaultyStore) -> None:
+    work = ObjectPath.parse(f"{store.url}/out/.gptbatch")
+    with open_lock(work), open_lock(work), ObjectRunFolder(work, shared=False) as older:
+        time.sleep(1)
+        with pytest.raises(OutputBusyError, match="another run is writing it"):
+            ObjectRunFolder(work, shared=False).__enter__()
+        assert [run.path for run in list_object_runs(work) if run.is_live()] == [older.path]
+
+
+def test_a_part_written_between_two_looks_is_no_stray_table(
+    store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ObjectPath.parse(f"{store.url}/out")
+    folder.bucket.put(f"{folder.key}/part-000000.parquet", b"PAR1")
+    original = ObjectPath.walk_files
+
+    def walk_files(self: ObjectPath) -> Iterator[ObjectPath]:
+        folder.bucket.put(f"{folder.key}/part-000001.parquet", b"PAR1")
+        return original(self)
+
+    monkeypatch.setattr(ObjectPath, "walk_files", walk_files)
+    assert find_stray_tables(folder) == []
 
 
 def test_the_clock_of_the_store_decides(
@@ -556,6 +604,8 @@ def test_a_run_shows_that_it_is_alive_while_it_loads(
         with progress.recording_state():
             wait_for(lambda: len(store.requests) > 8, "several writes")
             progress.begin(1, 0)
+            count = len(store.requests)
+            wait_for(lambda: len(store.requests) > count + 2, "writes while it runs")
             states = [json.loads((run.path / "progress.json").read_bytes())["state"]]
         states.append(json.loads((run.path / "progress.json").read_bytes())["state"])
         count = len(store.requests)

@@ -237,7 +237,9 @@ def test_a_run_on_another_host_lives_while_it_shows_progress(tmp_path: Path) -> 
         ("2999-01-01T00:00:00Z", note["host"], os.getpid(), True),
         ("2020-01-01T00:00:00Z", note["host"], os.getpid(), False),
     ):
-        (run.path / "lock").write_text(json.dumps({**note, "host": host, "pid": pid}))
+        space = note["pid_space"] if host == note["host"] else "of another machine"
+        changed = {**note, "host": host, "pid": pid, "pid_space": space}
+        (run.path / "lock").write_text(json.dumps(changed))
         (run.path / "progress.json").write_text(json.dumps({**progress, "updated_at": updated_at}))
         assert other.is_live() == lives
 

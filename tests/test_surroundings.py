@@ -239,7 +239,10 @@ def test_urls_are_rejected(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["s3://bucket/a//b", "gs://bucket/../b", "s3://bucket/$OUT"])
+@pytest.mark.parametrize(
+    "text",
+    ["s3://bucket/a//b", "gs://bucket/../b", "s3://bucket/$OUT", "s3://b?x=1/o", "s3://b/a\tb"],
+)
 def test_names_of_objects_are_checked(text: str, gptbatch: Command) -> None:
     code, _, stderr = gptbatch("generate", "--model", "m", "--input", "in.jsonl", "--output", text)
     assert code == 2

@@ -10,6 +10,7 @@ from gptbatch.pipeline.cluster.plan_shard import PlanShard, check_divisible
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
 from gptbatch.pipeline.output.error_limit import ErrorLimit
+from gptbatch.pipeline.output.file_hashes import wait_for_clock_tick
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.index_piece import delete_pieces
 from gptbatch.pipeline.output.input_record import check_input
@@ -94,12 +95,15 @@ def plan_job(config: JobConfig) -> Plan:
 def _check_all(
     config: JobConfig, folder: OutputFolder, reader: PromptReader, state: FolderState | None
 ) -> InputSummary:
-    if reader.source.files() is None:
+    files = reader.source.files()
+    if files is None:
         logger.warning(
             "%s: cannot be recognised again, since it is no file of this machine: each run checks "
             "its rows itself",
             reader.source.name,
         )
+    else:
+        wait_for_clock_tick(files)
     checked = check_input(config, folder, reader, folder.read_hashes(), state, is_whole=False)
     ErrorLimit(config.max_row_errors, checked.summary.rows).check(checked.summary.bad_rows)
     folder.create()

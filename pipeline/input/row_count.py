@@ -14,6 +14,7 @@ from itertools import accumulate
 
 from gptbatch.pipeline.input.lines import BOM, MAX_LINE_BYTES, LineReader
 from gptbatch.pipeline.input.source import Place
+from gptbatch.pipeline.storage.object_path import ObjectReader
 
 CHUNK_BYTES = 1 << 20
 
@@ -90,7 +91,7 @@ def count_lines(reader: LineReader, blank: bytes, stop: int | None = None) -> Fi
     # ends: line ends so far; after_last: the byte after the last one that is not blank
     rows = ends = position = after_last = 0
     with reader.open() as file:
-        is_plain = isinstance(getattr(file, "raw", None), io.FileIO)
+        is_plain = isinstance(getattr(file, "raw", None), (io.FileIO, ObjectReader))
         while chunk := file.read(CHUNK_BYTES):
             if position == 0 and chunk.startswith(BOM):
                 # The bytes are counted, and a line of them alone is blank.

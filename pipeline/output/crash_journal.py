@@ -48,11 +48,13 @@ class CrashJournal:
         self._path, self._writer = run / CRASH_JOURNAL, writer
         self.last_prompt_id: str | None = None
         crashes: Counter[int] = Counter()
+        carried: Counter[int] = Counter()
         for journal in dead:
             self.last_prompt_id = journal.prompt_id or self.last_prompt_id
             crashes.update(journal.parts_in_flight)
-            for number, count in journal.crashes_per_part.items():
-                crashes[int(number)] += count
+            # Several may have taken over the counts of one run, where there are no locks.
+            carried |= Counter({int(k): count for k, count in journal.crashes_per_part.items()})
+        crashes += carried
         self.crashes_per_part: dict[int, int] = dict(crashes)
         self._parts_in_flight: list[int] = []
         self._prompt_id: str | None = None

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from gptbatch.pipeline.errors import InputRowsError
+
+
+class ErrorLimitError(InputRowsError):
+    """There are more error rows than `max_row_errors` allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +30,17 @@ class ErrorLimit:
         if self.setting is None:
             return self.rows
         if self.setting.endswith("%"):
-            return int(float(self.setting[:-1]) / 100 * self.rows)
+            return int(Fraction(self.setting[:-1]) * self.rows / 100)
         return int(self.setting)
 
     def check(self, errors: int) -> None:
         """Check a number of error rows.
 
         Raises:
-            InputRowsError: It exceeds the limit.
+            ErrorLimitError: It exceeds the limit.
         """
         if errors > self.max_errors:
-            raise InputRowsError(
+            raise ErrorLimitError(
                 f"{errors} of {self.rows} rows are errors, more than max_row_errors "
                 f"({self.setting}) allows; what is written stays, and the same command with a "
                 "larger one goes on"

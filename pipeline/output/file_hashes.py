@@ -162,14 +162,10 @@ class FileHashes:
         """Return whether a hash is recorded for a part: it was read back when it was written."""
         return path.name in self._parts
 
-    def is_altered(self, path: Location) -> bool:
-        """Read a part, and return whether a hash is recorded for it that differs.
-
-        Raises:
-            OSError: The file cannot be read.
-        """
+    def recorded_sha256(self, path: Location) -> str | None:
+        """Return the recorded hash of a part; None for none."""
         recorded = self._parts.get(path.name)
-        return recorded is not None and bool(recorded["sha256"] != file_sha256(path))
+        return None if recorded is None else str(recorded["sha256"])
 
     def add_records(self, records: Iterable[PartRecord]) -> None:
         """Add what runs have recorded of their parts since the file was written."""

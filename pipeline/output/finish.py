@@ -21,12 +21,12 @@ from gptbatch.pipeline.output.folder import SUCCESS, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.manifest import facts_of, manifest_text
 from gptbatch.pipeline.output.part_file import PartFile, inspect_part, part_name, read_footer
-from gptbatch.pipeline.output.part_listing import map_in_threads
 from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.stray_tables import find_stray_tables, refuse_stray_tables
 from gptbatch.pipeline.storage.atomic_write import Writer
 from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.system.threads import map_in_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ def finish(
 
     def inspect(entry: tuple[int, Location]) -> PartFile:
         number, path = entry
-        if number in known and hashes.is_unchanged(path):
+        if number in known and (hashes.is_unchanged(path) or writer.wrote(path)):
             return PartFile(path=path, state="sound", part=known[number])
         return inspect_part(path, content=number not in known and not hashes.is_recorded(path))
 

@@ -25,7 +25,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from gptbatch.pipeline.output.runs import list_runs
 from gptbatch.pipeline.output.stray_tables import find_stray_tables
 from gptbatch.pipeline.storage.atomic_write import Writer
 from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.system.threads import map_in_threads
 
 SUCCESS = "_SUCCESS"
 WORK = ".gptbatch"
@@ -199,20 +200,19 @@ class OutputFolder:
         Returns:
             The files by part number, without those that are gone by now.
         """
-        files = {}
-        for number, path in state.parts.items():
-            if number not in numbers:
-                continue
-            unchanged = hashes.is_unchanged(path)
-            file = inspect_part(path, content=not unchanged)
-            if file.state == "sound" and not unchanged and hashes.is_altered(path):
-                problem = "its bytes are not those that were written (SHA-256 differs)"
-                file = replace(file, state="damaged", problem=problem)
+
+        def inspect(path: Location) -> PartFile:
+            content = not hashes.is_unchanged(path)
+            return inspect_part(path, content=content, sha256=hashes.recorded_sha256(path))
+
+        paths = {number: path for number, path in state.parts.items() if number in numbers}
+        files = dict(zip(paths, map_in_threads(inspect, paths.values()), strict=True))
+        for file in files.values():
             if file.state == "damaged":
-                logger.info("%s: damaged (%s); its rows are generated again", path, file.problem)
-            if file.state != "missing":
-                files[number] = file
-        return files
+                logger.info(
+                    "%s: damaged (%s); its rows are generated again", file.path, file.problem
+                )
+        return {number: file for number, file in files.items() if file.state != "missing"}
 
     # -- creation ----------------------------------------------------------------------------------
 

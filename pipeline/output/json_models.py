@@ -162,6 +162,8 @@ class HolderContent(_StrictModel):
     pid: Count
     since: Time
     job: Text | None = None
+    # where `pid` is the number of the process (see run_folder.py)
+    pid_space: Text | None = None
     # whether runs of other shards may be going on
     shared: bool = False
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import secrets
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,7 +24,7 @@ from gptbatch.pipeline.output.run_folder import (
     OtherRun,
     RunFolder,
     holder,
-    process_exists,
+    is_gone,
     record_line,
 )
 from gptbatch.pipeline.storage.atomic_write import TEMPORARY_NAME, FileWriter
@@ -59,9 +58,7 @@ class LocalRun(OtherRun):
             return True
         content = self.holder()
         # A run that ends empties the file.
-        if content is None:
-            return False
-        if content.host == socket.gethostname() and not process_exists(content.pid):
+        if content is None or is_gone(content):
             return False
         return seems_running(self.path, max_silence_s)
 

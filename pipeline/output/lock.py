@@ -14,9 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from gptbatch.pipeline.errors import OutputBusyError
+from gptbatch.pipeline.errors import OutputBusyError, OutputCreationError
 from gptbatch.pipeline.output.local_run import list_local_runs
-from gptbatch.pipeline.output.object_run import ObjectRun, list_object_runs
+from gptbatch.pipeline.output.object_run import (
+    MAX_SILENCE_BEFORE_START_S,
+    ObjectRun,
+    list_object_runs,
+)
 from gptbatch.pipeline.output.run_folder import describe_holder, holder
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.storage.object_path import ObjectPath
@@ -27,10 +31,8 @@ logger = logging.getLogger("gptbatch")
 LOCK = "lock"
 # `gptbatch status` holds the lock for a moment.
 LOCK_TIMEOUT_S = 0.5
-# A run in an object store that shows no progress for this time has been killed. It writes its
-# progress three times as often.
-MAX_SILENCE_S = 60.0
 POLL_S = 2.0
+CLOCK = "clock"
 
 
 class OutputLock(Protocol):
@@ -113,8 +115,7 @@ class ObjectLock:
     """Refuses to write an output in an object store while other runs show progress.
 
     A run that was killed a moment ago looks alive. It is waited for until it has been silent for
-    MAX_SILENCE_S. Two runs that begin at once do not see each other: the parts of both are the
-    same, and each is kept once.
+    MAX_SILENCE_BEFORE_START_S. Of two runs that begin at once, the younger ends (object_run.py).
 
     Args:
         work: The folder `.gptbatch` of the output.
@@ -126,6 +127,8 @@ class ObjectLock:
         self.works = False
 
     def __enter__(self) -> ObjectLock:
+        if list_object_runs(self._work):
+            self._read_clock()
         before = {run.path.name: _versions(run) for run in self._others()}
         if before:
             logger.info(
@@ -150,12 +153,24 @@ class ObjectLock:
     ) -> None:
         return None
 
+    def _read_clock(self) -> None:
+        """Set the clock by which the silence of runs is measured to that of the store."""
+        clock = self._work / CLOCK
+        try:
+            clock.bucket.put(clock.key, b"")
+            clock.bucket.set_clock(clock.info().modified_s)
+            clock.unlink()
+        except OSError as error:
+            raise OutputCreationError(
+                f"{clock}: cannot be written ({error.strerror or error})"
+            ) from error
+
     def _others(self) -> list[ObjectRun]:
         """Return the live runs beside which this one must not begin."""
         return [
             run
             for run in list_object_runs(self._work)
-            if run.is_live(MAX_SILENCE_S) and not (self._shared and run.is_shared())
+            if run.is_live(MAX_SILENCE_BEFORE_START_S) and not (self._shared and run.is_shared())
         ]
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from types import TracebackType
 
-from gptbatch.pipeline.errors import OutputCreationError, StorageError
+from gptbatch.pipeline.errors import OutputBusyError, OutputCreationError, StorageError
 from gptbatch.pipeline.output.json_models import HolderContent, Part
 from gptbatch.pipeline.output.progress_file import PROGRESS
 from gptbatch.pipeline.output.run_folder import (
@@ -29,8 +27,9 @@ from gptbatch.pipeline.output.run_folder import (
     RUNS,
     OtherRun,
     RunFolder,
+    describe_holder,
     holder,
-    process_exists,
+    is_gone,
     record_line,
 )
 from gptbatch.pipeline.storage.object_path import ObjectPath
@@ -42,6 +41,8 @@ RECORD_INTERVAL_S = 30.0
 # A run that shows no progress for this time has been killed. It writes its progress six times as
 # often.
 MAX_SILENCE_S = 120.0
+# The same for a run of the whole job that is about to begin.
+MAX_SILENCE_BEFORE_START_S = 60.0
 
 
 class ObjectRun(OtherRun):
@@ -65,11 +66,7 @@ class ObjectRun(OtherRun):
         if self.silence_s() >= max_silence_s:
             return False
         content = self.holder()
-        if content is None:
-            return False
-        # A container that starts again has its old name, and often the same number of process.
-        is_here = content.host == socket.gethostname()
-        return not is_here or (content.pid != os.getpid() and process_exists(content.pid))
+        return content is not None and not is_gone(content)
 
     def is_shared(self) -> bool:
         """Return whether the run may be going on beside those of other shards."""
@@ -139,6 +136,8 @@ class ObjectRunFolder(RunFolder):
                 lock.bucket.url,
             )
         self.writer = ObjectWriter(obeys_conditions=conditional)
+        if not self._note["shared"]:
+            self._refuse_older_runs()
         return self
 
     def __exit__(
@@ -171,6 +170,23 @@ class ObjectRunFolder(RunFolder):
     def others(self) -> list[ObjectRun]:
         """Return the other runs, live and dead, oldest first."""
         return [run for run in list_object_runs(self._work) if run.path != self.path]
+
+    def _refuse_older_runs(self) -> None:
+        """End this run if another one has begun since ObjectLock looked; of two, the older goes on.
+
+        Raises:
+            OutputBusyError: Another run is going on.
+        """
+        lock = self.path / RUN_LOCK
+        mine = (lock.info().modified_s, self.path.name)
+        for run in self.others():
+            theirs = (run.files[RUN_LOCK].info().modified_s if RUN_LOCK in run.files else 0.0,)
+            if run.is_live(MAX_SILENCE_BEFORE_START_S) and (*theirs, run.path.name) < mine:
+                lock.bucket.put(lock.key, b"")
+                raise OutputBusyError(
+                    f"{self._work.parent}: another run is writing it "
+                    f"({describe_holder(run.path / RUN_LOCK)})"
+                )
 
     def _write_records(self) -> None:
         self._recorded_s = time.monotonic()

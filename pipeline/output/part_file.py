@@ -27,6 +27,7 @@ from gptbatch.pipeline.storage.regular_file import (
     open_regular,
     open_whole,
     parse_json,
+    sha256_of,
 )
 
 FOOTER_KEY = b"gptbatch"
@@ -121,13 +122,20 @@ def read_error(path: Location, error: Exception) -> GptbatchError:
     return StorageError(f"{path}: cannot be read ({cause})")
 
 
-def inspect_part(path: Location, *, content: bool = True, follow_links: bool = False) -> PartFile:
+def inspect_part(
+    path: Location,
+    *,
+    content: bool = True,
+    sha256: str | None = None,
+    follow_links: bool = False,
+) -> PartFile:
     """Inspect a file with a part's name.
 
     Args:
         path: The file.
         content: Read all rows and compare their digest with the footer. Otherwise only the footer
             is read.
+        sha256: The recorded hash of the file, to compare if `content` is read; None for none.
         follow_links: Accept a link to a regular file, as readers of the table do. A run refuses
             links.
 
@@ -145,6 +153,8 @@ def inspect_part(path: Location, *, content: bool = True, follow_links: bool = F
             part = _part_of(footer, rows, path.name)
             if content and footer["format"] == FORMAT:
                 _check_content(file, part)
+            if content and sha256 not in (None, sha256_of(file)):
+                raise ValueError("its bytes are not those that were written (SHA-256 differs)")
     except FileNotFoundError:
         return PartFile(path=path, state="missing", problem="gone")
     except _NoFooterError:

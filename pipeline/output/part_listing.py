@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError
 from gptbatch.pipeline.output.file_hashes import FileHashes
@@ -16,11 +14,8 @@ from gptbatch.pipeline.output.manifest import MANIFEST, DamagedManifestError
 from gptbatch.pipeline.output.part_file import PartFile, inspect_footer
 from gptbatch.pipeline.output.part_plan import differing_keys, group_by_job, rows_of_part
 from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.system.threads import map_in_threads
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-READING_THREADS = 8
 MAX_NAMED = 3
 
 
@@ -170,14 +165,3 @@ def _differences(manifest: dict[str, Any], footer: dict[str, Any]) -> dict[str, 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 20 else f"{text[:8]}..."
-
-
-def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Apply a function to items in parallel: on a network disk most of the time is latency."""
-    items = list(items)
-    try:
-        with ThreadPoolExecutor(min(READING_THREADS, max(1, len(items)))) as pool:
-            return list(pool.map(function, items))
-    except RuntimeError:
-        # No thread can be started.
-        return [function(item) for item in items]

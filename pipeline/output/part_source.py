@@ -7,11 +7,11 @@ rows that it generates. A local run takes the missing parts in order.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Protocol
 
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_file import part_name
+from gptbatch.pipeline.storage.location import Location
 
 
 class PartSource(Protocol):
@@ -60,5 +60,5 @@ class ListedParts(LocalParts):
         folder: The output folder.
     """
 
-    def __init__(self, numbers: Iterable[int], folder: Path) -> None:
+    def __init__(self, numbers: Iterable[int], folder: Location) -> None:
         super().__init__(number for number in numbers if not (folder / part_name(number)).exists())

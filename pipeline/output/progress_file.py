@@ -58,7 +58,8 @@ class ProgressFile:
         self._began_s = time.monotonic()
         self._is_local = isinstance(run, Path)
         self._interval_s = WRITE_INTERVAL_S if self._is_local else OBJECT_WRITE_INTERVAL_S
-        self._has_begun = threading.Event()
+        self._has_ended = threading.Event()
+        self._state: State = "loading"
         self._written_s = -self._interval_s
         self._rows = self._errors = self._tokens = 0
 
@@ -67,7 +68,7 @@ class ProgressFile:
         """Record the state of the run: loading at first, then complete, stopped or failed."""
         self.write("loading")
         try:
-            with nullcontext() if self._is_local else self._repeating_loading():
+            with nullcontext() if self._is_local else self._repeating():
                 yield
         except (StoppedError, KeyboardInterrupt):
             self.write("stopped")
@@ -81,24 +82,24 @@ class ProgressFile:
         self.write("complete")
 
     @contextmanager
-    def _repeating_loading(self) -> Iterator[None]:
-        """Show that the run is alive while it loads the model, where no lock does."""
+    def _repeating(self) -> Iterator[None]:
+        """Show that the run is alive where no lock does, also while it loads the model."""
 
         def repeat() -> None:
-            while not self._has_begun.wait(self._interval_s):
-                self.write("loading")
+            while not self._has_ended.wait(self._interval_s):
+                if time.monotonic() - self._written_s >= self._interval_s:
+                    self.write(self._state)
 
         thread = threading.Thread(target=repeat, daemon=True)
         thread.start()
         try:
             yield
         finally:
-            self._has_begun.set()
+            self._has_ended.set()
             thread.join()
 
     def begin(self, total_rows: int, done_rows: int) -> None:
         """Start the clock of tokens/s: the first row is about to run."""
-        self._has_begun.set()
         self._began_s = time.monotonic()
         self.write("running")
 
@@ -113,7 +114,7 @@ class ProgressFile:
 
     def write(self, state: State) -> None:
         """Write the file now. A full disk does not end the run for the sake of this file."""
-        self._written_s = time.monotonic()
+        self._written_s, self._state = time.monotonic(), state
         elapsed_s = self._written_s - self._began_s
         # A shard that generates parts of others has more than its own.
         rows_left = max(0, self._rows_total - self._rows_kept - self._rows)

@@ -21,15 +21,23 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from gptbatch.pipeline.output.crash_journal import CRASH_JOURNAL, read_crash_journal
-from gptbatch.pipeline.output.json_models import HolderContent, Part, PartRecord, validated
+from gptbatch.pipeline.output.json_models import (
+    CrashJournalContent,
+    HolderContent,
+    Part,
+    PartRecord,
+    validated,
+)
 from gptbatch.pipeline.output.progress_file import MAX_SILENCE_S, PROGRESS
 from gptbatch.pipeline.storage.atomic_write import Writer
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.storage.regular_file import open_whole, parse_json, read_json
+from gptbatch.pipeline.system.threads import map_in_threads
 
 RUNS = "runs"
 RUN_LOCK = "lock"
@@ -124,9 +132,11 @@ class RunFolder(ABC):
 
     def others_in_flight(self, max_silence_s: float) -> set[int]:
         """Return the parts that live runs beside this one have in flight, or are about to begin."""
-        journals = [
-            read_crash_journal(run.path) for run in self.others() if run.is_live(max_silence_s)
-        ]
+
+        def journal_of(run: OtherRun) -> CrashJournalContent | None:
+            return read_crash_journal(run.path) if run.is_live(max_silence_s) else None
+
+        journals = [found for found in map_in_threads(journal_of, self.others()) if found]
         return {
             number
             for journal in journals
@@ -141,13 +151,16 @@ def record_line(part: Part, sha256: str) -> str:
 
 def read_records(runs: Iterable[OtherRun]) -> Iterator[PartRecord]:
     """Yield the records of runs. Damaged lines are left out, such as the last one of a dead run."""
-    for run in runs:
-        if not run.has_records():
-            continue
-        with suppress(OSError), open_whole(run.path / RECORDS) as file:
-            for line in file:
-                with suppress(ValueError):
-                    yield validated(PartRecord, parse_json(line))
+    for lines in map_in_threads(_record_lines, [run for run in runs if run.has_records()]):
+        for line in lines:
+            with suppress(ValueError):
+                yield validated(PartRecord, parse_json(line))
+
+
+def _record_lines(run: OtherRun) -> list[bytes]:
+    with suppress(OSError), open_whole(run.path / RECORDS) as file:
+        return file.readlines()
+    return []
 
 
 def holder() -> dict[str, Any]:
@@ -155,6 +168,7 @@ def holder() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "pid_space": pid_space(),
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -168,8 +182,25 @@ def describe_holder(lock: Location) -> str:
     return f"process {content.pid} on host {content.host}, since {content.since}"
 
 
-def process_exists(pid: int) -> bool:
-    """Return whether this machine has a process of this number."""
+def pid_space() -> str:
+    """Return where the numbers of processes are those seen here: since this start, in a container.
+
+    Containers may have the host name of their machine, and numbers of their own.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def is_gone(content: HolderContent) -> bool:
+    """Return whether a process is known to have ended: it was one of those seen here."""
+    return content.pid_space == pid_space() and not _exists(content.pid)
+
+
+def _exists(pid: int) -> bool:
+    """Return whether there is a process of this number."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

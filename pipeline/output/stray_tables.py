@@ -54,15 +54,16 @@ def find_stray_tables(folder: Location) -> list[str]:
 
 def _stray_objects(folder: ObjectPath) -> list[str]:
     """Do the same in an object store, by the names alone."""
-    parts = {path.name for path in folder.iterdir() if part_number(path.name) is not None}
-    strays = []
-    for path in folder.walk_files():
-        name = path.relative_to(folder)
-        is_hidden = any(part.startswith(_HIDDEN) for part in name.parts)
-        is_part = str(name) in parts
-        if not is_hidden and not is_part and name.suffix.lower() == ".parquet":
-            strays.append(str(name))
-    return sorted(strays)
+    # One listing: a part may be written between two.
+    names = [path.relative_to(folder) for path in folder.walk_files()]
+    at_top = {str(name) for name in names}
+    return sorted(
+        str(name)
+        for name in names
+        if name.suffix.lower() == ".parquet"
+        and not any(part.startswith(_HIDDEN) for part in name.parts)
+        and not (len(name.parts) == 1 and _is_part_among(name.name, at_top))
+    )
 
 
 def describe_stray_tables(names: list[str]) -> str:
@@ -113,6 +114,12 @@ def _is_part(path: Path) -> bool:
         return False
     name = part_name(number)
     return path.name == name or not os.path.lexists(path.with_name(name))
+
+
+def _is_part_among(name: str, names: set[str]) -> bool:
+    """Do the same for an object, given the names beside it."""
+    number = part_number(name)
+    return number is not None and (name == part_name(number) or part_name(number) not in names)
 
 
 def _is_table(path: Path) -> bool:

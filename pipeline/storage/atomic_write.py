@@ -56,6 +56,10 @@ class Writer(Protocol):
             OutOfMemoryError: There is not enough memory to write it.
         """
 
+    def wrote(self, target: Any) -> bool:
+        """Return whether a file is known to be as this writer has left it."""
+        return False
+
     def remove(self, target: Any) -> None:
         """Delete a file durably; a missing file is no error.
 

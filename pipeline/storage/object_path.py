@@ -155,27 +155,49 @@ class ObjectPath:
 
 def match_objects(pattern: ObjectPath) -> list[ObjectPath]:
     """Return the objects whose names match a pattern, as `glob` does for files, sorted."""
-    segments = pattern.key.split("/")
-    n_plain = next(index for index, part in enumerate(segments) if glob.has_magic(part))
-    folder = ObjectPath(pattern.bucket, "/".join(segments[:n_plain]))
-    return sorted(
-        path
-        for path in folder.walk_files()
-        if _matches(list(path.relative_to(folder).parts), segments[n_plain:])
-    )
+    return sorted(_match(ObjectPath(pattern.bucket, ""), pattern.key.split("/")))
+
+
+def _match(folder: ObjectPath, segments: list[str]) -> Iterator[ObjectPath]:
+    """Yield the objects below a folder that match, a segment of the pattern per component.
+
+    Only `**` lists subfolders whose names are not known to match.
+    """
+    first, others = segments[0], segments[1:]
+    if not glob.has_magic(first):
+        path = folder / first
+        if others:
+            yield from _match(path, others)
+        elif path.is_file():
+            yield path
+    elif first == "**":
+        for path in folder.walk_files():
+            if _matches(list(path.relative_to(folder).parts), segments):
+                yield path
+    else:
+        objects, folders = folder.bucket.list(folder.key)
+        for info in [] if others else objects:
+            if _is_match(info.key.rpartition("/")[2], first):
+                yield ObjectPath(folder.bucket, info.key, info)
+        for key in folders if others else []:
+            if _is_match(key.rpartition("/")[2], first):
+                yield from _match(ObjectPath(folder.bucket, key), others)
 
 
 def _matches(parts: list[str], patterns: list[str]) -> bool:
+    """Return whether the components of a name match a pattern with `**`."""
     if not patterns:
         return not parts
-    is_hidden = bool(parts) and parts[0].startswith(".")
     if patterns[0] == "**":
-        # It stands for any number of components.
-        in_a_folder = bool(parts) and not is_hidden and _matches(parts[1:], patterns)
+        # It stands for any number of components that are not hidden.
+        in_a_folder = bool(parts) and not parts[0].startswith(".") and _matches(parts[1:], patterns)
         return in_a_folder or _matches(parts, patterns[1:])
-    if not parts or (is_hidden and not patterns[0].startswith(".")):
-        return False
-    return fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
+    return bool(parts) and _is_match(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
+
+
+def _is_match(name: str, pattern: str) -> bool:
+    is_hidden = name.startswith(".") and not pattern.startswith(".")
+    return not is_hidden and fnmatch.fnmatchcase(name, pattern)
 
 
 class ObjectReader(io.RawIOBase):

@@ -22,6 +22,9 @@ from gptbatch.pipeline.system.redact import redact
 
 # The client repeats requests after 5xx errors, lost connections and timeouts.
 RETRY_TIMEOUT_S = 180
+# The time decides, not the number.
+MAX_RETRIES = 1000
+MAX_PROBE_RETRIES = 3
 REQUEST_TIMEOUT_S = 60
 CONNECT_TIMEOUT_S = 10
 _STATUS = re.compile(r"status code: (\d{3} [A-Za-z ]+)")
@@ -77,17 +80,22 @@ class Bucket:
             settings["checksum_algorithm"] = "SHA256"
             if os.environ.get("AWS_PROFILE"):
                 settings["credential_provider"] = _aws_profile()
+        settings["client_options"] = {
+            # for endpoints that the user names with http:
+            "allow_http": True,
+            "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
+            "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
+        }
+        timeout = timedelta(seconds=RETRY_TIMEOUT_S)
         try:
-            self._store = obstore.store.from_url(
-                url,
-                client_options={
-                    # for endpoints that the user names with http:
-                    "allow_http": True,
-                    "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
-                    "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-                },
-                retry_config={"retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S)},
-                **settings,
+            # A store that does not know a request answers it with a 5xx error, too.
+            self._store, self._impatient_store = (
+                obstore.store.from_url(
+                    url,
+                    retry_config={"max_retries": retries, "retry_timeout": timeout},
+                    **settings,
+                )
+                for retries in (MAX_RETRIES, MAX_PROBE_RETRIES)
             )
         except (obstore.exceptions.BaseError, ValueError) as error:
             raise ConfigError(f"{url}: cannot be opened ({_first_line(error)})") from error
@@ -164,6 +172,24 @@ class Bucket:
             done = _obstore().put(self._store, key, content, mode=mode, use_multipart=False)
         return done["e_tag"] or ""
 
+    def refuses_existing(self, key: str, content: bytes) -> bool:
+        """Write an object that exists, only if it is absent. Returns whether the store refuses.
+
+        Raises:
+            OSError: The store refuses it for lack of credentials.
+        """
+        with self._errors_of_files(key):
+            try:
+                _obstore().put(
+                    self._impatient_store, key, content, mode="create", use_multipart=False
+                )
+            except _obstore().exceptions.AlreadyExistsError:
+                return True
+            except _obstore().exceptions.GenericError:
+                # Such as 501: it does not know the condition.
+                return False
+        return False
+
     def delete(self, key: str) -> None:
         """Delete an object, if there is one."""
         with self._errors_of_files(key):
@@ -200,7 +226,7 @@ class Bucket:
         ) as error:
             problem = f"{_first_line(error)}: credentials are missing, or do not allow this"
             raise ObjectPermissionError(errno.EACCES, problem, name) from error
-        except (exceptions.BaseError, FileNotFoundError) as error:
+        except (exceptions.BaseError, FileNotFoundError, ValueError) as error:
             if "NoSuchBucket" in str(error):
                 problem = f"there is no bucket {self.url}"
                 raise ObjectStoreError(errno.ENXIO, problem, name) from error

@@ -46,6 +46,13 @@ class ObjectWriter(Writer):
 
     def __init__(self, *, obeys_conditions: bool = True) -> None:
         self._obeys_conditions = obeys_conditions
+        # of the objects that it has written durably
+        self._versions: dict[str, str] = {}
+
+    def wrote(self, target: ObjectPath) -> bool:
+        """Return whether an object has the version that this writer has read back."""
+        version = self._versions.get(str(target))
+        return bool(version) and version == target.info().version
 
     def write(
         self,
@@ -114,6 +121,7 @@ class ObjectWriter(Writer):
                 _pause(count)
                 continue
             if found[0] == data:
+                self._versions[str(target)] = found[1]
                 return True
             if problem is not None or found[1] != version:
                 return False
@@ -146,16 +154,7 @@ def obeys_conditions(target: ObjectPath, data: bytes) -> bool:
         OSError: It cannot be written.
     """
     target.bucket.put(target.key, data)
-    try:
-        target.bucket.put(target.key, data, only_if_absent=True)
-    except FileExistsError:
-        return True
-    except PermissionError:
-        raise
-    except OSError as error:
-        # Such as 501, where a store does not know the condition.
-        logger.info("%s: refuses a condition (%s)", target.bucket.url, error.strerror)
-    return False
+    return target.bucket.refuses_existing(target.key, data)
 
 
 def _read(target: ObjectPath) -> tuple[bytes, str] | None:

@@ -17,6 +17,7 @@ _ONE_SLASH = re.compile(
     r"(s3[an]?|gs|gcs|r2|oss|az|adl|abfss?|wasbs?|hdfs|webhdfs|dbfs|file|hf|https?|s?ftp|ssh|github|memory):/",
     re.IGNORECASE,
 )
+_NOT_IN_BUCKETS = re.compile(r"[^A-Za-z0-9._@-]")
 _NAMED_STORES = ", ".join(f"{scheme}://" for scheme in STORES)
 _HUB = re.compile(
     r"(?:https?://(?:huggingface\.co|hf\.co)|hf:/)/(?:(datasets|models)/)?([\w.-]+(?:/[\w.-]+)?)/?$"
@@ -52,6 +53,7 @@ def expand_path(text: str, *, writes: bool = False, stores: bool = False) -> str
     if "\0" in text:
         raise PathError("is no name that a file can have: it holds a zero byte")
     if stores and (match := OBJECT_URL.fullmatch(text)) is not None:
+        _check_bucket(match[1])
         _check_key((match[2] or "").rstrip("/"))
         _reject_variable(text)
         return text.rstrip("/")
@@ -66,8 +68,16 @@ def expand_path(text: str, *, writes: bool = False, stores: bool = False) -> str
     return text
 
 
+def _check_bucket(url: str) -> None:
+    bucket = url.partition("://")[2]
+    if found := _NOT_IN_BUCKETS.search(bucket):
+        raise PathError(f"has {found[0]!r} in the name of the bucket; write SCHEME://BUCKET/NAME")
+
+
 def _check_key(key: str) -> None:
     """Check the name in a bucket. Stores keep names as they are, and do not resolve dots."""
+    if any(ord(character) < 32 for character in key):
+        raise PathError("holds a control character")
     if key and any(part in ("", ".", "..") for part in key.split("/")):
         raise PathError("holds //, /./ or /../, which object stores do not resolve; remove them")
 
