@@ -65,6 +65,7 @@ def server() -> Iterator[int]:
 def store(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
     """Return a new bucket, to which this process's environment leads."""
     monkeypatch.setattr(object_writer, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(object_run, "CLOCK_TICK_S", 0.0)
     with faulty_store(f"bucket-{next(_names)}", server) as found:
         for name, value in found.environment.items():
             monkeypatch.setenv(name, value)
@@ -559,13 +560,27 @@ def test_a_process_that_is_gone_is_not_waited_for(store: FaultyStore) -> None:
         assert list_object_runs(work)[0].is_live()
 
 
-def test_of_two_runs_that_begin_at_once_the_older_goes_on(store: FaultyStore) -> None:
+def test_of_runs_that_begin_at_once_the_oldest_goes_on(
+    store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = ObjectPath.parse(f"{store.url}/out/.gptbatch")
-    with open_lock(work), open_lock(work), ObjectRunFolder(work, shared=False) as older:
-        time.sleep(1)
-        with pytest.raises(OutputBusyError, match="another run is writing it"):
-            ObjectRunFolder(work, shared=False).__enter__()
-        assert [run.path for run in list_object_runs(work) if run.is_live()] == [older.path]
+    monkeypatch.setattr(object_run, "CLOCK_TICK_S", 1.1)
+    began: list[ObjectRunFolder] = []
+
+    def begin(_: int) -> str:
+        try:
+            with open_lock(work):
+                began.append(ObjectRunFolder(work, shared=False).__enter__())
+        except OutputBusyError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(4) as pool:
+        refused = [problem for problem in pool.map(begin, range(4)) if problem]
+    assert len(refused) == 3
+    assert "another run is writing it" in refused[0]
+    live = [run.path for run in list_object_runs(work) if run.is_live()]
+    assert live == [run.path for run in began]
 
 
 def test_a_part_written_between_two_looks_is_no_stray_table(

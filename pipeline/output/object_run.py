@@ -43,6 +43,8 @@ RECORD_INTERVAL_S = 30.0
 MAX_SILENCE_S = 120.0
 # The same for a run of the whole job that is about to begin.
 MAX_SILENCE_BEFORE_START_S = 60.0
+# Times of objects are in whole seconds.
+CLOCK_TICK_S = 1.1
 
 
 class ObjectRun(OtherRun):
@@ -174,9 +176,12 @@ class ObjectRunFolder(RunFolder):
     def _refuse_older_runs(self) -> None:
         """End this run if another one has begun since ObjectLock looked; of two, the older goes on.
 
+        After a tick of the clock, all runs that began in the same second are seen, by each of them.
+
         Raises:
             OutputBusyError: Another run is going on.
         """
+        time.sleep(CLOCK_TICK_S)
         lock = self.path / RUN_LOCK
         mine = (lock.info().modified_s, self.path.name)
         for run in self.others():
