@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from gptbatch.pipeline.cluster.on_ray import check_reachable
+from gptbatch.pipeline.cluster.connection import check_reachable
 from gptbatch.pipeline.cluster.pending import describe_pending
 from gptbatch.pipeline.errors import DeviceError
 

@@ -14,15 +14,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from gptbatch.pipeline.cluster.connection import connected
 from gptbatch.pipeline.cluster.pending import describe_pending
 from gptbatch.pipeline.cluster.ray_actors import DealerActor, WorkerActor
 from gptbatch.pipeline.config import JobConfig
@@ -45,7 +42,6 @@ logger = logging.getLogger("gptbatch")
 POLL_S = 1.0
 # Workers end after a step. Those that do not are killed.
 STOP_S = 10.0
-CONNECT_S = 10.0
 # Workers that are pending for this long are named once.
 MAX_PENDING_S = 20.0
 # A worker is replaced this often before the job is given up.
@@ -150,7 +146,7 @@ def run_on_ray(
         )
         state: dict[str, Any] = {"tokens": 0, "written": 0, "copies": 0, "set_aside": []}
         if missing:
-            with _cluster(settings.address), nullcontext() if stop is None else stop.deferred():
+            with connected(settings.address), nullcontext() if stop is None else stop.deferred():
                 state = driver.run(progress, stop)
         if set_aside := state["set_aside"]:
             raise IncompleteError(
@@ -377,50 +373,3 @@ class _Driver:
         )
         per_node = largest // self.settings.cpus if self.settings.cpus else self.settings.workers
         return 1 / max(1, min(self.settings.workers, int(per_node)))
-
-
-def check_reachable(address: str) -> None:
-    """Connect to HOST:PORT once. Ray itself tries for many minutes.
-
-    Raises:
-        DeviceError: No process listens there.
-    """
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal() or "//" in host:
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-    except OSError as error:
-        raise DeviceError(
-            f"the Ray cluster {address} cannot be reached ({error.strerror or error})"
-        ) from error
-
-
-@contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """Connect to a cluster, unless this process is connected; disconnect at the end.
-
-    Raises:
-        DeviceError: Ray is not installed, or there is no such cluster.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise DeviceError("ray is not installed: pip install 'gptbatch[ray]'", keys=()) from error
-    if ray.is_initialized():
-        yield
-        return
-    if address is not None:
-        check_reachable(address)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address or "local", log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise DeviceError(f"the Ray cluster {address} cannot be reached ({error})") from error
-    # Ray replaces it in the main thread, by one that exits at once.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()
