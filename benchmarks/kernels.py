@@ -72,11 +72,15 @@ def _onednn_linears(x: Tensor, weights: list[Tensor]) -> None:
         torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-def sampling(dtype: torch.dtype, top_k: int, min_p: float, repeats: int) -> dict[str, float]:
+def sampling(
+    dtype: torch.dtype, top_k: int, top_p: float, min_p: float, repeats: int
+) -> dict[str, float]:
     """Return the milliseconds that 64 rows take."""
     logits = (torch.randn(64, 50257) * 3 - 35).to(dtype)
     params = [
-        SamplingParams(seed=row, temperature=0.8, top_k=top_k, max_new_tokens=1, min_p=min_p)
+        SamplingParams(
+            seed=row, temperature=0.8, top_k=top_k, max_new_tokens=1, min_p=min_p, top_p=top_p
+        )
         for row in range(64)
     ]
     calls: dict[str, Callable[[], object]] = {
@@ -104,11 +108,20 @@ def main() -> None:
                 report[f"linears of {rows} rows, {name}, GFLOP/s"] = linears(
                     dtype, rows, args.repeats
                 )
-        for top_k, min_p in ((40, 0.0), (40, 0.05), (1000, 0.0), (0, 0.0), (0, 0.05)):
-            title = f"sampling, top_k {top_k}, min_p {min_p:g}, {name}, ms"
-            report[title] = sampling(dtype, top_k, min_p, args.repeats)
+        for top_k, top_p, min_p in (
+            (40, 1.0, 0.0),
+            (40, 0.9, 0.0),
+            (40, 1.0, 0.05),
+            (1000, 1.0, 0.0),
+            (1000, 0.9, 0.0),
+            (0, 1.0, 0.0),
+            (0, 0.9, 0.0),
+            (0, 1.0, 0.05),
+        ):
+            title = f"sampling, top_k {top_k}, top_p {top_p:g}, min_p {min_p:g}, {name}, ms"
+            report[title] = sampling(dtype, top_k, top_p, min_p, args.repeats)
     for title, found in report.items():
-        print(f"{title:<48}", *(f"{name} {value:8.2f}" for name, value in found.items()))
+        print(f"{title:<58}", *(f"{name} {value:8.2f}" for name, value in found.items()))
     print(json.dumps({"threads": args.threads, **report}))
 
 

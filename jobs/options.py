@@ -205,7 +205,9 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command an option for every sampling setting, None where it is not given."""
     for name, setting in reversed(SAMPLING_SETTINGS.items()):
-        range_: click.ParamType[Any] = click.FloatRange(setting.minimum, setting.maximum)
+        range_: click.ParamType[Any] = click.FloatRange(
+            setting.minimum, setting.maximum, min_open=setting.above_minimum
+        )
         if setting.type is int:
             range_ = click.IntRange(setting.minimum, int(setting.maximum))
         command = click.option(

@@ -47,6 +47,7 @@ class SamplingSetting:
         column_type: the Arrow type of the column.
         meaning: of the column.
         unit: of the column; "" where there is none.
+        above_minimum: the minimum itself is refused.
     """
 
     type: type[int] | type[float]
@@ -58,6 +59,12 @@ class SamplingSetting:
     column_type: Literal["int32", "int64", "float64"]
     meaning: str
     unit: str = ""
+    above_minimum: bool = False
+
+    def accepts(self, number: int | float) -> bool:
+        """Return whether a number is in the range."""
+        is_low = number <= self.minimum if self.above_minimum else number < self.minimum
+        return not is_low and number <= self.maximum
 
 
 # Every sampling setting. CONTRIBUTING.md lists the steps to add one.
@@ -120,6 +127,20 @@ SAMPLING_SETTINGS = {
         column_type="float64",
         meaning="0 is off",
     ),
+    "top_p": SamplingSetting(
+        type=float,
+        minimum=0,
+        maximum=1,
+        default=1.0,
+        metavar="P",
+        help=(
+            "Sample from the most likely tokens whose probabilities sum to at least P, of those "
+            "that top_k keeps. 1 keeps all tokens."
+        ),
+        column_type="float64",
+        meaning="1 is off",
+        above_minimum=True,
+    ),
 }
 
 
@@ -135,6 +156,7 @@ class SamplingParams:
     top_k: int
     max_new_tokens: int
     min_p: float = 0.0
+    top_p: float = 1.0
 
     def as_dict(self) -> dict[str, int | float]:
         """Return the settings by name, in the order of SAMPLING_SETTINGS."""

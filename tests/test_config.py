@@ -168,7 +168,7 @@ def test_every_sampling_setting_has_an_option_a_field_a_column_and_docs(name: st
     assert (key.default, key.description) == (setting.default, setting.help)
     assert name in get_args(get_args(config_fields()["metadata_field"].annotation)[0])
     assert take_settings({name: setting.maximum}) == {name: setting.maximum}
-    with pytest.raises(ValueError, match=f"{name} must be {setting.minimum} to"):
+    with pytest.raises(ValueError, match=rf"{name} must be (above )?{setting.minimum} to"):
         take_settings({name: setting.minimum - 1})
     (column,) = [column for column in COLUMNS if column.name == name]
     assert (str(column.field.metadata[b"meaning"], "utf-8"), column.nullable, column.kind) == (

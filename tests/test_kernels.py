@@ -607,6 +607,7 @@ def test_op_sample_matches_torch(vocab_size: int, dtype: torch.dtype) -> None:
                 top_k=rng.choice([0, 1, 2, 40, 1000, max(1, vocab_size - 1), 10**6]),
                 max_new_tokens=1,
                 min_p=rng.choice([0, 0, 1e-9, 0.05, 0.5, 1]),
+                top_p=rng.choice([1, 1, 1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-12]),
             )
             for _ in range(60)
         ]

@@ -12,6 +12,7 @@ from scipy import stats
 
 from gptbatch.pipeline.engine import reference
 from gptbatch.pipeline.engine.noise import gumbel, philox4x32, random_bits
+from gptbatch.pipeline.engine.nucleus import find_nucleus, masses
 from gptbatch.pipeline.engine.reference import sample_token
 from gptbatch.pipeline.engine.sampling import (
     SampledToken,
@@ -29,10 +30,20 @@ FALSE_ALARM = (
 
 
 def params(
-    seed: int, *, temperature: float = 1.0, top_k: int = 0, min_p: float = 0.0
+    seed: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    top_p: float = 1.0,
 ) -> SamplingParams:
     return SamplingParams(
-        seed=seed, temperature=temperature, top_k=top_k, max_new_tokens=1, min_p=min_p
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        max_new_tokens=1,
+        min_p=min_p,
+        top_p=top_p,
     )
 
 
@@ -105,18 +116,31 @@ def test_noise_is_finite_at_both_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_k", "min_p"),
-    [(0, 0), (1, 0), (5, 0), (12, 0), (40, 0), (10**9, 0), (0, 0.1), (0, 1), (5, 0.3), (3, 0.01)],
+    ("top_k", "min_p", "top_p"),
+    [
+        *((k, 0, 1) for k in (0, 1, 5, 12, 40, 10**9)),
+        *((0, m, 1) for m in (0.1, 1)),
+        (5, 0.3, 1),
+        (3, 0.01, 1),
+        *((0, 0, p) for p in (0.9, 0.5, 1e-9, 1 - 1e-9)),
+        (6, 0, 0.8),
+        (8, 0.1, 0.9),
+    ],
 )
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_draws_follow_softmax(top_k: int, min_p: float, temperature: float) -> None:
+def test_draws_follow_softmax(top_k: int, min_p: float, top_p: float, temperature: float) -> None:
     """Chi-square over seeds as users have them: derived from prompt ids."""
     logits = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.0, -0.3, -0.5, -1.0, -1.1, -1.2, 0.4, 0.1, -2.0])
     probabilities = torch.softmax(logits.double() / temperature, 0)
     likely_enough = int((probabilities >= min_p * probabilities.max()).sum())
-    kept = min(min(top_k, len(logits)) or len(logits), likely_enough)
+    kept = min(top_k, len(logits)) or len(logits)
+    by_rank = probabilities.sort(descending=True).values[:kept]
+    above = by_rank.cumsum(0) - by_rank
+    kept = min(kept, likely_enough, int((above < top_p * by_rank.sum()).sum()))
     rows = [
-        params(derive_seed(0, str(i)), temperature=temperature, top_k=top_k, min_p=min_p)
+        params(
+            derive_seed(0, str(i)), temperature=temperature, top_k=top_k, min_p=min_p, top_p=top_p
+        )
         for i in range(DRAWS)
     ]
     tokens = tokens_of(logits.expand(DRAWS, -1), rows, [0] * DRAWS)
@@ -216,6 +240,50 @@ def test_min_p_keeps_ties_and_nothing_below() -> None:
     assert set(tokens_of(logits.expand(2000, -1), rows, [0] * 2000)) == {0, 3}
 
 
+def test_top_p_keeps_ties_together() -> None:
+    logits = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0])
+    rows = [params(s, top_p=0.5) for s in range(2000)]
+    share = torch.softmax(logits, 0)[1].item()
+    assert share < 0.5, "one more token is needed, and three tie"
+    assert set(tokens_of(logits.expand(2000, -1), rows, [0] * 2000)) == {0, 1, 2, 3}
+    rows = [params(s, top_p=share - 1e-6) for s in range(2000)]
+    assert set(tokens_of(logits.expand(2000, -1), rows, [0] * 2000)) == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.7, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cutoff_of_top_p_is_that_of_the_oracle_at_every_mass(
+    temperature: float, dtype: torch.dtype
+) -> None:
+    """Try the exact share of some tokens, and the numbers beside it. bfloat16 has ties."""
+    logits = (torch.randn(6, 50, generator=torch.Generator().manual_seed(3)) * 4).to(dtype)
+    ones, minus = torch.ones(6, dtype=torch.float64), torch.full((6, 1), -math.inf)
+    found = find_nucleus(logits, minus.double(), ones * temperature, ones * 0.5)
+    checked = 0
+    for row in range(6):
+        for before in sorted(set(found.before[row].tolist()))[1:]:
+            share = before / found.total[row].item()
+            for p in (share, math.nextafter(share, 0), math.nextafter(share, 1)):
+                if not 0 < p < 1:
+                    continue
+                row_params = params(0, temperature=temperature, top_p=p)
+                nucleus = find_nucleus(
+                    logits[[row]], minus[:1].double(), ones[:1] * temperature, ones[:1] * p
+                )
+                expected = reference.cutoff(logits[row].double().tolist(), row_params)
+                assert nucleus.cutoff().item() == expected
+                checked += 1
+    assert checked > (5 if temperature == 1e-3 else 200)
+
+
+def test_masses_are_those_of_the_oracle() -> None:
+    x = torch.cat([-torch.rand(3000, dtype=torch.float64) * 36, torch.tensor([0.0, -33.0, -32.5])])
+    found = masses(x, 46).tolist()
+    assert found == [reference.mass(value, 46) for value in x.tolist()]
+    assert found == pytest.approx([math.exp(value) * 2**46 for value in x.tolist()], abs=1)
+    assert found[3000] == 2**46
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_the_kept_tokens_are_those_of_transformers(temperature: float) -> None:
     """Where no logit ties with the cutoff: transformers drops some ties, or keeps them."""
@@ -223,19 +291,33 @@ def test_the_kept_tokens_are_those_of_transformers(temperature: float) -> None:
         MinPLogitsWarper,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
+        TopPLogitsWarper,
     )
 
     logits = torch.randn(200, 60, generator=torch.Generator().manual_seed(1)) * 3
     ids: Any = torch.zeros(200, 1, dtype=torch.long)
-    for top_k, min_p in ((0, 0.1), (0, 0.7), (10, 0.05), (10, 0.3), (10, 0.0)):
-        theirs = TemperatureLogitsWarper(temperature)(ids, logits)
+    for top_k, min_p, top_p in (
+        (0, 0.1, 1.0),
+        (0, 0.7, 1.0),
+        (10, 0.05, 1.0),
+        (10, 0.3, 1.0),
+        (10, 0.0, 1.0),
+        (0, 0.0, 0.9),
+        (0, 0.0, 0.3),
+        (12, 0.0, 0.8),
+        (12, 0.02, 0.95),
+    ):
+        theirs = TemperatureLogitsWarper(temperature)(ids, logits.double())
         theirs = TopKLogitsWarper(top_k)(ids, theirs) if top_k else theirs
+        theirs = TopPLogitsWarper(top_p)(ids, theirs) if top_p < 1 else theirs
         theirs = MinPLogitsWarper(min_p)(ids, theirs) if min_p else theirs
-        rows = [params(0, temperature=temperature, top_k=top_k, min_p=min_p)] * 200
+        rows = [params(0, temperature=temperature, top_k=top_k, min_p=min_p, top_p=top_p)] * 200
         ours = kept_set(
             logits,
             torch.tensor([top_k or 60] * 200),
             torch.tensor([kept_range(p) for p in rows], dtype=torch.float64),
+            torch.tensor([p.top_p for p in rows], dtype=torch.float64),
+            torch.tensor([p.temperature for p in rows], dtype=torch.float64),
         )
         kept = torch.zeros(200, 60, dtype=torch.bool)
         kept[ours.tokens()] = True
@@ -252,6 +334,7 @@ def test_rows_keep_their_own_parameters() -> None:
             temperature=(0, 0.5, 1, 3)[s % 4],
             top_k=(0, 1, 7, 97, 500)[s % 5],
             min_p=(0, 0.05, 0.5)[s % 3],
+            top_p=(1, 0.9, 0.5, 0.01)[s % 7 % 4],
         )
         for s in range(40)
     ]
@@ -369,6 +452,7 @@ def test_no_change_of_less_than_half_the_margin_changes_the_token() -> None:
             temperature=(0, 0.7, 2)[s % 3],
             top_k=(0, 1, 2, 4, 10)[s % 5],
             min_p=(0, 0, 0.02, 0.3)[s % 4],
+            top_p=(1, 0.9, 0.6, 0.3)[s % 7 % 4],
         )
         for s in range(300)
     ]

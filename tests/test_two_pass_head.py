@@ -140,6 +140,7 @@ def test_choices_and_margins_are_those_of_all_logits(model: GPT, bound: float) -
             top_k=rng.choice([1, 2, 5, 12]),
             max_new_tokens=1,
             min_p=rng.choice([0, 0.05, 0.5]),
+            top_p=rng.choice([1, 0.9, 0.3]),
         )
         for i in range(rows)
     ]

@@ -29,8 +29,7 @@ from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingParams
 # transformers.
 _FILES_OF_OLD_DIGESTS = ("tokenizer.json", "vocab.json", "merges.txt")
 
-_RANGES = {name: (setting.minimum, setting.maximum) for name, setting in SAMPLING_SETTINGS.items()}
-_RANGES["prompt_tokens_dropped"] = (0, 2**31 - 1)
+MAX_TOKENS_DROPPED = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +154,12 @@ class LoadedRun:
         n_positions, vocab_size = self.gpt_config.n_positions, self.gpt_config.vocab_size
         if row["prompt"] is None:
             return "it has no prompt"
-        for name, (least, most) in _RANGES.items():
+        for name, setting in SAMPLING_SETTINGS.items():
             # None in outputs of versions without the setting
-            if row[name] is not None and not least <= row[name] <= most:
+            if row[name] is not None and not setting.accepts(row[name]):
                 return f"its {name} is {row[name]}"
+        if not 0 <= row["prompt_tokens_dropped"] <= MAX_TOKENS_DROPPED:
+            return f"its prompt_tokens_dropped is {row['prompt_tokens_dropped']}"
         if len(token_ids) != row["prompt_tokens"]:
             return (
                 f"its prompt is {len(token_ids)} tokens, but prompt_tokens is "

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.noise import gumbel
-from gptbatch.pipeline.engine.sampling import kept_range, kept_set, sample_tokens, top_k_size
+from gptbatch.pipeline.engine.sampling import (
+    KeptSet,
+    kept_range,
+    kept_set,
+    sample_tokens,
+    top_k_size,
+)
 from gptbatch.pipeline.kv_cache.interface import KVCache
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS
@@ -141,6 +147,8 @@ def explain_step(
         logits[None],
         torch.tensor([top_k_size(params, len(logits))]),
         torch.tensor([kept_range(params)], dtype=torch.float64),
+        torch.tensor([params.top_p if params.temperature > 0 else 1.0], dtype=torch.float64),
+        torch.tensor([params.temperature], dtype=torch.float64),
     )
     is_kept = torch.zeros(len(logits), dtype=torch.bool)
     is_kept[found.tokens()[1]] = True
@@ -150,7 +158,7 @@ def explain_step(
     else:
         kept_logits = torch.where(is_kept, logits / params.temperature, -math.inf)
         probabilities = torch.softmax(kept_logits, 0)
-    to_be_kept = float(found.cutoff[0, 0] - logits[token])
+    to_be_kept = 0.0 if is_kept[token] else _reach_of_outside(found, logits[token])
     to_win = float(kept_scores.max() - scores[token])
     order = [int(j) for j in kept_scores.argsort(descending=True, stable=True)[: runners_up + 1]]
 
@@ -167,6 +175,15 @@ def explain_step(
         distance=max(to_be_kept, to_win, 0.0),
         runners_up=tuple(others[:runners_up]),
     )
+
+
+def _reach_of_outside(found: KeptSet, logit: Tensor) -> float:
+    """Return the distance of a token that is not kept from being kept; see sampling.py."""
+    reach = max(0.0, float(found.base_cutoff[0, 0] - logit))
+    if found.nucleus is not None and logit < found.nucleus.cutoff()[0, 0]:
+        row = torch.zeros(1, dtype=torch.long)
+        reach = max(reach, float(found.nucleus.reach_of_outside(row, logit[None])[0]))
+    return reach
 
 
 def _prefill(model: GPT, cache: KVCache, batch: list[Segment]) -> Tensor:

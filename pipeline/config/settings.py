@@ -68,7 +68,8 @@ else:
 def _sampling_field(name: str) -> Any:
     """Return the field of a sampling setting, with its default, range and description."""
     setting = SAMPLING_SETTINGS[name]
-    return Field(setting.default, ge=setting.minimum, le=setting.maximum, description=setting.help)
+    lower: dict[str, Any] = {"gt" if setting.above_minimum else "ge": setting.minimum}
+    return Field(setting.default, **lower, le=setting.maximum, description=setting.help)
 
 
 class _Section(BaseModel):
@@ -243,6 +244,7 @@ class JobConfig(_Section):
     temperature: float = _sampling_field("temperature")
     top_k: int = _sampling_field("top_k")
     min_p: float = _sampling_field("min_p")
+    top_p: float = _sampling_field("top_p")
     max_new_tokens: int = _sampling_field("max_new_tokens")
     ignore_eos: bool = Field(False, description="Continue after an EOS token.")
     parse_special: bool = Field(

@@ -17,6 +17,9 @@ from torch import Tensor
 from gptbatch.pipeline.model.config import GPTConfig
 from gptbatch.pipeline.types import SamplingParams, StopReason
 
+# ln 2 in two parts, the first of which has 21 zero bits at its end.
+LN2_HIGH, LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10
+
 
 class Network(Protocol):
     """A model: idx (B, T) -> logits (B, T, V)."""
@@ -74,10 +77,41 @@ def sample_token(logits: Tensor, params: SamplingParams, step: int) -> int:
 def cutoff(values: list[float], params: SamplingParams) -> float:
     """Return the smallest logit that is kept."""
     k = min(params.top_k, len(values)) or len(values)
-    kth = sorted(values, reverse=True)[k - 1]
-    if params.temperature == 0 or params.min_p == 0:
-        return kth
-    return max(kth, max(values) - min_p_range(params))
+    lowest = sorted(values, reverse=True)[k - 1]
+    if params.temperature == 0:
+        return lowest
+    if params.top_p < 1:
+        bits = 46 if len(values) <= 65_536 else 40
+        lowest = top_p_cutoff([value for value in values if value >= lowest], params, bits)
+    if params.min_p > 0:
+        lowest = max(lowest, max(values) - min_p_range(params))
+    return lowest
+
+
+def top_p_cutoff(values: list[float], params: SamplingParams, bits: int) -> float:
+    """Return the smallest logit that top_p keeps, of those that top_k keeps."""
+    largest = max(values)
+    masses = {value: mass((value - largest) / params.temperature, bits) for value in values}
+    limit = params.top_p * float(sum(masses[value] for value in values))
+    lowest, above = largest, 0
+    for value in sorted(masses, reverse=True):
+        if not float(above) < limit:
+            break
+        lowest = value
+        above += masses[value] * values.count(value)
+    return lowest
+
+
+def mass(x: float, bits: int) -> int:
+    """Return exp(x) * 2^bits as a whole number, x <= 0; formula and constants as in nucleus.py."""
+    if x < -33:
+        return 0
+    n = round(x * (1 / math.log(2)))
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    total = 1 / math.factorial(13)
+    for k in range(12, -1, -1):
+        total = total * r + 1 / math.factorial(k)
+    return round(total * 2.0 ** (n + bits))
 
 
 def min_p_range(params: SamplingParams) -> float:

@@ -2,13 +2,15 @@
 
     kept   = the tokens with logit >= cutoff: ties are kept. The cutoff is the largest of
                  top_k    the k-th largest logit; none if top_k is 0 or at least V
+                 top_p    the smallest logit of the most likely tokens that hold top_p of the mass
+                          of those that top_k keeps (see nucleus.py); none if top_p is 1
                  min_p    the largest logit + temperature * ln(min_p); none if min_p is 0
     score  = float64(logit) + temperature * g, with g the noise of (row seed, step, token id)
     token  = the kept token with the largest score; the smallest id among ties
 
 With Gumbel noise this samples from softmax(logits / temperature) over the kept set (Maddison,
-Tarlow and Minka, "A* sampling", NeurIPS 2014). Temperature 0 is greedy by the same formula; top_k
-and min_p do not matter then. A row's token does not depend on other rows.
+Tarlow and Minka, "A* sampling", NeurIPS 2014). Temperature 0 is greedy by the same formula; top_k,
+top_p and min_p do not matter then. A row's token does not depend on other rows.
 
 The decision margin of a step tells how close it was to another token. It is a distance in logits:
 if every logit changes by less than half of it, the same token wins. With `reach(t)`, the least
@@ -22,6 +24,9 @@ With the logits sorted as v_1 >= v_2 >= ... and ties counted one by one,
 
     reach(t) = logit(t) - max(v_(k+1), cutoff of min_p)    of a kept token; 0 for ties with v_(k+1)
     reach(j) = cutoff - logit(j)                           of a token outside
+
+and for top_p as in nucleus.py. A kept token needs all filters, so the smallest reach counts. A
+token outside needs those that leave it out, so the largest counts.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.noise import gumbel
+from gptbatch.pipeline.engine.nucleus import Nucleus, find_nucleus
 from gptbatch.pipeline.types import SamplingParams
 
 # Scores computed at once for rows that keep the full vocabulary: they fit the caches of a CPU.
@@ -86,6 +92,11 @@ def sample_tokens(
         kept_ranges=torch.tensor(
             [kept_range(p) for p in params], dtype=torch.float64, device=device
         ),
+        top_ps=torch.tensor(
+            [p.top_p if p.temperature > 0 else 1.0 for p in params],
+            dtype=torch.float64,
+            device=device,
+        ),
         margin_bounds=torch.tensor(list(margin_bounds), dtype=torch.float64, device=device),
     )
     kept_sizes = [kept_set_size(p, vocab_size) for p in params]
@@ -97,6 +108,7 @@ def sample_tokens(
             rows.temperatures,
             torch.tensor(kept_sizes),
             rows.kept_ranges,
+            rows.top_ps,
             rows.margin_bounds,
         )
     else:
@@ -117,7 +129,7 @@ def top_k_size(params: SamplingParams, vocab_size: int) -> int:
 def kept_set_size(params: SamplingParams, vocab_size: int) -> int:
     """Return how many tokens can win, ties aside: only the largest logit if temperature is 0.
 
-    min_p may leave fewer.
+    top_p and min_p may leave fewer.
     """
     return 1 if params.temperature == 0 else top_k_size(params, vocab_size)
 
@@ -137,7 +149,10 @@ class KeptSet:
         logits: (S, V).
         top_values: The K largest logits of each row (S, K), K > k where V allows it.
         top_ids: Their token ids (S, K).
-        cutoff: The smallest logit that is kept, (S, 1) float64.
+        cutoff: A token is kept if its logit is at least this, (S, 1) float64.
+        base_cutoff: The cutoff of top_k and min_p alone.
+        nucleus: Of the rows with top_p; None without any.
+        nucleus_rows: Their indices (R,).
         exit: A kept token whose logit falls to this would not be kept, (S, 1) float64; -inf where
             all are.
     """
@@ -146,6 +161,9 @@ class KeptSet:
     top_values: Tensor
     top_ids: Tensor
     cutoff: Tensor
+    base_cutoff: Tensor
+    nucleus: Nucleus | None
+    nucleus_rows: Tensor
     exit: Tensor
 
     def tokens(self) -> tuple[Tensor, Tensor]:
@@ -165,13 +183,21 @@ class KeptSet:
         return has_all or bool((self.top_values[:, -1:] < threshold).all())
 
 
-def kept_set(logits: Tensor, kept_sizes: Tensor, kept_ranges: Tensor) -> KeptSet:
+def kept_set(
+    logits: Tensor,
+    kept_sizes: Tensor,
+    kept_ranges: Tensor,
+    top_ps: Tensor,
+    temperatures: Tensor,
+) -> KeptSet:
     """Find the kept set of each row.
 
     Args:
         logits: (S, V).
         kept_sizes: k of each row (S,), 1 to V; ties with the k-th largest logit are kept too.
         kept_ranges: How far below the largest logit tokens are kept (S,) float64.
+        top_ps: (S,) float64, 1 where the temperature is 0.
+        temperatures: (S,) float64.
     """
     vocab_size = logits.shape[1]
     has_k = kept_sizes < vocab_size
@@ -184,11 +210,22 @@ def kept_set(logits: Tensor, kept_sizes: Tensor, kept_ranges: Tensor) -> KeptSet
         return torch.where(has_k[:, None], values, -math.inf)
 
     range_cutoff = top.values[:, :1].double() - kept_ranges[:, None]
+    kth = ranked(ranks - 1)
+    cutoff = base_cutoff = torch.maximum(kth, range_cutoff)
+    index = torch.nonzero(top_ps < 1)[:, 0]
+    nucleus = None
+    if len(index):
+        nucleus = find_nucleus(logits[index], kth[index], temperatures[index], top_ps[index])
+        cutoff = cutoff.clone()
+        cutoff[index] = torch.maximum(cutoff[index], nucleus.cutoff())
     return KeptSet(
         logits=logits,
         top_values=top.values,
         top_ids=top.indices,
-        cutoff=torch.maximum(ranked(ranks - 1), range_cutoff),
+        cutoff=cutoff,
+        base_cutoff=base_cutoff,
+        nucleus=nucleus,
+        nucleus_rows=index,
         exit=torch.maximum(ranked(ranks), range_cutoff),
     )
 
@@ -201,6 +238,7 @@ class _Rows:
     steps: Tensor
     temperatures: Tensor
     kept_ranges: Tensor
+    top_ps: Tensor
     margin_bounds: Tensor
 
     def __getitem__(self, index: Tensor) -> _Rows:
@@ -209,6 +247,7 @@ class _Rows:
             steps=self.steps[index],
             temperatures=self.temperatures[index],
             kept_ranges=self.kept_ranges[index],
+            top_ps=self.top_ps[index],
             margin_bounds=self.margin_bounds[index],
         )
 
@@ -227,8 +266,10 @@ def _sample(logits: Tensor, kept_sizes: list[int], rows: _Rows) -> tuple[Tensor,
     margins = torch.zeros_like(rows.temperatures)
     # Rows that keep the full vocabulary need no list of kept tokens.
     keeps_all = [
-        count == vocab_size and math.isinf(kept_range)
-        for count, kept_range in zip(kept_sizes, rows.kept_ranges.tolist(), strict=True)
+        count == vocab_size and math.isinf(kept_range) and top_p == 1
+        for count, kept_range, top_p in zip(
+            kept_sizes, rows.kept_ranges.tolist(), rows.top_ps.tolist(), strict=True
+        )
     ]
     filtered_rows = [row for row in range(batch) if not keeps_all[row]]
     if filtered_rows:
@@ -248,7 +289,7 @@ def _sample(logits: Tensor, kept_sizes: list[int], rows: _Rows) -> tuple[Tensor,
 def _sample_from_kept(logits: Tensor, kept_sizes: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     """Return tokens and margins (S,) of rows that keep some of the tokens."""
     batch, vocab_size = logits.shape
-    kept = kept_set(logits, kept_sizes, rows.kept_ranges)
+    kept = kept_set(logits, kept_sizes, rows.kept_ranges, rows.top_ps, rows.temperatures)
     row_ids, token_ids = kept.tokens()
     scores = rows.scores(logits, row_ids, token_ids)
     best = _max_per_row(scores, row_ids, batch)
@@ -262,6 +303,9 @@ def _sample_from_kept(logits: Tensor, kept_sizes: Tensor, rows: _Rows) -> tuple[
     second = _max_per_row(others, row_ids, batch)
     winning = logits.gather(1, tokens[:, None])[:, 0].double()
     reach = winning - kept.exit[:, 0]
+    if kept.nucleus is not None:
+        index = kept.nucleus_rows
+        reach[index] = torch.minimum(reach[index], kept.nucleus.reach_of_kept(winning[index]))
     margins = torch.minimum(torch.minimum(best - second, reach), rows.margin_bounds)
     return tokens, torch.minimum(margins, _outside_distances(kept, rows, best, margins))
 
@@ -269,15 +313,31 @@ def _sample_from_kept(logits: Tensor, kept_sizes: Tensor, rows: _Rows) -> tuple[
 def _outside_distances(kept: KeptSet, rows: _Rows, best: Tensor, margins: Tensor) -> Tensor:
     """Return the smallest max(reach(j), score(token) - score(j)) over tokens j outside, (S,).
 
-    Only tokens nearer to the cutoff than `margins` are examined; infinity for none.
+    Only tokens whose reach may be below `margins` are examined; infinity for none.
     """
     logits, cutoff = kept.logits, kept.cutoff
-    row_ids, token_ids = kept.at_least(cutoff - margins[:, None])
+    lowest = cutoff - margins[:, None]
+    if kept.nucleus is not None:
+        index = kept.nucleus_rows
+        lowest[index] = torch.minimum(lowest[index], kept.nucleus.lowest(margins[index]))
+    row_ids, token_ids = kept.at_least(lowest)
     near = logits[row_ids, token_ids].double()
-    is_outside = near < cutoff[row_ids, 0]
+    # A logit of -inf never wins.
+    is_outside = (near < cutoff[row_ids, 0]) & (near > -math.inf)
     row_ids, token_ids, near = row_ids[is_outside], token_ids[is_outside], near[is_outside]
     to_win = best[row_ids] - rows.scores(logits, row_ids, token_ids)
-    distances = torch.maximum(cutoff[row_ids, 0] - near, to_win)
+    reach = (kept.base_cutoff[row_ids, 0] - near).clamp(min=0)
+    if kept.nucleus is not None:
+        place = torch.full((len(logits),), -1, device=logits.device)
+        place[kept.nucleus_rows] = torch.arange(len(kept.nucleus_rows), device=logits.device)
+        is_left_out = place[row_ids] >= 0
+        is_left_out &= near < kept.nucleus.cutoff()[place[row_ids].clamp(min=0), 0]
+        is_left_out &= to_win < margins[row_ids]
+        reach[is_left_out] = torch.maximum(
+            reach[is_left_out],
+            kept.nucleus.reach_of_outside(place[row_ids[is_left_out]], near[is_left_out]),
+        )
+    distances = torch.maximum(reach, to_win)
     smallest = torch.full_like(margins, math.inf)
     return smallest.scatter_reduce(0, row_ids, distances, "amin")
 

@@ -20,7 +20,7 @@ _SIMILARITY = 0.85
 _CONTAINERS = ("parameters", "params", "options", "config", "kwargs", "settings")
 # settings without an equivalent here
 _UNSUPPORTED = """
-    stop stopsequences stopstrings stoptokenids topp typicalp n bestof numreturnsequences
+    stop stopsequences stopstrings stoptokenids typicalp n bestof numreturnsequences
     dosample numbeams beamsize repetitionpenalty presencepenalty frequencypenalty lengthpenalty
     norepeatngramsize logitbias logprobs echo badwords mintokens minnewtokens minlength ignoreeos
     until maxgentoks maxtokenstosample badwordsids eostokenid samplingparams generationconfig

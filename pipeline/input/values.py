@@ -52,11 +52,10 @@ def parse_setting(value: Any, name: str, setting: SamplingSetting) -> int | floa
     """Return the value of a sampling setting. Raises ValueError for its type or range."""
     parse = _parse_integer if setting.type is int else _parse_number
     number = parse(value, name)
-    if not setting.minimum <= number <= setting.maximum:
+    if not setting.accepts(number):
         shown = number if setting.type is int else value
-        raise ValueError(
-            f"{name} must be {setting.minimum} to {setting.maximum}, not {shorten(shown)}"
-        )
+        least = f"above {setting.minimum}" if setting.above_minimum else setting.minimum
+        raise ValueError(f"{name} must be {least} to {setting.maximum}, not {shorten(shown)}")
     return number
 
 

@@ -88,7 +88,7 @@ struct SampleRows {
   const int64_t *seeds, *steps;
   const double* temperatures;
   const int64_t* kept_sizes;
-  const double *kept_ranges, *margin_bounds;
+  const double *kept_ranges, *top_ps, *margin_bounds;
 };
 
 template <class T>

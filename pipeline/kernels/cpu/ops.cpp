@@ -20,12 +20,14 @@
 //         block_table  (sequences, blocks per sequence) int32
 //         seq_indices  (N,) int64: the row of block_table of each token
 //         positions    (N,) int64: all earlier positions are in the cache or in this call
-//     sample(logits (S, V), seeds, steps, temperatures, kept_sizes, kept_ranges, margin_bounds)
+//     sample(logits (S, V), seeds, steps, temperatures, kept_sizes, kept_ranges, top_ps,
+//            margin_bounds)
 //         -> (tokens, margins)
 //         seeds, steps   (S,) int64
 //         temperatures   (S,) float64
 //         kept_sizes     (S,) int64, 1 to V: how many tokens can win, ties aside
 //         kept_ranges    (S,) float64: how far below the largest logit a token can win
+//         top_ps         (S,) float64: the share of the mass that can win; 1 keeps all
 //         margin_bounds  (S,) float64: a margin above the bound may be returned as the bound
 //         tokens         (S,) int64; -1 if logits hold NaN or +inf, or only -inf
 //         margins        (S,) float64
@@ -286,18 +288,18 @@ namespace {
 std::tuple<Tensor, Tensor> sample_op(const Tensor& logits, const Tensor& seeds,
                                      const Tensor& steps, const Tensor& temperatures,
                                      const Tensor& kept_sizes, const Tensor& kept_ranges,
-                                     const Tensor& margin_bounds) {
+                                     const Tensor& top_ps, const Tensor& margin_bounds) {
   const int64_t batch = logits.size(0), vocab_size = logits.size(1);
   TORCH_CHECK(logits.is_contiguous() && seeds.numel() == batch && steps.numel() == batch &&
                   temperatures.numel() == batch && kept_sizes.numel() == batch &&
-                  kept_ranges.numel() == batch && margin_bounds.numel() == batch,
+                  kept_ranges.numel() == batch && top_ps.numel() == batch && margin_bounds.numel() == batch,
               "sample: logits must be contiguous, and the other inputs must have ", batch,
               " elements each");
   Tensor tokens = at::empty({batch}, seeds.options());
   Tensor margins = at::empty({batch}, temperatures.options());
   const SampleRows rows{seeds.const_data_ptr<int64_t>(), steps.const_data_ptr<int64_t>(),
                         temperatures.const_data_ptr<double>(), kept_sizes.const_data_ptr<int64_t>(),
-                        kept_ranges.const_data_ptr<double>(),
+                        kept_ranges.const_data_ptr<double>(), top_ps.const_data_ptr<double>(),
                         margin_bounds.const_data_ptr<double>()};
   int64_t* token = tokens.data_ptr<int64_t>();
   double* margin = margins.data_ptr<double>();
@@ -357,7 +359,7 @@ TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
       "Tensor block_table, Tensor seq_indices, Tensor positions, float scale) -> Tensor");
   library.def(
       "sample(Tensor logits, Tensor seeds, Tensor steps, Tensor temperatures, Tensor kept_sizes, "
-      "Tensor kept_ranges, Tensor margin_bounds) -> (Tensor, Tensor)");
+      "Tensor kept_ranges, Tensor top_ps, Tensor margin_bounds) -> (Tensor, Tensor)");
   library.def(
       "rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor row_factors, "
       "Tensor group_norms, Tensor kept_sizes, Tensor exact_ranges) -> Tensor");

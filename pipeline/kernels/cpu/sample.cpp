@@ -7,7 +7,7 @@
 // pipeline/engine/sampling.py defines both, pipeline/engine/noise.py the noise. Naive code that
 // computes the token:
 //
-//     cutoff = max(k-th largest logit, largest logit - kept_range);
+//     cutoff = max(k-th largest logit, largest logit - kept_range, cutoff of top_p);
 //     for (t = 0; t < V; t++)
 //       if (logit[t] >= cutoff && logit[t] + temperature * gumbel(t) > best) best = ..., token = t;
 //
@@ -21,6 +21,7 @@
 #include <limits>
 #include <vector>
 
+#include "nucleus.h"
 #include "vocab_maxima.h"
 
 namespace gptbatch {
@@ -28,6 +29,9 @@ namespace {
 
 constexpr int64_t NOISE_TOKENS = 2 * TOKENS_PER_GROUP;  // tokens whose random bits are made at once
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
+// 2^16 masses of 2^46 have a sum below 2^63 (pipeline/engine/nucleus.py).
+constexpr int MASS_BITS = 46, MASS_BITS_OF_LARGE_VOCAB = 40;
+constexpr int64_t LARGE_VOCAB = 1 << 16;
 constexpr double MAX_NOISE = 37.0;  // -log(-log(1 - 2^-53)) is 36.74
 constexpr double TWO_52 = 4503599627370496.0;
 
@@ -36,6 +40,7 @@ struct SampleRow {
   double temperature;
   int64_t kept_size;
   double kept_range;
+  double top_p;
   double margin_bound;
 };
 
@@ -98,6 +103,7 @@ class SampleScratch {
   std::vector<Candidate> candidates;
   std::vector<uint64_t> bits;
   std::vector<double> scores;
+  Nucleus nucleus;
 
   void score_candidates(const SampleRow& row) {
     bits.resize(candidates.size());
@@ -162,8 +168,12 @@ double next_largest(const T* logits, int64_t vocab_size, int64_t k, float kth,
 template <class T>
 SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, const SampleRow& row,
                              SampleScratch& scratch) {
-  auto& [maxima, work, candidates, bits, scores] = scratch;
+  auto& [maxima, work, candidates, bits, scores, nucleus] = scratch;
   candidates.clear();
+  const bool has_top_p = row.top_p < 1.0;
+  if (has_top_p)
+    nucleus.begin(max, row.temperature, row.top_p,
+                  vocab_size <= LARGE_VOCAB ? MASS_BITS : MASS_BITS_OF_LARGE_VOCAB);
   // A kept token whose logit falls to `exit` would not be kept.
   double cutoff = static_cast<double>(max) - row.kept_range, exit = cutoff;
   if (row.kept_size < vocab_size) {
@@ -176,12 +186,28 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, con
     const float kth = work[row.kept_size - 1];
     exit = std::max(exit, next_largest(logits, vocab_size, row.kept_size, kth, scratch));
     cutoff = std::max(cutoff, static_cast<double>(kth));
-    candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
-                                    [&](const Candidate& c) { return c.logit < cutoff; }),
-                     candidates.end());
+    if (has_top_p)
+      for (const Candidate& candidate : candidates)
+        if (candidate.logit >= kth) nucleus.add(candidate.logit);
   } else {
-    append_candidates(logits, vocab_size, cutoff, INFINITE, scratch);
+    const double lowest = nucleus.lowest_with_mass();
+    for (size_t g = 0; has_top_p && g < maxima.size(); g++) {
+      if (!(maxima[g] >= lowest)) continue;
+      const int64_t first = static_cast<int64_t>(g) * TOKENS_PER_GROUP;
+      nucleus.add(logits + first, std::min<int64_t>(TOKENS_PER_GROUP, vocab_size - first));
+    }
   }
+  const double base_cutoff = cutoff;
+  double cutoff_p = -INFINITE;
+  if (has_top_p) {
+    nucleus.compute_masses();
+    cutoff_p = nucleus.cutoff();
+    cutoff = std::max(cutoff, cutoff_p);
+  }
+  if (row.kept_size == vocab_size) append_candidates(logits, vocab_size, cutoff, INFINITE, scratch);
+  candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
+                                  [&](const Candidate& c) { return c.logit < cutoff; }),
+                   candidates.end());
   scratch.score_candidates(row);
   // Candidates are in token order: of equal scores the smallest token wins.
   size_t best = 0;
@@ -195,13 +221,21 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, con
   double margin = std::min(
       std::min(best_score - second, static_cast<double>(winner.logit) - exit), row.margin_bound);
 
-  // A token outside the kept set lowers the margin only if its logit is nearer to the cutoff.
+  if (has_top_p) margin = std::min(margin, nucleus.reach_of_kept(winner.logit, margin));
+
+  // A token outside the kept set lowers the margin only if its logit is near the cutoff.
   candidates.clear();
-  append_candidates(logits, vocab_size, cutoff - margin, cutoff, scratch);
+  const double lowest =
+      has_top_p ? std::min(cutoff - margin, nucleus.lowest(margin)) : cutoff - margin;
+  append_candidates(logits, vocab_size, lowest, cutoff, scratch);
   scratch.score_candidates(row);
   for (size_t i = 0; i < candidates.size(); i++) {
-    const double reach = cutoff - static_cast<double>(candidates[i].logit);
-    margin = std::min(margin, std::max(reach, best_score - scores[i]));
+    const float logit = candidates[i].logit;
+    double distance =
+        std::max(base_cutoff - static_cast<double>(logit), best_score - scores[i]);
+    if (logit < cutoff_p && distance < margin)
+      distance = std::max(distance, nucleus.reach_of_outside(logit, margin));
+    margin = std::min(margin, distance);
   }
   return {winner.token, margin};
 }
@@ -264,7 +298,7 @@ SampledToken sample_row(const T* logits, int64_t vocab_size, const SampleRow& ro
     max = std::max(max, x);
   }
   if (std::isinf(max)) return {-1, 0.0};
-  return row.kept_size < vocab_size || std::isfinite(row.kept_range)
+  return row.kept_size < vocab_size || std::isfinite(row.kept_range) || row.top_p < 1.0
              ? sample_kept_set(logits, vocab_size, max, row, scratch)
              : sample_full_vocab(logits, vocab_size, row, scratch);
 }
@@ -278,7 +312,7 @@ void sample(const T* logits, int64_t n_rows, int64_t vocab_size, const SampleRow
     static thread_local SampleScratch scratch;
     const SampleRow row{static_cast<uint64_t>(rows.seeds[i]), static_cast<uint64_t>(rows.steps[i]),
                         rows.temperatures[i], rows.kept_sizes[i], rows.kept_ranges[i],
-                        rows.margin_bounds[i]};
+                        rows.top_ps[i], rows.margin_bounds[i]};
     const SampledToken sampled = sample_row(logits + i * vocab_size, vocab_size, row, scratch);
     tokens[i] = sampled.token;
     margins[i] = sampled.margin;
