@@ -569,12 +569,14 @@ def test_of_runs_that_begin_at_once_the_oldest_goes_on(
 
     def begin(_: int) -> str:
         try:
-            with open_lock(work):
-                began.append(ObjectRunFolder(work, shared=False).__enter__())
+            began.append(ObjectRunFolder(work, shared=False).__enter__())
         except OutputBusyError as error:
             return str(error)
         return ""
 
+    # All have looked before one has begun.
+    for _ in range(4):
+        open_lock(work).__enter__()
     with ThreadPoolExecutor(4) as pool:
         refused = [problem for problem in pool.map(begin, range(4)) if problem]
     assert len(refused) == 3

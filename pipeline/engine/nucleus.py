@@ -6,7 +6,7 @@
     kept    = the tokens with above_j < top_p * sum of all q
 
 Masses are whole numbers: their sums do not depend on an order, so that the C++ kernel, torch and
-the oracle keep the same tokens. exp is computed by + and * alone, with the same bits everywhere.
+the oracle keep the same tokens. exp is computed by + and * alone, so that its bits are equal, too.
 
 Moving every logit by at most m/2 changes the odds of a set of tokens by at most exp(m / T). With
 
