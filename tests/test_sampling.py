@@ -389,7 +389,11 @@ def naive_margin(logits: torch.Tensor, p: SamplingParams, step: int) -> float | 
     distances = [(scores[winner] - scores[j]).item() for j in ids if kept[j] and j != winner]
     if k < len(logits):
         distances.append((logits[winner].double() - ordered[k]).item())
-    distances.append(logits[winner].double().item() - cutoff_m)
+    if not is_off:
+        others = torch.cat([logits[:winner], logits[winner + 1 :]]).double()
+        distances.append(
+            logits[winner].double().item() - (others.max().item() - reference.min_p_range(p))
+        )
     distances += [
         max(cutoff - logits[j].double().item(), (scores[winner] - scores[j]).item())
         for j in ids
@@ -451,7 +455,7 @@ def test_no_change_of_less_than_half_the_margin_changes_the_token() -> None:
             s,
             temperature=(0, 0.7, 2)[s % 3],
             top_k=(0, 1, 2, 4, 10)[s % 5],
-            min_p=(0, 0, 0.02, 0.3)[s % 4],
+            min_p=(0, 0, 0.02, 0.3, 1, 0.9)[s % 11 % 6],
             top_p=(1, 0.9, 0.6, 0.3)[s % 7 % 4],
         )
         for s in range(300)

@@ -22,8 +22,9 @@ distance at which token t enters or leaves the kept set, it is the smallest of
 
 With the logits sorted as v_1 >= v_2 >= ... and ties counted one by one,
 
-    reach(t) = logit(t) - max(v_(k+1), cutoff of min_p)    of a kept token; 0 for ties with v_(k+1)
-    reach(j) = cutoff - logit(j)                           of a token outside
+    reach(t) = logit(t) - v_(k+1)      of a kept token, for top_k; 0 for ties with v_(k+1)
+    reach(t) = logit(t) - (the largest other logit + temperature * ln(min_p))    for min_p
+    reach(j) = cutoff - logit(j)       of a token outside, for both
 
 and for top_p as in nucleus.py. A kept token needs all filters, so the smallest reach counts. A
 token outside needs those that leave it out, so the largest counts.
@@ -153,8 +154,8 @@ class KeptSet:
         base_cutoff: The cutoff of top_k and min_p alone.
         nucleus: Of the rows with top_p; None without any.
         nucleus_rows: Their indices (R,).
-        exit: A kept token whose logit falls to this would not be kept, (S, 1) float64; -inf where
-            all are.
+        next_largest: The (k+1)-th largest logit, (S, 1) float64; -inf without top_k.
+        kept_ranges: How far below the largest logit min_p keeps tokens, (S,) float64.
     """
 
     logits: Tensor
@@ -164,7 +165,8 @@ class KeptSet:
     base_cutoff: Tensor
     nucleus: Nucleus | None
     nucleus_rows: Tensor
-    exit: Tensor
+    next_largest: Tensor
+    kept_ranges: Tensor
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Return (row, token id) of every kept token, (E,) each."""
@@ -176,6 +178,20 @@ class KeptSet:
             rows, rank = torch.nonzero(self.top_values >= threshold, as_tuple=True)
             return rows, self.top_ids[rows, rank]
         return torch.nonzero(self.logits >= threshold, as_tuple=True)  # type: ignore[return-value]
+
+    def reach(self, logits: Tensor) -> Tensor:
+        """Return the reach of one kept token per row, by its logit (S,) float64."""
+        largest = self.top_values[:, :2].double()
+        # In a vocabulary of one there is no other logit, and no margin.
+        is_largest = logits == largest[:, 0]
+        largest_other = torch.where(is_largest, largest[:, -1], largest[:, 0])
+        reach = torch.minimum(
+            logits - self.next_largest[:, 0], logits - (largest_other - self.kept_ranges)
+        )
+        if self.nucleus is not None:
+            rows = self.nucleus_rows
+            reach[rows] = torch.minimum(reach[rows], self.nucleus.reach_of_kept(logits[rows]))
+        return reach
 
     def _lists_all(self, threshold: Tensor) -> bool:
         """Return whether the listed logits include all that reach the threshold."""
@@ -226,7 +242,8 @@ def kept_set(
         base_cutoff=base_cutoff,
         nucleus=nucleus,
         nucleus_rows=index,
-        exit=torch.maximum(ranked(ranks), range_cutoff),
+        next_largest=ranked(ranks),
+        kept_ranges=kept_ranges,
     )
 
 
@@ -302,10 +319,7 @@ def _sample_from_kept(logits: Tensor, kept_sizes: Tensor, rows: _Rows) -> tuple[
     others = torch.where(token_ids == tokens[row_ids], -math.inf, scores)
     second = _max_per_row(others, row_ids, batch)
     winning = logits.gather(1, tokens[:, None])[:, 0].double()
-    reach = winning - kept.exit[:, 0]
-    if kept.nucleus is not None:
-        index = kept.nucleus_rows
-        reach[index] = torch.minimum(reach[index], kept.nucleus.reach_of_kept(winning[index]))
+    reach = kept.reach(winning)
     margins = torch.minimum(torch.minimum(best - second, reach), rows.margin_bounds)
     return tokens, torch.minimum(margins, _outside_distances(kept, rows, best, margins))
 

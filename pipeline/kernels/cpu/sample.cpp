@@ -164,6 +164,24 @@ double next_largest(const T* logits, int64_t vocab_size, int64_t k, float kth,
   return outside;
 }
 
+// The largest logit of all tokens but one.
+template <class T>
+double largest_besides(const T* logits, int64_t vocab_size, int64_t token,
+                       const SampleScratch& scratch) {
+  double largest = -INFINITE;
+  for (size_t g = 0; g < scratch.maxima.size(); g++) {
+    const int64_t first = static_cast<int64_t>(g) * TOKENS_PER_GROUP;
+    const int64_t end = std::min(vocab_size, first + TOKENS_PER_GROUP);
+    if (token < first || token >= end) {
+      largest = std::max<double>(largest, scratch.maxima[g]);
+    } else {
+      for (int64_t t = first; t < end; t++)
+        if (t != token) largest = std::max<double>(largest, static_cast<float>(logits[t]));
+    }
+  }
+  return largest;
+}
+
 // Samples from the tokens whose logit reaches the cutoff. `max` is the largest logit.
 template <class T>
 SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, const SampleRow& row,
@@ -174,8 +192,9 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, con
   if (has_top_p)
     nucleus.begin(max, row.temperature, row.top_p,
                   vocab_size <= LARGE_VOCAB ? MASS_BITS : MASS_BITS_OF_LARGE_VOCAB);
-  // A kept token whose logit falls to `exit` would not be kept.
-  double cutoff = static_cast<double>(max) - row.kept_range, exit = cutoff;
+  double cutoff = static_cast<double>(max) - row.kept_range;
+  // A kept token whose logit falls to this would not be kept.
+  double exit = -INFINITE;
   if (row.kept_size < vocab_size) {
     const float threshold = find_threshold(logits, vocab_size, row.kept_size, maxima, work);
     append_candidates(logits, vocab_size, threshold, INFINITE, scratch);
@@ -184,7 +203,7 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, con
     std::nth_element(work.begin(), work.begin() + (row.kept_size - 1), work.end(),
                      std::greater<float>());
     const float kth = work[row.kept_size - 1];
-    exit = std::max(exit, next_largest(logits, vocab_size, row.kept_size, kth, scratch));
+    exit = next_largest(logits, vocab_size, row.kept_size, kth, scratch);
     cutoff = std::max(cutoff, static_cast<double>(kth));
     if (has_top_p)
       for (const Candidate& candidate : candidates)
@@ -218,6 +237,12 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, con
     if (i != best) second = std::max(second, scores[i]);
   const Candidate winner = candidates[best];
   const double best_score = scores[best];
+  if (std::isfinite(row.kept_range)) {
+    const double other = winner.logit == max
+                             ? largest_besides(logits, vocab_size, winner.token, scratch)
+                             : static_cast<double>(max);
+    exit = std::max(exit, other - row.kept_range);
+  }
   double margin = std::min(
       std::min(best_score - second, static_cast<double>(winner.logit) - exit), row.margin_bound);
 
