@@ -404,9 +404,17 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
         "line:7",
     ]
     assert (found[3]["note"], found[3]["error"]) == ("n", reasons[4])
+    # rows that were not read have no prompt, and are refused until they have one
+    assert [row["prompt"] for row in found] == [None, None, None, "king " * 100, None, None]
     (tmp_path / "again").mkdir()
+    options = ("--input", str(errors), "--context-overflow", "truncate_left")
+    expect(generate(tmp_path / "again", *options), 65, "5 bad of 6 rows")
+    mended = tmp_path / "mended.jsonl"
+    mended.write_text(
+        "".join(json.dumps({**row, "prompt": row["prompt"] or "a"}) + "\n" for row in found)
+    )
     code, child = generate(
-        tmp_path / "again", "--input", errors, "--context-overflow", "truncate_left"
+        tmp_path / "again", "--input", mended, "--context-overflow", "truncate_left"
     )
     assert (code, child.summary["ok"]) == (0, 6), child.stderr
     again = pq.read_table(tmp_path / "again" / "out" / "part-000000.parquet").to_pylist()

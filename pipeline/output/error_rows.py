@@ -1,7 +1,8 @@
 """The error rows of an output: the file `errors.jsonl`, and a sentence that counts them.
 
 A line of errors.jsonl holds a row's id, prompt, settings and other fields, and `error`, the reason.
-The file can be the input of another run. Rows that could not be read have an empty prompt.
+The file can be the input of another run, once its rows are corrected. Rows that could not be read
+have no prompt, and are refused until they have one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _COLUMNS = [
     "error",
 ]
 _ADVICE = {
-    "bad_row": "mend them in the input",
+    "bad_row": "mend them in the input, which has their prompts",
     "too_long": "context_overflow: truncate_left keeps the end of such prompts",
     "empty_prompt": "give them a prompt",
     "unknown_token": "the model lacks a token of the tokenizer",
@@ -105,7 +106,7 @@ def _to_line(row: dict[str, Any], defaults: RowDefaults) -> str:
     """Return a row as a JSON object. Numbers in the metadata keep their digits."""
     columns = {
         defaults.id_field: row["prompt_id"],
-        defaults.prompt_field: row["prompt"],
+        defaults.prompt_field: row["prompt"] or None,
         **{name: row[name] for name in SAMPLING_SETTINGS},
         "error": row["error"],
     }

@@ -131,8 +131,9 @@ class ObjectLock:
             self._read_clock()
         before = {run.path.name: _versions(run) for run in self._others()}
         if before:
-            logger.info(
-                "%s: a run seems to be going on there; waiting whether it shows progress",
+            logger.warning(
+                "%s: a run seems to be going on there; waiting up to a minute whether it shows "
+                "progress, or was killed",
                 self._work.parent,
             )
         while others := self._others():

@@ -344,7 +344,9 @@ class RunOutput:
             kinds.update(part.error_kinds)
         if described := describe_errors(kinds, self.target.plan.total_rows):
             logger.warning(
-                "%s; %s has their prompts and reasons", described, self.folder.work / ERRORS
+                "%s; %s has the reasons, and the prompts that were read",
+                described,
+                self.folder.work / ERRORS,
             )
 
 

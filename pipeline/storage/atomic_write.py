@@ -14,8 +14,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -83,6 +83,22 @@ class Writer(Protocol):
         )
 
 
+@contextmanager
+def storage_errors(target: Location, what: str) -> Iterator[None]:
+    """Turn errors of the file system and of memory into those that a Writer raises.
+
+    Args:
+        target: The file.
+        what: "written" or "removed".
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be {what} ({error.strerror or error})") from error
+    except MemoryError as error:
+        raise OutOfMemoryError(f"{target}: cannot be {what}: out of memory ({error})") from error
+
+
 class FileWriter(Writer):
     """Writes the files of one run on a file system.
 
@@ -109,45 +125,33 @@ class FileWriter(Writer):
     ) -> bool:
         """Write a file. See Writer."""
         temporary = self.work / f"{target.name}.tmp"
-        try:
-            with temporary.open("xb") as file:
-                content(file)
-            if durable:
-                _fsync(temporary)
-            if check is not None:
-                with temporary.open("rb") as file:
-                    check(file)
-            if only_if_absent:
-                if not _link(temporary, target):
-                    return False
-            else:
-                os.replace(temporary, target)
-            if durable:
-                for folder in {target.parent, self.work}:
-                    _fsync(folder)
-        except OSError as error:
-            raise StorageError(
-                f"{target}: cannot be written ({error.strerror or error})"
-            ) from error
-        except MemoryError as error:
-            raise OutOfMemoryError(
-                f"{target}: cannot be written: out of memory ({error})"
-            ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with storage_errors(target, "written"):
+            try:
+                with temporary.open("xb") as file:
+                    content(file)
+                if durable:
+                    _fsync(temporary)
+                if check is not None:
+                    with temporary.open("rb") as file:
+                        check(file)
+                if only_if_absent:
+                    if not _link(temporary, target):
+                        return False
+                else:
+                    os.replace(temporary, target)
+                if durable:
+                    for folder in {target.parent, self.work}:
+                        _fsync(folder)
+            finally:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
         return True
 
     def remove(self, target: Path) -> None:
         """Delete a file durably. See Writer."""
-        try:
-            with suppress(FileNotFoundError):
-                target.unlink()
-                _fsync(target.parent)
-        except OSError as error:
-            raise StorageError(
-                f"{target}: cannot be removed ({error.strerror or error})"
-            ) from error
+        with storage_errors(target, "removed"), suppress(FileNotFoundError):
+            target.unlink()
+            _fsync(target.parent)
 
 
 def _link(temporary: Path, target: Path) -> bool:

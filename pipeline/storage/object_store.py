@@ -224,15 +224,22 @@ class Bucket:
             exceptions.PermissionDeniedError,
             exceptions.UnauthenticatedError,
         ) as error:
-            problem = f"{_first_line(error)}: credentials are missing, or do not allow this"
-            raise ObjectPermissionError(errno.EACCES, problem, name) from error
+            raise _permission_error(error, name) from error
         except (exceptions.BaseError, FileNotFoundError, ValueError) as error:
             if "NoSuchBucket" in str(error):
                 problem = f"there is no bucket {self.url}"
                 raise ObjectStoreError(errno.ENXIO, problem, name) from error
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, "no such object", name) from error
+            # So answer the services of a cloud that give credentials.
+            if _first_line(error).startswith(("401", "403")):
+                raise _permission_error(error, name) from error
             raise ObjectStoreError(errno.EIO, _first_line(error), name) from error
+
+
+def _permission_error(error: BaseException, name: str) -> ObjectPermissionError:
+    problem = f"{_first_line(error)}: credentials are missing, or do not allow this"
+    return ObjectPermissionError(errno.EACCES, problem, name)
 
 
 @cache

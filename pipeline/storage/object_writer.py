@@ -25,8 +25,8 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
-from gptbatch.pipeline.errors import OutOfMemoryError, StorageError
-from gptbatch.pipeline.storage.atomic_write import Writer
+from gptbatch.pipeline.errors import StorageError
+from gptbatch.pipeline.storage.atomic_write import Writer, storage_errors
 from gptbatch.pipeline.storage.object_path import ObjectPath
 
 logger = logging.getLogger("gptbatch")
@@ -64,7 +64,7 @@ class ObjectWriter(Writer):
         only_if_absent: bool = False,
     ) -> bool:
         """Write an object. See Writer."""
-        try:
+        with storage_errors(target, "written"):
             file = io.BytesIO()
             content(file)
             if check is not None:
@@ -77,24 +77,12 @@ class ObjectWriter(Writer):
                 self._replace(target, data)
             else:
                 target.bucket.put(target.key, data)
-        except OSError as error:
-            raise StorageError(
-                f"{target}: cannot be written ({error.strerror or error})"
-            ) from error
-        except MemoryError as error:
-            raise OutOfMemoryError(
-                f"{target}: cannot be written: out of memory ({error})"
-            ) from error
         return True
 
     def remove(self, target: ObjectPath) -> None:
         """Delete an object. See Writer."""
-        try:
+        with storage_errors(target, "removed"):
             target.unlink()
-        except OSError as error:
-            raise StorageError(
-                f"{target}: cannot be removed ({error.strerror or error})"
-            ) from error
 
     def _create(self, target: ObjectPath, data: bytes) -> bool:
         """Write an object that is absent, and return whether it is this one."""
