@@ -30,7 +30,7 @@ _COLUMNS = [
     "error",
 ]
 _ADVICE = {
-    "bad_row": "mend them in the input, which has their prompts",
+    "bad_row": "mend them in the input",
     "too_long": "context_overflow: truncate_left keeps the end of such prompts",
     "empty_prompt": "give them a prompt",
     "unknown_token": "the model lacks a token of the tokenizer",
