@@ -31,7 +31,8 @@ from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import load_model
-from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import Prompt, TokenizedPrompt
 
 PROMPT, NEW_TOKENS = " the" * 32, 128
 SAMPLING = (

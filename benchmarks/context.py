@@ -22,12 +22,13 @@ import torch
 from gptbatch.pipeline.bench.measure import measure_reading
 from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.bench.shapes import shape_config
+from gptbatch.pipeline.engine.sampling_step import SampleRequest
 from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
 from gptbatch.pipeline.kv_cache.interface import KVCache, select_backend
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.padding import STEP_TOKENS
-from gptbatch.pipeline.types import SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
 # Smallest decision margin of a row so far: typical after dozens of tokens.
@@ -115,9 +116,11 @@ def step_seconds(model: GPT, n_rows: int, contexts: list[int], repeats: int) -> 
             hidden = model.hidden(
                 cache, tokens=tokens, seq_indices=seq_indices, positions=[context] * n_rows
             )
-            sample_from_hidden(
-                model, hidden, params, [context] * n_rows, [SMALLEST_MARGIN] * n_rows
-            )
+            requests = [
+                SampleRequest(params=row, step=context, margin_bound=SMALLEST_MARGIN)
+                for row in params
+            ]
+            sample_from_hidden(model, hidden, requests)
             seconds.append(time.perf_counter() - began)
         times[context] = statistics.median(seconds)
     return times

@@ -516,7 +516,7 @@ def norm_by_lanes(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Te
 def kernels() -> None:
     """Compare each kernel with its twin, and the sampler with torch's."""
     from gptbatch.pipeline.engine.sampling import sample_tokens
-    from gptbatch.pipeline.types import SamplingParams
+    from gptbatch.pipeline.params.sampling_params import SamplingParams
 
     found: dict[str, Any] = {}
     torch.manual_seed(1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.kernels.build import load_kernels
-from gptbatch.pipeline.types import SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 
 LINEARS = {
     "attn_qkv": (768, 2304, 12),

@@ -43,7 +43,7 @@ from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.storage.atomic_write import FileWriter
-from gptbatch.pipeline.types import Completion
+from gptbatch.pipeline.types import Completion, Sample
 
 
 def job(folder: Path, **more: Any) -> JobConfig:
@@ -125,7 +125,7 @@ def write(folder: Path, limit: int) -> dict[str, Any]:
                 error=None,
                 timing=None,
             )
-            if (part := parts.add(done, "")) is not None:
+            if (part := parts.add([Sample(done, "")])) is not None:
                 run.record(part, parts.sha256_of(part))
     return {"rows": summary.rows, "parts": len(summary.part_digests)}
 

@@ -11,9 +11,16 @@ import click
 from gptbatch.jobs.messages import log_verbosely, print_message
 from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.config.settings import is_list, value_type
+from gptbatch.pipeline.params.other_names import advice_for, setting_of
+from gptbatch.pipeline.params.sampling_params import parse_token_values
+from gptbatch.pipeline.params.settings import (
+    MAX_TOKEN_ID,
+    SAMPLING_SETTINGS,
+    SamplingSetting,
+    text_problem,
+)
 from gptbatch.pipeline.storage.location import Location, location_of
 from gptbatch.pipeline.system.paths import PathError, expand_path
-from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.run_reader import RunReader
@@ -107,7 +114,14 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         refuse_repeated_options(self, ctx, args)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            setting = setting_of(error.option_name)
+            advice = f"use {option_name(setting)}" if setting else advice_for(error.option_name)
+            if advice:
+                raise click.UsageError(f"no such option: {error.option_name}; {advice}") from error
+            raise
 
 
 class Group(click.Group):
@@ -184,7 +198,7 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
         many = is_list(field)
         default = (
             ""
-            if field.is_required() or field.default in (None, [])
+            if field.is_required() or field.default in (None, [], {})
             else f" Default: {_yaml(field.default)}."
         )
         declaration = f"{name}/--no-{name[2:]}" if kind is click.BOOL else name
@@ -195,28 +209,81 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
             default=None,
             multiple=many,
             metavar=(
-                SAMPLING_SETTINGS[key].metavar if key in SAMPLING_SETTINGS else _METAVARS.get(name)
+                (SAMPLING_SETTINGS[key].metavar or None)
+                if key in SAMPLING_SETTINGS
+                else _METAVARS.get(name)
             ),
             help=f"{field.description}{default}{' May be repeated.' if many else ''}",
         )(command)
     return command
 
 
+class TokenValuesArgument(click.ParamType[dict[str, float]]):
+    """A JSON object of numbers by token id."""
+
+    name = "json"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, float]:
+        try:
+            parsed = parse_token_values(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"{value!r} is no JSON object", param, ctx)
+        return parsed
+
+
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command an option for every sampling setting, None where it is not given."""
+    """Give a command an option for every setting of one sample, None where it is not given."""
     for name, setting in reversed(SAMPLING_SETTINGS.items()):
-        range_: click.ParamType[Any] = click.FloatRange(
-            setting.minimum, setting.maximum, min_open=setting.above_minimum
-        )
-        if setting.type is int:
-            range_ = click.IntRange(setting.minimum, int(setting.maximum))
+        if name == "n":
+            continue
+        option = option_name(name)
         command = click.option(
-            option_name(name),
-            type=range_,
-            metavar=setting.metavar,
+            f"{option}/--no-{option[2:]}" if setting.kind == "bool" else option,
+            type=_setting_type(setting),
+            default=None,
+            multiple=setting.kind in ("texts", "token_ids"),
+            callback=_none_if_empty,
+            metavar=setting.metavar or None,
             help=f"Generate with this {name}. Default: as recorded.",
         )(command)
     return command
+
+
+def _setting_type(setting: SamplingSetting) -> click.ParamType[Any] | None:
+    match setting.kind:
+        case "int":
+            return click.IntRange(int(setting.minimum), int(setting.maximum))
+        case "float":
+            return click.FloatRange(
+                setting.minimum, setting.maximum, min_open=setting.above_minimum
+            )
+        case "token_ids":
+            return click.IntRange(0, MAX_TOKEN_ID)
+        case "token_values":
+            return TokenValuesArgument()
+        case "texts":
+            return StopTextArgument()
+        case "bool":
+            return None
+
+
+class StopTextArgument(click.ParamType[str]):
+    """A text to search for in completions."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if problem := text_problem(value):
+            self.fail(problem, param, ctx)
+        return str(value)
+
+
+def _none_if_empty(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    return None if value == () else value
 
 
 def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,6 +334,8 @@ def _click_type(annotation: Any) -> click.ParamType[Any]:
         annotation = value_type(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return click.Choice(get_args(annotation))
+    if get_origin(annotation) is dict:
+        return click.STRING
     return {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}[annotation]
 
 

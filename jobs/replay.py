@@ -17,8 +17,9 @@ from gptbatch.jobs.options import (
     reopen_options,
     sampling_options,
 )
+from gptbatch.pipeline.params.sampling_params import from_row, to_attribute
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.storage.location import Location
-from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.replay import Replay
@@ -32,6 +33,14 @@ TokenText = Callable[[int], str]
 @click.command(cls=Command)
 @click.argument("output", type=OutputArgument())
 @click.option("--prompt-id", required=True, help="Id of the row.")
+@click.option(
+    "--sample",
+    "sample_index",
+    type=click.IntRange(0),
+    metavar="I",
+    default=0,
+    help="Index of the sample among the n of the row. Default: 0.",
+)
 @click.option(
     "--trace",
     is_flag=True,
@@ -48,6 +57,7 @@ TokenText = Callable[[int], str]
 def replay(
     output: Location,
     prompt_id: str,
+    sample_index: int,
     trace: bool,
     as_json: bool,
     **options: Any,
@@ -57,19 +67,23 @@ def replay(
     Needs the folder and the weights, but not the input. Exits with 0 even if the row differs; use
     verify for an exit code of 1.
     """
-    from gptbatch.pipeline.audit.loaded_run import LoadedRun, Overrides, row_params
+    from gptbatch.pipeline.audit.loaded_run import LoadedRun, Overrides
     from gptbatch.pipeline.audit.replay import replay_row
     from gptbatch.pipeline.audit.run_reader import RunReader
 
     run = RunReader(output)
-    row = _find_row(run, prompt_id)
-    settings = {name: options.pop(name) for name in SAMPLING_SETTINGS}
+    row = _find_row(run, prompt_id, sample_index)
+    settings = {name: options.pop(name, None) for name in SAMPLING_SETTINGS}
     overrides = Overrides(**options)
     print_checkpoint(run, overrides.model)
     loaded_run = LoadedRun(run, overrides)
-    changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    changes: dict[str, Any] = {
+        name: to_attribute(value, SAMPLING_SETTINGS[name])
+        for name, value in settings.items()
+        if value is not None
+    }
     replayed = replay_row(
-        loaded_run, row, dataclasses.replace(row_params(row), **changes), trace=trace
+        loaded_run, row, dataclasses.replace(from_row(row), **changes), trace=trace
     )
     completion = replayed.completion
 
@@ -98,18 +112,19 @@ def replay(
     )
 
 
-def _find_row(run: RunReader, prompt_id: str) -> dict[str, Any]:
-    """Return the row of this id. Raise InputNotFoundError if there is none."""
+def _find_row(run: RunReader, prompt_id: str, sample_index: int) -> dict[str, Any]:
+    """Return a sample of the row with an id. Raise InputNotFoundError if there is none."""
     from gptbatch.pipeline.errors import InputNotFoundError
 
-    row = run.find(prompt_id)
+    row = run.find(prompt_id, sample_index)
     if row is None:
         size = (
             f"the run has {run.n_rows} rows"
             if run.complete
             else f"the run is not complete; it has {run.n_rows} rows so far"
         )
-        raise InputNotFoundError(f"{run.path}: no row has the id {prompt_id!r}; {size}")
+        sample = f" and sample_index {sample_index}" if sample_index else ""
+        raise InputNotFoundError(f"{run.path}: no row has the id {prompt_id!r}{sample}; {size}")
     return row
 
 
@@ -119,12 +134,14 @@ def _summary(
     completion = replayed.completion
     return {
         "prompt_id": row["prompt_id"],
+        "sample_index": row["sample_index"] or 0,
         "equal": replayed.equal,
         "first_difference": replayed.first_difference,
         "changed": changes,
         "because": reasons,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
+        "stop_string": completion.stop_string,
         "error": completion.error,
         "prompt": row["prompt"],
         "completion": replayed.text,

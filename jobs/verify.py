@@ -93,7 +93,12 @@ def verify(
         "judged": "by tolerance" if reasons else "exactly",
         "because": reasons,
         "first_mismatch": first
-        and {"prompt_id": first.prompt_id, "step": first.step, "distance": first.distance},
+        and {
+            "prompt_id": first.prompt_id,
+            "sample_index": first.sample_index,
+            "step": first.step,
+            "distance": first.distance,
+        },
         "verify_s": round(time.monotonic() - began, 3),
     }
     echo(json.dumps(summary))
@@ -145,7 +150,8 @@ def _count(count: int, one: str, many: str | None = None) -> str:
 
 
 def _in_words(verdict: Verdict) -> str:
-    row = f"row {verdict.prompt_id!r} (index {verdict.prompt_index})"
+    sample = f", sample {verdict.sample_index}" if verdict.sample_index else ""
+    row = f"row {verdict.prompt_id!r} (index {verdict.prompt_index}{sample})"
     if verdict.step is None:
         return f"{row}: {verdict.problem}"
     return (

@@ -304,6 +304,7 @@ def _summarize(
     return RunSummary(
         output=job.config.output,
         rows=counts.rows,
+        samples=counts.samples,
         ok=counts.rows - counts.errors,
         errors=counts.errors,
         rows_kept=rows_kept,

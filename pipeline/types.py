@@ -1,4 +1,4 @@
-"""The records that the packages exchange, and the table of sampling settings. Imports no torch.
+"""The records that the packages exchange. Imports no torch.
 
 Prompt -> input/tokenize -> TokenizedPrompt -> engine -> Completion -> output -> Parquet row
 """
@@ -8,159 +8,34 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+
 FinishReason = Literal["stop", "length", "error"]
 # bad_row: not readable, or invalid values. too_long: more tokens than the context has positions.
 # empty_prompt: no tokens, and the checkpoint has no start token. unknown_token: a token id outside
-# the model's vocabulary. unencodable: text without a token. not_finite: NaN or infinity in the
-# logits. skipped: named by skip_row.
+# the model's vocabulary. unencodable: text without a token. invalid_setting: a setting that the
+# model or its tokenizer cannot follow. not_finite: NaN or infinity in the logits.
+# no_token_allowed: the settings of the row forbid every token. skipped: named by skip_row.
 ErrorKind = Literal[
-    "bad_row", "too_long", "empty_prompt", "unknown_token", "unencodable", "not_finite", "skipped"
+    "bad_row",
+    "too_long",
+    "empty_prompt",
+    "unknown_token",
+    "unencodable",
+    "invalid_setting",
+    "not_finite",
+    "no_token_allowed",
+    "skipped",
 ]
-StopReason = Literal["end_of_text", "max_new_tokens", "window"]
+StopReason = Literal["end_of_text", "stop_token", "stop_string", "max_new_tokens", "window"]
+# those of finish_reason "stop"; the others are "length"
+ENDING_STOP_REASONS: tuple[StopReason, ...] = ("end_of_text", "stop_token", "stop_string")
 WindowFull = Literal["stop", "slide"]
 
-MAX_SEED = 2**63 - 1
 # one to two minutes of gpt2 on a CPU; what a crash costs: docs/fault-tolerance.md
 DEFAULT_PART_ROWS = 512
-# Gumbel noise is below 37, so logit + temperature * noise stays finite
-MAX_TEMPERATURE = 1e300
 # counter layout of engine/noise.py; it is part of the config hash, since it decides the tokens
 NOISE_VERSION = 1
-_MAX_INT32 = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingSetting:
-    """The type, range and texts of one sampling setting.
-
-    The name is the config key, the field of an input row, the attribute of SamplingParams and the
-    Parquet column. The option (`--top-k`) and the environment variable (`GPTBATCH_TOP_K`) follow
-    from it.
-
-    Args:
-        type: int accepts whole numbers only; float accepts both.
-        minimum: the smallest value that is accepted.
-        maximum: the largest value that is accepted.
-        default: the value of the run where neither a config nor an option gives one.
-        metavar: the value in the help of the option.
-        help: of the option and the config key.
-        column_type: the Arrow type of the column.
-        meaning: of the column.
-        unit: of the column; "" where there is none.
-        above_minimum: the minimum itself is refused.
-    """
-
-    type: type[int] | type[float]
-    minimum: int
-    maximum: int | float
-    default: int | float
-    metavar: str
-    help: str
-    column_type: Literal["int32", "int64", "float64"]
-    meaning: str
-    unit: str = ""
-    above_minimum: bool = False
-
-    def accepts(self, number: int | float) -> bool:
-        """Return whether a number is in the range."""
-        is_low = number <= self.minimum if self.above_minimum else number < self.minimum
-        return not is_low and number <= self.maximum
-
-
-# Every sampling setting. CONTRIBUTING.md lists the steps to add one.
-# The order is that of the columns and of the input digest: new settings go to the end.
-SAMPLING_SETTINGS = {
-    "seed": SamplingSetting(
-        type=int,
-        minimum=0,
-        maximum=MAX_SEED,
-        default=0,
-        metavar="N",
-        help="Run seed. A row without a seed of its own derives one from the run seed and its id.",
-        column_type="int64",
-        meaning=(
-            "the row seed that was used: the row's own, or derived from the run seed and prompt_id"
-        ),
-    ),
-    "temperature": SamplingSetting(
-        type=float,
-        minimum=0,
-        maximum=MAX_TEMPERATURE,
-        default=1.0,
-        metavar="T",
-        help="Divides the logits before softmax. 0 is greedy decoding.",
-        column_type="float64",
-        meaning="0 is greedy",
-    ),
-    "top_k": SamplingSetting(
-        type=int,
-        minimum=0,
-        maximum=_MAX_INT32,
-        default=0,
-        metavar="K",
-        help="Sample from the k most likely tokens and ties with the k-th. 0 keeps all tokens.",
-        column_type="int32",
-        meaning="0 is off",
-        unit="tokens",
-    ),
-    "max_new_tokens": SamplingSetting(
-        type=int,
-        minimum=1,
-        maximum=_MAX_INT32,
-        default=128,
-        metavar="N",
-        help="Maximum number of tokens to generate per row.",
-        column_type="int32",
-        meaning="the most tokens that the row might generate",
-        unit="tokens",
-    ),
-    "min_p": SamplingSetting(
-        type=float,
-        minimum=0,
-        maximum=1,
-        default=0.0,
-        metavar="P",
-        help=(
-            "Sample from the tokens that are at least P times as likely as the most likely one. 0 "
-            "keeps all tokens."
-        ),
-        column_type="float64",
-        meaning="0 is off",
-    ),
-    "top_p": SamplingSetting(
-        type=float,
-        minimum=0,
-        maximum=1,
-        default=1.0,
-        metavar="P",
-        help=(
-            "Sample from the most likely tokens whose probabilities sum to at least P, of those "
-            "that top_k keeps. 1 keeps all tokens."
-        ),
-        column_type="float64",
-        meaning="1 is off",
-        above_minimum=True,
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """The sampling settings of one row, or of a run. SAMPLING_SETTINGS has their ranges.
-
-    In the params of a run, seed is the run seed; in those of a row, the row seed.
-    """
-
-    seed: int
-    temperature: float
-    top_k: int
-    max_new_tokens: int
-    min_p: float = 0.0
-    top_p: float = 1.0
-
-    def as_dict(self) -> dict[str, int | float]:
-        """Return the settings by name, in the order of SAMPLING_SETTINGS."""
-        return {name: getattr(self, name) for name in SAMPLING_SETTINGS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,8 +46,9 @@ class Prompt:
         index: Index of the row in the input, from 0.
         prompt_id: The row's id; its index as text where the input has no ids.
         text: The prompt as it was read.
-        params: The row's own settings, and the run's for the others.
+        params: The row's own settings, and the run's for the others. The seed is the row seed.
         metadata: The other fields of the row as JSON text; None if there are none.
+        sample_index: Index of the sample of the row, from 0. The input yields sample 0.
     """
 
     index: int
@@ -180,6 +56,7 @@ class Prompt:
     text: str
     params: SamplingParams
     metadata: str | None
+    sample_index: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +84,21 @@ class TokenizedPrompt:
     token_ids: list[int]
     tokens_dropped: int
     read_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one step: of softmax(logits), before temperature and other settings.
+
+    Attributes:
+        logprob: Of the token.
+        top_ids: The most likely tokens, most likely first, the smaller id first among ties.
+        top_logprobs: Theirs.
+    """
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +141,9 @@ class Completion:
         token_ids: The new tokens, with the EOS token if there is one; empty for an error.
         timing: None for a row that the engine never computed.
         prompt_token_ids: The prompt tokens that the engine computed.
+        stop_string: The stop string that ended the row.
+        text_bytes: The text is the first text_bytes bytes of the tokens' text; None for all.
+        logprobs: Log probabilities of each new token; None where the row does not request them.
         min_decision_margin: Smallest decision margin of all steps (see engine/sampling.py);
             None without a step.
         logits_digest: SHA-256 in hexadecimal of the logits of every step; None unless
@@ -264,5 +159,16 @@ class Completion:
     error: RowError | None
     timing: Timing | None
     prompt_token_ids: list[int] = field(default_factory=list)
+    stop_string: str | None = None
+    text_bytes: int | None = None
+    logprobs: list[TokenLogprobs] | None = None
     min_decision_margin: float | None = None
     logits_digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A completion and its text, None for an error: one row of the output's table."""
+
+    completion: Completion
+    text: str | None

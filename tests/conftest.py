@@ -26,7 +26,8 @@ from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.from_transformers import copy_model
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.packing import pack
-from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import Prompt, TokenizedPrompt
 from tests.launcher import Launcher
 from tests.processes import LIMIT_S, child_environment
 
@@ -145,6 +146,7 @@ def tokenized(
     temperature: float = 1.0,
     top_k: int = 0,
     max_new_tokens: int = 16,
+    **settings: Any,
 ) -> TokenizedPrompt:
     """Return a prompt for the engine. The seed defaults to the index."""
     params = SamplingParams(
@@ -152,6 +154,7 @@ def tokenized(
         temperature=temperature,
         top_k=top_k,
         max_new_tokens=max_new_tokens,
+        **settings,
     )
     prompt = Prompt(index=index, prompt_id=str(index), text="", params=params, metadata=None)
     return TokenizedPrompt(prompt=prompt, token_ids=token_ids, tokens_dropped=0, read_s=0.0)

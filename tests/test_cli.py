@@ -65,6 +65,7 @@ def test_generate_writes_rows_and_prints_a_summary(
     assert list(ran.summary) == [
         "output",
         "rows",
+        "samples",
         "ok",
         "errors",
         "rows_kept",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import json
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -25,8 +25,14 @@ from gptbatch.pipeline.config import (
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.input import config_hash
 from gptbatch.pipeline.input.fields import take_settings
-from gptbatch.pipeline.output.schema import COLUMNS
-from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingParams
+from gptbatch.pipeline.output.schema import COLUMNS, SCHEMA
+from gptbatch.pipeline.params.sampling_params import (
+    SamplingParams,
+    from_row,
+    to_attribute,
+    to_column,
+)
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from tests.paths import REPOSITORY
 
 NEEDED = {"model": "m", "input": "i", "output": "o"}
@@ -157,25 +163,59 @@ def test_every_key_has_an_option_a_variable_and_a_description() -> None:
     assert all(field.description for field in keys.values())
 
 
+# a value of a row's field, and the attribute that it becomes
+EXAMPLES: dict[str, tuple[Any, Any]] = {
+    "int": (1, 1),
+    "float": (1, 1),
+    "bool": (True, True),
+    "texts": (["a b", "\n"], ("a b", "\n")),
+    "token_ids": ([7, 0], (7, 0)),
+    "token_values": ({"3": -1.5, "12": 100}, ((3, -1.5), (12, 100.0))),
+}
+BAD_EXAMPLES: dict[str, Any] = {
+    "int": 1.5,
+    "float": "x",
+    "bool": 1,
+    "texts": ["a", ""],
+    "token_ids": [-1],
+    "token_values": {"x": 1},
+}
+
+
 @pytest.mark.parametrize("name", SAMPLING_SETTINGS)
 def test_every_sampling_setting_has_an_option_a_field_a_column_and_docs(name: str) -> None:
     setting, option = SAMPLING_SETTINGS[name], option_name(name)
-    for command in (generate, replay):
+    # a replay generates one sample
+    for command in (generate, replay) if name != "n" else (generate,):
         assert [parameter for parameter in command.params if option in parameter.opts]
-    assert get_type_hints(JobConfig)[name] is setting.type
-    assert get_type_hints(SamplingParams)[name] is setting.type
     key = config_fields()[name]
-    assert (key.default, key.description) == (setting.default, setting.help)
+    assert key.description == setting.help
+    assert to_attribute(key.default, setting) == setting.default
     assert name in get_args(get_args(config_fields()["metadata_field"].annotation)[0])
-    assert take_settings({name: setting.maximum}) == {name: setting.maximum}
-    with pytest.raises(ValueError, match=rf"{name} must be (above )?{setting.minimum} to"):
-        take_settings({name: setting.minimum - 1})
-    (column,) = [column for column in COLUMNS if column.name == name]
-    assert (str(column.field.metadata[b"meaning"], "utf-8"), column.nullable, column.kind) == (
-        setting.meaning,
-        False,
-        "deterministic",
-    )
+    field, value = EXAMPLES[setting.kind]
+    if setting.kind in ("int", "float"):
+        field = value = setting.maximum
+        with pytest.raises(ValueError, match=rf"{name} must be (above )?{setting.minimum} to"):
+            take_settings({name: setting.minimum - 1})
+    assert take_settings({name: field}) == {name: value}
+    assert setting.accepts(value)
+    with pytest.raises(ValueError, match=f"{name} must "):
+        take_settings({name: BAD_EXAMPLES[setting.kind]})
+    params = SamplingParams(seed=1, temperature=1.0, top_k=1, max_new_tokens=5)
+    changed = dataclasses.replace(params, **{name: value})
+    row = {"sampling_params": to_column(changed)} | {
+        name: getattr(changed, name) for name in SCHEMA.names if name in SAMPLING_SETTINGS
+    }
+    assert from_row(row) == changed
+    if setting.column_type is None:
+        assert json.loads(to_column(changed) or "") == {name: field}
+    else:
+        (column,) = [column for column in COLUMNS if column.name == name]
+        assert (str(column.field.metadata[b"meaning"], "utf-8"), column.nullable, column.kind) == (
+            setting.meaning,
+            False,
+            "deterministic",
+        )
     assert name in config_hash._TOKEN_KEYS
     texts = [
         path.read_text()
@@ -183,12 +223,20 @@ def test_every_sampling_setting_has_an_option_a_field_a_column_and_docs(name: st
     ]
     lines = "\n".join(texts).splitlines()
     assert [line for line in lines if line.startswith("|") and f"`{option}` | `{name}`" in line]
-    assert [line for line in lines if line.startswith(f"| `{name}` | `{column.type}`")]
+    if setting.column_type is not None:
+        assert [
+            line for line in lines if line.startswith(f"| `{name}` | `{SCHEMA.field(name).type}`")
+        ]
 
 
 def test_the_attributes_of_sampling_params_are_the_settings() -> None:
-    assert [field.name for field in dataclasses.fields(SamplingParams)] == list(SAMPLING_SETTINGS)
-    config = JobConfig(model="m", input="i", output="o", seed=5, top_k=7)
+    fields = {field.name: field for field in dataclasses.fields(SamplingParams)}
+    assert fields.keys() == SAMPLING_SETTINGS.keys()
+    for name, field in fields.items():
+        if field.default is not dataclasses.MISSING:
+            assert field.default == SAMPLING_SETTINGS[name].default, name
+    config = JobConfig(model="m", input="i", output="o", seed=5, top_k=7, stop=["a"])
     assert config.sampling.as_dict() == {
-        name: getattr(config, name) for name in inspect.signature(SamplingParams).parameters
+        name: to_attribute(getattr(config, name), setting)
+        for name, setting in SAMPLING_SETTINGS.items()
     }

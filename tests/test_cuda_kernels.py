@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.sampling import sample_tokens
-from gptbatch.pipeline.types import SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 
 triton = pytest.importorskip("triton")
 

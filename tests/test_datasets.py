@@ -19,7 +19,8 @@ from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.lines import LineReader
 from gptbatch.pipeline.input.prompt_reader import PromptReader
 from gptbatch.pipeline.input.rows import RowDefaults, derive_seed
-from gptbatch.pipeline.types import Prompt, SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import Prompt
 
 # the library does not close the file of a stream that was not read to its end
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -28,8 +28,9 @@ from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
 from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.schema import COLUMNS, FORMAT
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.storage.atomic_write import FileWriter
-from gptbatch.pipeline.types import Completion, Prompt, RowError, SamplingParams, Timing
+from gptbatch.pipeline.types import Completion, Prompt, RowError, Sample, Timing
 from tests.processes import LIMIT_S, child_environment
 
 IDENTITY = {"config_hash": "f" * 64, "dtype": "float32", "seed": 0}
@@ -111,7 +112,7 @@ def write_run(
     for index, one in enumerate(completions[:first_rows]):
         placed = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, index=index))
         parts.append(
-            writer.add(placed, None if one.error is not None else f"private {one.prompt.prompt_id}")
+            writer.add([Sample(placed, None if one.error else f"private {one.prompt.prompt_id}")])
         )
     if not completions:
         parts.append(writer.add_empty())
@@ -170,9 +171,8 @@ def test_parts_are_ordered_by_number(tmp_path: Path) -> None:
     writer = PartWriter(out, files, FileHashes(), plan=plan, facts=facts)
     for index in (200_000, 200_001, 0, 1, 199_998, 199_999):
         row = completion(f"id {index}")
-        writer.add(
-            dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, index=index)), ""
-        )
+        placed = dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, index=index))
+        writer.add([Sample(placed, "")])
     (out / "part-099999.parquet").rename(out / "part-99999.parquet")
     assert [row["prompt_id"] for row in RunReader(out).rows(["prompt_id"])][1:4] == [
         "id 1",

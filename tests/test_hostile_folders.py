@@ -36,6 +36,7 @@ from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.status import output_status
 from gptbatch.pipeline.output.stray_tables import find_stray_tables
 from gptbatch.pipeline.storage.atomic_write import FileWriter
+from gptbatch.pipeline.types import Sample
 from tests.test_diff import FACTS, IDENTITY, completion, many, row_defaults, write_run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -790,7 +791,7 @@ def add(part_writer: PartWriter, indices: range, token: int = 5) -> Any:
     made = None
     for index in indices:
         row = completion(f"id {index}", [token])
-        made = part_writer.add(parts_row(row, index), "text")
+        made = part_writer.add([Sample(parts_row(row, index), "text")])
     return made
 
 

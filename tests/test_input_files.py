@@ -34,7 +34,9 @@ from gptbatch.pipeline.input.prompt_reader import PromptReader
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.split import parse_split
-from gptbatch.pipeline.types import MAX_SEED, SAMPLING_SETTINGS, Prompt, SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.params.settings import MAX_SEED, SAMPLING_SETTINGS
+from gptbatch.pipeline.types import Prompt
 from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

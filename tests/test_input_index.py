@@ -27,7 +27,8 @@ from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.output.index_file import read_index, write_index
 from gptbatch.pipeline.output.part_plan import check_part_count
-from gptbatch.pipeline.types import Prompt, SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import Prompt
 from tests.conftest import run_gptbatch
 
 Write = Callable[[Path, list[dict[str, Any]]], None]

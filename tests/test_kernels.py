@@ -29,7 +29,7 @@ from gptbatch.pipeline.kv_cache.quantization import BLOCK_SIZES, CacheDtype, rou
 from gptbatch.pipeline.kv_cache.spec import PADDED
 from gptbatch.pipeline.model.config import Activation
 from gptbatch.pipeline.model.linear import ACTIVATIONS, use_threads
-from gptbatch.pipeline.types import SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 from tests.conftest import has_kernels, run_gptbatch
 from tests.paths import REPOSITORY
 from tests.processes import LIMIT_S, child_environment, is_running, wait_for

@@ -26,7 +26,9 @@ from gptbatch.pipeline.input.jsonl import JsonlFile
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
 from gptbatch.pipeline.input.rows import RowDefaults, derive_seed
 from gptbatch.pipeline.input.strict_json import parse_object, to_json
-from gptbatch.pipeline.types import MAX_SEED, Prompt, SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.params.settings import MAX_SEED
+from gptbatch.pipeline.types import Prompt
 
 SAMPLING = SamplingParams(seed=3, temperature=0.7, top_k=5, max_new_tokens=9)
 DEFAULTS = RowDefaults(prompt_field="prompt", sampling=SAMPLING)

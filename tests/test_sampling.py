@@ -21,7 +21,8 @@ from gptbatch.pipeline.engine.sampling import (
     sample_tokens,
 )
 from gptbatch.pipeline.input.rows import derive_seed
-from gptbatch.pipeline.types import MAX_SEED, SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.params.settings import MAX_SEED
 
 DRAWS = 20_000
 FALSE_ALARM = (
@@ -343,7 +344,9 @@ def test_rows_keep_their_own_parameters() -> None:
     assert together == [
         tokens_of(logits[i : i + 1], rows[i : i + 1], steps[i : i + 1])[0] for i in range(40)
     ]
-    assert together == [sample_token(logits[i], p, steps[i]) for i, p in enumerate(rows)]
+    assert together == [
+        sample_token(logits[i].double().tolist(), p, steps[i]) for i, p in enumerate(rows)
+    ]
 
 
 @pytest.mark.parametrize("top_k", [0, 2])
@@ -385,7 +388,7 @@ def naive_margin(logits: torch.Tensor, p: SamplingParams, step: int) -> float | 
     cutoff_m = -math.inf if is_off else ordered[0].item() - reference.min_p_range(p)
     cutoff = max(ordered[k - 1].item(), cutoff_m)
     kept = logits.double() >= cutoff
-    winner = sample_token(logits, p, step)
+    winner = sample_token(logits.double().tolist(), p, step)
     distances = [(scores[winner] - scores[j]).item() for j in ids if kept[j] and j != winner]
     if k < len(logits):
         distances.append((logits[winner].double() - ordered[k]).item())

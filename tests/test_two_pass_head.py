@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
+from gptbatch.pipeline.engine.sampling_step import SampleRequest
 from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
 from gptbatch.pipeline.kv_cache.spec import RAGGED
 from gptbatch.pipeline.model.config import parse_config
@@ -24,7 +25,7 @@ from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.lm_head import MIN_ROWS_MEASURED, TwoPassHead
 from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 from gptbatch.pipeline.model.weights import load_gpt
-from gptbatch.pipeline.types import SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 from tests.conftest import (
     SENTENCES,
     has_kernels,
@@ -73,6 +74,20 @@ def from_all(
     margin_bounds: list[float],
 ) -> list[SampledToken]:
     return sample_tokens(model.logits(hidden), params, steps, margin_bounds, native=True)
+
+
+def from_two_passes(
+    model: GPT,
+    hidden: torch.Tensor,
+    params: list[SamplingParams],
+    steps: list[int],
+    margin_bounds: list[float],
+) -> list[SampledToken]:
+    requests = [
+        SampleRequest(params=row, step=step, margin_bound=bound)
+        for row, step, bound in zip(params, steps, margin_bounds, strict=True)
+    ]
+    return sample_from_hidden(model, hidden, requests)
 
 
 @given(
@@ -145,11 +160,12 @@ def test_choices_and_margins_are_those_of_all_logits(model: GPT, bound: float) -
         for i in range(rows)
     ]
     steps, margin_bounds = [i % 7 for i in range(rows)], [bound] * rows
-    assert sample_from_hidden(model, hidden, params, steps, margin_bounds) == from_all(
+    assert from_two_passes(model, hidden, params, steps, margin_bounds) == from_all(
         model, hidden, params, steps, margin_bounds
     )
     assert head_of(model).n_rows >= rows
-    assert head_of(model).n_fallbacks < rows // 4
+    # Rows without a bound may have large margins, which reach further than the candidates.
+    assert head_of(model).n_fallbacks < rows // (2 if math.isinf(bound) else 4)
 
 
 @torch.inference_mode()
@@ -167,7 +183,7 @@ def test_rows_that_keep_much_of_the_vocabulary_need_all_logits(model: GPT) -> No
                 for i in range(8)
             ]
             head_of(model).n_rows = 0
-            assert sample_from_hidden(model, hidden, params, [0] * 8, [0.1] * 8) == from_all(
+            assert from_two_passes(model, hidden, params, [0] * 8, [0.1] * 8) == from_all(
                 model, hidden, params, [0] * 8, [0.1] * 8
             )
             assert head_of(model).n_rows == 8 - len(keeping_much)
@@ -178,9 +194,9 @@ def test_rows_that_keep_much_of_the_vocabulary_need_all_logits(model: GPT) -> No
 def test_a_row_that_is_not_finite_harms_no_other(model: GPT, value: float) -> None:
     hidden = hidden_states(8)
     params = [SamplingParams(seed=i, temperature=1.0, top_k=5, max_new_tokens=1) for i in range(8)]
-    healthy = sample_from_hidden(model, hidden, params, [0] * 8, [1.0] * 8)
+    healthy = from_two_passes(model, hidden, params, [0] * 8, [1.0] * 8)
     hidden[2, 7] = value
-    choices = sample_from_hidden(model, hidden, params, [0] * 8, [1.0] * 8)
+    choices = from_two_passes(model, hidden, params, [0] * 8, [1.0] * 8)
     assert choices == from_all(model, hidden, params, [0] * 8, [1.0] * 8)
     assert [choice for row, choice in enumerate(choices) if row != 2] == [
         choice for row, choice in enumerate(healthy) if row != 2
@@ -203,7 +219,7 @@ def test_where_too_many_logits_are_close_a_screen_gives_up() -> None:
     params = [
         SamplingParams(seed=i, temperature=1.0, top_k=5, max_new_tokens=1) for i in range(rows)
     ]
-    assert sample_from_hidden(model, hidden, params, [0] * rows, [1.0] * rows) == from_all(
+    assert from_two_passes(model, hidden, params, [0] * rows, [1.0] * rows) == from_all(
         model, hidden, params, [0] * rows, [1.0] * rows
     )
     two_pass_head = model.two_pass_head
@@ -240,7 +256,7 @@ def test_threads_do_not_disturb_each_other(model: GPT) -> None:
 
     @torch.inference_mode()
     def choose(states: torch.Tensor) -> list[SampledToken]:
-        return sample_from_hidden(model, states, params, [0] * 40, [0.1] * 40)
+        return from_two_passes(model, states, params, [0] * 40, [0.1] * 40)
 
     alone = [choose(states) for states in hidden]
     with ThreadPoolExecutor(4) as pool:

@@ -19,10 +19,11 @@ from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.audit.trace import explain_step
 from gptbatch.pipeline.audit.verify import evenly_spaced
 from gptbatch.pipeline.config import EngineConfig
+from gptbatch.pipeline.engine.sampling_step import SampleRequest
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.kernels.build import KernelError
-from gptbatch.pipeline.types import SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 from tests.conftest import has_kernels, random_model, run_gptbatch, save_tokenizer
 
 ROWS = 30
@@ -245,7 +246,7 @@ def test_a_tie_is_a_mismatch_in_the_same_environment_and_a_near_tie_in_another(
     code, lines = command("verify", twins, "--all")
     assert (code, json.loads(lines[-1])["first_mismatch"]) == (
         1,
-        {"prompt_id": "x", "step": 5, "distance": 0.0},
+        {"prompt_id": "x", "sample_index": 0, "step": 5, "distance": 0.0},
     )
     on_another_machine(twins)
     code, lines = command("verify", twins, "--all")
@@ -485,7 +486,7 @@ def test_explain_step() -> None:
     """Greedy: the largest logit wins, and the distance of another token is its gap."""
     params = SamplingParams(seed=0, temperature=0.0, top_k=2, max_new_tokens=1)
     logits = torch.tensor([1.0, 3.0, 2.0, 0.5])
-    won = explain_step(logits, params, 0, 1)
+    won = explain_step(logits, SampleRequest(params=params, step=0), 1)
     assert (won.rank, won.kept, won.distance, won.decision_margin, won.candidate.probability) == (
         1,
         2,
@@ -494,7 +495,7 @@ def test_explain_step() -> None:
         1.0,
     )
     assert [candidate.token for candidate in won.runners_up] == [2]
-    lost = explain_step(logits, params, 0, 0)
+    lost = explain_step(logits, SampleRequest(params=params, step=0), 0)
     assert (lost.rank, lost.distance, lost.candidate.probability) == (3, 2.0, 0.0)
 
 

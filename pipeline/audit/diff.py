@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from gptbatch.pipeline.audit.run_reader import BATCH_ROWS, RunReader
 from gptbatch.pipeline.errors import StorageError
-from gptbatch.pipeline.types import SAMPLING_SETTINGS
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 
 DifferenceKind = Literal[
     "prompt", "error", "tokens", "finish", "text", "logits", "only_in_a", "only_in_b"
@@ -19,33 +19,44 @@ DifferenceKind = Literal[
 
 _COLUMNS = (
     "prompt_id",
+    "sample_index",
     "prompt",
     "completion",
     "completion_token_ids",
     "finish_reason",
     "stop_reason",
+    "stop_string",
     "error",
     "min_decision_margin",
     "logits_digest",
 )
 # these decide min_decision_margin besides the logits
-_ROW_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if name != "max_new_tokens")
+_ROW_SETTINGS = tuple(
+    name
+    for name, setting in SAMPLING_SETTINGS.items()
+    if setting.column_type and name != "max_new_tokens"
+)
+# A version without samples has no sample_index.
+_COMPARED = tuple(name for name in _COLUMNS if name not in ("prompt_id", "sample_index"))
+# An id, or an id and a sample_index: most runs have one sample per row, and memory holds all keys.
+_Key = str | tuple[str, int]
 _FACTS = ("dtype", "device", "environment")
 _DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowDifference:
-    """An id whose rows differ between the runs.
+    """A sample of a row that differs between the runs.
 
     Attributes:
-        prompt_id: The id.
+        prompt_id: The id of the row.
+        sample_index: The index of the sample.
         kind: The first of these that holds:
-            only_in_a, only_in_b: The other run has no such id. All attributes below are None.
+            only_in_a, only_in_b: The other run has no such sample. All attributes below are None.
             prompt: The prompts differ.
             error: One has a completion, the other an error.
             tokens: The tokens differ.
-            finish: The same tokens, with another finish_reason or stop_reason.
+            finish: The same tokens, with another finish_reason, stop_reason or stop_string.
             text: The same tokens, with another text.
             logits: All of these are equal, but the logits differ: another logits_digest where both
                 have one, or another min_decision_margin with the same sampling settings.
@@ -61,6 +72,7 @@ class RowDifference:
     """
 
     prompt_id: str
+    sample_index: int
     kind: DifferenceKind
     token_index: int | None = None
     token_a: int | None = None
@@ -124,7 +136,7 @@ class DiffSummary:
 
 
 def diff_runs(a: RunReader, b: RunReader) -> Iterator[RowDifference]:
-    """Yield the rows that differ, joined by prompt_id, in the order of `a`.
+    """Yield the rows that differ, joined by prompt_id and sample_index, in the order of `a`.
 
     Rows that only `b` has come last.
 
@@ -135,36 +147,38 @@ def diff_runs(a: RunReader, b: RunReader) -> Iterator[RowDifference]:
     Raises:
         StorageError: A part cannot be read, or a run holds an id twice.
     """
-    indices: dict[str, int] = {}
+    indices: dict[_Key, int] = {}
     digests = bytearray()
     for index, row in enumerate(b.rows(_COLUMNS)):
-        if indices.setdefault(row["prompt_id"], index) != index:
+        if indices.setdefault(_key(row), index) != index:
             raise _duplicate_id(b, row["prompt_id"])
         digests += _digest(row)
     seen = bytearray(len(indices))
-    reader = b.row_reader(_COLUMNS + _ROW_SETTINGS)
-    rows = a.rows(_COLUMNS + _ROW_SETTINGS)
+    names = (*_COLUMNS, *_ROW_SETTINGS, "sampling_params")
+    reader = b.row_reader(names)
+    rows = a.rows(names)
     while block := list(islice(rows, BATCH_ROWS)):
-        unequal: dict[str, int] = {}
+        unequal: dict[_Key, int] = {}
         for row in block:
-            index_b = indices.get(row["prompt_id"])
+            index_b = indices.get(_key(row))
             if index_b is None:
                 continue
             if seen[index_b]:
                 raise _duplicate_id(a, row["prompt_id"])
             seen[index_b] = True
             if digests[index_b * _DIGEST_BYTES : (index_b + 1) * _DIGEST_BYTES] != _digest(row):
-                unequal[row["prompt_id"]] = index_b
-        partners = {row["prompt_id"]: row for row in reader.take(sorted(unequal.values()))}
+                unequal[_key(row)] = index_b
+        partners = {_key(row): row for row in reader.take(sorted(unequal.values()))}
         for row in block:
-            if row["prompt_id"] in partners:
-                if (difference := _compare(row, partners[row["prompt_id"]])) is not None:
+            key = _key(row)
+            if key in partners:
+                if (difference := _compare(row, partners[key])) is not None:
                     yield difference
-            elif row["prompt_id"] not in indices:
-                yield RowDifference(prompt_id=row["prompt_id"], kind="only_in_a")
-    for prompt_id, index in indices.items():
+            elif key not in indices:
+                yield _only_in(key, "only_in_a")
+    for key, index in indices.items():
         if not seen[index]:
-            yield RowDifference(prompt_id=prompt_id, kind="only_in_b")
+            yield _only_in(key, "only_in_b")
 
 
 def summarize(a: RunReader, b: RunReader, differences: Iterable[RowDifference]) -> DiffSummary:
@@ -217,6 +231,16 @@ def settings_that_differ(a: RunReader, b: RunReader) -> list[SettingDifference]:
     ]
 
 
+def _key(row: dict[str, Any]) -> _Key:
+    """Return the id of a row, and the id and index of later samples."""
+    return (row["prompt_id"], index) if (index := row["sample_index"]) else row["prompt_id"]
+
+
+def _only_in(key: _Key, kind: DifferenceKind) -> RowDifference:
+    prompt_id, sample_index = (key, 0) if isinstance(key, str) else key
+    return RowDifference(prompt_id=prompt_id, sample_index=sample_index, kind=kind)
+
+
 def _environment(facts: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name in _FACTS:
@@ -231,7 +255,7 @@ def _environment(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(row: dict[str, Any]) -> bytes:
     """Return a 16-byte hash of the compared columns."""
-    compared = [row[name] is None if name == "error" else row[name] for name in _COLUMNS]
+    compared = [row[name] is None if name == "error" else row[name] for name in _COMPARED]
     return hashlib.blake2b(repr(compared).encode(), digest_size=_DIGEST_BYTES).digest()
 
 
@@ -245,7 +269,7 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
         kind = "error"
     elif tokens_a != tokens_b:
         kind = "tokens"
-    elif (a["finish_reason"], a["stop_reason"]) != (b["finish_reason"], b["stop_reason"]):
+    elif _differ_in(a, b, ("finish_reason", "stop_reason", "stop_string")):
         kind = "finish"
     elif a["completion"] != b["completion"]:
         kind = "text"
@@ -258,6 +282,7 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
     index = _first_difference(tokens_a, tokens_b)
     return RowDifference(
         prompt_id=a["prompt_id"],
+        sample_index=a["sample_index"] or 0,
         kind=kind,
         token_index=index,
         token_a=tokens_a[index] if index is not None and index < len(tokens_a) else None,
@@ -271,6 +296,10 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
     )
 
 
+def _differ_in(a: dict[str, Any], b: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return any(a[name] != b[name] for name in names)
+
+
 def _differ(a: dict[str, Any], b: dict[str, Any], name: str) -> bool:
     """Return whether both rows have a value in a column, and the values differ."""
     return a[name] != b[name] and None not in (a[name], b[name])
@@ -281,7 +310,7 @@ def _sampled_alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
     Greedy rows use neither noise nor filters.
     """
-    return a["temperature"] == b["temperature"] and (
+    return all(a[name] == b[name] for name in ("temperature", "sampling_params")) and (
         a["temperature"] == 0 or all(a[name] == b[name] for name in _ROW_SETTINGS)
     )
 

@@ -10,9 +10,12 @@ from typing import Any
 
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.config import EngineConfig, JobConfig
+from gptbatch.pipeline.engine.bad_words import BadWords
+from gptbatch.pipeline.engine.row_adjustments import RowAdjustments
+from gptbatch.pipeline.engine.stopping import StopRule
 from gptbatch.pipeline.errors import ModelError, OutputConflictError
 from gptbatch.pipeline.input.config_hash import special_token_identity
-from gptbatch.pipeline.input.tokenize import prompt_tokenizer
+from gptbatch.pipeline.input.tokenize import prompt_tokenizer, token_bytes_of_model
 from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import file_digest, load_tokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
@@ -22,8 +25,9 @@ from gptbatch.pipeline.output.folder import CONFIG, WORK
 from gptbatch.pipeline.output.json_models import validated
 from gptbatch.pipeline.output.manifest import MANIFEST
 from gptbatch.pipeline.output.schema import FORMAT
+from gptbatch.pipeline.params.sampling_params import SamplingParams, from_row
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.system.bundled import locate
-from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingParams
 
 # The files in the tokenizer digest of outputs from before gptbatch loaded tokenizers like
 # transformers.
@@ -111,6 +115,33 @@ class LoadedRun:
         """Token ids that end a row; empty with ignore_eos."""
         return () if self.config.ignore_eos else self.checkpoint.special_tokens.eos_token_ids
 
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token of the model; empty unless tokens are bytes of text."""
+        return token_bytes_of_model(self.tokenizer, self.gpt_config)
+
+    @cached_property
+    def stop_rule(self) -> StopRule:
+        """What ends the rows of the run."""
+        return StopRule(
+            eos_token_ids=self.eos_token_ids,
+            n_positions=self.gpt_config.n_positions,
+            window_full=self.config.window_full,
+            token_bytes=self.token_bytes,
+        )
+
+    def row_adjustments(
+        self, params: SamplingParams, prompt_token_ids: Sequence[int]
+    ) -> RowAdjustments | None:
+        """Return the adjustments of a row's logits, before its first step; None for none."""
+        if not RowAdjustments.are_needed(params):
+            return None
+        return RowAdjustments(params, prompt_token_ids, self.stop_rule, self._bad_words)
+
+    @cached_property
+    def _bad_words(self) -> BadWords:
+        return BadWords(self.token_bytes)
+
     def reasons_bits_may_differ(self) -> list[str]:
         """Return why bits computed here may differ from the recorded ones; empty for no reason."""
         recorded: dict[str, Any] = self.run.facts.get("environment", {})
@@ -154,10 +185,13 @@ class LoadedRun:
         n_positions, vocab_size = self.gpt_config.n_positions, self.gpt_config.vocab_size
         if row["prompt"] is None:
             return "it has no prompt"
+        try:
+            params = from_row(row)
+        except ValueError as error:
+            return str(error)
         for name, setting in SAMPLING_SETTINGS.items():
-            # None in outputs of versions without the setting
-            if row[name] is not None and not setting.accepts(row[name]):
-                return f"its {name} is {row[name]}"
+            if not setting.accepts(value := getattr(params, name)):
+                return f"its {name} is {value!r:.100}"
         if not 0 <= row["prompt_tokens_dropped"] <= MAX_TOKENS_DROPPED:
             return f"its prompt_tokens_dropped is {row['prompt_tokens_dropped']}"
         if len(token_ids) != row["prompt_tokens"]:
@@ -229,15 +263,6 @@ def recorded_model(run: RunReader) -> str:
     """Return the checkpoint of a run: its folder if that still exists, else the setting."""
     path = run.facts.get("model_path")
     return str(path if path and Path(path).is_dir() else run.config.get("model"))
-
-
-def row_params(row: dict[str, Any]) -> SamplingParams:
-    """Return the sampling parameters of a row. A setting that its version lacks has its default."""
-    settings: dict[str, Any] = {
-        name: setting.default if row[name] is None else row[name]
-        for name, setting in SAMPLING_SETTINGS.items()
-    }
-    return SamplingParams(**settings)
 
 
 def _engine(recorded: EngineConfig, facts: dict[str, Any], overrides: Overrides) -> EngineConfig:

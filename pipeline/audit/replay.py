@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from gptbatch.pipeline.audit.loaded_run import LoadedRun
 from gptbatch.pipeline.errors import InputNotFoundError
-from gptbatch.pipeline.types import Completion, Prompt, SamplingParams, TokenizedPrompt
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import Completion, Prompt, TokenizedPrompt
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.trace import StepTrace
@@ -66,6 +67,7 @@ def replay_row(
         text=row["prompt"],
         params=params,
         metadata=row["metadata"],
+        sample_index=row["sample_index"] or 0,
     )
     source = TokenizedPrompt(
         prompt=prompt,
@@ -79,12 +81,15 @@ def replay_row(
         eos_token_ids=loaded_run.eos_token_ids,
         window_full=loaded_run.config.window_full,
         record_logits=row["logits_digest"] is not None,
+        token_bytes=loaded_run.token_bytes,
     )
     (completion,) = [done for step in engine.generate(iter([source])) for done in step]
     token_ids = completion.token_ids
     text = None
     if completion.finish_reason != "error":
-        text = loaded_run.tokenizer.completion_text(prompt_ids, token_ids, completion.finish_reason)
+        text = loaded_run.tokenizer.completion_text(
+            prompt_ids, token_ids, completion.stop_reason, completion.text_bytes
+        )
     return Replay(
         completion=completion,
         text=text,
@@ -107,15 +112,21 @@ def _trace(
     loaded_run: LoadedRun, prompt_ids: list[int], completion: Completion
 ) -> tuple[StepTrace, ...]:
     from gptbatch.pipeline.audit.trace import RecordedRow, each_logits, explain_step, step_hidden
+    from gptbatch.pipeline.engine.row_adjustments import next_adjustments
+    from gptbatch.pipeline.engine.sampling_step import SampleRequest
 
     model, params = loaded_run.loaded.model, completion.prompt.params
     recorded = RecordedRow(prompt=prompt_ids, new=completion.token_ids, params=params)
-    return tuple(
-        explain_step(row_logits, params, step, completion.token_ids[step])
-        for segments, hidden in step_hidden(model, [recorded])
-        for step, row_logits in zip(
-            (step for segment in segments for step in segment.steps),
-            each_logits(model, hidden),
-            strict=True,
-        )
-    )
+    adjustments = loaded_run.row_adjustments(params, prompt_ids)
+    trace = []
+    for segments, hidden in step_hidden(model, [recorded]):
+        steps = (step for segment in segments for step in segment.steps)
+        for step, row_logits in zip(steps, each_logits(model, hidden), strict=True):
+            token = completion.token_ids[step]
+            request = SampleRequest(
+                params=params, step=step, adjustments=next_adjustments(adjustments)
+            )
+            trace.append(explain_step(row_logits, request, token))
+            if adjustments is not None:
+                adjustments.add(token)
+    return tuple(trace)

@@ -40,7 +40,7 @@ class RunReader:
         environments: The different environments of the parts. A run that was continued elsewhere
             has more than one.
         parts: The part files, in order.
-        n_rows: Rows in them.
+        n_rows: Rows of the table in them.
         marked_complete: Whether the run has ended.
         complete: Whether the run has ended and all of its rows are present.
         rows_expected: Rows of the input; None where an older version did not record it.
@@ -79,12 +79,13 @@ class RunReader:
         self.stray_tables = state.stray_tables + _foreign_files(listing, recorded)
         self.parts = [self.path / part.name for part in listing.parts]
         self.environments = _environments(listing.footers)
-        counts = [part.rows for part in listing.parts]
+        counts = [part.samples for part in listing.parts]
         self.n_rows = sum(counts)
+        rows_done = sum(part.rows for part in listing.parts)
         present = {part.name: part.content_digest for part in listing.parts}
         self.complete = (
             state.marked_complete
-            and self.rows_expected in (None, self.n_rows)
+            and self.rows_expected in (None, rows_done)
             and all(present.get(name) == digest for name, digest in recorded.items())
         )
         self._first_rows = list(accumulate(counts[:-1], initial=0))
@@ -137,10 +138,10 @@ class RunReader:
         """Return a reader of rows by index; columns as in `rows`."""
         return RowReader(self, _names(columns))
 
-    def find(self, prompt_id: str) -> dict[str, Any] | None:
-        """Return the row with an id, with all columns, or None. Reads the ids up to it."""
-        for index, row in enumerate(self.rows(["prompt_id"])):
-            if row["prompt_id"] == prompt_id:
+    def find(self, prompt_id: str, sample_index: int = 0) -> dict[str, Any] | None:
+        """Return a sample of the row with an id, with all columns, or None. Reads ids up to it."""
+        for index, row in enumerate(self.rows(["prompt_id", "sample_index"])):
+            if (row["prompt_id"], row["sample_index"] or 0) == (prompt_id, sample_index):
                 return next(self.row_reader().take([index]))
         return None
 

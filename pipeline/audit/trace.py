@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptbatch.pipeline.engine.logit_adjustments import adjusted_logits
 from gptbatch.pipeline.engine.noise import gumbel
 from gptbatch.pipeline.engine.sampling import (
     KeptSet,
@@ -21,10 +22,11 @@ from gptbatch.pipeline.engine.sampling import (
     sample_tokens,
     top_k_size,
 )
+from gptbatch.pipeline.engine.sampling_step import SampleRequest
 from gptbatch.pipeline.kv_cache.interface import KVCache
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS
-from gptbatch.pipeline.types import SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 
 # Limits of a forward pass over more than one segment.
 MAX_TOKENS = 1024
@@ -127,17 +129,19 @@ class StepTrace:
 
 
 def explain_step(
-    logits: Tensor, params: SamplingParams, step: int, token: int, *, runners_up: int = 3
+    logits: Tensor, request: SampleRequest, token: int, *, runners_up: int = 3
 ) -> StepTrace:
     """Explain why `token` won a step, or how far it was from that; formulas as in sampling.py.
 
     Args:
-        logits: (V,).
-        params: Sampling parameters of the row.
-        step: Index of the new token.
+        logits: (V,), as the model gives them. All figures are of the adjusted ones.
+        request: What decides the token besides the logits.
         token: The token to explain.
         runners_up: How many other tokens to describe.
     """
+    params, step = request.params, request.step
+    if request.adjustments is not None:
+        (logits,) = adjusted_logits(logits[None], [request.adjustments])
     (sampled,) = sample_tokens(logits[None], [params], [step])
     logits = logits.double().cpu()
     token_ids = torch.arange(len(logits))
@@ -152,6 +156,7 @@ def explain_step(
     )
     is_kept = torch.zeros(len(logits), dtype=torch.bool)
     is_kept[found.tokens()[1]] = True
+    is_kept &= logits > -math.inf
     kept_scores = torch.where(is_kept, scores, -math.inf)
     if params.temperature == 0:
         probabilities = (logits == logits.max()).double() * (token_ids == int(logits.argmax()))

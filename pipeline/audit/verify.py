@@ -16,14 +16,19 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptbatch.pipeline.audit.loaded_run import LoadedRun, row_params
+from gptbatch.pipeline.audit.loaded_run import LoadedRun
 from gptbatch.pipeline.config import EngineConfig
+from gptbatch.pipeline.output.schema import LOGPROB_COLUMNS, logprob_columns
+from gptbatch.pipeline.params.sampling_params import from_row
+from gptbatch.pipeline.types import ENDING_STOP_REASONS, TokenLogprobs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gptbatch.pipeline.audit.trace import RecordedRow
+    from gptbatch.pipeline.engine.row_adjustments import RowAdjustments, StepAdjustments
     from gptbatch.pipeline.engine.sampling import SampledToken
+    from gptbatch.pipeline.engine.sampling_step import SampleRequest
 
 ROWS_PER_BATCH = 64
 # Relative to the largest logit of a step, by dtype: above all differences seen between reduction
@@ -42,6 +47,7 @@ class Verdict:
     Attributes:
         prompt_id: Id of the row.
         prompt_index: Index of the row in the input.
+        sample_index: Index of the sample.
         outcome: "equal"; "near_tie": equal within the tolerance; "mismatch"; "skipped": an error
             row.
         problem: The first difference; "" for none.
@@ -53,6 +59,7 @@ class Verdict:
 
     prompt_id: str
     prompt_index: int
+    sample_index: int
     outcome: Outcome
     problem: str = ""
     step: int | None = None
@@ -121,7 +128,7 @@ def _verify_batch(
             verdicts[number] = _verdict(row, "mismatch", prompt_problem)
         else:
             recorded[number] = RecordedRow(
-                prompt=prompt, new=row["completion_token_ids"], params=row_params(row)
+                prompt=prompt, new=row["completion_token_ids"], params=from_row(row)
             )
     margins = [rows[number]["min_decision_margin"] for number in recorded]
     checks = _check_steps(loaded_run, list(recorded.values()), margins)
@@ -142,12 +149,27 @@ class _OtherToken:
 
 
 class _StepChecks:
-    """The steps of one row: those with other tokens, the smallest margin, and the logits' hash."""
+    """The steps of one row: those with other tokens, and the records of their logits.
 
-    def __init__(self) -> None:
+    Args:
+        adjustments: Of its logits; None for none. It has taken the tokens of the steps so far.
+    """
+
+    def __init__(self, adjustments: RowAdjustments | None) -> None:
+        self.adjustments = adjustments
         self.other_tokens: list[_OtherToken] = []
         self.min_decision_margin = math.inf
         self.logits_hash = hashlib.sha256()
+        self.logprobs: list[TokenLogprobs] = []
+
+    def next_adjustments(self, token: int) -> StepAdjustments | None:
+        """Return the adjustments of the next step, whose recorded token is given."""
+        from gptbatch.pipeline.engine.row_adjustments import next_adjustments
+
+        step = next_adjustments(self.adjustments)
+        if self.adjustments is not None:
+            self.adjustments.add(token)
+        return step
 
 
 def _check_steps(
@@ -157,9 +179,10 @@ def _check_steps(
 ) -> list[_StepChecks]:
     """Sample every step of every row again, and compare the tokens with the recorded ones."""
     from gptbatch.pipeline.audit.trace import explain_step, step_hidden
+    from gptbatch.pipeline.engine.sampling_step import SampleRequest
 
     model = loaded_run.loaded.model
-    checks = [_StepChecks() for _ in rows]
+    checks = [_StepChecks(loaded_run.row_adjustments(row.params, row.prompt)) for row in rows]
     # Margins above the recorded minimum need not be exact. The bound lies just above it, so that a
     # larger minimum shows.
     margin_bounds = [
@@ -168,16 +191,25 @@ def _check_steps(
     ]
     for segments, hidden in step_hidden(model, rows):
         steps = [(segment.row, step) for segment in segments for step in segment.steps]
-        samples = _sample(
-            loaded_run, rows, steps, [margin_bounds[index] for index, _ in steps], hidden, checks
-        )
+        requests = [
+            SampleRequest(
+                params=rows[index].params,
+                step=step,
+                margin_bound=margin_bounds[index],
+                adjustments=checks[index].next_adjustments(rows[index].new[step]),
+            )
+            for index, step in steps
+        ]
+        samples = _sample(loaded_run, requests, hidden, [checks[index] for index, _ in steps])
         for number, ((index, step), sample) in enumerate(zip(steps, samples, strict=True)):
             check, token = checks[index], rows[index].new[step]
             if sample.decision_margin is not None:
                 check.min_decision_margin = min(check.min_decision_margin, sample.decision_margin)
+            if sample.logprobs is not None:
+                check.logprobs.append(sample.logprobs)
             if sample.token != token:
                 (logits,) = model.logits(hidden[number : number + 1])
-                distance = explain_step(logits, rows[index].params, step, token).distance
+                distance = explain_step(logits, requests[number], token).distance
                 check.other_tokens.append(
                     _OtherToken(
                         step=step,
@@ -192,37 +224,32 @@ def _check_steps(
 
 def _sample(
     loaded_run: LoadedRun,
-    rows: Sequence[RecordedRow],
-    steps: Sequence[tuple[int, int]],
-    margin_bounds: Sequence[float],
+    requests: Sequence[SampleRequest],
     hidden: Tensor,
     checks: Sequence[_StepChecks],
 ) -> list[SampledToken]:
     """Sample the tokens of steps, and hash their logits where the run recorded a digest.
 
-    steps: (row index, step) of each. hidden: (S, C).
+    Args:
+        loaded_run: The run.
+        requests: One per step.
+        hidden: The head's input (S, C).
+        checks: Those of the row of each step.
     """
-    from gptbatch.pipeline.engine.sampling import sample_tokens
+    from gptbatch.pipeline.engine.sampling_step import sample_step
     from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
     from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS, logits_bytes
 
     model = loaded_run.loaded.model
-    params, step_numbers = [rows[index].params for index, _ in steps], [step for _, step in steps]
     if not loaded_run.config.record_logits_digest:
-        return sample_from_hidden(model, hidden, params, step_numbers, margin_bounds)
+        return sample_from_hidden(model, hidden, requests)
     samples: list[SampledToken] = []
-    for first in range(0, len(steps), MAX_HEAD_ROWS):
+    for first in range(0, len(requests), MAX_HEAD_ROWS):
         chunk = slice(first, first + MAX_HEAD_ROWS)
         logits = model.logits(hidden[chunk])
-        for (index, _), step_logits in zip(steps[chunk], logits.cpu(), strict=True):
-            checks[index].logits_hash.update(logits_bytes(step_logits))
-        samples += sample_tokens(
-            logits,
-            params[chunk],
-            step_numbers[chunk],
-            margin_bounds[chunk],
-            native=model.backend.native,
-        )
+        for check, step_logits in zip(checks[chunk], logits.cpu(), strict=True):
+            check.logits_hash.update(logits_bytes(step_logits))
+        samples += sample_step(logits, requests[chunk], native=model.backend.native)
     return samples
 
 
@@ -235,7 +262,7 @@ def _judge(
     bits_equal: bool,
 ) -> Verdict:
     """Return the verdict of a row whose steps were sampled again."""
-    relative = _tolerance(loaded_run.config.engine)
+    relative = _tolerance(loaded_run.config.engine, tokens.params.repetition_penalty)
     near_tie: _OtherToken | None = None
     for other in check.other_tokens:
         is_near = other.sampled is not None and other.distance <= relative * other.max_logit
@@ -250,6 +277,10 @@ def _judge(
         recorded = row["min_decision_margin"]
         has_margin = not (loaded_run.is_older and recorded is None)
         problem = _bits_problem(row, check.min_decision_margin if has_margin else None, digest)
+        if not problem and tokens.params.logprobs is not None:
+            recorded_logprobs = {name: row[name] for name in LOGPROB_COLUMNS}
+            if recorded_logprobs != logprob_columns(check.logprobs):
+                problem = "its log probabilities are not those of its logits"
     if problem:
         return _verdict(row, "mismatch", problem)
     if near_tie is not None:
@@ -257,8 +288,12 @@ def _judge(
     return _verdict(row, "equal")
 
 
-def _tolerance(engine: EngineConfig) -> float:
-    return max(TOLERANCES[engine.dtype], INT8_TOLERANCE if engine.cache_dtype == "int8" else 0.0)
+def _tolerance(engine: EngineConfig, repetition_penalty: float) -> float:
+    """Return the tolerance of a row; a repetition penalty stretches differences of logits."""
+    tolerance = max(
+        TOLERANCES[engine.dtype], INT8_TOLERANCE if engine.cache_dtype == "int8" else 0.0
+    )
+    return tolerance * max(repetition_penalty, 1 / repetition_penalty)
 
 
 def _malformed(row: dict[str, Any], vocab_size: int) -> str:
@@ -282,31 +317,26 @@ def _malformed(row: dict[str, Any], vocab_size: int) -> str:
 
 def _finish_problem(loaded_run: LoadedRun, row: dict[str, Any], tokens: RecordedRow) -> str:
     """Return what is wrong with the end or text of a row with the right tokens, or ""."""
-    from gptbatch.pipeline.engine.sequence import StopRule
+    from gptbatch.pipeline.engine.stopping import StopCheck
 
-    rule = StopRule(
-        eos_token_ids=loaded_run.eos_token_ids,
-        n_positions=loaded_run.gpt_config.n_positions,
-        window_full=loaded_run.config.window_full,
+    check = StopCheck(
+        rule=loaded_run.stop_rule, params=tokens.params, n_prompt_tokens=len(tokens.prompt)
     )
     reason = None
     for count, token in enumerate(tokens.new, start=1):
-        reason = rule.reason(
-            token,
-            n_new_tokens=count,
-            n_tokens=len(tokens.prompt) + count,
-            max_new_tokens=tokens.params.max_new_tokens,
-        )
+        reason = check.add(token)
         if (reason is not None) != (count == len(tokens.new)):
             return (
                 f"it should {'go on after' if reason is None else 'have ended with'} token "
                 f"{count - 1}"
             )
-    if reason != row["stop_reason"] or (reason == "end_of_text") != (
+    if reason != row["stop_reason"] or (reason in ENDING_STOP_REASONS) != (
         row["finish_reason"] == "stop"
     ):
         return f"it ended by {reason}, not by {row['stop_reason']} ({row['finish_reason']})"
-    text = loaded_run.tokenizer.completion_text(tokens.prompt, tokens.new, row["finish_reason"])
+    if check.stop_string != row["stop_string"]:
+        return f"it ended by the stop string {check.stop_string!r}, not {row['stop_string']!r:.100}"
+    text = loaded_run.tokenizer.completion_text(tokens.prompt, tokens.new, reason, check.text_bytes)
     return "" if text == row["completion"] else "its text is not that of its tokens"
 
 
@@ -324,6 +354,7 @@ def _verdict(row: dict[str, Any], outcome: Outcome, problem: str = "") -> Verdic
     return Verdict(
         prompt_id=row["prompt_id"],
         prompt_index=row["prompt_index"],
+        sample_index=row["sample_index"] or 0,
         outcome=outcome,
         problem=problem,
     )
@@ -333,6 +364,7 @@ def _token_verdict(row: dict[str, Any], outcome: Outcome, other: _OtherToken) ->
     return Verdict(
         prompt_id=row["prompt_id"],
         prompt_index=row["prompt_index"],
+        sample_index=row["sample_index"] or 0,
         outcome=outcome,
         problem=f"the weights choose {other.sampled}",
         step=other.step,

@@ -18,7 +18,8 @@ from gptbatch.pipeline.bench.workloads import TEMPERATURE, TOP_K
 from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
 from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import Prompt, TokenizedPrompt
 
 # Steps beyond n_positions.
 STEPS_BEYOND = 24

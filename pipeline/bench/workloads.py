@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import Prompt, TokenizedPrompt
 
 TEMPERATURE, TOP_K = 0.8, 40
 SHARED_PREFIX_TOKENS = 384

@@ -130,6 +130,7 @@ class PlanShard:
             rows=count.rows,
             part_rows=part_rows,
             bad_rows=parts.bad_rows,
+            max_n=parts.max_n,
             found_ids=sorted(parts.found_ids),
         )
         return content, parts

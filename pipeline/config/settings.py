@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -17,9 +18,15 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from gptbatch.pipeline.params.sampling_params import (
+    SamplingParams,
+    parse_token_values,
+    to_attribute,
+    to_json_value,
+)
+from gptbatch.pipeline.params.settings import MAX_TOKEN_ID, SAMPLING_SETTINGS, text_problem
 from gptbatch.pipeline.system.paths import expand_path
 from gptbatch.pipeline.system.redact import redact
-from gptbatch.pipeline.types import SAMPLING_SETTINGS, SamplingParams
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -65,11 +72,36 @@ else:
     MetadataField = Literal[("id", *SAMPLING_SETTINGS)]
 
 
+def _list_of_one(value: Any) -> Any:
+    return [value] if isinstance(value, (str, int)) else value
+
+
+def _checked_text(text: str) -> str:
+    if problem := text_problem(text):
+        raise ValueError(problem)
+    return text
+
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIds = Annotated[list[TokenId], BeforeValidator(_list_of_one)]
+Texts = Annotated[
+    list[Annotated[str, AfterValidator(_checked_text)]], BeforeValidator(_list_of_one)
+]
+# JSON and YAML name the tokens by text and by number
+TokenValues = Annotated[dict[str, float], BeforeValidator(parse_token_values)]
+
+
 def _sampling_field(name: str) -> Any:
     """Return the field of a sampling setting, with its default, range and description."""
     setting = SAMPLING_SETTINGS[name]
-    lower: dict[str, Any] = {"gt" if setting.above_minimum else "ge": setting.minimum}
-    return Field(setting.default, **lower, le=setting.maximum, description=setting.help)
+    limits: dict[str, Any] = {}
+    if setting.kind in ("int", "float"):
+        lower = "gt" if setting.above_minimum else "ge"
+        limits = {lower: setting.minimum, "le": setting.maximum}
+    elif setting.kind != "bool":
+        limits = {"max_length": setting.max_items}
+    default = to_json_value(setting.default, setting)
+    return Field(default, **limits, description=setting.help)
 
 
 class _Section(BaseModel):
@@ -243,9 +275,22 @@ class JobConfig(_Section):
     seed: int = _sampling_field("seed")
     temperature: float = _sampling_field("temperature")
     top_k: int = _sampling_field("top_k")
-    min_p: float = _sampling_field("min_p")
     top_p: float = _sampling_field("top_p")
+    min_p: float = _sampling_field("min_p")
+    repetition_penalty: float = _sampling_field("repetition_penalty")
+    presence_penalty: float = _sampling_field("presence_penalty")
+    frequency_penalty: float = _sampling_field("frequency_penalty")
+    no_repeat_ngram_size: int = _sampling_field("no_repeat_ngram_size")
+    logit_bias: TokenValues = _sampling_field("logit_bias")
+    allowed_token_ids: TokenIds | None = _sampling_field("allowed_token_ids")
+    bad_words: Texts = _sampling_field("bad_words")
     max_new_tokens: int = _sampling_field("max_new_tokens")
+    min_new_tokens: int = _sampling_field("min_new_tokens")
+    stop: Texts = _sampling_field("stop")
+    include_stop_str_in_output: bool = _sampling_field("include_stop_str_in_output")
+    stop_token_ids: TokenIds = _sampling_field("stop_token_ids")
+    n: int = _sampling_field("n")
+    logprobs: int | None = _sampling_field("logprobs")
     ignore_eos: bool = Field(False, description="Continue after an EOS token.")
     parse_special: bool = Field(
         False,
@@ -311,6 +356,12 @@ class JobConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if problem := self.sampling.problem():
+            raise ValueError(problem)
+        return self
+
     @property
     def inputs(self) -> list[str]:
         """The paths in `input`; empty for a dataset."""
@@ -319,7 +370,12 @@ class JobConfig(_Section):
     @property
     def sampling(self) -> SamplingParams:
         """The sampling settings of the run. Its seed is the run seed."""
-        return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_SETTINGS})
+        return SamplingParams(
+            **{
+                name: to_attribute(getattr(self, name), setting)
+                for name, setting in SAMPLING_SETTINGS.items()
+            }
+        )
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML, without secrets."""
@@ -345,6 +401,11 @@ def value_type(annotation: Any) -> Any:
 def is_list(field: FieldInfo) -> bool:
     """Return whether a setting takes several values."""
     return get_origin(value_type(field.annotation)) is list
+
+
+def is_object(field: FieldInfo) -> bool:
+    """Return whether a setting takes an object, which an option or a variable gives as JSON."""
+    return get_origin(value_type(field.annotation)) is dict
 
 
 def _redacted(value: Any) -> Any:

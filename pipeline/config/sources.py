@@ -16,8 +16,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from gptbatch.pipeline.config.settings import JobConfig, config_fields, is_list
+from gptbatch.pipeline.config.settings import JobConfig, config_fields, is_list, is_object
 from gptbatch.pipeline.errors import ConfigError
+from gptbatch.pipeline.params.other_names import advice_for
 from gptbatch.pipeline.system.bundled import PREFIX, locate
 from gptbatch.pipeline.system.paths import PathError, expand_path
 from gptbatch.pipeline.system.yaml_reader import YamlError, read_yaml_mapping
@@ -155,16 +156,16 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if name not in names:
             if any(pattern.fullmatch(f"{name}={text}") for pattern in _SERVICE_VARIABLES):
                 continue
-            raise ConfigError(
-                f"environment variable {name}: no such setting{_nearest(name, list(names))}"
-            )
+            advice = advice_for(name.removeprefix(ENVIRONMENT_PREFIX))
+            hint = f"; {advice}" if advice else _nearest(name, list(names))
+            raise ConfigError(f"environment variable {name}: no such setting{hint}")
         key = names[name]
         if key in _PATH_KEYS and text != text.strip() and not os.path.lexists(text):
             raise ConfigError(
                 f"environment variable {name}: {text!r} begins or ends with blanks; remove them"
             )
         # validated with the config
-        if fields[key].annotation is str:
+        if fields[key].annotation is str or is_object(fields[key]):
             values[key] = text
             continue
         adapter: TypeAdapter[Any] = TypeAdapter(fields[key].annotation or str)
@@ -187,7 +188,9 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 def _explain(problem: ErrorDetails, source: Mapping[str, str]) -> str:
     key = ".".join(str(step) for step in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{source[key]}: there is no key {key!r}{_nearest(key, list(config_fields()))}"
+        advice = advice_for(key)
+        hint = f"; {advice}" if advice else _nearest(key, list(config_fields()))
+        return f"{source[key]}: there is no key {key!r}{hint}"
     if problem["type"] == "missing":
         return (
             f"{key} is required: give it as an option, in the config file or as "

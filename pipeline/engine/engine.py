@@ -10,14 +10,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
+from gptbatch.pipeline.engine.bad_words import BadWords
+from gptbatch.pipeline.engine.row_adjustments import RowAdjustments, next_adjustments
+from gptbatch.pipeline.engine.sampling import SampledToken
+from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_step
 from gptbatch.pipeline.engine.scheduler import Scheduler
-from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence, StopRule
+from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
+from gptbatch.pipeline.engine.stopping import StopCheck, StopRule
 from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
 from gptbatch.pipeline.errors import OutOfMemoryError
 from gptbatch.pipeline.kv_cache.interface import KVCache
@@ -90,6 +95,8 @@ class Engine:
         window_full: See `StopRule`.
         scheduling: How steps are filled.
         record_logits: Hash the bits of all logits into `Completion.logits_digest`.
+        token_bytes: The bytes of each token's text, for stop strings and bad words; empty where
+            no row has any.
         stats: Counters so far.
     """
 
@@ -100,6 +107,7 @@ class Engine:
     window_full: WindowFull = "stop"
     scheduling: SchedulingOptions = SchedulingOptions()
     record_logits: bool = False
+    token_bytes: abc.Sequence[bytes] = ()
     stats: EngineStats = field(default_factory=EngineStats, init=False)
 
     def __post_init__(self) -> None:
@@ -111,7 +119,9 @@ class Engine:
             eos_token_ids=self.eos_token_ids,
             n_positions=self._n_positions,
             window_full=self.window_full,
+            token_bytes=self.token_bytes,
         )
+        self._bad_words = BadWords(self.token_bytes)
         self._is_exhausted = False
         self._cache, self._scheduler = self._new_cache()
 
@@ -191,6 +201,14 @@ class Engine:
             sequence.scheduled_s, sequence.started_at_s = now, time.time()
             sequence.steps_before, sequence.rows_before = self.stats.steps, self.stats.rows
             sequence.logits_hash = hashlib.sha256() if self.record_logits else None
+            params, prompt = sequence.params, sequence.source.token_ids
+            sequence.stop_check = StopCheck(
+                rule=self._stop_rule, params=params, n_prompt_tokens=len(prompt)
+            )
+            if RowAdjustments.are_needed(params):
+                sequence.adjustments = RowAdjustments(
+                    params, prompt, self._stop_rule, self._bad_words
+                )
             self.stats.cached_tokens += sequence.n_cached_tokens
 
     def _run(self, chunks: list[ScheduledChunk]) -> list[SampledToken]:
@@ -214,16 +232,22 @@ class Engine:
             logits_indices=logits_indices,
         )
         sequences = [chunk.sequence for chunk in chunks if chunk.needs_logits]
-        params = [sequence.params for sequence in sequences]
-        steps = [sequence.n_new_tokens for sequence in sequences]
-        margin_bounds = [sequence.min_decision_margin for sequence in sequences]
+        requests = [
+            SampleRequest(
+                params=sequence.params,
+                step=sequence.n_new_tokens,
+                margin_bound=sequence.min_decision_margin,
+                adjustments=next_adjustments(sequence.adjustments),
+            )
+            for sequence in sequences
+        ]
         if not self.record_logits:
-            return sample_from_hidden(self.model, hidden, params, steps, margin_bounds)
+            return sample_from_hidden(self.model, hidden, requests)
         logits = self.model.logits(hidden)
         for sequence, row in zip(sequences, logits.cpu(), strict=True):
             assert sequence.logits_hash is not None
             sequence.logits_hash.update(logits_bytes(row))
-        return sample_tokens(logits, params, steps, margin_bounds, native=self.model.backend.native)
+        return sample_step(logits, requests, native=self.model.backend.native)
 
     def _postprocess(
         self, chunks: list[ScheduledChunk], sampled: list[SampledToken], began: float
@@ -250,8 +274,7 @@ class Engine:
         if sequence.n_new_tokens == 0:
             sequence.first_token_s = now
         if sampled.token is None:
-            reason = f"the logits of new token {sequence.n_new_tokens} hold NaN or infinity"
-            sequence.error = RowError(kind="not_finite", reason=reason)
+            sequence.error = _error_without_token(sequence, sampled)
             return
         sequence.tokens.append(sampled.token)
         self.stats.new_tokens += 1
@@ -262,12 +285,12 @@ class Engine:
             sequence.min_decision_margin = min(
                 sequence.min_decision_margin, sampled.decision_margin
             )
-        sequence.stop_reason = self._stop_rule.reason(
-            sampled.token,
-            n_new_tokens=sequence.n_new_tokens,
-            n_tokens=len(sequence.tokens),
-            max_new_tokens=sequence.params.max_new_tokens,
-        )
+        if sampled.logprobs is not None:
+            sequence.logprobs.append(sampled.logprobs)
+        if sequence.adjustments is not None:
+            sequence.adjustments.add(sampled.token)
+        assert sequence.stop_check is not None
+        sequence.stop_reason = sequence.stop_check.add(sampled.token)
 
     def _completion(self, sequence: Sequence) -> Completion:
         steps = self.stats.steps - sequence.steps_before
@@ -332,6 +355,18 @@ class Engine:
         for source in sources:
             self._scheduler.add(source)
         logger.warning("out of memory: going on with at most %d rows at a time", self.batch_size)
+
+
+def _error_without_token(sequence: Sequence, sampled: SampledToken) -> RowError:
+    step = sequence.n_new_tokens
+    if sampled.is_forbidden:
+        return RowError(
+            kind="no_token_allowed",
+            reason=f"the settings of the row forbid every token as new token {step}",
+        )
+    return RowError(
+        kind="not_finite", reason=f"the logits of new token {step} hold NaN or infinity"
+    )
 
 
 def is_out_of_memory(error: Exception) -> bool:

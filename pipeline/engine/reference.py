@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from gptbatch.pipeline.model.config import GPTConfig
-from gptbatch.pipeline.types import SamplingParams, StopReason
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import StopReason
 
 # ln 2 in two parts, the first of which has 21 zero bits at its end.
 LN2_HIGH, LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10
@@ -41,6 +44,7 @@ def generate(
     *,
     eos_token_ids: tuple[int, ...],
     window_full: Literal["stop", "slide"] = "stop",
+    token_bytes: Sequence[bytes] = (),
 ) -> tuple[list[int], StopReason]:
     """Return the new tokens of one prompt of 1 to n_positions tokens, and why they stop."""
     n_positions = network.config.n_positions
@@ -52,19 +56,85 @@ def generate(
         idx = torch.tensor([tokens[-n_positions:]], device=network.device)
         with torch.inference_mode():
             logits = network(idx)[0, -1]
-        new_tokens.append(sample_token(logits, params, step))
+        values = adjusted(
+            logits.double().tolist(),
+            params,
+            prompt_token_ids,
+            new_tokens,
+            end_token_ids=(*eos_token_ids, *params.stop_token_ids),
+            token_bytes=token_bytes,
+        )
+        new_tokens.append(sample_token(values, params, step))
         if new_tokens[-1] in eos_token_ids:
             return new_tokens, "end_of_text"
+        if new_tokens[-1] in params.stop_token_ids:
+            return new_tokens, "stop_token"
+        if len(new_tokens) >= params.min_new_tokens and ends_in_stop(
+            new_tokens, params, token_bytes
+        ):
+            return new_tokens, "stop_string"
     return new_tokens, "max_new_tokens"
 
 
-def sample_token(logits: Tensor, params: SamplingParams, step: int) -> int:
+def ends_in_stop(
+    new_tokens: list[int], params: SamplingParams, token_bytes: Sequence[bytes]
+) -> bool:
+    """Return whether a stop string ends inside of the bytes of the last token."""
+    data = b"".join(token_bytes[token] for token in new_tokens) if params.stop else b""
+    before = len(data) - len(token_bytes[new_tokens[-1]]) if params.stop else 0
+    return any(
+        data[:end].endswith(stop.encode())
+        for end in range(before + 1, len(data) + 1)
+        for stop in params.stop
+    )
+
+
+def adjusted(
+    values: list[float],
+    params: SamplingParams,
+    prompt: list[int],
+    new: list[int],
+    *,
+    end_token_ids: Sequence[int],
+    token_bytes: Sequence[bytes],
+) -> list[float]:
+    """Return the logits after bias, penalties and masks; every operation rounds to float32."""
+    biases = dict(params.logit_bias)
+    size = params.no_repeat_ngram_size
+    tokens = prompt + new
+    ngrams = {tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)}
+    text = b"".join(token_bytes[token] for token in new) if params.bad_words else b""
+    result = []
+    for token, x in enumerate(values):
+        z = to_float32(x + to_float32(biases[token])) if token in biases else x
+        if params.repetition_penalty != 1 and token in tokens:
+            r = to_float32(params.repetition_penalty)
+            z = to_float32(z * r if z < 0 else z / r)
+        if token in new:
+            frequency = to_float32(to_float32(params.frequency_penalty) * new.count(token))
+            z = to_float32(z - frequency)
+            z = to_float32(z - to_float32(params.presence_penalty))
+        is_masked = (
+            (params.allowed_token_ids is not None and token not in params.allowed_token_ids)
+            or (len(new) < params.min_new_tokens and token in end_token_ids)
+            or (size > 0 and (*tokens[len(tokens) - size + 1 :], token) in ngrams)
+            or any(word.encode() in text + token_bytes[token] for word in params.bad_words)
+        )
+        result.append(-math.inf if is_masked else z)
+    return result
+
+
+def to_float32(x: float) -> float:
+    """Round to float32."""
+    return float(struct.unpack("f", struct.pack("f", x))[0])
+
+
+def sample_token(values: list[float], params: SamplingParams, step: int) -> int:
     """Sample from logits (V,): the kept token of the largest logit + temperature * noise."""
-    values: list[float] = logits.double().tolist()
     lowest = cutoff(values, params)
     best_token, best_score = -1, -math.inf
     for token, logit in enumerate(values):
-        if logit < lowest:
+        if logit < lowest or logit == -math.inf:
             continue
         score = logit
         if params.temperature > 0:

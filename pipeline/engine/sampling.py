@@ -41,7 +41,8 @@ from torch import Tensor
 
 from gptbatch.pipeline.engine.noise import gumbel
 from gptbatch.pipeline.engine.nucleus import Nucleus, find_nucleus
-from gptbatch.pipeline.types import SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import TokenLogprobs
 
 # Scores computed at once for rows that keep the full vocabulary: they fit the caches of a CPU.
 MAX_SCORES = 2**18
@@ -56,10 +57,14 @@ class SampledToken:
     Attributes:
         token: None if the logits hold NaN or +inf, or nothing but -inf.
         decision_margin: See above. None without a token, and in a vocabulary of one.
+        is_forbidden: The row's settings forbid every token.
+        logprobs: Of the token; None where the row does not request them.
     """
 
     token: int | None
     decision_margin: float | None
+    is_forbidden: bool = False
+    logprobs: TokenLogprobs | None = None
 
 
 def sample_tokens(

@@ -1,4 +1,4 @@
-"""A sequence on its way through the engine, its chunks, and when it stops.
+"""A sequence on its way through the engine, and its chunks.
 
 Imports no torch.
 """
@@ -9,15 +9,18 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 
+from gptbatch.pipeline.engine.row_adjustments import RowAdjustments
+from gptbatch.pipeline.engine.stopping import StopCheck
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.types import (
+    ENDING_STOP_REASONS,
     Completion,
     FinishReason,
     RowError,
-    SamplingParams,
     StopReason,
     Timing,
     TokenizedPrompt,
-    WindowFull,
+    TokenLogprobs,
 )
 
 
@@ -40,6 +43,9 @@ class Sequence:
         rows_before: Sum of the batch sizes of these steps.
         min_decision_margin: Smallest decision margin of its steps (see sampling.py).
         logits_hash: SHA-256 of all its logits; None unless they are recorded.
+        stop_check: Tells when it ends; None while it is waiting.
+        adjustments: Changes its logits before they are sampled; None for none.
+        logprobs: Of its new tokens; empty where the row does not request them.
         stop_reason: Why it is finished; None while it runs, or with an error.
         error: Why it has no completion.
     """
@@ -58,6 +64,9 @@ class Sequence:
     rows_before: int = field(default=0, init=False)
     min_decision_margin: float = field(default=math.inf, init=False)
     logits_hash: hashlib._Hash | None = field(default=None, init=False)
+    stop_check: StopCheck | None = field(default=None, init=False)
+    adjustments: RowAdjustments | None = field(default=None, init=False)
+    logprobs: list[TokenLogprobs] = field(default_factory=list, init=False)
     stop_reason: StopReason | None = field(default=None, init=False)
     error: RowError | None = field(default=None, init=False)
 
@@ -95,8 +104,11 @@ class Sequence:
     def to_completion(self, *, mean_batch_size: float) -> Completion:
         """Return the result of a finished sequence; an error has no tokens."""
         assert self.scheduled_s is not None
+        assert self.stop_check is not None
         source, has_error = self.source, self.error is not None
-        finish_reason: FinishReason = "stop" if self.stop_reason == "end_of_text" else "length"
+        finish_reason: FinishReason = (
+            "stop" if self.stop_reason in ENDING_STOP_REASONS else "length"
+        )
         has_margin = not has_error and math.isfinite(self.min_decision_margin)
         has_digest = not has_error and self.logits_hash is not None
         return Completion(
@@ -108,6 +120,9 @@ class Sequence:
             finish_reason="error" if has_error else finish_reason,
             stop_reason=None if has_error else self.stop_reason,
             error=self.error,
+            stop_string=self.stop_check.stop_string,
+            text_bytes=self.stop_check.text_bytes,
+            logprobs=None if has_error or self.params.logprobs is None else self.logprobs,
             min_decision_margin=self.min_decision_margin if has_margin else None,
             logits_digest=self.logits_hash.hexdigest()
             if has_digest and self.logits_hash is not None
@@ -140,37 +155,3 @@ class ScheduledChunk:
     first: int
     tokens: list[int]
     needs_logits: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StopRule:
-    """When a sequence stops.
-
-    Attributes:
-        eos_token_ids: Token ids that stop it; empty for none.
-        n_positions: Length of the context.
-        window_full: What happens when the context is full. `stop` stops. `slide` continues: each
-            step takes the n_positions most recent tokens at positions from 0.
-    """
-
-    eos_token_ids: tuple[int, ...]
-    n_positions: int
-    window_full: WindowFull
-
-    def reason(
-        self, token: int, *, n_new_tokens: int, n_tokens: int, max_new_tokens: int
-    ) -> StopReason | None:
-        """Return why a sequence stops after its latest token, or None.
-
-        Args:
-            token: The latest token.
-            n_new_tokens: New tokens, this one included.
-            n_tokens: Prompt and new tokens, this one included.
-            max_new_tokens: The limit of the prompt.
-        """
-        if token in self.eos_token_ids:
-            return "end_of_text"
-        if n_new_tokens >= max_new_tokens:
-            return "max_new_tokens"
-        is_full = n_tokens > self.n_positions
-        return "window" if self.window_full == "stop" and is_full else None

@@ -9,6 +9,8 @@ all logits, bit for bit:
     2. rescore the candidates down to EXACT_RANGE below the k-th largest, and sample
     3. where the margin turns out larger than the range, rescore that far and sample again
     4. rows that fall back compute all logits
+
+Rows whose logits are adjusted, or whose log probabilities are recorded, need all logits.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptbatch.pipeline.engine.sampling import SampledToken, kept_set_size, sample_tokens
+from gptbatch.pipeline.engine.sampling import SampledToken, kept_set_size
+from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_step
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS, TwoPassHead
-from gptbatch.pipeline.types import SamplingParams
 
 # Logits computed at once, unless MAX_HEAD_ROWS rows have more: they fit the caches of a CPU, or
 # take a small part of a GPU's memory.
@@ -35,35 +37,22 @@ EXACT_RANGE = 0.2
 
 
 def sample_from_hidden(
-    model: GPT,
-    hidden: Tensor,
-    params: abc.Sequence[SamplingParams],
-    steps: abc.Sequence[int],
-    margin_bounds: abc.Sequence[float],
+    model: GPT, hidden: Tensor, requests: abc.Sequence[SampleRequest]
 ) -> list[SampledToken]:
-    """Return the result of `sample_tokens` for the logits of hidden (S, C).
+    """Return the result of `sample_step` for the logits of hidden (S, C).
 
     Args:
         model: Provides the head.
         hidden: The head's input, from `GPT.hidden`.
-        params: Sampling parameters of each row.
-        steps: Index of the new token in each row.
-        margin_bounds: The smallest decision margin of each row so far.
+        requests: One per row. Their margin_bound is the smallest decision margin so far.
     """
     max_rows = MAX_HEAD_ROWS
     if model.two_pass_head is None:
         max_rows = max(max_rows, MAX_LOGITS[model.device.type] // model.config.vocab_size)
     sampled: list[SampledToken] = []
-    for first in range(0, len(params), max_rows):
+    for first in range(0, len(requests), max_rows):
         piece = slice(first, first + max_rows)
-        rows = _Rows(
-            model=model,
-            hidden=hidden[piece],
-            params=params[piece],
-            steps=steps[piece],
-            margin_bounds=margin_bounds[piece],
-        )
-        sampled += rows.sample()
+        sampled += _Rows(model=model, hidden=hidden[piece], requests=requests[piece]).sample()
     return sampled
 
 
@@ -73,17 +62,13 @@ class _Rows:
 
     model: GPT
     hidden: Tensor
-    params: abc.Sequence[SamplingParams]
-    steps: abc.Sequence[int]
-    margin_bounds: abc.Sequence[float]
+    requests: abc.Sequence[SampleRequest]
 
     def __getitem__(self, rows: abc.Sequence[int]) -> _Rows:
         return _Rows(
             model=self.model,
             hidden=self.hidden[rows],
-            params=[self.params[row] for row in rows],
-            steps=[self.steps[row] for row in rows],
-            margin_bounds=[self.margin_bounds[row] for row in rows],
+            requests=[self.requests[row] for row in rows],
         )
 
     def sample(self) -> list[SampledToken]:
@@ -92,7 +77,10 @@ class _Rows:
         if head is None or not head.is_worthwhile:
             return self._sample_from_all()
         max_kept = vocab_size // TOKENS_PER_KEPT_TOKEN
-        is_two_pass = [kept_set_size(params, vocab_size) <= max_kept for params in self.params]
+        is_two_pass = [
+            not request.needs_all_logits and kept_set_size(request.params, vocab_size) <= max_kept
+            for request in self.requests
+        ]
         if not any(is_two_pass):
             return self._sample_from_all()
         if not all(is_two_pass):
@@ -106,12 +94,11 @@ class _Rows:
             )
         logits = head.approximate_logits(self.hidden)
         return self._two_pass(
-            head, logits, [min(bound, EXACT_RANGE) for bound in self.margin_bounds]
+            head, logits, [min(request.margin_bound, EXACT_RANGE) for request in self.requests]
         )
 
     def _sample(self, logits: Tensor) -> list[SampledToken]:
-        native = self.model.backend.native
-        return sample_tokens(logits, self.params, self.steps, self.margin_bounds, native=native)
+        return sample_step(logits, self.requests, native=self.model.backend.native)
 
     def _sample_from_all(self) -> list[SampledToken]:
         return self._sample(self.model.logits(self.hidden))
@@ -124,7 +111,7 @@ class _Rows:
         thresholds = head.rescore(
             logits,
             self.hidden,
-            torch.tensor([kept_set_size(params, vocab_size) for params in self.params]),
+            torch.tensor([kept_set_size(request.params, vocab_size) for request in self.requests]),
             torch.tensor(exact_ranges, dtype=torch.float64),
         ).tolist()
         sampled = self._sample(logits)
@@ -135,9 +122,9 @@ class _Rows:
         # A margin may depend on logits beyond the range: rescore as far as the margin reaches.
         wider = {
             row: math.nextafter(margin, math.inf)
-            for row, (token, bound) in enumerate(zip(sampled, self.margin_bounds, strict=True))
+            for row, (token, request) in enumerate(zip(sampled, self.requests, strict=True))
             if (margin := token.decision_margin) is not None
-            and exact_ranges[row] < bound
+            and exact_ranges[row] < request.margin_bound
             and margin >= exact_ranges[row]
             and not math.isnan(thresholds[row])
         }

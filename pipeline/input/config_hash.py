@@ -10,7 +10,8 @@ from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.generation_config import SpecialTokens
-from gptbatch.pipeline.types import NOISE_VERSION, SAMPLING_SETTINGS
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
+from gptbatch.pipeline.types import NOISE_VERSION
 
 # config keys that change tokens, besides the checkpoint and the input
 _TOKEN_KEYS = (

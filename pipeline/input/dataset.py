@@ -17,8 +17,8 @@ from gptbatch.pipeline.input.hub_dataset import HubDataset
 from gptbatch.pipeline.input.local_dataset import Splits, local_splits
 from gptbatch.pipeline.input.source import START, Place, RawRow
 from gptbatch.pipeline.input.split import SplitPart, parse_split
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.system.bundled import locate
-from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 logger = logging.getLogger("gptbatch")
 

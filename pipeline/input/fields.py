@@ -10,7 +10,7 @@ from typing import Any
 
 from gptbatch.pipeline.input.strict_json import NumberText, check_utf8, json_type, shorten
 from gptbatch.pipeline.input.values import MISSING, is_null, parse_setting
-from gptbatch.pipeline.types import SAMPLING_SETTINGS
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 
 _COLUMNS = "columns, not rows: pandas writes rows with orient='records', lines=True"
 _MAX_NAMED_FIELDS = 12
@@ -82,16 +82,15 @@ def name_fields(fields: dict[str, Any]) -> str:
     )
 
 
-def take_settings(fields: dict[str, Any]) -> dict[str, int | float]:
+def take_settings(fields: dict[str, Any]) -> dict[str, Any]:
     """Remove the sampling settings of a row and return those that it has, by name.
 
     Raises:
         ValueError: A value has another type or is out of range.
     """
-    own: dict[str, int | float] = {}
+    own: dict[str, Any] = {}
     for name, setting in SAMPLING_SETTINGS.items():
-        value = fields.pop(name, None)
-        if not is_null(value):
+        if name in fields and not is_null(value := fields.pop(name)):
             own[name] = parse_setting(value, name, setting)
     return own
 

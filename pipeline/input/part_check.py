@@ -32,6 +32,7 @@ class CheckedParts:
         places: Place of the first row of each part.
         ids: The ids of each part, as `IdHashes.take` returns them.
         bad_rows: Number of rows that become error rows, without duplicates.
+        max_n: The most samples of one row.
         found_ids: The ids of skip_row that rows have.
     """
 
@@ -39,6 +40,7 @@ class CheckedParts:
     places: list[Place]
     ids: list[tuple[bytes, bytes]]
     bad_rows: int
+    max_n: int
     found_ids: frozenset[str]
 
 
@@ -67,14 +69,16 @@ def check_parts(
             that were counted.
     """
     if not numbers:
-        return CheckedParts(digests=[], places=[], ids=[], bad_rows=0, found_ids=frozenset())
+        return CheckedParts(
+            digests=[], places=[], ids=[], bad_rows=0, max_n=1, found_ids=frozenset()
+        )
     first, end = numbers.start * part_rows, min(numbers.stop * part_rows, count.rows)
     # The hashes of each part are taken from memory.
     bad, hashes, warnings = BadRows(), IdHashes(max_in_memory=sys.maxsize), RowWarnings()
     parser, digests = RowParser(reader.defaults, warnings), InputDigests(part_rows)
     digests.begin_at(count.place_of(first))
     required, found = frozenset(required_ids), set()
-    ids = []
+    ids, max_n = [], reader.defaults.sampling.n
     begin = count.mark_before(first)
     rows = islice(reader.source.rows(begin), first - begin.position, None)
     index = first
@@ -82,6 +86,8 @@ def check_parts(
         row, content = parser.parse(index, raw)
         if isinstance(row, BadRow):
             bad.add(row)
+        else:
+            max_n = max(max_n, row.params.n)
         if row.prompt_id in required:
             found.add(row.prompt_id)
         if reader.finds_duplicates and (reader.record_bad or isinstance(row, Prompt)):
@@ -108,6 +114,7 @@ def check_parts(
         places=digests.places or [START],
         ids=ids or [(b"", b"")],
         bad_rows=bad.count,
+        max_n=max_n,
         found_ids=frozenset(found),
     )
 
@@ -134,11 +141,12 @@ def join_parts(
     """
     digests: list[str] = []
     places: list[Place] = []
-    hashes, missing, bad_rows = IdHashes(), set(required_ids), 0
+    hashes, missing, bad_rows, max_n = IdHashes(), set(required_ids), 0, 1
     for parts in read_parts():
         digests += parts.digests
         places += parts.places
         bad_rows += parts.bad_rows
+        max_n = max(max_n, parts.max_n)
         missing -= parts.found_ids
         for part_ids in parts.ids:
             hashes.merge(*part_ids)
@@ -162,6 +170,7 @@ def join_parts(
         places=places,
         prefix_digests={rows: digest},
         bad_rows=bad_rows + len(duplicates),
+        max_n=max_n,
         duplicates=duplicates,
     )
 

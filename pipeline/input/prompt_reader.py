@@ -38,6 +38,7 @@ class InputSummary:
         prefix_digests: Row count -> the same digest of that many first rows. Holds 0, all rows and
             the counts that were requested.
         bad_rows: Number of rows that become error rows, duplicates included.
+        max_n: The most samples of one row; 1 without rows.
         duplicates: Index of each row whose id is taken -> the line of the row that has the id.
     """
 
@@ -48,6 +49,7 @@ class InputSummary:
     places: list[Place]
     prefix_digests: dict[int, str]
     bad_rows: int
+    max_n: int
     duplicates: dict[int, int]
 
 
@@ -95,9 +97,12 @@ class PromptReader:
         """
         bad, id_hashes, warnings = BadRows(), IdHashes(), RowWarnings()
         digests, missing = InputDigests(part_rows, prefix_rows), set(required_ids)
+        max_n = self.defaults.sampling.n
         for raw, row, digest_input in self._parsed(warnings):
             if isinstance(row, BadRow):
                 bad.add(row)
+            else:
+                max_n = max(max_n, row.params.n)
             if missing:
                 missing.discard(row.prompt_id)
             if self.finds_duplicates and (self.record_bad or isinstance(row, Prompt)):
@@ -119,6 +124,7 @@ class PromptReader:
             places=digests.places,
             prefix_digests=digests.prefixes,
             bad_rows=bad.count + len(duplicates),
+            max_n=max_n,
             duplicates=duplicates,
         )
 

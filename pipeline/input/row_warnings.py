@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from gptbatch.pipeline.input.strict_json import shorten
-from gptbatch.pipeline.types import SAMPLING_SETTINGS
+from gptbatch.pipeline.params.other_names import setting_of
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 
 logger = logging.getLogger("gptbatch")
 
@@ -18,32 +18,6 @@ _MAX_NAMED = 8
 _SIMILARITY = 0.85
 # objects in which requests of other programs hold settings
 _CONTAINERS = ("parameters", "params", "options", "config", "kwargs", "settings")
-# settings without an equivalent here
-_UNSUPPORTED = """
-    stop stopsequences stopstrings stoptokenids typicalp n bestof numreturnsequences
-    dosample numbeams beamsize repetitionpenalty presencepenalty frequencypenalty lengthpenalty
-    norepeatngramsize logitbias logprobs echo badwords mintokens minnewtokens minlength ignoreeos
-    until maxgentoks maxtokenstosample badwordsids eostokenid samplingparams generationconfig
-    generationkwargs genkwargs
-"""
-_MAX_NEW_TOKENS = (
-    "maxtokens",
-    "maxlength",
-    "maxcompletiontokens",
-    "maxoutputtokens",
-    "numpredict",
-    "npredict",
-)
-# names of settings in other programs, in lower case and without separators -> the name here, ""
-# where there is no equivalent
-_OTHER_NAMES = {
-    **dict.fromkeys(_MAX_NEW_TOKENS, "max_new_tokens"),
-    "topks": "top_k",
-    **dict.fromkeys(("temp", "temperatures"), "temperature"),
-    **dict.fromkeys(("seeds", "randomseed", "rngseed"), "seed"),
-    **dict.fromkeys(_UNSUPPORTED.split(), ""),
-    **{name.replace("_", ""): name for name in SAMPLING_SETTINGS},
-}
 
 
 class RowWarnings:
@@ -124,9 +98,8 @@ def _resembled_setting(name: str) -> str | None:
     """
     if name in SAMPLING_SETTINGS:
         return name
-    plain = re.sub(r"[-_ ]", "", name.lower())
-    if plain in _OTHER_NAMES:
-        return _OTHER_NAMES[plain]
+    if (setting := setting_of(name)) is not None:
+        return setting
     close = difflib.get_close_matches(
         name.lower(),
         [known for known in SAMPLING_SETTINGS if len(known) > 8],

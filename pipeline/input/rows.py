@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ from gptbatch.pipeline.input.row_warnings import RowWarnings
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.strict_json import MAX_NESTING, shorten, to_json
 from gptbatch.pipeline.input.values import MISSING, parse_id, to_json_values
-from gptbatch.pipeline.types import SAMPLING_SETTINGS, Prompt, SamplingParams
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import Prompt
 
 # json.dumps makes an encoder per call
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -63,18 +65,27 @@ class RowDefaults:
     id_field: str = "id"
     metadata_fields: frozenset[str] = frozenset()
 
-    def params(self, prompt_id: str, own: Mapping[str, int | float]) -> SamplingParams:
+    def params(self, prompt_id: str, own: Mapping[str, Any]) -> SamplingParams:
         """Return the parameters of a row: its own settings, and the run's for the others."""
-        settings: dict[str, Any] = {**self.sampling.as_dict(), **own}
+        settings = dict(own)
         if "seed" not in own:
             settings["seed"] = derive_seed(self.sampling.seed, prompt_id)
-        return SamplingParams(**settings)
+        return dataclasses.replace(self.sampling, **settings)
 
 
 def derive_seed(run_seed: int, prompt_id: str) -> int:
     """Return the seed of a row without one: 63 bits of SHA-256 of the run seed and the id."""
     message = b"gptbatch row seed\0" + run_seed.to_bytes(8, "little") + prompt_id.encode("utf-8")
     return int.from_bytes(hashlib.sha256(message).digest()[:8], "little") >> 1
+
+
+def sample_seed(row_seed: int, sample_index: int) -> int:
+    """Return the seed of a sample: that of the row for the first one, then 63 bits of SHA-256."""
+    if sample_index == 0:
+        return row_seed
+    numbers = row_seed.to_bytes(8, "little") + sample_index.to_bytes(4, "little")
+    digest = hashlib.sha256(b"gptbatch sample seed\0" + numbers).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 class RowParser:
@@ -127,8 +138,9 @@ class RowParser:
             params=defaults.params(prompt_id, own),
             metadata=metadata,
         )
-        settings = [own.get(name) for name in SAMPLING_SETTINGS]
-        return prompt, _digest_input([prompt_id, text, *settings, metadata])
+        if own and (problem := prompt.params.problem()):
+            raise ValueError(problem)
+        return prompt, _digest_input([prompt_id, text, own, metadata])
 
     def _take_id(self, fields: dict[str, Any]) -> Any:
         id_field = self.defaults.id_field

@@ -19,17 +19,19 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     Raises:
         ValueError: It is not valid JSON, or not an object. The message does not quote the text.
     """
-    if isinstance(text, bytes):
-        text = text.decode("utf-8")
+    return require_object(parse_value(text.decode("utf-8") if isinstance(text, bytes) else text))
+
+
+def parse_value(text: str) -> Any:
+    """Parse one JSON value. Raises ValueError for other text; the message does not quote it."""
     try:
-        value = DECODER.decode(text)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
         ) from None
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_NESTING} levels") from None
-    return require_object(value)
 
 
 def require_object(value: Any) -> dict[str, Any]:

@@ -6,17 +6,20 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.errors import ModelError
+from gptbatch.pipeline.errors import ConfigError, ModelError
 from gptbatch.pipeline.input.config_hash import start_token
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
-from gptbatch.pipeline.input.rows import BadRow
+from gptbatch.pipeline.input.rows import BadRow, sample_seed
 from gptbatch.pipeline.input.tokenizer import EncodedText, LoadedTokenizer, PromptTokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.generation_config import SpecialTokens
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.types import Completion, Prompt, RowError, TokenizedPrompt
 
 logger = logging.getLogger("gptbatch")
@@ -52,6 +55,7 @@ class TokenizedInput:
 
     Raises:
         ModelError: The tokenizer's template adds a token that the model does not have.
+        ConfigError: The model or its tokenizer cannot follow a setting of the run.
     """
 
     def __init__(
@@ -68,7 +72,13 @@ class TokenizedInput:
             logger.warning("%s", warning)
         self.tokenizer = prompt_tokenizer(config, self.special_tokens, tokenizer)
         self._check_template()
+        self._check_settings()
         self._warned_rows: Counter[str] = Counter()
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token of the model; empty unless tokens are bytes of text."""
+        return token_bytes_of_model(self.tokenizer, self.gpt_config)
 
     def prompts(
         self,
@@ -100,14 +110,16 @@ class TokenizedInput:
                 else:
                     yield None
             if isinstance(row, BadRow):
-                reject(self._bad_row(row))
+                for sample in _samples(self._prompt_of(row)):
+                    reject(_error_row(sample, 0, RowError(kind="bad_row", reason=row.reason)))
                 continue
             error = self._error(row, encoded)
             self._count_warnings(encoded, error)
-            if error is None:
-                yield self._fit(row, encoded.token_ids, read_s)
-            else:
-                reject(_error_row(row, len(encoded.token_ids), error))
+            for sample in _samples(row):
+                if error is None:
+                    yield self._fit(sample, encoded.token_ids, read_s)
+                else:
+                    reject(_error_row(sample, len(encoded.token_ids), error))
 
     def log_warnings(self) -> None:
         """Log a warning per kind of prompt whose tokens may not be the intended ones."""
@@ -152,6 +164,8 @@ class TokenizedInput:
                 reason=f"the prompt holds token {max(token_ids)}, which the model "
                 f"(vocab_size {vocab_size}) does not have",
             )
+        if problem := self._setting_problem(prompt.params):
+            return RowError(kind="invalid_setting", reason=problem)
         if len(token_ids) > n_positions and self.config.context_overflow == "error":
             return RowError(
                 kind="too_long",
@@ -159,6 +173,32 @@ class TokenizedInput:
                 f"({n_positions})",
             )
         return None
+
+    def _setting_problem(self, params: SamplingParams) -> str:
+        """Return which setting the model or its tokenizer cannot follow; "" for none."""
+        vocab_size = self.gpt_config.vocab_size
+        for name, token_ids in (
+            ("stop_token_ids", params.stop_token_ids),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("logit_bias", [token for token, _ in params.logit_bias]),
+        ):
+            if (largest := max(token_ids, default=0)) >= vocab_size:
+                return (
+                    f"{name} holds token {largest}, which the model (vocab_size {vocab_size}) "
+                    "does not have"
+                )
+        if (params.stop or params.bad_words) and not self.token_bytes:
+            name = "stop" if params.stop else "bad_words"
+            return (
+                f"{name} needs a byte-level tokenizer, such as GPT-2's; stop_token_ids and "
+                "allowed_token_ids work with every tokenizer"
+            )
+        return ""
+
+    def _check_settings(self) -> None:
+        """Raise ConfigError if the model cannot follow a setting of the run."""
+        if problem := self._setting_problem(self.config.sampling):
+            raise ConfigError(f"{problem} ({self.config.model})", keys=(problem.split()[0],))
 
     def _fit(self, prompt: Prompt, token_ids: list[int], read_s: float) -> TokenizedPrompt:
         """Drop tokens from the front of a prompt that is longer than the context.
@@ -177,16 +217,15 @@ class TokenizedInput:
             read_s=read_s,
         )
 
-    def _bad_row(self, row: BadRow) -> Completion:
-        """Return the error row of a row that is not a valid prompt. Its prompt is empty."""
-        prompt = Prompt(
+    def _prompt_of(self, row: BadRow) -> Prompt:
+        """Return the prompt of a row that is not a valid one: it is empty."""
+        return Prompt(
             index=row.index,
             prompt_id=row.prompt_id,
             text="",
             params=self.reader.defaults.params(row.prompt_id, {}),
             metadata=None,
         )
-        return _error_row(prompt, 0, RowError(kind="bad_row", reason=row.reason))
 
     def _count_warnings(self, encoded: EncodedText, error: RowError | None) -> None:
         if encoded.has_special_text:
@@ -212,6 +251,15 @@ class TokenizedInput:
             )
 
 
+def token_bytes_of_model(tokenizer: PromptTokenizer, gpt_config: GPTConfig) -> list[bytes]:
+    """Return the bytes of each token of the model, empty where the tokenizer lacks the token.
+
+    The list is empty unless tokens are bytes of text.
+    """
+    found = tokenizer.token_bytes[: gpt_config.vocab_size]
+    return found and [*found, *[b""] * (gpt_config.vocab_size - len(found))]
+
+
 def prompt_tokenizer(
     config: JobConfig, special_tokens: SpecialTokens, tokenizer: LoadedTokenizer
 ) -> PromptTokenizer:
@@ -222,6 +270,14 @@ def prompt_tokenizer(
         parse_special=config.parse_special,
         add_special_tokens=config.add_special_tokens,
     )
+
+
+def _samples(prompt: Prompt) -> Iterator[Prompt]:
+    """Yield the samples of a row. The first is the row itself."""
+    yield prompt
+    for index in range(1, prompt.params.n):
+        seed = sample_seed(prompt.params.seed, index)
+        yield replace(prompt, sample_index=index, params=replace(prompt.params, seed=seed))
 
 
 def _error_row(prompt: Prompt, prompt_tokens: int, error: RowError) -> Completion:

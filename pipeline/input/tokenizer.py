@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from os.path import commonprefix
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ from tokenizers import Encoding, Tokenizer, models
 
 from gptbatch.pipeline.errors import ModelError
 from gptbatch.pipeline.input.lost_text import LostText, component, may_lose_text
+from gptbatch.pipeline.input.token_bytes import token_bytes
 from gptbatch.pipeline.system.rust_panics import PanicError, panics_as_errors
-from gptbatch.pipeline.types import FinishReason
+from gptbatch.pipeline.types import StopReason
 
 # words in errors of the library -> their cause; the errors themselves may quote the prompt
 _CAUSES = {
@@ -158,11 +160,31 @@ class PromptTokenizer:
         common = start if whole.startswith(start) else commonprefix([start, whole])  # noqa: RUF071
         return whole.removeprefix(common)
 
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token's text, by token id; empty unless tokens are bytes of text."""
+        return token_bytes(self._backend) if self._concatenates else []
+
     def completion_text(
-        self, prompt: list[int], token_ids: list[int], finish_reason: FinishReason
+        self,
+        prompt: list[int],
+        token_ids: list[int],
+        stop_reason: StopReason | None,
+        text_bytes: int | None,
     ) -> str:
-        """Return the text of a completion, without a final EOS token."""
-        return self.added_text(prompt, token_ids[:-1] if finish_reason == "stop" else token_ids)
+        """Return the text of a completion.
+
+        Args:
+            prompt: The tokens before it.
+            token_ids: Its tokens.
+            stop_reason: A final EOS token or stop token has no text.
+            text_bytes: Where a stop string cuts the text; None for nowhere.
+        """
+        if text_bytes is not None:
+            text = b"".join(self.token_bytes[token] for token in token_ids)
+            return text[:text_bytes].decode("utf-8", errors="replace")
+        ends = stop_reason in ("end_of_text", "stop_token")
+        return self.added_text(prompt, token_ids[:-1] if ends else token_ids)
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
         # encode_batch_fast returns no offsets

@@ -13,12 +13,19 @@ from collections.abc import Callable
 from typing import Any
 
 from gptbatch.pipeline.input.csv_file import CellText
-from gptbatch.pipeline.input.strict_json import NumberText, check_utf8, json_type, shorten
-from gptbatch.pipeline.types import SamplingSetting
+from gptbatch.pipeline.input.strict_json import (
+    NumberText,
+    check_utf8,
+    json_type,
+    parse_value,
+    shorten,
+)
+from gptbatch.pipeline.params.settings import SamplingSetting, text_problem
 
 MISSING = object()
 _NUMBERS = (NumberText, CellText, int, float, decimal.Decimal)
 _INTEGER = re.compile(r"-?[0-9]+")
+_TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 _CELL_INTEGER = re.compile(r"(-?[0-9]+)(\.0+)?")
 _CELL_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 # every whole number below it is a float64; Float32 and Float16 have smaller limits
@@ -48,15 +55,106 @@ def parse_id(value: Any, position: int) -> str:
     raise ValueError(f"id must be a string or a whole number, not {_shown(value)}")
 
 
-def parse_setting(value: Any, name: str, setting: SamplingSetting) -> int | float:
-    """Return the value of a sampling setting. Raises ValueError for its type or range."""
-    parse = _parse_integer if setting.type is int else _parse_number
+def parse_setting(value: Any, name: str, setting: SamplingSetting) -> Any:
+    """Return the value of a sampling setting, in the form of SamplingParams.
+
+    A cell of a CSV file holds a list or an object as JSON. One string or token id stands for a list
+    of one.
+
+    Raises:
+        ValueError: It has another type or is out of range.
+    """
+    match setting.kind:
+        case "int" | "float":
+            return _parse_in_range(value, name, setting)
+        case "bool":
+            return _parse_switch(value, name)
+        case "texts":
+            return tuple(_parse_text(item, name) for item in _items(value, name, setting))
+        case "token_ids":
+            return tuple(_parse_token_id(item, name) for item in _items(value, name, setting))
+        case "token_values":
+            return _parse_token_values(value, name, setting)
+
+
+def _parse_in_range(value: Any, name: str, setting: SamplingSetting) -> int | float:
+    parse = _parse_integer if setting.kind == "int" else _parse_number
     number = parse(value, name)
-    if not setting.accepts(number):
-        shown = number if setting.type is int else value
-        least = f"above {setting.minimum}" if setting.above_minimum else setting.minimum
-        raise ValueError(f"{name} must be {least} to {setting.maximum}, not {shorten(shown)}")
+    if not setting.accepts_number(number):
+        shown = number if setting.kind == "int" else value
+        raise ValueError(f"{name} must be {setting.range_text}, not {shorten(shown)}")
     return number
+
+
+def _parse_switch(value: Any, name: str) -> bool:
+    if isinstance(value, CellText) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {_shown(value)}{_advice(value, name)}")
+    return value
+
+
+def _items(value: Any, name: str, setting: SamplingSetting) -> list[Any]:
+    """Return the items of a list; one value is a list of one."""
+    if isinstance(value, CellText) and value.startswith("["):
+        value = _from_json(value, name)
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(items) > setting.max_items:
+        raise ValueError(f"{name} has {len(items)} items; at most {setting.max_items} are possible")
+    return items
+
+
+def _parse_text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or isinstance(value, NumberText):
+        raise ValueError(
+            f"{name} must be a string or a list of strings, not {_shown(value)}"
+            f"{_advice(value, name)}"
+        )
+    check_utf8(value)
+    if problem := text_problem(value):
+        raise ValueError(f"{name} {problem}")
+    return str(value)
+
+
+def _parse_token_id(value: Any, name: str) -> int:
+    token = _parse_integer(value, name)
+    if not 0 <= token < 2**31:
+        raise ValueError(f"{name} must hold token ids from 0, not {token}")
+    return token
+
+
+def _parse_token_values(
+    value: Any, name: str, setting: SamplingSetting
+) -> tuple[tuple[int, float], ...]:
+    if isinstance(value, CellText):
+        value = _from_json(value, name)
+    if not isinstance(value, dict):
+        raise ValueError(
+            f'{name} must be an object of numbers by token id, such as {{"50256": -100}}, not '
+            f"{_shown(value)}{_advice(value, name)}"
+        )
+    # A table has the same keys in all rows, null where a row lacks one.
+    numbers = {key: item for key, item in value.items() if not is_null(item)}
+    if bad := [key for key in numbers if not _TOKEN_KEY.fullmatch(key)]:
+        raise ValueError(f"{name} must have token ids as keys, not {shorten(bad[0])}")
+    if len(numbers) > setting.max_items:
+        raise ValueError(
+            f"{name} has {len(numbers)} tokens; at most {setting.max_items} are possible"
+        )
+    return tuple(
+        sorted(
+            (_parse_token_id(int(key), name), float(_parse_in_range(item, name, setting)))
+            for key, item in numbers.items()
+        )
+    )
+
+
+def _from_json(cell: str, name: str) -> Any:
+    """Return the value of a CSV cell that holds JSON."""
+    try:
+        return parse_value(cell)
+    except ValueError as error:
+        raise ValueError(f"{name} is {error}") from error
 
 
 def _parse_integer(value: Any, name: str) -> int:

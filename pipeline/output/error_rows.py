@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from gptbatch.pipeline.errors import StorageError
@@ -19,13 +20,16 @@ from gptbatch.pipeline.input.strict_json import parse_object, to_json
 from gptbatch.pipeline.output.folder import ERRORS, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
+from gptbatch.pipeline.params.sampling_params import from_row, to_json_value
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.storage.atomic_write import Writer
-from gptbatch.pipeline.types import SAMPLING_SETTINGS
 
 _COLUMNS = [
     "prompt_id",
+    "sample_index",
     "prompt",
-    *SAMPLING_SETTINGS,
+    *(name for name, setting in SAMPLING_SETTINGS.items() if setting.column_type),
+    "sampling_params",
     "metadata",
     "error",
 ]
@@ -38,6 +42,8 @@ _ADVICE = {
         "the tokenizer has no tokens for parts of their text; on_lost_text: warn runs those that "
         "only lose characters"
     ),
+    "invalid_setting": "the model or its tokenizer cannot follow one of their settings",
+    "no_token_allowed": "their settings forbid every token at some step",
     "not_finite": "dtype: float32 has the widest range",
     "skipped": "named by skip_row",
 }
@@ -91,6 +97,10 @@ def write_error_rows(
 
 
 def _error_rows(folder: OutputFolder, part: Part) -> Iterator[dict[str, Any]]:
+    """Yield the first sample of each row with an error, with the error of the first that has one.
+
+    Its seed is that of the row, so a line of it generates all samples again.
+    """
     path = folder.path / part.name
     try:
         with open_parquet(path) as parquet:
@@ -99,15 +109,29 @@ def _error_rows(folder: OutputFolder, part: Part) -> Iterator[dict[str, Any]]:
         if is_damage(error):
             raise StorageError(f"{path}: damaged ({error}); run the same command again") from error
         raise read_error(path, error) from error
-    yield from table.filter(pc.is_valid(table["error"])).to_pylist()
+    failed = table.filter(pc.is_valid(table["error"]))
+    first_samples = pc.subtract(
+        pc.indices_nonzero(pc.is_valid(table["error"])).cast(pa.int64()),
+        failed["sample_index"].cast(pa.int64()),
+    )
+    reasons: dict[int, str] = {}
+    for index, reason in zip(first_samples.to_pylist(), failed["error"].to_pylist(), strict=True):
+        reasons.setdefault(index, reason)
+    for reason, row in zip(reasons.values(), table.take(list(reasons)).to_pylist(), strict=True):
+        yield {**row, "error": reason}
 
 
 def _to_line(row: dict[str, Any], defaults: RowDefaults) -> str:
     """Return a row as a JSON object. Numbers in the metadata keep their digits."""
+    params = from_row(row)
     columns = {
         defaults.id_field: row["prompt_id"],
         defaults.prompt_field: row["prompt"] or None,
-        **{name: row[name] for name in SAMPLING_SETTINGS},
+        **{
+            name: to_json_value(value, setting)
+            for name, setting in SAMPLING_SETTINGS.items()
+            if (value := getattr(params, name)) != setting.default or setting.column_type
+        },
         "error": row["error"],
     }
     fields = {

@@ -40,6 +40,7 @@ def write_index(file: BinaryIO, summary: InputSummary) -> None:
         "part_rows": summary.part_rows,
         "digest": summary.digest,
         "bad_rows": summary.bad_rows,
+        "max_n": summary.max_n,
         "duplicates": {str(index): line for index, line in summary.duplicates.items()},
     }
     # An input without rows has one part, which begins nowhere.
@@ -93,5 +94,6 @@ def read_index(path: Location) -> InputSummary | None:
         places=places,
         prefix_digests={content.rows: content.digest},
         bad_rows=content.bad_rows,
+        max_n=content.max_n,
         duplicates={int(index): line for index, line in content.duplicates.items()},
     )

@@ -141,12 +141,13 @@ def read_parts(work: Location, contents: list[PieceContent]) -> Iterator[Checked
     number = 0
     for index, content in enumerate(contents):
         path = piece_path(work, Shard(index, len(contents)))
+        # of the whole piece, and given to its first parts
         bad_rows, found_ids = content.bad_rows, frozenset(content.found_ids)
         try:
             with open_parquet(path, whole=False) as parquet:
                 for group in range(parquet.num_row_groups):
                     table = parquet.read_row_group(group, use_threads=False)
-                    yield _parts_of(table, number, content.part_rows, bad_rows, found_ids)
+                    yield _parts_of(table, number, content, bad_rows, found_ids)
                     number += table.num_rows
                     bad_rows, found_ids = 0, frozenset()
         except FileNotFoundError:
@@ -170,16 +171,24 @@ def delete_pieces(work: Location) -> None:
 
 
 def _parts_of(
-    table: pa.Table, first: int, part_rows: int, bad_rows: int, found_ids: frozenset[str]
+    table: pa.Table,
+    first: int,
+    content: PieceContent,
+    bad_rows: int,
+    found_ids: frozenset[str],
 ) -> CheckedParts:
     columns = {name: table[name].to_pylist() for name in ("digest", "file", "row", "offset")}
     places = zip(columns["file"], columns["row"], columns["offset"], strict=True)
     ids = [[_bytes(part) for part in table[name]] for name in _ID_COLUMNS]
     return CheckedParts(
         digests=columns["digest"],
-        places=[Place((first + number) * part_rows, *place) for number, place in enumerate(places)],
+        places=[
+            Place((first + number) * content.part_rows, *place)
+            for number, place in enumerate(places)
+        ],
         ids=list(zip(*ids, strict=True)),
         bad_rows=bad_rows,
+        max_n=content.max_n,
         found_ids=found_ids,
     )
 

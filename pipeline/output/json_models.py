@@ -15,7 +15,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 MAX_VALUE_CHARACTERS = 60
 MAX_TEXT_CHARACTERS = 1 << 16
@@ -52,10 +59,11 @@ class Part(_StrictModel):
     Attributes:
         name: The file name.
         first_row: Index of its first row in the input, from 0.
-        rows: Number of rows.
-        error_kinds: Number of error rows by kind.
-        prompt_tokens: Sum over the rows.
-        completion_tokens: Sum over the rows.
+        rows: Number of rows of the input.
+        samples: Number of rows of its table: the n samples of each row.
+        error_kinds: Number of rows of the input with an error, by the kind of the first one.
+        prompt_tokens: Sum over the table.
+        completion_tokens: Sum over the table.
         input_rows_digest: SHA-256 of these rows of the input.
         content_digest: SHA-256 of the deterministic columns (see `schema.content_digest`).
     """
@@ -65,15 +73,24 @@ class Part(_StrictModel):
     name: Annotated[str, Field(pattern=f"^{PART_NAME_PATTERN}$")]
     first_row: Count
     rows: Count
+    samples: Count
     error_kinds: Kinds
     prompt_tokens: Count
     completion_tokens: Count
     input_rows_digest: Digest
     content_digest: Digest
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_sample_per_row(cls, values: Any) -> Any:
+        # Earlier versions wrote one.
+        if isinstance(values, dict) and "samples" not in values and "rows" in values:
+            return {**values, "samples": values["rows"]}
+        return values
+
     @property
     def errors(self) -> int:
-        """Number of error rows."""
+        """Number of rows of the input with an error."""
         return sum(self.error_kinds.values())
 
     @property
@@ -175,6 +192,7 @@ class IndexContent(_StrictModel):
     part_rows: PartRows
     digest: Digest
     bad_rows: Count
+    max_n: Annotated[int, Field(ge=1)]
     duplicates: dict[Annotated[str, Field(pattern=r"^\d{1,19}$")], Count]
 
 
@@ -187,6 +205,7 @@ class PieceContent(_StrictModel):
         rows: Rows of the input.
         part_rows: Rows per part.
         bad_rows: Bad rows of the piece, without duplicates.
+        max_n: The most samples of one row.
         found_ids: The ids of skip_row that its rows have.
     """
 
@@ -195,6 +214,7 @@ class PieceContent(_StrictModel):
     rows: Count
     part_rows: PartRows
     bad_rows: Count
+    max_n: Annotated[int, Field(ge=1)]
     found_ids: list[Text]
 
 

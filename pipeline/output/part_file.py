@@ -215,8 +215,8 @@ def _read_footer(file: BinaryIO) -> tuple[dict[str, Any], int]:
 
 def _part_of(footer: dict[str, Any], rows: int, name: str) -> Part:
     part = validated(Part, {**footer, "name": name})
-    if rows != part.rows:
-        raise ValueError(f"it holds {rows} rows, and its footer says {part.rows}")
+    if rows != part.samples:
+        raise ValueError(f"it holds {rows} rows, and its footer says {part.samples}")
     return part
 
 

@@ -27,7 +27,7 @@ from gptbatch.pipeline.model.loading import LoadedModel
 from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.part_sink import PartSink
 from gptbatch.pipeline.output.part_source import PartSource
-from gptbatch.pipeline.types import Completion, TokenizedPrompt
+from gptbatch.pipeline.types import Completion, Sample, TokenizedPrompt
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.engine.engine import Engine
@@ -71,9 +71,19 @@ class Stop(Protocol):
 
 @dataclass(slots=True)
 class RowCounts:
-    """Counts of the rows that a run has finished."""
+    """Counts of the rows that a run has finished.
+
+    Attributes:
+        rows: Rows of the input, with all of their samples.
+        samples: Rows of the table.
+        errors: Rows of the input with an error.
+        prompt_tokens: Sum over the samples.
+        completion_tokens: Sum over the samples.
+        batch_size_halvings: How often memory ran out.
+    """
 
     rows: int = 0
+    samples: int = 0
     errors: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -109,6 +119,8 @@ class PartRunner:
     def __post_init__(self) -> None:
         self._limit = ErrorLimit(self.config.max_row_errors, self.summary.rows)
         self._errors_kept = sum(part.errors for part in self.sink.parts.values())
+        # Samples of rows that lack some, by index of the row.
+        self._samples: dict[int, list[Sample]] = {}
         self._pulled: set[int] = set()
         self._suspect_parts: list[int] = []
 
@@ -225,17 +237,29 @@ class PartRunner:
             yield prompt
 
     def _take(self, completion: Completion) -> None:
-        failed = completion.finish_reason == "error"
-        self.counts.rows += 1
-        self.counts.errors += failed
+        """Take one sample. Pass a row of the input on when all of its samples are there."""
+        prompt = completion.prompt
         self.counts.prompt_tokens += completion.prompt_tokens
         self.counts.completion_tokens += len(completion.token_ids)
         text = None
-        if not failed:
+        if completion.error is None:
             text = self.prompts.tokenizer.completion_text(
-                completion.prompt_token_ids, completion.token_ids, completion.finish_reason
+                completion.prompt_token_ids,
+                completion.token_ids,
+                completion.stop_reason,
+                completion.text_bytes,
             )
-        part = self.sink.add(completion, text)
+        samples = self._samples.pop(prompt.index, [])
+        samples.append(Sample(completion, text))
+        if len(samples) < prompt.params.n:
+            self._samples[prompt.index] = samples
+            return
+        samples.sort(key=lambda sample: sample.completion.prompt.sample_index)
+        failed = any(sample.completion.error is not None for sample in samples)
+        self.counts.rows += 1
+        self.counts.samples += len(samples)
+        self.counts.errors += failed
+        part = self.sink.add(samples)
         if part is not None:
             self.source.committed(part)
         if failed:
@@ -247,9 +271,10 @@ class PartRunner:
         config = self.config
         return Engine(
             model=self.loaded.model,
-            batch_size=max(1, min(batch_size, self.summary.rows)),
+            batch_size=max(1, min(batch_size, self.summary.rows * self.summary.max_n)),
             eos_token_ids=() if config.ignore_eos else self.prompts.special_tokens.eos_token_ids,
             memory_bytes=self.loaded.cache_memory_bytes(config.engine.memory_gib),
             window_full=config.window_full,
             record_logits=config.record_logits_digest,
+            token_bytes=self.prompts.token_bytes,
         )

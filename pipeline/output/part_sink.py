@@ -5,11 +5,13 @@ PartRunner fills it. PartWriter turns rows into files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gptbatch.pipeline.output.crash_journal import CrashJournal
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.run_folder import RunFolder
-from gptbatch.pipeline.types import Completion
+from gptbatch.pipeline.types import Sample
 
 
 class PartSink:
@@ -77,12 +79,11 @@ class PartSink:
         """Record the row that is about to run alone."""
         self._record(prompt_id)
 
-    def add(self, completion: Completion, text: str | None) -> Part | None:
-        """Add one row, and commit the part that it completes.
+    def add(self, samples: Sequence[Sample]) -> Part | None:
+        """Add one row of the input, and commit the part that it completes.
 
         Args:
-            completion: The result of the row.
-            text: The decoded new tokens; None for an error.
+            samples: All samples of the row, in order.
 
         Returns:
             The part, now written; None while it lacks rows.
@@ -91,7 +92,7 @@ class PartSink:
             StorageError: The part cannot be written.
             OutputConflictError: A part of another job has its name.
         """
-        part = self._writer.add(completion, text)
+        part = self._writer.add(samples)
         if part is not None:
             self._finish_part(part)
         return part

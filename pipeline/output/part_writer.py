@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -31,7 +32,7 @@ from gptbatch.pipeline.output.schema import content_digest, to_row, to_table
 from gptbatch.pipeline.storage.atomic_write import Writer
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.storage.regular_file import file_sha256, sha256_of
-from gptbatch.pipeline.types import Completion
+from gptbatch.pipeline.types import Sample
 
 logger = logging.getLogger("gptbatch")
 
@@ -61,15 +62,15 @@ class PartWriter:
     ) -> None:
         self._output, self._writer, self._hashes, self._plan = output, writer, hashes, plan
         self.facts = facts
-        self._rows: dict[int, dict[int, dict[str, Any]]] = {}
+        # the table rows of each input row, by part and index
+        self._rows: dict[int, dict[int, list[dict[str, Any]]]] = {}
         self._error_kinds: dict[int, Counter[str]] = {}
 
-    def add(self, completion: Completion, text: str | None) -> Part | None:
-        """Add one row.
+    def add(self, samples: Sequence[Sample]) -> Part | None:
+        """Add one row of the input.
 
         Args:
-            completion: The result of the row.
-            text: The decoded new tokens; None for an error.
+            samples: All samples of the row, in order.
 
         Returns:
             The part that this row completes; None while its part lacks rows.
@@ -78,13 +79,14 @@ class PartWriter:
             StorageError: The part cannot be written.
             OutputConflictError: A part of another job has its name.
         """
-        index = completion.prompt.index
+        index = samples[0].completion.prompt.index
         number = index // self._plan.part_rows
         rows = self._rows.setdefault(number, {})
         assert index not in rows
-        rows[index] = to_row(completion, text)
-        if completion.error is not None:
-            self._error_kinds.setdefault(number, Counter())[completion.error.kind] += 1
+        rows[index] = [to_row(sample.completion, sample.text) for sample in samples]
+        errors = [error for sample in samples if (error := sample.completion.error) is not None]
+        if errors:
+            self._error_kinds.setdefault(number, Counter())[errors[0].kind] += 1
         if len(rows) < self._plan.rows_of(number):
             return None
         part = self._commit(number, [rows[index] for index in sorted(rows)])
@@ -100,7 +102,7 @@ class PartWriter:
         assert self._plan.total_rows == 0
         return self._commit(0, [])
 
-    def _commit(self, number: int, rows: list[dict[str, Any]]) -> Part:
+    def _commit(self, number: int, rows: list[list[dict[str, Any]]]) -> Part:
         """Write the part where its name is free.
 
         Where another run of this job wrote the same part, keep that one; replace a damaged file.
@@ -138,16 +140,18 @@ class PartWriter:
             f"{path}: appears and disappears; is another program working in this folder?"
         )
 
-    def _to_part(self, number: int, rows: list[dict[str, Any]]) -> tuple[Part, pa.Table]:
+    def _to_part(self, number: int, rows: list[list[dict[str, Any]]]) -> tuple[Part, pa.Table]:
         """Return the part and its table, with the footer in the schema metadata."""
-        table = to_table(rows)
+        samples = [sample for samples in rows for sample in samples]
+        table = to_table(samples)
         part = Part(
             name=part_name(number),
             first_row=number * self._plan.part_rows,
             rows=len(rows),
+            samples=len(samples),
             error_kinds=dict(sorted(self._error_kinds.pop(number, Counter()).items())),
-            prompt_tokens=sum(row["prompt_tokens"] for row in rows),
-            completion_tokens=sum(row["completion_tokens"] for row in rows),
+            prompt_tokens=sum(row["prompt_tokens"] for row in samples),
+            completion_tokens=sum(row["completion_tokens"] for row in samples),
             input_rows_digest=self._plan.input_digests[number],
             content_digest=content_digest(table),
         )

@@ -27,6 +27,7 @@ from gptbatch.pipeline.output.part_plan import (
 )
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.stray_tables import refuse_stray_tables
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 
 _INPUT_SETTINGS = {
     "input",
@@ -37,6 +38,8 @@ _INPUT_SETTINGS = {
     "csv_delimiter",
     "limit",
     "on_bad_row",
+    # The settings of a row are checked together with those of the run.
+    *(name for name in SAMPLING_SETTINGS if name != "seed"),
     # An index without a search for repeated ids is not that of a check with one.
     "ids",
     "skip_row",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -10,7 +11,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gptbatch.pipeline.types import SAMPLING_SETTINGS, Completion
+from gptbatch.pipeline.params.sampling_params import to_column
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
+from gptbatch.pipeline.types import Completion, TokenLogprobs
 
 Kind = Literal["deterministic", "observed"]
 
@@ -58,25 +61,31 @@ COLUMNS = (
         "prompt_id", pa.string(), "the row's id; the row index as text where the input gave none"
     ),
     _fixed("prompt_index", pa.int64(), "index of the row in the input, from 0"),
+    _fixed("sample_index", pa.int32(), "index of the sample among the n of its prompt, from 0"),
     _fixed("prompt", pa.string(), "the prompt", nullable=True),
     _fixed(
         "completion",
         pa.string(),
-        "the generated text, without the prompt and a final EOS token; null for an error",
+        "the generated text, without the prompt, a final EOS or stop token, and a stop string and "
+        "what follows it; null for an error",
         nullable=True,
     ),
     _fixed(
         "completion_token_ids",
         pa.list_(pa.int32()),
-        "the generated tokens, a final EOS token included; empty for an error",
+        "the generated tokens, the one that ended the row included; empty for an error",
     ),
-    _fixed("finish_reason", pa.string(), "stop (EOS token), length or error"),
+    _fixed(
+        "finish_reason", pa.string(), "stop (EOS token, stop token or stop string), length or error"
+    ),
     _fixed(
         "stop_reason",
         pa.string(),
-        "end_of_text, max_new_tokens or window (the context was full); null for an error",
+        "end_of_text, stop_token, stop_string, max_new_tokens or window (the context was full); "
+        "null for an error",
         nullable=True,
     ),
+    _fixed("stop_string", pa.string(), "the stop string that ended the row", nullable=True),
     _fixed(
         "error", pa.string(), "why there is no completion; null when there is one", nullable=True
     ),
@@ -96,6 +105,13 @@ COLUMNS = (
     *(
         _fixed(name, pa.type_for_alias(setting.column_type), setting.meaning, unit=setting.unit)
         for name, setting in SAMPLING_SETTINGS.items()
+        if setting.column_type is not None
+    ),
+    _fixed(
+        "sampling_params",
+        pa.string(),
+        "the other sampling settings that differ from their defaults, as JSON; null for none",
+        nullable=True,
     ),
     _fixed(
         "metadata",
@@ -110,6 +126,33 @@ COLUMNS = (
         "null without a step",
         nullable=True,
         unit="logits",
+    ),
+    _fixed(
+        "cumulative_logprob",
+        pa.float64(),
+        "sum of token_logprobs; null without the setting logprobs",
+        nullable=True,
+        unit="nats",
+    ),
+    _fixed(
+        "token_logprobs",
+        pa.list_(pa.float32()),
+        "log probability of each generated token, by softmax(logits); null without logprobs",
+        nullable=True,
+        unit="nats",
+    ),
+    _fixed(
+        "top_logprob_ids",
+        pa.list_(pa.int32()),
+        "the logprobs most likely tokens of each step, one step after the other; null without it",
+        nullable=True,
+    ),
+    _fixed(
+        "top_logprobs",
+        pa.list_(pa.float32()),
+        "log probabilities of top_logprob_ids; null without logprobs",
+        nullable=True,
+        unit="nats",
     ),
     _fixed(
         "logits_digest",
@@ -159,6 +202,8 @@ SCHEMA_DIGEST = hashlib.sha256(
 
 # The version of the folder's layout, and the digest of the schema of its parts.
 FORMAT = f"gptbatch-5-{SCHEMA_DIGEST}"
+LOGPROB_COLUMNS = ("cumulative_logprob", "token_logprobs", "top_logprob_ids", "top_logprobs")
+_SETTING_COLUMNS = [name for name, setting in SAMPLING_SETTINGS.items() if setting.column_type]
 
 
 def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
@@ -173,18 +218,22 @@ def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
     return {
         "prompt_id": prompt.prompt_id,
         "prompt_index": prompt.index,
+        "sample_index": prompt.sample_index,
         "prompt": prompt.text,
         "completion": text,
         "completion_token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
+        "stop_string": completion.stop_string,
         "error": completion.error and completion.error.reason,
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": count,
         "prompt_tokens_dropped": completion.prompt_tokens_dropped,
-        **prompt.params.as_dict(),
+        **{name: getattr(prompt.params, name) for name in _SETTING_COLUMNS},
+        "sampling_params": to_column(prompt.params),
         "metadata": prompt.metadata,
         "min_decision_margin": completion.min_decision_margin,
+        **({} if completion.logprobs is None else logprob_columns(completion.logprobs)),
         "logits_digest": completion.logits_digest,
         "queue_s": timing and timing.queue_s,
         "prefill_s": timing and timing.prefill_s,
@@ -197,6 +246,16 @@ def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
         "mean_batch_size": timing and timing.mean_batch_size,
         "started_at": timing and datetime.fromtimestamp(timing.started_at_s, UTC),
         "cached_tokens": timing and timing.cached_tokens,
+    }
+
+
+def logprob_columns(logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+    """Return the columns of the log probabilities of a row."""
+    return {
+        "cumulative_logprob": math.fsum(token.logprob for token in logprobs),
+        "token_logprobs": [token.logprob for token in logprobs],
+        "top_logprob_ids": [top for token in logprobs for top in token.top_ids],
+        "top_logprobs": [top for token in logprobs for top in token.top_logprobs],
     }
 
 

@@ -14,13 +14,14 @@ class RunSummary:
 
     Attributes:
         output: The output folder.
-        rows: Rows that this run has generated, error rows included.
-        ok: Rows among these with a completion.
-        errors: Rows among these with an error.
+        rows: Rows of the input that this run has generated, those with an error included.
+        samples: Rows of the table that this run has written: n per row of the input.
+        ok: Rows of the input without an error.
+        errors: Rows of the input with an error, in at least one sample.
         rows_kept: Rows that the output, or the run's shard, already held.
         complete: Whether the output holds all rows now. False after a shard, while others run.
         batch_size_halvings: How often memory was too small for the batch.
-        prompt_tokens: Tokens of the prompts of `rows`.
+        prompt_tokens: Tokens of the prompts of all samples.
         completion_tokens: Tokens that this run has generated.
         load_s: Seconds to load the model.
         generate_s: Seconds to generate and write the rows.
@@ -34,6 +35,7 @@ class RunSummary:
 
     output: str
     rows: int
+    samples: int
     ok: int
     errors: int
     rows_kept: int
@@ -64,6 +66,7 @@ def summarize_complete_output(
     return RunSummary(
         output=config.output,
         rows=0,
+        samples=0,
         ok=0,
         errors=0,
         rows_kept=manifest.get("rows", 0),

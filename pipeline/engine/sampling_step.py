@@ -1,0 +1,122 @@
+"""One step of some rows from all of their logits: adjust, sample, and look up log probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptbatch.pipeline.engine.logit_adjustments import adjusted_logits
+from gptbatch.pipeline.engine.logprobs import token_logprobs
+from gptbatch.pipeline.engine.row_adjustments import StepAdjustments
+from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """What decides the next token of a row, besides its logits.
+
+    Attributes:
+        params: The settings of the row.
+        step: Index of the new token, from 0.
+        margin_bound: A larger decision margin may be returned as this; see `sample_tokens`.
+        adjustments: Changes of the logits; None for none.
+    """
+
+    params: SamplingParams
+    step: int
+    margin_bound: float = math.inf
+    adjustments: StepAdjustments | None = None
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether logits matter that lie far below the kept ones."""
+        return self.adjustments is not None or self.params.logprobs is not None
+
+
+def sample_step(
+    logits: Tensor, requests: Sequence[SampleRequest], *, native: bool
+) -> list[SampledToken]:
+    """Sample the next token of each row.
+
+    Args:
+        logits: (S, V) of any floating dtype, as the model gives them.
+        requests: One per row.
+        native: Use the C++ kernels (CPU only).
+    """
+    rows = range(len(requests))
+    if not any(request.needs_all_logits for request in requests):
+        return _sample(logits, requests, rows, native=native)
+    sampled = [SampledToken(None, None)] * len(requests)
+    plain = [row for row in rows if requests[row].adjustments is None]
+    for row, token in zip(plain, _sample(logits, requests, plain, native=native), strict=True):
+        sampled[row] = token
+    adjusted = [row for row in rows if requests[row].adjustments is not None]
+    if adjusted:
+        tokens = _sample_adjusted(logits, requests, adjusted, native=native)
+        for row, token in zip(adjusted, tokens, strict=True):
+            sampled[row] = token
+    _add_logprobs(logits, requests, sampled, native=native)
+    return sampled
+
+
+def _sample(
+    logits: Tensor, requests: Sequence[SampleRequest], rows: Sequence[int], *, native: bool
+) -> list[SampledToken]:
+    """Sample from the logits of some rows."""
+    return sample_tokens(
+        _rows_of(logits, rows),
+        [requests[row].params for row in rows],
+        [requests[row].step for row in rows],
+        [requests[row].margin_bound for row in rows],
+        native=native,
+    )
+
+
+def _sample_adjusted(
+    logits: Tensor, requests: Sequence[SampleRequest], rows: Sequence[int], *, native: bool
+) -> list[SampledToken]:
+    """Sample from adjusted logits. A row whose own logits are not finite has no token."""
+    own = _rows_of(logits, rows)
+    some = [requests[row] for row in rows]
+    steps = [request.adjustments for request in some if request.adjustments is not None]
+    sampled = _sample(adjusted_logits(own, steps), some, range(len(some)), native=native)
+    is_finite = torch.isfinite(own.amax(dim=1)).tolist()
+    return [
+        token
+        if token.token is not None and finite
+        else SampledToken(None, None, is_forbidden=finite)
+        for token, finite in zip(sampled, is_finite, strict=True)
+    ]
+
+
+def _add_logprobs(
+    logits: Tensor,
+    requests: Sequence[SampleRequest],
+    sampled: list[SampledToken],
+    *,
+    native: bool,
+) -> None:
+    """Set the log probabilities of the rows that request them, in place."""
+    found = {
+        row: (token.token, n_top)
+        for row, token in enumerate(sampled)
+        if token.token is not None and (n_top := requests[row].params.logprobs) is not None
+    }
+    logprobs = token_logprobs(
+        _rows_of(logits, list(found)),
+        [token for token, _ in found.values()],
+        [n_top for _, n_top in found.values()],
+        native=native,
+    )
+    for row, token in zip(found, logprobs, strict=True):
+        sampled[row] = dataclasses.replace(sampled[row], logprobs=token)
+
+
+def _rows_of(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    return logits if len(rows) == len(logits) else logits[list(rows)]

@@ -1,0 +1,153 @@
+"""SamplingParams: the sampling settings of one row. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gptbatch.pipeline.params.settings import MAX_TOKEN_ID, SAMPLING_SETTINGS, SamplingSetting
+
+# The settings without a column of their own, and their defaults
+_OTHERS = {
+    name: setting.default
+    for name, setting in SAMPLING_SETTINGS.items()
+    if setting.column_type is None
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """The sampling settings of one row, or of a run. SAMPLING_SETTINGS has their ranges.
+
+    In the params of a run, seed is the run seed; in those of a row, the row seed; in those of a
+    sample, the seed of its noise. logit_bias holds (token id, number) in ascending order of ids.
+    """
+
+    seed: int
+    temperature: float
+    top_k: int
+    max_new_tokens: int
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    n: int = 1
+    logprobs: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings by name, in the order of SAMPLING_SETTINGS."""
+        return {name: getattr(self, name) for name in SAMPLING_SETTINGS}
+
+    def others(self) -> dict[str, Any]:
+        """Return the settings without a column of their own that differ from their defaults."""
+        return {
+            name: value
+            for name, default in _OTHERS.items()
+            if (value := getattr(self, name)) != default
+        }
+
+    def problem(self) -> str:
+        """Return which settings contradict each other; "" where none do."""
+        if self.n > 1 and self.temperature == 0:
+            return (
+                f"n is {self.n}, and temperature 0 gives equal samples; set a temperature, or n 1"
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            return (
+                f"min_new_tokens is {self.min_new_tokens}, above max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
+        if self.include_stop_str_in_output and not self.stop:
+            return "include_stop_str_in_output needs stop"
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            return "allowed_token_ids is empty; null allows all tokens"
+        return ""
+
+
+def parse_token_values(value: Any) -> Any:
+    """Return an object of numbers by token id in JSON's form, from JSON text or from a mapping.
+
+    A value of another type is returned as it is, for the caller to reject.
+
+    Raises:
+        ValueError: The text is not JSON, or a key or a number is not valid.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f'should be JSON such as {{"50256": -100}} ({error})') from error
+    if not isinstance(value, Mapping):
+        return value
+    setting = SAMPLING_SETTINGS["logit_bias"]
+    for token, number in value.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,9}", str(token)) or int(token) > MAX_TOKEN_ID:
+            raise ValueError(f"should have token ids as keys (key {token!r})")
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not is_number or not setting.accepts_number(number):
+            raise ValueError(f"should hold numbers from {setting.range_text} (key {token!r})")
+    return {str(token): float(number) for token, number in value.items()}
+
+
+def to_attribute(value: Any, setting: SamplingSetting) -> Any:
+    """Convert the value of a setting from JSON's form to that of SamplingParams."""
+    if setting.kind in ("texts", "token_ids"):
+        return None if value is None else tuple(value)
+    if setting.kind == "token_values":
+        return tuple(sorted((int(token), float(number)) for token, number in value.items()))
+    return value
+
+
+def to_json_value(value: Any, setting: SamplingSetting) -> Any:
+    """Convert the value of a setting from SamplingParams to JSON's form."""
+    if setting.kind in ("texts", "token_ids"):
+        return None if value is None else list(value)
+    if setting.kind == "token_values":
+        return {str(token): number for token, number in value}
+    return value
+
+
+def to_column(params: SamplingParams) -> str | None:
+    """Return the column sampling_params: canonical JSON of `others`, None where it is empty."""
+    others = {
+        name: to_json_value(value, SAMPLING_SETTINGS[name])
+        for name, value in params.others().items()
+    }
+    if not others:
+        return None
+    return json.dumps(others, ensure_ascii=False, separators=(",", ":"))
+
+
+def from_row(row: Mapping[str, Any]) -> SamplingParams:
+    """Return the sampling parameters of a recorded row.
+
+    A setting that its version lacks has its default.
+
+    Raises:
+        ValueError: The column sampling_params is not what `to_column` writes.
+    """
+    try:
+        others = json.loads(row.get("sampling_params") or "{}")
+        settings = {
+            name: to_attribute(others[name], setting) if name in others else setting.default
+            for name, setting in SAMPLING_SETTINGS.items()
+            if setting.column_type is None
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError("its sampling_params cannot be read") from error
+    for name, setting in SAMPLING_SETTINGS.items():
+        if setting.column_type is not None:
+            settings[name] = setting.default if row[name] is None else row[name]
+    return SamplingParams(**settings)

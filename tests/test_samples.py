@@ -1,0 +1,278 @@
+"""n samples per prompt, and rows with settings of every kind, through the command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from gptbatch.jobs.cli import run_command
+from gptbatch.pipeline import JobConfig, run_job
+from gptbatch.pipeline.audit.run_reader import RunReader
+from gptbatch.pipeline.input.rows import derive_seed, sample_seed
+from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
+from tests.launcher import Launcher
+from tests.processes import wait_for
+
+WriteRows = Callable[..., Path]
+Row = dict[str, Any]
+
+
+def generate(checkpoint: Path, rows: Path, output: Path, **settings: Any) -> list[Row]:
+    """Run a job and return the rows of its table."""
+    run_job(
+        JobConfig(
+            model=str(checkpoint),
+            input=str(rows),
+            output=str(output),
+            **{"max_new_tokens": 6, "part_rows": 4} | settings,
+        )
+    )
+    return list(RunReader(output).rows())
+
+
+PROMPTS: list[Row] = [{"id": f"r{i}", "prompt": "The king is " * (i % 5 + 1)} for i in range(10)]
+
+
+def test_samples_of_a_prompt(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    """The first is the row with n = 1; all have the seeds of the specification, and replay."""
+    rows = write_rows(PROMPTS)
+    single = generate(checkpoint, rows, tmp_path / "one")
+    samples = generate(checkpoint, rows, tmp_path / "three", n=3)
+    keys = [(row["prompt_id"], row["sample_index"]) for row in samples]
+    assert keys == [(row["id"], index) for row in PROMPTS for index in range(3)]
+    columns = [name for name in DETERMINISTIC_COLUMNS if name != "sampling_params"]
+    first = [{name: row[name] for name in columns} for row in samples[::3]]
+    assert first == [{name: row[name] for name in columns} for row in single]
+    for row in samples:
+        seed = derive_seed(0, row["prompt_id"])
+        if row["sample_index"]:
+            message = seed.to_bytes(8, "little") + row["sample_index"].to_bytes(4, "little")
+            digest = hashlib.sha256(b"gptbatch sample seed\0" + message).digest()
+            seed = int.from_bytes(digest[:8], "little") >> 1
+        assert row["seed"] == seed
+    assert len({tuple(row["completion_token_ids"]) for row in samples}) > 20
+    # a sample is an ordinary row of its seed
+    some = [
+        {"id": i, "prompt": row["prompt"], "seed": row["seed"]} for i, row in enumerate(samples)
+    ]
+    alone = generate(checkpoint, write_rows(some), tmp_path / "alone", engine={"batch_size": 2})
+    assert [row["completion"] for row in alone] == [row["completion"] for row in samples]
+
+
+def test_seeds_of_neighbouring_samples_differ() -> None:
+    """Not seed + i, by which sample 1 of seed 7 equals sample 0 of seed 8."""
+    seeds = [sample_seed(seed, index) for seed in range(200) for index in range(20)]
+    assert len(set(seeds)) == len(seeds)
+    assert [sample_seed(seed, 0) for seed in range(200)] == list(range(200))
+
+
+def test_rows_with_an_n_of_their_own(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[Row] = [{**row, "n": 1 + i % 3} for i, row in enumerate(PROMPTS)]
+    rows[2]["prompt"] = "king " * 300  # too long
+    del rows[5]["prompt"]  # bad
+    output = tmp_path / "out"
+    path = write_rows(rows)
+    table = generate(checkpoint, path, output, on_bad_row="record", n=2)
+    counts = {row["id"]: row["n"] for row in rows}
+    counts["line:6"] = 2
+    del counts["r5"]
+    expected = [(name, index) for name, n in counts.items() for index in range(n)]
+    assert sorted((row["prompt_id"], row["sample_index"]) for row in table) == sorted(expected)
+    assert [row["prompt_index"] for row in table] == sorted(row["prompt_index"] for row in table)
+    manifest = json.loads((output / "_manifest.json").read_text())
+    assert (manifest["rows"], manifest["errors"]) == (10, 2)
+    assert sum(part["samples"] for part in manifest["parts"]) == len(table)
+    assert {row["error"] is None for row in table if row["prompt_id"] == "r2"} == {False}
+    errors = (output / ".gptbatch/errors.jsonl").read_text()
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert [(line["id"], line.get("n", 1)) for line in lines] == [("r2", 3), ("line:6", 2)]
+    assert run_command(["verify", str(output), "--all"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["rows_checked"], summary["mismatches"]) == (len(table) - 5, 0)
+    assert run_command(["replay", str(output), "--prompt-id", "r4", "--sample", "1", "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (replayed["equal"], replayed["sample_index"]) == (True, 1)
+    assert run_command(["replay", str(output), "--prompt-id", "r4", "--sample", "7"]) == 66
+    other = tmp_path / "other"
+    generate(checkpoint, path, other, on_bad_row="record", n=2, engine={"batch_size": 3})
+    assert run_command(["diff", str(output), str(other)]) == 0
+
+
+def test_diff_pairs_samples(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(PROMPTS)
+    generate(checkpoint, rows, tmp_path / "a", n=3)
+    generate(checkpoint, rows, tmp_path / "b", n=2)
+    assert run_command(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["equal"], summary["missing_in_b"], summary["missing_in_a"]) == (20, 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"n": 2, "temperature": 0}, "n is 2, and temperature 0 gives equal samples"),
+        ({"min_new_tokens": 9}, "min_new_tokens is 9, above max_new_tokens (6)"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output needs stop"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"stop": ["a", ""]}, "stop must not be empty"),
+        ({"stop": "\ufffd"}, "stop must not hold U+FFFD"),
+        ({"stop": [["a"]]}, "stop must be a string or a list of strings, not an array"),
+        ({"logit_bias": {"5": 101}}, "logit_bias must be -100 to 100, not 101"),
+        ({"logit_bias": {"five": 1}}, "logit_bias must have token ids as keys, not 'five'"),
+        ({"logit_bias": [5]}, "logit_bias must be an object of numbers by token id"),
+        ({"presence_penalty": 2.5}, "presence_penalty must be -2 to 2, not 2.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0 to 1000, not 0"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids must hold token ids from 0, not -1"),
+        ({"logprobs": 21}, "logprobs must be 0 to 20, not 21"),
+        ({"n": 0}, "n must be 1 to 10000, not 0"),
+        ({"include_stop_str_in_output": "yes"}, "include_stop_str_in_output must be true or false"),
+    ],
+)
+def test_bad_settings_are_refused(
+    row: Row,
+    message: str,
+    checkpoint: Path,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a row, before the model loads. Contradictions also between options."""
+    rows = write_rows([{"prompt": "a"}, {"prompt": "b", **row}])
+    arguments = ["generate", "--model", str(checkpoint), "--output", str(tmp_path / "out")]
+    command = [*arguments, "--max-new-tokens", "6", "--input", str(rows)]
+    assert run_command(command) == 65
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    plain = write_rows([{"prompt": "a"}])
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"max_new_tokens": 6, **row}))
+    code = run_command([*arguments, "--config", str(config), "--input", str(plain)])
+    assert code in (2, 78)
+    name = next(iter(row))
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop_token_ids": [300]}, "stop_token_ids holds token 300, which the model"),
+        ({"allowed_token_ids": [3, 4000]}, "allowed_token_ids holds token 4000"),
+        ({"logit_bias": {"999": 1.0}}, "logit_bias holds token 999"),
+    ],
+)
+def test_tokens_that_the_model_lacks(
+    settings: Row,
+    message: str,
+    checkpoint: Path,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a row it is an error row; in the config, the run is refused."""
+    table = generate(
+        checkpoint, write_rows([{"prompt": "a", **settings}, {"prompt": "b"}]), tmp_path / "out"
+    )
+    assert message in table[0]["error"]
+    assert table[1]["error"] is None
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(settings))
+    arguments = ["--model", str(checkpoint), "--input", str(write_rows([{"prompt": "a"}]))]
+    output = tmp_path / "other"
+    code = run_command(["generate", *arguments, "--config", str(config), "--output", str(output)])
+    assert code == 78
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+ALL_SETTINGS: Row = {
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.2,
+    "no_repeat_ngram_size": 3,
+    "logit_bias": {"30": 2.0, "31": -3.5},
+    "allowed_token_ids": list(range(250)),
+    "bad_words": ["ee", "\n"],
+    "min_new_tokens": 2,
+    "stop": ["th", "a k"],
+    "include_stop_str_in_output": True,
+    "stop_token_ids": [40, 41],
+    "n": 3,
+    "logprobs": 2,
+    "top_p": 0.95,
+    "min_p": 0.001,
+    "top_k": 100,
+}
+
+
+def test_a_run_with_every_setting_is_resumed_verified_and_compared(
+    checkpoint: Path,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    launcher: Launcher,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = write_rows([{"id": f"r{i}", "prompt": "The king " * (1 + i % 3)} for i in range(24)])
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({**ALL_SETTINGS, "max_new_tokens": 12, "part_rows": 4}))
+    arguments = ["generate", "--config", str(config), "--model", str(checkpoint)]
+    arguments += ["--input", str(rows), "--threads", "1", "--batch-size", "4"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert run_command([*arguments, "--output", str(undisturbed)]) == 0
+    child = launcher.start(*arguments, "--output", killed, fault=("slow step", "0.02"))
+    wait_for(lambda: len(list(killed.glob("part-*.parquet"))) >= 2, "2 parts")
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (killed / "_SUCCESS").exists()
+    assert run_command([*arguments, "--output", str(killed)]) == 0
+    tables = [
+        pq.read_table(folder, columns=DETERMINISTIC_COLUMNS) for folder in (undisturbed, killed)
+    ]
+    assert tables[0].equals(tables[1])
+    assert tables[0].num_rows == 72
+    assert set(tables[0]["stop_reason"].to_pylist()) > {"stop_string", "stop_token"}
+    capsys.readouterr()
+    assert run_command(["verify", str(killed), "--all"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows_checked"] == 72
+    assert run_command(["diff", str(undisturbed), str(killed)]) == 0
+    replay = ["replay", str(killed), "--prompt-id", "r7", "--sample", "2"]
+    assert run_command([*replay, "--trace"]) == 0
+    assert "equal to the recorded row" in capsys.readouterr().out
+    changes = ["--no-include-stop-str-in-output", "--stop", "king", "--logit-bias", '{"5": 1}']
+    assert run_command([*replay, *changes, "--json"]) == 0
+    changed = json.loads(capsys.readouterr().out.splitlines()[-1])["changed"]
+    assert changed["stop"] == ["king"]
+
+
+def test_verify_finds_changed_logprobs_and_stop_strings(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(PROMPTS)
+    for name, change in (
+        ("token_logprobs", lambda values: [values[0] - 1e-3, *values[1:]]),
+        ("top_logprob_ids", lambda values: [values[0] ^ 1, *values[1:]]),
+        ("stop_string", lambda value: "other"),
+        ("sampling_params", lambda value: '{"logprobs":1}'),
+    ):
+        output = tmp_path / name
+        generate(checkpoint, rows, output, logprobs=1, presence_penalty=1.0)
+        path = output / "part-000000.parquet"
+        table = pq.read_table(path)
+        values = table[name].to_pylist()
+        values[1] = change(values[1])
+        index = table.schema.get_field_index(name)
+        changed = table.set_column(index, table.schema.field(name), [values])
+        pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
+        capsys.readouterr()
+        assert run_command(["verify", str(output), "--all"]) == 1, name
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["mismatches"] == 1
