@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,12 @@ import click
 from click.core import ParameterSource
 
 from gptbatch.jobs.limits import check_limits
-from gptbatch.jobs.messages import echo
+from gptbatch.jobs.messages import echo, print_message
 from gptbatch.jobs.options import GroupedCommand, config_options, option_name
 from gptbatch.jobs.progress import progress_for_terminal
 from gptbatch.jobs.signals import Signals
 from gptbatch.pipeline.config import JobConfig, load_config
-from gptbatch.pipeline.dry_run import inspect_job
+from gptbatch.pipeline.dry_run import InputReport, inspect_job
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.run import run_job
 
@@ -28,6 +29,8 @@ gptbatch generate --model gpt2 --input prompts.jsonl --output out/mine --tempera
 gptbatch generate --config gpt2-cpu --input prompts.jsonl --output out/mine --dry-run"""
 
 
+# fields that a line of the dry run names
+MAX_FIELDS = 30
 CLUSTER_OPTIONS = ("workers", "ray_address", "worker_cpus", "worker_gpus")
 
 config_file_option = click.option(
@@ -109,7 +112,10 @@ def generate(
         raise click.UsageError("--greedy and --temperature cannot be given together")
     config = command_config(context, config_file, settings, {"temperature": 0.0} if greedy else {})
     if dry_run:
-        echo(json.dumps(asdict(inspect_job(config))))
+        report = inspect_job(config)
+        for line in _describe_fields(report):
+            print_message(line)
+        echo(json.dumps(asdict(report)))
         return
     if on == "local" and (given := [name for name in CLUSTER_OPTIONS if _is_given(context, name)]):
         raise click.UsageError(f"{option_name(given[0])} needs --on ray")
@@ -119,6 +125,24 @@ def generate(
     check_limits(computes=True)
     summary = run_job(config, progress_for_terminal(), context.find_object(Signals))
     echo(json.dumps(asdict(summary)))
+
+
+def _describe_fields(report: InputReport) -> list[str]:
+    """Return a line each about the fields of the prompt, of settings and of metadata."""
+
+    def named(fields: Mapping[str, int]) -> str:
+        shown = [
+            name if rows == report.rows else f"{name} ({rows} of {report.rows} rows)"
+            for name, rows in list(fields.items())[:MAX_FIELDS]
+        ]
+        more = [f"{len(fields) - MAX_FIELDS} more"] if len(fields) > MAX_FIELDS else []
+        return ", ".join(shown + more) or "none"
+
+    return [
+        f"fields of the prompt: {', '.join(report.prompt_fields)}",
+        f"fields that are settings: {named(report.setting_fields)}",
+        f"fields that are metadata: {named(report.metadata_fields)}",
+    ]
 
 
 def _is_given(context: click.Context, name: str) -> bool:

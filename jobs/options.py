@@ -30,6 +30,8 @@ _METAVARS = {
     "--input": "F",
     "--dataset": "D",
     "--split": "S",
+    "--prompt-template": "TEXT",
+    "--row-settings": "NAME",
     "--output": "DIR",
     "--batch-size": "B",
     "--part-rows": "R",

@@ -6,11 +6,12 @@ import logging
 import os
 from array import array
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.config_hash import job_identity
 from gptbatch.pipeline.input.prompt_reader import open_input
+from gptbatch.pipeline.input.row_warnings import FieldCounts
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
@@ -47,6 +48,10 @@ class InputReport:
         too_long: Prompts with more tokens than n_positions.
         max_new_tokens: Default limit of new tokens per row.
         input_digest: SHA-256 of the content of all rows that decides the output.
+        prompt_fields: The fields that prompts are made of.
+        setting_fields: Field that is a setting -> number of rows that have it.
+        metadata_fields: Field that is metadata -> number of rows that have it; the first 1,000
+            fields.
     """
 
     rows: int
@@ -60,6 +65,9 @@ class InputReport:
     too_long: int
     max_new_tokens: int
     input_digest: str
+    prompt_fields: list[str] = field(default_factory=list)
+    setting_fields: dict[str, int] = field(default_factory=dict)
+    metadata_fields: dict[str, int] = field(default_factory=dict)
 
 
 def inspect_job(config: JobConfig) -> InputReport:
@@ -85,10 +93,12 @@ def inspect_job(config: JobConfig) -> InputReport:
     continued = find_continued_run(
         config, find_run(folder), lambda: job_identity(config, checkpoint, tokenizer)
     )
+    field_counts = FieldCounts()
     summary = prompts.reader.check(
         part_rows=part_rows_of(config, continued),
         prefix_rows=[] if continued is None else [continued.identity.get("rows") or 0],
         required_ids=config.skip_row,
+        field_counts=field_counts,
     )
     if continued is not None:
         check_same_input(config, continued, summary)
@@ -120,4 +130,7 @@ def inspect_job(config: JobConfig) -> InputReport:
         too_long=sum(length > n_positions for length in ordered),
         max_new_tokens=config.max_new_tokens,
         input_digest=summary.digest,
+        prompt_fields=prompts.reader.defaults.prompt_paths,
+        setting_fields=dict(field_counts.settings),
+        metadata_fields=dict(field_counts.metadata),
     )

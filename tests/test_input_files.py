@@ -145,7 +145,7 @@ def test_tsv_cells_are_separated_by_tabs(tmp_path: Path) -> None:
         ("prompt,seed\n\na,1\n", ":2: the line is empty"),
         (
             "prompt,seed\n,1\n",
-            ':2: prompt must be a string, not null; in a CSV file, "" is an empty prompt',
+            ':2: prompt must be a string, not null; in a CSV file, "" is an empty text',
         ),
         ("prompt,seed\na,x\n", ":2: seed must be a whole number, not the string 'x'"),
         ("prompt,seed\na,-1\n", ":2: seed must be 0 to"),
@@ -778,9 +778,9 @@ def test_dotted_paths(tmp_path: Path, row: dict[str, Any], path: str, text: str,
         (
             {"custom_id": "r", "body": {"prompt": "a"}},
             {},
-            "(requests of OpenAI's batch API: --prompt-field body.prompt --id-field custom_id",
+            "(requests of OpenAI's batch API: jq -c ",
         ),
-        ({"custom_id": "r", "body": {"messages": []}}, {}, "(chat requests of OpenAI's batch API"),
+        ({"custom_id": "r", "body": {"messages": []}}, {}, "--messages-field messages reads the"),
         (
             {"prompt": {"0": "a", "1": "b"}},
             {},
@@ -801,17 +801,17 @@ def test_dotted_paths(tmp_path: Path, row: dict[str, Any], path: str, text: str,
         (
             {"prompt": "a", "seed": "tasks/7"},
             {},
-            "if this field is no setting, keep it with --metadata-field seed",
+            "if seed is no setting here, name those that are with --row-settings",
         ),
         (
             {"prompt": "a", "temperature": "12 C"},
             {},
-            "if this field is no setting, keep it with --metadata-field temperature",
+            "if temperature is no setting here, name those that are with --row-settings",
         ),
         (
             {"prompt": "a", "top_k": [1]},
             {},
-            "if this field is no setting, keep it with --metadata-field top_k",
+            "if top_k is no setting here, name those that are with --row-settings",
         ),
     ],
 )
@@ -829,12 +829,10 @@ def test_ids_from_another_field_and_reserved_names_as_metadata(tmp_path: Path) -
             {"task": {"id": 7}, "id": "same", "prompt": "b"},
         ],
     )
-    first, second = read(
-        path, input=True, id_field="task.id", metadata_fields=frozenset({"id", "seed"})
-    )
+    first, second = read(path, input=True, id_field="task.id", row_settings=())
     assert (first.prompt_id, second.prompt_id) == ("t/0", "7")
     assert metadata(first) == {"id": "same", "seed": "x"}
-    by_place = read(path, input=True, metadata_fields=frozenset({"id", "seed"}))
+    by_place = read(path, input=True, id_field="", row_settings=())
     assert [prompt.prompt_id for prompt in by_place] == ["0", "1"]
 
 
@@ -1148,7 +1146,6 @@ def test_invalid_dataset_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 # -- well-known files --
 
 DIALOGUE = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "?"}]
-REQUEST = {"model": "gpt2", "prompt": "p", "max_tokens": 5}
 ARGUMENTS = {"gen_args_0": {"arg_0": "Q: x", "arg_1": {"until": []}}}
 # kind -> file name, its one row or its text, and the id and prompt that come out
 WELL_KNOWN: dict[str, tuple[str, Any, str, str]] = {
@@ -1168,7 +1165,7 @@ WELL_KNOWN: dict[str, tuple[str, Any, str, str]] = {
         "alpaca_data.json",
         {"instruction": "Say a.", "input": "", "output": "a"},
         "0",
-        "Say a.",
+        "Instruction: Say a. Input:  Response:",
     ),
     "ShareGPT": ("sharegpt.json", {"id": "x_0", "conversations": DIALOGUE}, "x_0", "hi"),
     "MT-bench": (
@@ -1177,11 +1174,11 @@ WELL_KNOWN: dict[str, tuple[str, Any, str, str]] = {
         "81",
         "one",
     ),
-    "requests of OpenAI's batch API": (
-        "batch.jsonl",
-        {"custom_id": "r-0", "url": "/v1/completions", "body": REQUEST},
-        "r-0",
-        "p",
+    "chats, for models such as DialoGPT": (
+        "chats.jsonl",
+        {"id": "c", "messages": [{"role": "user", "content": "hi"}]},
+        "c",
+        '[{"role": "user", "content": "hi"}]',
     ),
     "sample log of lm-evaluation-harness": (
         "samples.jsonl",
@@ -1261,8 +1258,8 @@ def test_error_rows_are_an_input_for_the_same_settings(
         "prompt.text",
         "--id-field",
         "task",
-        "--metadata-field",
-        "seed",
+        "--row-settings",
+        "none",
     ]
     run += ["--max-new-tokens", "2", "--batch-invariance", "off", "--attention", "padded"]
     assert run_command([*run, "--input", "rows.jsonl", "--output", "out/1"]) == 0

@@ -133,7 +133,7 @@ def test_shards_write_the_index_of_one_file(
         {"limit": 0},
         {"limit": 1000},
         {"skip_row": ["r3", "r119"]},
-        {"metadata_field": ["id"]},
+        {"id_field": ""},
     ],
 )
 def test_shards_write_the_index_of_many_files(

@@ -240,7 +240,7 @@ class LoadedRun:
                 f"{name}: its tokenizer is not the run's (by digest); name a copy of the run's "
                 "checkpoint with --model"
             )
-        for key, value in special_token_identity(checkpoint, tokenizer).items():
+        for key, value in special_token_identity(self.config, checkpoint, tokenizer).items():
             if key in identity and identity[key] != value:  # earlier versions did not record them
                 raise ModelError(
                     f"{name}: its {key} is {value}, the run's {identity[key]!r:.200}; name a copy "

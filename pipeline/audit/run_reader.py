@@ -14,7 +14,7 @@ import pyarrow as pa
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError, StorageError
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
 from gptbatch.pipeline.output.manifest import facts_of
-from gptbatch.pipeline.output.old_formats import has_column, is_old_format, translate_config
+from gptbatch.pipeline.output.old_formats import has_column, translate_config
 from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
 from gptbatch.pipeline.output.part_listing import PartListing, list_parts, read_run_state
 from gptbatch.pipeline.output.schema import SCHEMA
@@ -104,7 +104,7 @@ class RunReader:
             if len(content) > MAX_RECORDED_BYTES:
                 raise YamlError(f"larger than {MAX_RECORDED_BYTES >> 20} MiB")
             config = parse_yaml_mapping(content)
-            return translate_config(config) if is_old_format(self.manifest["format"]) else config
+            return translate_config(config, self.manifest["format"])
         except (FileNotFoundError, NotADirectoryError) as error:
             if os.path.lexists(str(path.parent)) and not path.parent.is_dir():
                 raise StorageError(

@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from gptbatch.pipeline.config.prompt_template import parse_template
 from gptbatch.pipeline.params.sampling_params import (
     SamplingParams,
     parse_token_values,
@@ -65,11 +66,33 @@ CountOrShare = Annotated[
 ]
 
 
-# fields of a row that an input may keep as metadata; mypy cannot read a computed Literal
+NO_SETTING = "none"
+
+
+def _names_of_settings(names: list[str]) -> list[str]:
+    """Return the names in the order of SAMPLING_SETTINGS, each once; `none` alone is no name."""
+    if NO_SETTING in names and len(names) > 1:
+        raise PydanticCustomError("none_alone", "'none' must be given alone")
+    return [name for name in SAMPLING_SETTINGS if name in names]
+
+
+# One name stands for a list of one. mypy cannot read a computed Literal.
 if TYPE_CHECKING:
-    MetadataField = str
+    RowSettings = list[str]
 else:
-    MetadataField = Literal[("id", *SAMPLING_SETTINGS)]
+    RowSettings = Annotated[
+        list[Literal[(NO_SETTING, *SAMPLING_SETTINGS)]],
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+        AfterValidator(_names_of_settings),
+    ]
+
+
+def _checked_template(template: str) -> str:
+    parse_template(template)
+    return template
+
+
+PromptTemplate = Annotated[str, AfterValidator(_checked_template)]
 
 
 def _list_of_one(value: Any) -> Any:
@@ -199,14 +222,32 @@ class JobConfig(_Section):
             "Field of a row that holds the prompt. Dots select nested values: prompt.text, turns.0."
         ),
     )
-    id_field: Name = Field(
-        "id", description="Field of a row that holds its id. Dots select nested values."
-    )
-    metadata_field: list[MetadataField] = Field(
-        [],
+    prompt_template: PromptTemplate | None = Field(
+        None,
         description=(
-            "Field that is metadata in this input. It is kept in the column metadata and not read"
-            " as the row's id or setting."
+            "Text of every prompt, with names of fields in braces, as in 'Q: {question}', instead "
+            "of prompt_field. Dots select nested values. {{ and }} are braces."
+        ),
+    )
+    messages_field: Name | None = Field(
+        None,
+        description=(
+            "Field of a row that holds the messages of a chat, instead of prompt_field. Each "
+            "message is followed by the EOS token, as for DialoGPT."
+        ),
+    )
+    id_field: str = Field(
+        "id",
+        description=(
+            "Field of a row that holds its id. Dots select nested values. If empty, the id is the "
+            "index of the row."
+        ),
+    )
+    row_settings: RowSettings | None = Field(
+        None,
+        description=(
+            "Sampling setting that a row may have as a field of the same name. Fields with the "
+            "names of other settings are metadata. none: all are metadata. Default: every setting."
         ),
     )
     limit: int | None = Field(
@@ -348,6 +389,23 @@ class JobConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        given = {
+            "prompt_field": self.prompt_field != "prompt",
+            "prompt_template": self.prompt_template is not None,
+            "messages_field": self.messages_field is not None,
+        }
+        names = [name for name, is_given in given.items() if is_given]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)}: each says where prompts come from; give one")
+        if self.messages_field is not None and self.parse_special:
+            raise ValueError(
+                "messages_field and parse_special: the text of a special token in a message is "
+                "always plain text; leave parse_special out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_shard_overwrites(self) -> Self:
         if self.shard is not None and self.overwrite:
             raise ValueError(
@@ -379,9 +437,9 @@ class JobConfig(_Section):
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML, without secrets."""
-        text: str = yaml.safe_dump(
-            _redacted(self.model_dump()), sort_keys=False, allow_unicode=True
-        )
+        # The template is part of every prompt, and is parsed again.
+        settings = _redacted(self.model_dump()) | {"prompt_template": self.prompt_template}
+        text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         return text
 
 

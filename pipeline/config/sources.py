@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from gptbatch.pipeline.config.prompt_template import TemplateError
 from gptbatch.pipeline.config.settings import JobConfig, config_fields, is_list, is_object
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.params.other_names import advice_for
@@ -28,6 +29,11 @@ ENVIRONMENT_PREFIX = "GPTBATCH_"
 SHARDS_VARIABLE = "GPTBATCH_SHARDS"
 MAX_PROBLEMS = 20
 _PATH_KEYS = ("model", "input", "dataset", "output")
+# A key of a group replaces all keys of the group in lower layers.
+_ALTERNATIVES = (
+    frozenset(("input", "dataset")),
+    frozenset(("prompt_field", "prompt_template", "messages_field")),
+)
 MAX_VALUE_CHARACTERS = 200
 # Kubernetes and Docker set these for a service or container called gptbatch or gptbatch-NAME. Two
 # of them are told from a misspelt setting, such as GPTBATCH_MODEL_NAME=gpt2, by their value.
@@ -64,11 +70,9 @@ def load_config(
     merged: dict[str, Any] = {}
     source: dict[str, str] = {}
     for name, values in layers:
-        # an input or a dataset replaces both kinds of a lower layer
-        if values.get("input") is not None or values.get("dataset") is not None:
-            merged = {
-                key: value for key, value in merged.items() if key not in ("input", "dataset")
-            }
+        for group in _ALTERNATIVES:
+            if any(values.get(key) is not None for key in group):
+                merged = {key: value for key, value in merged.items() if key not in group}
         for key, value in values.items():
             merged[key], source[key] = value, name
     try:
@@ -149,8 +153,8 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     names = {environment_name(key): key for key in fields}
     values: dict[str, Any] = {}
     for name, value in environment.items():
-        # a file of variables may have Windows line ends
-        text = value.rstrip("\r\n")
+        # A file of variables may have Windows line ends. A template may end in a line feed.
+        text = value.rstrip("\r" if names.get(name) == "prompt_template" else "\r\n")
         if not name.startswith(ENVIRONMENT_PREFIX) or name == SHARDS_VARIABLE or text == "":
             continue
         if name not in names:
@@ -218,7 +222,7 @@ def _with_value(problem: ErrorDetails) -> str:
     )
     if len(shown) > MAX_VALUE_CHARACTERS:
         shown = f"{shown[:MAX_VALUE_CHARACTERS]}... ({len(shown)} characters)"
-    if isinstance(problem.get("ctx", {}).get("error"), PathError):
+    if isinstance(problem.get("ctx", {}).get("error"), PathError | TemplateError):
         return f"{shown} {problem['ctx']['error']}"
     message = problem["msg"].removeprefix("Value error, ")
     quoted = ""
@@ -232,7 +236,7 @@ def _with_value(problem: ErrorDetails) -> str:
                 f"; YAML reads {', '.join(words[:2])} and {words[2]} without quotes as a boolean; "
                 f"quote the word: '{fitting[0]}'"
             )
-    elif problem["type"] == "string_type" and isinstance(value, int | float):
+    elif problem["type"] == "string_type" and isinstance(value, int | float | dict):
         quoted = "; quote it to make it text"
     return f"{message[0].lower()}{message[1:]}, not {shown}{quoted}"
 

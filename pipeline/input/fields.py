@@ -1,4 +1,4 @@
-"""Takes the fields of a row by key or dotted path, with messages for fields that are missing.
+"""Finds the fields of a row by key or dotted path, with messages for fields that are missing.
 
 Messages contain the name of the field, and no prompt.
 """
@@ -6,7 +6,7 @@ Messages contain the name of the field, and no prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from gptbatch.pipeline.input.strict_json import NumberText, check_utf8, json_type, shorten
 from gptbatch.pipeline.input.values import MISSING, is_null, parse_setting
@@ -14,6 +14,14 @@ from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 
 _COLUMNS = "columns, not rows: pandas writes rows with orient='records', lines=True"
 _MAX_NAMED_FIELDS = 12
+# Requests of OpenAI's batch API become rows: the body, with its id and its limit of tokens.
+OPENAI_TO_ROWS = (
+    "jq -c '.body + {id: .custom_id, max_new_tokens: (.body.max_completion_tokens // "
+    ".body.max_tokens)} | del(.max_completion_tokens, .max_tokens)' FILE > rows.jsonl"
+)
+
+# The setting that names a field.
+Naming = Literal["prompt_field", "prompt_template", "messages_field"]
 
 
 def take_field(fields: dict[str, Any], path: str) -> Any:
@@ -32,6 +40,21 @@ def take_field(fields: dict[str, Any], path: str) -> Any:
     if value is not MISSING:
         fields.clear()
         fields.update(rest)
+    return value
+
+
+def find_field(fields: dict[str, Any], path: str) -> Any:
+    """Return the value of a field, MISSING where there is none. Paths are those of `take_field`."""
+    if path in fields:
+        return fields[path]
+    value: Any = fields
+    for step in path.split("."):
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return MISSING
     return value
 
 
@@ -103,21 +126,30 @@ def take_prompt(fields: dict[str, Any], path: str) -> str:
     """
     text = take_field(fields, path)
     if text is MISSING:
-        hint = _hint_for_missing(fields, path)
-        raise ValueError(
-            f"there is no field {shorten(path)}; the row has {name_fields(fields) or 'none'}{hint}"
-        )
+        raise missing_field(fields, path, "prompt_field")
     if not isinstance(text, str) or isinstance(text, NumberText):
         raise ValueError(
-            f"{path} must be a string, not {json_type(text)}{_hint_for_type(text, path)}"
+            f"{path} must be a string, not {json_type(text)}"
+            f"{hint_for_type(text, path, 'prompt_field')}"
         )
     check_utf8(text)
     return str(text)
 
 
-def _hint_for_type(value: Any, path: str) -> str:
+def missing_field(fields: dict[str, Any], path: str, naming: Naming) -> ValueError:
+    """Return the error for a field that a row lacks. It names the row's fields."""
+    which = "" if naming == "prompt_field" else f", which {naming} names"
+    has = name_fields(fields) or "none"
+    return ValueError(
+        f"there is no field {shorten(path)}{which}; the row has {has}"
+        f"{_hint_for_missing(fields, path, naming)}"
+    )
+
+
+def hint_for_type(value: Any, path: str, naming: Naming) -> str:
+    """Return advice for a field that holds no text; "" without any."""
     if value is None:
-        return '; in a CSV file, "" is an empty prompt and an empty cell is null'
+        return '; in a CSV file, "" is an empty text and an empty cell is null'
     if isinstance(value, bytes):
         return "; cast the column to text"
     if not isinstance(value, dict):
@@ -125,40 +157,57 @@ def _hint_for_type(value: Any, path: str) -> str:
     inside = [key for key, item in value.items() if isinstance(item, str)]
     if inside and all(key.isdecimal() for key in value):
         return f" ({_COLUMNS})"
-    return f" (--prompt-field {path}.{inside[0]} takes the text inside)" if inside else ""
+    named = _named(f"{path}.{inside[0]}", naming) if inside else ""
+    return f" ({named} takes the text inside)" if named else ""
 
 
-def _hint_for_missing(fields: dict[str, Any], path: str) -> str:
+def _named(path: str, naming: Naming) -> str:
+    """Return how a setting names a field: `--prompt-field text`, or `{text}` in a template."""
+    return f"{{{path}}}" if naming == "prompt_template" else f"--prompt-field {path}"
+
+
+def _hint_for_missing(fields: dict[str, Any], path: str, naming: Naming) -> str:
     body = fields.get("body")
-    if isinstance(body, dict) and "custom_id" in fields:
-        if "prompt" in body:
-            return (
-                " (requests of OpenAI's batch API: --prompt-field body.prompt --id-field custom_id;"
-                " the settings inside are not followed)"
-            )
-        return (
-            " (chat requests of OpenAI's batch API: write the messages out as one prompt, in the "
-            "model's template)"
-        )
+    if "custom_id" in fields and isinstance(body, dict) and body.keys() & {"prompt", "messages"}:
+        then = "" if "prompt" in body else ", and --messages-field messages reads the chats"
+        return f" (requests of OpenAI's batch API: {OPENAI_TO_ROWS} makes rows of them{then})"
+    if naming == "messages_field":
+        lists = [key for key, value in fields.items() if isinstance(value, list)]
+        return f" (--messages-field {lists[0] if lists else 'FIELD'} takes the messages)"
     inside = [
         key
         for key, value in fields.items()
         if isinstance(value, dict) and isinstance(value.get(path), str)
     ]
     if len(inside) == 1:
-        return f" (--prompt-field {inside[0]}.{path} takes the text inside)"
-    if same := [key for key in fields if key.lower().strip() == path.lower()]:
-        return f" (--prompt-field '{same[0]}')"
+        return f" ({_named(f'{inside[0]}.{path}', naming)} takes the text inside)"
+    if same := [key for key in fields if key.lower().strip() == path.lower().strip()]:
+        if naming == "prompt_template":
+            return f" (write {{{same[0]}}})"
+        return f" ({_named(repr(same[0]), naming)})"
+    if chats := [key for key, value in fields.items() if _is_chat(value)]:
+        return f" (--messages-field {chats[0]} takes the messages)"
     if items := [
         key
         for key, value in fields.items()
         if isinstance(value, list) and value and isinstance(value[0], dict)
     ]:
         rows = f"jq -c '.{items[0]}[]' FILE makes a row of each item"
-        return f" ({rows}; --prompt-field {items[0]}.0.NAME takes one text inside)"
+        return f" ({rows}; {_named(f'{items[0]}.0.NAME', naming)} takes one text inside)"
     if inside and len(inside) == len(fields):
         return (
             " (a map of rows, not one row: "
             "jq -c 'to_entries[] | {id: .key} + .value' FILE > rows.jsonl)"
         )
-    return " (--prompt-field names the one to use)"
+    option = "prompt_template" if naming == "prompt_template" else "--prompt-field"
+    return f" ({option} names the one to use)"
+
+
+def _is_chat(value: Any) -> bool:
+    """Return whether a value holds the messages of a chat."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and {"role", "content"} <= value[0].keys()
+    )

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import islice
 
 from gptbatch.pipeline.config import JobConfig
+from gptbatch.pipeline.config.prompt_template import parse_template
 from gptbatch.pipeline.errors import ConfigError, InputRowsError
 from gptbatch.pipeline.input.bad_rows import BadRows
 from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.duplicate_ids import IdHashes, find_duplicates
 from gptbatch.pipeline.input.input_digest import InputDigests, PartDigest, input_digest
 from gptbatch.pipeline.input.input_files import InputFiles
-from gptbatch.pipeline.input.row_warnings import RowWarnings
+from gptbatch.pipeline.input.row_warnings import FieldCounts, RowWarnings
 from gptbatch.pipeline.input.rows import BadRow, RowDefaults, RowParser
 from gptbatch.pipeline.input.source import START, Place, RawRow, RowSource
 from gptbatch.pipeline.input.strict_json import shorten
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.types import Prompt
 
+logger = logging.getLogger("gptbatch")
+
 _CHANGED = "the input has changed since it was checked"
-_ID_HINT = (
-    "\n--id-field reads ids from another field; --metadata-field id uses the row index instead"
-)
+_ID_HINT = "\n--id-field reads ids from another field; --id-field '' uses the row index instead"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,7 @@ class PromptReader:
         part_rows: int | None = None,
         prefix_rows: Iterable[int] = (),
         required_ids: Iterable[str] = (),
+        field_counts: FieldCounts | None = None,
     ) -> InputSummary:
         """Read and validate all rows. Keeps 8 bytes in memory per row with an id of its own.
 
@@ -90,6 +94,7 @@ class PromptReader:
             part_rows: Rows per part. None follows `default_part_rows`.
             prefix_rows: Row counts for InputSummary.prefix_digests.
             required_ids: Ids of skip_row, which must exist.
+            field_counts: Counts the fields of all rows; None counts none.
 
         Raises:
             InputRowsError: Rows are bad and `record_bad` is off. Lists the first 20 reasons.
@@ -98,7 +103,7 @@ class PromptReader:
         bad, id_hashes, warnings = BadRows(), IdHashes(), RowWarnings()
         digests, missing = InputDigests(part_rows, prefix_rows), set(required_ids)
         max_n = self.defaults.sampling.n
-        for raw, row, digest_input in self._parsed(warnings):
+        for raw, row, digest_input in self._parsed(warnings, field_counts):
             if isinstance(row, BadRow):
                 bad.add(row)
             else:
@@ -234,9 +239,11 @@ class PromptReader:
         left = None if self.limit is None else self.limit - start.position
         return _unchanged(islice(rows, left))
 
-    def _parsed(self, warnings: RowWarnings) -> Iterator[tuple[RawRow, Prompt | BadRow, bytes]]:
+    def _parsed(
+        self, warnings: RowWarnings, field_counts: FieldCounts | None = None
+    ) -> Iterator[tuple[RawRow, Prompt | BadRow, bytes]]:
         """Yield every row with the bytes that it adds to the input digest."""
-        parser = RowParser(self.defaults, warnings)
+        parser = RowParser(self.defaults, warnings, field_counts)
         for index, raw in enumerate(islice(self.source.rows(), self.limit)):
             yield raw, *parser.parse(index, raw)
 
@@ -277,21 +284,44 @@ def open_input(config: JobConfig) -> PromptReader:
     Raises:
         InputNotFoundError: There is no such file.
     """
+    defaults = row_defaults(config)
+    _warn_about_template(config, defaults)
     return PromptReader(
         source=_open_source(config),
         limit=config.limit,
         record_bad=config.on_bad_row == "record",
         finds_duplicates=config.ids == "checked",
-        defaults=row_defaults(config),
+        defaults=defaults,
     )
+
+
+def _warn_about_template(config: JobConfig, defaults: RowDefaults) -> None:
+    """Log what a template may hold by mistake."""
+    if config.prompt_template is None:
+        return
+    if "\\n" in config.prompt_template:
+        logger.warning(
+            "prompt_template holds a backslash and an n, which stay two characters; a line feed is "
+            "$'\\n' in bash, and \\n between double quotes in YAML"
+        )
+    settings = [name for name in defaults.prompt_paths if name in SAMPLING_SETTINGS]
+    if settings and config.row_settings is None:
+        logger.warning(
+            "prompt_template names %s: fields of these names are also settings of their rows; "
+            "--row-settings says which fields are settings",
+            ", ".join(settings),
+        )
 
 
 def row_defaults(config: JobConfig) -> RowDefaults:
     """Return the field names and the settings of rows without their own."""
+    template, names = config.prompt_template, config.row_settings
     return RowDefaults(
         prompt_field=config.prompt_field,
+        template=None if template is None else tuple(parse_template(template)),
+        messages_field=config.messages_field,
         id_field=config.id_field,
-        metadata_fields=frozenset(config.metadata_field),
+        row_settings=tuple(SAMPLING_SETTINGS if names is None else names),
         sampling=config.sampling,
     )
 

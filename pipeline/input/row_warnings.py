@@ -1,4 +1,4 @@
-"""Collects warnings about the rows of an input, and logs each kind once with counts."""
+"""Counts the fields of an input, and logs each kind of warning about its rows once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,33 @@ from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 logger = logging.getLogger("gptbatch")
 
 _MAX_NAMED = 8
+# names of fields that are counted; rows may have keys of their own
+_MAX_COUNTED = 1000
 _SIMILARITY = 0.85
 # objects in which requests of other programs hold settings
 _CONTAINERS = ("parameters", "params", "options", "config", "kwargs", "settings")
+
+
+class FieldCounts:
+    """Counts the rows that have each field, for settings and metadata.
+
+    Attributes:
+        settings: Name of a setting -> rows with a field of this name.
+        metadata: Key -> rows that have it as metadata, for the first 1,000 keys.
+    """
+
+    def __init__(self) -> None:
+        self.settings: Counter[str] = Counter()
+        self.metadata: Counter[str] = Counter()
+
+    def add_settings(self, fields: Mapping[str, Any]) -> None:
+        """Count the settings among the fields of a row."""
+        self.settings.update(name for name in SAMPLING_SETTINGS if name in fields)
+
+    def add_metadata(self, fields: Mapping[str, Any]) -> None:
+        """Count the fields of a row that are metadata."""
+        counts = self.metadata
+        counts.update([name for name in fields if name in counts or len(counts) < _MAX_COUNTED])
 
 
 class RowWarnings:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gptbatch.pipeline.config.prompt_template import TemplatePart, template_fields
 from gptbatch.pipeline.input.fields import (
     name_fields,
     objects_on_path,
@@ -16,11 +17,13 @@ from gptbatch.pipeline.input.fields import (
     take_prompt,
     take_settings,
 )
-from gptbatch.pipeline.input.row_warnings import RowWarnings
+from gptbatch.pipeline.input.prompt_text import render_template, take_messages
+from gptbatch.pipeline.input.row_warnings import FieldCounts, RowWarnings
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.strict_json import MAX_NESTING, shorten, to_json
 from gptbatch.pipeline.input.values import MISSING, parse_id, to_json_values
 from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.types import Prompt
 
 # json.dumps makes an encoder per call
@@ -54,16 +57,28 @@ class RowDefaults:
     """The fields that hold a row's prompt and id, and the settings of rows without their own.
 
     Attributes:
-        prompt_field: A key or a dotted path.
+        prompt_field: A key or a dotted path. Not read with a template or messages.
         sampling: The settings of the run. Row seeds are derived from its seed.
-        id_field: A key or a dotted path.
-        metadata_fields: Names among `id` and the settings that are metadata in this input.
+        template: A parsed template that gives the prompt; None without one.
+        messages_field: The field of the messages that are the prompt; None without it.
+        id_field: A key or a dotted path. "" takes the index of the row as its id.
+        row_settings: Names of the settings that a row may have. Fields with the names of other
+            settings are metadata.
     """
 
     prompt_field: str
     sampling: SamplingParams
+    template: tuple[TemplatePart, ...] | None = None
+    messages_field: str | None = None
     id_field: str = "id"
-    metadata_fields: frozenset[str] = frozenset()
+    row_settings: tuple[str, ...] = tuple(SAMPLING_SETTINGS)
+
+    @property
+    def prompt_paths(self) -> list[str]:
+        """The fields that the prompt is made of."""
+        if self.template is not None:
+            return template_fields(list(self.template))
+        return [self.messages_field or self.prompt_field]
 
     def params(self, prompt_id: str, own: Mapping[str, Any]) -> SamplingParams:
         """Return the parameters of a row: its own settings, and the run's for the others."""
@@ -94,10 +109,20 @@ class RowParser:
     Args:
         defaults: Field names, and the settings of rows without their own.
         warnings: Counts fields that look like settings, and values without a JSON form.
+        field_counts: Counts the fields that are settings and metadata; None counts none.
     """
 
-    def __init__(self, defaults: RowDefaults, warnings: RowWarnings) -> None:
-        self.defaults, self.warnings = defaults, warnings
+    def __init__(
+        self,
+        defaults: RowDefaults,
+        warnings: RowWarnings,
+        field_counts: FieldCounts | None = None,
+    ) -> None:
+        self.defaults, self.warnings, self.field_counts = defaults, warnings, field_counts
+        self._nested_paths = [path for path in defaults.prompt_paths if "." in path]
+        self._no_settings = [
+            name for name in SAMPLING_SETTINGS if name not in defaults.row_settings
+        ]
 
     def parse(self, index: int, raw: RawRow) -> tuple[Prompt | BadRow, bytes]:
         """Return the row and the bytes that it adds to the input digest.
@@ -117,19 +142,25 @@ class RowParser:
         """Parse a row. Errors name the field and, prompts aside, the value."""
         fields = raw.parse()
         defaults = self.defaults
-        containers = (
-            list(objects_on_path(fields, defaults.prompt_field))
-            if "." in defaults.prompt_field
-            else []
-        )
-        kept = {name: fields.pop(name) for name in defaults.metadata_fields if name in fields}
-        text = take_prompt(fields, defaults.prompt_field)
+        # a container may be on several paths
+        containers = {
+            prefix: container
+            for path in self._nested_paths
+            for prefix, container in objects_on_path(fields, path)
+        }
+        text = self._take_prompt(fields)
         prompt_id = parse_id(self._take_id(fields), raw.position)
+        kept = {name: fields.pop(name) for name in self._no_settings if name in fields}
+        if self.field_counts is not None:
+            self.field_counts.add_settings(fields)
         own = take_settings(fields)
-        self.warnings.count_settings(fields)
-        for prefix, container in containers:
-            self.warnings.count_settings(container, prefix)
+        if defaults.row_settings:
+            self.warnings.count_settings(fields)
+            for prefix, container in containers.items():
+                self.warnings.count_settings(container, prefix)
         fields |= kept
+        if self.field_counts is not None:
+            self.field_counts.add_metadata(fields)
         metadata = to_json(to_json_values(fields, self.warnings.count_left_out)) if fields else None
         prompt = Prompt(
             index=index,
@@ -142,8 +173,19 @@ class RowParser:
             raise ValueError(problem)
         return prompt, _digest_input([prompt_id, text, own, metadata])
 
+    def _take_prompt(self, fields: dict[str, Any]) -> str:
+        """Return the prompt. The fields of a template stay: they are metadata too."""
+        defaults = self.defaults
+        if defaults.template is not None:
+            return render_template(defaults.template, fields)
+        if defaults.messages_field is not None:
+            return take_messages(fields, defaults.messages_field, self.warnings.count_left_out)
+        return take_prompt(fields, defaults.prompt_field)
+
     def _take_id(self, fields: dict[str, Any]) -> Any:
         id_field = self.defaults.id_field
+        if not id_field:
+            return None
         value = take_field(fields, id_field)
         if value is MISSING and id_field != "id":
             raise ValueError(

@@ -12,7 +12,9 @@ from itertools import islice
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import ConfigError, ModelError
-from gptbatch.pipeline.input.config_hash import start_token
+from gptbatch.pipeline.input.chat_template import check_chat_template
+from gptbatch.pipeline.input.config_hash import message_end_token, start_token
+from gptbatch.pipeline.input.message_tokenizer import MessageTokenizer
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
 from gptbatch.pipeline.input.rows import BadRow, sample_seed
 from gptbatch.pipeline.input.tokenizer import EncodedText, LoadedTokenizer, PromptTokenizer
@@ -29,6 +31,9 @@ TOKENIZE_ROWS = 256
 _SPECIAL_TEXT = (
     "prompts with the text of a special token: %d; it is plain text there, parse_special takes it "
     "as the token"
+)
+_SPECIAL_TEXT_IN_MESSAGES = (
+    "prompts with the text of a special token in a message: %d; it is plain text there"
 )
 _UNKNOWN_TEXT = (
     "prompts with text that the tokenizer has no token for: %d; its token for unknown text stands "
@@ -54,7 +59,8 @@ class TokenizedInput:
         reader: The input.
 
     Raises:
-        ModelError: The tokenizer's template adds a token that the model does not have.
+        ModelError: The tokenizer's template adds a token that the model does not have, or the
+            checkpoint joins messages of chats in another way.
         ConfigError: The model or its tokenizer cannot follow a setting of the run.
     """
 
@@ -70,6 +76,8 @@ class TokenizedInput:
         self.special_tokens = checkpoint.special_tokens
         for warning in checkpoint.generation_warnings:
             logger.warning("%s", warning)
+        if config.messages_field is not None:
+            check_chat_template(checkpoint.folder)
         self.tokenizer = prompt_tokenizer(config, self.special_tokens, tokenizer)
         self._check_template()
         self._check_settings()
@@ -150,7 +158,7 @@ class TokenizedInput:
         if encoded.lost and self.config.on_lost_text == "error":
             return RowError(
                 kind="unencodable",
-                reason=f"the tokenizer drops {encoded.lost} of the prompt's {len(prompt.text)} "
+                reason=f"the tokenizer drops {encoded.lost} of the prompt's {encoded.characters} "
                 "characters; on_lost_text: warn runs the rest",
             )
         if not token_ids:
@@ -229,7 +237,8 @@ class TokenizedInput:
 
     def _count_warnings(self, encoded: EncodedText, error: RowError | None) -> None:
         if encoded.has_special_text:
-            self._warned_rows[_SPECIAL_TEXT] += 1
+            is_chat = self.config.messages_field is not None
+            self._warned_rows[_SPECIAL_TEXT_IN_MESSAGES if is_chat else _SPECIAL_TEXT] += 1
         if error is not None:
             return
         if encoded.has_unknown:
@@ -263,7 +272,20 @@ def token_bytes_of_model(tokenizer: PromptTokenizer, gpt_config: GPTConfig) -> l
 def prompt_tokenizer(
     config: JobConfig, special_tokens: SpecialTokens, tokenizer: LoadedTokenizer
 ) -> PromptTokenizer:
-    """Return the tokenizer of prompts with the settings of a job."""
+    """Return the tokenizer of prompts with the settings of a job.
+
+    Raises:
+        ModelError: Prompts are chats, and the checkpoint has no token that ends a message.
+    """
+    if config.messages_field is not None:
+        end_token = message_end_token(special_tokens, tokenizer)
+        if end_token is None:
+            ends = ", ".join(map(str, special_tokens.eos_token_ids)) or "none"
+            raise ModelError(
+                f"{config.model}: messages_field needs an EOS token after each message: that of "
+                f"the tokenizer is {tokenizer.eos_token}, those of the model are {ends}"
+            )
+        return MessageTokenizer(tokenizer, end_token=end_token)
     return PromptTokenizer(
         tokenizer,
         start_token=start_token(special_tokens, tokenizer),

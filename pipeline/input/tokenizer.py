@@ -37,6 +37,7 @@ class LoadedTokenizer:
         cleans_up: Whether decoding moves spaces between tokens.
         loaded_by: The library that read the files.
         bos_token: The id of its beginning-of-sequence token, None without one.
+        eos_token: The id of its end-of-sequence token, None without one.
         digest: SHA-256 of everything that decides token ids and texts.
     """
 
@@ -46,6 +47,7 @@ class LoadedTokenizer:
     loaded_by: Literal["direct", "transformers"]
     bos_token: int | None
     digest: str
+    eos_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class EncodedText:
         lost: Number of characters that no token represents.
         has_unknown: Whether a token represents unknown text.
         has_special_text: Whether the text of a special token was encoded as plain text.
+        characters: Number of characters that were encoded.
     """
 
     token_ids: list[int]
@@ -65,6 +68,7 @@ class EncodedText:
     lost: int = 0
     has_unknown: bool = False
     has_special_text: bool = False
+    characters: int = 0
 
 
 class PromptTokenizer:
@@ -229,7 +233,7 @@ class PromptTokenizer:
         else:
             lost, problem = len(text), "no character of it has a token"
         unknown = self._unknown_token is not None and self._unknown_token in token_ids
-        return EncodedText(token_ids, problem, lost, unknown, special)
+        return EncodedText(token_ids, problem, lost, unknown, special, len(text))
 
 
 def _may_panic(part: Any) -> bool:

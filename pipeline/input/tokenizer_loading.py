@@ -89,13 +89,15 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         if names == (TOKENIZER_JSON,):
             _warn_of_replaced_parts(folder, backend, made.backend)
         return made
-    bos = token_text(files.named_tokens().get("bos_token"))
+    named = files.named_tokens()
+    bos, eos = (token_text(named.get(key)) for key in ("bos_token", "eos_token"))
     return LoadedTokenizer(
         backend=backend,
         decode=lambda ids: backend.decode(ids, skip_special_tokens=False),
         cleans_up=False,
         loaded_by="direct",
         bos_token=None if bos is None else backend.token_to_id(bos),
+        eos_token=None if eos is None else backend.token_to_id(eos),
         digest=file_digest(folder, names),
     )
 

@@ -72,6 +72,7 @@ def load_with_transformers(folder: Path, tokenizer_class: Any) -> LoadedTokenize
         cleans_up=cleans_up,
         loaded_by="transformers",
         bos_token=made.bos_token_id,
+        eos_token=made.eos_token_id,
         digest=hashlib.sha256(f"{backend.to_str()}\0{cleans_up}".encode()).hexdigest(),
     )
 

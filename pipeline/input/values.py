@@ -209,7 +209,7 @@ def _advice(value: Any, name: str) -> str:
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]+,[0-9]+", value):
         return "; write a decimal point"
     return (
-        f"; if this field is no setting, keep it with --metadata-field {name}"
+        f"; if {name} is no setting here, name those that are with --row-settings (none: no field)"
         if isinstance(value, (str, dict, list))
         else ""
     )

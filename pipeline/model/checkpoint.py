@@ -39,7 +39,7 @@ PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 # of GPT2Config, for a config.json without vocab_size
 DEFAULT_VOCAB_SIZE = 50257
-# all files that tokenizers of transformers read
+# all files that tokenizers of transformers read, and the template of chats
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,6 +52,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
     "tiktoken.model",
+    "chat_template.jinja",
 )
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -77,7 +77,7 @@ def write_error_rows(
         folder: The output folder.
         writer: Writes files atomically.
         parts: Its written parts.
-        defaults: The names of the input's fields. A dotted path becomes one key.
+        defaults: The fields of the input. A dotted path becomes one key.
 
     Raises:
         StorageError: A part cannot be read, or the file cannot be written.
@@ -124,23 +124,28 @@ def _error_rows(folder: OutputFolder, part: Part) -> Iterator[dict[str, Any]]:
 def _to_line(row: dict[str, Any], defaults: RowDefaults) -> str:
     """Return a row as a JSON object. Numbers in the metadata keep their digits."""
     params = from_row(row)
-    columns = {
-        defaults.id_field: row["prompt_id"],
-        defaults.prompt_field: row["prompt"] or None,
-        **{
-            name: to_json_value(value, setting)
-            for name, setting in SAMPLING_SETTINGS.items()
-            if (value := getattr(params, name)) != setting.default or setting.column_type
-        },
-        "error": row["error"],
+    columns: dict[str, Any] = {}
+    if defaults.id_field:
+        columns[defaults.id_field] = row["prompt_id"]
+    if defaults.template is None and defaults.messages_field is None:
+        columns[defaults.prompt_field] = row["prompt"] or None
+    columns |= {
+        name: to_json_value(value, setting)
+        for name, setting in SAMPLING_SETTINGS.items()
+        if name in defaults.row_settings
+        and ((value := getattr(params, name)) != setting.default or setting.column_type)
     }
-    fields = {
-        key: json.dumps(value, ensure_ascii=False)
-        for key, value in columns.items()
-        if key not in defaults.metadata_fields
-    }
+    columns["error"] = row["error"]
+    fields = {key: json.dumps(value, ensure_ascii=False) for key, value in columns.items()}
+    if defaults.messages_field is not None:
+        fields[defaults.messages_field] = row["prompt"] or "null"
+    # the fields of a template are metadata, and one may be called `error`
+    paths = [] if defaults.template is None else defaults.prompt_paths
+    kept = {name for path in paths for name in (path, path.partition(".")[0])}
     if row["metadata"] is not None:
         others = parse_object(row["metadata"])
-        fields |= {key: to_json(value) for key, value in others.items() if key not in fields}
+        fields |= {
+            key: to_json(value) for key, value in others.items() if key not in fields or key in kept
+        }
     pairs = (f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in fields.items())
     return "{" + ", ".join(pairs) + "}"

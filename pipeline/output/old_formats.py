@@ -70,9 +70,15 @@ def translate_facts(content: Any) -> Any:
     return facts
 
 
-def translate_config(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a run of an old format with current keys and values."""
-    config = _renamed(content, _CONFIG_NAMES)
+def translate_config(content: dict[str, Any], format_name: Any) -> dict[str, Any]:
+    """Return the config of a run with current keys and values.
+
+    `metadata_field` of earlier versions is left out: it says how rows are read, not what they hold.
+    """
+    config = {key: value for key, value in content.items() if key != "metadata_field"}
+    if not is_old_format(format_name):
+        return config
+    config = _renamed(config, _CONFIG_NAMES)
     if config.get("batch_invariance") == "exact":
         config["batch_invariance"] = "require"
     return config

@@ -44,8 +44,10 @@ _INPUT_SETTINGS = {
     "ids",
     "skip_row",
     "prompt_field",
+    "prompt_template",
+    "messages_field",
     "id_field",
-    "metadata_field",
+    "row_settings",
 }
 _ADVICE = "name another output, or use --overwrite"
 
