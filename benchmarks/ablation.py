@@ -124,7 +124,7 @@ def compute_all_of_the_last_block() -> None:
         y = original(self, x, attention)
         return y if logits_indices is None else y[logits_indices]
 
-    BlockStack.forward = forward  # type: ignore[method-assign]
+    BlockStack.forward = forward  # type: ignore[method-assign]  # a patch
 
 
 def sample_with_torch() -> None:
@@ -182,10 +182,10 @@ def run_one_by_one(*, fuse_qkv: bool = True, native_norm: bool = True) -> Callab
         return x
 
     def patch() -> None:
-        FusedBlocks.__call__ = run  # type: ignore[method-assign]
+        FusedBlocks.__call__ = run  # type: ignore[method-assign]  # a patch
         if not native_norm:
             # The norms outside of fused blocks.
-            Norm.pack = lambda self, *, native: None  # type: ignore[method-assign]
+            Norm.pack = lambda self, *, native: None  # type: ignore[method-assign]  # a patch
 
     return patch
 

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,7 @@ def machine() -> None:
     report(found)
 
 
+# triton compiles it: annotations of types would mean something else
 @triton.jit  # type: ignore[untyped-decorator]
 def add_one_kernel(x, SIZE: triton.language.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     place = triton.language.program_id(0) * SIZE + triton.language.arange(0, SIZE)
@@ -260,7 +261,7 @@ def compile_some(index: int, count: int) -> None:
         try:
             run_linear(name, x, weight(columns, depth, dtype), tile, SEGMENTS[dtype])()
             torch.cuda.synchronize()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
             failures[f"{dtype} {name} {tile}"] = str(error)[:200]
     for dtype, depth, tile in list(bits_jobs())[index::count]:
         x = random(tile.bm, depth, dtype=DTYPES[dtype])
@@ -268,7 +269,7 @@ def compile_some(index: int, count: int) -> None:
         try:
             linear(x, w, None, None, torch.empty(tile.bm, BITS_COLUMNS, device="cuda"), tile=tile)
             torch.cuda.synchronize()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
             failures[f"{dtype} {depth} {tile}"] = str(error)[:200]
     report(failures)
 
@@ -361,13 +362,19 @@ def linear_times() -> None:
                         continue
                     calls = [run_linear(name, x, w, tile, SEGMENTS[dtype]) for w in weights]
                     key = f"{dtype} {rows} {name} {list(asdict(tile).values())}"
-                    note(table, best, key, lambda calls=calls: [call() for call in calls], copies)  # type: ignore[misc]
+                    note(table, best, key, functools.partial(run_all, calls), copies)
                     if name in ("out", "mlp_out") and depth > SEGMENTS[dtype] and rows <= 256:
                         spread = run_spread(x, weights, tile, SEGMENTS[dtype])
                         note(table, best, f"{key} spread", spread, copies)
             report({"best": best})
     write_tiles(best)
     (out_folder() / "linear_times.json").write_text(json.dumps(table, indent=0))
+
+
+def run_all(calls: Iterable[Callable[[], object]]) -> None:
+    """Make all calls, in order."""
+    for call in calls:
+        call()
 
 
 def note(
@@ -380,7 +387,7 @@ def note(
     """Time a linear, and keep it where it is the best of its dtype, rows, name and way."""
     try:
         us = round(time_us(launches, copies, 10), 2)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
         print(key, error)
         return
     table[key] = us
@@ -583,8 +590,8 @@ def kernels() -> None:
         report(found)
     logits = torch.randn(64, VOCAB, device="cuda") * 3
     logits[0, :100] = 20.0  # 100 ties
-    buffers = SampleBuffers(logits)
-    sample(buffers, 8)  # type: ignore[arg-type]
+    buffers: Any = SampleBuffers(logits)
+    sample(buffers, 8)
     expected = sample_tokens(
         logits,
         [
@@ -689,9 +696,9 @@ def kernel_times() -> None:
                 found[key] = round(time_us(adds, 10, 5), 2)
             report(found)
     for rows in ROW_COUNTS:
-        buffers = SampleBuffers(torch.randn(rows, VOCAB, device="cuda") * 3)
+        buffers: Any = SampleBuffers(torch.randn(rows, VOCAB, device="cuda") * 3)
         for warps in (4, 8, 16):
-            us = time_us(lambda b=buffers, w=warps: sample(b, w), 1)  # type: ignore[misc]
+            us = time_us(functools.partial(sample, buffers, warps), 1)
             found[f"sample {rows} rows w{warps}"] = round(us, 2)
     report(found)
 
@@ -846,7 +853,7 @@ def transformers_rates() -> None:
                 del repeat
             assert out.shape == (rows, 160)
             found[f"generate {dtype} {rows}"] = round(rows * 128 / min(times))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
             found[f"generate {dtype} {rows}"] = str(error)[:200]
         report(found)
     for dtype, rows in (("bfloat16", 64), ("bfloat16", 1024)):
@@ -865,7 +872,7 @@ def transformers_rates() -> None:
                 times.append(time.monotonic() - started)
             new = sum(len(output.generated_tokens) for output in outputs.values())
             found[f"generate_batch {dtype} {rows}"] = [round(new / min(times)), new]
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
             found[f"generate_batch {dtype} {rows}"] = f"{type(error).__name__}: {error}"[:300]
         report(found)
 

@@ -235,7 +235,7 @@ class Decoder:
         config = model.config
         width = config.n_embd
         epsilon = config.layer_norm_epsilon
-        blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
+        blocks = [block for block in model.blocks if isinstance(block, Block)]
         embed_kernel[(b.rows,)](
             b.tokens,
             b.positions,

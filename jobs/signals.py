@@ -16,9 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 
 # StoppedError.exit_code of pipeline/errors.py, without importing it
 EXIT_STOPPED = 75
@@ -37,6 +37,9 @@ RUNNING_TIMEOUT_S = 9.0
 ONE_SIGNAL_S = 0.2
 _END = b"\0"
 
+# what signal.signal takes and returns
+_Handler = Callable[[int, FrameType | None], object] | int | None
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal outside `deferred`. Libraries handle it like Ctrl-C."""
@@ -53,7 +56,7 @@ class Signals:
         self._requested: str | None = None
         self._deferred = False
         self._finished = False
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, _Handler] = {}
         self._watcher: threading.Thread | None = None
 
     def requested(self) -> str | None:
@@ -96,16 +99,11 @@ class Signals:
         self.install()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._before:
             self._finished = True
             for number, handler in self._before.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]
+                signal.signal(number, handler)
             signal.set_wakeup_fd(self._before_fd)
             if self._watcher is not None:
                 os.write(self._write, _END)

@@ -107,6 +107,7 @@ def install(step: str, kind: str) -> None:
         completing.append(True)
         return original_finish(*arguments)
 
+    # mypy does not take the assignment
     setattr(atomic_write.FileWriter, "write", write)  # noqa: B010
     vars(run_output)["finish"] = complete
     if step == "close":
@@ -120,7 +121,7 @@ def install(step: str, kind: str) -> None:
                 else file
             )
 
-        Path.open = open_  # type: ignore[method-assign]
+        Path.open = open_  # type: ignore[method-assign]  # a fault
     if step == "fsync":
         atomic_write._fsync = around(atomic_write._fsync, lambda path: not path.is_dir())
     if step == "folder":
@@ -156,7 +157,7 @@ def before_each_step(act: Callable[[Any, list[Any]], None]) -> None:
         act(self, chunks)
         return original(self, chunks)
 
-    Engine._run = run  # type: ignore[method-assign]
+    Engine._run = run  # type: ignore[method-assign]  # a fault
 
 
 def slow_step(seconds: str) -> None:

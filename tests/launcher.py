@@ -186,6 +186,7 @@ def import_all() -> None:
                 importlib.import_module(module.name)
     for name in ("datasets", "matplotlib.pyplot", "torch._dynamo"):
         importlib.import_module(name)
+    # transformers imports the modules of these names when they are first used
     from transformers import AutoTokenizer, GPT2LMHeadModel  # noqa: F401
 
 

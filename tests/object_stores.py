@@ -196,7 +196,7 @@ class _Proxy(BaseHTTPRequestHandler):
         store.requests.append((self.command, key, status))
         self._reply(status, reply_headers, content)
 
-    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _serve  # noqa: N815
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _serve  # noqa: N815 - names of http.server
 
     def _kill(self, store: FaultyStore) -> None:
         assert store.kill is not None

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
@@ -66,7 +67,7 @@ def without_blocks(text: str) -> str:
 # -- tables ------------------------------------------------------------------------------------
 
 
-def load_generator() -> object:
+def load_generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
     assert spec is not None
     assert spec.loader is not None
@@ -77,14 +78,14 @@ def load_generator() -> object:
 
 def test_the_generated_tables_are_up_to_date() -> None:
     generator = load_generator()
-    for name in generator.DOCUMENTS:  # type: ignore[attr-defined]
+    for name in generator.DOCUMENTS:
         text = (DOCS / name).read_text(encoding="utf-8")
-        expected = generator.updated(text)  # type: ignore[attr-defined]
+        expected = generator.updated(text)
         assert text == expected, f"docs/{name} is out of date: run `python docs/generate.py`"
 
 
 def test_the_tree_of_files_has_every_folder() -> None:
-    folders = load_generator().FOLDERS  # type: ignore[attr-defined]
+    folders = load_generator().FOLDERS
     found = {named(path.parent) for path in (REPOSITORY / "pipeline").rglob("*.py")}
     assert found <= folders.keys()
     assert all((REPOSITORY / folder).is_dir() for folder in folders)

@@ -99,8 +99,8 @@ def test_a_killed_build_leaves_nothing_and_two_builds_share_a_folder(
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-    for compiler in started.read_text().split():
-        wait_for(lambda: not is_running(int(compiler)), "the end of the compiler")  # noqa: B023
+    compilers = [int(pid) for pid in started.read_text().split()]
+    wait_for(lambda: not any(map(is_running, compilers)), "the end of the compilers")
     assert not list(folder.glob("*.so"))
     children = [build_in_child(folder, tiny), build_in_child(folder, tiny)]
     assert [child.wait(timeout=LIMIT_S) for child in children] == [0, 0]
@@ -226,8 +226,8 @@ def test_an_interrupted_build_kills_its_compilers(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    for pid in map(int, pids.read_text().split()):
-        wait_for(lambda: not is_running(pid), f"the end of process {pid}")  # noqa: B023
+    processes = [int(pid) for pid in pids.read_text().split()]
+    wait_for(lambda: not any(map(is_running, processes)), f"the end of {processes}")
     assert not list(tmp_path.glob("kernels/build-*"))
 
 

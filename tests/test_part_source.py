@@ -14,6 +14,7 @@ import pytest
 
 from gptbatch.pipeline import ConfigError, JobConfig, finish_folder, run_job, run_parts
 from gptbatch.pipeline import run as run_module
+from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.errors import InputRowsError, StoppedError
 from gptbatch.pipeline.input import tokenize
 from gptbatch.pipeline.output import run_output
@@ -69,7 +70,7 @@ def job(checkpoint: Path, file: Path, output: Path) -> JobConfig:
         output=str(output),
         part_rows=2,
         max_new_tokens=4,
-        engine={"batch_size": 3, "device": "cpu", "threads": 1},  # type: ignore[arg-type]
+        engine=EngineConfig(batch_size=3, device="cpu", threads=1),
     )
 
 

@@ -19,7 +19,7 @@ from gptbatch.pipeline.engine.scheduler import (
     MIN_PREFILL_TOKENS,
     Scheduler,
 )
-from gptbatch.pipeline.kv_cache.block_pool import BLOCKS_PER_EVICTABLE_BLOCK, BlockPool, blocks_for
+from gptbatch.pipeline.kv_cache.block_pool import BlockPool, blocks_for
 from gptbatch.pipeline.kv_cache.paged import PagedKVCache
 from gptbatch.pipeline.kv_cache.quantization import BLOCK_SIZES
 from gptbatch.pipeline.model.gpt import GPT
@@ -129,7 +129,6 @@ def test_every_sequence_runs_once_and_no_block_is_lost(
         for sequence in scheduler.free_finished():
             ended.append(sequence.source.prompt.index)
             reused += sequence.n_cached_tokens
-        assert pool.n_evictable <= n_blocks // BLOCKS_PER_EVICTABLE_BLOCK
     assert sorted(ended) == list(range(len(prompts)))
     assert pool.n_in_use == 0
     free = [
@@ -180,22 +179,6 @@ def test_waiting_sequences_share_a_prefix_that_is_not_computed_yet() -> None:
     assert [(chunk.seq_index, chunk.first) for chunk in small.schedule()] == [(0, 32), (1, 32)], (
         "the others come once the prefix is there"
     )
-
-
-def test_evictable_blocks_are_kept_and_unshared_ones_are_evicted_first() -> None:
-    pool = BlockPool(2, 8 * BLOCKS_PER_EVICTABLE_BLOCK, BLOCK_TOKENS)
-    shared, alone = [1] * 33, [2] * 97
-    for token_ids in (shared, shared, alone):
-        assert pool.allocate(0, token_ids, len(token_ids), share_prefix=True) is not None
-        pool.mark_scheduled(0, 0, len(token_ids))
-        pool.free(0)
-    assert pool.n_evictable == 8
-    pool.allocate(1, [3] * 97, 97, share_prefix=True)
-    pool.mark_scheduled(1, 0, 97)
-    pool.free(1)
-    assert pool.n_evictable == 8
-    assert pool.allocate(0, shared, 33, share_prefix=True) == 32, "still there"
-    assert pool.allocate(1, alone, 97, share_prefix=True) == 0, "gone"
 
 
 @pytest.mark.parametrize("seed", range(6))

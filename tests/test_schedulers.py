@@ -350,7 +350,7 @@ def test_the_crontab_line_is_a_valid_command() -> None:
 def airflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Import the DAG file with fakes for the names of Airflow."""
 
-    class Failed(Exception):  # noqa: N818
+    class FailedError(Exception):
         pass
 
     class Dag:
@@ -366,7 +366,7 @@ def airflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     tasks: list[dict[str, Any]] = []
     names: dict[str, dict[str, Any]] = {
         "airflow": {"DAG": Dag},
-        "airflow.exceptions": {"AirflowFailException": Failed},
+        "airflow.exceptions": {"AirflowFailException": FailedError},
         "airflow.providers": {},
         "airflow.providers.standard": {},
         "airflow.providers.standard.operators": {},
@@ -378,7 +378,11 @@ def airflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         module = types.ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    return {**runpy.run_path(str(CONFIGS / "airflow_dag.py")), "tasks": tasks, "Failed": Failed}
+    return {
+        **runpy.run_path(str(CONFIGS / "airflow_dag.py")),
+        "tasks": tasks,
+        "Failed": FailedError,
+    }
 
 
 def test_the_airflow_task_retries_only_codes_that_a_retry_mends(airflow: dict[str, Any]) -> None:

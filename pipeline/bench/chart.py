@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ DPI = 120
 def check_matplotlib() -> None:
     """Raise ConfigError if matplotlib is not installed."""
     try:
-        import matplotlib  # noqa: F401
+        import_module("matplotlib")
     except ImportError as error:
         raise ConfigError("charts need matplotlib; install gptbatch[bench]") from error
 

@@ -141,6 +141,7 @@ class IdHashes:
         bounds = [begin + int(index) for index in np.searchsorted(hashes, starts)]
         try:
             if self._file is None:
+                # it stays open as long as this object
                 self._file = tempfile.TemporaryFile(prefix="gptbatch-ids-")  # noqa: SIM115
                 weakref.finalize(self, self._file.close)
             self._file.seek(8 * begin)

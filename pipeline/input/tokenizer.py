@@ -131,8 +131,7 @@ class PromptTokenizer:
         """Encode texts. An empty text becomes the tokens of the template, or the start token."""
         try:
             encodings: list[Encoding | str] = list(self._encode(texts))
-        # the library raises plain Exception, and does not name the text
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001 - the library raises it, and does not name the text
             encodings = [self._encode_one(text) for text in texts]
         return [
             self._encoded(text, encoding) for text, encoding in zip(texts, encodings, strict=True)
@@ -207,7 +206,7 @@ class PromptTokenizer:
         try:
             with panics_as_errors():
                 return self._encode([text])[0]
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - the library raises plain Exception
             causes = (
                 cause for words, cause in _CAUSES.items() if words.lower() in str(error).lower()
             )

@@ -8,21 +8,26 @@ after those of its parent, so a path from the root is a prefix. Keys and values 
 tokens before them, so a sequence reuses the blocks of its longest known prefix. This includes a
 prefix that another sequence is still computing: `is_ready` tells when all of it is scheduled.
 
-A cached block without a user is evictable. It stays for later sequences until its memory is needed,
-or until more than one block in eight is evictable.
-Blocks that were never reused are evicted first, then the least recently used.
+A cached block without a user is evictable. It stays for later sequences until its memory is needed:
+a sequence takes free blocks first, then blocks that were never used, then evicts the least recently
+used. A sequence frees its deepest block first, so a child is evicted before its parent.
+
+A block takes memory when it is first written, so evictable blocks make the pool grow to n_blocks.
+Several runs on one machine may each have measured the same free memory for their pools. So the
+memory is checked again while the pool grows: where it is short, blocks are evicted instead.
 
 Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-# At most one block in this many may be evictable.
-BLOCKS_PER_EVICTABLE_BLOCK = 8
+# Blocks taken between two checks of the free memory. A check takes less than a millisecond.
+BLOCKS_PER_MEMORY_CHECK = 64
 
 
 class CacheAllocator(Protocol):
@@ -69,7 +74,6 @@ class CachedBlock:
         parent: The block before it; None for the root.
         children: Blocks that continue this prefix, by their tokens.
         n_users: Running sequences that hold the block.
-        was_shared: A second sequence has reused it.
         is_scheduled: The next forward pass, or an earlier one, computes its keys and values.
     """
 
@@ -78,7 +82,6 @@ class CachedBlock:
     parent: CachedBlock | None
     children: dict[tuple[int, ...], CachedBlock] = field(default_factory=dict)
     n_users: int = 0
-    was_shared: bool = False
     is_scheduled: bool = False
 
 
@@ -106,18 +109,36 @@ class _SequenceBlocks:
 
 
 class BlockPool:
-    """A CacheAllocator over n_blocks blocks. A sequence that runs alone always gets its blocks."""
+    """A CacheAllocator over n_blocks blocks. A sequence that runs alone always gets its blocks.
 
-    def __init__(self, max_seqs: int, n_blocks: int, block_size: int) -> None:
+    Args:
+        max_seqs: Number of sequences, indexed from 0.
+        n_blocks: The most blocks in use and evictable.
+        block_size: Positions per block.
+        may_grow_to: Whether blocks may stay evictable while the pool grows to this number of
+            blocks. Otherwise they are evicted first. None means always.
+    """
+
+    def __init__(
+        self,
+        max_seqs: int,
+        n_blocks: int,
+        block_size: int,
+        *,
+        may_grow_to: Callable[[int], bool] | None = None,
+    ) -> None:
         self.n_blocks, self.block_size = n_blocks, block_size
+        self._may_grow_to = may_grow_to
+        self._may_grow = True
+        self._n_taken_unchecked = 0
         self._sequences = [_SequenceBlocks() for _ in range(max_seqs)]
         self._root = CachedBlock(block=-1, token_ids=(), parent=None, is_scheduled=True)
         # Free blocks that were used before. Blocks from _n_touched on were never used.
         self._free: list[int] = []
         self._n_touched = 0
-        # Both in order of eviction: least recently used first, a child before its parent.
-        self._evictable_unshared: dict[CachedBlock, None] = {}
-        self._evictable_shared: dict[CachedBlock, None] = {}
+        # In order of eviction: least recently used first, a child before its parent. A dict would
+        # search for its first key in linear time after many deletions.
+        self._evictable: OrderedDict[CachedBlock, None] = OrderedDict()
         self._n_in_use = 0
         # Blocks that running sequences may still need.
         self._n_reserved = 0
@@ -130,7 +151,7 @@ class BlockPool:
     @property
     def n_evictable(self) -> int:
         """Cached blocks that no running sequence holds."""
-        return len(self._evictable_unshared) + len(self._evictable_shared)
+        return len(self._evictable)
 
     def allocate(
         self, seq_index: int, token_ids: Sequence[int], length: int, *, share_prefix: bool
@@ -149,10 +170,9 @@ class BlockPool:
         self._n_reserved += n_new
         sequence.max_blocks, sequence.n_reused, sequence.n_ready = max_blocks, len(reused), 0
         for cached in reused:
-            self._evictable_unshared.pop(cached, None)
-            self._evictable_shared.pop(cached, None)
+            if cached.n_users == 0:
+                del self._evictable[cached]
             cached.n_users += 1
-            cached.was_shared = True
             sequence.add_cached(cached)
         parent = reused[-1] if reused else self._root
         for key in keys[len(reused) :]:
@@ -217,14 +237,10 @@ class BlockPool:
             if cached.n_users:
                 continue
             self._n_in_use -= 1
-            if not cached.is_scheduled:
-                self._remove(cached)
-            elif cached.was_shared:
-                self._evictable_shared[cached] = None
+            if cached.is_scheduled:
+                self._evictable[cached] = None
             else:
-                self._evictable_unshared[cached] = None
-        while self.n_evictable > self.n_blocks // BLOCKS_PER_EVICTABLE_BLOCK:
-            self._evict()
+                self._remove(cached)
 
     def _full_blocks(self, token_ids: Sequence[int]) -> list[tuple[int, ...]]:
         """Return the tokens of each full block, without the last token of the prompt."""
@@ -245,21 +261,26 @@ class BlockPool:
         return path
 
     def _take_block(self) -> int:
-        """Turn one reserved block into a block in use; evict if none is free."""
+        """Turn one reserved block into a block in use."""
         self._n_in_use += 1
         self._n_reserved -= 1
-        if not self._free and self._n_touched < self.n_blocks:
+        if self._free:
+            return self._free.pop()
+        if self._n_touched < self.n_blocks and (not self._evictable or self._has_memory()):
             self._n_touched += 1
             return self._n_touched - 1
-        if not self._free:
-            self._evict()
+        cached, _ = self._evictable.popitem(last=False)
+        self._remove(cached)
         return self._free.pop()
 
-    def _evict(self) -> None:
-        evictable = self._evictable_unshared or self._evictable_shared
-        cached = next(iter(evictable))
-        del evictable[cached]
-        self._remove(cached)
+    def _has_memory(self) -> bool:
+        """Return whether the pool may grow instead of evicting; checked now and then."""
+        if self._may_grow_to is None:
+            return True
+        if self._n_taken_unchecked == 0:
+            self._may_grow = self._may_grow_to(self._n_touched + BLOCKS_PER_MEMORY_CHECK)
+        self._n_taken_unchecked = (self._n_taken_unchecked + 1) % BLOCKS_PER_MEMORY_CHECK
+        return self._may_grow
 
     def _remove(self, cached: CachedBlock) -> None:
         assert not cached.children

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from gptbatch.pipeline.kernels.constants import CACHE_LINE_BYTES
 from gptbatch.pipeline.kv_cache.block_pool import BlockPool, blocks_for
 from gptbatch.pipeline.kv_cache.quantization import bytes_per_head
 from gptbatch.pipeline.kv_cache.spec import KVCacheSpec
+from gptbatch.pipeline.system.machine import free_memory_bytes
 
 
 class PagedKVCache:
@@ -21,7 +23,8 @@ class PagedKVCache:
 
     Each layer is a tensor (H, n_blocks, elements of a block); the kernels define the layout of a
     block. All blocks exist from the start, but the operating system provides memory only when a
-    block is first written. Used blocks are reused before untouched ones.
+    block is first written. Blocks of finished sequences are kept for their prefixes while at least
+    as much memory is free as the cache takes; see `BlockPool`.
     """
 
     def __init__(self, spec: KVCacheSpec, max_seqs: int, capacity: int | None = None) -> None:
@@ -40,9 +43,11 @@ class PagedKVCache:
         n_blocks = max_seqs * blocks_per_context
         if capacity is not None:
             n_blocks = min(n_blocks, max(blocks_per_context, capacity // block_size))
-        self.pool = BlockPool(max_seqs, n_blocks, block_size)
         stored = torch.uint8 if spec.cache_dtype == "int8" else spec.dtype
         block_bytes = 2 * block_size * bytes_per_head(config, spec.dtype, spec.cache_dtype)
+        # Not a method: the memory of the cache must be freed with its last reference.
+        has_memory = partial(_has_memory, block_bytes * config.n_head * config.n_layer)
+        self.pool = BlockPool(max_seqs, n_blocks, block_size, may_grow_to=has_memory)
         # Zeros: the kernels read the padding of a head, which nothing ever writes.
         self.layers = [
             _lazy_zeros((config.n_head, n_blocks, block_bytes // stored.itemsize), stored)
@@ -104,6 +109,15 @@ class PagedAttention:
             qkv, cache.layers[layer], cache.block_table, self.seq_indices, self.positions, scale
         )
         return out
+
+
+def _has_memory(bytes_per_block: int, n_blocks: int) -> bool:
+    """Return whether at least as much memory is free as n_blocks blocks take.
+
+    Of k runs that grow at once, each stops at 1 / (k + 1) of the memory that was free before.
+    """
+    free = free_memory_bytes()
+    return free is None or free >= n_blocks * bytes_per_block
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

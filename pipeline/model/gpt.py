@@ -58,7 +58,8 @@ class Block(nn.Module):
         if logits_indices is not None:
             x, attended = x[logits_indices], attended[logits_indices]  # (S, C)
         x = self.attn_out(attended, residual=x)
-        return self.mlp_out(self.mlp_in(self.ln_2(x)), residual=x)  # type: ignore[no-any-return]
+        y: Tensor = self.mlp_out(self.mlp_in(self.ln_2(x)), residual=x)
+        return y
 
 
 class BlockStack(nn.ModuleList):
@@ -84,7 +85,8 @@ class BlockStack(nn.ModuleList):
         *blocks, last = self
         for block in blocks:
             x = block(x, attention)
-        return last(x, attention, logits_indices)  # type: ignore[no-any-return]
+        y: Tensor = last(x, attention, logits_indices)
+        return y
 
     def fuse(self) -> None:
         """Look for packed weights again; call it after packing or after another padding plan."""
@@ -165,7 +167,8 @@ class GPT(nn.Module):
         logits_indices = all_indices if logits_indices is None else logits_indices
         needs_all = [*logits_indices] == [*all_indices]
         x = self.blocks(x, attention, None if needs_all else self._padded(logits_indices))
-        return self.ln_f(x[: len(logits_indices)])  # type: ignore[no-any-return]
+        y: Tensor = self.ln_f(x[: len(logits_indices)])
+        return y
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head: hidden (S, C) -> logits (S, V)."""

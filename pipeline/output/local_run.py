@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from gptbatch.pipeline.errors import OutputCreationError
 from gptbatch.pipeline.output.json_models import Part
@@ -105,12 +104,7 @@ class LocalRunFolder(RunFolder):
             ) from error
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         with suppress(OSError):
             (self.path / RUN_LOCK).write_text("")
         if self._lock is not None:

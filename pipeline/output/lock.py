@@ -11,7 +11,6 @@ import json
 import logging
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 from gptbatch.pipeline.errors import OutputBusyError, OutputCreationError
@@ -49,12 +48,7 @@ class OutputLock(Protocol):
 
     def __enter__(self) -> OutputLock: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
 
 def open_lock(work: Location, *, shared: bool = False) -> OutputLock:
@@ -94,12 +88,7 @@ class LocalLock:
             self._lock.write_note(json.dumps(holder()) + "\n")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.works and not self._shared:
             self._lock.write_note("")
         self._lock.release()
@@ -146,13 +135,8 @@ class ObjectLock:
             time.sleep(POLL_S)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        return None
+    def __exit__(self, *exception: object) -> None:
+        pass
 
     def _read_clock(self) -> None:
         """Set the clock by which the silence of runs is measured to that of the store."""

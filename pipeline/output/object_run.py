@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from types import TracebackType
 
 from gptbatch.pipeline.errors import OutputBusyError, OutputCreationError, StorageError
 from gptbatch.pipeline.output.json_models import HolderContent, Part
@@ -142,12 +141,7 @@ class ObjectRunFolder(RunFolder):
             self._refuse_older_runs()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._write_records()
         with suppress(OSError):
             lock = self.path / RUN_LOCK

@@ -22,7 +22,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gptbatch.pipeline.output.crash_journal import CRASH_JOURNAL, read_crash_journal
@@ -102,12 +101,7 @@ class RunFolder(ABC):
     def __enter__(self) -> RunFolder: ...
 
     @abstractmethod
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
     @abstractmethod
     def record(self, part: Part, sha256: str) -> None:

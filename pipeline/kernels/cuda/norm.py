@@ -22,7 +22,7 @@ def norm_row(x, weight, bias, y, epsilon, C: tl.constexpr):
     values: tl.tuple = ()
     for c0 in tl.static_range(0, C, 32):
         value = tl.load(x + c0 + lane, mask=c0 + lane < C, other=0.0).to(tl.float32)
-        values = values + (value,)  # noqa: RUF005
+        values = values + (value,)  # noqa: RUF005 - triton takes no * in a tuple
         total += value
     mean = tl.div_rn(tl.sum(total, axis=0), C * 1.0)
     total = tl.zeros((32,), tl.float32)
