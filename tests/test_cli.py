@@ -65,12 +65,12 @@ def test_generate_writes_rows_and_prints_a_summary(
     assert list(ran.summary) == [
         "output",
         "rows",
-        "samples",
         "ok",
         "errors",
         "rows_kept",
         "complete",
         "batch_size_halvings",
+        "samples",
         "prompt_tokens",
         "completion_tokens",
         "load_s",

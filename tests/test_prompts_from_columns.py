@@ -232,10 +232,10 @@ def test_messages_about_templates_do_not_quote_values(tmp_path: Path) -> None:
 
 def test_a_template_over_a_csv_file(tmp_path: Path) -> None:
     path = tmp_path / "tasks.csv"
-    path.write_text('id,n,text\na,007,"{x}, ""y"""\nb,1.50,""\n')
-    config = job(tmp_path, dataset=str(path), prompt_template="{n}: {text}")
+    path.write_text('id,price,text\na,007,"{x}, ""y"""\nb,1.50,""\n')
+    config = job(tmp_path, dataset=str(path), prompt_template="{price}: {text}")
     assert texts(config) == ['007: {x}, "y"', "1.50: "]
-    path.write_text("id,n,text\na,1,\n")
+    path.write_text("id,price,text\na,1,\n")
     assert "tasks.csv:2: text, which prompt_template names" in problem(config)
 
 
@@ -762,7 +762,15 @@ def request(number: int, **body: Any) -> dict[str, Any]:
 
 PROMPTS = [request(1, prompt="The king", max_tokens=2, temperature=0), request(2, prompt="To be")]
 MESSAGES = [
-    request(1, messages=[{"role": "user", "content": "The king"}], max_completion_tokens=2, top_p=1)
+    request(
+        1,
+        messages=[{"role": "user", "content": "The king"}],
+        max_completion_tokens=2,
+        top_p=1,
+        logprobs=True,
+        top_logprobs=3,
+        stop=["a"],
+    )
 ]
 
 

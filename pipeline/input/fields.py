@@ -17,7 +17,9 @@ _MAX_NAMED_FIELDS = 12
 # Requests of OpenAI's batch API become rows: the body, with its id and its limit of tokens.
 OPENAI_TO_ROWS = (
     "jq -c '.body + {id: .custom_id, max_new_tokens: (.body.max_completion_tokens // "
-    ".body.max_tokens)} | del(.max_completion_tokens, .max_tokens)' FILE > rows.jsonl"
+    ".body.max_tokens), logprobs: (if .body.logprobs == true then .body.top_logprobs // 0 else "
+    ".body.logprobs // null end)} | del(.max_completion_tokens, .max_tokens, .top_logprobs)' "
+    "FILE > rows.jsonl"
 )
 
 # The setting that names a field.

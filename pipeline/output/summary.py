@@ -15,12 +15,12 @@ class RunSummary:
     Attributes:
         output: The output folder.
         rows: Rows of the input that this run has generated, those with an error included.
-        samples: Rows of the table that this run has written: n per row of the input.
         ok: Rows of the input without an error.
         errors: Rows of the input with an error, in at least one sample.
         rows_kept: Rows that the output, or the run's shard, already held.
         complete: Whether the output holds all rows now. False after a shard, while others run.
         batch_size_halvings: How often memory was too small for the batch.
+        samples: Rows of the table that this run has written: n per row of the input.
         prompt_tokens: Tokens of the prompts of all samples.
         completion_tokens: Tokens that this run has generated.
         load_s: Seconds to load the model.
@@ -35,12 +35,12 @@ class RunSummary:
 
     output: str
     rows: int
-    samples: int
     ok: int
     errors: int
     rows_kept: int
     complete: bool
     batch_size_halvings: int
+    samples: int
     prompt_tokens: int
     completion_tokens: int
     load_s: float
