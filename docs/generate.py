@@ -52,6 +52,7 @@ FOLDERS = {
     "jobs": "the commands",
     "pipeline": "the library",
     "pipeline/config": "the settings of a job",
+    "pipeline/params": "the sampling settings of a row",
     "pipeline/input": "from files to token ids",
     "pipeline/engine": "the loop: scheduling, sampling",
     "pipeline/model": "GPT-2: checkpoints, layers, self-test",
