@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from gptbatch.pipeline.config.prompt_template import TemplatePart, template_fields
@@ -52,7 +52,7 @@ class BadRow:
         return f"line:{self.line}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RowDefaults:
     """The fields that hold a row's prompt and id, and the settings of rows without their own.
 
@@ -82,10 +82,14 @@ class RowDefaults:
 
     def params(self, prompt_id: str, own: Mapping[str, Any]) -> SamplingParams:
         """Return the parameters of a row: its own settings, and the run's for the others."""
-        settings = dict(own)
+        settings = {**self._run_settings, **own}
         if "seed" not in own:
             settings["seed"] = derive_seed(self.sampling.seed, prompt_id)
-        return dataclasses.replace(self.sampling, **settings)
+        return SamplingParams(**settings)
+
+    @cached_property
+    def _run_settings(self) -> dict[str, Any]:
+        return self.sampling.as_dict()
 
 
 def derive_seed(run_seed: int, prompt_id: str) -> int:

@@ -38,6 +38,11 @@ _CUTOFFS = "use min_p or top_p"
 _ADVICE = {
     "dosample": "temperature: 0 is greedy decoding, any other temperature samples",
     "echo": "the output has a column with the prompt",
+    "promptlogprobs": "gptbatch score computes the log probabilities of given texts",
+    **dict.fromkeys(
+        ("guidedjson", "guidedregex", "guidedchoice", "jsonschema", "responseformat", "grammar"),
+        "output of a given form is not available; gptbatch score compares given choices",
+    ),
     **dict.fromkeys(("numbeams", "beamsize", "lengthpenalty", "earlystopping"), _BEAMS),
     **dict.fromkeys(("typicalp", "etacutoff", "epsiloncutoff", "toph"), _CUTOFFS),
     "ignoreeos": "it is a setting of the run, ignore_eos",
