@@ -19,6 +19,8 @@ from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptbatch.pipeline.engine.logprobs import total_masses
+from gptbatch.pipeline.engine.reference import mass
 from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.kernels import build
@@ -626,3 +628,47 @@ def test_op_sample_matches_torch(vocab_size: int, dtype: torch.dtype) -> None:
             assert sample_tokens(logits, rows, steps, margin_bounds, native=True) == sampled
         differing += len({s.token for s in sampled})
     assert vocab_size == 1 or differing > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [1, 2, 33, 63, 64, 65, 700, 50257, 70000])
+def test_op_total_masses_matches_torch_and_the_oracle(vocab_size: int, dtype: torch.dtype) -> None:
+    """Masses are whole numbers, and equal."""
+    needs_compiler()
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(12, vocab_size, generator=generator) * 8 - 30
+    logits[1] = logits[1].round()
+    logits[2] = 0.1
+    logits[3, : vocab_size // 2] = -math.inf
+    logits[4, : vocab_size - 1] = -math.inf
+    logits[5] *= 1e30
+    logits[6, vocab_size // 2] = math.nan
+    logits[7, vocab_size // 2] = math.inf
+    logits[8] = -math.inf
+    logits = logits.to(dtype)
+    totals, largest = total_masses(logits, native=True)
+    expected, expected_largest = total_masses(logits, native=False)
+    assert totals.tolist() == expected.tolist()
+    assert torch.equal(largest.nan_to_num(7), expected_largest.float().nan_to_num(7))
+    assert totals[6:9].tolist() == [0, 0, 0]
+    bits = 46 if vocab_size <= 65_536 else 40
+    assert totals[4].item() == 2**bits
+    for row in range(6 if vocab_size < 1000 else 2):
+        values = logits[row].double().tolist()
+        largest_value = max(values)
+        assert totals[row].item() == sum(mass(x - largest_value, bits) for x in values)
+    with use_threads(3):
+        assert torch.equal(total_masses(logits, native=True)[0], totals)
+    assert torch.equal(total_masses(logits[3:4], native=True)[0], totals[3:4])
+
+
+def test_op_total_masses_rejects_wrong_tensors() -> None:
+    needs_compiler()
+    for wrong in (
+        torch.zeros(3),
+        torch.zeros(3, 0),
+        torch.zeros(3, 4).T,
+        torch.zeros(3, 4, dtype=torch.float64),
+    ):
+        with pytest.raises(RuntimeError, match="total_masses: logits must be"):
+            torch.ops.gptbatch.total_masses(wrong)

@@ -184,6 +184,14 @@ def mass(x: float, bits: int) -> int:
     return round(total * 2.0 ** (n + bits))
 
 
+def token_logprob(logits: Tensor, token: int) -> float:
+    """Return the log probability of a token at temperature 1, from logits (V,), in float64."""
+    values: list[float] = logits.double().tolist()
+    largest, bits = max(values), 46 if len(values) <= 65_536 else 40
+    total = sum(mass(value - largest, bits) for value in values)
+    return (values[token] - largest) - math.log(float(total) * 2.0**-bits)
+
+
 def min_p_range(params: SamplingParams) -> float:
     """Return how far below the largest logit a token is min_p times as likely."""
     return -params.temperature * math.log(params.min_p)

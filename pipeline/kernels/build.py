@@ -64,7 +64,16 @@ KERNELS = Sources(
     units=(
         Unit(name="ops", sources=("ops.cpp", "transformer_blocks.cpp"), optimization="-O1"),
         Unit(name="attention", sources=("attention.cpp",)),
-        Unit(name="dense", sources=("linear.cpp", "layer_norm.cpp", "sample.cpp", "rescore.cpp")),
+        Unit(
+            name="dense",
+            sources=(
+                "linear.cpp",
+                "layer_norm.cpp",
+                "sample.cpp",
+                "total_masses.cpp",
+                "rescore.cpp",
+            ),
+        ),
     ),
 )
 # Another process builds for seconds. The limit is for one that hangs.

@@ -95,6 +95,12 @@ template <class T>
 void sample(const T* logits, int64_t n_rows, int64_t vocab_size, const SampleRows& rows,
             int64_t* tokens, double* margins);
 
+// total_masses.cpp: per row, the mass of all tokens at temperature 1, and the largest logit.
+
+template <class T>
+void total_masses(const T* logits, int64_t n_rows, int64_t vocab_size, int64_t* totals,
+                  float* max_logits);
+
 // rescore.cpp
 
 struct RescoreInputs {

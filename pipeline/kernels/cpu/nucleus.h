@@ -11,14 +11,13 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <functional>
 #include <limits>
 #include <vector>
 
-#include "simd.h"
+#include "masses.h"
 
 namespace gptbatch {
 
@@ -45,7 +44,7 @@ class Nucleus {
   }
 
   // A token below this has no mass.
-  double lowest_with_mass() const { return static_cast<double>(max_) + MIN_EXPONENT * temperature_; }
+  double lowest_with_mass() const { return static_cast<double>(max_) + MIN_MASS_EXPONENT * temperature_; }
 
   void compute_masses() {
     const int64_t count = static_cast<int64_t>(logits_.size());
@@ -53,14 +52,14 @@ class Nucleus {
     bin_of_.resize(count);
     bins_.assign(N_BINS, 0);
     const double max = max_, temperature = temperature_;
-    const double bins_per_unit = N_BINS / (-MIN_EXPONENT * temperature);
-    for (int64_t first = 0; first < count; first += CHUNK) {
-      const int64_t size = std::min<int64_t>(CHUNK, count - first);
-      double x[CHUNK] = {};
-      int64_t masses[CHUNK];
+    const double bins_per_unit = N_BINS / (-MIN_MASS_EXPONENT * temperature);
+    for (int64_t first = 0; first < count; first += MASS_CHUNK) {
+      const int64_t size = std::min<int64_t>(MASS_CHUNK, count - first);
+      double x[MASS_CHUNK] = {};
+      int64_t masses[MASS_CHUNK];
       for (int64_t i = 0; i < size; i++)
         x[i] = (static_cast<double>(logits_[first + i]) - max) / temperature;
-      compute_chunk(x, masses);
+      masses_of(x, bits_, masses);
       for (int64_t i = 0; i < size; i++) {
         const double depth = (max - static_cast<double>(logits_[first + i])) * bins_per_unit;
         const int bin = static_cast<int>(std::min<double>(depth, N_BINS - 1));
@@ -137,42 +136,7 @@ class Nucleus {
   };
 
   static constexpr int N_BINS = 1024;
-  static constexpr double MIN_EXPONENT = -33.0;
-  static constexpr double LN2_HIGH = 0.6931471803691238, LN2_LOW = 1.9082149292705877e-10;
-  static constexpr double INVERSE_LN2 = 1.4426950408889634;
   static constexpr double SLACK = 1e-9;
-  // Adding it rounds to a whole number, half to even, which is then in the lowest bits.
-  static constexpr double ROUNDER = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr int DEGREE = 13;
-  static constexpr int CHUNK = 64;
-
-  // rint(exp(x) * 2^bits) of CHUNK numbers x <= 0. Below -32.6 it is 0.
-  void compute_chunk(const double* x, int64_t* masses) const {
-    using Doubles = at::vec::Vectorized<double>;
-    static constexpr double COEFFICIENTS[DEGREE + 1] = {
-        1.0,             1.0,              1.0 / 2.0,         1.0 / 6.0,         1.0 / 24.0,
-        1.0 / 120.0,     1.0 / 720.0,      1.0 / 5040.0,      1.0 / 40320.0,     1.0 / 362880.0,
-        1.0 / 3628800.0, 1.0 / 39916800.0, 1.0 / 479001600.0, 1.0 / 6227020800.0};
-    double shifted[CHUNK], sums[CHUNK];
-    for (int i = 0; i < CHUNK; i += Doubles::size()) {
-      const Doubles inside = at::vec::maximum(Doubles::loadu(x + i), Doubles(MIN_EXPONENT));
-      const Doubles rounded = inside * Doubles(INVERSE_LN2) + Doubles(ROUNDER);
-      const Doubles n = rounded - Doubles(ROUNDER);
-      const Doubles r = (inside - n * Doubles(LN2_HIGH)) - n * Doubles(LN2_LOW);
-      Doubles sum(COEFFICIENTS[DEGREE]);
-      UNROLL
-      for (int k = DEGREE - 1; k >= 0; k--) sum = sum * r + Doubles(COEFFICIENTS[k]);
-      rounded.store(shifted + i);
-      sum.store(sums + i);
-    }
-    for (int i = 0; i < CHUNK; i++) {
-      const int64_t exponent = std::bit_cast<int64_t>(shifted[i]) - std::bit_cast<int64_t>(ROUNDER);
-      const double scale =
-          std::bit_cast<double>(static_cast<uint64_t>(exponent + bits_ + 1023) << 52);
-      masses[i] = std::bit_cast<int64_t>(sums[i] * scale + ROUNDER) -
-                  std::bit_cast<int64_t>(ROUNDER);
-    }
-  }
 
   // h in nucleus.py.
   double distance(int64_t mass) const {

@@ -31,6 +31,9 @@
 //         margin_bounds  (S,) float64: a margin above the bound may be returned as the bound
 //         tokens         (S,) int64; -1 if logits hold NaN or +inf, or only -inf
 //         margins        (S,) float64
+//     total_masses(logits (S, V)) -> (totals (S,) int64, max_logits (S,) float32)
+//         totals      the mass of all tokens (pipeline/engine/nucleus.py) at temperature 1; 0 if
+//                     logits hold NaN or +inf, or only -inf
 //     rescore(logits (S, V), hidden (S, C), weight (V, C), row_factors (S, 2),
 //             group_norms (G, 2), kept_sizes (S,), exact_ranges (S,))
 //         -> thresholds (S,); changes logits
@@ -311,6 +314,24 @@ std::tuple<Tensor, Tensor> sample_op(const Tensor& logits, const Tensor& seeds,
   return {tokens, margins};
 }
 
+std::tuple<Tensor, Tensor> total_masses_op(const Tensor& logits) {
+  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.size(1) > 0 &&
+                  (logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16),
+              "total_masses: logits must be a contiguous matrix of float32 or bfloat16; got ",
+              logits.sizes(), " of ", logits.scalar_type());
+  const int64_t batch = logits.size(0), vocab_size = logits.size(1);
+  Tensor totals = at::empty({batch}, logits.options().dtype(at::kLong));
+  Tensor max_logits = at::empty({batch}, logits.options().dtype(at::kFloat));
+  int64_t* total = totals.data_ptr<int64_t>();
+  float* max = max_logits.data_ptr<float>();
+  if (logits.scalar_type() == at::kFloat) {
+    total_masses(logits.const_data_ptr<float>(), batch, vocab_size, total, max);
+  } else {
+    total_masses(logits.const_data_ptr<BFloat16>(), batch, vocab_size, total, max);
+  }
+  return {totals, max_logits};
+}
+
 Tensor rescore_op(Tensor& logits, const Tensor& hidden, const Tensor& weight,
                   const Tensor& row_factors, const Tensor& group_norms,
                   const Tensor& kept_sizes, const Tensor& exact_ranges) {
@@ -360,6 +381,7 @@ TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
   library.def(
       "sample(Tensor logits, Tensor seeds, Tensor steps, Tensor temperatures, Tensor kept_sizes, "
       "Tensor kept_ranges, Tensor top_ps, Tensor margin_bounds) -> (Tensor, Tensor)");
+  library.def("total_masses(Tensor logits) -> (Tensor, Tensor)");
   library.def(
       "rescore(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor row_factors, "
       "Tensor group_norms, Tensor kept_sizes, Tensor exact_ranges) -> Tensor");
@@ -373,5 +395,6 @@ TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
   library.impl("paged_attention", gptbatch::paged_attention_op);
   library.impl("qkv_paged_attention", gptbatch::qkv_paged_attention_op);
   library.impl("sample", gptbatch::sample_op);
+  library.impl("total_masses", gptbatch::total_masses_op);
   library.impl("rescore", gptbatch::rescore_op);
 }

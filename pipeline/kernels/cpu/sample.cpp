@@ -29,9 +29,6 @@ namespace {
 
 constexpr int64_t NOISE_TOKENS = 2 * TOKENS_PER_GROUP;  // tokens whose random bits are made at once
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
-// 2^16 masses of 2^46 have a sum below 2^63 (pipeline/engine/nucleus.py).
-constexpr int MASS_BITS = 46, MASS_BITS_OF_LARGE_VOCAB = 40;
-constexpr int64_t LARGE_VOCAB = 1 << 16;
 constexpr double MAX_NOISE = 37.0;  // -log(-log(1 - 2^-53)) is 36.74
 constexpr double TWO_52 = 4503599627370496.0;
 
@@ -190,8 +187,7 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, con
   candidates.clear();
   const bool has_top_p = row.top_p < 1.0;
   if (has_top_p)
-    nucleus.begin(max, row.temperature, row.top_p,
-                  vocab_size <= LARGE_VOCAB ? MASS_BITS : MASS_BITS_OF_LARGE_VOCAB);
+    nucleus.begin(max, row.temperature, row.top_p, mass_bits(vocab_size));
   double cutoff = static_cast<double>(max) - row.kept_range;
   // A kept token whose logit falls to this would not be kept.
   double exit = -INFINITE;
