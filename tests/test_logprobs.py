@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptbatch.pipeline.engine.logprobs import TokenLogprobs, is_most_likely, token_logprobs
+from gptbatch.pipeline.engine.logprobs import is_most_likely, token_logprobs
 from gptbatch.pipeline.engine.reference import token_logprob
+from gptbatch.pipeline.types import TokenLogprobs
 from tests.conftest import has_kernels
 
 

@@ -143,9 +143,7 @@ def test_all_settings_in_any_batch(model: GPT) -> None:
         )
         assert (completion.token_ids, completion.stop_reason) == (tokens, reason)
         reasons.add(reason)
-    assert reasons == {"end_of_text", "stop_token", "stop_string", "max_new_tokens"} - (
-        {"end_of_text"} if "end_of_text" not in reasons else set()
-    )
+    assert reasons >= {"stop_token", "stop_string", "max_new_tokens"}
 
 
 def test_completions_follow_their_settings(model: GPT) -> None:

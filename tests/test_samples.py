@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -204,7 +205,7 @@ ALL_SETTINGS: Row = {
     "allowed_token_ids": list(range(250)),
     "bad_words": ["ee", "\n"],
     "min_new_tokens": 2,
-    "stop": ["th", "a k"],
+    "stop": ["a", "t"],
     "include_stop_str_in_output": True,
     "stop_token_ids": [40, 41],
     "n": 3,
@@ -262,7 +263,7 @@ def test_verify_finds_changed_logprobs_and_stop_strings(
         ("token_logprobs", lambda values: [values[0] - 1e-3, *values[1:]]),
         ("top_logprob_ids", lambda values: [values[0] ^ 1, *values[1:]]),
         ("stop_string", lambda value: "other"),
-        ("sampling_params", lambda value: '{"logprobs":1}'),
+        ("sampling_params", lambda value: '{"logit_bias":{"7":100.0},"logprobs":1}'),
     ):
         output = tmp_path / name
         generate(checkpoint, rows, output, logprobs=1, presence_penalty=1.0)
@@ -271,7 +272,8 @@ def test_verify_finds_changed_logprobs_and_stop_strings(
         values = table[name].to_pylist()
         values[1] = change(values[1])
         index = table.schema.get_field_index(name)
-        changed = table.set_column(index, table.schema.field(name), [values])
+        field = table.schema.field(name)
+        changed = table.set_column(index, field, pa.array(values, field.type))
         pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
         capsys.readouterr()
         assert run_command(["verify", str(output), "--all"]) == 1, name

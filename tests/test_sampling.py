@@ -23,6 +23,7 @@ from gptbatch.pipeline.engine.sampling import (
 from gptbatch.pipeline.input.rows import derive_seed
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.params.settings import MAX_SEED
+from tests.conftest import has_kernels
 
 DRAWS = 20_000
 FALSE_ALARM = (
@@ -502,3 +503,23 @@ def test_cpu_and_cuda_choose_the_same_tokens_from_the_same_logits() -> None:
     logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)) * 3
     rows = [params(s, temperature=(0, 0.8, 2)[s % 3], top_k=(0, 40)[s % 2]) for s in range(64)]
     assert tokens_of(logits.cuda(), rows, [3] * 64) == tokens_of(logits, rows, [3] * 64)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_bound_just_above_the_margin_gives_the_margin(native: bool) -> None:
+    """`verify` looks for the recorded margin by such a bound. Gaps must not round across it."""
+    if native and not has_kernels():
+        pytest.skip("no C++ compiler")
+    generator = torch.Generator().manual_seed(0)
+    for top_k, top_p, min_p in (
+        (0, 0.95, 0.0),
+        (100, 0.95, 0.0),
+        (100, 0.95, 0.001),
+        (9, 1.0, 0.01),
+    ):
+        logits = torch.randn(150, 300, generator=generator) * 1.5
+        logits[75:, 250:] = -math.inf
+        rows = [params(s, top_k=top_k, top_p=top_p, min_p=min_p) for s in range(150)]
+        found = sample_tokens(logits, rows, [0] * 150, native=native)
+        bounds = [math.nextafter(one.decision_margin or 0.0, math.inf) for one in found]
+        assert sample_tokens(logits, rows, [0] * 150, bounds, native=native) == found

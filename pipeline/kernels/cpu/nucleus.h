@@ -81,7 +81,8 @@ class Nucleus {
     for (size_t i = 0; i < logits_.size(); i++) {
       if (logits_[i] > logit)
         mass_above += masses_[i];
-      else if (static_cast<double>(logits_[i]) > static_cast<double>(logit) - bound)
+      // The difference is exact; `logit - bound` may round up to this logit.
+      else if (static_cast<double>(logit) - static_cast<double>(logits_[i]) < bound)
         band_.push_back({logits_[i], masses_[i]});
     }
     std::sort(band_.begin(), band_.end(), [](const Entry& a, const Entry& b) {
