@@ -1,8 +1,8 @@
 """Write the generated parts of the documentation from the code: `python docs/generate.py`.
 
-These are the tables of cli.md and output.md, and the tree of files in architecture.md. Such a part
-stands between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. All other text is
-written by hand. tests/test_docs.py fails where a part is out of date.
+These are the tables of cli.md, output.md and scoring.md, and the tree of files in architecture.md.
+Such a part stands between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. All other
+text is written by hand. tests/test_docs.py fails where a part is out of date.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from gptbatch.jobs.group import COMMANDS, cli
 from gptbatch.jobs.options import option_groups, option_name
 from gptbatch.pipeline import errors
 from gptbatch.pipeline.config import config_fields
-from gptbatch.pipeline.output.schema import COLUMNS
+from gptbatch.pipeline.output.schema import COLUMNS, Column
+from gptbatch.pipeline.score.table import COLUMNS as SCORE_COLUMNS
 
 DOCS = Path(__file__).resolve().parent
 REPOSITORY = DOCS.parent
-DOCUMENTS = ("cli.md", "output.md", "architecture.md")
+DOCUMENTS = ("cli.md", "output.md", "scoring.md", "architecture.md")
 SECTION = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 TYPES = {
@@ -64,6 +65,7 @@ FOLDERS = {
     "pipeline/cluster": "many workers on a cluster",
     "pipeline/storage": "files and objects: paths, reading, atomic writes",
     "pipeline/audit": "checking recorded runs",
+    "pipeline/score": "log probabilities of given continuations",
     "pipeline/bench": "measuring speed",
     "pipeline/system": "the machine, paths, secrets",
     "configs": "bundled configs, scheduler templates and the demo",
@@ -188,7 +190,7 @@ def exit_codes() -> str:
     return "\n".join([*_header("exit code", "Python error", "meaning"), *lines]) + "\n"
 
 
-def columns(kind: str) -> str:
+def columns(kind: str, table: tuple[Column, ...] = COLUMNS) -> str:
     rows = [
         _row(
             _code(column.name),
@@ -197,7 +199,7 @@ def columns(kind: str) -> str:
             column.unit,
             column.meaning,
         )
-        for column in COLUMNS
+        for column in table
         if column.kind == kind
     ]
     return "\n".join([*_header("column", "type", "may be null", "unit", "meaning"), *rows]) + "\n"
@@ -245,6 +247,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "tree": tree,
     "deterministic columns": lambda: columns("deterministic"),
     "observed columns": lambda: columns("observed"),
+    "score columns": lambda: columns("deterministic", table=SCORE_COLUMNS),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -195,7 +195,23 @@ def option_name(key: str) -> str:
 
 def config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for every config key. JobConfig checks their ranges."""
+    return options_for(config_fields())(command)
+
+
+def options_for(keys: Iterable[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that gives a command an option for each of these config keys."""
+    names = set(keys)
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        return _add_options(command, names)
+
+    return decorate
+
+
+def _add_options(command: Callable[..., Any], keys: Container[str]) -> Callable[..., Any]:
     for key, field in reversed(config_fields().items()):
+        if key not in keys:
+            continue
         name, kind = option_name(key), _click_type(field.annotation)
         many = is_list(field)
         default = (

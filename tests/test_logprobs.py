@@ -60,6 +60,19 @@ def test_the_most_likely_tokens_are_sorted_and_ties_go_to_the_smaller_id(native:
     assert sum(math.exp(x) for x in found[-1].top_logprobs) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("vocab_size", [1, 5, 63, 64, 65, 129, 1500])
+def test_the_most_likely_tokens_are_those_of_a_sort(vocab_size: int) -> None:
+    logits = random_logits(63, vocab_size, seed=vocab_size)
+    logits[::3] = logits[::3].round()
+    logits[1] = -35
+    logits[2, vocab_size // 2 :] = -math.inf
+    n_top = [row % 21 for row in range(63)]
+    found = token_logprobs(logits, [0] * 63, n_top, native=False)
+    for row, n, item in zip(logits.tolist(), n_top, found, strict=True):
+        order = sorted(range(vocab_size), key=lambda token: (-row[token], token))
+        assert item.top_ids == (order[:n] if max(row) > -math.inf else [])
+
+
 def test_bits_do_not_depend_on_the_batch(native: bool) -> None:
     logits = random_logits(40, 3001, seed=1)
     logits[5:9] = logits[5:9].round()

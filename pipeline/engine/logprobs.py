@@ -10,7 +10,7 @@ probability depends on nothing but its row: C++, torch and the oracle give equal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from gptbatch.pipeline.types import TokenLogprobs
 MAX_TOP_LOGPROBS = 20
 # Masses computed at once in torch: they fit the caches of a CPU.
 MAX_MASSES = 2**18
+# Tokens of a group whose maximum bounds the largest logits.
+GROUP = 64
 
 
 def token_logprobs(
@@ -107,13 +109,35 @@ def _most_likely(logits: Tensor, n_top: Sequence[int]) -> list[list[tuple[int, f
     if not rows:
         return found
     chosen = logits if len(rows) == len(sizes) else logits[rows]
-    # topk takes any of several tied tokens. Only its smallest value is used.
-    largest = chosen.topk(max(sizes), dim=1).values
-    last = torch.tensor([[sizes[row] - 1] for row in rows], device=logits.device)
-    hits = (chosen >= largest.gather(1, last)).nonzero()
-    values = chosen[hits[:, 0], hits[:, 1]].double().tolist()
-    for (number, token), value in zip(hits.tolist(), values, strict=True):
+    for number, token, value in _largest(chosen, [sizes[row] for row in rows]):
         found[rows[number]].append((token, value))
     for row in rows:
         found[row] = sorted(found[row], key=lambda item: (-item[1], item[0]))[: sizes[row]]
     return found
+
+
+def _largest(logits: Tensor, sizes: list[int]) -> Iterator[tuple[int, int, float]]:
+    """Yield (row, id, logit) of the `size` largest logits of each row, and of more tokens.
+
+    A lower bound of the size-th largest logit is the size-th largest maximum of disjoint groups of
+    tokens. Every token that reaches it is listed, so that none of several tied tokens is left out.
+    """
+    n_grouped = logits.shape[1] // GROUP * GROUP
+    groups, rest = logits[:, :n_grouped].unflatten(1, (-1, GROUP)), logits[:, n_grouped:]
+    group_maxima = groups.amax(dim=2)
+    maxima = torch.cat([group_maxima, rest], dim=1)
+    n_listed = min(max(sizes), maxima.shape[1])
+    last = torch.tensor(sizes, device=logits.device)[:, None] - 1
+    bounds = maxima.topk(n_listed, dim=1).values.gather(1, last.clamp(max=n_listed - 1))
+    bounds = torch.where(last < n_listed, bounds, -math.inf)
+    rows, numbers = (group_maxima >= bounds).nonzero(as_tuple=True)
+    values = groups[rows, numbers]
+    hits, offsets = (values >= bounds[rows]).nonzero(as_tuple=True)
+    ids = numbers[hits] * GROUP + offsets
+    yield from _triples(rows[hits], ids, values[hits, offsets])
+    rows, offsets = (rest >= bounds).nonzero(as_tuple=True)
+    yield from _triples(rows, offsets + n_grouped, rest[rows, offsets])
+
+
+def _triples(rows: Tensor, ids: Tensor, values: Tensor) -> Iterator[tuple[int, int, float]]:
+    return zip(rows.tolist(), ids.tolist(), values.double().tolist(), strict=True)
