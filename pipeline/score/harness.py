@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,17 @@ from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.input.config_hash import start_token
 from gptbatch.pipeline.input.rows import derive_seed
+from gptbatch.pipeline.input.tokenize import token_bytes_of_model
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.params.settings import text_problem
 from gptbatch.pipeline.score.pairs import EncodedPair, PairEncoder, fit
 from gptbatch.pipeline.score.scoring import TokenPair, score_windows
-from gptbatch.pipeline.types import Prompt, SamplingParams, TokenizedPrompt
+from gptbatch.pipeline.types import Prompt, TokenizedPrompt
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -217,7 +221,11 @@ class GptbatchLM(TemplateLM):  # type: ignore[misc]
             until, options = _stop_strings(settings)
             seed = derive_seed(self._seed, f"{context}\0{repeats[context]}")
             repeats[context] += 1
+            # A text that the engine cannot search for is cut off below.
+            searched = tuple(stop for stop in until if not text_problem(stop))
             params = _sampling_params(options, seed, self._max_gen_toks)
+            if self._decoder.token_bytes:
+                params = replace(params, stop=searched)
             prompts.append(self._prompt(index, context, params))
             stops.append(until)
         engine = Engine(
@@ -225,6 +233,7 @@ class GptbatchLM(TemplateLM):  # type: ignore[misc]
             batch_size=self.loaded.batch_size(None),
             eos_token_ids=self._eos_token_ids,
             memory_bytes=self.loaded.cache_memory_bytes(None),
+            token_bytes=token_bytes_of_model(self._decoder, self.gpt_config),
         )
         for completions in engine.generate(iter(prompts)):
             for completion in completions:
@@ -232,10 +241,11 @@ class GptbatchLM(TemplateLM):  # type: ignore[misc]
                     raise ValueError(completion.error.reason)
                 index = completion.prompt.index
                 text = self._decoder.completion_text(
-                    completion.prompt_token_ids, completion.token_ids, completion.finish_reason
+                    completion.prompt_token_ids,
+                    completion.token_ids,
+                    completion.stop_reason,
+                    completion.text_bytes,
                 )
-                # The engine has no stop strings: it generates the whole limit. When
-                # SamplingParams takes `stop`, pass `until` there, and drop the cut.
                 texts[index] = _cut(text, stops[index])
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts

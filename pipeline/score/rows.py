@@ -20,7 +20,7 @@ from gptbatch.pipeline.input.source import START, Place, RawRow, RowSource
 from gptbatch.pipeline.input.strict_json import NumberText, check_utf8, json_type, shorten
 from gptbatch.pipeline.input.values import MISSING
 from gptbatch.pipeline.storage.location import Location
-from gptbatch.pipeline.types import SAMPLING_SETTINGS, Prompt
+from gptbatch.pipeline.types import Prompt
 
 # of the metadata of a row
 _KEY = "continuations"
@@ -63,11 +63,10 @@ class ScoreReader:
     def __init__(self, config: JobConfig, fields: ScoreFields) -> None:
         reader = open_input(config)
         # A row's sampling settings have no meaning here. They are metadata.
-        own_fields = reader.defaults.metadata_fields | SAMPLING_SETTINGS.keys()
         self._reader: PromptReader = replace(
             reader,
             source=_ContinuationSource(reader.source, fields),
-            defaults=replace(reader.defaults, metadata_fields=own_fields),
+            defaults=replace(reader.defaults, row_settings=()),
             record_bad=False,
         )
 

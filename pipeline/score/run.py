@@ -119,7 +119,7 @@ def score_input(
     identity = {
         "model_digest": checkpoint.model_digest,
         "tokenizer_digest": tokenizer.digest,
-        **special_token_identity(checkpoint, tokenizer),
+        **special_token_identity(config, checkpoint, tokenizer),
         "dtype": config.engine.dtype,
         "cache_dtype": config.engine.cache_dtype,
         "parse_special": config.parse_special,
@@ -313,7 +313,7 @@ def _recorded_windows(loaded_run: LoadedRun) -> Iterator[list[_Item]]:
             _Item(
                 prompt_id=row["prompt_id"],
                 prompt_index=row["prompt_index"],
-                choice_index=0,
+                choice_index=row["sample_index"] or 0,
                 continuation=row["completion"],
                 pair=_recorded_pair(row, prompt, problem, loaded_run.gpt_config.vocab_size),
             )
