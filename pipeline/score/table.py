@@ -49,7 +49,11 @@ def _column(
 COLUMNS = (
     _column("prompt_id", pa.string(), "the row's id; the row index as text without one"),
     _column("prompt_index", pa.int64(), "index of the row in the input, from 0"),
-    _column("choice_index", pa.int32(), "index of the continuation in its row, from 0"),
+    _column(
+        "choice_index",
+        pa.int32(),
+        "index of the continuation in its row, from 0; with --from, sample_index",
+    ),
     _column(
         "continuation",
         pa.string(),
