@@ -40,6 +40,7 @@ KEYS = (
     "split",
     "csv_delimiter",
     "prompt_field",
+    "prompt_template",
     "id_field",
     "limit",
     "ids",

@@ -182,6 +182,7 @@ def test_greedy_texts_are_those_of_transformers(models: tuple[Any, Any]) -> None
         {"until": [",", "."], "max_gen_toks": 20},
         {"until": " the", "max_gen_toks": 9, "do_sample": False},
         {"until": [], "max_new_tokens": 30, "temperature": 0.0},
+        {"until": ["ing is", "g", "\ufffd"], "max_gen_toks": 15, "repetition_penalty": 1.3},
     ]
     arguments = [
         (question["question"] * repeats, setting)
@@ -207,6 +208,8 @@ def test_sampled_texts_depend_on_their_request_alone(models: tuple[Any, Any]) ->
     assert ours.generate_until(requests("generate_until", arguments[2:3])) == texts[2:3]
     with pytest.raises(ValueError, match=r"does not have: num_beams"):
         ours.generate_until(requests("generate_until", [("a", {"num_beams": 2})]))
+    with pytest.raises(ValueError, match=r"top_k is -1, which is out of range"):
+        ours.generate_until(requests("generate_until", [("a", {"top_k": -1})]))
     with pytest.raises(ValueError, match="must be less than the context length"):
         ours.generate_until(requests("generate_until", [("a", {"max_gen_toks": 64})]))
 

@@ -421,23 +421,29 @@ def generated(
 def test_completions_of_a_run_are_scored_by_their_recorded_tokens(
     checkpoint: Path, tmp_path: Path, write_rows: Callable[..., Path], attention: BackendName
 ) -> None:
-    """Windows that slide included: each score is that of the step's own logits."""
+    """Windows that slide included: each score is that of the step's own logits.
+
+    It is that of the setting logprobs, too.
+    """
     rows = write_rows(
         [
             *[{"id": f"r{i}", "prompt": "The king " * (i % 3 + 1)} for i in range(8)],
             {"id": "full", "prompt": "k" * 58},
             {"id": "greedy", "prompt": "Long live", "temperature": 0},
+            {"id": "two", "prompt": "Long live", "n": 2, "presence_penalty": 1.5, "stop": ["e"]},
             {"id": "long", "prompt": "?" * 80},
         ]
     )
-    generated(checkpoint, rows, tmp_path / "out", attention, window_full="slide")
+    generated(checkpoint, rows, tmp_path / "out", attention, window_full="slide", logprobs=0)
     loaded_run = LoadedRun(RunReader(tmp_path / "out"), Overrides())
     summary = score_run(loaded_run, str(tmp_path / "s.parquet"))
-    assert (summary.rows, summary.errors) == (11, 1)
+    assert (summary.rows, summary.scores, summary.errors) == (13, 13, 1)
     model = loaded_run.loaded.model
-    recorded = {row["prompt_id"]: row for row in RunReader(tmp_path / "out").rows()}
+    run_rows = list(RunReader(tmp_path / "out").rows())
+    recorded = {(row["prompt_id"], row["sample_index"]): row for row in run_rows}
+    assert len(recorded) == 13
     for row in read(tmp_path / "s.parquet"):
-        completion = recorded[row["prompt_id"]]
+        completion = recorded[row["prompt_id"], row["choice_index"]]
         assert row["continuation"] == completion["completion"]
         if row["prompt_id"] == "long":
             assert row["error"].startswith("an error row of the run: the prompt has 80 tokens")
@@ -449,7 +455,8 @@ def test_completions_of_a_run_are_scored_by_their_recorded_tokens(
             expected_logprobs(model, (prompt + tokens[:step])[-64:], [token])[0]
             for step, token in enumerate(tokens)
         ]
-        assert row["token_logprobs"] == expected
+        assert row["token_logprobs"] == expected == completion["token_logprobs"]
+        assert row["logprob"] == completion["cumulative_logprob"]
         assert row["is_greedy"] == (row["prompt_id"] == "greedy")
     assert score_run(loaded_run, str(tmp_path / "s.parquet")).up_to_date
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
 from gptbatch.pipeline.params.sampling_params import SamplingParams
-from gptbatch.pipeline.params.settings import text_problem
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS, text_problem
 from gptbatch.pipeline.score.pairs import EncodedPair, PairEncoder, fit
 from gptbatch.pipeline.score.scoring import TokenPair, score_windows
 from gptbatch.pipeline.types import Prompt, TokenizedPrompt
@@ -44,7 +43,17 @@ if TYPE_CHECKING:
 WINDOW_PAIRS = 2048
 # Names of the limit of new tokens, by precedence.
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_SAMPLING = ("top_k", "top_p", "min_p")
+# Settings of a request that have the name and meaning of gptbatch's.
+_SAMPLING = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -127,6 +136,8 @@ class GptbatchLM(TemplateLM):  # type: ignore[misc]
             parse_special=parse_special,
             add_special_tokens=add_special_tokens,
         )
+        # empty unless tokens are bytes of text
+        self._token_bytes = token_bytes_of_model(self._decoder, self.gpt_config)
         self._max_gen_toks, self._seed, self._dtype = max_gen_toks, seed, dtype
         self.loaded: LoadedModel = load_model(
             checkpoint,
@@ -221,11 +232,9 @@ class GptbatchLM(TemplateLM):  # type: ignore[misc]
             until, options = _stop_strings(settings)
             seed = derive_seed(self._seed, f"{context}\0{repeats[context]}")
             repeats[context] += 1
-            # A text that the engine cannot search for is cut off below.
-            searched = tuple(stop for stop in until if not text_problem(stop))
-            params = _sampling_params(options, seed, self._max_gen_toks)
-            if self._decoder.token_bytes:
-                params = replace(params, stop=searched)
+            # Others end no row, but cut its text.
+            stop = [text for text in until if self._token_bytes and not text_problem(text)]
+            params = _sampling_params(options, seed, self._max_gen_toks, stop)
             prompts.append(self._prompt(index, context, params))
             stops.append(until)
         engine = Engine(
@@ -233,18 +242,20 @@ class GptbatchLM(TemplateLM):  # type: ignore[misc]
             batch_size=self.loaded.batch_size(None),
             eos_token_ids=self._eos_token_ids,
             memory_bytes=self.loaded.cache_memory_bytes(None),
-            token_bytes=token_bytes_of_model(self._decoder, self.gpt_config),
+            token_bytes=self._token_bytes,
         )
         for completions in engine.generate(iter(prompts)):
             for completion in completions:
                 if completion.error is not None:
                     raise ValueError(completion.error.reason)
                 index = completion.prompt.index
+                # The whole text, which the harness's own rule cuts: at the stop string that begins
+                # first, not at the one that is complete first.
                 text = self._decoder.completion_text(
                     completion.prompt_token_ids,
                     completion.token_ids,
                     completion.stop_reason,
-                    completion.text_bytes,
+                    text_bytes=None,
                 )
                 texts[index] = _cut(text, stops[index])
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
@@ -306,29 +317,36 @@ def _stop_strings(settings: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     return [until] if isinstance(until, str) else list(until), options
 
 
-def _sampling_params(options: dict[str, Any], seed: int, default_limit: int) -> SamplingParams:
+def _sampling_params(
+    options: dict[str, Any], seed: int, default_limit: int, stop: Sequence[str]
+) -> SamplingParams:
     """Return the sampling parameters of a request. It is greedy unless do_sample is true.
 
     Raises:
-        ValueError: A setting is not supported.
+        ValueError: A setting is not supported, or out of range.
     """
     limits = [options.pop(name, None) for name in _LIMITS]
     limit = next((int(value) for value in limits if value is not None), default_limit)
     temperature = options.pop("temperature", None)
     if not options.pop("do_sample", False):
         temperature = 0.0
-    filters = {name: options.pop(name) for name in _SAMPLING if options.get(name) is not None}
-    options = {name: value for name, value in options.items() if value is not None}
-    if options:
-        raise ValueError(
-            f"generation settings that gptbatch does not have: {', '.join(sorted(options))}"
-        )
-    return SamplingParams(
-        seed=seed,
-        temperature=1.0 if temperature is None else float(temperature),
-        max_new_tokens=limit,
-        **{"top_k": 0, **filters},
-    )
+    settings: dict[str, Any] = {"top_k": 0} | {
+        name: options.pop(name) for name in _SAMPLING if options.get(name) is not None
+    }
+    if unknown := sorted(name for name, value in options.items() if value is not None):
+        raise ValueError(f"generation settings that gptbatch does not have: {', '.join(unknown)}")
+    settings |= {
+        "seed": seed,
+        "temperature": 1.0 if temperature is None else float(temperature),
+        "max_new_tokens": limit,
+        "stop": tuple(stop),
+    }
+    for name, value in settings.items():
+        setting = SAMPLING_SETTINGS[name]
+        is_whole = setting.kind != "int" or type(value) is int
+        if not is_whole or not setting.accepts(value):
+            raise ValueError(f"generation setting {name} is {value!r}, which is out of range")
+    return SamplingParams(**settings)
 
 
 def _cut(text: str, until: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.input.fields import name_fields, take_field
+from gptbatch.pipeline.input.fields import find_field, name_fields
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
 from gptbatch.pipeline.input.rows import BadRow
 from gptbatch.pipeline.input.source import START, Place, RawRow, RowSource
@@ -22,8 +22,8 @@ from gptbatch.pipeline.input.values import MISSING
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.types import Prompt
 
-# of the metadata of a row
-_KEY = "continuations"
+# A field of the metadata of a row. A row's own field of this name is not used.
+_KEY = "gptbatch continuations"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +62,10 @@ class ScoreReader:
 
     def __init__(self, config: JobConfig, fields: ScoreFields) -> None:
         reader = open_input(config)
-        # A row's sampling settings have no meaning here. They are metadata.
         self._reader: PromptReader = replace(
             reader,
             source=_ContinuationSource(reader.source, fields),
+            # A row's sampling settings have no meaning here. They are metadata.
             defaults=replace(reader.defaults, row_settings=()),
             record_bad=False,
         )
@@ -107,18 +107,17 @@ class _ContinuationSource:
 
     def _parse(self, raw: RawRow) -> dict[str, Any]:
         fields = raw.parse()
-        continuations = _take_continuations(fields, self._fields)
-        fields[_KEY] = continuations
+        fields[_KEY] = _find_continuations(fields, self._fields)
         return fields
 
 
-def _take_continuations(fields: dict[str, Any], names: ScoreFields) -> list[str]:
-    """Remove the continuations of a row and return them.
+def _find_continuations(fields: dict[str, Any], names: ScoreFields) -> list[str]:
+    """Return the continuations of a row. Their field stays, since a template may name it.
 
     Raises:
         ValueError: The row has none, or both fields, or a value that is no text.
     """
-    one, several = take_field(fields, names.continuation), take_field(fields, names.choices)
+    one, several = find_field(fields, names.continuation), find_field(fields, names.choices)
     # columns of a table that this row does not use
     one = MISSING if one is None else one
     several = MISSING if several is None else several

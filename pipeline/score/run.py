@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from gptbatch.pipeline.audit.loaded_run import LoadedRun
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.errors import OutputConflictError
+from gptbatch.pipeline.errors import ConfigError, OutputConflictError
 from gptbatch.pipeline.input.config_hash import special_token_identity, start_token
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
@@ -44,7 +44,7 @@ class ScoreSummary:
 
     Attributes:
         output: The file.
-        rows: Rows of the input, or of the run.
+        rows: Rows of the input, or of the table of the run.
         scores: Rows of the table: one per continuation.
         errors: Rows of the table without a score.
         boundary_merged: Rows of the table with boundary_merged.
@@ -106,6 +106,12 @@ def score_input(
     """
     began_s = time.monotonic()
     fields = fields or ScoreFields()
+    if config.messages_field is not None:
+        raise ConfigError(
+            "messages_field: score takes prompts and no messages; remove it, or write the prompt "
+            "with prompt_template",
+            keys=("messages_field",),
+        )
     check_placement(config)
     table = ScoreTable(config.output, overwrite=config.overwrite)
     checkpoint = find_checkpoint(
