@@ -108,6 +108,24 @@ def test_rows_with_an_n_of_their_own(
     assert run_command(["diff", str(output), str(other)]) == 0
 
 
+def test_logprobs_do_not_depend_on_sampling_settings(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """They are of the model's own logits, at every temperature (vllm#9453)."""
+    token = 77
+    settings: list[Row] = [
+        {"temperature": 0.3},
+        {"temperature": 1.7, "top_k": 3},
+        {"temperature": 0},
+        {"repetition_penalty": 1.5, "presence_penalty": 2.0, "top_p": 0.5},
+    ]
+    rows = [{"prompt": "The king", "allowed_token_ids": [token], **some} for some in settings]
+    table = generate(checkpoint, write_rows(rows), tmp_path / "out", logprobs=3)
+    assert [row["completion_token_ids"] for row in table] == [[token] * 6] * 4
+    for name in ("token_logprobs", "top_logprob_ids", "top_logprobs", "cumulative_logprob"):
+        assert all(row[name] == table[0][name] for row in table)
+
+
 def test_diff_pairs_samples(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -523,3 +523,30 @@ def test_a_bound_just_above_the_margin_gives_the_margin(native: bool) -> None:
         found = sample_tokens(logits, rows, [0] * 150, native=native)
         bounds = [math.nextafter(one.decision_margin or 0.0, math.inf) for one in found]
         assert sample_tokens(logits, rows, [0] * 150, bounds, native=native) == found
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_do_not_depend_on_the_batch(native: bool, dtype: torch.dtype) -> None:
+    """vllm#50979: one kernel cut ties at the k-th logit below a batch of 8, another kept them."""
+    if native and not has_kernels():
+        pytest.skip("no C++ compiler")
+    logits = (torch.randn(16, 500, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
+    logits = (logits * 2).round() / 2  # many ties
+    rows = [params(s, top_k=1 + s % 9, top_p=(1.0, 0.7)[s % 2]) for s in range(16)]
+    alone = [sample_tokens(logits[[row]], [rows[row]], [3], native=native)[0] for row in range(16)]
+    for batch in (2, 7, 8, 9, 16):
+        found = sample_tokens(logits[:batch], rows[:batch], [3] * batch, native=native)
+        assert found == alone[:batch]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_logits_in_a_wider_tensor_are_read_by_their_stride(native: bool) -> None:
+    """vllm#42684: a kernel read the wrong row."""
+    if native and not has_kernels():
+        pytest.skip("no C++ compiler")
+    wide = torch.randn(6, 700, generator=torch.Generator().manual_seed(1))
+    part, rows = wide[:, 100:400], [params(s, top_k=(0, 5)[s % 2], top_p=0.9) for s in range(6)]
+    found = sample_tokens(part, rows, [0] * 6, native=native)
+    assert found == sample_tokens(part.contiguous(), rows, [0] * 6, native=native)
+    assert found == sample_tokens(part.T.contiguous().T, rows, [0] * 6, native=native)

@@ -108,7 +108,7 @@ def sample_tokens(
     kept_sizes = [kept_set_size(p, vocab_size) for p in params]
     if native:
         tokens, margins = torch.ops.gptbatch.sample(
-            logits,
+            logits.contiguous(),
             rows.seeds,
             rows.steps,
             rows.temperatures,
