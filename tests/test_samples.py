@@ -67,6 +67,16 @@ def test_samples_of_a_prompt(checkpoint: Path, write_rows: WriteRows, tmp_path: 
     assert [row["completion"] for row in alone] == [row["completion"] for row in samples]
 
 
+def test_a_part_has_about_as_many_samples_as_it_has_rows_otherwise(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows = write_rows([{"prompt": "a"}] * 7)
+    table = generate(checkpoint, rows, tmp_path / "out", n=200, part_rows=None, max_new_tokens=1)
+    parts = sorted((tmp_path / "out").glob("part-*.parquet"))
+    assert [pq.read_metadata(path).num_rows for path in parts] == [400, 400, 400, 200]
+    assert len(table) == 1400
+
+
 def test_seeds_of_neighbouring_samples_differ() -> None:
     """Not seed + i, by which sample 1 of seed 7 equals sample 0 of seed 8."""
     seeds = [sample_seed(seed, index) for seed in range(200) for index in range(20)]
@@ -144,6 +154,7 @@ def test_diff_pairs_samples(
         ({"min_new_tokens": 9}, "min_new_tokens is 9, above max_new_tokens (6)"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output needs stop"),
         ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"bad_words": ["x" * 1000] * 9}, "bad_words have 9000 bytes in all"),
         ({"stop": ["a", ""]}, "stop must not be empty"),
         ({"stop": "\ufffd"}, "stop must not hold U+FFFD"),
         ({"stop": [["a"]]}, "stop must be a string or a list of strings, not an array"),

@@ -262,8 +262,9 @@ class JobConfig(_Section):
         ge=1,
         le=2**31 - 1,
         description=(
-            "Rows per Parquet file; a crash costs the rows of unfinished files. Default: 512, more "
-            "above 5 million rows, or the value of the run that is continued."
+            "Rows of the input per Parquet file; a crash costs those of unfinished files. Default: "
+            "512 divided by n, more above 5 million rows, or the value of the run that is "
+            "continued."
         ),
     )
     shard: Name | None = Field(

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-# Automata of different settings that are kept.
-MAX_AUTOMATA = 64
+# Automata of different settings that are kept, of at most 4 MB each.
+MAX_AUTOMATA = 16
+# States of an automaton whose banned tokens are kept; one takes a few milliseconds to compute.
+MAX_KEPT_STATES = 1024
 
 
 class BadWords:
@@ -84,17 +86,19 @@ class BadWordAutomaton:
     def banned(self, state: int) -> npt.NDArray[np.int64]:
         """Return the ids of the tokens that would complete a bad word in a state."""
         if state not in self._banned:
-            states = np.full(len(self._order), state, np.int32)
+            states = np.full(len(self._order), state, np.int16)
             is_banned = np.zeros(len(self._order), bool)
             for column in self._columns:
                 count = len(column)
                 states[:count] = self._table[states[:count], column]
                 is_banned[:count] |= self._accepts[states[:count]]
+            if len(self._banned) == MAX_KEPT_STATES:
+                self._banned.clear()
             self._banned[state] = np.sort(self._order[is_banned])
         return self._banned[state]
 
 
-def _table(words: Sequence[bytes]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+def _table(words: Sequence[bytes]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
     """Return the next state by state and byte, and whether a bad word ends in each state."""
     children: list[dict[int, int]] = [{}]
     accepts = [False]
@@ -107,7 +111,7 @@ def _table(words: Sequence[bytes]) -> tuple[npt.NDArray[np.int32], npt.NDArray[n
                 accepts.append(False)
             state = children[state][byte]
         accepts[state] = True
-    table = np.zeros((len(children), 256), np.int32)
+    table = np.zeros((len(children), 256), np.int16)
     # the state of the longest proper end of each state's text, shorter texts first
     fallback = [0] * len(children)
     queue = deque([0])

@@ -28,6 +28,7 @@ from gptbatch.pipeline.output.part_plan import (
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.stray_tables import refuse_stray_tables
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
+from gptbatch.pipeline.types import DEFAULT_PART_ROWS
 
 _INPUT_SETTINGS = {
     "input",
@@ -236,14 +237,18 @@ def input_settings(config: JobConfig) -> dict[str, Any]:
 
 
 def part_rows_of(config: JobConfig, state: FolderState | None) -> int | None:
-    """Return the rows per part: those of the continued run, else those of the config, else None.
+    """Return the rows per part: those of the continued run, else those of the config.
+
+    With several samples per row, a part has about as many samples as it has rows otherwise. None
+    follows `default_part_rows`.
 
     Args:
         config: The settings of the job.
         state: The continued run; None for a new run.
     """
     recorded = None if state is None else state.identity.get("part_rows")
-    return recorded or config.part_rows
+    several = max(1, DEFAULT_PART_ROWS // config.n) if config.n > 1 else None
+    return recorded or config.part_rows or several
 
 
 def check_same_input(config: JobConfig, state: FolderState, summary: InputSummary) -> None:

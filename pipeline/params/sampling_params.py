@@ -10,6 +10,8 @@ from typing import Any
 
 from gptbatch.pipeline.params.settings import MAX_TOKEN_ID, SAMPLING_SETTINGS, SamplingSetting
 
+# The automaton of bad words has a state per byte, of 512 bytes.
+MAX_BAD_WORD_BYTES = 8192
 # The settings without a column of their own, and their defaults
 _OTHERS = {
     name: setting.default
@@ -71,6 +73,8 @@ class SamplingParams:
             )
         if self.include_stop_str_in_output and not self.stop:
             return "include_stop_str_in_output needs stop"
+        if (total := sum(len(word.encode()) for word in self.bad_words)) > MAX_BAD_WORD_BYTES:
+            return f"bad_words have {total} bytes in all; at most {MAX_BAD_WORD_BYTES} are possible"
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             return "allowed_token_ids is empty; null allows all tokens"
         return ""
