@@ -25,6 +25,7 @@ from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.bench.shapes import SHAPES, shape_config
 from gptbatch.pipeline.bench.workloads import uniform_workload
 from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.kernels.build import load_kernels
 from gptbatch.pipeline.kv_cache.spec import RAGGED
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.types import TokenizedPrompt
@@ -84,6 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = shape_config(arguments.shape)
+    load_kernels()
     cells: dict[str, list[str]] = {name: [] for name in SETTINGS}
     for dtype in arguments.dtypes:
         model = random_model(
