@@ -32,7 +32,7 @@ DIFFERENT = 1
 )
 @click.option("--common", is_flag=True, help="Compare only the ids that both runs have.")
 def diff(a: Location, b: Location, limit: int, common: bool) -> int:
-    """Compare the runs in the output folders A and B row by row, joined by prompt_id.
+    """Compare the runs in the output folders A and B row by row, joined by id and sample.
 
     Prints the number of rows that differ, the settings that differ (A / B), and the rows. The last
     line is a JSON object. Prompts and completions are never printed. Rows with equal tokens but
@@ -68,7 +68,8 @@ def diff(a: Location, b: Location, limit: int, common: bool) -> int:
     for setting in settings:
         echo(f"setting {setting.name} differs: {json.dumps(setting.a)} / {json.dumps(setting.b)}")
     for difference in shown:
-        echo(f"row {difference.prompt_id!r}: {_in_words(difference)}")
+        sample = f" sample {difference.sample_index}" if difference.sample_index else ""
+        echo(f"row {difference.prompt_id!r}{sample}: {_in_words(difference)}")
     count = summary.different + (0 if common else summary.missing_in_a + summary.missing_in_b)
     if count > len(shown):
         echo(f"... and {count - len(shown)} more")

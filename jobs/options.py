@@ -120,7 +120,11 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             setting = setting_of(error.option_name)
-            advice = f"use {option_name(setting)}" if setting else advice_for(error.option_name)
+            names = {name for parameter in self.params for name in parameter.opts}
+            if setting:
+                advice = f"use {name}" if (name := option_name(setting)) in names else ""
+            else:
+                advice = advice_for(error.option_name)
             if advice:
                 raise click.UsageError(f"no such option: {error.option_name}; {advice}") from error
             raise

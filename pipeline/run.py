@@ -268,7 +268,7 @@ def _log_loading(config: JobConfig, shard: Shard, rows: int) -> None:
         "" if shard.is_whole else f" of shard {shard}",
     )
     if device.type == "cpu" and (shared := describe_cores()):
-        loading_logger.info("the cores are not this run's own: %s", shared)
+        loading_logger.info("other programs use the cores too, which costs speed: %s", shared)
 
 
 def _generate(runner: PartRunner, output: RunOutput) -> float:

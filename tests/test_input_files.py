@@ -454,6 +454,7 @@ def test_nan_is_null(tmp_path: Path) -> None:
     columns = {"id": [float("nan"), 7.0]} | {
         name: [float("nan"), min(7.0, setting.maximum)]
         for name, setting in SAMPLING_SETTINGS.items()
+        if setting.kind in ("int", "float") and name != "min_new_tokens"
     }
     pq.write_table(pa.table({"prompt": ["a", "b"], **columns}), tmp_path / "rows.parquet")
     first, second = read(tmp_path / "rows.parquet")
@@ -845,8 +846,9 @@ def test_ids_from_another_field_and_reserved_names_as_metadata(tmp_path: Path) -
         ({"max_new_token": 1}, "'max_new_token' in 2 rows (did you mean max_new_tokens?)"),
         ({"topk": 1, "top-p": 0.9}, "'topk' in 2 rows (did you mean top_k?); 'top-p' in 2 rows"),
         (
-            {"stop": ["x"], "n": 2, "do_sample": True},
-            "'stop' in 2 rows; 'n' in 2 rows; 'do_sample' in 2 rows",
+            {"stop_strings": ["x"], "best_of": 2, "echo": True},
+            "'stop_strings' in 2 rows (did you mean stop?); 'best_of' in 2 rows (did you mean n?); "
+            "'echo' in 2 rows (the output has a column with the prompt)",
         ),
         (
             {"parameters": {"max_new_tokens": 5}, "options": {"until": "x"}},

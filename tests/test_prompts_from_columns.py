@@ -235,8 +235,6 @@ def test_a_template_over_a_csv_file(tmp_path: Path) -> None:
     path.write_text('id,price,text\na,007,"{x}, ""y"""\nb,1.50,""\n')
     config = job(tmp_path, dataset=str(path), prompt_template="{price}: {text}")
     assert texts(config) == ['007: {x}, "y"', "1.50: "]
-    path.write_text("id,price,text\na,1,\n")
-    assert "tasks.csv:2: text, which prompt_template names" in problem(config)
 
 
 def test_a_template_over_a_parquet_file(tmp_path: Path) -> None:
@@ -814,3 +812,11 @@ def test_the_command_of_the_message_stands_in_the_documentation() -> None:
     page = (REPOSITORY / "docs" / "input.md").read_text(encoding="utf-8")
     shown = " ".join(page.replace("\n>", " ").split())
     assert OPENAI_TO_ROWS.replace("FILE", "batch.jsonl") in shown
+
+
+def test_an_empty_cell_is_empty_text_in_a_template(tmp_path: Path) -> None:
+    """csv of Python and pandas write an empty text as an empty cell. In JSON null stays refused."""
+    path = tmp_path / "tasks.csv"
+    path.write_text("id,instruction,input\na,Name a fruit,\nb,Add,1 + 1\n")
+    config = job(tmp_path, dataset=str(path), prompt_template="{instruction}\n{input}\nA:")
+    assert texts(config) == ["Name a fruit\n\nA:", "Add\n1 + 1\nA:"]

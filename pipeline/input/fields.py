@@ -5,6 +5,7 @@ Messages contain the name of the field, and no prompt.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -201,6 +202,8 @@ def _hint_for_missing(fields: dict[str, Any], path: str, naming: Naming) -> str:
             " (a map of rows, not one row: "
             "jq -c 'to_entries[] | {id: .key} + .value' FILE > rows.jsonl)"
         )
+    if close := difflib.get_close_matches(path, list(fields), n=1):
+        return f" (did you mean {close[0]}?)"
     option = "prompt_template" if naming == "prompt_template" else "--prompt-field"
     return f" ({option} names the one to use)"
 

@@ -267,7 +267,7 @@ class PromptReader:
                 if row.index in duplicates:
                     bad.add(self._duplicate(raw, row, duplicates[row.index]))
         return InputRowsError(
-            f"{bad.count} bad of {rows} rows; nothing was generated\n{bad.describe()}"
+            f"{bad.count} bad of {rows} rows; nothing was written\n{bad.describe()}"
             f"{_ID_HINT if duplicates else ''}"
         )
 
@@ -285,7 +285,7 @@ def open_input(config: JobConfig) -> PromptReader:
         InputNotFoundError: There is no such file.
     """
     defaults = row_defaults(config)
-    _warn_about_template(config, defaults)
+    _warn_about_texts(config, defaults)
     return PromptReader(
         source=_open_source(config),
         limit=config.limit,
@@ -295,15 +295,21 @@ def open_input(config: JobConfig) -> PromptReader:
     )
 
 
-def _warn_about_template(config: JobConfig, defaults: RowDefaults) -> None:
-    """Log what a template may hold by mistake."""
+def _warn_about_texts(config: JobConfig, defaults: RowDefaults) -> None:
+    """Log what a template, a stop string or a bad word may hold by mistake."""
+    texts = {
+        "prompt_template": [config.prompt_template or ""],
+        "stop": config.stop,
+        "bad_words": config.bad_words,
+    }
+    for name in (name for name, some in texts.items() if any("\\n" in text for text in some)):
+        logger.warning(
+            "%s holds a backslash and an n, which stay two characters; a line feed is $'\\n' in "
+            "bash, and \\n between double quotes in YAML",
+            name,
+        )
     if config.prompt_template is None:
         return
-    if "\\n" in config.prompt_template:
-        logger.warning(
-            "prompt_template holds a backslash and an n, which stay two characters; a line feed is "
-            "$'\\n' in bash, and \\n between double quotes in YAML"
-        )
     settings = [name for name in defaults.prompt_paths if name in SAMPLING_SETTINGS]
     if settings and config.row_settings is None:
         logger.warning(

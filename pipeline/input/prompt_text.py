@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptbatch.pipeline.config.prompt_template import TemplatePart
+from gptbatch.pipeline.input.csv_file import CellText
 from gptbatch.pipeline.input.fields import (
     find_field,
     hint_for_type,
@@ -58,6 +59,9 @@ def _text_of(value: Any, fields: dict[str, Any], path: str) -> str:
         raise missing_field(fields, path, "prompt_template")
     if isinstance(value, str):
         return str(value)
+    if value is None and any(isinstance(cell, CellText) for cell in fields.values()):
+        # Most programs write an empty text as an empty cell of a CSV file.
+        return ""
     if not is_null(value) and not isinstance(value, dict | list | tuple):
         converted = to_json_values(value, lambda _: None)
         if converted is not MISSING:

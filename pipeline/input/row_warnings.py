@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gptbatch.pipeline.input.strict_json import shorten
-from gptbatch.pipeline.params.other_names import setting_of
+from gptbatch.pipeline.params.other_names import advice_for, setting_of
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 
 logger = logging.getLogger("gptbatch")
@@ -50,6 +50,7 @@ class RowWarnings:
     def __init__(self) -> None:
         self._settings: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
+        self._own: Counter[str] = Counter()
         self._resembled: dict[str, str | None] = {}
 
     def count_settings(self, fields: Mapping[str, Any], prefix: str = "") -> None:
@@ -70,6 +71,10 @@ class RowWarnings:
             elif isinstance(value, dict) and name.lower() in _CONTAINERS:
                 self.count_settings(value, f"{prefix}{name}.")
 
+    def count_own(self, names: Iterable[str]) -> None:
+        """Count the settings that a row has."""
+        self._own.update(iter(names))
+
     def count_left_out(self, path: str) -> None:
         """Count a value without a JSON form by its path."""
         self._left_out[path] += 1
@@ -83,6 +88,9 @@ class RowWarnings:
         """
         if not rows:
             logger.warning("%s: has no rows", source)
+        if self._own:
+            counts = (f"{name} ({count} of {rows} rows)" for name, count in self._own.most_common())
+            logger.info("settings of rows: %s", ", ".join(counts))
         if self._settings:
             named = [
                 self._described(name, count)
@@ -109,8 +117,9 @@ class RowWarnings:
     def _described(self, name: str, count: int) -> str:
         short = name.rpartition(".")[2]
         setting = self._resembled[short]
+        hint = f"did you mean {setting}?" if setting and setting != short else advice_for(short)
         return f"{shorten(name)} in {count} row{'s' * (count > 1)}" + (
-            f" (did you mean {setting}?)" if setting and setting != short else ""
+            f" ({hint})" if hint and setting != short else ""
         )
 
 

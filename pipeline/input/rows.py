@@ -158,6 +158,8 @@ class RowParser:
         if self.field_counts is not None:
             self.field_counts.add_settings(fields)
         own = take_settings(fields)
+        if own:
+            self.warnings.count_own(own)
         if defaults.row_settings:
             self.warnings.count_settings(fields)
             for prefix, container in containers.items():

@@ -118,6 +118,7 @@ class PartRunner:
 
     def __post_init__(self) -> None:
         self._limit = ErrorLimit(self.config.max_row_errors, self.summary.rows)
+        self._rows_kept = sum(part.rows for part in self.sink.parts.values())
         self._errors_kept = sum(part.errors for part in self.sink.parts.values())
         # Samples of rows that lack some, by index of the row.
         self._samples: dict[int, list[Sample]] = {}
@@ -222,10 +223,23 @@ class PartRunner:
                 )
             if (source := self.stop.requested()) is not None:
                 raise StoppedError(
-                    f"stopped by {source}; {len(self.sink.parts)} parts are written; run the same "
-                    "command again to go on"
+                    f"stopped by {source}; {self._described_progress()}; run the same command "
+                    "again to go on"
                 )
         return True
+
+    def _described_progress(self) -> str:
+        """Return what is written, and what a stop costs."""
+        count = len(self.sink.parts)
+        written = f"{count} part{' is' if count == 1 else 's are'} written"
+        new = sum(part.rows for part in self.sink.parts.values()) - self._rows_kept
+        lost = self.counts.rows - new
+        if not lost:
+            return written
+        return (
+            f"{written}, and {lost} finished row{'s' * (lost != 1)} of other parts will be "
+            "generated again (smaller part_rows, for a new output: fewer)"
+        )
 
     def _record_lone_rows(
         self, prompts: Iterator[TokenizedPrompt | None]

@@ -13,11 +13,18 @@ from functools import partial
 from typing import Any, Literal
 
 from gptbatch.pipeline.config import JobConfig
+from gptbatch.pipeline.input.csv_file import CellText
 from gptbatch.pipeline.input.fields import find_field, name_fields
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
 from gptbatch.pipeline.input.rows import BadRow
 from gptbatch.pipeline.input.source import START, Place, RawRow, RowSource
-from gptbatch.pipeline.input.strict_json import NumberText, check_utf8, json_type, shorten
+from gptbatch.pipeline.input.strict_json import (
+    NumberText,
+    check_utf8,
+    json_type,
+    parse_value,
+    shorten,
+)
 from gptbatch.pipeline.input.values import MISSING
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.types import Prompt
@@ -117,6 +124,7 @@ def _find_continuations(fields: dict[str, Any], names: ScoreFields) -> list[str]
     Raises:
         ValueError: The row has none, or both fields, or a value that is no text.
     """
+    known = name_fields(fields) or "no other"
     one, several = find_field(fields, names.continuation), find_field(fields, names.choices)
     # columns of a table that this row does not use
     one = MISSING if one is None else one
@@ -124,7 +132,7 @@ def _find_continuations(fields: dict[str, Any], names: ScoreFields) -> list[str]
     if one is MISSING and several is MISSING:
         raise ValueError(
             f"there is neither a field {shorten(names.continuation)} nor "
-            f"{shorten(names.choices)}; the row has {name_fields(fields) or 'no other'} "
+            f"{shorten(names.choices)}; the row has {known} "
             "(--continuation-field and --choices-field name others)"
         )
     if one is not MISSING and several is not MISSING:
@@ -134,11 +142,21 @@ def _find_continuations(fields: dict[str, Any], names: ScoreFields) -> list[str]
         )
     if one is not MISSING:
         return [_text(one, names.continuation)]
+    if isinstance(several, CellText):
+        several = _array_in_cell(several, names.choices)
     if not isinstance(several, list):
         raise ValueError(f"{names.choices} must be an array of strings, not {json_type(several)}")
     if not several:
         raise ValueError(f"{names.choices} must hold at least one string")
     return [_text(value, f"{names.choices}.{i}") for i, value in enumerate(several)]
+
+
+def _array_in_cell(cell: CellText, name: str) -> Any:
+    """Return the array that a CSV cell holds as JSON."""
+    try:
+        return parse_value(cell)
+    except ValueError as error:
+        raise ValueError(f"{name} must hold an array of strings as JSON ({error})") from error
 
 
 def _text(value: Any, name: str) -> str:
