@@ -288,12 +288,12 @@ def _setting_type(setting: SamplingSetting) -> click.ParamType[Any] | None:
         case "token_values":
             return TokenValuesArgument()
         case "texts":
-            return StopTextArgument()
+            return SearchedTextArgument()
         case "bool":
             return None
 
 
-class StopTextArgument(click.ParamType[str]):
+class SearchedTextArgument(click.ParamType[str]):
     """A text to search for in completions."""
 
     name = "text"

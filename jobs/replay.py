@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,12 @@ from gptbatch.jobs.options import (
     reopen_options,
     sampling_options,
 )
-from gptbatch.pipeline.params.sampling_params import from_row, to_attribute
+from gptbatch.pipeline.params.sampling_params import SamplingParams, from_row, to_attribute
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.storage.location import Location
 
 if TYPE_CHECKING:
+    from gptbatch.pipeline.audit.loaded_run import LoadedRun
     from gptbatch.pipeline.audit.replay import Replay
     from gptbatch.pipeline.audit.run_reader import RunReader
     from gptbatch.pipeline.audit.trace import Candidate, StepTrace
@@ -78,13 +80,12 @@ def replay(
     print_checkpoint(run, overrides.model)
     loaded_run = LoadedRun(run, overrides)
     changes: dict[str, Any] = {
-        name: to_attribute(value, SAMPLING_SETTINGS[name])
-        for name, value in settings.items()
-        if value is not None
+        name: to_attribute(list(value) if isinstance(value, tuple) else value, setting)
+        for name, setting in SAMPLING_SETTINGS.items()
+        if (value := settings[name]) is not None
     }
-    replayed = replay_row(
-        loaded_run, row, dataclasses.replace(from_row(row), **changes), trace=trace
-    )
+    params = _params(loaded_run, row, changes)
+    replayed = replay_row(loaded_run, row, params, trace=trace)
     completion = replayed.completion
 
     def text_of_step(step: int) -> TokenText:
@@ -110,6 +111,26 @@ def replay(
             completion.min_decision_margin,
         )
     )
+
+
+def _params(loaded_run: LoadedRun, row: dict[str, Any], changes: dict[str, Any]) -> SamplingParams:
+    """Return the recorded parameters of a row with changes.
+
+    Raises:
+        StorageError: The recorded ones cannot be read.
+        ConfigError: The model cannot follow the changed ones.
+    """
+    from gptbatch.pipeline.errors import ConfigError, StorageError
+
+    try:
+        params = dataclasses.replace(from_row(row), **changes)
+    except ValueError as error:
+        raise StorageError(
+            f"{loaded_run.run.path}: row {row['prompt_id']!r} is damaged: {error}"
+        ) from error
+    if changes and (problem := loaded_run.setting_problem(params)):
+        raise ConfigError(problem)
+    return params
 
 
 def _find_row(run: RunReader, prompt_id: str, sample_index: int) -> dict[str, Any]:
@@ -194,7 +215,8 @@ def _step_in_json(step: StepTrace, text: TokenText) -> dict[str, Any]:
         **named(step.candidate),
         "rank": step.rank,
         "kept": step.kept,
-        "margin": step.decision_margin,
+        # null: no other token can be sampled
+        "margin": None if step.decision_margin == math.inf else step.decision_margin,
         "runners_up": [named(candidate) for candidate in step.runners_up],
     }
 

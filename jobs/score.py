@@ -179,7 +179,7 @@ def _score_run(
     print_checkpoint(run, overrides.model)
     return score_run(
         LoadedRun(run, overrides),
-        settings["output"],
+        expand_path(settings["output"], writes=True, stores=True),
         overwrite=settings["overwrite"],
         progress=progress_for_terminal(),
     )

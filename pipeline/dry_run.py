@@ -107,13 +107,11 @@ def inspect_job(config: JobConfig) -> InputReport:
 
     def reject(completion: Completion) -> None:
         assert completion.error is not None
-        if completion.prompt.sample_index:
-            return
         lengths.append(completion.prompt_tokens)
         errors[completion.error.kind] += 1
 
-    for prompt in prompts.prompts(summary, reject=reject):
-        if prompt is not None and prompt.prompt.sample_index == 0:
+    for prompt in prompts.prompts(summary, reject=reject, all_samples=False):
+        if prompt is not None:
             lengths.append(len(prompt.token_ids) + prompt.tokens_dropped)
     if described := describe_errors(errors, summary.rows):
         logger.warning("a run would record errors: %s", described)

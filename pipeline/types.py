@@ -32,7 +32,8 @@ StopReason = Literal["end_of_text", "stop_token", "stop_string", "max_new_tokens
 ENDING_STOP_REASONS: tuple[StopReason, ...] = ("end_of_text", "stop_token", "stop_string")
 WindowFull = Literal["stop", "slide"]
 
-# one to two minutes of gpt2 on a CPU; what a crash costs: docs/fault-tolerance.md
+# With one sample per row, it takes gpt2 one to two minutes on a CPU. docs/fault-tolerance.md says
+# what a crash costs.
 DEFAULT_PART_ROWS = 512
 # counter layout of engine/noise.py; it is part of the config hash, since it decides the tokens
 NOISE_VERSION = 1

@@ -815,7 +815,7 @@ def test_the_command_of_the_message_stands_in_the_documentation() -> None:
 
 
 def test_an_empty_cell_is_empty_text_in_a_template(tmp_path: Path) -> None:
-    """csv of Python and pandas write an empty text as an empty cell. In JSON null stays refused."""
+    """Csv of Python and pandas write an empty text as an empty cell. In JSON null stays refused."""
     path = tmp_path / "tasks.csv"
     path.write_text("id,instruction,input\na,Name a fruit,\nb,Add,1 + 1\n")
     config = job(tmp_path, dataset=str(path), prompt_template="{instruction}\n{input}\nA:")

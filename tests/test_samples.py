@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import decimal
 import hashlib
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.audit.run_reader import RunReader
+from gptbatch.pipeline.config import load_config
 from gptbatch.pipeline.input.rows import derive_seed, sample_seed
 from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
 from tests.launcher import Launcher
@@ -27,14 +32,8 @@ Row = dict[str, Any]
 
 def generate(checkpoint: Path, rows: Path, output: Path, **settings: Any) -> list[Row]:
     """Run a job and return the rows of its table."""
-    run_job(
-        JobConfig(
-            model=str(checkpoint),
-            input=str(rows),
-            output=str(output),
-            **{"max_new_tokens": 6, "part_rows": 4} | settings,
-        )
-    )
+    named = {"model": str(checkpoint), "input": str(rows), "output": str(output)}
+    run_job(JobConfig.model_validate(named | {"max_new_tokens": 6, "part_rows": 4} | settings))
     return list(RunReader(output).rows())
 
 
@@ -162,7 +161,8 @@ def test_diff_pairs_samples(
         ({"logit_bias": {"five": 1}}, "logit_bias must have token ids as keys, not 'five'"),
         ({"logit_bias": [5]}, "logit_bias must be an object of numbers by token id"),
         ({"presence_penalty": 2.5}, "presence_penalty must be -2 to 2, not 2.5"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be above 0 to 1000, not 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be 0.01 to 1000, not 0"),
+        ({"stop": ["a"] * 65}, "stop has 65 items; at most 64 are possible"),
         ({"stop_token_ids": [-1]}, "stop_token_ids must hold token ids from 0, not -1"),
         ({"logprobs": 21}, "logprobs must be 0 to 20, not 21"),
         ({"n": 0}, "n must be 1 to 10000, not 0"),
@@ -307,3 +307,173 @@ def test_verify_finds_changed_logprobs_and_stop_strings(
         capsys.readouterr()
         assert run_command(["verify", str(output), "--all"]) == 1, name
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["mismatches"] == 1
+
+
+def pad_vocabulary(checkpoint: Path, folder: Path, rows: int) -> Path:
+    """Copy a checkpoint and give its model more tokens than its tokenizer has."""
+    shutil.copytree(checkpoint, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    (name,) = [name for name in tensors if name.endswith("wte.weight")]
+    padding = torch.zeros(rows, tensors[name].shape[1])
+    tensors[name] = torch.cat([tensors[name], padding])
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["vocab_size"] += rows
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_model_with_more_tokens_than_its_tokenizer(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens without text do not disturb stop strings and bad words."""
+    model = pad_vocabulary(checkpoint, tmp_path / "model", 32)
+    table = generate(
+        model,
+        write_rows(PROMPTS),
+        tmp_path / "out",
+        stop=["e"],
+        bad_words=["zz"],
+        logit_bias={"310": 4.0, "331": 4.0},
+        n=8,
+        max_new_tokens=20,
+    )
+    stopped = [row for row in table if row["stop_reason"] == "stop_string"]
+    assert any(set(row["completion_token_ids"]) & {310, 331} for row in stopped)
+    assert run_command(["verify", str(tmp_path / "out"), "--all"]) == 0
+    capsys.readouterr()
+
+
+def test_errors_jsonl_keeps_what_a_row_says(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """Also a value that is the default, where the run has another."""
+    own = {"n": 1, "stop": [], "min_new_tokens": 0, "repetition_penalty": 1.0}
+    rows = write_rows([{"id": "long", "prompt": "king " * 300, **own}])
+    settings: Row = {"n": 4, "stop": ["X"], "min_new_tokens": 2, "repetition_penalty": 1.1}
+    generate(checkpoint, rows, tmp_path / "out", **settings)
+    (line,) = (tmp_path / "out/.gptbatch/errors.jsonl").read_text().splitlines()
+    assert json.loads(line).items() >= own.items()
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        '{"n":"x"}',
+        '{"stop":[1]}',
+        '{"stop":5}',
+        '{"repetition_penalty":"a"}',
+        '{"allowed_token_ids":["a"]}',
+        '{"allowed_token_ids":[99999]}',
+        '{"logprobs":1.5}',
+        '{"no_repeat_ngram_size":1.5}',
+        '{"bad_words":["\\ud800"]}',
+        '{"logit_bias":{"5":"a"}}',
+        '{"logit_bias":[1]}',
+        '{"min_new_tokens":true}',
+        '{"include_stop_str_in_output":"x"}',
+        '{"other":1}',
+        "[]",
+        "{",
+    ],
+)
+def test_damaged_settings_are_reported(
+    column: str,
+    checkpoint: Path,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    generate(checkpoint, write_rows(PROMPTS[:2]), output)
+    path = output / "part-000000.parquet"
+    table = pq.read_table(path)
+    index = table.schema.get_field_index("sampling_params")
+    field = table.schema.field("sampling_params")
+    changed = table.set_column(index, field, pa.array([column, None], field.type))
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
+    assert run_command(["verify", str(output), "--all"]) == 1
+    assert "mismatch" in capsys.readouterr().out
+    assert run_command(["replay", str(output), "--prompt-id", "r0"]) in (66, 73, 74)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--logit-bias", '{"99999": 5}'], "logit_bias holds token 99999"),
+        (["--allowed-token-ids", "99999"], "allowed_token_ids holds token 99999"),
+        (["--stop-token-ids", "99999"], "stop_token_ids holds token 99999"),
+        (["--min-new-tokens", "500"], "min_new_tokens is 500, above max_new_tokens (6)"),
+        (["--logit-bias", '{"5": 1, "5": 2}'], "should hold each token once"),
+        (["--stop", "\udcff"], "must be UTF-8 text"),
+        (["--bad-words", "\udcff"], "must be UTF-8 text"),
+    ],
+)
+def test_options_of_replay_are_checked(
+    options: list[str],
+    message: str,
+    checkpoint: Path,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    generate(checkpoint, write_rows(PROMPTS[:1]), output)
+    assert run_command(["replay", str(output), "--prompt-id", "r0", *options]) in (2, 78)
+    assert message in capsys.readouterr().err
+
+
+def test_texts_in_the_environment(checkpoint: Path) -> None:
+    """A line feed is a text, and a text may begin with a bracket."""
+
+    def config(**variables: str) -> JobConfig:
+        needed = {"model": "m", "input": "i", "output": "o"}
+        environment = {f"GPTBATCH_{name}": value for name, value in variables.items()}
+        return load_config(None, environment=environment, options=needed)
+
+    assert config(STOP="\n").stop == ["\n"]
+    assert config(STOP="END\n", BAD_WORDS="[INST]").stop == ["END\n"]
+    assert config(BAD_WORDS="[INST]").bad_words == ["[INST]"]
+    assert config(STOP='["a", "\\n"]').stop == ["a", "\n"]
+    assert config(STOP_TOKEN_IDS="[5, 6]", LOGIT_BIAS='{"5": 1}').stop_token_ids == [5, 6]
+
+
+def test_settings_in_the_columns_of_tables(checkpoint: Path, tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "prompt": ["a", "b"],
+            "logit_bias": pa.array([[("5", 1.5)], None], pa.map_(pa.string(), pa.float64())),
+            "stop": pa.array([["x", "\n"], None], pa.list_(pa.string())),
+            "top_p": pa.array([decimal.Decimal("0.50"), None]),
+            "n": pa.array([2.0, None]),
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rows = generate(checkpoint, tmp_path / "rows.parquet", tmp_path / "parquet")
+    assert [row["sampling_params"] for row in rows] == [
+        '{"logit_bias":{"5":1.5},"stop":["x","\\n"],"n":2}'
+    ] * 2 + [None]
+    assert [row["top_p"] for row in rows] == [0.5, 0.5, 1.0]
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "prompt,stop,logit_bias,stop_token_ids,include_stop_str_in_output\n"
+        'a,[END],"{""5"": 1}","[7, 8]",True\n'
+        'b,"[""x"", ""y""]",,,\n'
+    )
+    rows = generate(checkpoint, path, tmp_path / "csv", input=None, dataset=str(path))
+    assert [row["sampling_params"] for row in rows] == [
+        '{"logit_bias":{"5":1.0},"stop":["[END]"],"include_stop_str_in_output":true,'
+        '"stop_token_ids":[7,8]}',
+        '{"stop":["x","y"]}',
+    ]
+
+
+def test_the_recorded_config_is_the_same_job(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """Stop strings that look like secrets are recorded as they are."""
+    stop = ["https://user:secret@host/?token=abc"]
+    generate(checkpoint, write_rows(PROMPTS[:1]), tmp_path / "out", stop=stop)
+    recorded = load_config(str(tmp_path / "out/.gptbatch/config.yaml"), environment={}, options={})
+    assert recorded.stop == stop

@@ -357,7 +357,7 @@ def test_places_that_would_harm_are_refused(
     (run_folder / ".gptbatch").mkdir(parents=True)
     with pytest.raises(OutputConflictError, match="the output of a run"):
         score_input(config(checkpoint, rows_file, run_folder / "sub" / "s.parquet"))
-    with pytest.raises(OutputConflictError, match="is the input of this run"):
+    with pytest.raises(OutputConflictError, match="is a file of the input of this run"):
         score_input(config(checkpoint, rows_file, rows_file, overwrite=True))
     with pytest.raises(ConfigError, match="file system"):
         score_input(

@@ -15,7 +15,11 @@ from gptbatch.pipeline.engine.row_adjustments import RowAdjustments
 from gptbatch.pipeline.engine.stopping import StopRule
 from gptbatch.pipeline.errors import ModelError, OutputConflictError
 from gptbatch.pipeline.input.config_hash import special_token_identity
-from gptbatch.pipeline.input.tokenize import prompt_tokenizer, token_bytes_of_model
+from gptbatch.pipeline.input.tokenize import (
+    prompt_tokenizer,
+    setting_problem,
+    token_bytes_of_model,
+)
 from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import file_digest, load_tokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
@@ -26,7 +30,6 @@ from gptbatch.pipeline.output.json_models import validated
 from gptbatch.pipeline.output.manifest import MANIFEST
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.params.sampling_params import SamplingParams, from_row
-from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.system.bundled import locate
 
 # The files in the tokenizer digest of outputs from before gptbatch loaded tokenizers like
@@ -130,6 +133,12 @@ class LoadedRun:
             token_bytes=self.token_bytes,
         )
 
+    def setting_problem(self, params: SamplingParams) -> str:
+        """Return which setting the model or its tokenizer cannot follow; "" for none."""
+        return params.problem() or setting_problem(
+            params, self.gpt_config, has_token_bytes=bool(self.token_bytes)
+        )
+
     def row_adjustments(
         self, params: SamplingParams, prompt_token_ids: Sequence[int]
     ) -> RowAdjustments | None:
@@ -189,9 +198,8 @@ class LoadedRun:
             params = from_row(row)
         except ValueError as error:
             return str(error)
-        for name, setting in SAMPLING_SETTINGS.items():
-            if not setting.accepts(value := getattr(params, name)):
-                return f"its {name} is {value!r:.100}"
+        if problem := self.setting_problem(params):
+            return problem
         if not 0 <= row["prompt_tokens_dropped"] <= MAX_TOKENS_DROPPED:
             return f"its prompt_tokens_dropped is {row['prompt_tokens_dropped']}"
         if len(token_ids) != row["prompt_tokens"]:

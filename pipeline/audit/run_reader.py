@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ class RunReader:
             has more than one.
         parts: The part files, in order.
         n_rows: Rows of the table in them.
+        content_digest: SHA-256 of the content digests of the parts.
         marked_complete: Whether the run has ended.
         complete: Whether the run has ended and all of its rows are present.
         rows_expected: Rows of the input; None where an older version did not record it.
@@ -82,6 +84,8 @@ class RunReader:
         counts = [part.samples for part in listing.parts]
         self.n_rows = sum(counts)
         rows_done = sum(part.rows for part in listing.parts)
+        contents = "".join(part.content_digest for part in listing.parts)
+        self.content_digest = hashlib.sha256(contents.encode()).hexdigest()
         present = {part.name: part.content_digest for part in listing.parts}
         self.complete = (
             state.marked_complete

@@ -438,8 +438,9 @@ class JobConfig(_Section):
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML, without secrets."""
-        # The template is part of every prompt, and is parsed again.
-        settings = _redacted(self.model_dump()) | {"prompt_template": self.prompt_template}
+        # These texts decide the rows, and are read again.
+        texts = ("prompt_template", "stop", "bad_words")
+        settings = _redacted(self.model_dump()) | {name: getattr(self, name) for name in texts}
         text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         return text
 

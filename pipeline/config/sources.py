@@ -7,6 +7,7 @@ of the value.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ ENVIRONMENT_PREFIX = "GPTBATCH_"
 SHARDS_VARIABLE = "GPTBATCH_SHARDS"
 MAX_PROBLEMS = 20
 _PATH_KEYS = ("model", "input", "dataset", "output")
+_TEXT_KEYS = ("prompt_template", "stop", "bad_words")
 # A key of a group replaces all keys of the group in lower layers.
 _ALTERNATIVES = (
     frozenset(("input", "dataset")),
@@ -153,8 +155,8 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     names = {environment_name(key): key for key in fields}
     values: dict[str, Any] = {}
     for name, value in environment.items():
-        # A file of variables may have Windows line ends. A template may end in a line feed.
-        text = value.rstrip("\r" if names.get(name) == "prompt_template" else "\r\n")
+        # A file of variables may have Windows line ends. A text may end in a line feed.
+        text = value.rstrip("\r" if names.get(name) in _TEXT_KEYS else "\r\n")
         if not name.startswith(ENVIRONMENT_PREFIX) or name == SHARDS_VARIABLE or text == "":
             continue
         if name not in names:
@@ -174,11 +176,8 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             continue
         adapter: TypeAdapter[Any] = TypeAdapter(fields[key].annotation or str)
         try:
-            # a list of several values is given as JSON
             values[key] = (
-                adapter.validate_json(text)
-                if is_list(fields[key]) and text.lstrip().startswith("[")
-                else adapter.validate_python([text])
+                adapter.validate_python(_items(text, key))
                 if is_list(fields[key])
                 else adapter.validate_strings(text)
             )
@@ -187,6 +186,19 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
                 f"environment variable {name}: {_with_value(error.errors()[0])}"
             ) from error
     return values
+
+
+def _items(text: str, key: str) -> Any:
+    """Return the values of a list: several are given as JSON."""
+    if not text.lstrip().startswith("["):
+        return [text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        # A text may begin with a bracket: [INST]
+        if key in _TEXT_KEYS:
+            return [text]
+        raise ConfigError(f"environment variable {environment_name(key)}: is not JSON") from None
 
 
 def _explain(problem: ErrorDetails, source: Mapping[str, str]) -> str:

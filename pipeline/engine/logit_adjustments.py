@@ -23,6 +23,8 @@ from torch import Tensor
 
 from gptbatch.pipeline.engine.row_adjustments import StepAdjustments
 
+_NONE = np.empty(0, np.int64)
+
 
 def adjusted_logits(logits: Tensor, steps: Sequence[StepAdjustments]) -> Tensor:
     """Return the adjusted logits in float32, (S, V). The given ones stay as they are.
@@ -62,12 +64,11 @@ def adjusted_logits(logits: Tensor, steps: Sequence[StepAdjustments]) -> Tensor:
         frequency = per_entry([step.frequency_penalty for step in steps], counts)
         presence = per_entry([step.presence_penalty for step in steps], counts)
         z[index] = z[index] - frequency * times - presence
-    for row, step in enumerate(steps):
-        if step.allowed is not None:
-            allowed = _to(z, step.allowed)
-            kept = z[row, allowed]
-            z[row] = -math.inf
-            z[row, allowed] = kept
+    if found := entries(lambda step: _NONE if step.allowed is None else step.allowed):
+        index, _ = found
+        kept = z[index]
+        z[[row for row, step in enumerate(steps) if step.allowed is not None]] = -math.inf
+        z[index] = kept
     if found := entries(lambda step: step.masked):
         z[found[0]] = -math.inf
     return z

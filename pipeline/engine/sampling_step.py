@@ -85,13 +85,15 @@ def _sample_adjusted(
     own = _rows_of(logits, rows)
     some = [requests[row] for row in rows]
     steps = [request.adjustments for request in some if request.adjustments is not None]
-    sampled = _sample(adjusted_logits(own, steps), some, range(len(some)), native=native)
+    adjusted = adjusted_logits(own, steps)
+    sampled = _sample(adjusted, some, range(len(some)), native=native)
     is_finite = torch.isfinite(own.amax(dim=1)).tolist()
+    is_forbidden = (adjusted.amax(dim=1) == -math.inf).tolist()
     return [
         token
         if token.token is not None and finite
-        else SampledToken(None, None, is_forbidden=finite)
-        for token, finite in zip(sampled, is_finite, strict=True)
+        else SampledToken(None, None, is_forbidden=finite and forbidden)
+        for token, finite, forbidden in zip(sampled, is_finite, is_forbidden, strict=True)
     ]
 
 

@@ -90,7 +90,7 @@ class RowWarnings:
             logger.warning("%s: has no rows", source)
         if self._own:
             counts = (f"{name} ({count} of {rows} rows)" for name, count in self._own.most_common())
-            logger.info("settings of rows: %s", ", ".join(counts))
+            logger.info("rows have settings of their own: %s", ", ".join(counts))
         if self._settings:
             named = [
                 self._described(name, count)

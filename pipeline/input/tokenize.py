@@ -95,6 +95,7 @@ class TokenizedInput:
         reject: Callable[[Completion], object],
         parts: Iterable[int] | None = None,
         try_begin_part: Callable[[int], bool] = lambda part: True,
+        all_samples: bool = True,
     ) -> Iterator[TokenizedPrompt | None]:
         """Yield the prompts of a checked input in order, ready for the engine.
 
@@ -105,6 +106,7 @@ class TokenizedInput:
             try_begin_part: Begins a part, unless too many are in flight, and returns whether the
                 part has begun. Called before its first row. While it returns False, None is
                 yielded.
+            all_samples: Yield each sample of a row, not only the first.
 
         Raises:
             InputRowsError: The input has changed since it was checked.
@@ -118,12 +120,12 @@ class TokenizedInput:
                 else:
                     yield None
             if isinstance(row, BadRow):
-                for sample in _samples(self._prompt_of(row)):
+                for sample in _samples(self._prompt_of(row), all_samples=all_samples):
                     reject(_error_row(sample, 0, RowError(kind="bad_row", reason=row.reason)))
                 continue
             error = self._error(row, encoded)
             self._count_warnings(encoded, error)
-            for sample in _samples(row):
+            for sample in _samples(row, all_samples=all_samples):
                 if error is None:
                     yield self._fit(sample, encoded.token_ids, read_s)
                 else:
@@ -183,25 +185,7 @@ class TokenizedInput:
         return None
 
     def _setting_problem(self, params: SamplingParams) -> str:
-        """Return which setting the model or its tokenizer cannot follow; "" for none."""
-        vocab_size = self.gpt_config.vocab_size
-        for name, token_ids in (
-            ("stop_token_ids", params.stop_token_ids),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-            ("logit_bias", [token for token, _ in params.logit_bias]),
-        ):
-            if (largest := max(token_ids, default=0)) >= vocab_size:
-                return (
-                    f"{name} holds token {largest}, which the model (vocab_size {vocab_size}) "
-                    "does not have"
-                )
-        if (params.stop or params.bad_words) and not self.token_bytes:
-            name = "stop" if params.stop else "bad_words"
-            return (
-                f"{name} needs a byte-level tokenizer, such as GPT-2's; stop_token_ids and "
-                "allowed_token_ids work with every tokenizer"
-            )
-        return ""
+        return setting_problem(params, self.gpt_config, has_token_bytes=bool(self.token_bytes))
 
     def _check_settings(self) -> None:
         """Raise ConfigError if the model cannot follow a setting of the run."""
@@ -260,6 +244,28 @@ class TokenizedInput:
             )
 
 
+def setting_problem(params: SamplingParams, gpt_config: GPTConfig, *, has_token_bytes: bool) -> str:
+    """Return which setting the model or its tokenizer cannot follow; "" for none."""
+    vocab_size = gpt_config.vocab_size
+    for name, token_ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("logit_bias", [token for token, _ in params.logit_bias]),
+    ):
+        if (largest := max(token_ids, default=0)) >= vocab_size:
+            return (
+                f"{name} holds token {largest}, which the model (vocab_size {vocab_size}) does not "
+                "have"
+            )
+    if (params.stop or params.bad_words) and not has_token_bytes:
+        name = "stop" if params.stop else "bad_words"
+        return (
+            f"{name} needs a byte-level tokenizer, such as GPT-2's; stop_token_ids and "
+            "allowed_token_ids work with every tokenizer"
+        )
+    return ""
+
+
 def token_bytes_of_model(tokenizer: PromptTokenizer, gpt_config: GPTConfig) -> list[bytes]:
     """Return the bytes of each token of the model, empty where the tokenizer lacks the token.
 
@@ -294,10 +300,10 @@ def prompt_tokenizer(
     )
 
 
-def _samples(prompt: Prompt) -> Iterator[Prompt]:
-    """Yield the samples of a row. The first is the row itself."""
+def _samples(prompt: Prompt, *, all_samples: bool) -> Iterator[Prompt]:
+    """Yield the samples of a row, or the first one, which is the row itself."""
     yield prompt
-    for index in range(1, prompt.params.n):
+    for index in range(1, prompt.params.n if all_samples else 1):
         seed = sample_seed(prompt.params.seed, index)
         yield replace(prompt, sample_index=index, params=replace(prompt.params, seed=seed))
 

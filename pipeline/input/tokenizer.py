@@ -184,7 +184,9 @@ class PromptTokenizer:
             text_bytes: Where a stop string cuts the text; None for nowhere.
         """
         if text_bytes is not None:
-            text = b"".join(self.token_bytes[token] for token in token_ids)
+            known = self.token_bytes
+            # A model may have more tokens than its tokenizer.
+            text = b"".join(known[token] for token in token_ids if token < len(known))
             return text[:text_bytes].decode("utf-8", errors="replace")
         ends = stop_reason in ("end_of_text", "stop_token")
         return self.added_text(prompt, token_ids[:-1] if ends else token_ids)

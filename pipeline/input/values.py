@@ -20,9 +20,10 @@ from gptbatch.pipeline.input.strict_json import (
     parse_value,
     shorten,
 )
-from gptbatch.pipeline.params.settings import SamplingSetting, text_problem
+from gptbatch.pipeline.params.settings import MAX_TOKEN_ID, SamplingSetting, text_problem
 
 MISSING = object()
+_NO_SETTING = "; if {} is no setting here, name those that are with --row-settings (none: no field)"
 _NUMBERS = (NumberText, CellText, int, float, decimal.Decimal)
 _INTEGER = re.compile(r"-?[0-9]+")
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -82,7 +83,8 @@ def _parse_in_range(value: Any, name: str, setting: SamplingSetting) -> int | fl
     number = parse(value, name)
     if not setting.accepts_number(number):
         shown = number if setting.kind == "int" else value
-        raise ValueError(f"{name} must be {setting.range_text}, not {shorten(shown)}")
+        hint = "" if isinstance(value, NumberText) else _NO_SETTING.format(name)
+        raise ValueError(f"{name} must be {setting.range_text}, not {shorten(shown)}{hint}")
     return number
 
 
@@ -97,7 +99,12 @@ def _parse_switch(value: Any, name: str) -> bool:
 def _items(value: Any, name: str, setting: SamplingSetting) -> list[Any]:
     """Return the items of a list; one value is a list of one."""
     if isinstance(value, CellText) and value.startswith("["):
-        value = _from_json(value, name)
+        try:
+            value = _from_json(value, name)
+        except ValueError:
+            # A text may begin with a bracket: [END]
+            if setting.kind != "texts":
+                raise
     items = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(items) > setting.max_items:
         raise ValueError(f"{name} has {len(items)} items; at most {setting.max_items} are possible")
@@ -118,7 +125,7 @@ def _parse_text(value: Any, name: str) -> str:
 
 def _parse_token_id(value: Any, name: str) -> int:
     token = _parse_integer(value, name)
-    if not 0 <= token < 2**31:
+    if not 0 <= token <= MAX_TOKEN_ID:
         raise ValueError(f"{name} must hold token ids from 0, not {token}")
     return token
 
@@ -128,6 +135,9 @@ def _parse_token_values(
 ) -> tuple[tuple[int, float], ...]:
     if isinstance(value, CellText):
         value = _from_json(value, name)
+    if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
+        # a map column of a table
+        value = {str(token): item for token, item in value}
     if not isinstance(value, dict):
         raise ValueError(
             f'{name} must be an object of numbers by token id, such as {{"50256": -100}}, not '
@@ -169,7 +179,7 @@ def _parse_integer(value: Any, name: str) -> int:
 
 
 def _parse_number(value: Any, name: str) -> float:
-    is_number = isinstance(value, (NumberText, int, float)) or (
+    is_number = isinstance(value, (NumberText, int, float, decimal.Decimal)) or (
         isinstance(value, CellText) and _CELL_NUMBER.fullmatch(value)
     )
     if isinstance(value, bool) or not is_number:
@@ -208,11 +218,7 @@ def _advice(value: Any, name: str) -> str:
     """Return advice for a value that is not a number, "" without any."""
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]+,[0-9]+", value):
         return "; write a decimal point"
-    return (
-        f"; if {name} is no setting here, name those that are with --row-settings (none: no field)"
-        if isinstance(value, (str, dict, list))
-        else ""
-    )
+    return _NO_SETTING.format(name) if isinstance(value, (str, dict, list)) else ""
 
 
 def _shown(value: Any) -> str:

@@ -129,12 +129,11 @@ def _to_line(row: dict[str, Any], defaults: RowDefaults) -> str:
         columns[defaults.id_field] = row["prompt_id"]
     if defaults.template is None and defaults.messages_field is None:
         columns[defaults.prompt_field] = row["prompt"] or None
-    columns |= {
-        name: to_json_value(value, setting)
-        for name, setting in SAMPLING_SETTINGS.items()
-        if name in defaults.row_settings
-        and ((value := getattr(params, name)) != setting.default or setting.column_type)
-    }
+    for name, value in params.as_dict().items():
+        setting = SAMPLING_SETTINGS[name]
+        is_default = value == setting.default == getattr(defaults.sampling, name)
+        if name in defaults.row_settings and (setting.column_type or not is_default):
+            columns[name] = to_json_value(value, setting)
     columns["error"] = row["error"]
     fields = {key: json.dumps(value, ensure_ascii=False) for key, value in columns.items()}
     if defaults.messages_field is not None:

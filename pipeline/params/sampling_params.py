@@ -90,28 +90,75 @@ def parse_token_values(value: Any) -> Any:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=_unique)
         except ValueError as error:
             raise ValueError(f'should be JSON such as {{"50256": -100}} ({error})') from error
     if not isinstance(value, Mapping):
         return value
     setting = SAMPLING_SETTINGS["logit_bias"]
+    # YAML tells 5 and "5" apart.
+    value = _unique([(str(token), number) for token, number in value.items()])
     for token, number in value.items():
-        if not re.fullmatch("0|[1-9][0-9]{0,9}", str(token)) or int(token) > MAX_TOKEN_ID:
+        if not re.fullmatch("0|[1-9][0-9]{0,9}", token) or int(token) > MAX_TOKEN_ID:
             raise ValueError(f"should have token ids as keys (key {token!r})")
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
         if not is_number or not setting.accepts_number(number):
             raise ValueError(f"should hold numbers from {setting.range_text} (key {token!r})")
-    return {str(token): float(number) for token, number in value.items()}
+    return {token: float(number) for token, number in value.items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return pairs as a dict. Raises ValueError where a key stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"should hold each token once (key {twice!r})")
+    return found
 
 
 def to_attribute(value: Any, setting: SamplingSetting) -> Any:
-    """Convert the value of a setting from JSON's form to that of SamplingParams."""
+    """Convert the value of a setting from JSON's form to that of SamplingParams.
+
+    Raises:
+        ValueError: It has another type, or is out of range.
+    """
+    if value is None and setting.default is None:
+        return None
+    if not _has_type(value, setting):
+        raise ValueError(f"{value!r:.100} is no value of this setting")
+    attribute = value
     if setting.kind in ("texts", "token_ids"):
-        return None if value is None else tuple(value)
-    if setting.kind == "token_values":
-        return tuple(sorted((int(token), float(number)) for token, number in value.items()))
-    return value
+        attribute = tuple(value)
+    elif setting.kind == "token_values":
+        attribute = tuple(sorted((int(token), float(number)) for token, number in value.items()))
+    if not setting.accepts(attribute):
+        raise ValueError(f"{value!r:.100} is out of range")
+    return attribute
+
+
+def _has_type(value: Any, setting: SamplingSetting) -> bool:
+    """Return whether a value has the form of a setting in JSON."""
+
+    def is_number(number: Any) -> bool:
+        return isinstance(number, (int, float)) and not isinstance(number, bool)
+
+    match setting.kind:
+        case "int":
+            return type(value) is int
+        case "float":
+            return is_number(value)
+        case "bool":
+            return type(value) is bool
+        case "texts":
+            return isinstance(value, list) and all(isinstance(text, str) for text in value)
+        case "token_ids":
+            return isinstance(value, list) and all(type(token) is int for token in value)
+        case "token_values":
+            return isinstance(value, dict) and all(
+                isinstance(token, str) and token.isdecimal() and is_number(number)
+                for token, number in value.items()
+            )
 
 
 def to_json_value(value: Any, setting: SamplingSetting) -> Any:
@@ -140,18 +187,24 @@ def from_row(row: Mapping[str, Any]) -> SamplingParams:
     A setting that its version lacks has its default.
 
     Raises:
-        ValueError: The column sampling_params is not what `to_column` writes.
+        ValueError: A column holds no value of its setting.
     """
     try:
-        others = json.loads(row.get("sampling_params") or "{}")
+        others = json.loads(row.get("sampling_params") or "{}", object_pairs_hook=_unique)
+        if not isinstance(others, dict):
+            raise TypeError("it is no object")
+        if unknown := set(others) - _OTHERS.keys():
+            raise ValueError(f"no setting is called {min(unknown)!r}")
         settings = {
-            name: to_attribute(others[name], setting) if name in others else setting.default
-            for name, setting in SAMPLING_SETTINGS.items()
-            if setting.column_type is None
+            name: to_attribute(others[name], SAMPLING_SETTINGS[name]) if name in others else default
+            for name, default in _OTHERS.items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError("its sampling_params cannot be read") from error
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"its sampling_params cannot be read ({error})") from error
     for name, setting in SAMPLING_SETTINGS.items():
-        if setting.column_type is not None:
-            settings[name] = setting.default if row[name] is None else row[name]
+        if setting.column_type is None:
+            continue
+        settings[name] = setting.default if row[name] is None else row[name]
+        if not setting.accepts(settings[name]):
+            raise ValueError(f"its {name} is {row[name]}")
     return SamplingParams(**settings)

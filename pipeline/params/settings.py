@@ -85,9 +85,11 @@ def text_problem(text: str) -> str:
     """Return why a text cannot be searched for in completions; "" where it can."""
     if not text:
         return "must not be empty"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "must be UTF-8 text"
     if "\ufffd" in text:
         return "must not hold U+FFFD, which stands for bytes that are no text"
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
+    if len(text.encode()) > MAX_TEXT_BYTES:
         return f"must have at most {MAX_TEXT_BYTES} bytes"
     return ""
 
@@ -153,6 +155,7 @@ SAMPLING_SETTINGS = {
     ),
     "repetition_penalty": SamplingSetting(
         kind="float",
+        minimum=0.01,
         maximum=1000,
         default=1.0,
         metavar="R",
@@ -161,7 +164,6 @@ SAMPLING_SETTINGS = {
             "negative ones by it. GPT-2's logits are far below 0: 1.2 is nearly a ban. Prefer "
             "presence_penalty. 1 is off."
         ),
-        above_minimum=True,
     ),
     "presence_penalty": SamplingSetting(
         kind="float",
@@ -202,7 +204,7 @@ SAMPLING_SETTINGS = {
     ),
     "allowed_token_ids": SamplingSetting(
         kind="token_ids",
-        max_items=2**20,
+        max_items=4096,
         default=None,
         metavar="ID",
         help="Token id that may be generated. Default: all tokens.",
@@ -236,6 +238,7 @@ SAMPLING_SETTINGS = {
     ),
     "stop": SamplingSetting(
         kind="texts",
+        max_items=64,
         default=(),
         metavar="TEXT",
         help="Text that ends a row where it appears in the completion, and is cut off.",

@@ -77,6 +77,10 @@ class ScoreReader:
             record_bad=False,
         )
 
+    def files(self) -> Sequence[Location] | None:
+        """Return the files of the input; None where they are not known."""
+        return self._reader.source.files()
+
     def check(self) -> InputSummary:
         """Read and validate all rows.
 

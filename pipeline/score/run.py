@@ -10,6 +10,7 @@ Heavy libraries are imported where they are used.
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -106,6 +107,9 @@ def score_input(
     """
     began_s = time.monotonic()
     fields = fields or ScoreFields()
+    if config.skip_row or config.on_bad_row != "fail":
+        key = "skip_row" if config.skip_row else "on_bad_row"
+        raise ConfigError(f"{key}: score scores every row; remove it", keys=(key,))
     if config.messages_field is not None:
         raise ConfigError(
             "messages_field: score takes prompts and no messages; remove it, or write the prompt "
@@ -120,7 +124,7 @@ def score_input(
     gpt_config = parse_config(checkpoint.config, str(checkpoint.config_path))
     tokenizer = load_tokenizer(checkpoint.folder)
     reader = ScoreReader(config, fields)
-    _refuse_input_as_output(config, table.path)
+    _refuse_input_as_output(config, reader, table.path)
     checked = reader.check()
     identity = {
         "model_digest": checkpoint.model_digest,
@@ -186,6 +190,7 @@ def score_run(
         "input_digest": recorded.get("input_digest"),
         "model_digest": loaded_run.checkpoint.model_digest,
         "rows": run.n_rows,
+        "content_digest": run.content_digest,
     }
     if table.holds(identity):
         return _up_to_date(table, run.n_rows, began_s)
@@ -276,11 +281,17 @@ def _up_to_date(table: ScoreTable, rows: int, began_s: float) -> ScoreSummary:
     )
 
 
-def _refuse_input_as_output(config: JobConfig, path: Path) -> None:
-    """Raise OutputConflictError if the file to write is a file of the input."""
+def _refuse_input_as_output(config: JobConfig, reader: ScoreReader, path: Path) -> None:
+    """Raise OutputConflictError if the file to write is, or will be, a file of the input."""
     names = [*config.inputs, *([] if config.dataset is None else [config.dataset])]
-    if any(Path(name).exists() and path.exists() and path.samefile(name) for name in names):
-        raise OutputConflictError(f"{path}: is the input of this run; name another output")
+    files = [file for file in reader.files() or () if isinstance(file, Path)]
+    is_read = path.exists() and any(
+        file.exists() and path.samefile(file) for file in (*files, *map(Path, names))
+    )
+    if is_read or any(fnmatch.fnmatch(str(path), name) for name in names):
+        raise OutputConflictError(
+            f"{path}: is a file of the input of this run; name another output"
+        )
 
 
 def _windows(
