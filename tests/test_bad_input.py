@@ -387,7 +387,8 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
     assert reasons[6] == "id 'line:4' was already used on line 4; ids must be unique", (
         "a row in error has that name now"
     )
-    assert [row["prompt"] for row in rows][1:4] == ["", "", ""]
+    # what could be read is kept
+    assert [row["prompt"] for row in rows][1:4] == ["", "The queen", "To be"]
     assert (tmp_path / "out" / "_SUCCESS").exists()
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     assert manifest["error_kinds"] == {"bad_row": 5, "too_long": 1}
@@ -404,14 +405,23 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
         "line:7",
     ]
     assert (found[3]["note"], found[3]["error"]) == ("n", reasons[4])
-    # rows that were not read have no prompt, and are refused until they have one
-    assert [row["prompt"] for row in found] == [None, None, None, "king " * 100, None, None]
+    # a line that was not parsed has no prompt; it and the bad setting are refused
+    assert [row["prompt"] for row in found] == [
+        None,
+        "The queen",
+        "To be",
+        "king " * 100,
+        "not",
+        "fine",
+    ]
     (tmp_path / "again").mkdir()
     options = ("--input", str(errors), "--context-overflow", "truncate_left")
-    expect(generate(tmp_path / "again", *options), 65, "5 bad of 6 rows")
+    expect(generate(tmp_path / "again", *options), 65, "2 bad of 6 rows")
     mended = tmp_path / "mended.jsonl"
     mended.write_text(
-        "".join(json.dumps({**row, "prompt": row["prompt"] or "a"}) + "\n" for row in found)
+        "".join(
+            json.dumps({**row, "prompt": row["prompt"] or "a", "top_k": 5}) + "\n" for row in found
+        )
     )
     code, child = generate(
         tmp_path / "again", "--input", mended, "--context-overflow", "truncate_left"

@@ -104,7 +104,7 @@ def test_rows_with_an_n_of_their_own(
     assert {row["error"] is None for row in table if row["prompt_id"] == "r2"} == {False}
     errors = (output / ".gptbatch/errors.jsonl").read_text()
     lines = [json.loads(line) for line in errors.splitlines()]
-    assert [(line["id"], line.get("n", 1)) for line in lines] == [("r2", 3), ("line:6", 2)]
+    assert [(line["id"], line.get("n", 1)) for line in lines] == [("r2", 3), ("r5", 3)]
     assert run_command(["verify", str(output), "--all"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["rows_checked"], summary["mismatches"]) == (len(table) - 5, 0)
@@ -477,3 +477,16 @@ def test_the_recorded_config_is_the_same_job(
     generate(checkpoint, write_rows(PROMPTS[:1]), tmp_path / "out", stop=stop)
     recorded = load_config(str(tmp_path / "out/.gptbatch/config.yaml"), environment={}, options={})
     assert recorded.stop == stop
+
+
+def test_a_bad_row_loses_nothing(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    """Its line of errors.jsonl is the row as it was, to be corrected."""
+    row = {"id": "bad", "prompt": "KING:", "temperature": -1, "seed": 7, "topic": "x"}
+    rows = write_rows([row, {"id": "a", "prompt": ["KING:"], "topic": "y"}])
+    first, second = generate(checkpoint, rows, tmp_path / "out", on_bad_row="record")
+    assert (first["prompt_id"], first["prompt"]) == ("line:1", "KING:")
+    assert (second["prompt_id"], second["prompt"]) == ("line:2", "")
+    errors = (tmp_path / "out/.gptbatch/errors.jsonl").read_text()
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert lines[0].items() >= row.items()
+    assert lines[1].items() >= {"id": "a", "prompt": ["KING:"], "topic": "y"}.items()

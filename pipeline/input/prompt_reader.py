@@ -275,7 +275,14 @@ class PromptReader:
         """Return the error row of a row whose id is taken by the row of a line."""
         used = f"was already used on {self.source.unit} {line}"
         reason = f"id {shorten(row.prompt_id)} {used}; ids must be unique"
-        return BadRow(index=row.index, where=raw.where, line=raw.line, reason=reason)
+        return BadRow(
+            index=row.index,
+            where=raw.where,
+            line=raw.line,
+            reason=reason,
+            text=row.text,
+            metadata=row.metadata,
+        )
 
 
 def open_input(config: JobConfig) -> PromptReader:

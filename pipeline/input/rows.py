@@ -39,12 +39,17 @@ class BadRow:
         where: The row in messages, `prompts.jsonl:3`.
         line: Line number from 1, or row number from 0.
         reason: The error. It never quotes the prompt.
+        text: The prompt, "" where it could not be read.
+        metadata: The other fields as JSON text, id and settings among them; None where they could
+            not be read.
     """
 
     index: int
     where: str
     line: int
     reason: str
+    text: str = ""
+    metadata: str | None = None
 
     @property
     def prompt_id(self) -> str:
@@ -123,6 +128,9 @@ class RowParser:
         field_counts: FieldCounts | None = None,
     ) -> None:
         self.defaults, self.warnings, self.field_counts = defaults, warnings, field_counts
+        # of the row that is being parsed, for its error row
+        self._text = ""
+        self._fields: dict[str, Any] = {}
         self._nested_paths = [path for path in defaults.prompt_paths if "." in path]
         self._no_settings = [
             name for name in SAMPLING_SETTINGS if name not in defaults.row_settings
@@ -133,18 +141,27 @@ class RowParser:
 
         The digest covers the content of the row. It does not cover the defaults of the run.
         """
+        self._text, self._fields = "", {}
         try:
             return self._parse(index, raw)
         except RecursionError:
             reason = f"nested deeper than {MAX_NESTING} levels"
         except ValueError as error:
             reason = str(error)
-        row = BadRow(index=index, where=raw.where, line=raw.line, reason=reason)
-        return row, _digest_input([row.prompt_id, reason])
+        row = BadRow(
+            index=index,
+            where=raw.where,
+            line=raw.line,
+            reason=reason,
+            text=self._text,
+            metadata=_json_if_possible(self._fields),
+        )
+        return row, _digest_input([row.prompt_id, reason, row.text, row.metadata])
 
     def _parse(self, index: int, raw: RawRow) -> tuple[Prompt, bytes]:
         """Parse a row. Errors name the field and, prompts aside, the value."""
         fields = raw.parse()
+        self._fields = dict(fields)
         defaults = self.defaults
         # a container may be on several paths
         containers = {
@@ -152,7 +169,8 @@ class RowParser:
             for path in self._nested_paths
             for prefix, container in objects_on_path(fields, path)
         }
-        text = self._take_prompt(fields)
+        text = self._text = self._take_prompt(fields)
+        self._fields = dict(fields)
         prompt_id = parse_id(self._take_id(fields), raw.position)
         kept = {name: fields.pop(name) for name in self._no_settings if name in fields}
         if self.field_counts is not None:
@@ -199,6 +217,14 @@ class RowParser:
                 f"the row has {name_fields(fields) or 'no other'}"
             )
         return None if value is MISSING else value
+
+
+def _json_if_possible(fields: dict[str, Any]) -> str | None:
+    """Return the JSON of fields; None for none, and where there is no JSON of them."""
+    try:
+        return to_json(to_json_values(fields, lambda path: None)) if fields else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _digest_input(values: list[Any]) -> bytes:

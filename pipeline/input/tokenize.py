@@ -210,13 +210,13 @@ class TokenizedInput:
         )
 
     def _prompt_of(self, row: BadRow) -> Prompt:
-        """Return the prompt of a row that is not a valid one: it is empty."""
+        """Return the prompt of a row that is not a valid one."""
         return Prompt(
             index=row.index,
             prompt_id=row.prompt_id,
-            text="",
+            text=row.text,
             params=self.reader.defaults.params(row.prompt_id, {}),
-            metadata=None,
+            metadata=row.metadata,
         )
 
     def _count_warnings(self, encoded: EncodedText, error: RowError | None) -> None:

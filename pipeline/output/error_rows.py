@@ -1,8 +1,8 @@
 """The error rows of an output: the file `errors.jsonl`, and a sentence that counts them.
 
 A line of errors.jsonl holds a row's id, prompt, settings and other fields, and `error`, the reason.
-The file can be the input of another run, once its rows are corrected. Rows that could not be read
-have no prompt, and are refused until they have one.
+The file can be the input of another run, once its rows are corrected. A line that could not be
+parsed has no prompt, and is refused until it has one.
 """
 
 from __future__ import annotations
@@ -143,8 +143,9 @@ def _to_line(row: dict[str, Any], defaults: RowDefaults) -> str:
     kept = {name for path in paths for name in (path, path.partition(".")[0])}
     if row["metadata"] is not None:
         others = parse_object(row["metadata"])
+        # The metadata of a bad row holds its own id and settings.
         fields |= {
-            key: to_json(value) for key, value in others.items() if key not in fields or key in kept
+            key: to_json(value) for key, value in others.items() if key != "error" or key in kept
         }
     pairs = (f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in fields.items())
     return "{" + ", ".join(pairs) + "}"
