@@ -4,12 +4,14 @@
                                           [--deaths 100] [--stragglers 0.01] [--seed 0]
 
 Runs the real Dealer and the real ShardParts. A worker has one part in flight. Times of parts vary
-by 20 %; a straggler takes 4 times as long. A dead worker is replaced after 60 s. With shards, a
-part is seen as in flight by others at once, and a dead shard comes back with the same index.
+by 20 %; a straggler takes 4 times as long. A dead worker is replaced after 60 s. The driver on Ray
+looks once per second whether the dealer has parts for workers that have none. With shards, a part
+is seen as in flight by others at once, and a dead shard comes back with the same index.
 
 Prints a line per kind: the time of the job against that of equal shares without losses, the share
-of worker time in which a worker had nothing to do, parts that were generated twice, calls of `next`
-per second of the job, and how many of them one process can serve. The last line is a JSON object.
+of worker time in which a worker had nothing to do, copies of parts in flight, parts that were
+written twice, calls of `next` per second of the job, and how many of them one process can serve.
+The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -30,17 +32,26 @@ from gptbatch.pipeline.output.shards import Shard, ShardParts
 RESTART_S = 60.0
 SLOWDOWN = 4.0
 SPREAD = 0.2
+# of the driver on Ray
+POLL_S = 1.0
 
 
 class Parts(Protocol):
     """What the simulation asks of a way to divide the work.
 
     Attributes:
-        calls_again: Whether workers without a part are called again when a worker is lost. A shard
-            has ended then.
+        calls_again: Whether workers without a part are called again. A shard has ended then.
     """
 
     calls_again: bool
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether a worker without a part would get one now."""
+
+    @property
+    def copies(self) -> int:
+        """Parts that were dealt while another worker had them in flight."""
 
     def next(self, worker: int) -> int | None:
         """Return the next part of a worker."""
@@ -60,6 +71,14 @@ class Dealt:
     def __init__(self, n_parts: int, workers: int, clock: Callable[[], float]) -> None:
         self._dealer = Dealer(range(n_parts), workers, clock=clock)
 
+    @property
+    def has_parts(self) -> bool:
+        return self._dealer.has_parts
+
+    @property
+    def copies(self) -> int:
+        return self._dealer.counts.copies
+
     def next(self, worker: int) -> int | None:
         return self._dealer.next(str(worker))
 
@@ -74,6 +93,8 @@ class Sharded:
     """Parts of shards that see one folder."""
 
     calls_again = False
+    has_parts = False
+    copies = 0
 
     def __init__(self, n_parts: int, workers: int, clock: Callable[[], float]) -> None:
         self._n_parts, self._count, self._clock = n_parts, workers, clock
@@ -159,6 +180,8 @@ def simulate(
         found.calls += 1
         number = parts.next(worker)
         if number is None:
+            if parts.calls_again and not waiting:
+                push(now[0] + POLL_S, "poll", worker)
             insort(waiting, worker)
             return
         taken_s = args.part_s * rng.uniform(1 - SPREAD, 1 + SPREAD)
@@ -177,11 +200,15 @@ def simulate(
             lives[worker] += 1
             parts.lost(worker)
             push(at_s + RESTART_S, "begin", worker)
-            if parts.calls_again:
-                woken, waiting[:] = list(waiting), []
-                for other in woken:
-                    if other != worker:
-                        pull(other)
+            if worker in waiting:
+                waiting.remove(worker)
+        elif kind == "poll":
+            if waiting and not parts.has_parts:
+                push(at_s + POLL_S, "poll", worker)
+                continue
+            woken, waiting[:] = list(waiting), []
+            for other in woken:
+                pull(other)
         elif life == lives[worker]:
             if kind == "written":
                 found.twice += done[part]
@@ -197,6 +224,7 @@ def simulate(
         "workers": args.workers,
         "time_against_equal_shares": round(now[0] / expected_s, 4),
         "worker_time_not_used": round(1 - useful_s / total_s, 4),
+        "parts_copied": parts.copies,
         "parts_written_twice": found.twice,
         "calls_per_virtual_s": round(found.calls / now[0], 1),
         "calls_per_s_served": round(found.calls / wall_s),

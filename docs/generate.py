@@ -67,6 +67,7 @@ FOLDERS = {
     "pipeline/audit": "checking recorded runs",
     "pipeline/score": "log probabilities of given continuations",
     "pipeline/bench": "measuring speed",
+    "pipeline/doctor": "what this machine gives: the command `doctor`",
     "pipeline/system": "the machine, paths, secrets",
     "configs": "bundled configs, scheduler templates and the demo",
 }

@@ -20,6 +20,7 @@ COMMANDS = {
         "gptbatch.jobs.check_model",
         "Compare a checkpoint in gptbatch and in transformers.",
     ),
+    "doctor": ("gptbatch.jobs.doctor", "Show what this machine gives, and what to improve."),
     "bench": ("gptbatch.jobs.bench", "Measure new tokens per second."),
     "train-demo": ("gptbatch.jobs.train_demo", "Train the small GPT-2 of the demo."),
 }

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptbatch.pipeline.cluster.dealer import MAX_CRASHES, Dealer
+from gptbatch.pipeline.cluster.dealer import COPY_AGE, MAX_CRASHES, Dealer
 
 
 def drain(dealer: Dealer, worker: str) -> list[int]:
@@ -30,16 +30,51 @@ def test_workers_get_consecutive_parts_and_then_half_of_the_rest() -> None:
     assert dealer.counts.steals >= 2
 
 
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 def test_a_slow_worker_is_copied_once_at_the_end() -> None:
-    dealer = Dealer([1, 2], 2)
-    assert [dealer.next("slow"), dealer.next("slow")] == [1, 2]
+    clock = Clock()
+    dealer = Dealer([1, 2, 3], 1, clock=clock)
+    assert [dealer.next("slow"), dealer.next("slow"), dealer.next("a")] == [1, 2, 3]
+    clock.now_s = 100.0
+    assert (dealer.next("b"), dealer.has_parts) == (None, False), "no part is written yet"
+    clock.now_s = 10.0
+    assert dealer.committed(3)
+    clock.now_s = COPY_AGE * 10.0 - 0.1
+    assert (dealer.next("a"), dealer.has_parts) == (None, False)
+    clock.now_s = COPY_AGE * 10.0
+    assert dealer.has_parts
     assert [dealer.next("a"), dealer.next("b"), dealer.next("c")] == [1, 2, None]
+    assert not dealer.has_parts
     assert dealer.committed(1)
     assert not dealer.committed(1), "its copy"
     assert dealer.next("slow") is None, "its own part is not copied to itself"
     assert dealer.committed(2)
     assert dealer.is_done
     assert dealer.counts.copies == 2
+
+
+def test_parts_that_take_about_the_same_time_are_not_copied() -> None:
+    """A job of one part per worker: each worker without a part waits for the others."""
+    clock = Clock()
+    dealer = Dealer(range(4), 4, clock=clock)
+    workers = ["a", "b", "c", "d"]
+    held = {worker: dealer.next(worker) for worker in workers}
+    for worker, now_s in zip(workers, (8.0, 9.0, 11.0, 11.9), strict=True):
+        clock.now_s = now_s
+        number = held[worker]
+        assert number is not None
+        dealer.committed(number)
+        assert dealer.next(worker) is None
+    assert dealer.is_done
+    assert dealer.counts.copies == 0
 
 
 def test_parts_of_a_lost_worker_are_dealt_again() -> None:
@@ -53,8 +88,12 @@ def test_parts_of_a_lost_worker_are_dealt_again() -> None:
 
 
 def test_a_part_that_is_given_up_is_dealt_again() -> None:
-    dealer = Dealer([7], 1)
-    assert dealer.next("a") == 7
+    clock = Clock()
+    dealer = Dealer([7, 8], 2, clock=clock)
+    assert (dealer.next("a"), dealer.next("b")) == (7, 8)
+    clock.now_s = 1.0
+    dealer.committed(8)
+    clock.now_s = 2.0
     assert dealer.next("b") == 7
     dealer.given_up("a", 7)
     assert not dealer.has_parts, "the copy is still in flight"
@@ -97,16 +136,20 @@ def test_no_part_is_lost_and_few_are_dealt_twice(
     data: st.DataObject, n_parts: int, expected: int, names: int
 ) -> None:
     """Workers take, write, give up and vanish in any order; then one worker does the rest."""
-    dealer = Dealer(range(n_parts), expected)
+    clock = Clock()
+    dealer = Dealer(range(n_parts), expected, clock=clock)
     held: dict[str, set[int]] = {f"w{index}": set() for index in range(names)}
     dealt: Counter[int] = Counter()
     written: set[int] = set()
     losses = 0
     for _ in range(data.draw(st.integers(0, 120))):
         worker = data.draw(st.sampled_from(sorted(held)))
+        clock.now_s += data.draw(st.sampled_from([0.0, 1.0, 10.0]))
         match data.draw(st.sampled_from(["next", "next", "commit", "give up", "vanish"])):
             case "next":
+                had_parts = dealer.has_parts
                 if (number := dealer.next(worker)) is not None:
+                    assert had_parts
                     assert number not in written
                     assert number not in held[worker]
                     dealt[number] += 1

@@ -28,6 +28,7 @@ from gptbatch.jobs.group import COMMANDS
 from gptbatch.jobs.options import option_name
 from gptbatch.pipeline import errors
 from gptbatch.pipeline.config import config_fields
+from gptbatch.pipeline.doctor.examine import examine_machine
 from gptbatch.pipeline.output.schema import COLUMNS
 from gptbatch.pipeline.output.summary import RunSummary
 from tests.paths import PYTHONPATH, REPOSITORY
@@ -255,6 +256,24 @@ def test_the_keys_of_json_files_are_documented(demo_output: Path) -> None:
     for page, keys in documented.items():
         for key in keys:
             assert f"`{key}`" in TEXTS[DOCS / page], f"docs/{page}: {key}"
+
+
+def keys_of(value: object) -> set[str]:
+    """Return the keys of an object and of all objects in it."""
+    if isinstance(value, list):
+        return set().union(*map(keys_of, value))
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set()
+
+
+def test_the_keys_of_doctor_are_documented() -> None:
+    found = examine_machine().to_json()
+    # names of packages and of environment variables
+    listed = {*found.pop("versions"), *found["extras"], *found["hugging_face"].pop("variables")}
+    section = TEXTS[DOCS / "cli.md"].partition("## gptbatch doctor")[2].partition("\n## ")[0]
+    for key in keys_of(found) - listed | {"versions", "variables"}:
+        assert f"`{key}`" in section, key
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import os
@@ -45,7 +46,10 @@ folder, sources = map(Path, sys.argv[1:])
 build_kernels(folder, Sources(folder=sources, units=(Unit(name="tiny", sources=("tiny.cpp",)),)))
 """
 # A compiler that records each call and writes "ok" to its output file.
-FAKE = 'echo x >> {calls}\nwhile [ "$1" != -o ]; do shift; done; echo ok > "$2"'
+FAKE = (
+    'case "$*" in *--version) echo "fake 1.0"; exit;; esac\n'
+    'echo x >> {calls}\nwhile [ "$1" != -o ]; do shift; done; echo ok > "$2"'
+)
 CALLS_PER_BUILD = len(KERNELS.units) + 1  # each unit, and the link
 
 
@@ -155,6 +159,9 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first = build_kernels(tmp_path / "kernels")
     assert build_kernels(tmp_path / "kernels") == first
     assert first.read_text() == "ok\n"
+    record = json.loads(build.record_path(first).read_text())
+    assert record["compiler"] == "fake 1.0"
+    assert 0 < record["build_s"] < LIMIT_S
     assert calls.read_text() == "x\n" * CALLS_PER_BUILD
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build_kernels(tmp_path / "kernels") == first, "what is built needs no compiler"
@@ -371,6 +378,7 @@ def test_a_build_is_announced_and_a_damaged_library_is_built_again(
     library.write_bytes(library.read_bytes()[:5000])
     again = build_kernels(folder, tiny)
     assert "damaged; building it again" in caplog.text
+    assert [path.stem for path in folder.glob("kernels-*.json")] == [again.stem]
     assert build_kernels(folder, tiny) == again
 
 

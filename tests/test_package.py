@@ -20,6 +20,7 @@ SOURCES = [path for folder in FOLDERS for path in sorted((REPOSITORY / folder).r
 # modules that a command needs to recognise a complete output, to compare runs or to show its help
 LIGHT = (
     "jobs.cli",
+    "jobs.doctor",
     "jobs.group",
     "jobs.options",
     "pipeline",

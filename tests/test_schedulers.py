@@ -109,14 +109,20 @@ def test_slurm_requeues_on_75_only(
     assert (tmp_path / "requeued").exists() == (code == "75")
 
 
-def test_ray_in_slurm_is_requeued_20_times(
-    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+@pytest.mark.parametrize(("restarts", "is_requeued"), [("0", True), ("19", True), ("20", False)])
+@pytest.mark.parametrize("script", SBATCH)
+def test_slurm_requeues_20_times_without_a_signal(
+    slurm: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+    script: str,
+    restarts: str,
+    is_requeued: bool,
 ) -> None:
-    """A part that crashes workers ends each run with 75."""
-    process = slurm(script="slurm-ray.sbatch", code="75", SLURM_RESTART_COUNT="20")
+    """A row without enough memory, or a part that crashes workers, ends each run with 75."""
+    process = slurm(script=script, code="75", SLURM_RESTART_COUNT=restarts)
     process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75
-    assert not (tmp_path / "requeued").exists()
+    assert (tmp_path / "requeued").exists() == is_requeued
 
 
 def test_ray_in_slurm_goes_on_when_its_step_has_failed(

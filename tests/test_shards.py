@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from gptbatch.jobs.cli import run_command
+from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.output.local_run import LocalRun, LocalRunFolder
 from gptbatch.pipeline.output.runs import list_runs
@@ -40,6 +43,25 @@ def test_shards_divide_the_parts(n_parts: int, count: int) -> None:
 def test_a_shard_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is not INDEX/COUNT with an index from 0 to COUNT - 1"):
         parse_shard(text)
+
+
+@pytest.mark.parametrize("command", ["generate", "plan"])
+def test_a_wrong_shard_is_a_wrong_option(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, as for other values. A wrong variable exits with 78, as other variables do."""
+    arguments = [command, "--config", "demo", "--output", str(tmp_path / "out")]
+    assert run_command([*arguments, "--shard", "2/2"]) == 2
+    assert (
+        "--shard: must be auto, or INDEX/COUNT with an index from 0 to" in capsys.readouterr().err
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTBATCH_SHARD", "2/2")
+        assert run_command(arguments) == 78
+    assert "GPTBATCH_SHARD: must be auto, or INDEX/COUNT" in capsys.readouterr().err
+    with pytest.raises(ValidationError, match="four shards are 0/4"):
+        JobConfig(model="m", input="i", output="o", shard="2/2")
+    assert not (tmp_path / "out").exists()
 
 
 AUTO = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from gptbatch.pipeline.system.machine import processor_name
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "gptbatch": _version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "machine": f"{os.cpu_count()} cores of {_processor()} ({capability})",
+        "machine": f"{os.cpu_count()} cores of {processor_name()} ({capability})",
         "threads": torch.get_num_threads(),
     }
 
@@ -29,15 +29,3 @@ def _version() -> str:
     except PackageNotFoundError:
         # A checkout that is not installed.
         return "not installed"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()

@@ -2,8 +2,10 @@
 
 A worker gets consecutive parts, so that it reads its input in one pass. Then it takes half of what
 is left to another worker. When all parts are dealt, it gets a copy of the part that has been in
-flight longest, and of each part at most one, so that a slow worker does not delay the end. Both
-write the same rows, and the first one keeps the name.
+flight longest, and of each part at most one, so that a slow worker does not delay the end. A part
+is copied only when it has been in flight for longer than written parts were: most parts end by
+themselves, and a copy of them is work for nothing. Both write the same rows, and the first one
+keeps the name.
 
 A dealer is a plain object without threads, for one process. It keeps nothing on disk: the parts in
 the output folder are the record of what is done.
@@ -13,12 +15,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 # A part that was in flight at this number of crashes is not dealt again.
 MAX_CRASHES = 3
+# A part is copied when its time in flight is this multiple of the mean of written parts; the
+# multiplier of speculative execution in Spark. Parts of equal size differ by less.
+COPY_AGE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,8 @@ class Dealer:
         self._crashes: Counter[int] = Counter()
         self._set_aside: set[int] = set()
         self._copies = self._steals = 0
+        # Written parts, and their seconds from the deal to the commit.
+        self._timed, self._seconds = 0, 0.0
 
     def next(self, worker: str) -> int | None:
         """Return the next part of a worker; None when there is none for it now."""
@@ -80,9 +87,12 @@ class Dealer:
 
     def committed(self, number: int) -> bool:
         """Take a part that is written. Returns whether it was missing until now."""
-        self._in_flight.pop(number, None)
+        holders = self._in_flight.pop(number, None)
         is_new = number not in self._written
         self._written.add(number)
+        if holders and is_new:
+            self._seconds += self._clock() - min(holders.values())
+            self._timed += 1
         return is_new
 
     def given_up(self, worker: str, number: int) -> None:
@@ -127,8 +137,13 @@ class Dealer:
 
     @property
     def has_parts(self) -> bool:
-        """Whether parts are left that no worker has in flight."""
-        return bool(self._returned or self._free or any(self._ranges.values()))
+        """Whether a worker without parts would get one now."""
+        return bool(
+            self._returned
+            or self._free
+            or any(self._ranges.values())
+            or any(True for _ in self._due_for_a_copy())
+        )
 
     @property
     def counts(self) -> DealerCounts:
@@ -168,11 +183,20 @@ class Dealer:
         return taken
 
     def _copy(self, worker: str) -> int | None:
-        for number, holders in self._in_flight.items():
-            if len(holders) == 1 and worker not in holders:
+        for number in self._due_for_a_copy():
+            if worker not in self._in_flight[number]:
                 self._copies += 1
                 return number
         return None
+
+    def _due_for_a_copy(self) -> Iterator[int]:
+        """Yield the parts that one worker has had in flight for too long, the oldest first."""
+        if not self._timed:
+            return
+        dealt_before = self._clock() - COPY_AGE * self._seconds / self._timed
+        for number, holders in self._in_flight.items():
+            if len(holders) == 1 and min(holders.values()) <= dealt_before:
+                yield number
 
 
 def _split(count: int, workers: int) -> Iterable[range]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
@@ -64,6 +65,27 @@ CountOrShare = Annotated[
     BeforeValidator(lambda value: str(value) if type(value) is int else value),
     Field(pattern=r"^(\d+|\d{1,2}(\.\d+)?%|100%)$"),
 ]
+
+
+AUTO_SHARD = "auto"
+_SHARD = re.compile(r"(\d{1,9})/([1-9]\d{0,8})", re.ASCII)
+
+
+def index_and_count(shard: str) -> tuple[int, int] | None:
+    """Return 3 and 16 for "3/16". None for other text, or an index that is too large."""
+    match = _SHARD.fullmatch(shard)
+    if match is None or int(match[1]) >= int(match[2]):
+        return None
+    return int(match[1]), int(match[2])
+
+
+def _checked_shard(shard: str) -> str:
+    if shard != AUTO_SHARD and index_and_count(shard) is None:
+        raise ValueError(
+            "must be auto, or INDEX/COUNT with an index from 0 to COUNT - 1: four shards are 0/4, "
+            "1/4, 2/4 and 3/4"
+        )
+    return shard
 
 
 NO_SETTING = "none"
@@ -267,7 +289,7 @@ class JobConfig(_Section):
             "continued."
         ),
     )
-    shard: Name | None = Field(
+    shard: Annotated[Name, AfterValidator(_checked_shard)] | None = Field(
         None,
         description=(
             "Generate block I of N blocks of parts, I from 0 to N - 1; `plan` checks their rows. "

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,51 @@ def load_config(
         lines = [_explain(problem, source) for problem in problems[:MAX_PROBLEMS]]
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
         raise ConfigError("\n".join(lines + more), keys=keys) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentCheck:
+    """The settings that environment variables give.
+
+    Attributes:
+        names: The variables that a run reads, in order. Not those of a service or container.
+        problems: What is wrong with variables. Each makes every run fail.
+        config: The settings, with stand-ins for required ones. None where there are problems.
+    """
+
+    names: tuple[str, ...]
+    problems: tuple[str, ...]
+    config: JobConfig | None
+
+
+def check_environment(environment: Mapping[str, str] = os.environ) -> EnvironmentCheck:
+    """Check all variables that begin with GPTBATCH_, as a run would."""
+    names: list[str] = []
+    problems: list[str] = []
+    readable: dict[str, str] = {}
+    for name in sorted(filter(lambda name: name.startswith(ENVIRONMENT_PREFIX), environment)):
+        try:
+            is_setting = bool(_read_environment({name: environment[name]}))
+        except ConfigError as error:
+            problems.append(str(error))
+            names.append(name)
+            continue
+        if is_setting:
+            readable[name] = environment[name]
+            names.append(name)
+    # Stand-ins for what a run gets by options. They replace no variable.
+    needed = {"model": f"{PREFIX}demo/model", "input": "-", "output": "out"}
+    if environment_name("dataset") in readable:
+        del needed["input"]
+    options = {key: value for key, value in needed.items() if environment_name(key) not in readable}
+    config = None
+    try:
+        config = load_config(None, environment=readable, options=options)
+    except ConfigError as error:
+        problems += str(error).splitlines()
+    return EnvironmentCheck(
+        names=tuple(names), problems=tuple(problems), config=None if problems else config
+    )
 
 
 def find_config(name: str) -> Path:

@@ -5,9 +5,9 @@ flags, torch version, CPU capability. Machines of several kinds can share a cach
 second is of the library's content and detects damage.
 
 A library is compiled in a temporary folder, under a file lock, and moved into place when it is
-complete. The next build removes the folder of a killed one. Compilers are killed together with the
-process that started them. A library runs with the rights of the process, so files that other users
-could have written are not loaded.
+complete. A JSON file beside it records compiler and time, for `doctor`. The next build removes the
+folder of a killed one. Compilers are killed together with the process that started them. A library
+runs with the rights of the process, so files that other users could have written are not loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -79,6 +80,7 @@ KERNELS = Sources(
 # Another process builds for seconds. The limit is for one that hangs.
 LOCK_TIMEOUT_S = 600.0
 BUILD_TIMEOUT_S = 600.0
+VERSION_TIMEOUT_S = 10.0
 _TEMPORARY = "build-"
 # A process that reads its standard input. The read returns when the building process ends, however
 # it ends, and the guard then kills its own process group, which holds the compilers.
@@ -122,8 +124,8 @@ def load_kernels() -> None:
     Raises:
         KernelError: There is no compiler, or it fails, or the library cannot be stored or loaded.
     """
-    folder = user_cache_path("gptbatch") / "kernels"
-    if problem := distrust(folder.parent) or distrust(folder):
+    folder = cache_folder()
+    if problem := distrust_folder(folder):
         logger.warning(
             "%s: the kernels are built for this run only; correct the owner and mode, "
             "or set XDG_CACHE_HOME to another cache folder",
@@ -133,6 +135,21 @@ def load_kernels() -> None:
             _load(build_kernels(Path(private)))
     else:
         _load(build_kernels(folder))
+
+
+def cache_folder() -> Path:
+    """Return the folder of the libraries in the user's cache."""
+    return user_cache_path("gptbatch") / "kernels"
+
+
+def find_library(folder: Path) -> Path | None:
+    """Return the intact library of the kernels in `folder`; None if it must be built."""
+    return _find(folder, _key(KERNELS))
+
+
+def lock_path(folder: Path) -> Path:
+    """Return the file that a build locks."""
+    return folder / "lock"
 
 
 def _load(library: Path) -> None:
@@ -163,6 +180,11 @@ def distrust(path: Path) -> str | None:
     return None
 
 
+def distrust_folder(folder: Path) -> str | None:
+    """Say why another user could have written files in a cache folder; None if not."""
+    return distrust(folder.parent) or distrust(folder)
+
+
 def build_kernels(folder: Path, sources: Sources = KERNELS) -> Path:
     """Return the library in `folder`; build it if it is missing.
 
@@ -174,18 +196,18 @@ def build_kernels(folder: Path, sources: Sources = KERNELS) -> Path:
     key = _key(sources)
     if (library := _find(folder, key)) is not None:
         return library
-    compiler = shlex.split(os.environ.get("CXX") or "c++") or ["c++"]
+    compiler = compiler_command()
     if shutil.which(compiler[0]) is None:
         raise KernelError(
             f"no C++ compiler {compiler[0]} found; install g++ or clang++, or name one in CXX"
         )
     try:
         _make_private_folder(folder)
-        with FileLock(folder / "lock", timeout=LOCK_TIMEOUT_S):
+        with FileLock(lock_path(folder), timeout=LOCK_TIMEOUT_S):
             return _find(folder, key) or _build(compiler, folder, key, sources)
     except Timeout as error:
         raise KernelError(
-            f"{folder / 'lock'}: another process has held it for {LOCK_TIMEOUT_S:.0f} s; "
+            f"{lock_path(folder)}: another process has held it for {LOCK_TIMEOUT_S:.0f} s; "
             "end that process, or set XDG_CACHE_HOME to another cache folder"
         ) from error
     # filelock raises NotImplementedError on a file system without locks.
@@ -196,6 +218,33 @@ def build_kernels(folder: Path, sources: Sources = KERNELS) -> Path:
         raise KernelError(
             f"{folder}: cannot be written ({error}); set XDG_CACHE_HOME to another cache folder"
         ) from error
+
+
+def compiler_command() -> list[str]:
+    """Return the C++ compiler and its first options: `CXX`, or c++."""
+    return shlex.split(os.environ.get("CXX") or "c++") or ["c++"]
+
+
+def compiler_version(compiler: list[str]) -> str | None:
+    """Return the first line of `--version`; None where the compiler does not print one."""
+    try:
+        done = subprocess.run(
+            [*compiler, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=VERSION_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return lines[0].strip() or None if lines else None
+
+
+def record_path(library: Path) -> Path:
+    """Return the JSON file beside a library: its compiler, and the seconds of the build."""
+    return library.with_suffix(".json")
 
 
 def compile_flags() -> list[str]:
@@ -261,6 +310,7 @@ def _build(compiler: list[str], folder: Path, key: str, sources: Sources) -> Pat
         problem = "not trusted" if distrust(damaged) else "damaged"
         logger.warning("%s: %s; building it again", damaged, problem)
         damaged.unlink()
+        record_path(damaged).unlink(missing_ok=True)
     logger.info(
         "building the C++ kernels with %s, once for this machine and this version of torch "
         "(under a minute); the library is kept in %s",
@@ -278,10 +328,18 @@ def _build(compiler: list[str], folder: Path, key: str, sources: Sources) -> Pat
             compiles.append([*compiler, *flags, "-c", str(source), "-o", objects[-1]])
         target = Path(temporary) / "kernels.so"
         link = [*compiler, "-shared", "-fopenmp", *objects, "-o", str(target)]
+        began = time.monotonic()
         _run_in_parallel(compiles, temporary)
         _run_in_parallel([[*link, f"-L{libraries}", "-ltorch_cpu", "-lc10"]], temporary)
+        build_s = time.monotonic() - began
         target.chmod(0o755)
-        return target.replace(folder / _name(key, target))
+        library = folder / _name(key, target)
+        record = {
+            "compiler": compiler_version(compiler) or compiler[0],
+            "build_s": round(build_s, 3),
+        }
+        record_path(library).write_text(json.dumps(record), encoding="utf-8")
+        return target.replace(library)
 
 
 @contextmanager

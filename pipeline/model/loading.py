@@ -57,8 +57,7 @@ class LoadedModel:
             return configured
         import torch
 
-        default = SEQS_PER_THREAD * torch.get_num_threads()
-        return max(MIN_BATCH_SIZE, min(MAX_BATCH_SIZE, default))
+        return default_batch_size(torch.get_num_threads())
 
     def cache_memory_bytes(self, memory_gib: float | None) -> int | None:
         """Return the memory for the KV cache: as configured, or half of what is free.
@@ -156,6 +155,11 @@ def prepare_model(
         batch_invariance="off" if report is None else "verified" if report.passed else "unverified",
         environment=environment,
     )
+
+
+def default_batch_size(threads: int) -> int:
+    """Return the most sequences that run at once by default: 32 per thread, from 64 to 512."""
+    return max(MIN_BATCH_SIZE, min(MAX_BATCH_SIZE, SEQS_PER_THREAD * threads))
 
 
 def threads_to_use(configured: int | None) -> int:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import math
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from gptbatch.pipeline.config.settings import AUTO_SHARD, index_and_count
 from gptbatch.pipeline.config.sources import SHARDS_VARIABLE
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.output.folder import OutputFolder
@@ -24,8 +24,6 @@ from gptbatch.pipeline.output.run_folder import RunFolder
 
 logger = logging.getLogger("gptbatch")
 
-AUTO = "auto"
-SHARD_PATTERN = re.compile(r"(\d{1,9})/([1-9]\d{0,8})")
 # Progress is written every 2 s. A wrong guess generates a part twice.
 MAX_SILENCE_S = 60.0
 # A listing of a million names takes seconds.
@@ -159,7 +157,7 @@ def find_shard(setting: str | None, environment: Mapping[str, str]) -> Shard:
     """
     if setting is None:
         return Shard()
-    if setting != AUTO:
+    if setting != AUTO_SHARD:
         return parse_shard(setting)
     # The task of an array or job, and within it one of several processes.
     task, process = _find(_TASKS, environment), _find(_PROCESSES, environment)
@@ -181,14 +179,14 @@ def parse_shard(text: str) -> Shard:
     Raises:
         ConfigError: The text is none, or the index is too large.
     """
-    match = SHARD_PATTERN.fullmatch(text)
-    if match is None or int(match[1]) >= int(match[2]):
+    numbers = index_and_count(text)
+    if numbers is None:
         raise ConfigError(
             f"shard: {text!r} is not INDEX/COUNT with an index from 0 to COUNT - 1; "
             "four shards are 0/4, 1/4, 2/4 and 3/4",
             keys=("shard",),
         )
-    return Shard(int(match[1]), int(match[2]))
+    return Shard(*numbers)
 
 
 def _from_slurm_array(environment: Mapping[str, str]) -> Shard | None:

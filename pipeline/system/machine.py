@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,12 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _LOADAVG = Path("/proc/loadavg")
 _STAT = Path("/proc/stat")
+_CPUINFO = Path("/proc/cpuinfo")
+# limit, usage, and file cache in memory.stat; of version 2 and 1
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 # processes besides this one; below it the cores count as unshared
 MIN_OTHER_LOAD = 0.5
 # share of CPU time; below it steal is not reported
@@ -57,7 +64,7 @@ def describe_cores(own_threads: int = 0) -> str:
     reasons = []
     if found.quota is not None and found.quota < found.cpus:
         reasons.append(f"the control group may use {found.quota:g} of {found.cpus} CPUs")
-    load = _load()
+    load = load_average()
     if load - own_threads >= MIN_OTHER_LOAD:
         reasons.append(
             f"other processes run or wait for them (load {load:.2f} on {os.cpu_count()} CPUs)"
@@ -65,6 +72,54 @@ def describe_cores(own_threads: int = 0) -> str:
     if (steal := _steal()) >= MIN_STEAL:
         reasons.append(f"the host takes {steal:.0%} of their time (steal)")
     return "; ".join(reasons)
+
+
+def load_average() -> float:
+    """Return the number of processes that run or wait for a CPU, averaged over a minute."""
+    try:
+        return float(_read(_LOADAVG).split()[0])
+    except (ValueError, IndexError):
+        return 0.0
+
+
+def processor_name() -> str:
+    """Return the name of the CPU; its architecture where it has no name."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the names that the kernel gives to the features of the CPU, such as avx512f."""
+    # Features: on ARM
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def _cpuinfo(key: str) -> str:
+    """Return a value of the first CPU in /proc/cpuinfo, "" where there is none."""
+    for line in _read(_CPUINFO).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def total_memory_bytes() -> int | None:
+    """Return the memory of the system, in bytes. None where it is unknown."""
+    return _meminfo("MemTotal")
+
+
+def memory_limit_bytes() -> int | None:
+    """Return the smallest memory limit of this process's control group and its parents, in bytes.
+
+    None without a limit below the memory of the system.
+    """
+    total = total_memory_bytes()
+    limits = [
+        limit
+        for folder in cgroup_folders("memory")
+        for name, _, _ in _MEMORY_FILES
+        if (limit := _number(_read(folder / name))) is not None and (total is None or limit < total)
+    ]
+    return min(limits, default=None)
 
 
 def free_memory_bytes() -> int | None:
@@ -78,16 +133,21 @@ def free_memory_bytes() -> int | None:
 
 
 def _system_free() -> int | None:
-    for line in _read(_MEMINFO).splitlines():
-        if (
-            line.startswith("MemAvailable:")
-            and (kib := _number(line.removeprefix("MemAvailable:").removesuffix("kB"))) is not None
-        ):
-            return kib * 1024
+    if (available := _meminfo("MemAvailable")) is not None:
+        return available
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def _meminfo(name: str) -> int | None:
+    """Return a value of /proc/meminfo, in bytes. None where there is none."""
+    for line in _read(_MEMINFO).splitlines():
+        key, _, value = line.partition(":")
+        if key == name and (kib := _number(value.removesuffix("kB"))) is not None:
+            return kib * 1024
+    return None
 
 
 def cgroup_folders(controller: str) -> list[Path]:
@@ -123,14 +183,6 @@ def _quota(folder: Path) -> float | None:
     return quota / period if quota and period else None
 
 
-def _load() -> float:
-    """Return the number of processes that run or wait for a CPU, averaged over a minute."""
-    try:
-        return float(_read(_LOADAVG).split()[0])
-    except (ValueError, IndexError):
-        return 0.0
-
-
 def _steal() -> float:
     """Return the share of CPU time stolen by the host since this module was imported."""
     passed = [now - then for now, then in zip(_cpu_times(), _TIMES_AT_IMPORT, strict=False)]
@@ -154,10 +206,7 @@ def _with_parents(root: Path, path: str) -> list[Path]:
 
 def _free_in(folder: Path) -> int | None:
     """Return limit - usage + reclaimable file cache of a control group. None without a limit."""
-    for limit, usage, cache in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
+    for limit, usage, cache in _MEMORY_FILES:
         limit_bytes, used = _number(_read(folder / limit)), _number(_read(folder / usage))
         if limit_bytes is not None and used is not None:
             cached = re.search(
