@@ -411,7 +411,7 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
         "The queen",
         "To be",
         "king " * 100,
-        "not",
+        "or not",
         "fine",
     ]
     (tmp_path / "again").mkdir()
