@@ -155,7 +155,8 @@ def _defaults(facts: dict[str, Any]) -> list[str]:
         else "bfloat16 has no instructions here; use float32"
     )
     return [
-        f"device {facts['device']}, attention {facts['attention']}, {facts['threads']} threads, "
+        f"device {facts['device']}, attention {facts['attention']}, "
+        f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}, "
         f"batch size {facts['batch_size']}, "
         + ("" if cache is None else f"at most {_size(cache)} for the KV cache, ")
         + f"dtype {facts['dtype']}",

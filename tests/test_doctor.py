@@ -478,7 +478,6 @@ def test_all_wrong_variables_are_found(
     assert len(checked.problems) == len(problems)
     for found, expected in zip(checked.problems, problems, strict=True):
         assert expected in found
-    assert (checked.config is None) == bool(problems)
 
 
 def test_settings_of_the_environment_decide_the_defaults(in_process: Callable[..., Ran]) -> None:
@@ -486,9 +485,12 @@ def test_settings_of_the_environment_decide_the_defaults(in_process: Callable[..
         patch.setenv("GPTBATCH_ENGINE_BATCH_SIZE", "17")
         patch.setenv("GPTBATCH_ENGINE_MEMORY_GIB", "1.5")
         patch.setenv("GPTBATCH_ENGINE_DEVICE", "cuda")
+        patch.setenv("GPTBATCH_SHARD", "4/4")
         patch.setattr(torch.cuda, "is_available", lambda: False)
         ran = in_process("--json")
     assert ran.code == 78
-    assert "torch finds no CUDA device here" in ran.summary["problems"][0]
+    first, second = ran.summary["problems"]
+    assert "torch finds no CUDA device here" in first
+    assert "GPTBATCH_SHARD: must be auto, or INDEX/COUNT" in second
     assert ran.summary["defaults"]["batch_size"] == 17
     assert ran.summary["defaults"]["kv_cache_bytes"] == 1.5 * 2**30

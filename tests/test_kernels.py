@@ -208,6 +208,14 @@ def test_a_held_lock_and_a_folder_that_cannot_be_written_are_errors(
         build_kernels(tmp_path / "file" / "kernels")
 
 
+def test_a_compiler_that_cannot_be_parsed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "c++ '-O3")
+    with pytest.raises(KernelError, match="CXX=c\\+\\+ '-O3: cannot be parsed"):
+        build_kernels(tmp_path / "kernels")
+
+
 def test_an_interrupted_build_kills_its_compilers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

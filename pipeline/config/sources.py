@@ -19,7 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from gptbatch.pipeline.config.prompt_template import TemplateError
-from gptbatch.pipeline.config.settings import JobConfig, config_fields, is_list, is_object
+from gptbatch.pipeline.config.settings import (
+    EngineConfig,
+    JobConfig,
+    config_fields,
+    is_list,
+    is_object,
+)
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.params.other_names import advice_for
 from gptbatch.pipeline.system.bundled import PREFIX, locate
@@ -98,12 +104,12 @@ class EnvironmentCheck:
     Attributes:
         names: The variables that a run reads, in order. Not those of a service or container.
         problems: What is wrong with variables. Each makes every run fail.
-        config: The settings, with stand-ins for required ones. None where there are problems.
+        engine: The settings of the engine; the defaults where they are wrong.
     """
 
     names: tuple[str, ...]
     problems: tuple[str, ...]
-    config: JobConfig | None
+    engine: EngineConfig
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> EnvironmentCheck:
@@ -126,14 +132,25 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> Environmen
     if environment_name("dataset") in readable:
         del needed["input"]
     options = {key: value for key, value in needed.items() if environment_name(key) not in readable}
-    config = None
     try:
-        config = load_config(None, environment=readable, options=options)
+        engine = load_config(None, environment=readable, options=options).engine
     except ConfigError as error:
         problems += str(error).splitlines()
-    return EnvironmentCheck(
-        names=tuple(names), problems=tuple(problems), config=None if problems else config
-    )
+        engine = _engine_of(readable)
+    return EnvironmentCheck(names=tuple(names), problems=tuple(problems), engine=engine)
+
+
+def _engine_of(environment: Mapping[str, str]) -> EngineConfig:
+    """Return the settings of the engine, whatever the others are."""
+    flat = {
+        key: value
+        for key, value in _read_environment(environment).items()
+        if key.startswith("engine.")
+    }
+    try:
+        return EngineConfig.model_validate(_nest(flat)["engine"])
+    except ValidationError:
+        return EngineConfig()
 
 
 def find_config(name: str) -> Path:

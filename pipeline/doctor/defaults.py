@@ -21,10 +21,8 @@ TRUE_VALUES = {"1", "ON", "YES", "TRUE"}
 def probe_settings() -> tuple[Section, EngineConfig]:
     """Return the settings that variables give, what is wrong with them, and their engine part."""
     checked = check_environment(os.environ)
-    engine = EngineConfig() if checked.config is None else checked.config.engine
-    return Section(
-        facts={"variables": list(checked.names)}, problems=list(checked.problems)
-    ), engine
+    section = Section(facts={"variables": list(checked.names)}, problems=list(checked.problems))
+    return section, checked.engine
 
 
 def probe_defaults(engine: EngineConfig, kernels: dict[str, Any]) -> Section:

@@ -41,17 +41,15 @@ def probe_batch_invariance(kernels: dict[str, Any]) -> Section:
         for dtype in DTYPES[device]:
             case = {"device": device, "attention": attention, "dtype": dtype}
             if attention == "ragged" and not kernels.get("available"):
-                reason = f"the C++ kernels are not available: {kernels.get('reason')}"
-                section.facts["tests"].append(
-                    case | {"batch_invariance": "not available", "reason": reason}
-                )
+                result = {"batch_invariance": "not available", "reason": "needs the C++ kernels"}
+                section.facts["tests"].append(case | result)
                 continue
             name = f"the self-test of {attention} attention in {dtype} on {device}"
-            result = run_probe(name, partial(_test, device, attention, dtype))
-            section.warnings += result.warnings
-            if (error := result.facts.get("error")) is not None:
-                result.facts = {"batch_invariance": "not available", "reason": error}
-            section.facts["tests"].append(case | result.facts)
+            test = run_probe(name, partial(_test, device, attention, dtype))
+            section.warnings += test.warnings
+            if (error := test.facts.get("error")) is not None:
+                test.facts = {"batch_invariance": "not available", "reason": error}
+            section.facts["tests"].append(case | test.facts)
     return section
 
 

@@ -221,8 +221,16 @@ def build_kernels(folder: Path, sources: Sources = KERNELS) -> Path:
 
 
 def compiler_command() -> list[str]:
-    """Return the C++ compiler and its first options: `CXX`, or c++."""
-    return shlex.split(os.environ.get("CXX") or "c++") or ["c++"]
+    """Return the C++ compiler and its first options: `CXX`, or c++.
+
+    Raises:
+        KernelError: The quotes in CXX are not closed.
+    """
+    text = os.environ.get("CXX") or "c++"
+    try:
+        return shlex.split(text) or ["c++"]
+    except ValueError as error:
+        raise KernelError(f"CXX={text}: cannot be parsed ({error}); correct it") from error
 
 
 def compiler_version(compiler: list[str]) -> str | None:
