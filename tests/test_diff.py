@@ -47,7 +47,7 @@ def completion(
     prompt_id: str, token_ids: Sequence[int] = (5, 6, 7, 8), **changes: Any
 ) -> Completion:
     """Return a row that ran to its limit; `write_run` sets its index."""
-    params = SamplingParams(seed=1, temperature=1.0, top_k=0, max_new_tokens=len(token_ids))
+    params = SamplingParams(seed=1, temperature=1.0, top_k=0, max_new_tokens=max(1, len(token_ids)))
     made = Completion(
         prompt=Prompt(
             index=0, prompt_id=prompt_id, text=f"secret {prompt_id}", params=params, metadata=None

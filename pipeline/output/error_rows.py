@@ -123,7 +123,10 @@ def _error_rows(folder: OutputFolder, part: Part) -> Iterator[dict[str, Any]]:
 
 def _to_line(row: dict[str, Any], defaults: RowDefaults) -> str:
     """Return a row as a JSON object. Numbers in the metadata keep their digits."""
-    params = from_row(row)
+    try:
+        params = from_row(row)
+    except ValueError as error:
+        raise StorageError(f"row {row['prompt_id']!r} is damaged: {error}") from error
     columns: dict[str, Any] = {}
     if defaults.id_field:
         columns[defaults.id_field] = row["prompt_id"]
