@@ -117,10 +117,19 @@ inline void store_pair(const Vec& low, const Vec& high, T* to, int64_t count) {
   }
 }
 
-// The sum over the lanes: lane i plus lane i + n / 2 of n lanes, again and again.
+// The sum over the lanes: lane i plus lane i + n / 2 of n lanes, again and again. The order of
+// at::vec::vec_reduce_all depends on the compiler.
 inline float sum_lanes(const Vec& lanes) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, lanes);
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256 eight =
+      _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+#else
+  const __m256 eight = lanes;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 #else
   float sums[LANES];
   lanes.store(sums);
