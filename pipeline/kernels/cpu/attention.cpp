@@ -171,6 +171,7 @@ void attend_by_head(const T* x, int64_t in, const T* packed, int64_t n_panels, c
       multiplications < MIN_PARALLEL_MULTIPLICATIONS ? 1 : at::get_num_threads();
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min(threads, heads), 1, [&](int64_t, int64_t) {
+    const StandardFloatMode mode;
     HeadWorker<T, Blocks> worker(x, in, packed, bias, n_panels / heads, attention);
     for (int64_t h; (h = taken.fetch_add(1)) < heads;)
       worker.take(h, std::min(h + threads, heads - 1));

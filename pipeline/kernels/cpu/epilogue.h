@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include "simd.h"
+#include "functions.h"
 
 namespace gptbatch {
 
@@ -13,7 +13,7 @@ constexpr int64_t NR = PANEL_VECTORS * LANES;
 
 // x * sigmoid(z)
 inline Vec times_sigmoid(const Vec& x, const Vec& z) {
-  return x / (Vec(1.0f) + z.neg().exp_u20());
+  return x / (Vec(1.0f) + exp_limited(z.neg()));
 }
 
 inline Vec activate(Activation activation, const Vec& x) {
@@ -24,13 +24,36 @@ inline Vec activate(Activation activation, const Vec& x) {
     case Activation::gelu_tanh:
       return times_sigmoid(x, Vec(1.5957691216057308f) * (x + Vec(0.044715f) * x * x * x));
     case Activation::gelu:
-      return Vec(0.5f) * x * (Vec(1.0f) + (x * Vec(0.7071067811865476f)).erf());
+      return Vec(0.5f) * x * (Vec(1.0f) + erf_of(x * Vec(0.70710678f)));
     case Activation::relu:
       return at::vec::maximum(x, Vec(0.0f));
     case Activation::silu:
       return times_sigmoid(x, x);
     default:
-      return x.tanh();
+      return tanh_of(x);
+  }
+}
+
+// x = activation(x) for `count` vectors. noinline: a copy for every vector of a tile would not fit
+// the cache of decoded instructions, and its constants would not fit the registers.
+template <int COUNT>
+__attribute__((noinline)) void activate_all(Activation activation, Vec* x) {
+  const auto apply = [&](auto chosen) {
+    for (int i = 0; i < COUNT; i++) x[i] = activate(chosen, x[i]);
+  };
+  switch (activation) {
+    case Activation::none:
+      return;
+    case Activation::gelu_tanh:
+      return apply(std::integral_constant<Activation, Activation::gelu_tanh>());
+    case Activation::gelu:
+      return apply(std::integral_constant<Activation, Activation::gelu>());
+    case Activation::relu:
+      return apply(std::integral_constant<Activation, Activation::relu>());
+    case Activation::silu:
+      return apply(std::integral_constant<Activation, Activation::silu>());
+    default:
+      return apply(std::integral_constant<Activation, Activation::tanh>());
   }
 }
 
@@ -44,15 +67,40 @@ struct Epilogue {
   int64_t columns;  // at most NR: the last panel may be partial
   Activation activation;
 
-  // FULL: columns == NR.
-  template <bool FULL>
+  // All M rows of a tile. FULL: columns == NR.
+  template <bool FULL, int M>
+  inline void finish_tile(Vec (&sums)[M][PANEL_VECTORS]) const {
+    if (activation == Activation::none) {
+      UNROLL
+      for (int r = 0; r < M; r++) finish<FULL, false>(r, sums[r]);
+      return;
+    }
+    // Not the sums themselves: GCC would keep them in memory during the GEMM.
+    Vec activated[M][PANEL_VECTORS];
+    UNROLL
+    for (int r = 0; r < M; r++)
+      UNROLL
+      for (int v = 0; v < PANEL_VECTORS; v++)
+        activated[r][v] =
+            bias == nullptr ? sums[r][v] : sums[r][v] + load<FULL>(bias + v * LANES, v);
+    activate_all<M * PANEL_VECTORS>(activation, &activated[0][0]);
+    Epilogue rest = *this;
+    rest.bias = nullptr;
+    UNROLL
+    for (int r = 0; r < M; r++) rest.template finish<FULL, false>(r, activated[r]);
+  }
+
+  // One row. FULL: columns == NR.
+  template <bool FULL, bool ACTIVATES = true>
   inline void finish(int64_t row, Vec (&sums)[PANEL_VECTORS]) const {
     Vec added[PANEL_VECTORS];
     if (residual != nullptr) load_row<FULL>(residual + row * stride, added);
     UNROLL
     for (int v = 0; v < PANEL_VECTORS; v++) {
       if (bias != nullptr) sums[v] = sums[v] + load<FULL>(bias + v * LANES, v);
-      if (activation != Activation::none) sums[v] = activate(activation, sums[v]);
+      if constexpr (ACTIVATES) {
+        if (activation != Activation::none) sums[v] = activate(activation, sums[v]);
+      }
       if (residual != nullptr) sums[v] = sums[v] + added[v];
     }
     store_row<FULL>(y + row * stride, sums);

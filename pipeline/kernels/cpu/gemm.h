@@ -4,9 +4,9 @@
 //     x      (rows, in)  float32 or bfloat16
 //     panel  (in, NR)    NR columns of W^T; in bfloat16 (in / 2, NR, 2), two rows interleaved
 //
-// The reduction order of a sum is fixed: k = 0, 1, 2, ... by fused multiply-add into one float32
-// (by multiplication and addition on CPUs without AVX2). NR is in epilogue.h.
-// It depends neither on the number of rows nor on the tile. Naive code that computes the same:
+// The reduction order of a sum is fixed: k = 0, 1, 2, ... by fused multiply-add into one float32.
+// It depends neither on the number of rows nor on the tile. NR is in epilogue.h. Naive code that
+// computes the same:
 //
 //     for (r = 0; r < rows; r++)
 //       for (c = 0; c < NR; c++) {
@@ -40,7 +40,7 @@ struct GemmStep<float> {
   static Vec load(const float* weights) { return Vec::loadu(weights); }
   static Vec broadcast(const float* x) { return Vec(*x); }
   static Vec add(const Vec& x, const Vec& weights, const Vec& sum) {
-    return at::vec::fmadd(x, weights, sum);
+    return multiply_add(x, weights, sum);
   }
 };
 
@@ -99,11 +99,9 @@ __attribute__((noinline)) void gemm_tile(const T* x, int64_t in, const T* panel,
     }
   }
   if (epilogue.columns == NR) {
-    UNROLL
-    for (int r = 0; r < M; r++) epilogue.template finish<true>(r, sums[r]);
+    epilogue.template finish_tile<true>(sums);
   } else {
-    UNROLL
-    for (int r = 0; r < M; r++) epilogue.template finish<false>(r, sums[r]);
+    epilogue.template finish_tile<false>(sums);
   }
 }
 

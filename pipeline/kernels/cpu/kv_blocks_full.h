@@ -15,9 +15,10 @@
 //     out *= 1 / sum(weight);  // in attention_tiles.h
 //
 // Reduction orders: a dot product is the sum over even d plus the sum over odd d, each by fused
-// multiply-add in ascending order (with pairs: over every other pair). The sum of weights is made
-// lane by lane, then over the lanes. out[d] is one chain of fused multiply-adds from 0, over keys
-// in ascending order. Taking several blocks at once changes no order.
+// multiply-add in ascending order (with pairs: over every other pair). The sum of weights has 32
+// lanes, by position modulo 32, and then a fixed tree (LogicalLanes). out[d] is one chain of fused
+// multiply-adds from 0, over keys in ascending order. Taking several blocks at once changes no
+// order.
 
 #pragma once
 
@@ -25,6 +26,7 @@
 #include <limits>
 
 #include "attention_scratch.h"
+#include "functions.h"
 #include "kv_blocks_full_avx512.h"
 #include "prefetch.h"
 
@@ -57,13 +59,18 @@ inline float exp_and_sum(float* scores, int64_t count) {
   for (int64_t k = LANES; k < end; k += LANES)
     lane_max = at::vec::maximum(lane_max, Vec::loadu(scores + k));
   const Vec max(max_lanes(lane_max));
-  Vec total(0.0f);
-  for (int64_t k = 0; k < end; k += LANES) {
-    const Vec weight = (Vec::loadu(scores + k) - max).exp();
-    weight.store(scores + k);
-    total = total + weight;
+  LogicalLanes total;
+  for (int64_t k = 0; k < end; k += LogicalLanes::COUNT) {
+    UNROLL
+    for (int v = 0; v < LogicalLanes::VECTORS; v++) {
+      if (k + v * LANES >= end) break;
+      float* place = scores + k + v * LANES;
+      const Vec weight = exp_up_to_limit(Vec::loadu(place) - max);
+      weight.store(place);
+      total.lanes[v] = total.lanes[v] + weight;
+    }
   }
-  return sum_lanes(total);
+  return total.total();
 }
 
 // One head of the cache, through the block table of one sequence. T: the dtype of the model.

@@ -28,7 +28,7 @@
 //     }
 //     out *= 1 / total;  // in attention_tiles.h
 //
-// exp is exp_u20 of at::vec: an error of up to 20 units in the last place, and faster than exp.
+// The sum of weights has 32 lanes, by position modulo 32, and then a fixed tree (LogicalLanes).
 
 #pragma once
 
@@ -37,6 +37,7 @@
 #include <vector>
 
 #include "attention_scratch.h"
+#include "functions.h"
 #include "int8_dot.h"
 #include "prefetch.h"
 
@@ -206,11 +207,15 @@ class Int8BlocksBase {
     const float new_max = std::max(max_lanes(lane_max), softmax.max[i]);
     // 0 where new_max is finite, else NaN: as the first summand, it makes the row's total NaN.
     const float zero_or_nan = new_max - new_max;
-    Vec total(zero_or_nan), max_product(0.0f), sum(0.0f);
+    LogicalLanes total;
+    total.lanes[0] = Vec(zero_or_nan);
+    Vec max_product(0.0f), sum(0.0f);
+    UNROLL
     for (int v = 0; v < VECTORS; v++) {
       prefetcher.prefetch(per_vector);
-      const Vec weight = (own[v] - Vec(new_max)).exp_u20();
-      total = total + weight;
+      const Vec weight = exp_up_to_limit(own[v] - Vec(new_max));
+      Vec& lanes = total.lanes[v % LogicalLanes::VECTORS];
+      lanes = lanes + weight;
       own[v] = weight * scale[v];
       max_product = at::vec::maximum(max_product, own[v]);
     }
@@ -221,9 +226,9 @@ class Int8BlocksBase {
       sum = sum + whole;
       int16s.put(v * LANES, whole);
     }
-    const float decay = std::exp(softmax.max[i] - new_max);
+    const float decay = exp_up_to_limit(softmax.max[i] - new_max);
     softmax.max[i] = new_max;
-    softmax.total[i] = softmax.total[i] * decay + sum_lanes(total);
+    softmax.total[i] = softmax.total[i] * decay + total.total();
     weights.sums[i] = to_int(sum_lanes(sum));
     weights.scales[i] = absmax / INT16_MAX_VALUE;
     weights.decay[i] = decay;
@@ -267,7 +272,9 @@ class Int8BlocksBase {
       const Vec decay(weights.decay[q]), scale(weights.scales[q]);
       unroll<N>([&](auto n) {
         float* to = out + q * padded_size_ + d0 + n * LANES;
-        at::vec::fmadd(dots[q][n].total(weights.sums[q]), scale, Vec::loadu(to) * decay).store(to);
+        const Vec sum = multiply_add(dots[q][n].total(weights.sums[q]), scale,
+                                     Vec::loadu(to) * decay);
+        sum.store(to);
       });
     });
   }

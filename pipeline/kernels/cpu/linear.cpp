@@ -61,6 +61,7 @@ void linear(const T* x, int64_t rows, int64_t in, const T* packed, int64_t out, 
     }
   };
   if (threads == 1) {
+    const StandardFloatMode mode;
     for (int64_t item = 0; item < chunks * panels; item++) work(item);
   } else {
     parallel_for_each(chunks * panels, 1, work);

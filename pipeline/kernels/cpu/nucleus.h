@@ -17,6 +17,7 @@
 #include <limits>
 #include <vector>
 
+#include "functions.h"
 #include "masses.h"
 
 namespace gptbatch {
@@ -30,7 +31,7 @@ class Nucleus {
     max_ = max;
     temperature_ = temperature;
     top_p_ = top_p;
-    log_odds_ = std::log(top_p / (1.0 - top_p));
+    log_odds_ = log_of(top_p / (1.0 - top_p));
     bits_ = bits;
   }
 
@@ -120,7 +121,7 @@ class Nucleus {
     return std::max(0.0, reach);
   }
 
-  // A logit below which no token's reach is below `bound`.
+  // A logit below which no token's reach is below `bound`. SLACK covers the errors of exp.
   double lowest(double bound) {
     const double wide = bound * (1.0 + SLACK) + SLACK;
     const double p = 1.0 / (1.0 + std::exp(-(log_odds_ + wide / temperature_)));
@@ -142,7 +143,7 @@ class Nucleus {
   // h in nucleus.py.
   double distance(int64_t mass) const {
     const double odds = static_cast<double>(mass) / static_cast<double>(total_ - mass);
-    return temperature_ * (log_odds_ - std::log(odds));
+    return temperature_ * (log_odds_ - log_of(odds));
   }
 
   // The smallest logit whose larger ones hold less than p of the mass.

@@ -62,7 +62,8 @@ void compute_logits(const float* hidden, const float* weight, int64_t width,
       const int64_t end = std::min<int64_t>(width, begin + LINE);
       for (int64_t k = begin; k < end; k++) {
         UNROLL
-        for (int i = 0; i < DOTS_AT_ONCE; i++) sums[i] = std::fma(hidden[k], rows[i][k], sums[i]);
+        for (int i = 0; i < DOTS_AT_ONCE; i++)
+          sums[i] = multiply_add(hidden[k], rows[i][k], sums[i]);
       }
     }
     for (size_t i = 0; i < count; i++) logits[candidates[first + i]] = sums[i];

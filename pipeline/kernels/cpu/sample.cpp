@@ -82,14 +82,18 @@ inline void random_bits(const SampleRow& row, const int64_t* pairs, uint64_t* n)
 
 // g = -log(-log(u)), u = (n + 0.5) / 2^52. n and g may be the same memory.
 void gumbel(const uint64_t* n, int64_t count, double* g) {
-  using Doubles = at::vec::Vectorized<double>;
-  const Doubles minus(-1.0);
-  for (int64_t i = 0; i < count; i += Doubles::size()) {
-    double u[Doubles::size()];
-    const int64_t valid = std::min<int64_t>(Doubles::size(), count - i);
-    for (int64_t j = 0; j < Doubles::size(); j++)
-      u[j] = j < valid ? (static_cast<double>(n[i + j]) + 0.5) / TWO_52 : 0.5;
-    ((Doubles::loadu(u).log() * minus).log() * minus).store(g + i, valid);
+  constexpr int64_t AT_ONCE = 8;
+  for (int64_t i = 0; i < count; i += AT_ONCE) {
+    const int64_t valid = std::min(AT_ONCE, count - i);
+    uint64_t bits[AT_ONCE] = {};
+    double noise[AT_ONCE];
+    std::copy_n(n + i, valid, bits);
+    for (int64_t j = 0; j < AT_ONCE; j++) {
+      const uint64_t two_52_plus_n = bits[j] | std::bit_cast<uint64_t>(TWO_52);
+      const double whole = std::bit_cast<double>(two_52_plus_n) - TWO_52;
+      noise[j] = -log_of_normal(-log_of_normal((whole + 0.5) / TWO_52));
+    }
+    std::copy_n(noise, valid, g + i);
   }
 }
 

@@ -1,4 +1,7 @@
 // Vectors of float32, loops unrolled at compile time, and work shared among the threads.
+//
+// No sum may depend on the number of lanes of a vector: LogicalLanes sums in 32 lanes on every CPU.
+// docs/arithmetic.md lists the order of every sum.
 
 #pragma once
 
@@ -8,11 +11,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 
+#include "float_mode.h"
 #include "kernels.h"
 
 namespace gptbatch {
@@ -29,9 +35,36 @@ using Register = __m256;
 using Register = Vec;
 #endif
 
-// a * b + c, rounded once where the CPU has fused multiply-add.
+// a * b + c, rounded once.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return std::fma(a, b, c);
+#else
+  // The product is exact in double. The sum is rounded to odd (Boldo and Melquiond 2008): if it is
+  // not exact, its last bit becomes 1. Rounding it again to float32 then gives the right result.
+  const double product = static_cast<double>(a) * b, sum = product + c;
+  // With a 1 in these bits, it is no midpoint between two float32, and rounds right as it is.
+  constexpr uint64_t BELOW_MIDPOINTS = (1 << 28) - 1;
+  const uint64_t bits = std::bit_cast<uint64_t>(sum);
+  if ((bits & BELOW_MIDPOINTS) != 0) return static_cast<float>(sum);
+  const double addend = sum - product;
+  const double error = (product - (sum - addend)) + (c - addend);
+  // NaN where the sum is not finite.
+  if (!(error < 0.0 || error > 0.0)) return static_cast<float>(sum);
+  const uint64_t odd = (error > 0.0) == (sum > 0.0) ? bits + 1 : bits - 1;
+  return static_cast<float>(std::bit_cast<double>(odd));
+#endif
+}
+
 inline Register multiply_add(Register a, Register b, Register c) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
   return at::vec::fmadd(Vec(a), Vec(b), Vec(c));
+#else
+  // fmadd of at::vec rounds twice here.
+  Vec sum;
+  for (int i = 0; i < LANES; i++) sum[i] = multiply_add(a[i], b[i], c[i]);
+  return sum;
+#endif
 }
 
 // Calls body(0), ..., body(N - 1) with compile-time indices. An array stays in registers only if
@@ -84,9 +117,53 @@ inline void store_pair(const Vec& low, const Vec& high, T* to, int64_t count) {
   }
 }
 
+// The sum over the lanes: lane i plus lane i + n / 2 of n lanes, again and again. The order of
+// at::vec::vec_reduce_all depends on the compiler.
 inline float sum_lanes(const Vec& lanes) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, lanes);
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256 eight =
+      _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+#else
+  const __m256 eight = lanes;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+  float sums[LANES];
+  lanes.store(sums);
+  for (int64_t n = LANES / 2; n > 0; n /= 2)
+    for (int64_t i = 0; i < n; i++) sums[i] = sums[i] + sums[i + n];
+  return sums[0];
+#endif
 }
+
+// 32 sums, lane by lane: element i of a row is added to lane i % 32. With vectors of any length,
+// they are the same sums.
+struct LogicalLanes {
+  static constexpr int64_t COUNT = 32, VECTORS = COUNT / LANES;
+  static_assert(COUNT % LANES == 0);
+
+  Vec lanes[VECTORS];
+
+  LogicalLanes() {
+    UNROLL
+    for (int v = 0; v < VECTORS; v++) lanes[v] = Vec(0.0f);
+  }
+
+  // A fixed tree: lane i plus lane i + 16, then plus lane i + 8, and so on.
+  float total() const {
+    Vec sums[VECTORS];
+    UNROLL
+    for (int v = 0; v < VECTORS; v++) sums[v] = lanes[v];
+    UNROLL
+    for (int n = VECTORS / 2; n > 0; n /= 2)
+      UNROLL
+      for (int v = 0; v < n; v++) sums[v] = sums[v] + sums[v + n];
+    return sum_lanes(sums[0]);
+  }
+};
 
 // The maximum over the lanes; NaN if one is NaN.
 inline float max_lanes(const Vec& lanes) {
@@ -100,6 +177,7 @@ void parallel_for_each(int64_t count, int64_t grain, const F& work) {
   std::atomic<int64_t> next{0};
   const int64_t n_grains = (count + grain - 1) / grain;
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), n_grains), 1, [&](int64_t, int64_t) {
+    const StandardFloatMode mode;
     for (int64_t first; (first = next.fetch_add(grain)) < count;)
       for (int64_t i = first; i < std::min(first + grain, count); i++) work(i);
   });
