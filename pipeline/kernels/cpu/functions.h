@@ -100,12 +100,8 @@ inline Vec erf_of(const Vec& x) {
   return Vec::blendv(with_sign(large, x), small, size < Vec(MIN_EXP));
 }
 
-// log(x) of a normal number x > 0, by the formula and constants of fdlibm (e_log.c):
-//
-//     Copyright (C) 1993 by Sun Microsystems, Inc. All rights reserved. Developed at SunSoft, a Sun
-//     Microsystems, Inc. business. Permission to use, copy, modify, and distribute this software is
-//     freely granted, provided that this notice is preserved.
-// It has no branches here.
+// log(x) of a normal number x > 0, by the formula and the constants of fdlibm (e_log.c, Sun
+// Microsystems 1993), without branches:
 //
 //     x = 2^k (1 + f), sqrt(1/2) <= 1 + f < sqrt(2), s = f / (2 + f)
 //     log(1 + f) = f - (f^2 / 2 - s (f^2 / 2 + R)), R = s^2 p(s^2)
