@@ -107,7 +107,7 @@ def run_section(section: str, out: Path, limit: float) -> dict[str, Any]:
     begins_at = output.stat().st_size if output.exists() else 0
     with output.open("a") as file:
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.cuda_sections", section],
+            [sys.executable, "-m", "benchmarks.cuda", section],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -1,0 +1,1 @@
+"""The sections of cuda_check.py, a process each."""

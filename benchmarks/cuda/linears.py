@@ -1,0 +1,288 @@
+"""Sections `compile`, `linear-bits` and `linear-times`: the Triton kernel of linears."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from benchmarks.cuda.common import (
+    DTYPES,
+    LAYERS,
+    SEGMENTS,
+    SHAPES,
+    head_tiles,
+    out_folder,
+    random,
+    report,
+    tiles_of,
+    time_us,
+    weight,
+    write_tiles,
+)
+from benchmarks.cuda_step import (
+    HEAD_COLUMNS,
+    column_major,
+)
+from gptbatch.pipeline.kernels.cuda.linear import (
+    GELU_TANH,
+    Tile,
+    linear,
+    partial_kernel,
+)
+
+# Tiles whose bits are compared at other K: smaller ones too, which run on mma.sync
+BITS_HALF_TILES = [
+    Tile(64, 32, 64, 4, 4),
+    Tile(64, 64, 32, 4, 3),
+    Tile(64, 64, 128, 8, 3),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 64, 64, 4, 2),
+    Tile(32, 32, 64, 4, 3),
+    Tile(16, 64, 64, 4, 3),
+]
+
+
+BITS_FLOAT_TILES = [
+    Tile(32, 32, 16, 4, 3),
+    Tile(64, 64, 16, 4, 3),
+    Tile(128, 64, 16, 8, 3),
+    Tile(32, 64, 32, 4, 2),
+]
+
+
+BITS_DEPTHS = (768, 1024, 3072, 4096, 5120, 6400)
+
+
+BITS_COLUMNS = 256
+
+
+def bits_weight(w: Tensor) -> Tensor:
+    return column_major(w) if w.dtype == torch.float32 else w
+
+
+def bits_jobs() -> Iterator[tuple[str, int, Tile]]:
+    for dtype in DTYPES:
+        for depth in BITS_DEPTHS:
+            for tile in BITS_FLOAT_TILES if dtype == "float32" else BITS_HALF_TILES:
+                yield dtype, depth, tile
+
+
+def times_jobs() -> Iterator[tuple[str, str, Tile]]:
+    for dtype in ("bfloat16", "float32"):
+        for name in SHAPES:
+            for tile in head_tiles(dtype) if name == "head" else tiles_of(dtype):
+                yield dtype, name, tile
+
+
+def run_linear(
+    name: str, x: Tensor, w: Tensor, tile: Tile, segment: int | None = None
+) -> Callable[[], None]:
+    """Return a launch of a linear of the model as it is used there."""
+    rows, columns = len(x), len(w)
+    y_dtype = torch.float32 if name == "head" else x.dtype
+    padded = -(-columns // HEAD_COLUMNS) * HEAD_COLUMNS
+    y = torch.empty(rows, padded, device="cuda", dtype=y_dtype)[:, :columns]
+    bias = None if name == "head" else random(columns, dtype=x.dtype)
+    residual = y if name in ("out", "mlp_out") else None
+    block_max = None
+    if name == "head":
+        block_max = torch.empty(rows, triton.cdiv(columns, HEAD_COLUMNS), device="cuda")
+    activation = GELU_TANH if name == "mlp_in" else 0
+
+    def launch() -> None:
+        linear(
+            x,
+            w,
+            bias,
+            residual,
+            y,
+            tile=tile,
+            activation=activation,
+            segment=segment,
+            block_max=block_max,
+        )
+
+    return launch
+
+
+def compile_some(index: int, count: int) -> None:
+    """Run one of `count` shares of all linears once, so that later sections find them compiled."""
+    failures = {}
+    for dtype, name, tile in list(times_jobs())[index::count]:
+        columns, depth = SHAPES[name]
+        x = random(tile.bm, depth, dtype=DTYPES[dtype])
+        try:
+            run_linear(name, x, weight(columns, depth, dtype), tile, SEGMENTS[dtype])()
+            torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
+            failures[f"{dtype} {name} {tile}"] = str(error)[:200]
+    for dtype, depth, tile in list(bits_jobs())[index::count]:
+        x = random(tile.bm, depth, dtype=DTYPES[dtype])
+        w = bits_weight(random(BITS_COLUMNS, depth, dtype=DTYPES[dtype]))
+        try:
+            linear(x, w, None, None, torch.empty(tile.bm, BITS_COLUMNS, device="cuda"), tile=tile)
+            torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
+            failures[f"{dtype} {depth} {tile}"] = str(error)[:200]
+    report(failures)
+
+
+def compile_all() -> None:
+    """Compile in parallel processes; report the wall time and failures."""
+    started = time.monotonic()
+    count = max(1, min(14, (os.cpu_count() or 2) - 2))
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.cuda", f"compile-{index}-{count}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    failures: dict[str, str] = {}
+    for child in children:
+        lines = child.communicate()[0].splitlines()
+        failures.update(json.loads(lines[-1]) if lines else {"child": f"exit {child.returncode}"})
+    report(
+        {
+            "linears": len(list(times_jobs())) + len(list(bits_jobs())),
+            "processes": count,
+            "seconds": round(time.monotonic() - started, 1),
+            "failures": failures,
+        }
+    )
+
+
+def fma_chain(x: Tensor, w: Tensor) -> Tensor:
+    """One float32 fma chain over k, by float64: the product is exact, the sum is rounded twice."""
+    total = torch.zeros(len(x), len(w), device=x.device)
+    for k in range(x.shape[1]):
+        product = x[:, k, None].double() * w[None, :, k].double()
+        total = (product + total.double()).float()
+    return total
+
+
+def linear_bits() -> None:
+    """Compare the bits of linears over tiles and row counts; float32 also with a chain of fma."""
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"compared": 0, "different": []}
+    for dtype in DTYPES:
+        for depth in BITS_DEPTHS:
+            x, w = (random(1024, depth, dtype=DTYPES[dtype]) for _ in range(2))
+            w = bits_weight(w[:BITS_COLUMNS].contiguous())
+            expected: Tensor | None = None
+            for tile in BITS_FLOAT_TILES if dtype == "float32" else BITS_HALF_TILES:
+                for rows in (1024, tile.bm, 2 * tile.bm, 3 * tile.bm):
+                    y = torch.full((rows, BITS_COLUMNS), float("nan"), device="cuda")
+                    linear(x[:rows], w, None, None, y, tile=tile)
+                    if expected is None:
+                        expected = y
+                        if dtype == "float32":
+                            chain = fma_chain(x[:64], w[:64])
+                            unequal = (y[:64, :64] != chain).sum().item()
+                            found[f"chain of fma, K {depth}: unequal of 4096"] = unequal
+                    found["compared"] += 1
+                    if not torch.equal(y, expected[:rows]):
+                        share = (y != expected[:rows]).float().mean().item()
+                        found["different"].append([dtype, depth, asdict(tile), rows, share])
+            report(found)
+    # Shuffled rows, and rows beside others.
+    order = torch.randperm(1024, device="cuda")
+    for dtype in DTYPES:
+        tile = BITS_FLOAT_TILES[1] if dtype == "float32" else BITS_HALF_TILES[0]
+        x, w = (random(1024, 768, dtype=DTYPES[dtype]) for _ in range(2))
+        w = bits_weight(w[:BITS_COLUMNS].contiguous())
+        ys = [torch.empty(1024, BITS_COLUMNS, device="cuda") for _ in range(2)]
+        linear(x, w, None, None, ys[0], tile=tile)
+        linear(x[order].contiguous(), w, None, None, ys[1], tile=tile)
+        found[f"shuffled rows equal, {dtype}"] = torch.equal(ys[0][order], ys[1])
+    found["different"] = found["different"][:20]
+    report(found)
+
+
+def linear_times() -> None:
+    """Microseconds of each linear by tile and rows; weights come from memory, as in a step."""
+    best: dict[str, dict[str, Any]] = {}
+    table: dict[str, float] = {}
+    for dtype in ("bfloat16", "float32"):
+        for rows in (64, 256, 1024):
+            for name, (columns, depth) in SHAPES.items():
+                x = random(rows, depth, dtype=DTYPES[dtype])
+                copies = 1 if name == "head" else LAYERS
+                weights = [weight(columns, depth, dtype) for _ in range(copies)]
+                for tile in head_tiles(dtype) if name == "head" else tiles_of(dtype):
+                    if rows % tile.bm:
+                        continue
+                    calls = [run_linear(name, x, w, tile, SEGMENTS[dtype]) for w in weights]
+                    key = f"{dtype} {rows} {name} {list(asdict(tile).values())}"
+                    note(table, best, key, functools.partial(run_all, calls), copies)
+                    if name in ("out", "mlp_out") and depth > SEGMENTS[dtype] and rows <= 256:
+                        spread = run_spread(x, weights, tile, SEGMENTS[dtype])
+                        note(table, best, f"{key} spread", spread, copies)
+            report({"best": best})
+    write_tiles(best)
+    (out_folder() / "linear_times.json").write_text(json.dumps(table, indent=0))
+
+
+def run_all(calls: Iterable[Callable[[], object]]) -> None:
+    """Make all calls, in order."""
+    for call in calls:
+        call()
+
+
+def note(
+    table: dict[str, float],
+    best: dict[str, Any],
+    key: str,
+    launches: Callable[[], Any],
+    copies: int,
+) -> None:
+    """Time a linear, and keep it where it is the best of its dtype, rows, name and way."""
+    try:
+        us = round(time_us(launches, copies, 10), 2)
+    except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
+        print(key, error)
+        return
+    table[key] = us
+    dtype, rows, name, *_ = key.split()
+    tile = json.loads(key[key.index("[") : key.index("]") + 1])
+    if key.endswith("spread"):
+        name += "_spread"
+    group = best.setdefault(dtype, {}).setdefault(rows, {})
+    if name not in group or us < group[name]["us"]:
+        columns, depth = SHAPES[name.removesuffix("_spread")]
+        flops = 2 * int(rows) * columns * depth
+        size = 4 if dtype == "float32" else 2
+        group[name] = {
+            "tile": tile,
+            "us": us,
+            "tflops": round(flops / us / 1e6, 1),
+            "weights_gb_s": round(columns * depth * size / us / 1e3),
+        }
+
+
+def run_spread(x: Tensor, weights: list[Tensor], tile: Tile, segment: int) -> Callable[[], None]:
+    """Return launches of the linears with their segments of K side by side, without the norms."""
+    rows, depth = x.shape
+    columns, segments = len(weights[0]), depth // segment
+    partials = torch.empty(segments, rows, columns, device="cuda")
+    grid = (rows // tile.bm, triton.cdiv(columns, tile.bn), segments)
+
+    def launches() -> None:
+        for w in weights:
+            partial_kernel[grid](
+                x, w, partials, rows, columns, *w.stride(), depth, segment, **tile.options
+            )
+
+    return launches

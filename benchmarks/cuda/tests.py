@@ -1,0 +1,38 @@
+"""Section `tests`: the tests marked cuda."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.cuda.common import report
+
+# The files with tests marked cuda, without those that need packages that a GPU machine may lack.
+CUDA_TESTS = [f"tests/test_{name}.py" for name in ("sampling", "invariance", "model", "engine")]
+
+
+def tests() -> None:
+    """Run the tests marked cuda."""
+    child = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "cuda",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:benchmark",
+            *CUDA_TESTS,
+        ],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(child.stdout[-6000:], child.stderr[-2000:])
+    lines = child.stdout.strip().splitlines()
+    report({"rc": child.returncode, "last_line": lines[-1] if lines else ""})
