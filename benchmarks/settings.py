@@ -2,6 +2,7 @@
 
     python benchmarks/settings.py [--shape gpt2] [--dtypes float32 bfloat16] [--rows 64]
                                   [--max-new-tokens 32] [--repeats 3] [--threads N]
+                                  [--settings TEXT]
 
 Random weights on a CPU with the C++ kernels; prompts of 32 tokens, temperature 0.8, top_k 40.
 Random weights give flat probabilities, so filters over the whole vocabulary are not measured here:
@@ -80,18 +81,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--settings", default="", help="Only those whose name holds this text.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = shape_config(arguments.shape)
     load_kernels()
-    cells: dict[str, list[str]] = {name: [] for name in SETTINGS}
+    chosen = {name: some for name, some in SETTINGS.items() if arguments.settings in name}
+    cells: dict[str, list[str]] = {name: [] for name in chosen}
     for dtype in arguments.dtypes:
         model = random_model(
             config, dtype=getattr(torch, dtype), device=torch.device("cpu"), backend=RAGGED
         )
         tokens_per_s(model, arguments, 0)
-        for name, settings in SETTINGS.items():
+        for name, settings in chosen.items():
             ratios = []
             for repeat in range(1, arguments.repeats + 1):
                 pair = [{}, settings] if repeat % 2 else [settings, {}]

@@ -148,10 +148,10 @@ def test_all_settings_in_any_batch(model: GPT) -> None:
 
 def test_completions_follow_their_settings(model: GPT) -> None:
     """Look at the completions themselves, without the oracle."""
-    if not model.backend.native:
-        pytest.skip("padded attention is slow")
+    # padded attention is slow
+    count = 200 if model.backend.native else 40
     checked = 0
-    for completion in run(model, random_prompts(200), batch_size=16):
+    for completion in run(model, random_prompts(count), batch_size=16):
         params, tokens = completion.prompt.params, completion.token_ids
         if completion.error is not None:
             continue
@@ -179,7 +179,7 @@ def test_completions_follow_their_settings(model: GPT) -> None:
             assert len(completion.logprobs) == len(tokens)
             assert all(len(step.top_ids) == params.logprobs for step in completion.logprobs)
         checked += 1
-    assert checked > 150
+    assert checked > 3 * count // 4
 
 
 def steps_of(params: SamplingParams, prompt: list[int], new: list[int]) -> RowAdjustments:

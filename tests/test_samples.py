@@ -187,8 +187,7 @@ def test_bad_settings_are_refused(
     plain = write_rows([{"prompt": "a"}])
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps({"max_new_tokens": 6, **row}))
-    code = run_command([*arguments, "--config", str(config), "--input", str(plain)])
-    assert code in (2, 78)
+    assert run_command([*arguments, "--config", str(config), "--input", str(plain)]) == 78
     name = next(iter(row))
     assert name in capsys.readouterr().err
 
@@ -395,7 +394,9 @@ def test_damaged_settings_are_reported(
     pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
     assert run_command(["verify", str(output), "--all"]) == 1
     assert "mismatch" in capsys.readouterr().out
-    assert run_command(["replay", str(output), "--prompt-id", "r0"]) in (66, 73, 74)
+    # a token that the model lacks is no damage: such a row cannot be replayed
+    code = 66 if "99999" in column else 74
+    assert run_command(["replay", str(output), "--prompt-id", "r0"]) == code
 
 
 @pytest.mark.parametrize(
@@ -420,7 +421,9 @@ def test_options_of_replay_are_checked(
 ) -> None:
     output = tmp_path / "out"
     generate(checkpoint, write_rows(PROMPTS[:1]), output)
-    assert run_command(["replay", str(output), "--prompt-id", "r0", *options]) in (2, 78)
+    is_misspelt = message.startswith(("should", "must"))
+    code = 2 if is_misspelt else 78
+    assert run_command(["replay", str(output), "--prompt-id", "r0", *options]) == code
     assert message in capsys.readouterr().err
 
 

@@ -34,11 +34,7 @@ SHAPES = {
     "mlp_out": (C, INNER),
     "head": (VOCAB, C),
 }
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 HALF_TILES = [
     Tile(64, 16, 64, 4, 4),
     Tile(64, 16, 128, 4, 4),
@@ -54,8 +50,6 @@ HALF_TILES = [
     Tile(128, 128, 64, 8, 3),
     Tile(128, 128, 64, 8, 4),
 ]
-
-
 FLOAT_TILES = [
     Tile(32, 32, 32, 4, 3),
     Tile(32, 32, 32, 2, 3),
@@ -72,18 +66,12 @@ FLOAT_TILES = [
     Tile(128, 128, 16, 8, 3),
     Tile(128, 128, 16, 4, 3),
 ]
-
-
 # Good enough to begin with; `linear-times` writes the best of its run to tiles.json.
 START_TILES = {
     "bfloat16": {name: Tile(64, 32, 128, 4, 4) for name in SHAPES},
     "float32": {name: Tile(32, 64, 16, 4, 3) for name in SHAPES},
 }
-
-
 ROW_COUNTS = (64, 256, 1024)
-
-
 # Chains over K; bits depend on them.
 SEGMENTS = {"bfloat16": 768, "float32": 256}
 

@@ -51,19 +51,13 @@ BITS_HALF_TILES = [
     Tile(32, 32, 64, 4, 3),
     Tile(16, 64, 64, 4, 3),
 ]
-
-
 BITS_FLOAT_TILES = [
     Tile(32, 32, 16, 4, 3),
     Tile(64, 64, 16, 4, 3),
     Tile(128, 64, 16, 8, 3),
     Tile(32, 64, 32, 4, 2),
 ]
-
-
 BITS_DEPTHS = (768, 1024, 3072, 4096, 5120, 6400)
-
-
 BITS_COLUMNS = 256
 
 

@@ -203,7 +203,9 @@ def _hint_for_missing(fields: dict[str, Any], path: str, naming: Naming) -> str:
             "jq -c 'to_entries[] | {id: .key} + .value' FILE > rows.jsonl)"
         )
     if close := difflib.get_close_matches(path, list(fields), n=1):
-        return f" (did you mean {close[0]}?)"
+        if naming == "prompt_template":
+            return f" (did you mean {{{close[0]}}}?)"
+        return f" ({_named(close[0], naming)} takes {close[0]})"
     option = "prompt_template" if naming == "prompt_template" else "--prompt-field"
     return f" ({option} names the one to use)"
 
