@@ -33,16 +33,27 @@ inline void masses_of(const double* x, int bits, int64_t* masses) {
       1.0 / 120.0,     1.0 / 720.0,      1.0 / 5040.0,      1.0 / 40320.0,     1.0 / 362880.0,
       1.0 / 3628800.0, 1.0 / 39916800.0, 1.0 / 479001600.0, 1.0 / 6227020800.0};
   double shifted[MASS_CHUNK], sums[MASS_CHUNK];
-  for (int i = 0; i < MASS_CHUNK; i += Doubles::size()) {
-    const Doubles inside = at::vec::maximum(Doubles::loadu(x + i), Doubles(MIN_MASS_EXPONENT));
-    const Doubles rounded = inside * Doubles(INVERSE_LN2) + Doubles(ROUNDER);
-    const Doubles n = rounded - Doubles(ROUNDER);
-    const Doubles r = (inside - n * Doubles(LN2_HIGH)) - n * Doubles(LN2_LOW);
-    Doubles sum(COEFFICIENTS[DEGREE]);
+  // Independent sums hide the latency of + and *.
+  constexpr int AT_ONCE = 4, STEP = AT_ONCE * Doubles::size();
+  static_assert(MASS_CHUNK % STEP == 0);
+  for (int first = 0; first < MASS_CHUNK; first += STEP) {
+    Doubles r[AT_ONCE], sum[AT_ONCE];
     UNROLL
-    for (int k = DEGREE - 1; k >= 0; k--) sum = sum * r + Doubles(COEFFICIENTS[k]);
-    rounded.store(shifted + i);
-    sum.store(sums + i);
+    for (int j = 0; j < AT_ONCE; j++) {
+      const int i = first + j * Doubles::size();
+      const Doubles inside = at::vec::maximum(Doubles::loadu(x + i), Doubles(MIN_MASS_EXPONENT));
+      const Doubles rounded = inside * Doubles(INVERSE_LN2) + Doubles(ROUNDER);
+      const Doubles n = rounded - Doubles(ROUNDER);
+      r[j] = (inside - n * Doubles(LN2_HIGH)) - n * Doubles(LN2_LOW);
+      sum[j] = Doubles(COEFFICIENTS[DEGREE]);
+      rounded.store(shifted + i);
+    }
+    UNROLL
+    for (int k = DEGREE - 1; k >= 0; k--)
+      UNROLL
+      for (int j = 0; j < AT_ONCE; j++) sum[j] = sum[j] * r[j] + Doubles(COEFFICIENTS[k]);
+    UNROLL
+    for (int j = 0; j < AT_ONCE; j++) sum[j].store(sums + first + j * Doubles::size());
   }
   for (int i = 0; i < MASS_CHUNK; i++) {
     const int64_t exponent = std::bit_cast<int64_t>(shifted[i]) - std::bit_cast<int64_t>(ROUNDER);

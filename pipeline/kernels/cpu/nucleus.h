@@ -6,7 +6,9 @@
 //     for (token of the order)
 //       if (above of the larger logits < top_p * total) cutoff = logit;
 //
-// Only one bin of a histogram over (largest logit - logit) is sorted.
+// Masses are computed and added for all tokens. Only tokens near the largest logit are listed, in
+// the bins of a histogram over (largest logit - logit), and only one bin is sorted. The list grows
+// where its tokens hold too little of the mass.
 
 #pragma once
 
@@ -33,6 +35,7 @@ class Nucleus {
     top_p_ = top_p;
     log_odds_ = log_of(top_p / (1.0 - top_p));
     bits_ = bits;
+    bins_per_unit_ = N_BINS / (-MIN_MASS_EXPONENT * temperature);
   }
 
   void add(float logit) { logits_.push_back(logit); }
@@ -44,47 +47,45 @@ class Nucleus {
     for (int64_t i = 0; i < count; i++) logits_[begin + i] = static_cast<float>(logits[i]);
   }
 
-  // A token below this has no mass.
-  double lowest_with_mass() const { return static_cast<double>(max_) + MIN_MASS_EXPONENT * temperature_; }
+  // Calls body(logit, i) for the tokens with low <= logit < high, in the order of their addition.
+  template <class F>
+  void for_each(double low, double high, const F& body) {
+    list_down_to(low);
+    for (const Entry& entry : listed_)
+      if (entry.logit >= low && entry.logit < high) body(entry.logit, entry.index);
+  }
 
   void compute_masses() {
     const int64_t count = static_cast<int64_t>(logits_.size());
-    masses_.resize(count);
-    bin_of_.resize(count);
-    bins_.assign(N_BINS, 0);
+    masses_.resize((count + MASS_CHUNK - 1) / MASS_CHUNK * MASS_CHUNK);
     const double max = max_, temperature = temperature_;
-    const double bins_per_unit = N_BINS / (-MIN_MASS_EXPONENT * temperature);
+    int64_t total = 0;
+    double x[MASS_CHUNK] = {};
     for (int64_t first = 0; first < count; first += MASS_CHUNK) {
       const int64_t size = std::min<int64_t>(MASS_CHUNK, count - first);
-      double x[MASS_CHUNK] = {};
-      int64_t masses[MASS_CHUNK];
+      int64_t* masses = masses_.data() + first;
       for (int64_t i = 0; i < size; i++)
         x[i] = (static_cast<double>(logits_[first + i]) - max) / temperature;
       masses_of(x, bits_, masses);
-      for (int64_t i = 0; i < size; i++) {
-        const double depth = (max - static_cast<double>(logits_[first + i])) * bins_per_unit;
-        const int bin = static_cast<int>(std::min<double>(depth, N_BINS - 1));
-        masses_[first + i] = masses[i];
-        bin_of_[first + i] = bin;
-        bins_[bin] += masses[i];
-      }
+      for (int64_t i = 0; i < size; i++) total += masses[i];
     }
-    total_ = 0;
-    for (const int64_t in_bin : bins_) total_ += in_bin;
+    total_ = total;
+    list(FIRST_DEPTH * temperature_);
   }
 
   float cutoff() { return smallest_kept(top_p_); }
 
   // The least distance at which a kept token leaves, if it is below `bound`.
   double reach_of_kept(float logit, double bound) {
+    list_down_to(static_cast<double>(logit) - bound);
     int64_t mass_above = 0;
     band_.clear();
-    for (size_t i = 0; i < logits_.size(); i++) {
-      if (logits_[i] > logit)
-        mass_above += masses_[i];
+    for (const Entry& entry : listed_) {
+      if (entry.logit > logit)
+        mass_above += entry.mass;
       // The difference is exact; `logit - bound` may round up to this logit.
-      else if (static_cast<double>(logit) - static_cast<double>(logits_[i]) < bound)
-        band_.push_back({logits_[i], masses_[i]});
+      else if (static_cast<double>(logit) - static_cast<double>(entry.logit) < bound)
+        band_.push_back(entry);
     }
     std::sort(band_.begin(), band_.end(), [](const Entry& a, const Entry& b) {
       return a.logit > b.logit;
@@ -101,13 +102,14 @@ class Nucleus {
 
   // The least distance at which a token that is not kept enters, if it is below `bound`.
   double reach_of_outside(float logit, double bound) {
+    list_down_to(logit);
     int64_t mass_above = 0;
     band_.clear();
-    for (size_t i = 0; i < logits_.size(); i++) {
-      if (!(logits_[i] > logit)) continue;
-      mass_above += masses_[i];
-      if (static_cast<double>(logits_[i]) - static_cast<double>(logit) < bound)
-        band_.push_back({logits_[i], masses_[i]});
+    for (const Entry& entry : listed_) {
+      if (!(entry.logit > logit)) continue;
+      mass_above += entry.mass;
+      if (static_cast<double>(entry.logit) - static_cast<double>(logit) < bound)
+        band_.push_back(entry);
     }
     std::sort(band_.begin(), band_.end(), [](const Entry& a, const Entry& b) {
       return a.logit < b.logit;
@@ -134,10 +136,15 @@ class Nucleus {
  private:
   struct Entry {
     float logit;
+    int32_t index;
     int64_t mass;
   };
 
   static constexpr int N_BINS = 1024;
+  // In units of the temperature: a token this far below the largest logit has 1/3000 of its mass.
+  static constexpr double FIRST_DEPTH = 8.0;
+  static constexpr double INFINITE_DEPTH = std::numeric_limits<double>::infinity();
+  static constexpr int32_t CHUNK = 32;
   static constexpr double SLACK = 1e-9;
 
   // h in nucleus.py.
@@ -146,16 +153,56 @@ class Nucleus {
     return temperature_ * (log_odds_ - log_of(odds));
   }
 
+  // Lists the tokens at most `depth` below the largest logit.
+  void list(double depth) {
+    if (!(depth < -MIN_MASS_EXPONENT * temperature_)) depth = INFINITE_DEPTH;
+    depth_ = depth;
+    listed_.clear();
+    bins_.assign(N_BINS, 0);
+    listed_mass_ = 0;
+    const double max = max_;
+    const int32_t count = static_cast<int32_t>(logits_.size());
+    for (int32_t first = 0; first < count; first += CHUNK) {
+      const int32_t end = std::min(first + CHUNK, count);
+      int any = 0;
+      for (int32_t i = first; i < end; i++) any |= max - static_cast<double>(logits_[i]) <= depth;
+      if (!any) continue;
+      int32_t found[CHUNK], n_found = 0;
+      for (int32_t i = first; i < end; i++) {
+        found[n_found] = i;
+        // No branch: it would be mispredicted too often.
+        n_found += max - static_cast<double>(logits_[i]) <= depth;
+      }
+      for (int32_t j = 0; j < n_found; j++) {
+        const int32_t i = found[j];
+        listed_.push_back({logits_[i], i, masses_[i]});
+        listed_mass_ += masses_[i];
+        bins_[bin_of(logits_[i])] += masses_[i];
+      }
+    }
+  }
+
+  int bin_of(float logit) const {
+    const double depth = (static_cast<double>(max_) - static_cast<double>(logit)) * bins_per_unit_;
+    return static_cast<int>(std::min<double>(depth, N_BINS - 1));
+  }
+
+  void list_down_to(double logit) {
+    const double depth = static_cast<double>(max_) - logit;
+    if (!(depth <= depth_)) list(std::max(depth, 2 * depth_));
+  }
+
   // The smallest logit whose larger ones hold less than p of the mass.
   float smallest_kept(double p) {
     const double limit = p * static_cast<double>(total_);
+    while (static_cast<double>(listed_mass_) < limit && std::isfinite(depth_)) list(2 * depth_);
     int64_t above = 0;
     int bin = 0;
     while (bin < N_BINS - 1 && static_cast<double>(above + bins_[bin]) < limit)
       above += bins_[bin++];
     band_.clear();
-    for (size_t i = 0; i < logits_.size(); i++)
-      if (bin_of_[i] == bin) band_.push_back({logits_[i], masses_[i]});
+    for (const Entry& entry : listed_)
+      if (bin_of(entry.logit) == bin) band_.push_back(entry);
     std::sort(band_.begin(), band_.end(), [](const Entry& a, const Entry& b) {
       return a.logit > b.logit;
     });
@@ -169,13 +216,17 @@ class Nucleus {
   }
 
   float max_;
-  double temperature_, top_p_, log_odds_;
+  double temperature_, top_p_, log_odds_, bins_per_unit_;
   int bits_;
-  int64_t total_;
+  // Of all tokens.
   std::vector<float> logits_;
-  std::vector<int64_t> masses_, bins_;
-  std::vector<int32_t> bin_of_;
-  std::vector<Entry> band_;
+  std::vector<int64_t> masses_;
+  int64_t total_;
+  // Of the tokens at most depth_ below the largest logit.
+  double depth_;
+  std::vector<Entry> listed_, band_;
+  std::vector<int64_t> bins_;
+  int64_t listed_mass_;
 };
 
 }  // namespace gptbatch

@@ -208,13 +208,8 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, con
     if (has_top_p)
       for (const Candidate& candidate : candidates)
         if (candidate.logit >= kth) nucleus.add(candidate.logit);
-  } else {
-    const double lowest = nucleus.lowest_with_mass();
-    for (size_t g = 0; has_top_p && g < maxima.size(); g++) {
-      if (!(maxima[g] >= lowest)) continue;
-      const int64_t first = static_cast<int64_t>(g) * TOKENS_PER_GROUP;
-      nucleus.add(logits + first, std::min<int64_t>(TOKENS_PER_GROUP, vocab_size - first));
-    }
+  } else if (has_top_p) {
+    nucleus.add(logits, vocab_size);
   }
   const double base_cutoff = cutoff;
   double cutoff_p = -INFINITE;
@@ -223,7 +218,15 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, con
     cutoff_p = nucleus.cutoff();
     cutoff = std::max(cutoff, cutoff_p);
   }
-  if (row.kept_size == vocab_size) append_candidates(logits, vocab_size, cutoff, INFINITE, scratch);
+  const auto append = [&](double low, double high) {
+    if (has_top_p && row.kept_size == vocab_size)
+      nucleus.for_each(low, high, [&](float logit, int64_t token) {
+        candidates.push_back({logit, token});
+      });
+    else
+      append_candidates(logits, vocab_size, low, high, scratch);
+  };
+  if (row.kept_size == vocab_size) append(cutoff, INFINITE);
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
                                   [&](const Candidate& c) { return c.logit < cutoff; }),
                    candidates.end());
@@ -252,7 +255,7 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, con
   candidates.clear();
   const double lowest =
       has_top_p ? std::min(cutoff - margin, nucleus.lowest(margin)) : cutoff - margin;
-  append_candidates(logits, vocab_size, lowest, cutoff, scratch);
+  append(lowest, cutoff);
   scratch.score_candidates(row);
   for (size_t i = 0; i < candidates.size(); i++) {
     const float logit = candidates[i].logit;
