@@ -525,6 +525,25 @@ def test_a_bound_just_above_the_margin_gives_the_margin(native: bool) -> None:
         assert sample_tokens(logits, rows, [0] * 150, bounds, native=native) == found
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.9999999])
+def test_top_p_reaches_tokens_far_below_the_largest_logit(top_p: float, temperature: float) -> None:
+    """Most of the mass is in unlikely tokens, at several depths, and in the last partial group."""
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+    generator = torch.Generator().manual_seed(5)
+    depths = torch.tensor([3.0, 7.9, 8.1, 15.9, 16.1, 20.0, 34.0, math.inf]) * temperature
+    logits = 0.3 * torch.randn(16, 603, generator=generator) - depths.repeat(2)[:, None]
+    logits[:, 17] = 0.5
+    rows = [params(s, temperature=temperature, top_p=top_p) for s in range(16)]
+    for bounds in (None, [1e-3] * 16):
+        expected = sample_tokens(logits, rows, [0] * 16, bounds)
+        found = sample_tokens(logits, rows, [0] * 16, bounds, native=True)
+        assert [one.token for one in found] == [one.token for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert one.decision_margin == pytest.approx(other.decision_margin, rel=1e-12)
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ties_do_not_depend_on_the_batch(native: bool, dtype: torch.dtype) -> None:
