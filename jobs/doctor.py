@@ -22,8 +22,8 @@ WIDTH, NAME_WIDTH = 100, 18
 def doctor(as_json: bool) -> None:
     """Show what this machine gives: kernels, batch invariance, memory, versions, settings.
 
-    Builds the C++ kernels if they are not built, and runs the batch-invariance self-test on a tiny
-    random model. Reads no input and writes no output.
+    Builds the C++ kernels if they are not built, runs the batch-invariance self-test on a tiny
+    random model, and compares golden digests. Reads no input and writes no output.
 
     Exits with 0, or with 78 if something makes runs fail. The last lines say what to do.
     """
@@ -168,6 +168,7 @@ def _batch_invariance(facts: dict[str, Any]) -> list[str]:
     return [
         f"{test['device']}, {test['attention']}, {test['dtype']}: {test['batch_invariance']}"
         + (f" ({test['reason']})" if test["reason"] else "")
+        + (f" (not portable: {why})" if (why := test.get("why_not_portable")) else "")
         + (
             f", linears {test['linears']}, padding {test['padding_plan']}, {test['seconds']} s"
             if "linears" in test
@@ -175,6 +176,14 @@ def _batch_invariance(facts: dict[str, Any]) -> list[str]:
         )
         for test in facts["tests"]
     ]
+
+
+def _arithmetic(facts: dict[str, Any]) -> list[str]:
+    if differing := facts["differing"]:
+        return [f"not that of version {facts['version']}: {'; '.join(differing)}"]
+    if not facts["portable"]:
+        return ["not portable: it needs the C++ kernels"]
+    return [f"{facts['version']}: the golden digests and those of the demo model are equal"]
 
 
 def _extras(facts: dict[str, Any]) -> list[str]:
@@ -219,6 +228,7 @@ _TEXTS = {
     "kernel_cache": _kernel_cache,
     "defaults": _defaults,
     "batch_invariance": _batch_invariance,
+    "arithmetic": _arithmetic,
     "extras": _extras,
     "hugging_face": _hugging_face,
     "settings": _settings,

@@ -14,6 +14,13 @@ from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.system.machine import cores, describe_cores
 
 MAX_NAMED = 10
+# By batch invariance.
+_BITS = {
+    "portable": "portable: they depend on neither the batch nor the machine",
+    "verified": "verified: they do not depend on the batch",
+    "unverified": "unverified: they may depend on the batch",
+    "off": "not tested (batch_invariance: off)",
+}
 
 
 @click.command(cls=Command)
@@ -54,6 +61,8 @@ def _lines(found: OutputStatus) -> list[str]:
         f"errors   {sum(found.errors.values())}" + (f" ({kinds})" if kinds else ""),
         f"tokens   {found.prompt_tokens} of prompts, {found.completion_tokens} of completions",
     ]
+    if found.batch_invariance is not None:
+        lines.append(f"bits     {_BITS.get(found.batch_invariance, found.batch_invariance)}")
     lines += [f"problem  {problem}" for problem in found.problems]
     if found.tokens_per_s is not None:
         left = "" if found.remaining_s is None else f", about {found.remaining_s:.0f} s left"

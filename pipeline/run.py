@@ -226,13 +226,14 @@ def _load(
     """
     config, recorded = job.config, existing.facts(job.shard)
     rows = sum(checked.plan.rows_of(number) for number in job.shard.parts(checked.plan.n_parts))
-    _log_loading(config, job.shard, rows - existing.kept.rows)
+    engine = _engine_config(config, recorded)
+    _log_loading(config.model, engine, job.shard, rows - existing.kept.rows)
     began_s = time.monotonic()
     loaded = models.loaded = models.loaded or load_model(
         job.checkpoint,
         checked.prompts.gpt_config,
-        _engine_config(config, recorded),
-        resolve_device(config.engine),
+        engine,
+        resolve_device(engine),
         batch_invariance=config.batch_invariance,
     )
     check_same_environment(config, recorded, loaded.environment, loaded.batch_invariance)
@@ -240,20 +241,28 @@ def _load(
 
 
 def _engine_config(config: JobConfig, recorded: dict[str, Any]) -> EngineConfig:
-    """Return the engine's settings; `attention: auto` takes the backend of recorded rows."""
+    """Return the engine's settings, where `auto` takes what computed the recorded rows.
+
+    That is their attention backend, and a CPU if they are portable.
+    """
+    engine, changes = config.engine, {}
     attention = recorded.get("environment", {}).get("attention")
-    if attention is None or config.engine.attention != "auto" or config.allow_other_environment:
-        return config.engine
-    return config.engine.model_copy(update={"attention": attention})
+    if attention is None or config.allow_other_environment:
+        return engine
+    if engine.attention == "auto":
+        changes["attention"] = attention
+    if engine.device == "auto" and recorded.get("batch_invariance") == "portable":
+        changes["device"] = "cpu"
+    return engine.model_copy(update=changes)
 
 
-def _log_loading(config: JobConfig, shard: Shard, rows: int) -> None:
+def _log_loading(model: str, engine: EngineConfig, shard: Shard, rows: int) -> None:
     """Log the model, the device and the rows, and limits on the cores.
 
     This is the first line of a run.
     """
-    device = resolve_device(config.engine)
-    threads = threads_to_use(config.engine.threads)
+    device = resolve_device(engine)
+    threads = threads_to_use(engine.threads)
     where = (
         f"cpu with {threads} thread{'s' if threads > 1 else ''}"
         if device.type == "cpu"
@@ -261,8 +270,8 @@ def _log_loading(config: JobConfig, shard: Shard, rows: int) -> None:
     )
     loading_logger.info(
         "loading %s as %s on %s for %d rows%s",
-        redact(config.model),
-        config.engine.dtype,
+        redact(model),
+        engine.dtype,
         where,
         rows,
         "" if shard.is_whole else f" of shard {shard}",

@@ -31,6 +31,11 @@ StopReason = Literal["end_of_text", "stop_token", "stop_string", "max_new_tokens
 # those of finish_reason "stop"; the others are "length"
 ENDING_STOP_REASONS: tuple[StopReason, ...] = ("end_of_text", "stop_token", "stop_string")
 WindowFull = Literal["stop", "slide"]
+# What a run found out about its bits. portable: a row's bits depend on neither the batch nor the
+# machine (docs/arithmetic.md). verified: they do not depend on the batch. unverified: the self-test
+# failed. off: it was skipped.
+BatchInvariance = Literal["portable", "verified", "unverified", "off"]
+BATCH_INVARIANT: tuple[BatchInvariance, ...] = ("portable", "verified")
 
 # With one sample per row, it takes gpt2 one to two minutes on a CPU. docs/fault-tolerance.md says
 # what a crash costs.

@@ -2,6 +2,10 @@
 
     python -m tests.arithmetic_digests [--models] [--threads N] [--sources FOLDER] [--flag=-FLAG]
         [--without-vnni] [--flush-denormals]
+    python -m tests.arithmetic_digests --golden
+
+--golden prints only the digests that stand in pipeline/model/golden.py. They may change together
+with the version of the arithmetic only.
 
 tests/test_arithmetic.py runs it in child processes, with other instruction sets, compilers and
 sources, and compares the objects. Inputs are made by numpy: the random numbers of torch depend on
@@ -22,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptbatch.pipeline.doctor.self_tests import demo_digest
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.kernels import build
@@ -30,6 +35,7 @@ from gptbatch.pipeline.kv_cache.quantization import BLOCK_SIZES, CacheDtype
 from gptbatch.pipeline.kv_cache.spec import BACKENDS
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
+from gptbatch.pipeline.model.golden import golden_digest
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.linear import ACTIVATIONS
 from gptbatch.pipeline.model.packing import pack
@@ -234,6 +240,18 @@ def engine_digest(model: GPT, rows: list[TokenizedPrompt]) -> str:
     return hashlib.sha256(repr(outcomes).encode()).hexdigest()
 
 
+def golden_digests() -> dict[str, str]:
+    """Return the digests that the start-up self-test and doctor compare."""
+    torch.set_flush_denormal(OPS.flushes)
+    try:
+        return {
+            **{f"golden {cache_dtype}": golden_digest(cache_dtype) for cache_dtype in CACHE_DTYPES},
+            **{f"demo {cache_dtype}": demo_digest(cache_dtype) for cache_dtype in CACHE_DTYPES},
+        }
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def model_digests() -> dict[str, str]:
     """Run the demo, odd shapes with every activation, and the widths of gpt2."""
     found = {}
@@ -249,7 +267,7 @@ def model_digests() -> dict[str, str]:
             cache_dtype=cache_dtype,
         )
         rows = prompts(config.vocab_size, (1, 7, 30, 64, 100), 12)
-        found[f"demo {cache_dtype}"] = engine_digest(model, rows)
+        found[f"rows of the demo {cache_dtype}"] = engine_digest(model, rows)
         for activation in ACTIVATION_FUNCTIONS:
             odd = config_of(ODD_SHAPE, activation)
             rows = prompts(odd.vocab_size, (1, 3, 63, 150, 250), 20)
@@ -282,6 +300,7 @@ def main() -> None:
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--without-vnni", action="store_true")
     parser.add_argument("--flush-denormals", action="store_true")
+    parser.add_argument("--golden", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.without_vnni:
@@ -289,7 +308,12 @@ def main() -> None:
             setattr(torch.cpu, name, lambda: False)
     use_kernels(args.sources, args.flag)
     OPS.flushes = args.flush_denormals
+    if args.golden:
+        print(json.dumps(golden_digests(), indent=4))
+        return
     found = linear_digests() | norm_digests() | attention_digests() | sampler_digests()
+    # Last: threads that torch starts meanwhile would flush subnormals, in the inputs above, too.
+    found |= golden_digests()
     if args.models:
         found |= model_digests()
     print(json.dumps(found))

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 import torch
 
+from gptbatch.pipeline.engine import logarithm
 from gptbatch.pipeline.kernels.build import KERNELS, Sources, Unit, build_kernels
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype
+from gptbatch.pipeline.model import golden
 from gptbatch.pipeline.model.packing import pack
 from tests import arithmetic_reference
 from tests.arithmetic_digests import CACHE_DTYPES, config_of, random_gpt
@@ -184,6 +186,9 @@ def test_functions_of_extreme_numbers(functions: ctypes.CDLL) -> None:
         assert one(function, -0.0) == 0
     assert all(math.isnan(one(function, math.nan)) for function in (EXP, TANH, ERF))
     log = functions.log_of_double
+    rng = np.random.default_rng(1)
+    for x in np.exp(rng.uniform(-700, 700, 20_000)).tolist():
+        assert log(x) == logarithm.log(x)
     assert (log(0.0), log(1.0), log(math.inf)) == (-math.inf, 0.0, math.inf)
     assert log(5e-324) == pytest.approx(math.log(5e-324), rel=1e-15)
     assert math.isnan(log(math.nan))
@@ -272,8 +277,12 @@ def differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, str]:
-    """Return the digests with all instructions of this CPU."""
-    return digests("--models")
+    """Return the digests with all instructions of this CPU. The golden ones are in the code."""
+    found = digests("--models")
+    for cache_dtype in CACHE_DTYPES:
+        assert found[f"golden {cache_dtype}"] == golden.GOLDEN_DIGESTS[cache_dtype]
+        assert found[f"demo {cache_dtype}"] == golden.DEMO_DIGESTS[cache_dtype]
+    return found
 
 
 def capabilities() -> list[str]:
@@ -369,12 +378,16 @@ def test_other_arithmetic_gives_other_digests(
     options: list[str],
     cases: list[str],
 ) -> None:
-    """With AVX2: its vectors do not have half as many lanes as a sum has logical lanes."""
+    """With AVX2: its vectors do not have half as many lanes as a sum has logical lanes.
+
+    The golden digests of the start-up self-test must notice each of them.
+    """
     if "avx2" not in capabilities():
         pytest.skip("this CPU does not have AVX2")
     if header is not None:
         options = [*options, "--sources", str(changed_sources(tmp_path, header, old, new))]
     found = digests(*options, ATEN_CPU_CAPABILITY="avx2", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    cases = [*cases, "golden auto", "golden int8"]
     assert set(cases) <= set(differing(found, {case: expected[case] for case in found}))
 
 

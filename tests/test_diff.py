@@ -577,6 +577,7 @@ def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None
         for setting in settings_that_differ(RunReader(a), RunReader(b))
     }
     assert found == {
+        "batch_invariance": ("unverified", "other"),
         "device": ("cpu", "cuda"),
         "dtype": ("float32", "bfloat16"),
         "environment.torch": ("2.13.0", "2.9.1"),

@@ -21,7 +21,7 @@ from gptbatch.pipeline.doctor import host, kernels, libraries, self_tests
 from gptbatch.pipeline.doctor.section import Section, run_probe
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.kernels import build
-from gptbatch.pipeline.model import self_test
+from gptbatch.pipeline.model import golden, self_test
 from gptbatch.pipeline.model.self_test import SelfTestReport
 from gptbatch.pipeline.system import machine
 from tests.conftest import Ran, has_kernels, run_fresh, run_gptbatch
@@ -71,7 +71,11 @@ def test_a_machine_that_is_set_up_well() -> None:
     }
     for attention in ("ragged", "padded"):
         for dtype in ("float32", "bfloat16"):
-            assert tests[attention, dtype]["batch_invariance"] == "verified"
+            is_portable = (attention, dtype) == ("ragged", "float32")
+            test = tests[attention, dtype]
+            assert test["batch_invariance"] == ("portable" if is_portable else "verified")
+            assert (test["why_not_portable"] is None) == is_portable
+    assert found["arithmetic"] == {"version": 1, "portable": True, "differing": []}
     assert found["defaults"]["attention"] == ("padded" if found["gpu"]["devices"] else "ragged")
     assert found["extras"].keys() == libraries.EXTRAS.keys()
 
@@ -424,6 +428,22 @@ def test_extras_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         "none",
         "no-such (stars): not installed; pip install stars",
     ]
+
+
+def test_kernels_of_another_arithmetic_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_kernels():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setitem(golden.GOLDEN_DIGESTS, "int8", "0" * 64)
+    monkeypatch.setitem(golden.DEMO_DIGESTS, "auto", "0" * 64)
+    section = self_tests.probe_arithmetic({"available": True})
+    assert not section.facts["portable"]
+    assert command._arithmetic(section.facts) == [
+        "not that of version 1: demo, cache_dtype auto; golden, cache_dtype int8"
+    ]
+    assert "the demo model has other logits here" in section.warnings[0]
+    assert "build them with another compiler (CXX)" in section.warnings[1]
+    section = self_tests.probe_arithmetic(NOT_AVAILABLE)
+    assert command._arithmetic(section.facts) == ["not portable: it needs the C++ kernels"]
 
 
 def test_a_self_test_that_fails_or_crashes_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from gptbatch.pipeline.engine import reference
-from gptbatch.pipeline.engine.noise import gumbel, philox4x32, random_bits
+from gptbatch.pipeline.engine.noise import gumbel, random_bits
 from gptbatch.pipeline.engine.nucleus import find_nucleus, masses
 from gptbatch.pipeline.engine.reference import sample_token
 from gptbatch.pipeline.engine.sampling import (
@@ -21,6 +21,7 @@ from gptbatch.pipeline.engine.sampling import (
     sample_tokens,
 )
 from gptbatch.pipeline.input.rows import derive_seed
+from gptbatch.pipeline.model.philox import philox4x32
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.params.settings import MAX_SEED
 from tests.conftest import has_kernels

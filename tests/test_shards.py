@@ -414,7 +414,7 @@ def test_a_run_of_the_whole_job_excludes_shards(setting: Setting, tmp_path: Path
     [
         (["--seed", "1"], "holds a run of another job (config_hash, seed differ)"),
         (["--attention", "padded"], "holds a run with engine.attention ragged, not padded"),
-        (["--batch-invariance", "off"], "another environment (self_test_digest was "),
+        (["--batch-invariance", "off"], "batch_invariance was portable, is off"),
     ],
 )
 def test_a_shard_that_differs_is_refused(

@@ -437,7 +437,7 @@ HOSTILE = [
     (
         "batch_invariance: off",
         (
-            "batch_invariance: input should be 'auto', 'require' or 'off', not False; "
+            "batch_invariance: input should be 'auto', 'require', 'portable' or 'off', not False; "
             "YAML reads off, no and false without quotes as a boolean"
         ),
     ),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gptbatch.pipeline.audit.run_reader import BATCH_ROWS, RunReader
 from gptbatch.pipeline.errors import StorageError
+from gptbatch.pipeline.output.environment import environment_differences
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 
 DifferenceKind = Literal[
@@ -40,7 +41,6 @@ _ROW_SETTINGS = tuple(
 _COMPARED = tuple(name for name in _COLUMNS if name not in ("prompt_id", "sample_index"))
 # An id, or an id and a sample_index: most runs have one sample per row, and memory holds all keys.
 _Key = str | tuple[str, int]
-_FACTS = ("dtype", "device", "environment")
 _DIGEST_BYTES = 16
 
 
@@ -90,7 +90,7 @@ class SettingDifference:
     """A setting in which the runs differ.
 
     Attributes:
-        name: A key of the identity, `device`, `dtype` or `environment.NAME`.
+        name: A key of the identity, `device`, `dtype`, `batch_invariance` or `environment.NAME`.
         a: The value of run a; None where it is not recorded.
         b: The value of run b; None where it is not recorded.
     """
@@ -210,7 +210,8 @@ def summarize(a: RunReader, b: RunReader, differences: Iterable[RowDifference]) 
 def settings_that_differ(a: RunReader, b: RunReader) -> list[SettingDifference]:
     """Return the identity keys, device, dtype and environment in which two runs differ, by name.
 
-    Device and environment are left out where a run has no part yet, which does not record them. The
+    Two portable environments are one. Device and environment are left out where a run has no part
+    yet, which does not record them. The
     digests of inputs are compared only where both divide their rows alike, in one format.
     """
     left, right = dict(a.manifest["identity"]), dict(b.manifest["identity"])
@@ -221,8 +222,11 @@ def settings_that_differ(a: RunReader, b: RunReader) -> list[SettingDifference]:
         left.pop("input_digest", None)
         right.pop("input_digest", None)
     if a.facts and b.facts:
-        left.update(_environment(a.facts))
-        right.update(_environment(b.facts))
+        for name in ("dtype", "device"):
+            left[name], right[name] = a.facts.get(name), b.facts.get(name)
+        for key, (value_a, value_b) in environment_differences(a.facts, b.facts).items():
+            name = key if key == "batch_invariance" else f"environment.{key}"
+            left[name], right[name] = value_a, value_b
     names = sorted(left.keys() | right.keys())
     return [
         SettingDifference(name=name, a=left.get(name), b=right.get(name))
@@ -239,18 +243,6 @@ def _key(row: dict[str, Any]) -> _Key:
 def _only_in(key: _Key, kind: DifferenceKind) -> RowDifference:
     prompt_id, sample_index = (key, 0) if isinstance(key, str) else key
     return RowDifference(prompt_id=prompt_id, sample_index=sample_index, kind=kind)
-
-
-def _environment(facts: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name in _FACTS:
-        value = facts.get(name)
-        flat.update(
-            {f"{name}.{key}": item for key, item in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
-    return flat
 
 
 def _digest(row: dict[str, Any]) -> bytes:

@@ -25,12 +25,14 @@ from gptbatch.pipeline.input.tokenizer_loading import file_digest, load_tokenize
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
+from gptbatch.pipeline.output.environment import environment_differences
 from gptbatch.pipeline.output.folder import CONFIG, WORK
 from gptbatch.pipeline.output.json_models import validated
 from gptbatch.pipeline.output.manifest import MANIFEST
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.params.sampling_params import SamplingParams, from_row
 from gptbatch.pipeline.system.bundled import locate
+from gptbatch.pipeline.types import BATCH_INVARIANT
 
 # The files in the tokenizer digest of outputs from before gptbatch loaded tokenizers like
 # transformers.
@@ -48,7 +50,7 @@ class Overrides:
         allow_pickle: Read pickled weights. The recorded setting is ignored, because anyone may have
             written the folder.
         allow_other_weights: Accept weights with another digest.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda". None takes a CPU for portable runs.
         threads: CPU threads. None takes the default of torch, not the recorded number: bits do not
             depend on it.
     """
@@ -153,21 +155,26 @@ class LoadedRun:
 
     def reasons_bits_may_differ(self) -> list[str]:
         """Return why bits computed here may differ from the recorded ones; empty for no reason."""
-        recorded: dict[str, Any] = self.run.facts.get("environment", {})
+        batch_invariance = self.run.facts.get("batch_invariance")
+        here = {
+            "environment": self.loaded.environment,
+            "batch_invariance": self.loaded.batch_invariance,
+        }
         reasons = [
             f"{key} differs"
-            for key, value in self.loaded.environment.items()
-            if recorded.get(key) != value
-            and not (key == "self_test_digest" and recorded.get(key) is None)
+            for key, (before, _) in environment_differences(self.run.facts, here).items()
+            # The reasons below say more.
+            if key != "batch_invariance"
+            and not (batch_invariance == "off" and key in ("arithmetic", "self_test_digest"))
+            and not (key == "self_test_digest" and before is None)
         ]
-        batch_invariance = self.run.facts.get("batch_invariance")
         if batch_invariance == "off":
             reasons.append("the run skipped the self-test (batch_invariance: off)")
-        elif batch_invariance != "verified":
+        elif batch_invariance not in BATCH_INVARIANT:
             reasons.append("the machine of the run did not pass the self-test")
         if len(self.run.environments) > 1:
             reasons.append("its parts were computed in several environments")
-        if self.loaded.batch_invariance != "verified":
+        if self.loaded.batch_invariance not in BATCH_INVARIANT:
             reasons.append("this machine does not pass the self-test")
         identity = self.run.manifest["identity"]
         if self.checkpoint.model_digest != identity["model_digest"]:
@@ -282,4 +289,7 @@ def _engine(recorded: EngineConfig, facts: dict[str, Any], overrides: Overrides)
     }
     if overrides.device is not None:
         changes["device"] = overrides.device
+    elif facts.get("batch_invariance") == "portable":
+        # Only there the comparison is exact.
+        changes["device"] = "cpu"
     return recorded.model_copy(update=changes)

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError, StorageError
+from gptbatch.pipeline.output.environment import environment_differences
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
 from gptbatch.pipeline.output.manifest import facts_of
 from gptbatch.pipeline.output.old_formats import has_column, translate_config
@@ -38,8 +39,8 @@ class RunReader:
         path: The output folder.
         manifest: The manifest, with the identity of the job.
         facts: The facts of the run: model, device, environment and others.
-        environments: The different environments of the parts. A run that was continued elsewhere
-            has more than one.
+        environments: A footer of each environment in which parts were computed. A run that was
+            continued elsewhere has more than one, unless all of them are portable.
         parts: The part files, in order.
         n_rows: Rows of the table in them.
         content_digest: SHA-256 of the content digests of the parts.
@@ -244,14 +245,11 @@ def _foreign_files(listing: PartListing, recorded: Mapping[str, str]) -> list[st
 
 
 def _environments(footers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the footer of the first part of each environment."""
     environments: list[dict[str, Any]] = []
     for footer in footers:
-        environment = {
-            **footer.get("environment", {}),
-            "batch_invariance": footer.get("batch_invariance"),
-        }
-        if environment not in environments:
-            environments.append(environment)
+        if all(environment_differences(known, footer) for known in environments):
+            environments.append(footer)
     return environments
 
 

@@ -1,13 +1,21 @@
 """The settings of a job, and where they come from."""
 
-from gptbatch.pipeline.config.settings import EngineConfig, JobConfig, config_fields
+from gptbatch.pipeline.config.settings import (
+    BatchInvarianceSetting,
+    EngineConfig,
+    JobConfig,
+    config_fields,
+    unportable_setting,
+)
 from gptbatch.pipeline.config.sources import environment_name, find_config, load_config
 
 __all__ = [
+    "BatchInvarianceSetting",
     "EngineConfig",
     "JobConfig",
     "config_fields",
     "environment_name",
     "find_config",
     "load_config",
+    "unportable_setting",
 ]

@@ -31,6 +31,7 @@ from gptbatch.pipeline.system.paths import expand_path
 from gptbatch.pipeline.system.redact import redact
 
 Name = Annotated[str, Field(min_length=1)]
+BatchInvarianceSetting = Literal["auto", "require", "portable", "off"]
 
 
 def _path_setting(*, writes: bool = False, stores: bool = False) -> Any:
@@ -389,11 +390,12 @@ class JobConfig(_Section):
             "slower."
         ),
     )
-    batch_invariance: Literal["auto", "require", "off"] = Field(
+    batch_invariance: BatchInvarianceSetting = Field(
         "auto",
         description=(
             "Test at start-up that the results of a row do not depend on the other rows of its "
-            "batch. auto: log a warning if the test fails. require: stop if it fails. off: skip it."
+            "batch. auto: log a warning if the test fails. require: stop if it fails. portable: "
+            "also stop if they depend on the machine. off: skip the test."
         ),
     )
     record_logits_digest: bool = Field(
@@ -438,6 +440,12 @@ class JobConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _portable_engine(self) -> Self:
+        if self.batch_invariance == "portable" and (problem := unportable_setting(self.engine)):
+            raise ValueError(f"batch_invariance is portable, which needs {problem}")
+        return self
+
+    @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
         if problem := self.sampling.problem():
             raise ValueError(problem)
@@ -465,6 +473,18 @@ class JobConfig(_Section):
         settings = _redacted(self.model_dump()) | {name: getattr(self, name) for name in texts}
         text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         return text
+
+
+def unportable_setting(engine: EngineConfig) -> str | None:
+    """Return what portable arithmetic needs instead of a setting; None if it may be had."""
+    for name, value, needed in (
+        ("dtype", engine.dtype, ("float32",)),
+        ("device", engine.device, ("cpu", "auto")),
+        ("attention", engine.attention, ("ragged", "auto")),
+    ):
+        if value not in needed:
+            return f"engine.{name}: {needed[0]}, not {value}"
+    return None
 
 
 def config_fields() -> dict[str, FieldInfo]:

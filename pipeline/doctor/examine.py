@@ -100,6 +100,7 @@ def _probes(limits_problem: str | None) -> Iterator[tuple[str, Section]]:
     yield probed_with_torch(
         "batch_invariance", lambda: self_tests.probe_batch_invariance(built.facts)
     )
+    yield probed_with_torch("arithmetic", lambda: self_tests.probe_arithmetic(built.facts))
     yield probed("extras", libraries.probe_extras)
     yield probed("hugging_face", defaults.probe_hugging_face)
     yield "settings", settings

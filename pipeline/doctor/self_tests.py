@@ -1,4 +1,4 @@
-"""Probe of batch invariance: the self-test on a tiny random model, per device, attention, dtype."""
+"""Probes of the bits: the self-test per device, attention and dtype, and the golden digests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gptbatch.pipeline.doctor.section import Section, run_probe
 if TYPE_CHECKING:
     import torch
 
+    from gptbatch.pipeline.kv_cache.quantization import CacheDtype
     from gptbatch.pipeline.kv_cache.spec import BackendName
 
 # A run tests its own weights. This model is small, so that all its tests take about a second.
@@ -53,12 +54,61 @@ def probe_batch_invariance(kernels: dict[str, Any]) -> Section:
     return section
 
 
+def probe_arithmetic(kernels: dict[str, Any]) -> Section:
+    """Compare the golden digests of the kernels, and those of the demo model, with the right ones.
+
+    Args:
+        kernels: The facts of `probe_kernels`.
+    """
+    from gptbatch.pipeline.model.golden import ARITHMETIC, DEMO_DIGESTS, why_golden_differs
+
+    section = Section(facts={"version": ARITHMETIC, "portable": False, "differing": []})
+    if not kernels.get("available"):
+        return section
+    for cache_dtype in DEMO_DIGESTS:
+        problems = {
+            "golden": why_golden_differs(cache_dtype),
+            "demo": None
+            if demo_digest(cache_dtype) == DEMO_DIGESTS[cache_dtype]
+            else f"the demo model has other logits here than by arithmetic {ARITHMETIC}",
+        }
+        for name, problem in problems.items():
+            if problem is not None:
+                section.facts["differing"].append(f"{name}, cache_dtype {cache_dtype}")
+                section.warnings.append(problem)
+    section.facts["portable"] = not section.facts["differing"]
+    return section
+
+
+def demo_digest(cache_dtype: CacheDtype) -> str:
+    """Return the digest of the logits of the bundled demo model in float32."""
+    import torch
+
+    from gptbatch.pipeline.kv_cache.spec import RAGGED
+    from gptbatch.pipeline.model.checkpoint import find_checkpoint
+    from gptbatch.pipeline.model.config import parse_config
+    from gptbatch.pipeline.model.golden import logits_digest
+    from gptbatch.pipeline.model.weights import load_gpt
+
+    demo = find_checkpoint("bundled:demo/model")
+    model = load_gpt(
+        parse_config(demo.config, str(demo.config_path)),
+        list(demo.weights),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        backend=RAGGED,
+        cache_dtype=cache_dtype,
+    )
+    return logits_digest(model)
+
+
 def _test(device: str, attention: BackendName, dtype: str) -> Section:
     import torch
 
     from gptbatch.pipeline.bench.random_model import random_model
     from gptbatch.pipeline.kv_cache.spec import BACKENDS
     from gptbatch.pipeline.model.config import parse_config
+    from gptbatch.pipeline.model.golden import why_golden_differs, why_not_portable
     from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 
     began = time.monotonic()
@@ -70,10 +120,13 @@ def _test(device: str, attention: BackendName, dtype: str) -> Section:
         backend=BACKENDS[attention],
     )
     report = select_batch_invariant_kernels(model)
+    why_not = why_not_portable(model) or why_golden_differs(model.cache_dtype)
+    level = "unverified" if not report.passed else "verified" if why_not else "portable"
     section = Section(
         facts={
-            "batch_invariance": "verified" if report.passed else "unverified",
+            "batch_invariance": level,
             "reason": None if report.passed else f"{', '.join(report.failures)} differ",
+            "why_not_portable": why_not if report.passed else None,
             "linears": model.linear_kind,
             "reduction_order": model.reduction_order if attention == "padded" else None,
             "padding_plan": report.padding_plan,

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gptbatch.pipeline.engine.logarithm import log
 from gptbatch.pipeline.engine.nucleus import mass_bits, masses
 from gptbatch.pipeline.types import TokenLogprobs
 
@@ -46,7 +47,7 @@ def token_logprobs(
     rows = zip(values, tops, totals.tolist(), max_logits.double().tolist(), strict=True)
     exact: list[float] = []
     for value, top, total, largest in rows:
-        log_total = math.log(float(total) * 2.0 ** -mass_bits(logits.shape[1])) if total else 0.0
+        log_total = log(float(total) * 2.0 ** -mass_bits(logits.shape[1])) if total else 0.0
         exact += [(x - largest) - log_total for x in (value, *(logit for _, logit in top))]
     numbers = iter(torch.tensor(exact, dtype=torch.float64).float().tolist())
     found = []

@@ -1,7 +1,7 @@
 """Noise version 1: Gumbel noise as a pure function of (row seed, step, token id).
 
-The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
-1, 2, 3", SC 2011). It maps a 64-bit key and a 128-bit counter to 128 random bits and has no state.
+The generator is Philox4x32-10 (model/philox.py). It maps a 64-bit key and a 128-bit counter to 128
+random bits.
 
     key      the row seed: its low, then its high 32 bits
     counter  (token id // 2, step, 0, 0); step is the index of the new token in its row, from 0
@@ -10,7 +10,7 @@ The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random 
     u        (n + 0.5) * 2^-52, which is never 0 or 1; 53 bits could round to 1
     g        -log(-log(u)), a standard Gumbel variable
 
-The integers are equal on every device, bit for bit.
+n is equal on every device, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,29 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptbatch.pipeline.model.philox import philox4x32
+
 _MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
-
-
-def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute Philox4x32-10. Words are int64 tensors of 0 to 2^32 - 1, of broadcastable shapes."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        # The product of two 32-bit words wraps around in int64, which keeps its 64 bits right.
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((second >> 32) & _MASK) ^ c1 ^ k0,
-            second & _MASK,
-            ((first >> 32) & _MASK) ^ c3 ^ k1,
-            first & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
 
 
 def random_bits(seeds: Tensor, steps: Tensor, token_ids: Tensor) -> Tensor:

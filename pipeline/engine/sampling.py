@@ -39,6 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptbatch.pipeline.engine.logarithm import log
 from gptbatch.pipeline.engine.noise import gumbel
 from gptbatch.pipeline.engine.nucleus import Nucleus, find_nucleus
 from gptbatch.pipeline.params.sampling_params import SamplingParams
@@ -144,7 +145,7 @@ def kept_range(params: SamplingParams) -> float:
     """Return how far below the largest logit min_p keeps tokens; infinity where it keeps all."""
     if params.temperature == 0 or params.min_p == 0:
         return math.inf
-    return -params.temperature * math.log(params.min_p)
+    return -params.temperature * log(params.min_p)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

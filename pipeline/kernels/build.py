@@ -68,6 +68,7 @@ KERNELS = Sources(
         Unit(
             name="dense",
             sources=(
+                "embedding.cpp",
                 "linear.cpp",
                 "layer_norm.cpp",
                 "sample.cpp",

@@ -8,6 +8,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class GPTConfig:
         n_inner: Width of the MLP.
         activation: Of the MLP.
         layer_norm_epsilon: Added to variances.
-        scale_attn_weights: Scale attention scores by D^-0.5.
+        scale_attn_weights: Scale attention scores by 1 / sqrt(D).
         scale_attn_by_inverse_layer_idx: Divide them by layer + 1, too.
         upcast_attention: Compute attention in float32.
         tied: The head shares the token embedding's weight.
@@ -93,7 +94,8 @@ class GPTConfig:
 
     def attention_scale(self, layer: int) -> float:
         """Return the factor of the attention scores in a layer."""
-        scale = self.head_size**-0.5 if self.scale_attn_weights else 1.0
+        # Powers of the C library may round another way on another machine.
+        scale = 1 / math.sqrt(self.head_size) if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
 

@@ -162,7 +162,7 @@ class GPT(nn.Module):
             logits_indices: Which of the N tokens need logits (S,); None is all of them.
         """
         attention = cache.attention_for(seq_indices, positions)
-        x = self.wte(self._padded(tokens)) + self.wpe(self._padded(positions))  # (padded N, C)
+        x = self._embed(self._padded(tokens), self._padded(positions))  # (padded N, C)
         all_indices = range(len(tokens))
         logits_indices = all_indices if logits_indices is None else logits_indices
         needs_all = [*logits_indices] == [*all_indices]
@@ -211,6 +211,13 @@ class GPT(nn.Module):
         return sum(
             parameter.numel() for _, parameter in self.named_parameters(remove_duplicate=False)
         )
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if not self.backend.native:
+            x: Tensor = self.wte(tokens) + self.wpe(positions)
+        else:
+            x = torch.ops.gptbatch.embed(tokens, positions, self.wte.weight, self.wpe.weight)
+        return x
 
     def _head(self, hidden: Tensor) -> Tensor:
         rows = len(hidden)

@@ -10,14 +10,14 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from gptbatch.pipeline.config import EngineConfig
+from gptbatch.pipeline.config import BatchInvarianceSetting, EngineConfig, unportable_setting
 from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.config import GPTConfig
 from gptbatch.pipeline.system.machine import cores, free_memory_bytes
-from gptbatch.pipeline.types import NOISE_VERSION
+from gptbatch.pipeline.types import NOISE_VERSION, BatchInvariance
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,6 @@ MIN_BATCH_SIZE, MAX_BATCH_SIZE = 64, 512
 # Share of the free memory that the KV cache takes by default.
 CACHE_MEMORY_SHARE = 0.5
 
-BatchInvariance = Literal["verified", "unverified", "off"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
@@ -42,9 +40,9 @@ class LoadedModel:
 
     Attributes:
         model: The packed model.
-        batch_invariance: Result of the batch-invariance self-test; off when it was skipped.
+        batch_invariance: Result of the batch-invariance self-test and of the golden digest.
         environment: What the bits of a row depend on besides the job. Bits are equal only within
-            one environment.
+            one environment; portable environments count as one.
     """
 
     model: GPT
@@ -81,7 +79,7 @@ def load_model(
     engine: EngineConfig,
     device: torch.device,
     *,
-    batch_invariance: Literal["auto", "require", "off"],
+    batch_invariance: BatchInvarianceSetting,
 ) -> LoadedModel:
     """Load a checkpoint on the device and run the batch-invariance self-test.
 
@@ -90,7 +88,8 @@ def load_model(
         gpt_config: From the checkpoint's config.json.
         engine: dtype, cache_dtype, attention and threads.
         device: See `resolve_device`.
-        batch_invariance: auto warns if the self-test fails, require raises, off skips it.
+        batch_invariance: auto warns if the self-test fails, require raises, off skips it. portable
+            also raises where the bits depend on the machine.
 
     Raises:
         DeviceError: The self-test fails, or the attention backend is not available.
@@ -118,15 +117,17 @@ def prepare_model(
     device: torch.device,
     load: Callable[[Backend], GPT],
     *,
-    batch_invariance: Literal["auto", "require", "off"],
+    batch_invariance: BatchInvarianceSetting,
 ) -> LoadedModel:
     """Select a backend, call `load` with it, and run the self-test; see `load_model`."""
     import torch
 
     from gptbatch.pipeline.kv_cache.interface import select_backend
-    from gptbatch.pipeline.model import packing, self_test
+    from gptbatch.pipeline.model import golden, packing, self_test
 
     torch.set_num_threads(threads_to_use(engine.threads))
+    if batch_invariance == "portable":
+        _check_portable_here(engine, device)
     backend = select_backend(engine.attention, device)
     model = load(backend)
     if engine.cache_dtype == "int8" and not backend.stores_int8:
@@ -135,10 +136,10 @@ def prepare_model(
             "completions are less accurate and no faster"
         )
     report = None
+    level: BatchInvariance = "off"
     if batch_invariance != "off":
         report = self_test.select_batch_invariant_kernels(model)
-        if not report.passed:
-            _report_failures(report, batch_invariance)
+        level = _level(model, report, batch_invariance)
     has_reduction_orders = len(backend.reduction_orders) > 1
     environment = {
         "attention": backend.name,
@@ -148,13 +149,10 @@ def prepare_model(
         "torch": torch.__version__,
         "device_class": device_class(device),
         "noise_version": NOISE_VERSION,
+        "arithmetic": golden.ARITHMETIC if level == "portable" else None,
         "self_test_digest": None if report is None else report.self_test_digest,
     }
-    return LoadedModel(
-        model=model,
-        batch_invariance="off" if report is None else "verified" if report.passed else "unverified",
-        environment=environment,
-    )
+    return LoadedModel(model=model, batch_invariance=level, environment=environment)
 
 
 def default_batch_size(threads: int) -> int:
@@ -209,14 +207,58 @@ def resolve_device(engine: EngineConfig) -> torch.device:
     return device
 
 
-def _report_failures(report: SelfTestReport, batch_invariance: Literal["auto", "require"]) -> None:
+def _check_portable_here(engine: EngineConfig, device: torch.device) -> None:
+    """Check, before weights are loaded, that this machine has what portable arithmetic needs."""
+    from gptbatch.pipeline.kernels.build import KernelError, load_kernels
+
+    problem = unportable_setting(engine)
+    if problem is None and device.type != "cpu":
+        problem = f"a CPU, and the device is {device.type}; use engine.device: cpu"
+    if problem is None:
+        try:
+            load_kernels()
+        except KernelError as error:
+            problem = f"the C++ kernels: {error}"
+    if problem is not None:
+        raise DeviceError(
+            f"batch_invariance is portable, which needs {problem}", keys=("batch_invariance",)
+        )
+
+
+def _level(
+    model: GPT, report: SelfTestReport, batch_invariance: BatchInvarianceSetting
+) -> BatchInvariance:
+    """Return how much the bits depend on, after the self-test.
+
+    Raises:
+        DeviceError: `batch_invariance` requires more.
+    """
+    from gptbatch.pipeline.model.golden import why_golden_differs, why_not_portable
+
+    if not report.passed:
+        _report_failures(report, batch_invariance)
+        return "unverified"
+    expected = why_not_portable(model)
+    problem = expected or why_golden_differs(model.cache_dtype)
+    if problem is None:
+        return "portable"
+    if batch_invariance == "portable":
+        raise DeviceError(
+            f"batch_invariance is portable, but {problem}", keys=("batch_invariance",)
+        )
+    if expected is None:
+        logger.warning("the bits of this run depend on the machine: %s", problem)
+    return "verified"
+
+
+def _report_failures(report: SelfTestReport, batch_invariance: BatchInvarianceSetting) -> None:
     message = (
         "on this machine the bits of a row depend on the batch "
         f"({', '.join(report.failures)} differ)"
     )
-    if batch_invariance == "require":
+    if batch_invariance in ("require", "portable"):
         raise DeviceError(
-            f"batch_invariance is require, but {message}; "
+            f"batch_invariance is {batch_invariance}, but {message}; "
             "batch_invariance: auto goes on with a warning",
             keys=("batch_invariance",),
         )

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptbatch.pipeline.errors import OutputConflictError, StorageError
+from gptbatch.pipeline.output.environment import environment_differences
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_file import (
@@ -195,7 +196,7 @@ class PartWriter:
         assert existing.footer is not None
         if existing.part.content_digest == part.content_digest:
             return
-        if existing.footer.get("environment") != self.facts.get("environment"):
+        if environment_differences(existing.footer, self.facts):
             # allow_other_environment
             logger.warning(
                 "%s: another run wrote it in another environment, and its rows differ; they stay",

@@ -15,6 +15,7 @@ from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import OutputConflictError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.source import RowSource
+from gptbatch.pipeline.output.environment import environment_differences
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
@@ -28,7 +29,7 @@ from gptbatch.pipeline.output.part_plan import (
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.output.stray_tables import refuse_stray_tables
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
-from gptbatch.pipeline.types import DEFAULT_PART_ROWS
+from gptbatch.pipeline.types import BATCH_INVARIANT, DEFAULT_PART_ROWS
 
 _INPUT_SETTINGS = {
     "input",
@@ -186,11 +187,12 @@ def check_continuable(config: JobConfig, state: FolderState, identity: dict[str,
             f"{config.output}: holds a run with engine.attention {environment.get('attention')}, "
             f"not {config.engine.attention}; {_ADVICE}"
         )
-    batch_invariance = state.manifest.get("batch_invariance")
-    if config.batch_invariance == "require" and batch_invariance not in (None, "verified"):
+    recorded_level = state.manifest.get("batch_invariance")
+    required = {"require": BATCH_INVARIANT, "portable": ("portable",)}.get(config.batch_invariance)
+    if required is not None and recorded_level not in (None, *required):
         raise OutputConflictError(
-            f"{config.output}: holds a run whose batch_invariance is {batch_invariance}, not "
-            f"verified; {_ADVICE}"
+            f"{config.output}: holds a run whose batch_invariance is {recorded_level}, not "
+            f"{required[-1]}; {_ADVICE}"
         )
 
 
@@ -210,15 +212,10 @@ def check_same_environment(
     """
     if not recorded or config.allow_other_environment:
         return
-    before = {
-        **recorded.get("environment", {}),
-        "batch_invariance": recorded.get("batch_invariance"),
-    }
-    current = {**environment, "batch_invariance": batch_invariance}
+    current = {"environment": environment, "batch_invariance": batch_invariance}
     differing = [
-        f"{key} was {before.get(key)}, is {value}"
-        for key, value in current.items()
-        if before.get(key) != value
+        f"{key} was {before}, is {now}"
+        for key, (before, now) in environment_differences(recorded, current).items()
     ]
     if differing:
         raise OutputConflictError(

@@ -56,6 +56,8 @@ class OutputStatus:
             running.
         updated_at: When a run last recorded its progress, in UTC.
         config_hash: Hash of all settings that decide tokens.
+        batch_invariance: "portable", "verified", "unverified" or "off"; None before the first run
+            has loaded its model.
         problems: Problems of the folder, a sentence each.
     """
 
@@ -77,6 +79,7 @@ class OutputStatus:
     remaining_s: float | None
     updated_at: str | None
     config_hash: str | None
+    batch_invariance: str | None
     problems: list[str]
 
 
@@ -153,6 +156,7 @@ def _status(
         remaining_s=progress.remaining_s if progress is not None and running else None,
         updated_at=progress.updated_at if progress is not None else None,
         config_hash=identity.get("config_hash"),
+        batch_invariance=None if state is None else state.manifest.get("batch_invariance"),
         problems=problems,
     )
 

@@ -29,7 +29,7 @@ class RunSummary:
         tokens_per_s: completion_tokens / generate_s.
         device: "cpu" or "cuda"; "unknown" where the output does not record it.
         dtype: Type of weights and activations.
-        batch_invariance: "verified", "unverified" or "off".
+        batch_invariance: "portable", "verified", "unverified" or "off".
         config_hash: Hash of all settings that decide tokens.
     """
 

@@ -71,7 +71,7 @@ class GptbatchLM(TemplateLM):  # type: ignore[misc]
         cache_dtype: "auto" or "int8".
         attention: "auto", "ragged" or "padded".
         threads: CPU threads.
-        batch_invariance: "auto", "require" or "off": the self-test.
+        batch_invariance: "auto", "require", "portable" or "off": the self-test.
         parse_special: Read the text of a special token as that token, as HFLM does.
         add_special_tokens: Add the tokens of the tokenizer's template, as HFLM does.
         max_gen_toks: New tokens of a request that names no limit.
@@ -104,8 +104,10 @@ class GptbatchLM(TemplateLM):  # type: ignore[misc]
         name = model or pretrained
         if name is None:
             raise ConfigError("model is required: a folder or a name on the hub", keys=("model",))
-        if batch_invariance not in ("auto", "require", "off"):
-            raise ConfigError(f"batch_invariance must be auto, require or off: {batch_invariance}")
+        if batch_invariance not in ("auto", "require", "portable", "off"):
+            raise ConfigError(
+                f"batch_invariance must be auto, require, portable or off: {batch_invariance}"
+            )
         engine = EngineConfig.model_validate(
             {
                 "device": (device or "auto").partition(":")[0],

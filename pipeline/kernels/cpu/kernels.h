@@ -31,6 +31,13 @@ constexpr bool HAS_BFLOAT16 = false;
 
 enum class Activation { none, gelu_tanh, gelu, relu, silu, tanh };
 
+// embedding.cpp
+
+// x (count, width) = token_table[tokens] + position_table[positions]
+template <class T>
+void embed(const int64_t* tokens, const int64_t* positions, int64_t count, int64_t width,
+           const T* token_table, const T* position_table, T* x);
+
 // linear.cpp
 
 // NR: output features per packed panel.

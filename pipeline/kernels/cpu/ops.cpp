@@ -5,6 +5,7 @@
 // by pack_weight: (panels, in, NR), columns of W^T in panels of NR, padded with 0. In bfloat16 two
 // rows of W^T are interleaved, and `in` is padded to a multiple of 2, or 32 with AMX.
 //
+//     embed(tokens (N,), positions (N,), token_table (V, C), position_table (P, C)) -> x (N, C)
 //     pack_weight(weight (out, in)) -> packed
 //     linear(x (N, in), packed, out_features, bias (out,) float32, residual (N, out), activation)
 //         -> y (N, out)
@@ -89,6 +90,41 @@ Tensor prepare_input(const Tensor& x, const Tensor& packed, int64_t out_features
   Tensor padded = x.new_zeros({x.size(0), packed.size(1)});
   padded.narrow(1, 0, x.size(1)).copy_(x);
   return padded;
+}
+
+void check_indices(const char* name, const Tensor& indices, int64_t rows) {
+  TORCH_CHECK(indices.dim() == 1 && indices.is_contiguous() && indices.scalar_type() == at::kLong,
+              "embed: ", name, " must be a contiguous vector of int64");
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < indices.numel(); i++)
+    TORCH_CHECK(index[i] >= 0 && index[i] < rows, "embed: ", name, " holds ", index[i],
+                "; the table has ", rows, " rows");
+}
+
+Tensor embed_op(const Tensor& tokens, const Tensor& positions, const Tensor& token_table,
+                const Tensor& position_table) {
+  TORCH_CHECK(token_table.dim() == 2 && position_table.dim() == 2 &&
+                  token_table.is_contiguous() && position_table.is_contiguous() &&
+                  token_table.size(1) == position_table.size(1) &&
+                  token_table.scalar_type() == position_table.scalar_type() &&
+                  (token_table.scalar_type() == at::kFloat ||
+                   token_table.scalar_type() == at::kBFloat16),
+              "embed: the tables must be contiguous, of one width and of float32 or bfloat16");
+  check_indices("tokens", tokens, token_table.size(0));
+  check_indices("positions", positions, position_table.size(0));
+  TORCH_CHECK(tokens.numel() == positions.numel(), "embed: one position per token is needed");
+  const int64_t count = tokens.numel(), width = token_table.size(1);
+  Tensor x = at::empty({count, width}, token_table.options());
+  const int64_t* token = tokens.const_data_ptr<int64_t>();
+  const int64_t* position = positions.const_data_ptr<int64_t>();
+  if (token_table.scalar_type() == at::kFloat) {
+    embed(token, position, count, width, token_table.const_data_ptr<float>(),
+          position_table.const_data_ptr<float>(), x.data_ptr<float>());
+  } else {
+    embed(token, position, count, width, token_table.const_data_ptr<BFloat16>(),
+          position_table.const_data_ptr<BFloat16>(), x.data_ptr<BFloat16>());
+  }
+  return x;
 }
 
 Tensor pack_weight_op(const Tensor& weight) {
@@ -365,6 +401,8 @@ Tensor rescore_op(Tensor& logits, const Tensor& hidden, const Tensor& weight,
 }  // namespace gptbatch
 
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
+  library.def(
+      "embed(Tensor tokens, Tensor positions, Tensor token_table, Tensor position_table) -> Tensor");
   library.def("pack_weight(Tensor weight) -> Tensor");
   library.def(
       "linear(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor? residual, "
@@ -388,6 +426,7 @@ TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
 }
 
 TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
+  library.impl("embed", gptbatch::embed_op);
   library.impl("pack_weight", gptbatch::pack_weight_op);
   library.impl("linear", gptbatch::linear_op);
   library.impl("linear_float32_out", gptbatch::linear_float32_out_op);
