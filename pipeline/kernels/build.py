@@ -63,7 +63,11 @@ class Sources:
 KERNELS = Sources(
     folder=Path(__file__).parent / "cpu",
     units=(
-        Unit(name="ops", sources=("ops.cpp", "transformer_blocks.cpp"), optimization="-O1"),
+        Unit(
+            name="ops",
+            sources=("ops.cpp", "transformer_blocks.cpp", "threads.cpp"),
+            optimization="-O1",
+        ),
         Unit(name="attention", sources=("attention.cpp",)),
         Unit(
             name="dense",

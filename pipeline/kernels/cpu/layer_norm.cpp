@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "simd.h"
+#include "threads.h"
 
 namespace gptbatch {
 namespace {

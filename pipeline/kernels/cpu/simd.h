@@ -1,16 +1,14 @@
-// Vectors of float32, loops unrolled at compile time, and work shared among the threads.
+// Vectors of float32, and loops unrolled at compile time.
 //
 // No sum may depend on the number of lanes of a vector: LogicalLanes sums in 32 lanes on every CPU.
 // docs/arithmetic.md lists the order of every sum.
 
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -18,7 +16,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "float_mode.h"
 #include "kernels.h"
 
 namespace gptbatch {
@@ -169,18 +166,6 @@ struct LogicalLanes {
 inline float max_lanes(const Vec& lanes) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); },
                                         lanes);
-}
-
-// Calls work(i) for i in [0, count) on all threads. Each thread takes `grain` indices at a time.
-template <class F>
-void parallel_for_each(int64_t count, int64_t grain, const F& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t n_grains = (count + grain - 1) / grain;
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), n_grains), 1, [&](int64_t, int64_t) {
-    const StandardFloatMode mode;
-    for (int64_t first; (first = next.fetch_add(grain)) < count;)
-      for (int64_t i = first; i < std::min(first + grain, count); i++) work(i);
-  });
 }
 
 }  // namespace gptbatch
