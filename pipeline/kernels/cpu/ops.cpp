@@ -48,6 +48,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "kernels.h"
 #include "ops.h"
@@ -65,6 +66,20 @@ Activation parse_activation(const std::string& name) {
   if (name == "silu") return Activation::silu;
   TORCH_CHECK(name == "tanh", "linear: unknown activation ", name);
   return Activation::tanh;
+}
+
+// The elements of a tensor of dtype T.
+template <class T>
+const T* elements(const Tensor& x) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return reinterpret_cast<const T*>(x.const_data_ptr<at::BFloat16>());
+  else
+    return x.const_data_ptr<T>();
+}
+
+template <class T>
+T* mutable_elements(Tensor& x) {
+  return const_cast<T*>(elements<T>(x));
 }
 
 bool is_supported(at::ScalarType dtype) {
@@ -105,7 +120,7 @@ Tensor pack_weight_op(const Tensor& weight) {
     pack_weight(weight.const_data_ptr<float>(), out, in, in_padded, packed.data_ptr<float>());
   } else {
 #ifdef __AVX512BF16__
-    pack_weight(weight.const_data_ptr<BFloat16>(), out, in, in_padded, packed.data_ptr<BFloat16>());
+    pack_weight(elements<BFloat16>(weight), out, in, in_padded, mutable_elements<BFloat16>(packed));
 #endif
   }
   return packed;
@@ -114,9 +129,9 @@ Tensor pack_weight_op(const Tensor& weight) {
 template <class T>
 void call_linear(const Tensor& x, const Tensor& packed, const float* bias, const Tensor& residual,
                  Activation activation, Tensor& y) {
-  const T* added = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
-  linear(x.const_data_ptr<T>(), x.size(0), x.size(1), packed.const_data_ptr<T>(), y.size(1), bias,
-         added, activation, y.data_ptr<T>());
+  const T* added = residual.defined() ? elements<T>(residual) : nullptr;
+  linear(elements<T>(x), x.size(0), x.size(1), elements<T>(packed), y.size(1), bias,
+         added, activation, mutable_elements<T>(y));
 }
 
 }  // namespace
@@ -154,8 +169,8 @@ void linear_float32_out_op(const Tensor& x, const Tensor& packed, Tensor& y) {
   const Tensor input = prepare_input(x, packed, y.size(1));
 #ifdef __AVX512BF16__
   if (x.size(0) > 0)
-    linear<BFloat16, float>(input.const_data_ptr<BFloat16>(), input.size(0), input.size(1),
-                            packed.const_data_ptr<BFloat16>(), y.size(1), nullptr, nullptr,
+    linear<BFloat16, float>(elements<BFloat16>(input), input.size(0), input.size(1),
+                            elements<BFloat16>(packed), y.size(1), nullptr, nullptr,
                             Activation::none, y.data_ptr<float>());
 #endif
 }
@@ -165,8 +180,8 @@ bool has_bfloat16() { return HAS_BFLOAT16; }
 template <class T>
 void call_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon,
                      Tensor& y) {
-  layer_norm(x.const_data_ptr<T>(), x.size(0), x.size(1), weight.const_data_ptr<T>(),
-             bias.const_data_ptr<T>(), epsilon, y.data_ptr<T>());
+  layer_norm(elements<T>(x), x.size(0), x.size(1), elements<T>(weight),
+             elements<T>(bias), epsilon, mutable_elements<T>(y));
 }
 
 }  // namespace
@@ -230,8 +245,8 @@ Tensor empty_output(const Tensor& x, int64_t n_tokens, int64_t columns) {
 
 template <class T>
 void call_paged_attention(const Tensor& qkv, const PagedTokens& tokens, Tensor& out) {
-  paged_attention(qkv.const_data_ptr<T>(), qkv.stride(0), qkv.stride(1), qkv.stride(2), tokens,
-                  out.data_ptr<T>());
+  paged_attention(elements<T>(qkv), qkv.stride(0), qkv.stride(1), qkv.stride(2), tokens,
+                  mutable_elements<T>(out));
 }
 
 }  // namespace
@@ -257,8 +272,8 @@ namespace {
 template <class T>
 void call_qkv_paged_attention(const Tensor& x, const Tensor& packed, const Tensor& bias,
                               const PagedTokens& tokens, Tensor& out) {
-  qkv_paged_attention(x.const_data_ptr<T>(), x.size(1), packed.const_data_ptr<T>(), packed.size(0),
-                      bias.const_data_ptr<float>(), tokens, out.data_ptr<T>());
+  qkv_paged_attention(elements<T>(x), x.size(1), elements<T>(packed), packed.size(0),
+                      bias.const_data_ptr<float>(), tokens, mutable_elements<T>(out));
 }
 
 }  // namespace
@@ -309,7 +324,7 @@ std::tuple<Tensor, Tensor> sample_op(const Tensor& logits, const Tensor& seeds,
   if (logits.scalar_type() == at::kFloat) {
     sample(logits.const_data_ptr<float>(), batch, vocab_size, rows, token, margin);
   } else {
-    sample(logits.const_data_ptr<BFloat16>(), batch, vocab_size, rows, token, margin);
+    sample(elements<BFloat16>(logits), batch, vocab_size, rows, token, margin);
   }
   return {tokens, margins};
 }
@@ -327,7 +342,7 @@ std::tuple<Tensor, Tensor> total_masses_op(const Tensor& logits) {
   if (logits.scalar_type() == at::kFloat) {
     total_masses(logits.const_data_ptr<float>(), batch, vocab_size, total, max);
   } else {
-    total_masses(logits.const_data_ptr<BFloat16>(), batch, vocab_size, total, max);
+    total_masses(elements<BFloat16>(logits), batch, vocab_size, total, max);
   }
   return {totals, max_logits};
 }
