@@ -283,7 +283,7 @@ def model_digests() -> dict[str, str]:
 def use_kernels(sources: Path | None, flags: list[str]) -> None:
     """Build the kernels from other sources, or with more flags, and load them."""
     build_kernels = build.build_kernels
-    build._FLAGS = (*build._FLAGS, *flags)  # type: ignore[assignment]
+    build.COMMON_FLAGS = (*build.COMMON_FLAGS, *flags)  # type: ignore[assignment]
     if sources is not None:
         other = build.Sources(folder=sources, units=build.KERNELS.units)
         build.build_kernels = lambda folder, _=None: build_kernels(folder, other)  # type: ignore[assignment]

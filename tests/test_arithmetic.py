@@ -43,7 +43,7 @@ PROGRAM = """
 #include "HEADER"
 using namespace gptbatch;
 
-static Vec apply(int function, const Vec& x) {
+static Vec apply(int function, Vec x) {
   return function == 0 ? exp_limited(x) : function == 1 ? tanh_of(x) : erf_of(x);
 }
 
@@ -64,7 +64,7 @@ extern "C" double largest_error(int function, uint32_t first, uint32_t last, uin
     float x[LANES], y[LANES];
     for (int64_t i = 0; i < LANES; i++)
       x[i] = std::bit_cast<float>(static_cast<uint32_t>(std::min<int64_t>(begin + i * step, last)));
-    apply(function, Vec::loadu(x)).store(y);
+    store(y, apply(function, load(x)));
     for (int64_t i = 0; i < LANES; i++) {
       const double error = error_in_ulp(function, x[i], y[i]);
       largest = error <= largest ? largest : error;  // NaN is the largest
@@ -74,11 +74,7 @@ extern "C" double largest_error(int function, uint32_t first, uint32_t last, uin
   return largest;
 }
 
-extern "C" float one(int function, float x) {
-  float y[LANES];
-  apply(function, Vec(x)).store(y);
-  return y[0];
-}
+extern "C" float one(int function, float x) { return apply(function, broadcast(x))[0]; }
 
 extern "C" double log_of_double(double x) { return log_of(x); }
 
@@ -340,7 +336,7 @@ def changed_sources(folder: Path, header: str, old: str, new: str) -> Path:
         (None, "", "", ["--flag=-ffp-contract=fast"], ["layer_norm 768", "activation gelu_tanh"]),
         (
             "functions.h",
-            "const Vec r = multiply_add(n, Vec(-LN2_LOW), high);",
+            "const Vec r = multiply_add(n, broadcast(-LN2_LOW), high);",
             "const Vec r = high;",
             [],
             ["activation silu", "attention auto 64 0.125", "attention int8 64 0.125"],

@@ -166,7 +166,7 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build_kernels(tmp_path / "kernels") == first, "what is built needs no compiler"
     monkeypatch.setenv("CXX", f"{fake} -some-flag")
-    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-DANOTHER"))
+    monkeypatch.setattr(build, "COMMON_FLAGS", (*build.COMMON_FLAGS, "-DANOTHER"))
     assert build_kernels(tmp_path / "kernels") != first
     assert calls.read_text() == "x\n" * 2 * CALLS_PER_BUILD
     assert "-ffast-math" not in build.compile_flags()

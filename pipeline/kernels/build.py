@@ -58,12 +58,16 @@ class Sources:
     units: tuple[Unit, ...]
 
 
-# Headers take most of the build time. Only the first unit includes torch/library.h, and only the
-# others the vector headers. The first one computes nothing, so -O1 does for it.
+# Only the first unit includes headers of torch, which take most of its time. It computes nothing,
+# so -O1 does for it.
 KERNELS = Sources(
     folder=Path(__file__).parent / "cpu",
     units=(
-        Unit(name="ops", sources=("ops.cpp", "transformer_blocks.cpp"), optimization="-O1"),
+        Unit(
+            name="ops",
+            sources=("ops.cpp", "transformer_blocks.cpp", "threads.cpp"),
+            optimization="-O1",
+        ),
         Unit(name="attention", sources=("attention.cpp",)),
         Unit(
             name="dense",
@@ -93,22 +97,14 @@ os.read(0, 1)
 os.killpg(0, signal.SIGKILL)
 """
 
-# By torch.backends.cpu.get_cpu_capability(). Without these, at::vec uses plain loops.
-_CAPABILITY_FLAGS = {
-    "AVX512": (
-        "-mavx512f",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mavx512bw",
-        "-mfma",
-        "-DCPU_CAPABILITY=AVX512",
-        "-DCPU_CAPABILITY_AVX512",
-    ),
-    "AVX2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
+# By torch.backends.cpu.get_cpu_capability().
+CAPABILITY_FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
 }
 # -ffp-contract=off and no -ffast-math keep the order and rounding of every sum. at::parallel_for
 # needs -fopenmp: without it, it runs on one thread and reports nothing.
-_FLAGS = ("-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
+COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
 
 
 class KernelError(Exception):
@@ -258,18 +254,15 @@ def record_path(library: Path) -> Path:
 
 def compile_flags() -> list[str]:
     """Return the flags that decide the machine code."""
-    capability = _CAPABILITY_FLAGS.get(
-        torch.backends.cpu.get_cpu_capability(),
-        ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
-    )
+    capability = torch.backends.cpu.get_cpu_capability()
     extensions = []
-    if capability is _CAPABILITY_FLAGS["AVX512"]:
+    if capability == "AVX512":
         extensions += ["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []
         extensions += ["-mavx512vnni"] if torch.cpu._is_vnni_supported() else []
         extensions += ["-mamx-tile", "-mamx-bf16"] if torch.cpu._is_amx_tile_supported() else []
     return [
-        *_FLAGS,
-        *capability,
+        *COMMON_FLAGS,
+        *CAPABILITY_FLAGS.get(capability, ()),
         *extensions,
         *(f"-DGPTBATCH_{name}={value}" for name, value in LAYOUT.items()),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",

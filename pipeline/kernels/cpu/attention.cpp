@@ -21,6 +21,7 @@
 #include "gemm.h"
 #include "kv_blocks_full.h"
 #include "kv_blocks_int8.h"
+#include "threads.h"
 
 namespace gptbatch {
 namespace {
@@ -168,10 +169,9 @@ void attend_by_head(const T* x, int64_t in, const T* packed, int64_t n_panels, c
   const int64_t multiplications =
       attention.n_tokens() * in * n_panels * NR + attention.multiplications();
   const int64_t threads =
-      multiplications < MIN_PARALLEL_MULTIPLICATIONS ? 1 : at::get_num_threads();
+      multiplications < MIN_PARALLEL_MULTIPLICATIONS ? 1 : max_threads();
   std::atomic<int64_t> taken{0};
-  at::parallel_for(0, std::min(threads, heads), 1, [&](int64_t, int64_t) {
-    const StandardFloatMode mode;
+  on_threads(std::min(threads, heads), [&] {
     HeadWorker<T, Blocks> worker(x, in, packed, bias, n_panels / heads, attention);
     for (int64_t h; (h = taken.fetch_add(1)) < heads;)
       worker.take(h, std::min(h + threads, heads - 1));

@@ -138,13 +138,11 @@ class AttentionTiles {
                                            tokens_.positions[token] + 1, write_own, prefetcher,
                                            sums.data(), totals, scratch());
     for (int i = 0; i < Q; i++) {
-      const Vec factor(1.0f / totals[i]);
+      const float factor = 1.0f / totals[i];
+      const float* from = sums.data() + i * padded_size_;
       T* to = out_ + ((token + i) * tokens_.n_heads + h) * head_size;
-      for (int64_t d = 0; d < head_size; d += 2 * LANES) {
-        const float* from = sums.data() + i * padded_size_ + d;
-        store_pair(Vec::loadu(from) * factor, Vec::loadu(from + LANES) * factor, to + d,
-                   std::min(2 * LANES, head_size - d));
-      }
+      for (int64_t d = 0; d < head_size; d += LANES)
+        store(to + d, load(from + d) * factor, head_size - d);
     }
   }
 

@@ -4,7 +4,9 @@
 //
 // It is exact in every order. The kernel is here because it keeps subnormals in every thread.
 
+#include "kernels.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace gptbatch {
 namespace {
@@ -21,8 +23,8 @@ void embed(const int64_t* tokens, const int64_t* positions, int64_t count, int64
     const T* a = token_table + tokens[i] * width;
     const T* b = position_table + positions[i] * width;
     T* y = x + i * width;
-    for (int64_t c = 0; c < width; c++)
-      y[c] = static_cast<T>(static_cast<float>(a[c]) + static_cast<float>(b[c]));
+    for (int64_t c = 0; c < width; c += LANES)
+      store(y + c, load(a + c, width - c) + load(b + c, width - c), width - c);
   };
   if (count * width < MIN_PARALLEL_SUMS) {
     const StandardFloatMode mode;

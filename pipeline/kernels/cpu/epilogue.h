@@ -12,21 +12,21 @@ constexpr int PANEL_VECTORS = 3;  // vectors of sums per row: the width of a pac
 constexpr int64_t NR = PANEL_VECTORS * LANES;
 
 // x * sigmoid(z)
-inline Vec times_sigmoid(const Vec& x, const Vec& z) {
-  return x / (Vec(1.0f) + exp_limited(z.neg()));
+inline Vec times_sigmoid(Vec x, Vec z) {
+  return x / (1.0f + exp_limited(-z));
 }
 
-inline Vec activate(Activation activation, const Vec& x) {
+inline Vec activate(Activation activation, Vec x) {
   switch (activation) {
     case Activation::none:
       return x;
     // 0.5 x (1 + tanh(z)) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
     case Activation::gelu_tanh:
-      return times_sigmoid(x, Vec(1.5957691216057308f) * (x + Vec(0.044715f) * x * x * x));
+      return times_sigmoid(x, 1.5957691216057308f * (x + 0.044715f * x * x * x));
     case Activation::gelu:
-      return Vec(0.5f) * x * (Vec(1.0f) + erf_of(x * Vec(0.70710678f)));
+      return 0.5f * x * (1.0f + erf_of(x * 0.70710678f));
     case Activation::relu:
-      return at::vec::maximum(x, Vec(0.0f));
+      return maximum(x, Vec{});
     case Activation::silu:
       return times_sigmoid(x, x);
     default:
@@ -82,7 +82,7 @@ struct Epilogue {
       UNROLL
       for (int v = 0; v < PANEL_VECTORS; v++)
         activated[r][v] =
-            bias == nullptr ? sums[r][v] : sums[r][v] + load<FULL>(bias + v * LANES, v);
+            bias == nullptr ? sums[r][v] : sums[r][v] + load_vector<FULL>(bias, v);
     activate_all<M * PANEL_VECTORS>(activation, &activated[0][0]);
     Epilogue rest = *this;
     rest.bias = nullptr;
@@ -93,63 +93,31 @@ struct Epilogue {
   // One row. FULL: columns == NR.
   template <bool FULL, bool ACTIVATES = true>
   inline void finish(int64_t row, Vec (&sums)[PANEL_VECTORS]) const {
-    Vec added[PANEL_VECTORS];
-    if (residual != nullptr) load_row<FULL>(residual + row * stride, added);
     UNROLL
     for (int v = 0; v < PANEL_VECTORS; v++) {
-      if (bias != nullptr) sums[v] = sums[v] + load<FULL>(bias + v * LANES, v);
+      if (bias != nullptr) sums[v] = sums[v] + load_vector<FULL>(bias, v);
       if constexpr (ACTIVATES) {
         if (activation != Activation::none) sums[v] = activate(activation, sums[v]);
       }
-      if (residual != nullptr) sums[v] = sums[v] + added[v];
+      if (residual != nullptr) sums[v] = sums[v] + load_vector<FULL>(residual + row * stride, v);
+      store_vector<FULL>(y + row * stride, v, sums[v]);
     }
-    store_row<FULL>(y + row * stride, sums);
   }
 
  private:
-  // How many of `max` columns from vector v on exist.
-  int64_t count(int v, int64_t max) const {
-    return std::max<int64_t>(0, std::min<int64_t>(max, columns - v * LANES));
+  // How many columns vector v of a row has.
+  int64_t count(int v) const {
+    return std::max<int64_t>(0, std::min(LANES, columns - v * LANES));
+  }
+
+  template <bool FULL, class E>
+  Vec load_vector(const E* row, int v) const {
+    return FULL ? load(row + v * LANES) : load(row + v * LANES, count(v));
   }
 
   template <bool FULL>
-  Vec load(const float* from, int v) const {
-    return FULL ? Vec::loadu(from) : Vec::loadu(from, count(v, LANES));
-  }
-
-  template <bool FULL>
-  void load_row(const T* from, Vec (&to)[PANEL_VECTORS]) const {
-    UNROLL
-    for (int v = 0; v < PANEL_VECTORS; v++) {
-      if constexpr (std::is_same_v<T, float>) {
-        to[v] = load<FULL>(from + v * LANES, v);
-      } else if (v % 2 == 0) {
-        const int64_t max = v + 1 < PANEL_VECTORS ? 2 * LANES : LANES;
-        const auto [low, high] = at::vec::convert_to_float<T>(
-            at::vec::Vectorized<T>::loadu(from + v * LANES, FULL ? max : count(v, max)));
-        to[v] = low;
-        if (v + 1 < PANEL_VECTORS) to[v + 1] = high;
-      }
-    }
-  }
-
-  template <bool FULL>
-  void store_row(T* to, const Vec (&from)[PANEL_VECTORS]) const {
-    UNROLL
-    for (int v = 0; v < PANEL_VECTORS; v++) {
-      if constexpr (std::is_same_v<T, float>) {
-        if constexpr (FULL) {
-          from[v].store(to + v * LANES);
-        } else {
-          from[v].store(to + v * LANES, count(v, LANES));
-        }
-      } else if (v % 2 == 0) {
-        const Vec high = v + 1 < PANEL_VECTORS ? from[v + 1] : Vec(0.0f);
-        const int64_t max = v + 1 < PANEL_VECTORS ? 2 * LANES : LANES;
-        at::vec::convert_from_float<T>(from[v], high)
-            .store(to + v * LANES, FULL ? max : count(v, max));
-      }
-    }
+  void store_vector(T* row, int v, Vec x) const {
+    FULL ? store(row + v * LANES, x) : store(row + v * LANES, x, count(v));
   }
 };
 

@@ -12,29 +12,16 @@
 #include <cstdint>
 #include <limits>
 
-#include "uint32_vec.h"
+#include "simd.h"
 
 namespace gptbatch {
 
-inline Uint32Vec to_bits(const Vec& x) {
-  const Register lanes = x;
-  Uint32Vec bits;
-  std::memcpy(&bits, &lanes, sizeof(bits));
-  return bits;
-}
-
-inline Vec from_bits(const Uint32Vec& bits) {
-  Register lanes;
-  std::memcpy(&lanes, &bits, sizeof(bits));
-  return lanes;
-}
-
 // c[0] + c[1] x + c[2] x^2 + ..., by Horner's rule.
 template <int N>
-inline Vec polynomial(const float (&c)[N], const Vec& x) {
-  Vec sum(c[N - 1]);
+inline Vec polynomial(const float (&c)[N], Vec x) {
+  Vec sum = broadcast(c[N - 1]);
   UNROLL
-  for (int i = N - 2; i >= 0; i--) sum = multiply_add(sum, x, Vec(c[i]));
+  for (int i = N - 2; i >= 0; i--) sum = multiply_add(sum, x, broadcast(c[i]));
   return sum;
 }
 
@@ -43,61 +30,57 @@ inline Vec polynomial(const float (&c)[N], const Vec& x) {
 //     n = round(x / ln(2)), r = x - n ln(2), exp(x) = 2^n (1 + r + r^2 p(r))
 //
 // At n = -127 the bits of the scale are those of 0.
-inline Vec exp_up_to_limit(const Vec& x) {
+inline Vec exp_up_to_limit(Vec x) {
   constexpr float MIN_X = -88.0f;
   constexpr float INVERSE_LN2 = 1.44269502f, LN2_HIGH = 0.693147182f, LN2_LOW = -1.90465421e-9f;
   // The sum with it is rounded to a whole number, whose lowest 8 bits are those of n + 127.
   constexpr float ROUNDER = 12582912.0f + 127.0f;  // 1.5 * 2^23 + 127
   constexpr float COEFFICIENTS[] = {1.0f,          1.0f,          0.49999994f,  0.166665211f,
                                     0.0416682661f, 0.00836867746f, 0.00138207339f};
-  const Vec inside = at::vec::clamp_min(x, Vec(MIN_X));
-  const Vec rounded = multiply_add(inside, Vec(INVERSE_LN2), Vec(ROUNDER));
-  const Vec n = rounded - Vec(ROUNDER);
-  const Vec high = multiply_add(n, Vec(-LN2_HIGH), inside);
-  const Vec r = multiply_add(n, Vec(-LN2_LOW), high);
+  const Vec inside = clamp_min(x, MIN_X);
+  const Vec rounded = multiply_add(inside, broadcast(INVERSE_LN2), broadcast(ROUNDER));
+  const Vec n = rounded - ROUNDER;
+  const Vec high = multiply_add(n, broadcast(-LN2_HIGH), inside);
+  const Vec r = multiply_add(n, broadcast(-LN2_LOW), high);
   return polynomial(COEFFICIENTS, r) * from_bits(to_bits(rounded) << 23);
 }
 
 // exp(x), but at most exp(88.375) = 2.4e38.
-inline Vec exp_limited(const Vec& x) {
+inline Vec exp_limited(Vec x) {
   constexpr float MAX_X = 88.375f;
-  return exp_up_to_limit(at::vec::clamp_max(x, Vec(MAX_X)));
+  return exp_up_to_limit(clamp_max(x, MAX_X));
 }
 
 // exp(x) of one number, as exp_up_to_limit.
-inline float exp_up_to_limit(float x) {
-  float lanes[LANES];
-  exp_up_to_limit(Vec(x)).store(lanes);
-  return lanes[0];
-}
+inline float exp_up_to_limit(float x) { return exp_up_to_limit(broadcast(x))[0]; }
 
 // Absolute values of `size` with the signs of x.
-inline Vec with_sign(const Vec& size, const Vec& x) {
+inline Vec with_sign(Vec size, Vec x) {
   return from_bits((to_bits(size) & 0x7FFFFFFF) | (to_bits(x) & 0x80000000));
 }
 
 // tanh(x) = x + x^3 p(x^2), or 1 - 2 / (exp(2 |x|) + 1) from 0.625 on.
-inline Vec tanh_of(const Vec& x) {
+inline Vec tanh_of(Vec x) {
   constexpr float MIN_EXP = 0.625f;
   constexpr float COEFFICIENTS[] = {-0.333332807f, 0.133314088f, -0.0537370592f, 0.0206308626f,
                                     -0.00569625339f};
-  const Vec one(1.0f), two(2.0f), size = x.abs(), square = x * x;
+  const Vec size = absolute(x), square = x * x;
   const Vec small = multiply_add(polynomial(COEFFICIENTS, square), square * x, x);
-  const Vec large = one - two / (exp_limited(two * size) + one);
-  return Vec::blendv(with_sign(large, x), small, size < Vec(MIN_EXP));
+  const Vec large = 1.0f - 2.0f / (exp_limited(2.0f * size) + 1.0f);
+  return size < MIN_EXP ? small : with_sign(large, x);
 }
 
 // erf(x) = x + x p(x^2), or 1 - exp(|x| q(|x|)) from 0.921875 on; 1 from 4 on.
-inline Vec erf_of(const Vec& x) {
+inline Vec erf_of(Vec x) {
   constexpr float MIN_EXP = 0.921875f, MAX_X = 4.0f;
   constexpr float SMALL[] = {0.128379166f,   -0.376126289f,   0.112836257f,  -0.0268557277f,
                              0.00519237714f, -0.000804917421f, 7.99279587e-05f};
   constexpr float LARGE[] = {-1.12864959f,    -0.635146856f,   -0.106244221f,  0.0237683542f,
                              -0.00364541402f, 0.000323524728f, -1.13025981e-05f};
-  const Vec size = at::vec::clamp_max(x.abs(), Vec(MAX_X));
+  const Vec size = clamp_max(absolute(x), MAX_X);
   const Vec small = multiply_add(polynomial(SMALL, x * x), x, x);
-  const Vec large = Vec(1.0f) - exp_up_to_limit(size * polynomial(LARGE, size));
-  return Vec::blendv(with_sign(large, x), small, size < Vec(MIN_EXP));
+  const Vec large = 1.0f - exp_up_to_limit(size * polynomial(LARGE, size));
+  return size < MIN_EXP ? small : with_sign(large, x);
 }
 
 // log(x) of a normal number x > 0, by the formula and the constants of fdlibm (e_log.c, Sun

@@ -37,9 +37,9 @@ struct GemmStep;
 template <>
 struct GemmStep<float> {
   static constexpr int64_t K_STEP = 1;
-  static Vec load(const float* weights) { return Vec::loadu(weights); }
-  static Vec broadcast(const float* x) { return Vec(*x); }
-  static Vec add(const Vec& x, const Vec& weights, const Vec& sum) {
+  static Vec load(const float* weights) { return gptbatch::load(weights); }
+  static Vec broadcast(const float* x) { return gptbatch::broadcast(*x); }
+  static Vec add(Vec x, Vec weights, Vec sum) {
     return multiply_add(x, weights, sum);
   }
 };
@@ -80,11 +80,7 @@ template <class T, int M, class P, class Y>
 __attribute__((noinline)) void gemm_tile(const T* x, int64_t in, const T* panel, P prefetch,
                                          const Epilogue<Y>& epilogue) {
   using Step = GemmStep<T>;
-  Vec sums[M][PANEL_VECTORS];
-  UNROLL
-  for (int r = 0; r < M; r++)
-    UNROLL
-    for (int v = 0; v < PANEL_VECTORS; v++) sums[r][v] = Vec(0.0f);
+  Vec sums[M][PANEL_VECTORS] = {};
   for (int64_t k = 0; k < in; k += Step::K_STEP, panel += NR * Step::K_STEP) {
     prefetch.step();
     decltype(Step::load(panel)) weights[PANEL_VECTORS];

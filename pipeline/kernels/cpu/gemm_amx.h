@@ -104,7 +104,7 @@ void gemm_tile_amx(int64_t rows, const BFloat16* x, int64_t in, const BFloat16* 
   for (int64_t row = 0; row < rows; row++) {
     const float* row_sums = row < height ? sums[0][row] : sums[1][row - first_upper];
     Vec values[PANEL_VECTORS];
-    for (int v = 0; v < PANEL_VECTORS; v++) values[v] = Vec::loadu(row_sums + v * LANES);
+    for (int v = 0; v < PANEL_VECTORS; v++) values[v] = load(row_sums + v * LANES);
     if (epilogue.columns == NR) {
       epilogue.template finish<true>(row, values);
     } else {

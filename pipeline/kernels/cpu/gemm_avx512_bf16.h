@@ -24,7 +24,7 @@ struct GemmStep<BFloat16> {
     __builtin_memcpy(&pair, x, sizeof(pair));
     return _mm512_set1_epi32(pair);
   }
-  static Vec add(__m512i x, __m512i weights, const Vec& sum) {
+  static Vec add(__m512i x, __m512i weights, Vec sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)weights);
   }
 };

@@ -14,15 +14,28 @@
 
 #pragma once
 
-#include "int16_pairs_avx2.h"
-#include "int16_pairs_avx512.h"
-#include "int16_pairs_generic.h"
+#include "simd.h"
 
 namespace gptbatch {
 
 // The largest query or weight: below 2^15 - 1, because it is split into two signed bytes of at most
 // 127 each. 127 * 257 = 127 * 256 + 127.
 constexpr int32_t INT16_MAX_VALUE = INT8_MAX_VALUE * 257;
+
+inline Uint32Vec load_uint32(const void* from) {
+  Uint32Vec lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+
+inline Uint32Vec broadcast_uint32(int32_t value) {
+  return Uint32Vec{} + static_cast<uint32_t>(value);
+}
+
+// Converts an integer in float32; NaN becomes 0. A NaN scale then makes the result NaN.
+inline int32_t to_int(float whole) {
+  return whole == whole ? static_cast<int32_t>(whole) : 0;
+}
 
 }  // namespace gptbatch
 

@@ -12,9 +12,9 @@ struct SplitInt16 {
   int32_t* second;
 
   // Puts LANES integers at places i to i + LANES - 1; i is a multiple of 4.
-  void put(int64_t i, const Vec& integers) const {
+  void put(int64_t i, Vec integers) const {
     float int16[LANES];
-    integers.store(int16);
+    store(int16, integers);
     for (int64_t j = 0; j < LANES; j += 4) {
       const auto pair = [&](int64_t a, int64_t b) {
         const uint32_t high = static_cast<uint32_t>(to_int(int16[b])) << 16;
@@ -29,7 +29,7 @@ struct SplitInt16 {
 struct Int8Dot {
   Uint32Vec sums;
 
-  void add(const Uint32Vec& bytes, const Uint32Vec& first, const Uint32Vec& second) {
+  void add(Uint32Vec bytes, Uint32Vec first, Uint32Vec second) {
     sums += multiply_add_pairs(bytes & 0x00FF00FF, first) +
             multiply_add_pairs((bytes >> 8) & 0x00FF00FF, second);
   }

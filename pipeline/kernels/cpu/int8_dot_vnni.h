@@ -13,7 +13,7 @@ struct SplitInt16 {
   int32_t* second;
 
   // Puts LANES integers at places i to i + LANES - 1; i is a multiple of 4.
-  void put(int64_t i, const Vec& integers) const {
+  void put(int64_t i, Vec integers) const {
     const __m512i int16 = _mm512_cvtps_epi32(integers);
     const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(int16, _mm512_set1_epi32(128)), 8);
     const __m512i low = _mm512_sub_epi32(int16, _mm512_slli_epi32(high, 8));
@@ -25,7 +25,7 @@ struct SplitInt16 {
 struct Int8Dot {
   Uint32Vec high_sums, low_sums;
 
-  void add(const Uint32Vec& bytes, const Uint32Vec& first, const Uint32Vec& second) {
+  void add(Uint32Vec bytes, Uint32Vec first, Uint32Vec second) {
     high_sums = (Uint32Vec)_mm512_dpbusd_epi32((__m512i)high_sums, (__m512i)bytes, (__m512i)first);
     low_sums = (Uint32Vec)_mm512_dpbusd_epi32((__m512i)low_sums, (__m512i)bytes, (__m512i)second);
   }

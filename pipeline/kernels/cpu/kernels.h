@@ -1,17 +1,14 @@
 // Interfaces of the kernels: raw pointers to contiguous memory. ops.cpp checks the tensors first.
 //
-// This header includes no header of torch but BFloat16.h. The kernels are compiled without
-// torch/library.h, and ops.cpp without the vector headers, which halves the build time.
+// The kernels include no header of torch: its headers take seconds to compile.
 
 #pragma once
 
-#include <c10/util/BFloat16.h>
-
 #include <cstdint>
 
-namespace gptbatch {
+#include "bfloat16.h"
 
-using c10::BFloat16;
+namespace gptbatch {
 
 // Data layouts that Python uses, too: pipeline/kernels/constants.py, passed by the build.
 constexpr int64_t FULL_BLOCK_SIZE = GPTBATCH_FULL_BLOCK_SIZE;

@@ -32,22 +32,23 @@
 
 namespace gptbatch {
 
-// 2 * LANES values as float32, in the order that store_values undoes.
+// Loads 2 * LANES values as float32, in the order that store_values undoes.
 template <class T>
-inline std::tuple<Vec, Vec> load_values(const T* from) {
-#ifdef CPU_CAPABILITY_AVX512
-  if constexpr (std::is_same_v<T, BFloat16>) return load_even_odd(from);
+inline void load_values(const T* from, Vec& first, Vec& second) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, BFloat16>) return load_even_odd(from, first, second);
 #endif
-  return load_pair(from);
+  first = load(from);
+  second = load(from + LANES);
 }
 
 template <class T>
-inline void store_values(const Vec& first, const Vec& second, float* to) {
-#ifdef CPU_CAPABILITY_AVX512
-  if constexpr (std::is_same_v<T, BFloat16>) return store_even_odd(first, second, to);
+inline void store_values(float* to, Vec first, Vec second) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, BFloat16>) return store_even_odd(to, first, second);
 #endif
-  first.store(to);
-  second.store(to + LANES);
+  store(to, first);
+  store(to + LANES, second);
 }
 
 // Softmax without the division: scores become exp(score - max), and their sum is returned. The
@@ -55,18 +56,18 @@ inline void store_values(const Vec& first, const Vec& second, float* to) {
 inline float exp_and_sum(float* scores, int64_t count) {
   const int64_t end = (count + LANES - 1) / LANES * LANES;
   std::fill(scores + count, scores + end, -std::numeric_limits<float>::infinity());
-  Vec lane_max = Vec::loadu(scores);
+  Vec lane_max = load(scores);
   for (int64_t k = LANES; k < end; k += LANES)
-    lane_max = at::vec::maximum(lane_max, Vec::loadu(scores + k));
-  const Vec max(max_lanes(lane_max));
+    lane_max = maximum(lane_max, load(scores + k));
+  const float max = max_lanes(lane_max);
   LogicalLanes total;
   for (int64_t k = 0; k < end; k += LogicalLanes::COUNT) {
     UNROLL
     for (int v = 0; v < LogicalLanes::VECTORS; v++) {
       if (k + v * LANES >= end) break;
       float* place = scores + k + v * LANES;
-      const Vec weight = exp_up_to_limit(Vec::loadu(place) - max);
-      weight.store(place);
+      const Vec weight = exp_up_to_limit(load(place) - max);
+      store(place, weight);
       total.lanes[v] = total.lanes[v] + weight;
     }
   }
@@ -108,7 +109,7 @@ class FullBlocks {
     for (int i = 0; i < Q; i++) {
       Query* query = reinterpret_cast<Query*>(queries) + i * padded_size_;
       for (int64_t d = 0; d < head_size; d++) query[d] = static_cast<Query>(q[i * q_stride + d]);
-      std::fill(query + head_size, query + padded_size_, Query(0.0f));
+      std::fill(query + head_size, query + padded_size_, Query{});
     }
     score<Q>(queries, scale, n_blocks, scores, stride, write_own, prefetcher);
     for (int i = 0; i < Q; i++) totals[i] = exp_and_sum(scores + i * stride, first_count + i);
@@ -173,12 +174,7 @@ class FullBlocks {
         (B * prefetcher.rate() * D_STEP + padded_size_ - 1) / padded_size_;
     const T* from[B];
     unroll<B>([&](auto b) { from[b] = keys(first + b); });
-    Register sums[Q][B][KEY_VECTORS][2];
-    unroll<Q>([&](auto q) {
-      unroll<B>([&](auto b) {
-        unroll<KEY_VECTORS>([&](auto v) { sums[q][b][v][0] = sums[q][b][v][1] = Vec(0.0f); });
-      });
-    });
+    Vec sums[Q][B][KEY_VECTORS][2] = {};
     for (int64_t d = 0; d < padded_size_; d += D_STEP) {
       prefetcher.prefetch(prefetches);
       unroll<B>([&](auto b) {
@@ -194,13 +190,11 @@ class FullBlocks {
           return;
         }
 #endif
-        Register key[2 * KEY_VECTORS];
-        unroll<KEY_VECTORS>([&](auto j) {
-          std::tie(key[2 * j], key[2 * j + 1]) = load_pair(from[b] + d * SIZE + 2 * j * LANES);
-        });
+        Vec key[2 * KEY_VECTORS];
+        unroll<2 * KEY_VECTORS>([&](auto j) { key[j] = load(from[b] + d * SIZE + j * LANES); });
         unroll<Q>([&](auto q) {
           unroll<2>([&](auto j) {
-            const Vec element(queries[q * padded_size_ + d + j]);
+            const Vec element = broadcast(queries[q * padded_size_ + d + j]);
             unroll<KEY_VECTORS>([&](auto v) {
               sums[q][b][v][j] = multiply_add(element, key[j * KEY_VECTORS + v], sums[q][b][v][j]);
             });
@@ -211,8 +205,8 @@ class FullBlocks {
     unroll<B>([&](auto b) {
       unroll<KEY_VECTORS>([&](auto v) {
         unroll<Q>([&](auto q) {
-          ((Vec(sums[q][b][v][0]) + Vec(sums[q][b][v][1])) * Vec(scale))
-              .store(scores + q * stride + (first + b) * SIZE + v * LANES);
+          store(scores + q * stride + (first + b) * SIZE + v * LANES,
+                (sums[q][b][v][0] + sums[q][b][v][1]) * scale);
         });
       });
     });
@@ -244,15 +238,14 @@ class FullBlocks {
   template <int Q, int N>
   FLAT void weigh_columns(const float* weights, int64_t stride, int64_t first_count, int64_t d0,
                           float* out, BlockPrefetcher& prefetcher) const {
-    Register sums[Q][2 * N], value[2 * N];
-    unroll<Q>([&](auto q) { unroll<2 * N>([&](auto c) { sums[q][c] = Vec(0.0f); }); });
+    Vec sums[Q][2 * N] = {}, value[2 * N];
     const auto load = [&](const T* row) {
       unroll<N>([&](auto c) {
-        std::tie(value[2 * c], value[2 * c + 1]) = load_values(row + 2 * c * LANES);
+        load_values(row + 2 * c * LANES, value[2 * c], value[2 * c + 1]);
       });
     };
     const auto add = [&](auto q, int64_t k) {
-      const Vec weight(weights[q * stride + k]);
+      const Vec weight = broadcast(weights[q * stride + k]);
       unroll<2 * N>([&](auto c) { sums[q][c] = multiply_add(weight, value[c], sums[q][c]); });
     };
     for (int64_t k = 0; k < first_count;) {
@@ -274,7 +267,7 @@ class FullBlocks {
     unroll<Q>([&](auto q) {
       unroll<N>([&](auto c) {
         float* to = out + q * padded_size_ + d0 + 2 * c * LANES;
-        store_values<T>(sums[q][2 * c], sums[q][2 * c + 1], to);
+        store_values<T>(to, sums[q][2 * c], sums[q][2 * c + 1]);
       });
     });
   }

@@ -44,22 +44,22 @@
 namespace gptbatch {
 
 // Quantizes `count` elements to integers of up to `max`, in float32, padded with 0 to a multiple of
-// 2 * LANES. Returns the scale; NaN if an element is NaN or infinite.
+// LANES. Returns the scale; NaN if an element is NaN or infinite.
 template <class T>
 inline float quantize(const T* from, int64_t count, int32_t max, float* to) {
-  Vec lane_max(0.0f);
-  for (int64_t d = 0; d < count; d += 2 * LANES) {
-    const auto [low, high] = load_pair(from + d, count - d);
-    low.store(to + d);
-    high.store(to + d + LANES);
-    lane_max = at::vec::maximum(lane_max, at::vec::maximum(low.abs(), high.abs()));
+  Vec lane_max{};
+  for (int64_t d = 0; d < count; d += LANES) {
+    const Vec x = load(from + d, count - d);
+    store(to + d, x);
+    lane_max = maximum(lane_max, absolute(x));
   }
   const float absmax = max_lanes(lane_max);
   // 0 where absmax is finite, else NaN. Added to the scale, it passes NaN on.
   const float zero_or_nan = absmax - absmax;
   const bool is_valid = absmax >= INT8_MIN_ABSMAX && zero_or_nan == 0.0f;
-  const Vec factor(is_valid ? static_cast<float>(max) / absmax : 0.0f);
-  for (int64_t d = 0; d < count; d += LANES) (Vec::loadu(to + d) * factor).round().store(to + d);
+  const float factor = is_valid ? static_cast<float>(max) / absmax : 0.0f;
+  for (int64_t d = 0; d < count; d += LANES)
+    store(to + d, round_to_integer(load(to + d) * factor));
   return absmax / static_cast<float>(max) + zero_or_nan;
 }
 
@@ -171,10 +171,10 @@ class Int8BlocksBase {
         });
       }
       unroll<N>([&](auto n) {
-        const Vec scale = Vec::loadu(key_scales(block) + (v + n) * LANES);
+        const Vec scale = load(key_scales(block) + (v + n) * LANES);
         unroll<Q>([&](auto q) {
-          (dots[q][n].total(queries.sums[q]) * (scale * Vec(queries.scales[q])))
-              .store(scores[q] + (v + n) * LANES);
+          store(scores[q] + (v + n) * LANES,
+                dots[q][n].total(queries.sums[q]) * (scale * queries.scales[q]));
         });
       });
     }
@@ -194,35 +194,35 @@ class Int8BlocksBase {
       return;
     }
     constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
-    Vec own[VECTORS], scale[VECTORS], lane_max(MINUS_INFINITY);
+    Vec own[VECTORS], scale[VECTORS], lane_max = broadcast(MINUS_INFINITY);
     for (int v = 0; v < VECTORS; v++) {
       const int64_t here = count - v * LANES;
-      own[v] = Vec::loadu(scores + v * LANES), scale[v] = Vec::loadu(scales + v * LANES);
+      own[v] = load(scores + v * LANES), scale[v] = load(scales + v * LANES);
       if (here < LANES) {
-        own[v] = Vec::set(Vec(MINUS_INFINITY), own[v], std::max<int64_t>(here, 0));
-        scale[v] = Vec::set(Vec(0.0f), scale[v], std::max<int64_t>(here, 0));
+        own[v] = first_lanes(own[v], here, MINUS_INFINITY);
+        scale[v] = first_lanes(scale[v], here, 0.0f);
       }
-      lane_max = at::vec::maximum(lane_max, own[v]);
+      lane_max = maximum(lane_max, own[v]);
     }
     const float new_max = std::max(max_lanes(lane_max), softmax.max[i]);
     // 0 where new_max is finite, else NaN: as the first summand, it makes the row's total NaN.
     const float zero_or_nan = new_max - new_max;
     LogicalLanes total;
-    total.lanes[0] = Vec(zero_or_nan);
-    Vec max_product(0.0f), sum(0.0f);
+    total.lanes[0] = broadcast(zero_or_nan);
+    Vec max_product{}, sum{};
     UNROLL
     for (int v = 0; v < VECTORS; v++) {
       prefetcher.prefetch(per_vector);
-      const Vec weight = exp_up_to_limit(own[v] - Vec(new_max));
+      const Vec weight = exp_up_to_limit(own[v] - new_max);
       Vec& lanes = total.lanes[v % LogicalLanes::VECTORS];
       lanes = lanes + weight;
       own[v] = weight * scale[v];
-      max_product = at::vec::maximum(max_product, own[v]);
+      max_product = maximum(max_product, own[v]);
     }
     const float absmax = max_lanes(max_product);
-    const Vec factor(absmax >= INT8_MIN_ABSMAX ? INT16_MAX_VALUE / absmax : 0.0f);
+    const float factor = absmax >= INT8_MIN_ABSMAX ? INT16_MAX_VALUE / absmax : 0.0f;
     for (int v = 0; v < VECTORS; v++) {
-      const Vec whole = (own[v] * factor).round();
+      const Vec whole = round_to_integer(own[v] * factor);
       sum = sum + whole;
       int16s.put(v * LANES, whole);
     }
@@ -269,12 +269,12 @@ class Int8BlocksBase {
       });
     }
     unroll<Q>([&](auto q) {
-      const Vec decay(weights.decay[q]), scale(weights.scales[q]);
+      const Vec scale = broadcast(weights.scales[q]);
       unroll<N>([&](auto n) {
         float* to = out + q * padded_size_ + d0 + n * LANES;
         const Vec sum = multiply_add(dots[q][n].total(weights.sums[q]), scale,
-                                     Vec::loadu(to) * decay);
-        sum.store(to);
+                                     load(to) * weights.decay[q]);
+        store(to, sum);
       });
     });
   }
@@ -325,9 +325,9 @@ class Int8Blocks : public Int8BlocksBase {
       std::fill(whole, whole + padded_size_, 0.0f);
       queries.scales[i] =
           scale * quantize(q + i * q_stride, head_size, static_cast<int32_t>(max_value), whole);
-      Vec sum(0.0f);
+      Vec sum{};
       for (int64_t d = 0; d < padded_size_; d += LANES) {
-        const Vec integers = Vec::loadu(whole + d);
+        const Vec integers = load(whole + d);
         int16s.put(d, integers);
         sum = sum + integers;
       }

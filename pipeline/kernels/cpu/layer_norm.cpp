@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "simd.h"
+#include "threads.h"
 
 namespace gptbatch {
 namespace {
@@ -18,17 +19,17 @@ namespace {
 constexpr int64_t NORM_ROWS_PER_GRAIN = 4;
 constexpr int64_t MIN_PARALLEL_ELEMENTS = 1 << 13;  // less work is not worth waking threads
 
-// Calls work(v, d, low, high, count) for each 2 * LANES elements of x from d on. `count` of them
-// are in the row; the others are 0. v is the first vector of their logical lanes.
+// Calls work(v, d, vector, count) for each LANES elements of x from d on. `count` is how many
+// elements are left; where fewer than LANES are, the other lanes are 0. v is the vector of their
+// logical lanes.
 template <class T, class F>
-inline void for_each_pair(const T* x, int64_t width, const F& work) {
+inline void for_each_vector(const T* x, int64_t width, const F& work) {
   for (int64_t begin = 0; begin < width; begin += LogicalLanes::COUNT) {
     UNROLL
-    for (int v = 0; v < LogicalLanes::VECTORS; v += 2) {
+    for (int v = 0; v < LogicalLanes::VECTORS; v++) {
       const int64_t d = begin + v * LANES;
       if (d >= width) break;
-      const auto [low, high] = load_pair(x + d, width - d);
-      work(v, d, low, high, std::min(2 * LANES, width - d));
+      work(v, d, load(x + d, width - d), width - d);
     }
   }
 }
@@ -37,24 +38,19 @@ template <class T>
 void normalize_row(const T* x, int64_t width, const T* weight, const T* bias, double epsilon,
                    T* y) {
   LogicalLanes sums, squares;
-  for_each_pair(x, width, [&](int v, int64_t, const Vec& low, const Vec& high, int64_t) {
-    sums.lanes[v] = sums.lanes[v] + low;
-    sums.lanes[v + 1] = sums.lanes[v + 1] + high;
+  for_each_vector(x, width, [&](int v, int64_t, Vec own, int64_t) {
+    sums.lanes[v] = sums.lanes[v] + own;
   });
-  const Vec mean(sums.total() / static_cast<float>(width));
-  for_each_pair(x, width, [&](int v, int64_t, const Vec& low, const Vec& high, int64_t count) {
-    const Vec a = low - mean, b = high - mean;
-    squares.lanes[v] = squares.lanes[v] + Vec::set(Vec(0.0f), a * a, std::min(LANES, count));
-    squares.lanes[v + 1] =
-        squares.lanes[v + 1] + Vec::set(Vec(0.0f), b * b, std::max<int64_t>(0, count - LANES));
+  const float mean = sums.total() / static_cast<float>(width);
+  for_each_vector(x, width, [&](int v, int64_t, Vec own, int64_t count) {
+    const Vec distance = own - mean;
+    squares.lanes[v] = squares.lanes[v] + first_lanes(distance * distance, count);
   });
   const double variance = squares.total() / static_cast<double>(width);
-  const Vec factor(static_cast<float>(1.0 / std::sqrt(variance + epsilon)));
-  for_each_pair(x, width, [&](int, int64_t d, const Vec& low, const Vec& high, int64_t count) {
-    const auto [weight_low, weight_high] = load_pair(weight + d, count);
-    const auto [bias_low, bias_high] = load_pair(bias + d, count);
-    store_pair((low - mean) * factor * weight_low + bias_low,
-               (high - mean) * factor * weight_high + bias_high, y + d, count);
+  const float factor = static_cast<float>(1.0 / std::sqrt(variance + epsilon));
+  for_each_vector(x, width, [&](int, int64_t d, Vec own, int64_t count) {
+    const Vec scaled = (own - mean) * factor * load(weight + d, count);
+    store(y + d, scaled + load(bias + d, count), count);
   });
 }
 

@@ -8,6 +8,7 @@
 // Each element of y depends on its row of x only: gemm.h gives the order of its sum.
 
 #include "gemm.h"
+#include "threads.h"
 
 namespace gptbatch {
 
@@ -42,7 +43,7 @@ void linear(const T* x, int64_t rows, int64_t in, const T* packed, int64_t out, 
   const int64_t tile_rows = RowTiles<T>::max_rows();
   const int64_t chunk_rows = ((rows + chunks - 1) / chunks + tile_rows - 1) / tile_rows * tile_rows;
   const int64_t threads =
-      rows * in * out < MIN_PARALLEL_MULTIPLICATIONS ? 1 : at::get_num_threads();
+      rows * in * out < MIN_PARALLEL_MULTIPLICATIONS ? 1 : max_threads();
   const auto work = [&](int64_t item) {
     const int64_t chunk = item / panels, panel = item % panels, column = panel * NR;
     const int64_t first = std::min(rows, chunk * chunk_rows);

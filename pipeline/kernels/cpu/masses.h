@@ -22,7 +22,8 @@ constexpr double MIN_MASS_EXPONENT = -33.0;
 
 // The masses of MASS_CHUNK numbers x <= 0.
 inline void masses_of(const double* x, int bits, int64_t* masses) {
-  using Doubles = at::vec::Vectorized<double>;
+  typedef double Doubles __attribute__((vector_size(sizeof(Vec))));
+  constexpr int DOUBLES = sizeof(Doubles) / sizeof(double);
   constexpr double LN2_HIGH = 0.6931471803691238, LN2_LOW = 1.9082149292705877e-10;
   constexpr double INVERSE_LN2 = 1.4426950408889634;
   // Adding it rounds to a whole number, half to even, which is then in the lowest bits.
@@ -34,26 +35,29 @@ inline void masses_of(const double* x, int bits, int64_t* masses) {
       1.0 / 3628800.0, 1.0 / 39916800.0, 1.0 / 479001600.0, 1.0 / 6227020800.0};
   double shifted[MASS_CHUNK], sums[MASS_CHUNK];
   // Independent sums hide the latency of + and *.
-  constexpr int AT_ONCE = 4, STEP = AT_ONCE * Doubles::size();
+  constexpr int AT_ONCE = 4, STEP = AT_ONCE * DOUBLES;
   static_assert(MASS_CHUNK % STEP == 0);
   for (int first = 0; first < MASS_CHUNK; first += STEP) {
     Doubles r[AT_ONCE], sum[AT_ONCE];
     UNROLL
     for (int j = 0; j < AT_ONCE; j++) {
-      const int i = first + j * Doubles::size();
-      const Doubles inside = at::vec::maximum(Doubles::loadu(x + i), Doubles(MIN_MASS_EXPONENT));
-      const Doubles rounded = inside * Doubles(INVERSE_LN2) + Doubles(ROUNDER);
-      const Doubles n = rounded - Doubles(ROUNDER);
-      r[j] = (inside - n * Doubles(LN2_HIGH)) - n * Doubles(LN2_LOW);
-      sum[j] = Doubles(COEFFICIENTS[DEGREE]);
-      rounded.store(shifted + i);
+      const int i = first + j * DOUBLES;
+      Doubles inside;
+      std::memcpy(&inside, x + i, sizeof(inside));
+      inside = inside < MIN_MASS_EXPONENT ? Doubles{} + MIN_MASS_EXPONENT : inside;
+      const Doubles rounded = inside * INVERSE_LN2 + ROUNDER;
+      const Doubles n = rounded - ROUNDER;
+      r[j] = (inside - n * LN2_HIGH) - n * LN2_LOW;
+      sum[j] = Doubles{} + COEFFICIENTS[DEGREE];
+      std::memcpy(shifted + i, &rounded, sizeof(rounded));
     }
     UNROLL
     for (int k = DEGREE - 1; k >= 0; k--)
       UNROLL
-      for (int j = 0; j < AT_ONCE; j++) sum[j] = sum[j] * r[j] + Doubles(COEFFICIENTS[k]);
+      for (int j = 0; j < AT_ONCE; j++) sum[j] = sum[j] * r[j] + COEFFICIENTS[k];
     UNROLL
-    for (int j = 0; j < AT_ONCE; j++) sum[j].store(sums + first + j * Doubles::size());
+    for (int j = 0; j < AT_ONCE; j++)
+      std::memcpy(sums + first + j * DOUBLES, &sum[j], sizeof(sum[j]));
   }
   for (int i = 0; i < MASS_CHUNK; i++) {
     const int64_t exponent = std::bit_cast<int64_t>(shifted[i]) - std::bit_cast<int64_t>(ROUNDER);

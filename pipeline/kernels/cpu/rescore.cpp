@@ -17,6 +17,7 @@
 #include <limits>
 #include <vector>
 
+#include "threads.h"
 #include "vocab_maxima.h"
 
 namespace gptbatch {

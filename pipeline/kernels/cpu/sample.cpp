@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "nucleus.h"
+#include "threads.h"
 #include "vocab_maxima.h"
 
 namespace gptbatch {

@@ -1,39 +1,39 @@
-// Vectors of float32, loops unrolled at compile time, and work shared among the threads.
+// Vectors of float32, and loops unrolled at compile time.
+//
+// The vectors are those of the compiler (the vector extensions of GCC and Clang). simd_avx512.h,
+// simd_avx2.h and simd_generic.h add the operations that these extensions lack.
 //
 // No sum may depend on the number of lanes of a vector: LogicalLanes sums in 32 lanes on every CPU.
 // docs/arithmetic.md lists the order of every sum.
 
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <tuple>
+#include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
-#include "float_mode.h"
 #include "kernels.h"
 
 namespace gptbatch {
 
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t LANES = Vec::size();
-
-// The compiler's own vector type. GCC does not always keep arrays of a class in registers.
-#if defined(CPU_CAPABILITY_AVX512)
-using Register = __m512;
-#elif defined(CPU_CAPABILITY_AVX2)
-using Register = __m256;
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
 #else
-using Register = Vec;
+constexpr int64_t LANES = 4;
 #endif
+
+// + - * / & | << >> and comparisons work lane by lane, and unsigned integers wrap around. A scalar
+// operand counts for all lanes. `mask ? a : b` selects per lane.
+typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef uint32_t Uint32Vec __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef int32_t Int32Vec __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 // a * b + c, rounded once.
 inline float multiply_add(float a, float b, float c) {
@@ -56,16 +56,22 @@ inline float multiply_add(float a, float b, float c) {
 #endif
 }
 
-inline Register multiply_add(Register a, Register b, Register c) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
-  return at::vec::fmadd(Vec(a), Vec(b), Vec(c));
-#else
-  // fmadd of at::vec rounds twice here.
-  Vec sum;
-  for (int i = 0; i < LANES; i++) sum[i] = multiply_add(a[i], b[i], c[i]);
-  return sum;
-#endif
-}
+}  // namespace gptbatch
+
+// They define, each for its instruction set:
+//
+//     multiply_add(a, b, c)    a * b + c, rounded once
+//     round_to_integer(x)      to nearest, half to even
+//     sum_lanes(x)             a fixed tree: lane i plus lane i + n / 2 of n lanes, again and again
+//     max_lanes(x)             the maximum over the lanes; NaN if one is NaN
+//     widen(from)              LANES numbers of 16 bits, as integers of 32 bits
+//     multiply_add_pairs(a, b) a.low * b.low + a.high * b.high of the signed 16-bit halves of each
+//                              lane; those of a are 0 to 255
+#include "simd_avx2.h"
+#include "simd_avx512.h"
+#include "simd_generic.h"
+
+namespace gptbatch {
 
 // Calls body(0), ..., body(N - 1) with compile-time indices. An array stays in registers only if
 // no loop over it is left. The calling function must be FLAT: all its calls are inlined.
@@ -84,59 +90,76 @@ inline void unroll(const F& body) {
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// 2 * LANES elements as float32.
-template <class T>
-inline std::tuple<Vec, Vec> load_pair(const T* from) {
-  if constexpr (std::is_same_v<T, float>) {
-    return {Vec::loadu(from), Vec::loadu(from + LANES)};
-  } else {
-    return at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
-  }
+// x in all lanes. (-0 - 0 is -0.)
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Uint32Vec to_bits(Vec x) { return std::bit_cast<Uint32Vec>(x); }
+inline Vec from_bits(Uint32Vec bits) { return std::bit_cast<Vec>(bits); }
+
+inline Vec absolute(Vec x) { return from_bits(to_bits(x) & 0x7FFFFFFF); }
+
+// The larger number per lane; NaN if one is NaN.
+inline Vec maximum(Vec a, Vec b) {
+  const Vec larger = a > b ? a : b;
+  return a != a ? a : larger;
 }
 
-// The first `count` of 2 * LANES elements as float32, and 0 in the other lanes.
-template <class T>
-inline std::tuple<Vec, Vec> load_pair(const T* from, int64_t count) {
-  if (count >= 2 * LANES) return load_pair(from);
-  if constexpr (std::is_same_v<T, float>) {
-    return {Vec::loadu(from, std::min(LANES, count)),
-            count > LANES ? Vec::loadu(from + LANES, count - LANES) : Vec(0.0f)};
-  } else {
-    return at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from, count));
-  }
+// x, but at least `min` or at most `max`, which are numbers. NaN stays.
+inline Vec clamp_min(Vec x, float min) { return broadcast(min) > x ? broadcast(min) : x; }
+inline Vec clamp_max(Vec x, float max) { return broadcast(max) < x ? broadcast(max) : x; }
+
+inline Vec int32_to_float(Uint32Vec integers) {
+  return __builtin_convertvector(std::bit_cast<Int32Vec>(integers), Vec);
 }
 
-// Stores the first `count` of 2 * LANES elements, rounded to T.
-template <class T>
-inline void store_pair(const Vec& low, const Vec& high, T* to, int64_t count) {
-  if constexpr (std::is_same_v<T, float>) {
-    low.store(to, std::min(LANES, count));
-    if (count > LANES) high.store(to + LANES, count - LANES);
-  } else {
-    at::vec::convert_from_float<T>(low, high).store(to, count);
-  }
+// x in the first `count` lanes, and `other` in the others.
+inline Vec first_lanes(Vec x, int64_t count, float other = 0.0f) {
+  Int32Vec lane{};
+  for (int32_t i = 0; i < LANES; i++) lane[i] = i;
+  return lane < static_cast<int32_t>(std::min(count, LANES)) ? x : broadcast(other);
 }
 
-// The sum over the lanes: lane i plus lane i + n / 2 of n lanes, again and again. The order of
-// at::vec::vec_reduce_all depends on the compiler.
-inline float sum_lanes(const Vec& lanes) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m256 eight =
-      _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
-#else
-  const __m256 eight = lanes;
-#endif
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-#else
-  float sums[LANES];
-  lanes.store(sums);
-  for (int64_t n = LANES / 2; n > 0; n /= 2)
-    for (int64_t i = 0; i < n; i++) sums[i] = sums[i] + sums[i + n];
-  return sums[0];
-#endif
+// Loads LANES elements, and converts them to float32.
+inline Vec load(const float* from) {
+  Vec x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+inline Vec load(const BFloat16* from) { return from_bits(widen(&from->bits) << 16); }
+
+// Stores LANES elements, rounded to nearest even. In bfloat16, NaN becomes 0xFFFF.
+inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof(x)); }
+inline void store(BFloat16* to, Vec x) {
+  typedef uint16_t Uint16Vec __attribute__((vector_size(LANES * sizeof(uint16_t))));
+  const Uint32Vec bits = to_bits(x), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  const Uint32Vec upper = x == x ? rounded : Uint32Vec{} + 0xFFFF;
+  const Uint16Vec narrow = __builtin_convertvector(upper, Uint16Vec);
+  std::memcpy(to, &narrow, sizeof(narrow));
+}
+
+// The same for 0 to LANES - 1 elements. The other lanes become 0. noinline: it is rare, and code
+// around it stays short.
+template <class T>
+__attribute__((noinline)) Vec load_part(const T* from, int64_t count) {
+  T padded[LANES] = {};
+  std::copy_n(from, count, padded);
+  return load(padded);
+}
+template <class T>
+__attribute__((noinline)) void store_part(T* to, Vec x, int64_t count) {
+  T all[LANES];
+  store(all, x);
+  std::copy_n(all, count, to);
+}
+
+// The same for the first `count` elements, at most LANES.
+template <class T>
+inline Vec load(const T* from, int64_t count) {
+  return count >= LANES ? load(from) : load_part(from, count);
+}
+template <class T>
+inline void store(T* to, Vec x, int64_t count) {
+  count >= LANES ? store(to, x) : store_part(to, x, count);
 }
 
 // 32 sums, lane by lane: element i of a row is added to lane i % 32. With vectors of any length,
@@ -145,12 +168,7 @@ struct LogicalLanes {
   static constexpr int64_t COUNT = 32, VECTORS = COUNT / LANES;
   static_assert(COUNT % LANES == 0);
 
-  Vec lanes[VECTORS];
-
-  LogicalLanes() {
-    UNROLL
-    for (int v = 0; v < VECTORS; v++) lanes[v] = Vec(0.0f);
-  }
+  Vec lanes[VECTORS] = {};
 
   // A fixed tree: lane i plus lane i + 16, then plus lane i + 8, and so on.
   float total() const {
@@ -164,23 +182,5 @@ struct LogicalLanes {
     return sum_lanes(sums[0]);
   }
 };
-
-// The maximum over the lanes; NaN if one is NaN.
-inline float max_lanes(const Vec& lanes) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); },
-                                        lanes);
-}
-
-// Calls work(i) for i in [0, count) on all threads. Each thread takes `grain` indices at a time.
-template <class F>
-void parallel_for_each(int64_t count, int64_t grain, const F& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t n_grains = (count + grain - 1) / grain;
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), n_grains), 1, [&](int64_t, int64_t) {
-    const StandardFloatMode mode;
-    for (int64_t first; (first = next.fetch_add(grain)) < count;)
-      for (int64_t i = first; i < std::min(first + grain, count); i++) work(i);
-  });
-}
 
 }  // namespace gptbatch

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "masses.h"
+#include "threads.h"
 #include "vocab_maxima.h"
 
 namespace gptbatch {

@@ -22,7 +22,6 @@
 // In a decode step an op takes a millisecond or less. Calls from Python would add a delay to each:
 // the weights that pass through the CPU's cache evict the interpreter.
 
-#include <ATen/Parallel.h>
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
@@ -32,6 +31,7 @@
 
 #include "kernels.h"
 #include "ops.h"
+#include "threads.h"
 
 namespace gptbatch {
 namespace {
@@ -84,7 +84,7 @@ Tensor run_linear(const Tensor& x, const Tensor& packed, const Tensor& bias,
 // Whether each thread takes whole heads, projection included. A head's columns must fill whole
 // panels. With a single round there is no previous head whose KV blocks a GEMM could prefetch.
 bool runs_by_head(int64_t heads, int64_t head_size) {
-  const int64_t threads = at::get_num_threads(), rounds = (heads + threads - 1) / threads;
+  const int64_t threads = max_threads(), rounds = (heads + threads - 1) / threads;
   return 3 * head_size % panel_columns() == 0 && rounds > 1 &&
          static_cast<double>(rounds * threads) <= MAX_LOAD_IMBALANCE * static_cast<double>(heads);
 }

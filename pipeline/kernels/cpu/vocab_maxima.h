@@ -18,13 +18,10 @@ void find_maxima(const T* logits, int64_t vocab_size, std::vector<float>& maxima
   maxima.resize((vocab_size + TOKENS_PER_GROUP - 1) / TOKENS_PER_GROUP);
   for (int64_t g = 0; g < full; g++) {
     const T* from = logits + g * TOKENS_PER_GROUP;
-    auto [first, second] = load_pair(from);
-    for (int64_t i = 2 * LANES; i < TOKENS_PER_GROUP; i += 2 * LANES) {
-      const auto [x, y] = load_pair(from + i);
-      first = at::vec::maximum(first, x);
-      second = at::vec::maximum(second, y);
-    }
-    maxima[g] = max_lanes(at::vec::maximum(first, second));
+    Vec max = load(from);
+    UNROLL
+    for (int64_t i = LANES; i < TOKENS_PER_GROUP; i += LANES) max = maximum(max, load(from + i));
+    maxima[g] = max_lanes(max);
   }
   if (full * TOKENS_PER_GROUP < vocab_size) {
     float max = static_cast<float>(logits[full * TOKENS_PER_GROUP]);
@@ -46,16 +43,13 @@ float find_threshold(const T* logits, int64_t vocab_size, int64_t k,
     work = maxima;
   } else {
     // Too few groups for a tight threshold: a set is the tokens that are equal modulo n_sets.
-    const int64_t n_sets = (4 * k + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+    const int64_t n_sets = (4 * k + LANES - 1) / LANES * LANES;
     if (2 * n_sets > vocab_size) return MINUS_INFINITY;
     work.assign(n_sets, MINUS_INFINITY);
     int64_t first = 0;
     for (; first + n_sets <= vocab_size; first += n_sets) {
-      for (int64_t i = 0; i < n_sets; i += 2 * LANES) {
-        const auto [x, y] = load_pair(logits + first + i);
-        at::vec::maximum(x, Vec::loadu(&work[i])).store(&work[i]);
-        at::vec::maximum(y, Vec::loadu(&work[i + LANES])).store(&work[i + LANES]);
-      }
+      for (int64_t i = 0; i < n_sets; i += LANES)
+        store(&work[i], maximum(load(logits + first + i), load(&work[i])));
     }
     for (int64_t i = 0; first + i < vocab_size; i++)
       work[i] = std::max(work[i], static_cast<float>(logits[first + i]));
