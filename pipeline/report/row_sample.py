@@ -1,0 +1,140 @@
+"""Chooses the rows that the report shows, and reads their texts.
+
+They are a sample by a hash of the id, the rows with errors, and the extremes: the slowest, the
+longest, and those with the smallest decision margins. The sample of two runs of one input is
+therefore the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gptbatch.pipeline.audit.run_reader import RunReader
+from gptbatch.pipeline.output.schema import SCHEMA
+from gptbatch.pipeline.report.document import to_json
+from gptbatch.pipeline.report.run_columns import Floats, RunColumns
+
+SAMPLED_ROWS = 300
+EXTREME_ROWS = 10
+MAX_ERROR_ROWS = 200
+MAX_TEXT_CHARACTERS = 4096
+MIN_TEXT_CHARACTERS = 256
+MAX_TOKEN_LOGPROBS = 512
+# Of the JSON of all rows. The rest of a report takes about 150 KB.
+MAX_BYTES = 1_500_000
+_TEXTS = ("prompt", "completion", "metadata", "error", "sampling_params", "prompt_id")
+# Large, and without meaning for a reader, or shown in another form.
+_LEFT_OUT = ("completion_token_ids", "top_logprob_ids", "top_logprobs")
+
+
+def choose_rows(columns: RunColumns, sampled: int = SAMPLED_ROWS) -> dict[int, list[str]]:
+    """Return the indices of rows in ascending order, with the groups that each belongs to.
+
+    Args:
+        columns: The columns of the run.
+        sampled: Rows of the sample by hash.
+    """
+    groups: dict[int, list[str]] = {}
+
+    def add(name: str, rows: Iterable[int]) -> None:
+        for row in rows:
+            groups.setdefault(int(row), []).append(name)
+
+    add("sample", _smallest(columns.hashes, sampled))
+    errors = [row for group in columns.errors for row in group.rows]
+    add("error", errors[:MAX_ERROR_ROWS])
+    add("slowest", _largest(columns.prefill_s + columns.decode_s))
+    add("longest", _largest(columns.completion_tokens.astype(np.float64)))
+    margins = np.where(columns.margins > 0, columns.margins, np.nan)
+    add("smallest margin", _largest(-margins))
+    return dict(sorted(groups.items()))
+
+
+def read_rows(
+    run: RunReader, groups: Mapping[int, list[str]], *, with_text: bool
+) -> list[dict[str, Any]]:
+    """Return rows for the data of the report.
+
+    Args:
+        run: The run.
+        groups: Groups by row index, in ascending order.
+        with_text: Whether prompts, completions and metadata are read.
+
+    Raises:
+        StorageError: A part cannot be read.
+    """
+    left_out = (*_LEFT_OUT, *(() if with_text else ("prompt", "completion", "metadata")))
+    names = [name for name in SCHEMA.names if name not in left_out]
+    reader = run.row_reader(names)
+    rows = []
+    for row, names_of_groups in zip(reader.take(list(groups)), groups.values(), strict=True):
+        row["groups"] = names_of_groups
+        # JavaScript rounds integers above 2^53.
+        row["seed"] = str(row["seed"])
+        if row["started_at"] is not None:
+            row["started_at"] = row["started_at"].isoformat(timespec="milliseconds")
+        if row["token_logprobs"] is not None:
+            row["token_logprobs"] = [
+                round(value, 3) for value in row["token_logprobs"][:MAX_TOKEN_LOGPROBS]
+            ]
+        rows.append({name: value for name, value in row.items() if value is not None})
+    return rows
+
+
+def fit(rows: list[dict[str, Any]], max_bytes: int = MAX_BYTES) -> tuple[list[dict[str, Any]], int]:
+    """Cut texts, and leave out rows of the sample, until the rows fit into a number of bytes.
+
+    Returns:
+        The rows, and the number of characters to which longer texts are cut.
+    """
+    characters = MAX_TEXT_CHARACTERS
+    while characters > MIN_TEXT_CHARACTERS:
+        cut = [_cut(row, characters) for row in rows]
+        if sum(map(_size, cut)) <= max_bytes:
+            return cut, characters
+        characters //= 2
+    kept, size = [], 0
+    # The rows of errors and extremes come first.
+    for row in sorted(rows, key=lambda row: row["groups"] == ["sample"]):
+        row = _cut(row, characters)
+        size += _size(row)
+        if size > max_bytes:
+            break
+        kept.append(row)
+    return sorted(kept, key=lambda row: (row["prompt_index"], row["sample_index"])), characters
+
+
+def _cut(row: dict[str, Any], characters: int) -> dict[str, Any]:
+    """Return a row with shorter texts, and their whole lengths in `cut`."""
+    lengths = {
+        name: len(row[name])
+        for name in _TEXTS
+        if isinstance(row.get(name), str) and len(row[name]) > characters
+    }
+    if not lengths:
+        return row
+    return {**row, **{name: row[name][:characters] for name in lengths}, "cut": lengths}
+
+
+def _size(row: dict[str, Any]) -> int:
+    return len(to_json(row).encode())
+
+
+def _smallest(hashes: np.ndarray[Any, np.dtype[np.uint64]], count: int) -> list[int]:
+    if count >= len(hashes):
+        return list(range(len(hashes)))
+    rows: list[int] = np.argpartition(hashes, count)[:count].tolist()
+    return rows
+
+
+def _largest(values: Floats, count: int = EXTREME_ROWS) -> list[int]:
+    """Return the indices of the largest finite values; the first of equal ones."""
+    finite = np.flatnonzero(np.isfinite(values))
+    if len(finite) > count:
+        kept = np.argpartition(-values[finite], count)[:count]
+        finite = finite[kept]
+    order: list[int] = finite[np.argsort(-values[finite], kind="stable")].tolist()
+    return order

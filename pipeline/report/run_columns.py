@@ -1,0 +1,194 @@
+"""RunColumns: the numbers of all rows of a run as arrays, read part by part.
+
+An array holds a value per row of the table, in the order of the table: about 70 bytes per row. The
+texts are not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gptbatch.pipeline.audit.run_reader import RunReader
+
+MAX_REASONS_OF_ERRORS = 50
+MAX_ROWS_PER_REASON = 20
+OTHER_REASONS = "other reasons"
+_FLOATS = ("queue_s", "prefill_s", "decode_s", "min_decision_margin", "cumulative_logprob")
+_INTEGERS = ("prompt_tokens", "completion_tokens", "cached_tokens")
+_COLUMNS = (
+    "prompt_id",
+    "sample_index",
+    "finish_reason",
+    "stop_reason",
+    "error",
+    "started_at",
+    *_FLOATS,
+    *_INTEGERS,
+)
+# What differs between the messages of one kind of error: numbers, and quoted values.
+_VALUES = re.compile(r"'(?:[^'\\]|\\.){0,200}'|\"(?:[^\"\\]|\\.){0,200}\"|\d[\d_,.]*")
+_MAX_REASON_CHARACTERS = 160
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Integers = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorGroup:
+    """Error rows whose reasons differ in numbers and quoted values alone.
+
+    Attributes:
+        reason: The common reason, with `#` for these values.
+        count: Number of rows.
+        rows: Indices of the first MAX_ROWS_PER_REASON of them.
+    """
+
+    reason: str
+    count: int
+    rows: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunColumns:
+    """The numbers of all rows.
+
+    Attributes:
+        started_s: Time of the first step, in seconds since 1970; NaN for a row that never ran.
+        queue_s: The column; NaN for null, as in all columns of floats here.
+        prefill_s: The column.
+        decode_s: The column.
+        margins: The column min_decision_margin.
+        logprobs: The column cumulative_logprob.
+        prompt_tokens: The column.
+        completion_tokens: The column.
+        cached_tokens: The column; 0 for null.
+        ends: Index in `end_names` of each row's stop_reason, or of `error`.
+        end_names: The stop reasons that occur.
+        hashes: A hash of prompt_id and sample_index, equal in every run.
+        errors: Error rows by reason, the most frequent first.
+    """
+
+    started_s: Floats
+    queue_s: Floats
+    prefill_s: Floats
+    decode_s: Floats
+    margins: Floats
+    logprobs: Floats
+    prompt_tokens: Integers
+    completion_tokens: Integers
+    cached_tokens: Integers
+    ends: np.ndarray[Any, np.dtype[np.uint8]]
+    end_names: list[str]
+    hashes: np.ndarray[Any, np.dtype[np.uint64]]
+    errors: list[ErrorGroup]
+
+    def __len__(self) -> int:
+        return len(self.started_s)
+
+    @property
+    def ended_s(self) -> Floats:
+        """Time of the last new token, in seconds since 1970."""
+        return self.started_s + self.prefill_s + self.decode_s
+
+
+@dataclass
+class _Reasons:
+    """Collects the reasons of error rows."""
+
+    counts: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    rows: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, index: int, reason: str) -> None:
+        name = _VALUES.sub("#", reason[: 4 * _MAX_REASON_CHARACTERS])[:_MAX_REASON_CHARACTERS]
+        if name not in self.counts and len(self.counts) >= MAX_REASONS_OF_ERRORS:
+            name = OTHER_REASONS
+        self.counts[name] += 1
+        if len(self.rows[name]) < MAX_ROWS_PER_REASON:
+            self.rows[name].append(index)
+
+    def groups(self) -> list[ErrorGroup]:
+        ordered = sorted(self.counts, key=lambda name: (-self.counts[name], name))
+        return [
+            ErrorGroup(reason=name, count=self.counts[name], rows=self.rows[name])
+            for name in ordered
+        ]
+
+
+def read_columns(run: RunReader) -> RunColumns:
+    """Read the columns of numbers of all rows.
+
+    Raises:
+        StorageError: A part cannot be read.
+    """
+    n = run.n_rows
+    floats = {name: np.full(n, np.nan) for name in ("started_at", *_FLOATS)}
+    integers = {name: np.zeros(n, np.int32) for name in _INTEGERS}
+    ends, hashes = np.zeros(n, np.uint8), np.zeros(n, np.uint64)
+    end_names: list[str] = []
+    reasons = _Reasons()
+    first = 0
+    for batch in run.batches(_COLUMNS):
+        rows = slice(first, first + len(batch))
+        started = batch["started_at"].cast(pa.int64())
+        floats["started_at"][rows] = started.to_numpy(zero_copy_only=False) / 1e6
+        for name in _FLOATS:
+            floats[name][rows] = batch[name].to_numpy(zero_copy_only=False)
+        for name in _INTEGERS:
+            integers[name][rows] = batch[name].fill_null(0).to_numpy()
+        ends[rows] = _codes(pc.coalesce(batch["stop_reason"], batch["finish_reason"]), end_names)
+        hashes[rows] = _hashes(batch["prompt_id"], batch["sample_index"])
+        for offset in pc.indices_nonzero(batch["error"].is_valid()).to_pylist():
+            reasons.add(first + offset, batch["error"][offset].as_py())
+        first += len(batch)
+    return RunColumns(
+        started_s=floats["started_at"],
+        queue_s=floats["queue_s"],
+        prefill_s=floats["prefill_s"],
+        decode_s=floats["decode_s"],
+        margins=floats["min_decision_margin"],
+        logprobs=floats["cumulative_logprob"],
+        prompt_tokens=integers["prompt_tokens"],
+        completion_tokens=integers["completion_tokens"],
+        cached_tokens=integers["cached_tokens"],
+        ends=ends,
+        end_names=end_names,
+        hashes=hashes,
+        errors=reasons.groups(),
+    )
+
+
+def row_hash(prompt_id: str, sample_index: int = 0) -> int:
+    """Return the hash of a sample, in 64 bits."""
+    data = f"{prompt_id}\0{sample_index}" if sample_index else prompt_id
+    return int.from_bytes(hashlib.blake2b(data.encode(), digest_size=8).digest(), "little")
+
+
+def _hashes(ids: pa.Array, samples: pa.Array) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Return row_hash of a batch."""
+    blake2b = hashlib.blake2b
+    texts = ids.cast(pa.binary()).to_pylist()
+    indices = samples.fill_null(0).to_numpy()
+    for row in np.flatnonzero(indices):
+        texts[row] += f"\0{indices[row]}".encode()
+    digests = b"".join([blake2b(text, digest_size=8).digest() for text in texts])
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def _codes(values: pa.Array, names: list[str]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the index of each value in `names`, which gets the new values."""
+    encoded = values.dictionary_encode()
+    codes = []
+    for name in encoded.dictionary.to_pylist():
+        if name not in names:
+            names.append(name)
+        codes.append(names.index(name))
+    numbers: np.ndarray[Any, np.dtype[np.uint8]] = np.array(codes, np.uint8)
+    return np.take(numbers, encoded.indices.to_numpy())
