@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from gptbatch.pipeline.report.compare import compare_section
 from gptbatch.pipeline.report.distribution_sections import distribution_section, margin_section
 from gptbatch.pipeline.report.document import Document, Section
 from gptbatch.pipeline.report.run_view import RunView
@@ -49,8 +50,12 @@ def build_report(
         StorageError: A folder cannot be read, or the rows of two runs cannot be paired.
     """
     view = RunView(path)
+    compared: list[Section] = []
+    if other is not None:
+        compared.append(compare_section(view, RunView(other), with_text=with_text))
     sections = [
         summary_section(view),
+        *compared,
         time_section(view),
         distribution_section(view),
         ends_section(view),

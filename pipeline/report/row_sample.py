@@ -8,6 +8,7 @@ therefore the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ MAX_BYTES = 1_500_000
 _TEXTS = ("prompt", "completion", "metadata", "error", "sampling_params", "prompt_id")
 # Large, and without meaning for a reader, or shown in another form.
 _LEFT_OUT = ("completion_token_ids", "top_logprob_ids", "top_logprobs")
+
+Row = dict[str, Any]
 
 
 def choose_rows(columns: RunColumns, sampled: int = SAMPLED_ROWS) -> dict[int, list[str]]:
@@ -53,9 +56,7 @@ def choose_rows(columns: RunColumns, sampled: int = SAMPLED_ROWS) -> dict[int, l
     return dict(sorted(groups.items()))
 
 
-def read_rows(
-    run: RunReader, groups: Mapping[int, list[str]], *, with_text: bool
-) -> list[dict[str, Any]]:
+def read_rows(run: RunReader, groups: Mapping[int, list[str]], *, with_text: bool) -> list[Row]:
     """Return rows for the data of the report.
 
     Args:
@@ -72,6 +73,7 @@ def read_rows(
     rows = []
     for row, names_of_groups in zip(reader.take(list(groups)), groups.values(), strict=True):
         row["groups"] = names_of_groups
+        row["sample_index"] = row["sample_index"] or 0
         # JavaScript rounds integers above 2^53.
         row["seed"] = str(row["seed"])
         if row["started_at"] is not None:
@@ -84,30 +86,42 @@ def read_rows(
     return rows
 
 
-def fit(rows: list[dict[str, Any]], max_bytes: int = MAX_BYTES) -> tuple[list[dict[str, Any]], int]:
-    """Cut texts, and leave out rows of the sample, until the rows fit into a number of bytes.
+def fit(items: list[list[Row]], max_bytes: int = MAX_BYTES) -> tuple[list[list[Row]], int]:
+    """Cut texts, and leave out the last items, until all fit into a number of bytes as JSON.
+
+    Args:
+        items: Rows that belong together.
+        max_bytes: The most bytes.
 
     Returns:
-        The rows, and the number of characters to which longer texts are cut.
+        The items that are kept, and the number of characters to which longer texts are cut.
     """
     characters = MAX_TEXT_CHARACTERS
-    while characters > MIN_TEXT_CHARACTERS:
-        cut = [_cut(row, characters) for row in rows]
-        if sum(map(_size, cut)) <= max_bytes:
+    while True:
+        cut = [[_cut(row, characters) for row in item] for item in items]
+        sizes = [sum(map(_size, item)) for item in cut]
+        if sum(sizes) <= max_bytes:
             return cut, characters
-        characters //= 2
-    kept, size = [], 0
-    # The rows of errors and extremes come first.
-    for row in sorted(rows, key=lambda row: row["groups"] == ["sample"]):
-        row = _cut(row, characters)
-        size += _size(row)
-        if size > max_bytes:
+        if characters <= MIN_TEXT_CHARACTERS:
             break
-        kept.append(row)
+        characters //= 2
+    totals = accumulate(sizes)
+    return [item for item, total in zip(cut, totals, strict=True) if total <= max_bytes], characters
+
+
+def browsed_rows(run: RunReader, columns: RunColumns, *, with_text: bool) -> tuple[list[Row], int]:
+    """Return the rows of the browser in the order of the run, and the length of cut texts.
+
+    Where not all fit, the errors and the extremes come before the rest of the sample.
+    """
+    rows = read_rows(run, choose_rows(columns), with_text=with_text)
+    rows.sort(key=lambda row: row["groups"] == ["sample"])
+    fitted, characters = fit([[row] for row in rows])
+    kept = [row for (row,) in fitted]
     return sorted(kept, key=lambda row: (row["prompt_index"], row["sample_index"])), characters
 
 
-def _cut(row: dict[str, Any], characters: int) -> dict[str, Any]:
+def _cut(row: Row, characters: int) -> Row:
     """Return a row with shorter texts, and their whole lengths in `cut`."""
     lengths = {
         name: len(row[name])
@@ -119,7 +133,7 @@ def _cut(row: dict[str, Any], characters: int) -> dict[str, Any]:
     return {**row, **{name: row[name][:characters] for name in lengths}, "cut": lengths}
 
 
-def _size(row: dict[str, Any]) -> int:
+def _size(row: Row) -> int:
     return len(to_json(row).encode())
 
 

@@ -190,5 +190,6 @@ def _codes(values: pa.Array, names: list[str]) -> np.ndarray[Any, np.dtype[np.ui
         if name not in names:
             names.append(name)
         codes.append(names.index(name))
-    numbers: np.ndarray[Any, np.dtype[np.uint8]] = np.array(codes, np.uint8)
-    return np.take(numbers, encoded.indices.to_numpy())
+    numbers: np.ndarray[Any, np.dtype[np.uint8]]
+    numbers = np.array(codes, np.uint8)[encoded.indices.to_numpy()]
+    return numbers

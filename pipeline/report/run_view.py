@@ -20,6 +20,8 @@ from gptbatch.pipeline.report.series import TimeAxis, Timeline, time_axis, timel
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.system.redact import redact
 
+# The summary shows these.
+_SHOWN_ELSEWHERE = ("model", "input", "output", "engine.device")
 # How the last process ended, by the state in its progress file.
 _ENDS = {
     "stopped": "stopped by a signal",
@@ -131,9 +133,12 @@ class RunView:
         return {
             key: value
             for key, value in self.config.items()
-            if key not in fields
-            or fields[key].is_required()
-            or _differs(value, fields[key].default)
+            if key not in _SHOWN_ELSEWHERE
+            and (
+                key not in fields
+                or fields[key].is_required()
+                or _differs(value, fields[key].default)
+            )
         }
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptbatch.pipeline.report import series, svg
 from gptbatch.pipeline.report.document import Section, moment, render, template_text
-from gptbatch.pipeline.report.row_sample import choose_rows, fit, read_rows
+from gptbatch.pipeline.report.row_sample import browsed_rows
 from gptbatch.pipeline.report.run_view import RunView
 
 
@@ -27,8 +27,6 @@ def summary_section(view: RunView) -> Section:
         ),
         "batch invariance": facts.get("batch_invariance"),
         "host": facts.get("host"),
-        "config hash": status.config_hash,
-        "content digest": view.run.content_digest if view.run.parts else None,
     }
     axis = view.axis
     if axis is not None:
@@ -46,6 +44,15 @@ def summary_section(view: RunView) -> Section:
             {key: _value(value) for key, value in one.items()} for one in view.run.environments
         ],
         versions=facts.get("versions") or {},
+        digests={
+            "config hash": status.config_hash,
+            "content digest": view.run.content_digest if view.run.parts else "",
+            **{
+                name.replace("_", " "): value
+                for name, value in view.run.manifest["identity"].items()
+                if name.endswith("_digest") and value
+            },
+        },
         totals=totals,
         gaps=[] if axis is None else axis.gaps,
         duration=svg.duration,
@@ -107,8 +114,7 @@ def ends_section(view: RunView) -> Section:
 
 def rows_section(view: RunView, *, with_text: bool) -> Section:
     """Return the section with the browser of rows."""
-    groups = choose_rows(view.columns)
-    rows, characters = fit(read_rows(view.run, groups, with_text=with_text))
+    rows, characters = browsed_rows(view.run, view.columns, with_text=with_text)
     html = render("rows.html", shown=len(rows), total=len(view.columns), with_text=with_text)
     data = {"rows": rows, "cut": characters, "total": len(view.columns), "with_text": with_text}
     return Section(id="rows", title="Rows", html=html, data=data, script=template_text("rows.js"))

@@ -79,7 +79,8 @@ def seconds_axis(length_s: float, count: int = 8) -> Axis:
     """Return an axis from 0 to a length of time, with ticks at round times."""
     step = next((step for step in _TIME_STEPS if length_s / step <= count), _TIME_STEPS[-1])
     step *= max(1, math.ceil(length_s / step / count))
-    ticks = [(index * step, duration(index * step)) for index in range(int(length_s / step) + 1)]
+    label = duration if step >= 1 else lambda seconds: f"{seconds:.4g} s" if seconds else "0"
+    ticks = [(index * step, label(index * step)) for index in range(int(length_s / step) + 1)]
     return Axis(low=0.0, high=max(length_s, 1e-9), ticks=ticks)
 
 
@@ -125,7 +126,7 @@ class Plot:
             np.repeat(edges, 2)[1:-1],
             np.repeat(ys, 2),
             style,
-            None if base is None else np.repeat(base, 2),
+            base if base is None else np.repeat(base, 2),
         )
 
     def bars(self, edges: Floats, counts: Floats, style: str, labels: Sequence[str]) -> None:

@@ -144,7 +144,7 @@ def _draw_prompts(view: RunView, size: tuple[int, int]) -> Markup:
         f"{view.totals.cached_share or 0:.1%} of prompt tokens were found in the prefix cache.",
         "prompt_tokens",
     )
-    plot.steps(view.axis.edges, computed + cached, "c2 hatched")
+    plot.steps(view.axis.edges, computed + cached, "c2 hatched", computed)
     plot.steps(view.axis.edges, computed, "c5")
     return plot.markup()
 
