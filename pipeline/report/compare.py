@@ -194,11 +194,7 @@ def _draw_first_differences(indices: array[int]) -> Markup | None:
         title="First token that differs",
         description=f"{len(indices):,} rows.",
     )
-    labels = [
-        f"tokens {left:,.0f} to {right - 1:,.0f}: {count:,.0f} rows"
-        for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True)
-    ]
-    plot.bars(edges, counts, "c4", labels)
+    plot.bars(edges, counts, "c4", series.bin_labels(edges, counts, "as index"))
     return plot.markup()
 
 

@@ -142,7 +142,7 @@ def read_columns(run: RunReader) -> RunColumns:
         for name in _FLOATS:
             floats[name][rows] = batch[name].to_numpy(zero_copy_only=False)
         for name in _INTEGERS:
-            integers[name][rows] = batch[name].fill_null(0).to_numpy()
+            integers[name][rows] = _without_nulls(batch[name])
         ends[rows] = _codes(pc.coalesce(batch["stop_reason"], batch["finish_reason"]), end_names)
         hashes[rows] = _hashes(batch["prompt_id"], batch["sample_index"])
         for offset in pc.indices_nonzero(batch["error"].is_valid()).to_pylist():
@@ -175,11 +175,17 @@ def _hashes(ids: pa.Array, samples: pa.Array) -> np.ndarray[Any, np.dtype[np.uin
     """Return row_hash of a batch."""
     blake2b = hashlib.blake2b
     texts = ids.cast(pa.binary()).to_pylist()
-    indices = samples.fill_null(0).to_numpy()
+    indices = _without_nulls(samples)
     for row in np.flatnonzero(indices):
         texts[row] += f"\0{indices[row]}".encode()
     digests = b"".join([blake2b(text, digest_size=8).digest() for text in texts])
     return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def _without_nulls(values: pa.Array) -> Integers:
+    """Return integers with 0 for null. Arrow's fill_null would import pandas."""
+    numbers = values.to_numpy(zero_copy_only=False)
+    return np.nan_to_num(numbers).astype(np.int32) if values.null_count else numbers
 
 
 def _codes(values: pa.Array, names: list[str]) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -207,6 +207,25 @@ def linear_histogram(values: Floats, bins: int = 40) -> tuple[Floats, Floats]:
     return edges, counts.astype(np.float64)
 
 
+def bin_labels(edges: Floats, counts: Floats, unit: str, *, whole: bool = True) -> list[str]:
+    """Return a text for each bin of a histogram: `10 to 19 tokens: 5 rows`.
+
+    Args:
+        edges: The edges of the bins.
+        counts: Their counts.
+        unit: The unit of the values; "" for none.
+        whole: Whether the values are whole numbers.
+    """
+    labels = []
+    for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        if not whole:
+            values = f"{left:.3g} to {right:.3g}"
+        else:
+            values = f"{left:,.0f}" + (f" to {right - 1:,.0f}" if right - left > 1 else "")
+        labels.append(f"{values} {unit}: {count:,.0f} rows".replace(" :", ":"))
+    return labels
+
+
 def log_histogram(values: Floats, per_decade: int = 6) -> tuple[Floats, Floats]:
     """Return the edges and counts of bins of equal width on a logarithmic scale.
 

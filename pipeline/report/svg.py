@@ -256,6 +256,21 @@ class Plot:
         self._marks.append(Markup(template).format(*values))
 
 
+def both_widths(
+    draw: Callable[[tuple[int, int]], Markup], wide: tuple[int, int], narrow: tuple[int, int]
+) -> Markup:
+    """Return a chart in two sizes, of which the style sheet shows one: texts keep their size.
+
+    Args:
+        draw: Draws the chart in a size.
+        wide: The size for wide windows.
+        narrow: The size for narrow ones.
+    """
+    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
+        draw(wide), draw(narrow)
+    )
+
+
 def share_bar(shares: Sequence[tuple[str, float, str]], title: str) -> Markup:
     """Return one bar that is divided among (label, share, style)."""
     parts, at = [], 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 from markupsafe import Markup
 
@@ -26,7 +26,7 @@ def time_section(view: RunView) -> Section:
         ("running", "Running rows", _draw_running),
         ("prompt_tokens", "Prompt tokens per second", _draw_prompts),
     ):
-        charts.append((name, title, _both_widths(draw, view)))
+        charts.append((name, title, svg.both_widths(partial(draw, view), WIDE, NARROW)))
     lines = {
         "new_tokens": rates.new_tokens,
         "running": rates.running,
@@ -66,13 +66,6 @@ def _time_rows(axis: series.TimeAxis, lines: dict[str, Floats]) -> list[list[str
         + [f"{float(values[first : first + step].mean()):,.1f}" for values in lines.values()]
         for first in range(0, series.BINS, step)
     ]
-
-
-def _both_widths(draw: Callable[[RunView, tuple[int, int]], Markup], view: RunView) -> Markup:
-    """Return a chart for wide and for narrow windows; the style sheet shows one of them."""
-    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
-        draw(view, WIDE), draw(view, NARROW)
-    )
 
 
 def _time_plot(

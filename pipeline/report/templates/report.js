@@ -58,6 +58,7 @@ const report = (function () {
   function number(value, digits = 3) {
     if (value === null || value === undefined) return "";
     if (Number.isInteger(value) || Math.abs(value) >= 1000) return grouped.format(value);
+    if (Math.abs(value) < 1e-3) return value.toExponential(digits - 1);
     return Number(value.toPrecision(digits)).toString();
   }
 
