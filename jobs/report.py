@@ -12,7 +12,7 @@ import click
 
 from gptbatch.jobs.messages import echo
 from gptbatch.jobs.options import Command, FolderArgument, OutputArgument
-from gptbatch.pipeline.errors import OutputConflictError, OutputCreationError
+from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError, OutputCreationError
 from gptbatch.pipeline.storage.location import Location
 
 
@@ -38,11 +38,33 @@ def report(output: Location, other: Location | None, html: Path | None, no_text:
     """
     from gptbatch.pipeline.report.build import build_report
 
+    for path in (output, other):
+        _refuse_scores(path)
     target = html or Path(_default_name(output, other))
     _check(target)
     built = build_report(output, other, with_text=not no_text)
     _write(target, built.html.encode())
     echo(json.dumps({"html": str(target), "bytes": target.stat().st_size, **built.facts}))
+
+
+def _refuse_scores(path: Location | None) -> None:
+    """Refuse a file of gptbatch score, which is no output folder."""
+    if not isinstance(path, Path) or not path.is_file():
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from gptbatch.pipeline.score.table import FACTS_KEY
+
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):
+        return
+    if FACTS_KEY in metadata:
+        raise InputNotFoundError(
+            f"{path}: is a file of gptbatch score, and report shows runs of gptbatch generate; "
+            "name an output folder"
+        )
 
 
 def _default_name(output: Location, other: Location | None) -> str:

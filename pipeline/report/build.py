@@ -50,9 +50,17 @@ def build_report(
         StorageError: A folder cannot be read, or the rows of two runs cannot be paired.
     """
     view = RunView(path)
+    facts: dict[str, Any] = {
+        "state": view.status.state,
+        "rows": view.status.rows_done,
+        "errors": sum(view.status.errors.values()),
+        "samples": view.totals.rows,
+    }
     compared: list[Section] = []
     if other is not None:
-        compared.append(compare_section(view, RunView(other), with_text=with_text))
+        summary, section = compare_section(view, RunView(other), with_text=with_text)
+        compared.append(section)
+        facts |= {"equal": summary.equal, "different": summary.different}
     sections = [
         summary_section(view),
         *compared,
@@ -69,10 +77,4 @@ def build_report(
         subtitle=f"{path}, read {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         sections=sections,
     )
-    facts = {
-        "state": view.status.state,
-        "rows": view.status.rows_done,
-        "errors": sum(view.status.errors.values()),
-        "samples": view.totals.rows,
-    }
     return Report(html=document.render(), facts=facts)

@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,8 @@ class _Differences:
             heapq.heapreplace(self._kept, entry)
 
 
-def compare_section(a: RunView, b: RunView, *, with_text: bool) -> Section:
-    """Return the section that compares run B with run A.
+def compare_section(a: RunView, b: RunView, *, with_text: bool) -> tuple[DiffSummary, Section]:
+    """Return the counts of the diff, and the section that compares run B with run A.
 
     Raises:
         StorageError: A part cannot be read, or a run holds an id twice.
@@ -107,18 +108,23 @@ def compare_section(a: RunView, b: RunView, *, with_text: bool) -> Section:
         near_ties=found.near_ties,
         near_tie=NEAR_TIE,
         tokens_differ=len(found.token_indices),
-        chart=_draw_first_differences(found.token_indices),
+        chart=svg.both_widths(
+            partial(_draw_first_differences, found.token_indices), (540, 170), (340, 150)
+        )
+        if found.token_indices
+        else None,
         only=[(run, one.prompt_id, one.sample_index) for run, one in found.only],
         shown=len(pairs),
         with_text=with_text,
     )
-    return Section(
+    section = Section(
         id="compare",
         title="Two runs",
         html=html,
         data={"pairs": pairs, "with_text": with_text},
         script=template_text("compare.js"),
     )
+    return summary, section
 
 
 def _verdict(summary: DiffSummary) -> str:
@@ -183,14 +189,12 @@ def _change(a: float, b: float) -> str:
     return f"{b / a - 1:+.1%}" if a else ""
 
 
-def _draw_first_differences(indices: array[int]) -> Markup | None:
-    if not indices:
-        return None
+def _draw_first_differences(indices: array[int], size: tuple[int, int]) -> Markup:
     edges, counts = series.linear_histogram(np.array(indices, np.float64))
     plot = svg.Plot(
         svg.number_axis(float(edges[-1]), float(edges[0]), 8),
         svg.number_axis(float(counts.max()), count=3),
-        size=(560, 180),
+        size=size,
         title="First token that differs",
         description=f"{len(indices):,} rows.",
     )

@@ -142,8 +142,8 @@ def _speed_chart(view: RunView) -> _Draw:
         )
         plot.area(found.centres, found.high, "c1 band", found.low)
         plot.line(found.centres, found.middle, "c1")
-        last = len(found.centres) // 2
-        plot.text(float(found.centres[last]), float(found.high.max()) * 0.5, "median", "c1")
+        at = len(found.centres) // 2
+        plot.text(float(found.centres[at]), float(found.low.min()) * 0.85, "median", "c1")
         return plot.markup()
 
     return draw

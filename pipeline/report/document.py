@@ -75,7 +75,7 @@ class Document:
         styles = [template_text("report.css")]
         # Sections of one kind may share a style.
         styles += dict.fromkeys(section.style for section in self.sections if section.style)
-        return render(
+        html = render(
             "report.html",
             mark=Markup(MARK),
             title=self.title,
@@ -90,6 +90,7 @@ class Document:
             scripts=[Markup(script) for script in scripts],
             styles=[Markup(style) for style in styles],
         )
+        return str(html)
 
 
 def render(template: str, **values: Any) -> Markup:

@@ -11,7 +11,7 @@ from gptbatch.pipeline.report.document import Section, moment, note, render, tem
 from gptbatch.pipeline.report.run_columns import Floats
 from gptbatch.pipeline.report.run_view import RunView
 
-WIDE, NARROW = (1120, 150), (420, 150)
+WIDE, NARROW = (980, 140), (380, 140)
 _TABLE_BINS = 12
 
 
