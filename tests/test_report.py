@@ -149,7 +149,9 @@ def test_rates_over_time_keep_their_sums() -> None:
     ends = starts + np.where(generator.random(500) < 0.1, 0, generator.uniform(0, 1, 500))
     amounts = generator.uniform(0, 5, 500)
     edges = np.linspace(0, 10, 21)
-    found = series.rates(starts, ends, amounts, edges)
+    rates = series.Rates(edges)
+    rates.add(starts, ends, amounts)
+    found = rates.per_second()
     assert found.sum() * 0.5 == pytest.approx(amounts.sum())
     expected = np.zeros(20)
     for start, end, amount in zip(starts, ends, amounts, strict=True):
@@ -168,13 +170,13 @@ def test_the_sample_is_the_same_in_every_run(tmp_path: Path) -> None:
     b = RunReader(write_run(tmp_path / "b", list(reversed(many(30))), part_rows=5))
 
     def ids(run: RunReader) -> set[str]:
-        groups = choose_rows(read_columns(run), sampled=8)
+        groups = choose_rows(read_columns(run, sampled=8))
         chosen = [index for index, names in groups.items() if "sample" in names]
         return {row["prompt_id"] for row in run.row_reader().take(chosen)}
 
     assert ids(a) == ids(b)
     assert len(ids(a)) == 8
-    assert list(read_columns(a).hashes) == [row_hash(f"id {i}") for i in range(30)]
+    assert ids(a) == set(sorted((f"id {i}" for i in range(30)), key=row_hash)[:8])
 
 
 def test_errors_are_grouped_by_their_reason(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from gptbatch.pipeline.report import series, svg
 from gptbatch.pipeline.report.document import Section, note, render
-from gptbatch.pipeline.report.run_columns import Floats
+from gptbatch.pipeline.report.run_columns import Floats, RunColumns
 from gptbatch.pipeline.report.run_view import RunView
 
 WIDE, NARROW = (540, 230), (340, 210)
@@ -57,9 +57,7 @@ def margin_section(view: RunView) -> Section:
     """Return the section of decision margins, and of perplexities where they were recorded."""
     columns = view.columns
     margins = columns.margins[np.isfinite(columns.margins)]
-    with np.errstate(over="ignore"):
-        perplexities = np.exp(-columns.logprobs / np.maximum(columns.completion_tokens, 1))
-    perplexities = perplexities[np.isfinite(perplexities)]
+    perplexities = _perplexities(columns)
     figures, rows = [], []
     if len(margins):
         draw = partial(_draw_log, margins, "c6", "logits")
@@ -83,6 +81,16 @@ def margin_section(view: RunView) -> Section:
         rows=rows,
     )
     return Section(id="margins", title="Margins", html=html)
+
+
+def _perplexities(columns: RunColumns) -> Floats:
+    """Return exp of the mean negative log probability of each completion that has one."""
+    if columns.logprobs is None:
+        return np.zeros(0)
+    with np.errstate(over="ignore"):
+        values: Floats = np.exp(-columns.logprobs / np.maximum(columns.completion_tokens, 1))
+    finite: Floats = values[np.isfinite(values)]
+    return finite
 
 
 def _draw_times(times: dict[str, Floats], size: _Size) -> Markup:

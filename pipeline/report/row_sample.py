@@ -18,7 +18,6 @@ from gptbatch.pipeline.output.schema import SCHEMA
 from gptbatch.pipeline.report.document import to_json
 from gptbatch.pipeline.report.run_columns import Floats, RunColumns
 
-SAMPLED_ROWS = 300
 EXTREME_ROWS = 10
 MAX_ERROR_ROWS = 200
 MAX_TEXT_CHARACTERS = 4096
@@ -33,20 +32,15 @@ _LEFT_OUT = ("completion_token_ids", "top_logprob_ids", "top_logprobs")
 Row = dict[str, Any]
 
 
-def choose_rows(columns: RunColumns, sampled: int = SAMPLED_ROWS) -> dict[int, list[str]]:
-    """Return the indices of rows in ascending order, with the groups that each belongs to.
-
-    Args:
-        columns: The columns of the run.
-        sampled: Rows of the sample by hash.
-    """
+def choose_rows(columns: RunColumns) -> dict[int, list[str]]:
+    """Return the indices of rows in ascending order, with the groups that each belongs to."""
     groups: dict[int, list[str]] = {}
 
     def add(name: str, rows: Iterable[int]) -> None:
         for row in rows:
             groups.setdefault(int(row), []).append(name)
 
-    add("sample", _smallest(columns.hashes, sampled))
+    add("sample", columns.sample)
     errors = [row for group in columns.errors for row in group.rows]
     add("error", errors[:MAX_ERROR_ROWS])
     add("slowest", _largest(columns.prefill_s + columns.decode_s))
@@ -135,13 +129,6 @@ def _cut(row: Row, characters: int) -> Row:
 
 def _size(row: Row) -> int:
     return len(to_json(row).encode())
-
-
-def _smallest(hashes: np.ndarray[Any, np.dtype[np.uint64]], count: int) -> list[int]:
-    if count >= len(hashes):
-        return list(range(len(hashes)))
-    rows: list[int] = np.argpartition(hashes, count)[:count].tolist()
-    return rows
 
 
 def _largest(values: Floats, count: int = EXTREME_ROWS) -> list[int]:

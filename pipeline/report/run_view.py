@@ -80,7 +80,7 @@ class RunView:
 
     def __init__(self, path: Location) -> None:
         self.run = RunReader(path)
-        self.status: OutputStatus = output_status(path)
+        self.status: OutputStatus = output_status(path, (self.run.state, self.run.listing))
         self.columns: RunColumns = read_columns(self.run)
 
     @cached_property

@@ -72,54 +72,74 @@ class TimeAxis:
 
 def time_axis(columns: RunColumns) -> TimeAxis | None:
     """Return the time axis of a run; None if no row ever ran."""
-    ran = np.isfinite(columns.started_s)
-    starts, ends = columns.started_s[ran], columns.ended_s[ran]
-    if not len(starts):
+    order = np.argsort(columns.started_s, kind="stable")
+    # NaN comes last.
+    order = order[: int(np.isfinite(columns.started_s).sum())]
+    if not len(order):
         return None
-    order = np.argsort(starts, kind="stable")
-    starts, ends = starts[order], np.maximum.accumulate(ends[order])
-    pauses = starts[1:] - ends[:-1]
-    began_s, ended_s = float(starts[0]), float(ends[-1])
-    active_s = ended_s - began_s - float(pauses[pauses > 0].sum())
+    began_s = ended_s = float(columns.started_s[order[0]])
+    pauses: list[tuple[float, float]] = []
+    for block in _blocks(len(order)):
+        rows = order[block]
+        starts = columns.started_s[rows]
+        ends = starts + columns.prefill_s[rows] + columns.decode_s[rows]
+        # When the rows before each of these have all ended.
+        before = np.maximum.accumulate(np.concatenate([[ended_s], ends]))
+        ended_s = float(before[-1])
+        for index in np.flatnonzero(starts - before[:-1] >= MIN_GAP_S):
+            pauses.append((float(before[index]), float(starts[index] - before[index])))
+    active_s = ended_s - began_s - sum(seconds for _, seconds in pauses)
     gaps: list[Gap] = []
     cut_s = 0.0
-    for index in np.flatnonzero(pauses >= max(MIN_GAP_S, MIN_GAP_SHARE * active_s)):
-        gap_began_s, seconds = float(ends[index]), float(pauses[index])
-        gaps.append(Gap(at_s=gap_began_s - began_s - cut_s, began_s=gap_began_s, seconds=seconds))
-        cut_s += seconds
+    for gap_began_s, seconds in pauses:
+        if seconds >= MIN_GAP_SHARE * active_s:
+            at_s = gap_began_s - began_s - cut_s
+            gaps.append(Gap(at_s=at_s, began_s=gap_began_s, seconds=seconds))
+            cut_s += seconds
     length_s = max(ended_s - began_s - cut_s, 1e-6)
     return TimeAxis(
         began_s=began_s, ended_s=ended_s, gaps=gaps, edges=np.linspace(0.0, length_s, BINS + 1)
     )
 
 
-def rates(starts: Floats, ends: Floats, amounts: Floats, edges: Floats) -> Floats:
-    """Spread amounts evenly over intervals of time, and return their sum per second in each bin.
+class Rates:
+    """Spreads amounts evenly over intervals of time, and sums them per bin.
 
-    An interval without a length counts in its bin. Intervals that hold NaN do not count. The sum
-    over all bins, times their width, is that of the amounts within the edges.
+    An interval without a length counts in its bin. Intervals that hold NaN do not count.
+
+    Args:
+        edges: The edges of equal bins.
     """
-    n = len(edges) - 1
-    width = (edges[-1] - edges[0]) / n
-    # Over an interval, the cumulative amount is slope * (t - start). Sums of slopes, and of slope *
-    # start, of the intervals that have begun (minus those that have ended) give it at each edge.
-    slopes, offsets, instant = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
-    for rows in _blocks(len(starts)):
-        begin, end, amount = starts[rows], ends[rows], amounts[rows]
-        valid = np.isfinite(begin) & np.isfinite(end) & np.isfinite(amount)
-        begin, end, amount = begin[valid], end[valid], amount[valid]
+
+    def __init__(self, edges: Floats) -> None:
+        self._edges, self._n = edges, len(edges) - 1
+        # Over an interval, the cumulative amount is slope * (t - start). Sums of slopes, and of
+        # slope * start, of the intervals that have begun (minus those that have ended) give it at
+        # each edge.
+        self._slopes, self._offsets, self._instant = (np.zeros(self._n + 1) for _ in range(3))
+
+    def add(self, starts: Floats, ends: Floats, amounts: Floats) -> None:
+        """Add intervals."""
+        n = self._n
+        valid = np.isfinite(starts) & np.isfinite(ends) & np.isfinite(amounts)
+        begin, end, amount = starts[valid], ends[valid], amounts[valid]
         lasts = end > begin
         slope = amount[lasts] / (end[lasts] - begin[lasts])
         for times, sign in ((begin[lasts], 1.0), (end[lasts], -1.0)):
-            index = np.clip(np.searchsorted(edges, times, side="left"), 0, n)
-            slopes += np.bincount(index, sign * slope, n + 1)
-            offsets += np.bincount(index, sign * slope * times, n + 1)
-        index = np.clip(np.searchsorted(edges, begin[~lasts], side="left"), 1, n)
-        instant += np.bincount(index, amount[~lasts], n + 1)
-    cumulative = edges * np.cumsum(slopes) - np.cumsum(offsets) + np.cumsum(instant)
-    # Rounding leaves tiny values where nothing ran.
-    means: Floats = np.maximum(np.diff(cumulative), 0.0) / width
-    return means
+            index = np.clip(np.searchsorted(self._edges, times, side="left"), 0, n)
+            self._slopes += np.bincount(index, sign * slope, n + 1)
+            self._offsets += np.bincount(index, sign * slope * times, n + 1)
+        index = np.clip(np.searchsorted(self._edges, begin[~lasts], side="left"), 1, n)
+        self._instant += np.bincount(index, amount[~lasts], n + 1)
+
+    def per_second(self) -> Floats:
+        """Return the sum per second in each bin. Over all bins it keeps the sum of the amounts."""
+        edges = self._edges
+        cumulative = edges * np.cumsum(self._slopes) - np.cumsum(self._offsets)
+        cumulative += np.cumsum(self._instant)
+        # Rounding leaves tiny values where nothing ran.
+        means: Floats = np.maximum(np.diff(cumulative), 0.0) * self._n / (edges[-1] - edges[0])
+        return means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,19 +165,25 @@ def timeline(columns: RunColumns, axis: TimeAxis) -> Timeline:
     The first new token counts at the end of the prefill. The others are spread evenly over the
     decode, and the tokens of the prompt over the prefill.
     """
-    start = axis.place(columns.started_s)
-    first_token = axis.place(columns.started_s + columns.prefill_s)
-    end = axis.place(columns.ended_s)
-    edges = axis.edges
-    new = columns.completion_tokens
-    firsts = np.minimum(new, 1).astype(np.float64)
-    computed = np.maximum(columns.prompt_tokens - columns.cached_tokens, 0).astype(np.float64)
+    new_tokens, running, computed, cached = (Rates(axis.edges) for _ in range(4))
+    for rows in _blocks(len(columns)):
+        started_s = columns.started_s[rows]
+        first_token_s = started_s + columns.prefill_s[rows]
+        start, first_token = axis.place(started_s), axis.place(first_token_s)
+        end = axis.place(first_token_s + columns.decode_s[rows])
+        new, found = columns.completion_tokens[rows], columns.cached_tokens[rows]
+        firsts = np.minimum(new, 1).astype(np.float64)
+        new_tokens.add(first_token, first_token, firsts)
+        new_tokens.add(first_token, end, new - firsts)
+        running.add(start, end, end - start)
+        prompt = columns.prompt_tokens[rows].astype(np.float64)
+        computed.add(start, first_token, np.maximum(prompt - found, 0.0))
+        cached.add(start, first_token, found.astype(np.float64))
     return Timeline(
-        new_tokens=rates(first_token, first_token, firsts, edges)
-        + rates(first_token, end, new - firsts, edges),
-        running=rates(start, end, end - start, edges),
-        computed=rates(start, first_token, computed, edges),
-        cached=rates(start, first_token, columns.cached_tokens.astype(np.float64), edges),
+        new_tokens=new_tokens.per_second(),
+        running=running.per_second(),
+        computed=computed.per_second(),
+        cached=cached.per_second(),
     )
 
 
@@ -190,8 +216,8 @@ def distribution(values: Floats | Sequence[float]) -> Distribution:
         count=len(finite),
         mean=float(finite.mean()),
         low=float(finite.min()),
-        quantiles=tuple(float(value) for value in np.quantile(finite, QUANTILES)),
         high=float(finite.max()),
+        quantiles=tuple(map(float, np.quantile(finite, QUANTILES, overwrite_input=True))),
     )
 
 
@@ -248,7 +274,7 @@ def cumulative(values: Floats, points: int = 120) -> tuple[Floats, Floats]:
     if not len(finite):
         return np.zeros(0), np.zeros(0)
     shares = np.linspace(0.0, 1.0, points)
-    return np.quantile(finite, shares), shares
+    return np.quantile(finite, shares, overwrite_input=True), shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
