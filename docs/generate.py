@@ -67,7 +67,7 @@ FOLDERS = {
     "pipeline/audit": "checking recorded runs",
     "pipeline/score": "log probabilities of given continuations",
     "pipeline/report": "the HTML report of a run: the command `report`",
-    "pipeline/report/templates": "",
+    "pipeline/report/templates": "its HTML, styles and scripts",
     "pipeline/bench": "measuring speed",
     "pipeline/doctor": "what this machine gives: the command `doctor`",
     "pipeline/system": "the machine, paths, secrets",

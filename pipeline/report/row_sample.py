@@ -15,7 +15,7 @@ import numpy as np
 
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.output.schema import SCHEMA
-from gptbatch.pipeline.report.document import to_json
+from gptbatch.pipeline.report.document import moment, to_json
 from gptbatch.pipeline.report.run_columns import Floats, RunColumns
 
 EXTREME_ROWS = 10
@@ -27,7 +27,8 @@ MAX_TOKEN_LOGPROBS = 512
 MAX_BYTES = 1_500_000
 _TEXTS = ("prompt", "completion", "metadata", "error", "sampling_params", "prompt_id")
 # Large, and without meaning for a reader, or shown in another form.
-_LEFT_OUT = ("completion_token_ids", "top_logprob_ids", "top_logprobs")
+# started_at is added from the columns: Arrow would import pandas for it.
+_LEFT_OUT = ("completion_token_ids", "top_logprob_ids", "top_logprobs", "started_at")
 
 Row = dict[str, Any]
 
@@ -70,8 +71,6 @@ def read_rows(run: RunReader, groups: Mapping[int, list[str]], *, with_text: boo
         row["sample_index"] = row["sample_index"] or 0
         # JavaScript rounds integers above 2^53.
         row["seed"] = str(row["seed"])
-        if row["started_at"] is not None:
-            row["started_at"] = row["started_at"].isoformat(timespec="milliseconds")
         if row["token_logprobs"] is not None:
             row["token_logprobs"] = [
                 round(value, 3) for value in row["token_logprobs"][:MAX_TOKEN_LOGPROBS]
@@ -108,7 +107,11 @@ def browsed_rows(run: RunReader, columns: RunColumns, *, with_text: bool) -> tup
 
     Where not all fit, the errors and the extremes come before the rest of the sample.
     """
-    rows = read_rows(run, choose_rows(columns), with_text=with_text)
+    groups = choose_rows(columns)
+    rows = read_rows(run, groups, with_text=with_text)
+    for index, row in zip(groups, rows, strict=True):
+        if np.isfinite(started_s := float(columns.started_s[index])):
+            row["started_at"] = moment(started_s)
     rows.sort(key=lambda row: row["groups"] == ["sample"])
     fitted, characters = fit([[row] for row in rows])
     kept = [row for (row,) in fitted]

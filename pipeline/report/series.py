@@ -226,7 +226,7 @@ def linear_histogram(values: Floats, bins: int = 40) -> tuple[Floats, Floats]:
     finite = _finite(np.asarray(values, np.float64))
     if not len(finite):
         return np.array([0.0, 1.0]), np.zeros(1)
-    low, high = np.floor(finite.min()), np.floor(finite.max())
+    low, high = finite.min() // 1, finite.max() // 1
     width = max(1.0, np.ceil((high - low + 1) / bins))
     edges = np.arange(low, high + width + 1, width)
     counts, _ = np.histogram(finite, edges)
@@ -261,8 +261,8 @@ def log_histogram(values: Floats, per_decade: int = 6) -> tuple[Floats, Floats]:
     positive = positive[positive > 0]
     if not len(positive):
         return np.array([1.0, 10.0]), np.zeros(1)
-    low = np.floor(np.log10(positive.min()) * per_decade)
-    high = np.floor(np.log10(positive.max()) * per_decade) + 1
+    low = np.log10(positive.min()) * per_decade // 1
+    high = np.log10(positive.max()) * per_decade // 1 + 1
     edges = 10.0 ** (np.arange(low, high + 1) / per_decade)
     counts, _ = np.histogram(positive, edges)
     return edges, counts.astype(np.float64)

@@ -1,7 +1,7 @@
 """Draws charts as SVG: lines, areas, bands, bars and histograms.
 
 Colours, fonts and line widths come from report.css, by class: `c1` to `c6` are the series. A chart
-has a title and a description for screen readers; the sections put a table beside it.
+has an accessible title and description; the sections put a table beside it.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Axis:
 def number_axis(high: float, low: float = 0.0, count: int = 4) -> Axis:
     """Return a linear axis to at least `high`, which ends at a tick."""
     span = high - low if high > low else 1.0
-    step = 10 ** math.floor(math.log10(span / count))
+    step = 10 ** (math.log10(span / count) // 1)
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if factor * step * count >= span * 0.999)
-    first = math.floor(low / step)
+    first = int(low // step)
     last = max(first + 1, math.ceil((low + span) / step - 1e-9))
     ticks = [(index * step, short(index * step)) for index in range(first, last + 1)]
     return Axis(low=first * step, high=last * step, ticks=ticks)
@@ -69,7 +69,7 @@ def log_axis(low: float, high: float, label: Callable[[float], str] | None = Non
     """Return a logarithmic axis; ticks stand at powers of ten."""
     label = label or short
     high = max(high, low * 1.001)
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    first, last = math.ceil(math.log10(low) - 1e-9), int((math.log10(high) + 1e-9) // 1)
     step = max(1, math.ceil((last - first + 1) / 7))
     ticks = [(10.0**power, label(10.0**power)) for power in range(first, last + 1, step)]
     return Axis(low=low, high=high, ticks=ticks, is_log=True)
@@ -91,8 +91,8 @@ class Plot:
         x: The horizontal axis.
         y: The vertical axis.
         size: Width and height in units of the text, of 12 to 13 per line.
-        title: The title for screen readers.
-        description: The main finding, for screen readers.
+        title: The accessible title.
+        description: The main finding, as its accessible description.
         name: The name of its series in the data of the section, for scripts; "" for none.
     """
 
