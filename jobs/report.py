@@ -68,7 +68,8 @@ def _refuse_scores(path: Location | None) -> None:
 
 
 def _default_name(output: Location, other: Location | None) -> str:
-    names = [path.name or "run" for path in (output, other) if path is not None]
+    given = [path for path in (output, other) if path is not None]
+    names = [(path.absolute() if isinstance(path, Path) else path).name or "run" for path in given]
     return f"{'-and-'.join(names)}-report.html"
 
 
@@ -106,7 +107,8 @@ def _write(target: Path, content: bytes) -> None:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(target)
     except OSError as error:
+        raise OutputCreationError(f"{target}: cannot be written ({error.strerror})") from error
+    finally:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
-        raise OutputCreationError(f"{target}: cannot be written ({error.strerror})") from error

@@ -116,7 +116,12 @@ def rows_section(view: RunView, *, with_text: bool) -> Section:
     """Return the section with the browser of rows."""
     rows, characters = browsed_rows(view.run, view.columns, with_text=with_text)
     html = render("rows.html", shown=len(rows), total=len(view.columns), with_text=with_text)
-    data = {"rows": rows, "cut": characters, "total": len(view.columns), "with_text": with_text}
+    data = {
+        "rows": rows,
+        "cut": characters,
+        "output": str(view.run.path),
+        "with_text": with_text,
+    }
     return Section(id="rows", title="Rows", html=html, data=data, script=template_text("rows.js"))
 
 

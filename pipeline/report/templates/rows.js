@@ -1,5 +1,5 @@
 const { make, number, shown, duration } = report;
-const { rows, cut, with_text: withText } = report.data("rows");
+const { rows, cut, output, with_text: withText } = report.data("rows");
 
 const seconds = (row) =>
   row.prefill_s === undefined ? null : row.prefill_s + (row.decode_s ?? 0);
@@ -76,7 +76,9 @@ function details(row) {
     if (IN_TEXT.includes(key)) continue;
     list.append(make("div", {}, make("dt", {}, key), make("dd", {}, value(row, key))));
   }
-  const command = `gptbatch replay OUT --prompt-id '${row.prompt_id.replaceAll("'", "'\\''")}'`;
+  const quoted = (text) => "'" + text.replaceAll("'", "'\\''") + "'";
+  const sample = row.sample_index ? ` --sample ${row.sample_index}` : "";
+  const command = `gptbatch replay ${quoted(output)} --prompt-id ${quoted(row.prompt_id)}${sample}`;
   return [
     textBlock(row, "error", "Error"),
     textBlock(row, "prompt", "Prompt"),
