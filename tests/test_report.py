@@ -42,6 +42,7 @@ HOSTILE = {
     "template": "{{ 7 * 7 }}{% raw %} ${x} `x`",
     "emoji": "\U0001f469\u200d\U0001f4bb \ufeff",
 }
+OLD_OUTPUTS = sorted(path.name for path in (REPOSITORY / "tests/data/outputs").glob("gptbatch-*"))
 TEMPLATES = REPOSITORY / "pipeline/report/templates"
 
 
@@ -314,6 +315,12 @@ def test_a_run_that_is_going_on(tmp_path: Path) -> None:
         lock.release()
     assert built.facts["state"] == "running"
     assert "5 rows are not written yet" in built.html
+
+
+@pytest.mark.parametrize("name", OLD_OUTPUTS)
+def test_outputs_of_earlier_versions(name: str) -> None:
+    built = build_report(REPOSITORY / "tests/data/outputs" / name)
+    assert built.facts == {"state": "complete", "rows": 5, "errors": 1, "samples": 5}
 
 
 def test_a_copy_without_its_config(tmp_path: Path) -> None:
