@@ -190,7 +190,7 @@ def _change(a: float, b: float) -> str:
 
 
 def _draw_first_differences(indices: array[int], size: tuple[int, int]) -> Markup:
-    edges, counts = series.linear_histogram(np.array(indices, np.float64))
+    edges, counts = series.linear_histogram(np.array(indices, np.int32))
     plot = svg.Plot(
         svg.number_axis(float(edges[-1]), float(edges[0]), 8),
         svg.number_axis(float(counts.max()), count=3),

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from gptbatch.pipeline.report import series, svg
 from gptbatch.pipeline.report.document import Section, note, render
-from gptbatch.pipeline.report.run_columns import Floats, RunColumns
+from gptbatch.pipeline.report.run_columns import Floats, Integers, RunColumns
 from gptbatch.pipeline.report.run_view import RunView
 
 WIDE, NARROW = (540, 230), (340, 210)
@@ -26,8 +26,7 @@ def distribution_section(view: RunView) -> Section:
     columns = view.columns
     times = {"queue": columns.queue_s, "prefill": columns.prefill_s, "decode": columns.decode_s}
     ran = np.isfinite(columns.started_s)
-    prompts = columns.prompt_tokens[ran].astype(np.float64)
-    completions = columns.completion_tokens[ran].astype(np.float64)
+    prompts, completions = columns.prompt_tokens[ran], columns.completion_tokens[ran]
     figures = [
         _figure("Times: share of rows at or below", partial(_draw_times, times)),
         _figure(
@@ -56,10 +55,11 @@ def distribution_section(view: RunView) -> Section:
 def margin_section(view: RunView) -> Section:
     """Return the section of decision margins, and of perplexities where they were recorded."""
     columns = view.columns
-    margins = columns.margins[np.isfinite(columns.margins)]
+    margins = columns.margins
+    n_margins = int(np.isfinite(margins).sum())
     perplexities = _perplexities(columns)
     figures, rows = [], []
-    if len(margins):
+    if n_margins:
         draw = partial(_draw_log, margins, "c6", "logits")
         figures.append(_figure("Smallest decision margin of each row, in logits: rows", draw))
         rows.append(_quantile_row("margin", margins, _number))
@@ -71,10 +71,8 @@ def margin_section(view: RunView) -> Section:
     html = render(
         "margins.html",
         figures=figures,
-        limits=[
-            (f"{limit:g}", f"{count:,}", f"{count / len(margins):.3%}") for limit, count in below
-        ]
-        if len(margins)
+        limits=[(f"{limit:g}", f"{count:,}", f"{count / n_margins:.3%}") for limit, count in below]
+        if n_margins
         else [],
         has_perplexity=len(perplexities) > 0,
         header=QUANTILE_HEADER,
@@ -94,9 +92,10 @@ def _perplexities(columns: RunColumns) -> Floats:
 
 
 def _draw_times(times: dict[str, Floats], size: _Size) -> Markup:
-    positive = [values[np.isfinite(values) & (values > 0)] for values in times.values()]
-    low = min((float(values.min()) for values in positive if len(values)), default=1e-3)
-    high = max((float(values.max()) for values in positive if len(values)), default=1.0)
+    low = min(float(values.min(initial=np.inf, where=values > 0)) for values in times.values())
+    high = max(float(values.max(initial=0.0, where=values > 0)) for values in times.values())
+    if high == 0:
+        low, high = 1e-3, 1.0
     plot = svg.Plot(
         svg.log_axis(max(low, high / 1e7), high, svg.duration),
         svg.Axis(low=0, high=1, ticks=[(share, f"{share:.0%}") for share in _SHARES]),
@@ -114,7 +113,7 @@ def _draw_times(times: dict[str, Floats], size: _Size) -> Markup:
     return plot.markup()
 
 
-def _draw_lengths(values: Floats, style: str, size: _Size) -> Markup:
+def _draw_lengths(values: Integers, style: str, size: _Size) -> Markup:
     edges, counts = series.linear_histogram(values)
     found = series.distribution(values)
     plot = svg.Plot(
@@ -134,9 +133,10 @@ def _speed_chart(view: RunView) -> _Draw:
     """Return the chart of decode times per token."""
     columns = view.columns
     new = columns.completion_tokens
-    with np.errstate(divide="ignore", invalid="ignore"):
-        per_token_ms = np.where(new > 1, 1e3 * columns.decode_s / (new - 1), np.nan)
-    found = series.band((columns.prompt_tokens + new).astype(np.float64), per_token_ms)
+    per_token_ms = 1e3 * columns.decode_s
+    per_token_ms /= np.maximum(new - 1, 1)
+    per_token_ms[new < 2] = np.nan
+    found = series.band(columns.prompt_tokens + new, per_token_ms)
     if not len(found.centres):
         return lambda size: note("Too few rows with two or more new tokens.")
 
@@ -164,7 +164,7 @@ def _draw_log(values: Floats, style: str, unit: str, size: _Size) -> Markup:
         svg.number_axis(float(counts.max())),
         size=size,
         title="Histogram on a logarithmic scale",
-        description=f"Median {_number(float(np.median(values)))} {unit}.",
+        description=f"Median {_number(float(np.nanmedian(values)))} {unit}.",
     )
     plot.bars(edges, counts, style, series.bin_labels(edges, counts, unit, whole=False))
     return plot.markup()
@@ -174,7 +174,7 @@ def _figure(caption: str, draw: _Draw) -> tuple[str, Markup]:
     return caption, svg.both_widths(draw, WIDE, NARROW)
 
 
-def _quantile_row(name: str, values: Floats, form: Callable[[float], str]) -> list[str]:
+def _quantile_row(name: str, values: Floats | Integers, form: Callable[[float], str]) -> list[str]:
     found = series.distribution(values)
     numbers = (found.mean, found.low, *found.quantiles, found.high)
     return [name, f"{found.count:,}", *(form(number) if found.count else "" for number in numbers)]

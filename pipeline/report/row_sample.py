@@ -7,7 +7,7 @@ therefore the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +17,7 @@ from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.output.schema import SCHEMA
 from gptbatch.pipeline.report.document import moment, to_json
 from gptbatch.pipeline.report.run_columns import Floats, RunColumns
+from gptbatch.pipeline.report.series import blocks
 
 EXTREME_ROWS = 10
 MAX_ERROR_ROWS = 200
@@ -44,10 +45,10 @@ def choose_rows(columns: RunColumns) -> dict[int, list[str]]:
     add("sample", columns.sample)
     errors = [row for group in columns.errors for row in group.rows]
     add("error", errors[:MAX_ERROR_ROWS])
-    add("slowest", _largest(columns.prefill_s + columns.decode_s))
-    add("longest", _largest(columns.completion_tokens.astype(np.float64)))
-    margins = np.where(columns.margins > 0, columns.margins, np.nan)
-    add("smallest margin", _largest(-margins))
+    n = len(columns)
+    add("slowest", _largest(lambda rows: columns.prefill_s[rows] + columns.decode_s[rows], n))
+    add("longest", _largest(lambda rows: columns.completion_tokens[rows].astype(np.float64), n))
+    add("smallest margin", _largest(lambda rows: -columns.margins[rows], n))
     return dict(sorted(groups.items()))
 
 
@@ -134,11 +135,21 @@ def _size(row: Row) -> int:
     return len(to_json(row).encode())
 
 
-def _largest(values: Floats, count: int = EXTREME_ROWS) -> list[int]:
-    """Return the indices of the largest finite values; the first of equal ones."""
-    finite = np.flatnonzero(np.isfinite(values))
-    if len(finite) > count:
-        kept = np.argpartition(-values[finite], count)[:count]
-        finite = finite[kept]
-    order: list[int] = finite[np.argsort(-values[finite], kind="stable")].tolist()
-    return order
+def _largest(values: Callable[[slice], Floats], n: int, count: int = EXTREME_ROWS) -> list[int]:
+    """Return the rows with the largest finite values; the first of equal ones.
+
+    Args:
+        values: Returns the values of a block of rows.
+        n: Number of rows.
+        count: Number of rows to return.
+    """
+    best: list[tuple[float, int]] = []
+    for block in blocks(n):
+        found = values(block)
+        rows = np.flatnonzero(np.isfinite(found))
+        if len(rows) > count:
+            limit = np.partition(found[rows], len(rows) - count)[len(rows) - count]
+            rows = rows[found[rows] >= limit]
+        best += [(-float(found[row]), block.start + int(row)) for row in rows]
+        best = sorted(best)[:count]
+    return [row for _, row in best]

@@ -5,12 +5,13 @@ All functions take whole columns, and work in blocks of rows, so that temporary 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from gptbatch.pipeline.report.run_columns import Floats, RunColumns
+from gptbatch.pipeline.report.run_columns import Floats, Integers, RunColumns
 
 BINS = 180
 QUANTILES = (0.5, 0.9, 0.99)
@@ -79,7 +80,7 @@ def time_axis(columns: RunColumns) -> TimeAxis | None:
         return None
     began_s = ended_s = float(columns.started_s[order[0]])
     pauses: list[tuple[float, float]] = []
-    for block in _blocks(len(order)):
+    for block in blocks(len(order)):
         rows = order[block]
         starts = columns.started_s[rows]
         ends = starts + columns.prefill_s[rows] + columns.decode_s[rows]
@@ -166,7 +167,7 @@ def timeline(columns: RunColumns, axis: TimeAxis) -> Timeline:
     decode, and the tokens of the prompt over the prefill.
     """
     new_tokens, running, computed, cached = (Rates(axis.edges) for _ in range(4))
-    for rows in _blocks(len(columns)):
+    for rows in blocks(len(columns)):
         started_s = columns.started_s[rows]
         first_token_s = started_s + columns.prefill_s[rows]
         start, first_token = axis.place(started_s), axis.place(first_token_s)
@@ -206,9 +207,9 @@ class Distribution:
     high: float
 
 
-def distribution(values: Floats | Sequence[float]) -> Distribution:
+def distribution(values: Floats | Integers) -> Distribution:
     """Return the distribution of values."""
-    finite = _finite(np.asarray(values, np.float64))
+    finite = _finite(values)
     if not len(finite):
         nan = float("nan")
         return Distribution(count=0, mean=nan, low=nan, quantiles=(nan,) * 3, high=nan)
@@ -221,15 +222,14 @@ def distribution(values: Floats | Sequence[float]) -> Distribution:
     )
 
 
-def linear_histogram(values: Floats, bins: int = 40) -> tuple[Floats, Floats]:
+def linear_histogram(values: Integers, bins: int = 40) -> tuple[Floats, Floats]:
     """Return the edges and counts of bins of equal width, in whole numbers, over whole numbers."""
-    finite = _finite(np.asarray(values, np.float64))
-    if not len(finite):
+    if not len(values):
         return np.array([0.0, 1.0]), np.zeros(1)
-    low, high = finite.min() // 1, finite.max() // 1
+    low, high = float(values.min()), float(values.max())
     width = max(1.0, np.ceil((high - low + 1) / bins))
     edges = np.arange(low, high + width + 1, width)
-    counts, _ = np.histogram(finite, edges)
+    counts, _ = np.histogram(values, edges)
     return edges, counts.astype(np.float64)
 
 
@@ -257,8 +257,7 @@ def log_histogram(values: Floats, per_decade: int = 6) -> tuple[Floats, Floats]:
 
     Zeros and negative values are not counted.
     """
-    positive = _finite(values)
-    positive = positive[positive > 0]
+    positive = values[(values > 0) & np.isfinite(values)]
     if not len(positive):
         return np.array([1.0, 10.0]), np.zeros(1)
     low = np.log10(positive.min()) * per_decade // 1
@@ -296,27 +295,31 @@ class Band:
     counts: Floats
 
 
-def band(x: Floats, y: Floats, bins: int = 16, min_rows: int = 5) -> Band:
+def band(x: Integers, y: Floats, bins: int = 16, min_rows: int = 5) -> Band:
     """Return the deciles 1, 5 and 9 of y, in bins of equal width of x."""
-    valid = np.isfinite(x) & np.isfinite(y)
-    x, y = x[valid], y[valid]
+    valid = np.isfinite(y)
     rows: list[tuple[float, ...]] = []
-    if len(x):
-        edges = np.linspace(x.min(), max(x.max(), x.min() + 1), bins + 1)
-        index = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, bins - 1)
-        for number in range(bins):
-            inside = y[index == number]
+    if valid.any():
+        low, high = float(x[valid].min()), float(x[valid].max())
+        edges = np.linspace(low, max(high, low + 1), bins + 1)
+        for number, (left, right) in enumerate(itertools.pairwise(edges)):
+            is_last = number == bins - 1
+            inside = y[valid & (x >= left) & ((x < right) | (is_last & (x <= right)))]
             if len(inside) >= min_rows:
-                centre = (edges[number] + edges[number + 1]) / 2
-                rows.append((centre, *np.quantile(inside, (0.1, 0.5, 0.9)), len(inside)))
+                deciles = np.quantile(inside, (0.1, 0.5, 0.9))
+                rows.append(((left + right) / 2, *map(float, deciles), len(inside)))
     table = np.array(rows, np.float64).reshape(-1, 5).T
     return Band(centres=table[0], low=table[1], middle=table[2], high=table[3], counts=table[4])
 
 
-def _finite(values: Floats) -> Floats:
+def blocks(n: int) -> Iterator[slice]:
+    """Yield blocks of the rows 0 to n - 1."""
+    return (slice(first, first + _BLOCK) for first in range(0, n, _BLOCK))
+
+
+def _finite(values: Floats | Integers) -> Floats:
+    """Return a copy of the finite values."""
+    if values.dtype.kind == "i":
+        return values.astype(np.float64)
     finite: Floats = values[np.isfinite(values)]
     return finite
-
-
-def _blocks(n: int) -> Iterator[slice]:
-    return (slice(first, first + _BLOCK) for first in range(0, n, _BLOCK))
