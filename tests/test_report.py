@@ -127,9 +127,10 @@ def test_numbers_are_those_of_pyarrow(tmp_path: Path) -> None:
     ):
         found = series.distribution(values)
         quantiles = pc.quantile(table[name], list(series.QUANTILES)).to_pylist()
-        assert found.quantiles == pytest.approx(quantiles, rel=1e-12)
+        assert found.quantiles == pytest.approx(quantiles, rel=1e-6)
         assert found.count == len(table) - table[name].null_count
-        assert (found.low, found.high) == (pc.min(table[name]).as_py(), pc.max(table[name]).as_py())
+        extremes = (pc.min(table[name]).as_py(), pc.max(table[name]).as_py())
+        assert (found.low, found.high) == pytest.approx(extremes, rel=1e-6)
     assert totals.new_tokens == pc.sum(table["completion_tokens"]).as_py()
     assert totals.prompt_tokens == pc.sum(table["prompt_tokens"]).as_py()
     assert totals.cached_tokens == pc.sum(table["cached_tokens"]).as_py()

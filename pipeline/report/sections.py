@@ -15,7 +15,7 @@ from gptbatch.pipeline.report.run_view import RunView
 
 def summary_section(view: RunView) -> Section:
     """Return the section of what ran, how it ended, and its totals."""
-    status, totals = view.status, view.totals
+    status = view.status
     facts = view.run.facts
     environment = facts.get("environment") or {}
     ran = {
@@ -53,7 +53,6 @@ def summary_section(view: RunView) -> Section:
                 if name.endswith("_digest") and value
             },
         },
-        totals=totals,
         gaps=[] if axis is None else axis.gaps,
         duration=svg.duration,
         moment=moment,

@@ -215,7 +215,7 @@ def distribution(values: Floats | Integers) -> Distribution:
         return Distribution(count=0, mean=nan, low=nan, quantiles=(nan,) * 3, high=nan)
     return Distribution(
         count=len(finite),
-        mean=float(finite.mean()),
+        mean=float(finite.mean(dtype=np.float64)),
         low=float(finite.min()),
         high=float(finite.max()),
         quantiles=tuple(map(float, np.quantile(finite, QUANTILES, overwrite_input=True))),
