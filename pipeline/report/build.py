@@ -61,6 +61,8 @@ def build_report(
         summary, section = compare_section(view, RunView(other), with_text=with_text)
         compared.append(section)
         facts |= {"equal": summary.equal, "different": summary.different}
+    # Before the charts, which use the memory again that reading rows takes.
+    rows = rows_section(view, with_text=with_text)
     sections = [
         summary_section(view),
         *compared,
@@ -68,7 +70,7 @@ def build_report(
         distribution_section(view),
         ends_section(view),
         margin_section(view),
-        rows_section(view, with_text=with_text),
+        rows,
         *more,
     ]
     model, dataset = view.run.facts.get("model"), view.run.facts.get("input")
