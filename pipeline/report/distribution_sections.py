@@ -25,29 +25,28 @@ def distribution_section(view: RunView) -> Section:
     """Return the section of times, and of lengths of prompts and completions."""
     columns = view.columns
     times = {"queue": columns.queue_s, "prefill": columns.prefill_s, "decode": columns.decode_s}
-    ran = np.isfinite(columns.started_s)
-    prompts, completions = columns.prompt_tokens[ran], columns.completion_tokens[ran]
+    rows = [_quantile_row(name, values, svg.duration) for name, values in times.items()]
+    first_token_s = columns.queue_s + columns.prefill_s
+    rows.append(_quantile_row("first token", first_token_s, svg.duration))
+    del first_token_s
     figures = [
         _figure("Times: share of rows at or below", partial(_draw_times, times)),
         _figure(
             "Milliseconds per new token, by tokens of prompt and completion", _speed_chart(view)
         ),
-        _figure("Tokens of prompts: rows", partial(_draw_lengths, prompts, "c5")),
-        _figure("Tokens of completions: rows", partial(_draw_lengths, completions, "c1")),
     ]
-    first_token = columns.queue_s + columns.prefill_s
+    ran = np.isfinite(columns.started_s)
+    lengths = []
+    for name, style in (("prompt", "c5"), ("completion", "c1")):
+        values = getattr(columns, f"{name}_tokens")[ran]
+        figures.append(_figure(f"Tokens of {name}s: rows", partial(_draw_lengths, values, style)))
+        lengths.append(_quantile_row(f"{name} tokens", values, _count))
     html = render(
         "distributions.html",
         figures=figures if ran.any() else [],
         header=QUANTILE_HEADER,
-        rows=[
-            _quantile_row(name, values, svg.duration)
-            for name, values in (times | {"first token": first_token}).items()
-        ],
-        lengths=[
-            _quantile_row("prompt tokens", prompts, _count),
-            _quantile_row("completion tokens", completions, _count),
-        ],
+        rows=rows,
+        lengths=lengths,
     )
     return Section(id="distributions", title="Times and lengths", html=html)
 

@@ -319,7 +319,5 @@ def blocks(n: int) -> Iterator[slice]:
 
 def _finite(values: Floats | Integers) -> Floats:
     """Return a copy of the finite values."""
-    if values.dtype.kind == "i":
-        return values.astype(np.float64)
-    finite: Floats = values[np.isfinite(values)]
+    finite: Floats = values[np.isfinite(values)].astype(np.float32, copy=False)
     return finite

@@ -51,7 +51,8 @@ class Axis:
             values = np.log10(np.maximum(values, 1e-300))
         else:
             low, high = self.low, self.high
-        return np.clip((values - low) / (high - low), 0.0, 1.0)
+        shares: Floats = np.clip((values - low) / (high - low), 0.0, 1.0)
+        return shares
 
 
 def number_axis(high: float, low: float = 0.0, count: int = 4) -> Axis:
