@@ -66,6 +66,8 @@ FOLDERS = {
     "pipeline/storage": "files and objects: paths, reading, atomic writes",
     "pipeline/audit": "checking recorded runs",
     "pipeline/score": "log probabilities of given continuations",
+    "pipeline/report": "the HTML report of a run: the command `report`",
+    "pipeline/report/templates": "its HTML, styles and scripts",
     "pipeline/bench": "measuring speed",
     "pipeline/doctor": "what this machine gives: the command `doctor`",
     "pipeline/system": "the machine, paths, secrets",

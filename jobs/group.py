@@ -16,6 +16,7 @@ COMMANDS = {
     "score": ("gptbatch.jobs.score", "Compute log probabilities of given continuations."),
     "replay": ("gptbatch.jobs.replay", "Generate one row of a run again and explain its tokens."),
     "diff": ("gptbatch.jobs.diff", "Compare two runs, row by row."),
+    "report": ("gptbatch.jobs.report", "Write an HTML file that shows a run, or compares two."),
     "check-model": (
         "gptbatch.jobs.check_model",
         "Compare a checkpoint in gptbatch and in transformers.",

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,20 @@ def write_run(
     identity: dict[str, Any] | None = None,
     facts: dict[str, Any] | None = None,
     first_rows: int | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a run as generate does; with first_rows, stop after these rows like a killed run."""
+    """Write a run as generate does.
+
+    Args:
+        path: The output folder.
+        completions: Its rows.
+        part_rows: Rows per part.
+        identity: Keys of the identity that differ.
+        facts: Facts that differ.
+        first_rows: Stop after these rows, like a killed run.
+        texts: Texts of completions by id; others have one that names the id.
+    """
+    texts = texts or {}
     folder = OutputFolder(path)
     folder.create()
     digests = ["0" * 64] * count_parts(part_rows, len(completions))
@@ -111,9 +123,8 @@ def write_run(
     parts = []
     for index, one in enumerate(completions[:first_rows]):
         placed = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, index=index))
-        parts.append(
-            writer.add([Sample(placed, None if one.error else f"private {one.prompt.prompt_id}")])
-        )
+        text = texts.get(one.prompt.prompt_id, f"private {one.prompt.prompt_id}")
+        parts.append(writer.add([Sample(placed, None if one.error else text)]))
     if not completions:
         parts.append(writer.add_empty())
     if first_rows is None:

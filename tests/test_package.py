@@ -33,6 +33,7 @@ LIGHT = (
     "pipeline.engine.scheduler",
     "pipeline.kv_cache.block_pool",
     "pipeline.output.status",
+    "pipeline.report.build",
     "pipeline.run",
 )
 HEAVY = ("torch", "transformers", "datasets", "matplotlib")
@@ -95,6 +96,7 @@ def test_the_wheel_works_from_any_folder(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"gptbatch"}
+    assert (site / "gptbatch/pipeline/report/templates/report.html").is_file()
     for name in FOLDERS:
         (work / name).mkdir(parents=True)
         (work / name / "__init__.py").write_text("raise ImportError('a package of the user')")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -48,6 +50,8 @@ class RunReader:
         complete: Whether the run has ended and all of its rows are present.
         rows_expected: Rows of the input; None where an older version did not record it.
         stray_tables: Tables that are not parts of the run.
+        state: The folder, as `output_status` takes it.
+        listing: Its parts, without their footers.
 
     Raises:
         InputNotFoundError: There is no folder, or no run in it.
@@ -80,6 +84,7 @@ class RunReader:
         self.rows_expected: int | None = state.identity.get("rows")
         recorded = {part["name"]: part["content_digest"] for part in self.manifest.get("parts", [])}
         self.stray_tables = state.stray_tables + _foreign_files(listing, recorded)
+        self.state, self.listing = state, replace(listing, footers=[])
         self.parts = [self.path / part.name for part in listing.parts]
         self.environments = _environments(listing.footers)
         counts = [part.samples for part in listing.parts]
@@ -136,8 +141,12 @@ class RunReader:
         Raises:
             StorageError: A part cannot be read.
         """
-        for batch in self._batches(_names(columns), first_part=0):
+        for batch in self.batches(columns):
             yield from batch.to_pylist()
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield all rows as batches of at most BATCH_ROWS; columns and errors as in `rows`."""
+        return self._batches(_names(columns), first_part=0)
 
     def row_reader(self, columns: Sequence[str] | None = None) -> RowReader:
         """Return a reader of rows by index; columns as in `rows`."""
@@ -207,8 +216,10 @@ class RowReader:
         while done < len(indices):
             batch = self._seek(indices[done])
             stop = bisect_left(indices, self._end, lo=done)
-            offsets = [index - self._first for index in indices[done:stop]]
-            yield from batch.take(pa.array(offsets, pa.int64())).to_pylist()
+            offsets = array("q", (index - self._first for index in indices[done:stop]))
+            # pa.array would import pandas.
+            places = pa.Array.from_buffers(pa.int64(), len(offsets), [None, pa.py_buffer(offsets)])
+            yield from batch.take(places).to_pylist()
             done = stop
 
     def _seek(self, index: int) -> pa.RecordBatch:
@@ -262,14 +273,14 @@ def _column(batch: pa.RecordBatch, name: str, is_stored: bool) -> pa.Array:
     field = SCHEMA.field(name)
     if not is_stored:
         return pa.nulls(len(batch), field.type)
-    array = batch[name]
-    if array.type != field.type:
-        array = array.cast(field.type)
+    values = batch[name]
+    if values.type != field.type:
+        values = values.cast(field.type)
     if not field.nullable and (
-        array.null_count or (pa.types.is_list(field.type) and array.flatten().null_count)
+        values.null_count or (pa.types.is_list(field.type) and values.flatten().null_count)
     ):
         raise ValueError(f"{name} is null in a row")
-    return array
+    return values
 
 
 def _names(columns: Sequence[str] | None) -> list[str]:

@@ -83,8 +83,14 @@ class OutputStatus:
     problems: list[str]
 
 
-def output_status(path: Location) -> OutputStatus:
+def output_status(
+    path: Location, found: tuple[FolderState, PartListing] | None = None
+) -> OutputStatus:
     """Return the status of an output folder.
+
+    Args:
+        path: The folder.
+        found: Its run and its parts, as a reader has found them; None reads them.
 
     Raises:
         InputNotFoundError: The folder holds no run.
@@ -93,8 +99,9 @@ def output_status(path: Location) -> OutputStatus:
     folder = OutputFolder(path)
     progress = _progress(folder)
     try:
-        state = read_run_state(path)
-        listing = None if state is None else list_parts(state, folder.read_hashes())
+        state, listing = found or (read_run_state(path), None)
+        if state is not None and listing is None:
+            listing = list_parts(state, folder.read_hashes())
         problems = [] if state is None or listing is None else _problems(folder, state, listing)
     except OSError as error:
         raise StorageError(

@@ -1,0 +1,261 @@
+"""The section that compares two runs: figures, settings, and the rows that differ.
+
+`audit.diff` pairs and compares the rows. Of the rows that differ, the report shows those with the
+smallest hashes of their ids, so that two reports on the same runs show the same rows.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from markupsafe import Markup
+
+from gptbatch.pipeline.audit.diff import (
+    DiffSummary,
+    RowDifference,
+    SettingDifference,
+    diff_runs,
+    settings_that_differ,
+    summarize,
+)
+from gptbatch.pipeline.audit.run_reader import RunReader
+from gptbatch.pipeline.report import series, svg
+from gptbatch.pipeline.report.document import Section, render, template_text
+from gptbatch.pipeline.report.row_sample import Row, fit, read_rows
+from gptbatch.pipeline.report.run_columns import row_hash
+from gptbatch.pipeline.report.run_view import RunView
+
+MAX_PAIRS = 200
+MAX_ONLY_IN_ONE = 20
+MAX_PAIR_BYTES = 600_000
+NEAR_TIE = 1e-3
+# Of the text before the first difference.
+_EQUAL_CHARACTERS = 400
+_Key = tuple[str, int]
+
+
+@dataclass
+class _Differences:
+    """Collects the differences of two runs.
+
+    Attributes:
+        token_indices: Index of the first token that differs, of all rows whose tokens differ.
+        near_ties: Number of them with a margin below NEAR_TIE in one of the runs.
+        only: The first ids that only one run has, with the run.
+    """
+
+    token_indices: array[int] = field(default_factory=lambda: array("i"))
+    near_ties: int = 0
+    only: list[tuple[str, RowDifference]] = field(default_factory=list)
+    _kept: list[tuple[int, int, RowDifference]] = field(default_factory=list)
+
+    def passing(self, differences: Iterable[RowDifference]) -> Iterator[RowDifference]:
+        """Yield differences, and collect them."""
+        for number, difference in enumerate(differences):
+            self._add(number, difference)
+            yield difference
+
+    def sample(self) -> list[RowDifference]:
+        """Return the rows to show, in the order of run A."""
+        return [one for _, _, one in sorted(self._kept, key=lambda kept: kept[1])]
+
+    def _add(self, number: int, difference: RowDifference) -> None:
+        if difference.kind in ("only_in_a", "only_in_b"):
+            if len(self.only) < MAX_ONLY_IN_ONE:
+                self.only.append((difference.kind[-1].upper(), difference))
+            return
+        if difference.kind == "logits":
+            return
+        if difference.kind == "tokens" and difference.token_index is not None:
+            self.token_indices.append(difference.token_index)
+            self.near_ties += _smaller_margin(difference) < NEAR_TIE
+        # A heap with the largest hash on top.
+        hashed = row_hash(difference.prompt_id, difference.sample_index)
+        entry = (-hashed, number, difference)
+        if len(self._kept) < MAX_PAIRS:
+            heapq.heappush(self._kept, entry)
+        elif hashed < -self._kept[0][0]:
+            heapq.heapreplace(self._kept, entry)
+
+
+def compare_section(a: RunView, b: RunView, *, with_text: bool) -> tuple[DiffSummary, Section]:
+    """Return the counts of the diff, and the section that compares run B with run A.
+
+    Raises:
+        StorageError: A part cannot be read, or a run holds an id twice.
+    """
+    found = _Differences()
+    summary = summarize(a.run, b.run, found.passing(diff_runs(a.run, b.run)))
+    pairs = _pairs(a.run, b.run, found.sample(), with_text=with_text)
+    html = render(
+        "compare.html",
+        names=(str(a.run.path), str(b.run.path)),
+        states=(a.ended, b.ended),
+        summary=summary,
+        verdict=_verdict(summary),
+        figures=_figures(a, b),
+        settings=[_shown(one) for one in settings_that_differ(a.run, b.run)],
+        near_ties=found.near_ties,
+        near_tie=NEAR_TIE,
+        tokens_differ=len(found.token_indices),
+        chart=svg.both_widths(
+            partial(_draw_first_differences, found.token_indices), (540, 170), (340, 150)
+        )
+        if found.token_indices
+        else None,
+        only=[(run, one.prompt_id, one.sample_index) for run, one in found.only],
+        shown=len(pairs),
+        with_text=with_text,
+    )
+    section = Section(
+        id="compare",
+        title="Two runs",
+        html=html,
+        data={"pairs": pairs, "with_text": with_text},
+        script=template_text("compare.js"),
+    )
+    return summary, section
+
+
+def _verdict(summary: DiffSummary) -> str:
+    if not summary.common:
+        return "no row is in both runs"
+    return "all rows are equal" if summary.all_equal else "rows differ"
+
+
+def _smaller_margin(difference: RowDifference) -> float:
+    margins = (difference.min_decision_margin_a, difference.min_decision_margin_b)
+    return min((margin for margin in margins if margin is not None), default=math.inf)
+
+
+def _shown(difference: SettingDifference) -> tuple[str, str, str]:
+    a, b = (
+        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        for value in (difference.a, difference.b)
+    )
+    return difference.name, a, b
+
+
+def _figures(a: RunView, b: RunView) -> list[tuple[str, str, str, str]]:
+    """Return (name, value of A, value of B, change) of the main figures."""
+    left, right = _numbers(a), _numbers(b)
+    return [
+        (name, _form(name, left[name]), _form(name, right[name]), _change(left[name], right[name]))
+        for name in left
+    ]
+
+
+def _numbers(view: RunView) -> dict[str, float]:
+    totals, columns = view.totals, view.columns
+    nan = math.nan
+    new = columns.completion_tokens[np.isfinite(columns.started_s)]
+    return {
+        "rows": totals.rows,
+        "error rows": totals.error_rows,
+        "new tokens": totals.new_tokens,
+        "new tokens per row, mean": float(new.mean()) if len(new) else nan,
+        "new tokens/s": nan if totals.tokens_per_s is None else totals.tokens_per_s,
+        "time of work": nan if totals.active_s is None else totals.active_s,
+        "queue, time p50": series.distribution(columns.queue_s).quantiles[0],
+        "prefill, time p50": series.distribution(columns.prefill_s).quantiles[0],
+        "decode, time p50": series.distribution(columns.decode_s).quantiles[0],
+        "decision margin, p50": series.distribution(columns.margins).quantiles[0],
+    }
+
+
+def _form(name: str, value: float) -> str:
+    if not math.isfinite(value):
+        return ""
+    if "time" in name:
+        return svg.duration(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _change(a: float, b: float) -> str:
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return ""
+    if a == b:
+        return "equal"
+    return f"{b / a - 1:+.1%}" if a else ""
+
+
+def _draw_first_differences(indices: array[int], size: tuple[int, int]) -> Markup:
+    edges, counts = series.linear_histogram(np.array(indices, np.int32))
+    plot = svg.Plot(
+        svg.number_axis(float(edges[-1]), float(edges[0]), 8),
+        svg.number_axis(float(counts.max()), count=3),
+        size=size,
+        title="First token that differs",
+        description=f"{len(indices):,} rows.",
+    )
+    plot.bars(edges, counts, "c4", series.bin_labels(edges, counts, "as index"))
+    return plot.markup()
+
+
+def _pairs(
+    a: RunReader, b: RunReader, differences: list[RowDifference], *, with_text: bool
+) -> list[dict[str, Any]]:
+    """Return the rows that differ, with both texts."""
+    keys = {(one.prompt_id, one.sample_index) for one in differences}
+    left, right = (_rows(run, keys, with_text=with_text) for run in (a, b))
+    items = []
+    for one in differences:
+        key = (one.prompt_id, one.sample_index)
+        items.append(list(_without_equal_start(left[key], right[key])))
+    fitted, characters = fit(items, MAX_PAIR_BYTES)
+    by_key = {(one.prompt_id, one.sample_index): one for one in differences}
+    pairs = []
+    for row_a, row_b in fitted:
+        one = by_key[row_a["prompt_id"], row_a["sample_index"]]
+        pairs.append(
+            {
+                "kind": one.kind,
+                "token_index": one.token_index,
+                "token_a": one.token_a,
+                "token_b": one.token_b,
+                "margin": None if math.isinf(margin := _smaller_margin(one)) else margin,
+                "a": row_a,
+                "b": row_b,
+                "cut": characters,
+            }
+        )
+    return pairs
+
+
+def _rows(run: RunReader, keys: set[_Key], *, with_text: bool) -> dict[_Key, Row]:
+    """Return the rows of a run with these ids and samples."""
+    ids = pa.array(sorted({prompt_id for prompt_id, _ in keys}), pa.string())
+    places: dict[int, list[str]] = {}
+    first = 0
+    for batch in run.batches(["prompt_id", "sample_index"]):
+        for offset in pc.indices_nonzero(pc.is_in(batch["prompt_id"], value_set=ids)).to_pylist():
+            key = (batch["prompt_id"][offset].as_py(), batch["sample_index"][offset].as_py() or 0)
+            if key in keys:
+                places[first + offset] = []
+        first += len(batch)
+    rows = read_rows(run, places, with_text=with_text)
+    return {(row["prompt_id"], row["sample_index"]): row for row in rows}
+
+
+def _without_equal_start(a: Row, b: Row) -> tuple[Row, Row]:
+    """Return two rows without most of the text before their first difference."""
+    texts = [row.get("completion", "") for row in (a, b)]
+    pairs = enumerate(zip(*texts, strict=False))
+    equal = next((index for index, (x, y) in pairs if x != y), min(map(len, texts)))
+    skipped = max(0, equal - _EQUAL_CHARACTERS)
+    shared = {"equal": equal - skipped, "skipped": skipped}
+    rows = [
+        {**row, **shared, **({"completion": text[skipped:]} if "completion" in row else {})}
+        for row, text in zip((a, b), texts, strict=True)
+    ]
+    return rows[0], rows[1]
