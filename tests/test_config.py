@@ -110,7 +110,8 @@ def test_the_library_validates_values_strictly() -> None:
         == 2
     )
     assert JobConfig.model_validate({**NEEDED, "engine": {"threads": 2}}).engine.threads == 2
-    for wrong in ({"seed": "5"}, {"seed": True}, {"sede": 5}, {"engine": {"threads": 0}}):
+    wrongs: list[dict[str, Any]] = [{"seed": "5"}, {"seed": True}, {"sede": 5}]
+    for wrong in [*wrongs, {"engine": {"threads": 0}}]:
         with pytest.raises(ValidationError):
             JobConfig.model_validate({**NEEDED, **wrong})
         with pytest.raises(ConfigError, match=f"JobConfig: .*{next(iter(wrong))}"):
