@@ -135,8 +135,12 @@ class RunReader:
         Raises:
             StorageError: A part cannot be read.
         """
-        for batch in self._batches(_names(columns), first_part=0):
+        for batch in self.batches(columns):
             yield from batch.to_pylist()
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield all rows as batches of at most BATCH_ROWS; see `rows`."""
+        return self._batches(_names(columns), first_part=0)
 
     def row_reader(self, columns: Sequence[str] | None = None) -> RowReader:
         """Return a reader of rows by index; columns as in `rows`."""
