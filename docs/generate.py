@@ -68,6 +68,7 @@ FOLDERS = {
     "pipeline/score": "log probabilities of given continuations",
     "pipeline/report": "the HTML report of a run: the command `report`",
     "pipeline/report/templates": "its HTML, styles and scripts",
+    "pipeline/export": "the rows of a run for other programs",
     "pipeline/bench": "measuring speed",
     "pipeline/doctor": "what this machine gives: the command `doctor`",
     "pipeline/system": "the machine, paths, secrets",

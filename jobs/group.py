@@ -13,6 +13,10 @@ COMMANDS = {
     "status": ("gptbatch.jobs.status", "Show the rows, parts and errors of an output folder."),
     "finish": ("gptbatch.jobs.finish", "Mark an output complete whose parts are all written."),
     "verify": ("gptbatch.jobs.verify", "Check recorded rows against the weights."),
+    "export": (
+        "gptbatch.jobs.export",
+        "Write the rows of a run to JSON lines or one Parquet file.",
+    ),
     "score": ("gptbatch.jobs.score", "Compute log probabilities of given continuations."),
     "replay": ("gptbatch.jobs.replay", "Generate one row of a run again and explain its tokens."),
     "diff": ("gptbatch.jobs.diff", "Compare two runs, row by row."),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import click
 from tqdm import tqdm
@@ -13,10 +16,17 @@ LINE_EVERY_S = 5.0
 
 
 class Bar:
-    """A tqdm bar over rows, with tokens/s."""
+    """A tqdm bar over rows, with tokens/s.
+
+    Args:
+        kind: The class of the bar.
+    """
+
+    def __init__(self, kind: Callable[..., Any] = tqdm) -> None:
+        self._kind = kind
 
     def begin(self, total_rows: int, done_rows: int) -> None:
-        self._bar = tqdm(
+        self._bar = self._kind(
             total=total_rows, initial=done_rows, unit="row", file=sys.stderr, dynamic_ncols=True
         )
         self._done = done_rows
@@ -64,6 +74,29 @@ class Lines:
 
 def progress_for_terminal() -> Bar | Lines:
     """Return a bar if standard error is a terminal, else lines."""
+    return Bar() if _has_terminal() else Lines()
+
+
+def progress_for_python(shown: bool | None) -> Bar | None:
+    """Return a bar for a call from Python; None shows one in notebooks and on terminals."""
+    if shown is False:
+        return None
+    if _is_notebook():
+        with warnings.catch_warnings():
+            # without ipywidgets, the bar is text
+            warnings.simplefilter("ignore")
+            from tqdm.auto import tqdm as notebook_bar
+        return Bar(notebook_bar)
+    return Bar() if shown or _has_terminal() else None
+
+
+def _has_terminal() -> bool:
     # sys.stderr is None if the caller has closed it
-    has_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return Bar() if has_terminal else Lines()
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _is_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in shell.config

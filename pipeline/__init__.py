@@ -34,8 +34,9 @@ if TYPE_CHECKING:
         StorageError,
     )
     from gptbatch.pipeline.output.finish_folder import FinishedOutput, finish_folder
-    from gptbatch.pipeline.output.part_runner import Progress, Stop
+    from gptbatch.pipeline.output.part_runner import Stop
     from gptbatch.pipeline.output.part_source import PartSource
+    from gptbatch.pipeline.output.row_runner import Progress
     from gptbatch.pipeline.output.summary import RunSummary
     from gptbatch.pipeline.run import run_job, run_parts
 
@@ -78,7 +79,7 @@ _MODULES = {
     "JobConfig": "config",
     "PartSource": "output.part_source",
     "Plan": "cluster.plan",
-    "Progress": "output.part_runner",
+    "Progress": "output.row_runner",
     "RunSummary": "output.summary",
     "Stop": "output.part_runner",
     "finish_folder": "output.finish_folder",

@@ -12,7 +12,7 @@ from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.config_hash import job_identity
 from gptbatch.pipeline.input.prompt_reader import open_input
 from gptbatch.pipeline.input.row_warnings import FieldCounts
-from gptbatch.pipeline.input.tokenize import TokenizedInput
+from gptbatch.pipeline.input.tokenize import TokenizedInput, log_generation_warnings
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
@@ -89,6 +89,7 @@ def inspect_job(config: JobConfig) -> InputReport:
     # A bad config.json is reported before the tokenizer is loaded, which takes seconds.
     parse_config(checkpoint.config, str(checkpoint.config_path))
     tokenizer = load_tokenizer(checkpoint.folder)
+    log_generation_warnings(checkpoint)
     prompts = TokenizedInput(config, checkpoint, tokenizer, open_input(config))
     continued = find_continued_run(
         config, find_run(folder), lambda: job_identity(config, checkpoint, tokenizer)

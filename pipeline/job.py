@@ -10,7 +10,7 @@ from typing import Any
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.config_hash import job_identity
 from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
-from gptbatch.pipeline.input.tokenize import TokenizedInput
+from gptbatch.pipeline.input.tokenize import TokenizedInput, log_generation_warnings
 from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
@@ -108,6 +108,7 @@ def find_job(config: JobConfig, shard: Shard) -> Job:
 def check_job(job: Job) -> CheckedJob:
     """Check the rows, and make the plan of their parts."""
     config = job.config
+    log_generation_warnings(job.checkpoint)
     prompts = TokenizedInput(config, job.checkpoint, job.tokenizer, job.reader)
     checked = check_input(
         config, job.folder, job.reader, job.hashes, job.continued, is_whole=job.shard.is_whole

@@ -25,12 +25,13 @@ from gptbatch.pipeline.errors import InputRowsError, OutputConflictError, Storag
 from gptbatch.pipeline.job import CheckedJob, Job, check_job, find_job, lock_output
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device, threads_to_use
 from gptbatch.pipeline.output.error_limit import ErrorLimitError
-from gptbatch.pipeline.output.part_runner import PartRunner, Progress, RowCounts, Stop
+from gptbatch.pipeline.output.part_runner import PartRunner, Stop
 from gptbatch.pipeline.output.part_source import ListedParts, PartSource
 from gptbatch.pipeline.output.resume import (
     check_same_environment,
     is_up_to_date,
 )
+from gptbatch.pipeline.output.row_runner import Progress, RowCounts
 from gptbatch.pipeline.output.run_facts import collect_run_facts
 from gptbatch.pipeline.output.run_output import (
     ExistingRun,

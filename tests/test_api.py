@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import gptbatch
 import gptbatch.pipeline
 from gptbatch.pipeline import errors
 
@@ -38,6 +39,12 @@ def test_the_public_names_are_the_functions_their_types_and_the_errors() -> None
     assert set(gptbatch.pipeline.__all__) == FUNCTIONS | TYPES | error_classes
     for name in gptbatch.pipeline.__all__:
         assert getattr(gptbatch.pipeline, name).__name__ == name
+
+
+def test_the_names_of_the_package_are_those_of_generation_in_memory() -> None:
+    assert gptbatch.__all__ == ["LLM", "generate", "unload"]
+    for name in gptbatch.__all__:
+        assert getattr(gptbatch, name).__name__ == name
 
 
 def test_an_import_loads_no_heavy_library() -> None:

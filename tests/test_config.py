@@ -110,9 +110,38 @@ def test_the_library_validates_values_strictly() -> None:
         == 2
     )
     assert JobConfig.model_validate({**NEEDED, "engine": {"threads": 2}}).engine.threads == 2
-    for wrong in ({"seed": "5"}, {"seed": True}, {"sede": 5}, {"engine": {"threads": 0}}):
+    wrongs: list[dict[str, Any]] = [{"seed": "5"}, {"seed": True}, {"sede": 5}]
+    for wrong in [*wrongs, {"engine": {"threads": 0}}]:
         with pytest.raises(ValidationError):
             JobConfig.model_validate({**NEEDED, **wrong})
+        with pytest.raises(ConfigError, match=f"JobConfig: .*{next(iter(wrong))}"):
+            JobConfig(**{**NEEDED, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 5}, "JobConfig: there is no key 'max_tokens'; use max_new_tokens"),
+        ({"dtype": "float32"}, "JobConfig: there is no key 'dtype'; did you mean engine.dtype?"),
+        ({"temperature": -1}, "JobConfig: temperature: input should be greater than or equal to 0"),
+        ({"output": None}, "JobConfig: output: input should be a valid string, not None"),
+        ({"dataset": "d"}, "give either input or dataset, not both"),
+    ],
+)
+def test_python_gets_the_messages_of_config_files(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        JobConfig(**{**NEEDED, **settings})
+    assert str(caught.value).startswith(message)
+    with pytest.raises(ConfigError, match="JobConfig: output is required"):
+        JobConfig(model="m", input="i")  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="EngineConfig: there is no key 'dtypes'"):
+        EngineConfig(dtypes="float32")  # type: ignore[call-arg]
+
+
+def test_paths_of_pathlib_are_paths() -> None:
+    values: dict[str, Any] = {"model": Path("m"), "input": [Path("i"), "j"], "output": Path("o")}
+    config = JobConfig(**values)
+    assert (config.model, config.inputs, config.output) == ("m", ["i", "j"], "o")
 
 
 def test_the_resolved_config_loads_to_the_same_config(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ LIGHT = (
     "pipeline.bench.workloads",
     "pipeline.dry_run",
     "pipeline.engine.scheduler",
+    "pipeline.export.run",
     "pipeline.kv_cache.block_pool",
     "pipeline.output.status",
     "pipeline.report.build",

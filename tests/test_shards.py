@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline.config import JobConfig
@@ -59,7 +58,7 @@ def test_a_wrong_shard_is_a_wrong_option(
         patch.setenv("GPTBATCH_SHARD", "2/2")
         assert run_command(arguments) == 78
     assert "GPTBATCH_SHARD: must be auto, or INDEX/COUNT" in capsys.readouterr().err
-    with pytest.raises(ValidationError, match="four shards are 0/4"):
+    with pytest.raises(ConfigError, match="four shards are 0/4"):
         JobConfig(model="m", input="i", output="o", shard="2/2")
     assert not (tmp_path / "out").exists()
 

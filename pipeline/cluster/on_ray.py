@@ -33,7 +33,8 @@ from gptbatch.pipeline.errors import (
 from gptbatch.pipeline.job import open_output
 from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.part_plan import PartPlan
-from gptbatch.pipeline.output.part_runner import Progress, Stop
+from gptbatch.pipeline.output.part_runner import Stop
+from gptbatch.pipeline.output.row_runner import Progress
 from gptbatch.pipeline.system.bundled import PREFIX
 from gptbatch.pipeline.system.paths import OBJECT_URL
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import types
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
@@ -14,11 +15,13 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    ValidationError,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from gptbatch.pipeline.config.problems import settings_error
 from gptbatch.pipeline.config.prompt_template import parse_template
 from gptbatch.pipeline.params.sampling_params import (
     SamplingParams,
@@ -38,6 +41,8 @@ def _path_setting(*, writes: bool = False, stores: bool = False) -> Any:
     """Return a validator for paths. pydantic's own validator rejects names that are not UTF-8."""
 
     def check(value: Any) -> str:
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if not isinstance(value, str):
             raise PydanticCustomError("string_type", "Input should be a valid string")
         if not value:
@@ -57,7 +62,7 @@ else:
     InputPaths = Annotated[
         list[Annotated[str, _path_setting(stores=True)]],
         Field(min_length=1),
-        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+        BeforeValidator(lambda value: [value] if isinstance(value, str | os.PathLike) else value),
     ]
 OutputPath = Annotated[str, _path_setting(writes=True, stores=True)]
 # "5" or "2.5%"; a YAML file may say 5 without quotes
@@ -152,6 +157,20 @@ def _sampling_field(name: str) -> Any:
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **settings: Any) -> None:
+        """Create it from settings by name.
+
+        Raises:
+            ConfigError: A setting is wrong. `model_validate` raises pydantic's ValidationError.
+        """
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise settings_error(error, type(self).__name__, _keys(type(self))) from error
+
+    # As in pydantic's own models: validation does not call __init__, only Python code does.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class EngineConfig(_Section):
@@ -485,6 +504,11 @@ def unportable_setting(engine: EngineConfig) -> str | None:
         if value not in needed:
             return f"engine.{name}: {needed[0]}, not {value}"
     return None
+
+
+def _keys(section: type[BaseModel]) -> list[str]:
+    """Return the config keys of a section by their full names."""
+    return list(config_fields() if issubclass(section, JobConfig) else section.model_fields)
 
 
 def config_fields() -> dict[str, FieldInfo]:

@@ -6,7 +6,6 @@ of the value.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -18,7 +17,15 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from gptbatch.pipeline.config.prompt_template import TemplateError
+from gptbatch.pipeline.config.problems import (
+    MAX_VALUE_CHARACTERS,
+    describe_problem,
+    join_problems,
+    key_of,
+    nearest_name,
+    setting_of_key,
+    with_value,
+)
 from gptbatch.pipeline.config.settings import (
     EngineConfig,
     JobConfig,
@@ -35,7 +42,6 @@ from gptbatch.pipeline.system.yaml_reader import YamlError, read_yaml_mapping
 ENVIRONMENT_PREFIX = "GPTBATCH_"
 # no setting: the count of an Indexed Job, for `shard: auto`
 SHARDS_VARIABLE = "GPTBATCH_SHARDS"
-MAX_PROBLEMS = 20
 _PATH_KEYS = ("model", "input", "dataset", "output")
 _TEXT_KEYS = ("prompt_template", "stop", "bad_words")
 # A key of a group replaces all keys of the group in lower layers.
@@ -43,7 +49,6 @@ _ALTERNATIVES = (
     frozenset(("input", "dataset")),
     frozenset(("prompt_field", "prompt_template", "messages_field")),
 )
-MAX_VALUE_CHARACTERS = 200
 # Kubernetes and Docker set these for a service or container called gptbatch or gptbatch-NAME. Two
 # of them are told from a misspelt setting, such as GPTBATCH_MODEL_NAME=gpt2, by their value.
 _SERVICE_VARIABLES = (
@@ -88,13 +93,10 @@ def load_config(
         return JobConfig.model_validate(_nest(merged))
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        locations = [
-            _setting(".".join(str(step) for step in problem["loc"])) for problem in problems
-        ]
+        locations = [setting_of_key(key_of(problem)) for problem in problems]
         keys = tuple(key for key in locations if source.get(key, "options") == "options")
-        lines = [_explain(problem, source) for problem in problems[:MAX_PROBLEMS]]
-        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        raise ConfigError("\n".join(lines + more), keys=keys) from error
+        lines = [_explain(problem, source) for problem in problems]
+        raise ConfigError(join_problems(lines), keys=keys) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +228,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             if any(pattern.fullmatch(f"{name}={text}") for pattern in _SERVICE_VARIABLES):
                 continue
             advice = advice_for(name.removeprefix(ENVIRONMENT_PREFIX))
-            hint = f"; {advice}" if advice else _nearest(name, list(names))
+            hint = f"; {advice}" if advice else nearest_name(name, list(names))
             raise ConfigError(f"environment variable {name}: no such setting{hint}")
         key = names[name]
         if key in _PATH_KEYS and text != text.strip() and not os.path.lexists(text):
@@ -246,7 +248,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             )
         except ValidationError as error:
             raise ConfigError(
-                f"environment variable {name}: {_with_value(error.errors()[0])}"
+                f"environment variable {name}: {with_value(error.errors()[0])}"
             ) from error
     return values
 
@@ -265,57 +267,14 @@ def _items(text: str, key: str) -> Any:
 
 
 def _explain(problem: ErrorDetails, source: Mapping[str, str]) -> str:
-    key = ".".join(str(step) for step in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        advice = advice_for(key)
-        hint = f"; {advice}" if advice else _nearest(key, list(config_fields()))
-        return f"{source[key]}: there is no key {key!r}{hint}"
+    key = key_of(problem)
     if problem["type"] == "missing":
         return (
             f"{key} is required: give it as an option, in the config file or as "
             f"{environment_name(key)}"
         )
-    if not key:
-        return problem["msg"].removeprefix("Value error, ")
-    origin = source.get(_setting(key), "config")
-    where = environment_name(_setting(key)) if origin == "environment" else f"{origin}: {key}"
-    return f"{where}: {_with_value(problem)}"
-
-
-def _setting(key: str) -> str:
-    """Return the config key of a location: skip_row for its item skip_row.0."""
-    return re.sub(r"(\.\d+)+$", "", key)
-
-
-def _with_value(problem: ErrorDetails) -> str:
-    """Return the problem and the value."""
-    value = problem["input"]
-    shown = (
-        repr(value)
-        if isinstance(value, str | bytes | int | float | None)
-        else f"{type(value).__name__} {value!r}"
-    )
-    if len(shown) > MAX_VALUE_CHARACTERS:
-        shown = f"{shown[:MAX_VALUE_CHARACTERS]}... ({len(shown)} characters)"
-    if isinstance(problem.get("ctx", {}).get("error"), PathError | TemplateError):
-        return f"{shown} {problem['ctx']['error']}"
-    message = problem["msg"].removeprefix("Value error, ")
-    quoted = ""
-    if isinstance(value, bool) and problem["type"] in ("string_type", "literal_error"):
-        words = ("on", "yes", "true") if value else ("off", "no", "false")
-        fitting = [
-            word for word in words if problem["type"] == "string_type" or f"'{word}'" in message
-        ]
-        if fitting:
-            quoted = (
-                f"; YAML reads {', '.join(words[:2])} and {words[2]} without quotes as a boolean; "
-                f"quote the word: '{fitting[0]}'"
-            )
-    elif problem["type"] == "string_type" and isinstance(value, int | float | dict):
-        quoted = "; quote it to make it text"
-    return f"{message[0].lower()}{message[1:]}, not {shown}{quoted}"
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else f"; known are {', '.join(known)}"
+    origin = source.get(setting_of_key(key), "config")
+    text = describe_problem(problem, list(config_fields()))
+    if origin == "environment":
+        return f"{environment_name(setting_of_key(key))}: {with_value(problem)}"
+    return f"{origin}: {text}" if key else text

@@ -110,10 +110,7 @@ class ArrowFile:
 
     def _rows(self, first: int) -> Iterator[RawRow]:
         for position, batch in self._batches(first):
-            names = batch.schema.names
-            if repeated := [name for name in names if names.count(name) > 1]:
-                raise InputRowsError(f"{self.name}: two columns are called {repeated[0]!r}")
-            read = _row_reader(batch)
+            read = row_reader(batch, self.name)
             for offset in range(max(0, first - position), batch.num_rows):
                 yield RawRow(
                     where=f"{self.name} row {position + offset}",
@@ -177,12 +174,18 @@ def _ipc_batches(file: BinaryIO, *, is_file: bool) -> Iterable[pa.RecordBatch]:
     return (reader.get_batch(index) for index in range(reader.num_record_batches))
 
 
-def _row_reader(batch: pa.RecordBatch) -> Callable[[int], dict[str, Any]]:
-    """Return a function that reads the row of an index.
+def row_reader(batch: pa.RecordBatch, name: str) -> Callable[[int], dict[str, Any]]:
+    """Return a function that reads the row of an index, from a batch of the table `name`.
 
     Columns are converted at once. If a value is invalid, such as text that is not UTF-8, the rows
     are read one by one, so that only the row of that value fails.
+
+    Raises:
+        InputRowsError: Two columns have one name.
     """
+    names = batch.schema.names
+    if repeated := [column for column in names if names.count(column) > 1]:
+        raise InputRowsError(f"{name}: two columns are called {repeated[0]!r}")
     columns = [
         (field.name, *_converted(field, batch.column(index)))
         for index, field in enumerate(batch.schema)

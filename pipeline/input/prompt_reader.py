@@ -285,8 +285,12 @@ class PromptReader:
         )
 
 
-def open_input(config: JobConfig) -> PromptReader:
+def open_input(config: JobConfig, source: RowSource | None = None) -> PromptReader:
     """Open the input that a config names: files of rows, or a split of a dataset.
+
+    Args:
+        config: The settings of the job.
+        source: Rows to read instead of those that the config names.
 
     Raises:
         InputNotFoundError: There is no such file.
@@ -294,7 +298,7 @@ def open_input(config: JobConfig) -> PromptReader:
     defaults = row_defaults(config)
     _warn_about_texts(config, defaults)
     return PromptReader(
-        source=_open_source(config),
+        source=source or _open_source(config),
         limit=config.limit,
         record_bad=config.on_bad_row == "record",
         finds_duplicates=config.ids == "checked",

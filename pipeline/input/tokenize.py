@@ -74,8 +74,6 @@ class TokenizedInput:
         self.config, self.checkpoint, self.reader = config, checkpoint, reader
         self.gpt_config: GPTConfig = parse_config(checkpoint.config, str(checkpoint.config_path))
         self.special_tokens = checkpoint.special_tokens
-        for warning in checkpoint.generation_warnings:
-            logger.warning("%s", warning)
         if config.messages_field is not None:
             check_chat_template(checkpoint.folder)
         self.tokenizer = prompt_tokenizer(config, self.special_tokens, tokenizer)
@@ -242,6 +240,12 @@ class TokenizedInput:
                 f"the model (vocab_size {vocab_size}) does not have; "
                 "add_special_tokens: false leaves the template out"
             )
+
+
+def log_generation_warnings(checkpoint: Checkpoint) -> None:
+    """Log a warning for each generation setting of a checkpoint that is not followed."""
+    for warning in checkpoint.generation_warnings:
+        logger.warning("%s", warning)
 
 
 def setting_problem(params: SamplingParams, gpt_config: GPTConfig, *, has_token_bytes: bool) -> str:

@@ -15,9 +15,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import ConfigError, StoppedError
@@ -27,33 +27,13 @@ from gptbatch.pipeline.model.loading import LoadedModel
 from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.part_sink import PartSink
 from gptbatch.pipeline.output.part_source import PartSource
-from gptbatch.pipeline.types import Completion, Sample, TokenizedPrompt
-
-if TYPE_CHECKING:
-    from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.output.row_runner import Progress, RowCounts, RowRunner, is_error
+from gptbatch.pipeline.types import Completion, TokenizedPrompt
 
 logger = logging.getLogger("gptbatch")
 
 # Parts in flight besides those that the rows held by the engine can span.
 MAX_EXTRA_PARTS_IN_FLIGHT = 8
-
-
-class Progress(Protocol):
-    """An observer of a run. Its methods are called often and must return quickly."""
-
-    def begin(self, total_rows: int, done_rows: int) -> None:
-        """Start.
-
-        Args:
-            total_rows: Rows of the output, or of the run's shard.
-            done_rows: Rows among them that earlier runs have done.
-        """
-
-    def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
-        """Take the counts since `begin`."""
-
-    def end(self) -> None:
-        """Finish."""
 
 
 class Stop(Protocol):
@@ -69,27 +49,6 @@ class Stop(Protocol):
         """Return the source of a request ("SIGTERM"); None for none. Called at every step."""
 
 
-@dataclass(slots=True)
-class RowCounts:
-    """Counts of the rows that a run has finished.
-
-    Attributes:
-        rows: Rows of the input, with all of their samples.
-        samples: Rows of the table.
-        errors: Rows of the input with an error.
-        prompt_tokens: Sum over the samples.
-        completion_tokens: Sum over the samples.
-        batch_size_halvings: How often memory ran out.
-    """
-
-    rows: int = 0
-    samples: int = 0
-    errors: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    batch_size_halvings: int = 0
-
-
 @dataclass(kw_only=True)
 class PartRunner:
     """Runs parts through the engine and into a sink.
@@ -103,7 +62,6 @@ class PartRunner:
         observers: Take the counts after every step.
         stop: Is queried after every step.
         source: Deals out the parts.
-        counts: What this run has finished.
     """
 
     config: JobConfig
@@ -114,16 +72,19 @@ class PartRunner:
     observers: Sequence[Progress]
     stop: Stop
     source: PartSource
-    counts: RowCounts = field(default_factory=RowCounts, init=False)
 
     def __post_init__(self) -> None:
+        self._rows = RowRunner(self.config, self.prompts, self.summary, self.loaded, self.observers)
         self._limit = ErrorLimit(self.config.max_row_errors, self.summary.rows)
         self._rows_kept = sum(part.rows for part in self.sink.parts.values())
         self._errors_kept = sum(part.errors for part in self.sink.parts.values())
-        # Samples of rows that lack some, by index of the row.
-        self._samples: dict[int, list[Sample]] = {}
         self._pulled: set[int] = set()
         self._suspect_parts: list[int] = []
+
+    @property
+    def counts(self) -> RowCounts:
+        """What this run has finished."""
+        return self._rows.counts
 
     def run(self) -> None:
         """Generate and commit the parts of the source.
@@ -139,22 +100,16 @@ class PartRunner:
             if self.source.next() is not None:
                 self.source.committed(self.sink.add_empty())
             return
-        for observer in self.observers:
-            observer.begin(
-                self.sink.rows_total, sum(part.rows for part in self.sink.parts.values())
-            )
+        self._rows.begin(self.sink.rows_total, self._rows_kept)
         try:
-            batch_size = self.loaded.batch_size(self.config.engine.batch_size)
             # A source may have parts again, once all that it dealt are written.
-            while self._run_parts(self._pull(), batch_size=batch_size):
+            while self._run_parts(self._pull()):
                 pass
             if self._suspect_parts:
                 self._warn_of_suspects(self._suspect_parts)
                 self._run_parts(iter(self._suspect_parts), batch_size=1)
         finally:
-            for observer in self.observers:
-                observer.end()
-            self.prompts.log_warnings()
+            self._rows.end()
             for number in sorted(self._pulled - self.sink.parts.keys()):
                 self.source.given_up(number)
 
@@ -183,12 +138,12 @@ class PartRunner:
             else "",
         )
 
-    def _run_parts(self, numbers: Iterator[int], *, batch_size: int) -> bool:
+    def _run_parts(self, numbers: Iterator[int], *, batch_size: int | None = None) -> bool:
         """Generate and commit parts. Returns whether there were any."""
         first = next(numbers, None)
         if first is None:
             return False
-        engine = self._engine(batch_size)
+        engine = self._rows.engine(batch_size)
         max_in_flight = MAX_EXTRA_PARTS_IN_FLIGHT + -(
             -engine.max_rows_held // self.summary.part_rows
         )
@@ -209,18 +164,7 @@ class PartRunner:
         )
         if batch_size == 1:
             prompts = self._record_lone_rows(prompts)
-        tokens_before = self.counts.completion_tokens
-        halvings_before = self.counts.batch_size_halvings
-        for completions in engine.generate(prompts):
-            for completion in completions:
-                self._take(completion)
-            self.counts.batch_size_halvings = halvings_before + engine.stats.halvings
-            for observer in self.observers:
-                observer.update(
-                    rows=self.counts.rows,
-                    errors=self.counts.errors,
-                    completion_tokens=tokens_before + engine.stats.new_tokens,
-                )
+        for _ in self._rows.steps(engine, prompts, self._take):
             if (source := self.stop.requested()) is not None:
                 raise StoppedError(
                     f"stopped by {source}; {self._described_progress()}; run the same command "
@@ -252,43 +196,11 @@ class PartRunner:
 
     def _take(self, completion: Completion) -> None:
         """Take one sample. Pass a row of the input on when all of its samples are there."""
-        prompt = completion.prompt
-        self.counts.prompt_tokens += completion.prompt_tokens
-        self.counts.completion_tokens += len(completion.token_ids)
-        text = None
-        if completion.error is None:
-            text = self.prompts.tokenizer.completion_text(
-                completion.prompt_token_ids,
-                completion.token_ids,
-                completion.stop_reason,
-                completion.text_bytes,
-            )
-        samples = self._samples.pop(prompt.index, [])
-        samples.append(Sample(completion, text))
-        if len(samples) < prompt.params.n:
-            self._samples[prompt.index] = samples
+        samples = self._rows.add(completion)
+        if samples is None:
             return
-        samples.sort(key=lambda sample: sample.completion.prompt.sample_index)
-        failed = any(sample.completion.error is not None for sample in samples)
-        self.counts.rows += 1
-        self.counts.samples += len(samples)
-        self.counts.errors += failed
         part = self.sink.add(samples)
         if part is not None:
             self.source.committed(part)
-        if failed:
+        if is_error(samples):
             self._limit.check(self._errors_kept + self.counts.errors)
-
-    def _engine(self, batch_size: int) -> Engine:
-        from gptbatch.pipeline.engine.engine import Engine
-
-        config = self.config
-        return Engine(
-            model=self.loaded.model,
-            batch_size=max(1, min(batch_size, self.summary.rows * self.summary.max_n)),
-            eos_token_ids=() if config.ignore_eos else self.prompts.special_tokens.eos_token_ids,
-            memory_bytes=self.loaded.cache_memory_bytes(config.engine.memory_gib),
-            window_full=config.window_full,
-            record_logits=config.record_logits_digest,
-            token_bytes=self.prompts.token_bytes,
-        )

@@ -13,6 +13,18 @@ from gptbatch.pipeline.model.loading import LoadedModel
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.system.redact import redact
 
+# Facts that name no folder, no input and no machine.
+_PUBLIC = (
+    "config_hash",
+    "model_digest",
+    "tokenizer_digest",
+    "input_digest",
+    "dtype",
+    "device",
+    "batch_invariance",
+    "environment",
+    "versions",
+)
 _PACKAGES = ("gptbatch", "torch", "tokenizers", "datasets", "pyarrow", "numpy")
 
 
@@ -51,6 +63,11 @@ def collect_run_facts(
             **{name: _version(name) for name in _PACKAGES},
         },
     }
+
+
+def public_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts that may be published: those that name no folder, input and machine."""
+    return {name: facts[name] for name in _PUBLIC if name in facts}
 
 
 def _version(distribution: str) -> str | None:

@@ -28,8 +28,8 @@ from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
-from gptbatch.pipeline.output.part_runner import Progress
 from gptbatch.pipeline.output.placement import check_placement
+from gptbatch.pipeline.output.row_runner import Progress
 from gptbatch.pipeline.score.pairs import EncodedPair, PairEncoder, fit
 from gptbatch.pipeline.score.rows import ScoreFields, ScoreReader, ScoreRow
 from gptbatch.pipeline.score.scoring import PairScore, TokenPair, score_windows

@@ -1,40 +1,24 @@
 """The table of scores: its schema, and the Parquet file that holds it.
 
-The file appears whole, or not at all. It is written in a folder beside it, `.NAME.tmp`, under a
-lock; a killed run leaves that folder to the next one.
+The file appears whole, or not at all.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gptbatch.pipeline.errors import (
-    ConfigError,
-    OutputBusyError,
-    OutputConflictError,
-    OutputCreationError,
-    StorageError,
-)
-from gptbatch.pipeline.output.folder import WORK
-from gptbatch.pipeline.output.manifest import MANIFEST
+from gptbatch.pipeline.errors import StorageError
 from gptbatch.pipeline.output.schema import Column
+from gptbatch.pipeline.output.single_file import SingleFile
 from gptbatch.pipeline.storage.atomic_write import FileWriter
-from gptbatch.pipeline.storage.location import location_of
-from gptbatch.pipeline.system.file_lock import FileLock
-
-logger = logging.getLogger("gptbatch")
 
 FORMAT = "gptbatch-score-1"
 FACTS_KEY = b"gptbatch_score"
@@ -151,25 +135,11 @@ class ScoreTable:
     """
 
     def __init__(self, name: str, *, overwrite: bool) -> None:
-        location = location_of(name)
-        if not isinstance(location, Path):
-            raise ConfigError(
-                f"{name}: score writes to a file system; copy the file to the object store "
-                "afterwards",
-                keys=("output",),
-            )
-        self.path, self._overwrite = location, overwrite
-        if self.path.is_dir():
-            raise OutputConflictError(f"{name}: is a folder; name a file, such as scores.parquet")
-        for folder in self.path.absolute().parents:
-            if (folder / MANIFEST).exists() or (folder / WORK).exists():
-                raise OutputConflictError(
-                    f"{name}: lies in {folder}, the output of a run, whose readers would take it "
-                    "for a part; name a file outside of it"
-                )
-        self._identity = self._read_identity() if os.path.lexists(self.path) else None
-        if os.path.lexists(self.path) and self._identity is None and not overwrite:
-            raise self._conflict("is another file")
+        self._file, self._overwrite = SingleFile(name, command="score"), overwrite
+        self.path = self._file.path
+        self._identity = self._read_identity() if self._file.exists() else None
+        if self._file.exists() and self._identity is None and not overwrite:
+            raise self._file.conflict("is another file")
 
     def holds(self, identity: dict[str, Any]) -> bool:
         """Return whether the file holds the scores of this job.
@@ -182,7 +152,7 @@ class ScoreTable:
         if self._identity is not None and not self._overwrite:
             assert isinstance(self._identity, dict)
             differing = [key for key in identity if self._identity.get(key) != identity[key]]
-            raise self._conflict(
+            raise self._file.conflict(
                 f"holds the scores of another job ({', '.join(differing) or 'its keys'} differ)"
             )
         return False
@@ -199,38 +169,9 @@ class ScoreTable:
             raise StorageError(f"{self.path}: cannot be read ({error})") from error
         return counts
 
-    @contextmanager
-    def writer(self) -> Iterator[FileWriter]:
-        """Yield a writer of this file, under a lock.
-
-        Raises:
-            OutputBusyError: Another process writes it.
-            OutputCreationError: Its folder cannot be created.
-        """
-        work = self.path.parent / f".{self.path.name}.tmp"
-        lock = FileLock(work / "lock")
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputCreationError(
-                f"{self.path}: its folder cannot be created ({error.strerror or error})"
-            ) from error
-        try:
-            is_free = lock.acquire()
-        except OSError as error:
-            logger.warning(
-                "%s cannot be locked (%s): start no other run with this output", work, error
-            )
-            is_free = True
-        if not is_free:
-            raise OutputBusyError(f"{self.path}: another process writes it")
-        try:
-            for left_over in work.glob("*.tmp"):
-                left_over.unlink()
-            yield FileWriter(work)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            lock.release()
+    def writer(self) -> AbstractContextManager[FileWriter]:
+        """Return a writer of this file, under a lock; see `SingleFile.writer`."""
+        return self._file.writer()
 
     def write(
         self, writer: FileWriter, facts: dict[str, Any], tables: Iterable[pa.Table]
@@ -274,7 +215,7 @@ class ScoreTable:
 
         keep = not self._overwrite
         if not writer.write(self.path, content, check=check, only_if_absent=keep):
-            raise self._conflict("was written by another process in the meantime")
+            raise self._file.conflict("was written by another process in the meantime")
         return counts
 
     def _read_identity(self) -> dict[str, Any] | None:
@@ -285,11 +226,6 @@ class ScoreTable:
             return dict(facts["identity"]) if facts["format"] == FORMAT else None
         except (OSError, KeyError, TypeError, ValueError, RecursionError, pa.ArrowException):
             return None
-
-    def _conflict(self, problem: str) -> OutputConflictError:
-        return OutputConflictError(
-            f"{self.path}: {problem}; name another file, or replace it with --overwrite"
-        )
 
 
 def _sum(values: Any) -> int:

@@ -1,0 +1,105 @@
+"""Explains what pydantic finds wrong with settings: the key, the value, what to use instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from gptbatch.pipeline.config.prompt_template import TemplateError
+from gptbatch.pipeline.errors import ConfigError
+from gptbatch.pipeline.params.other_names import advice_for
+from gptbatch.pipeline.system.paths import PathError
+
+MAX_PROBLEMS = 20
+MAX_VALUE_CHARACTERS = 200
+
+
+def settings_error(
+    error: ValidationError, where: str, known: Sequence[str], *, section: str | None = None
+) -> ConfigError:
+    """Return the error to raise for wrong settings of a Python call.
+
+    Args:
+        error: The problems.
+        where: What the settings were given to, for the message: `JobConfig`.
+        known: The keys that exist.
+        section: A section whose settings were given by their own names.
+    """
+    problems = error.errors(include_url=False)
+    for problem in problems:
+        if problem["loc"][:1] == (section,):
+            problem["loc"] = problem["loc"][1:]
+    lines = []
+    for problem in problems:
+        text = describe_problem(problem, known)
+        lines.append(f"{where}: {text}" if key_of(problem) else text)
+    keys = tuple(setting_of_key(key_of(problem)) for problem in problems)
+    return ConfigError(join_problems(lines), keys=keys)
+
+
+def describe_problem(problem: ErrorDetails, known: Sequence[str]) -> str:
+    """Return the key and what is wrong with it: `temperature: input should be ..., not -1`."""
+    key = key_of(problem)
+    if problem["type"] == "extra_forbidden":
+        advice = advice_for(key)
+        return f"there is no key {key!r}{f'; {advice}' if advice else nearest_name(key, known)}"
+    if problem["type"] == "missing":
+        return f"{key} is required"
+    if not key:
+        return problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {with_value(problem)}"
+
+
+def join_problems(lines: Sequence[str]) -> str:
+    """Return a message of the first lines, and the number of the others."""
+    left = len(lines) - MAX_PROBLEMS
+    return "\n".join([*lines[:MAX_PROBLEMS], *([f"and {left} more"] if left > 0 else [])])
+
+
+def key_of(problem: ErrorDetails) -> str:
+    """Return the location of a problem: `engine.dtype`, `skip_row.0`, "" for all together."""
+    return ".".join(str(step) for step in problem["loc"])
+
+
+def setting_of_key(key: str) -> str:
+    """Return the config key of a location: skip_row for its item skip_row.0."""
+    return re.sub(r"(\.\d+)+$", "", key)
+
+
+def with_value(problem: ErrorDetails) -> str:
+    """Return the problem and the value: `input should be ..., not -1`."""
+    value = problem["input"]
+    shown = (
+        repr(value)
+        if isinstance(value, str | bytes | int | float | None)
+        else f"{type(value).__name__} {value!r}"
+    )
+    if len(shown) > MAX_VALUE_CHARACTERS:
+        shown = f"{shown[:MAX_VALUE_CHARACTERS]}... ({len(shown)} characters)"
+    if isinstance(problem.get("ctx", {}).get("error"), PathError | TemplateError):
+        return f"{shown} {problem['ctx']['error']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    quoted = ""
+    if isinstance(value, bool) and problem["type"] in ("string_type", "literal_error"):
+        words = ("on", "yes", "true") if value else ("off", "no", "false")
+        fitting = [
+            word for word in words if problem["type"] == "string_type" or f"'{word}'" in message
+        ]
+        if fitting:
+            quoted = (
+                f"; YAML reads {', '.join(words[:2])} and {words[2]} without quotes as a boolean; "
+                f"quote the word: '{fitting[0]}'"
+            )
+    elif problem["type"] == "string_type" and isinstance(value, int | float | dict):
+        quoted = "; quote it to make it text"
+    return f"{message[0].lower()}{message[1:]}, not {shown}{quoted}"
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """Return advice for an unknown name: the nearest known one, else all."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else f"; known are {', '.join(known)}"

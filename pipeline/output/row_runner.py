@@ -1,0 +1,174 @@
+"""RowRunner: runs prompts through the engine, and collects the samples of each row.
+
+It serves the runs of parts (`PartRunner`) and tables in memory (`in_memory.py`). Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from gptbatch.pipeline.config import JobConfig
+from gptbatch.pipeline.input.prompt_reader import InputSummary
+from gptbatch.pipeline.input.tokenize import TokenizedInput
+from gptbatch.pipeline.model.loading import LoadedModel
+from gptbatch.pipeline.types import Completion, Sample, TokenizedPrompt
+
+if TYPE_CHECKING:
+    from gptbatch.pipeline.engine.engine import Engine
+
+
+class Progress(Protocol):
+    """An observer of a run. Its methods are called often and must return quickly."""
+
+    def begin(self, total_rows: int, done_rows: int) -> None:
+        """Start.
+
+        Args:
+            total_rows: Rows of the output, or of the run's shard.
+            done_rows: Rows among them that earlier runs have done.
+        """
+
+    def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
+        """Take the counts since `begin`."""
+
+    def end(self) -> None:
+        """Finish."""
+
+
+@dataclass(slots=True)
+class RowCounts:
+    """Counts of the rows that a run has finished.
+
+    Attributes:
+        rows: Rows of the input, with all of their samples.
+        samples: Rows of the table.
+        errors: Rows of the input with an error.
+        prompt_tokens: Sum over the samples.
+        completion_tokens: Sum over the samples.
+        batch_size_halvings: How often memory ran out.
+    """
+
+    rows: int = 0
+    samples: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    batch_size_halvings: int = 0
+
+
+class RowRunner:
+    """Runs prompts through the engine.
+
+    Args:
+        config: The settings of the job.
+        prompts: The input as token ids.
+        summary: The result of checking the input.
+        loaded: The model.
+        observers: Take the counts after every step.
+
+    Attributes:
+        counts: What has been finished.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        prompts: TokenizedInput,
+        summary: InputSummary,
+        loaded: LoadedModel,
+        observers: Sequence[Progress],
+    ) -> None:
+        self._config, self._prompts, self._summary = config, prompts, summary
+        self._loaded, self._observers = loaded, observers
+        self.counts = RowCounts()
+        # Samples of rows that lack some, by index of the row.
+        self._samples: dict[int, list[Sample]] = {}
+
+    def begin(self, total_rows: int, done_rows: int) -> None:
+        """Tell the observers that the run begins; see Progress."""
+        for observer in self._observers:
+            observer.begin(total_rows, done_rows)
+
+    def end(self) -> None:
+        """Tell the observers that the run has ended, and log the warnings about prompts."""
+        for observer in self._observers:
+            observer.end()
+        self._prompts.log_warnings()
+
+    def engine(self, batch_size: int | None = None) -> Engine:
+        """Return a new engine; None takes the batch size of the config."""
+        from gptbatch.pipeline.engine.engine import Engine
+
+        config, summary = self._config, self._summary
+        batch_size = batch_size or self._loaded.batch_size(config.engine.batch_size)
+        return Engine(
+            model=self._loaded.model,
+            batch_size=max(1, min(batch_size, summary.rows * summary.max_n)),
+            eos_token_ids=() if config.ignore_eos else self._prompts.special_tokens.eos_token_ids,
+            memory_bytes=self._loaded.cache_memory_bytes(config.engine.memory_gib),
+            window_full=config.window_full,
+            record_logits=config.record_logits_digest,
+            token_bytes=self._prompts.token_bytes,
+        )
+
+    def steps(
+        self,
+        engine: Engine,
+        prompts: Iterator[TokenizedPrompt | None],
+        take: Callable[[Completion], object],
+    ) -> Iterator[None]:
+        """Run prompts, and yield after every step of the engine.
+
+        Args:
+            engine: From `engine`.
+            prompts: The prompts; None as in `Engine.generate`.
+            take: Takes each completion.
+        """
+        counts = self.counts
+        tokens_before, halvings_before = counts.completion_tokens, counts.batch_size_halvings
+        for completions in engine.generate(prompts):
+            for completion in completions:
+                take(completion)
+            counts.batch_size_halvings = halvings_before + engine.stats.halvings
+            for observer in self._observers:
+                observer.update(
+                    rows=counts.rows,
+                    errors=counts.errors,
+                    completion_tokens=tokens_before + engine.stats.new_tokens,
+                )
+            yield
+
+    def add(self, completion: Completion) -> list[Sample] | None:
+        """Count one sample, and decode its text.
+
+        Returns:
+            All samples of its row in order, if this is the last of them to arrive.
+        """
+        prompt, counts = completion.prompt, self.counts
+        counts.prompt_tokens += completion.prompt_tokens
+        counts.completion_tokens += len(completion.token_ids)
+        text = None
+        if completion.error is None:
+            text = self._prompts.tokenizer.completion_text(
+                completion.prompt_token_ids,
+                completion.token_ids,
+                completion.stop_reason,
+                completion.text_bytes,
+            )
+        samples = self._samples.pop(prompt.index, [])
+        samples.append(Sample(completion, text))
+        if len(samples) < prompt.params.n:
+            self._samples[prompt.index] = samples
+            return None
+        samples.sort(key=lambda sample: sample.completion.prompt.sample_index)
+        counts.rows += 1
+        counts.samples += len(samples)
+        counts.errors += is_error(samples)
+        return samples
+
+
+def is_error(samples: Sequence[Sample]) -> bool:
+    """Return whether a row has an error, in any of its samples."""
+    return any(sample.completion.error is not None for sample in samples)

@@ -1,0 +1,291 @@
+"""gptbatch export: rows of a run as JSON lines, OpenAI's batch results, or one Parquet file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from datasets import load_dataset
+
+from gptbatch.pipeline.audit.run_reader import RunReader
+from gptbatch.pipeline.errors import (
+    ConfigError,
+    IncompleteError,
+    InputNotFoundError,
+    InputRowsError,
+    OutputConflictError,
+)
+from gptbatch.pipeline.export import formats
+from gptbatch.pipeline.export.columns import Selection
+from gptbatch.pipeline.export.field_type import FieldType
+from gptbatch.pipeline.export.run import export_run
+from gptbatch.pipeline.output.schema import SCHEMA
+from tests.conftest import run_gptbatch
+
+ROWS: list[dict[str, Any]] = [
+    {"id": "a", "prompt": "The king", "topic": "plays", "score": 1, "meta": {"src": "s", "k": 2}},
+    {"id": "b", "prompt": "The queen", "topic": None, "score": 2.5, "meta": {"src": "é"}, "n": 2},
+    {"id": "c", "prompt": "Long live", "tags": ["x", "y"], "mixed": 1},
+    {"id": "d", "prompt": "king " * 100, "tags": [], "mixed": "one"},
+]
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output of a run of ROWS: 5 rows in 2 parts, the last an error row."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    done = run_gptbatch(
+        *("generate", "--model", checkpoint, "--input", folder / "rows.jsonl"),
+        *("--output", folder / "out", "--part-rows", "2", "--max-new-tokens", "4"),
+    )
+    assert done.code == 0, done.stderr
+    return folder / "out"
+
+
+def exported(run: Path, path: Path, **options: Any) -> Path:
+    export_run(RunReader(run), str(path), **options)
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_lines_have_the_columns_of_the_table(run: Path, tmp_path: Path) -> None:
+    rows = lines(exported(run, tmp_path / "rows.jsonl"))
+    table = list(RunReader(run).rows())
+    assert [(row["prompt_id"], row["sample_index"]) for row in rows] == [
+        *[("a", 0), ("b", 0), ("b", 1), ("c", 0), ("d", 0)]
+    ]
+    for row, expected in zip(rows, table, strict=True):
+        assert list(row) == SCHEMA.names
+        for name in ("prompt", "completion", "completion_token_ids", "error", "metadata", "seed"):
+            assert row[name] == expected[name]
+        started_at = expected["started_at"]
+        assert row["started_at"] == (started_at and started_at.isoformat())
+
+
+def test_metadata_fields_become_typed_columns(run: Path, tmp_path: Path) -> None:
+    selection = Selection(
+        columns=["prompt_id"],
+        metadata=["topic", "score", "tags", "meta", "meta.src"],
+        metadata_json=["mixed"],
+    )
+    table = pq.read_table(exported(run, tmp_path / "rows.parquet", selection=selection))
+    assert table.drop_columns(["meta"]).schema.types == [
+        *[pa.string(), pa.string(), pa.float64(), pa.list_(pa.string()), pa.string(), pa.string()]
+    ]
+    assert table.schema.field("meta").type == pa.struct([("src", pa.string()), ("k", pa.int64())])
+    assert table["score"].to_pylist() == [1.0, 2.5, 2.5, None, None]
+    assert table["meta.src"].to_pylist() == ["s", "é", "é", None, None]
+    assert table["tags"].to_pylist() == [None, None, None, ["x", "y"], []]
+    assert table["mixed"].to_pylist() == [None, None, None, "1", '"one"']
+    path = exported(run, tmp_path / "rows.jsonl", selection=selection)
+    assert lines(path) == table.to_pylist()
+
+
+def test_all_metadata(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRowsError, match="field mixed holds a whole number in row 'c' and a s"):
+        exported(run, tmp_path / "rows.parquet", selection=Selection(all_metadata=True))
+    selection = Selection(all_metadata=True, metadata_json=["mixed"])
+    schema = pq.read_schema(exported(run, tmp_path / "rows.parquet", selection=selection))
+    others = [name for name in SCHEMA.names if name != "metadata"]
+    assert schema.names == [*others, "topic", "score", "meta", "tags", "mixed"]
+    facts = json.loads(schema.metadata[formats.FACTS_KEY])
+    assert facts["content_digest"] == RunReader(run).content_digest
+    assert str(run.parent) not in json.dumps(facts)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+def test_other_programs_open_it(run: Path, tmp_path: Path, name: str) -> None:
+    selection = Selection(all_metadata=True, metadata_json=["mixed"])
+    path = exported(run, tmp_path / name, selection=selection)
+    kind = "parquet" if name.endswith("parquet") else "json"
+    dataset = load_dataset(
+        kind, data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    scores = [
+        dataset["score"],
+        [score for (score,) in duckdb.connect().sql(f"SELECT score FROM '{path}'").fetchall()],
+    ]
+    if kind == "parquet":
+        scores += [
+            pd.read_parquet(path)["score"].tolist(),
+            pl.read_parquet(path)["score"].to_list(),
+        ]
+    else:
+        scores += [
+            pd.read_json(path, lines=True)["score"].tolist(),
+            pl.read_ndjson(path)["score"].to_list(),
+        ]
+    for found in scores:
+        assert list(found)[:3] == [1.0, 2.5, 2.5]
+        assert len(found) == 5
+
+
+def test_lines_are_compressed_by_suffix(run: Path, tmp_path: Path) -> None:
+    plain = exported(run, tmp_path / "rows.jsonl").read_bytes()
+    packed = exported(run, tmp_path / "rows.jsonl.gz").read_bytes()
+    assert gzip.decompress(packed) == plain
+    assert exported(run, tmp_path / "again.jsonl.gz").read_bytes() == packed
+    packed = exported(run, tmp_path / "rows.jsonl.zst").read_bytes()
+    assert zstandard.ZstdDecompressor().decompressobj().decompress(packed) == plain
+
+
+def test_openai_results(run: Path, tmp_path: Path) -> None:
+    path = exported(run, tmp_path / "rows.jsonl", file_format="openai")
+    results = lines(path)
+    assert [result["custom_id"] for result in results] == ["a", "b", "c", "d"]
+    table = list(RunReader(run).rows())
+    body = results[1]["response"]["body"]
+    assert [choice["text"] for choice in body["choices"]] == [
+        *[table[1]["completion"], table[2]["completion"]]
+    ]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert body["object"] == "text_completion"
+    assert body["usage"]["completion_tokens"] == 8
+    assert body["model"] == "checkpoint0"
+    assert (results[1]["response"]["status_code"], results[1]["error"]) == (200, None)
+    assert results[3]["response"] is None
+    assert "more than n_positions" in results[3]["error"]["message"]
+
+
+def test_openai_results_of_chats() -> None:
+    row = {"prompt_id": "a", "prompt_index": 0, "sample_index": 0, "completion": "Hi"}
+    row |= {"finish_reason": "stop", "error": None, "prompt_tokens": 1, "completion_tokens": 2}
+    (result,) = formats.openai_lines([row | {"started_at": None}], model="m", is_chat=True)
+    body = result["response"]["body"]
+    assert body["object"] == "chat.completion"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "Hi"}
+
+
+def test_what_is_refused_leaves_no_file(run: Path, tmp_path: Path) -> None:
+    cases: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
+        ("rows.csv", ConfigError, "does not follow from the suffix '.csv'", {}),
+        ("rows", ConfigError, "name a file such as rows.jsonl", {}),
+        ("rows.parquet", ConfigError, "jsonl does not fit", {"file_format": "jsonl"}),
+        ("rows.parquet.gz", ConfigError, "compressed inside", {}),
+        ("a.jsonl", ConfigError, "no 'foo'", {"selection": Selection(columns=["foo"])}),
+        (
+            "a.jsonl",
+            InputNotFoundError,
+            "'topc'; there",
+            {"selection": Selection(metadata=["topc"])},
+        ),
+        (
+            "a.jsonl",
+            ConfigError,
+            "another column has this name",
+            {"selection": Selection(metadata=["topic"], metadata_json=["topic"])},
+        ),
+        (
+            "a.jsonl",
+            ConfigError,
+            "leave the columns out",
+            {"file_format": "openai", "selection": Selection(columns=["prompt"])},
+        ),
+        ("s3://bucket/a.jsonl", ConfigError, "export writes to a file system", {}),
+    ]
+    for name, error, message, options in cases:
+        path = name if "://" in name else str(tmp_path / name)
+        with pytest.raises(error, match=message):
+            export_run(RunReader(run), path, **options)
+    with pytest.raises(OutputConflictError, match="the output of a run"):
+        exported(run, run / "rows.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_run_and_an_existing_file_are_refused(
+    run: Path, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    copy = tmp_path / "out"
+    copy.mkdir()
+    for path in [run / "_manifest.json", run / "part-000000.parquet"]:
+        (copy / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(IncompleteError, match="3 rows that it holds with --allow-incomplete"):
+        exported(copy, path)
+    done = run_gptbatch("export", copy, "--to", path, "--allow-incomplete")
+    assert (done.code, done.summary["rows"], done.summary["complete"]) == (0, 3, False)
+    done = run_gptbatch("export", run, "--to", path)
+    assert (done.code, len(lines(path))) == (78, 3)
+    assert "replace it with --overwrite" in done.stderr
+    done = run_gptbatch("export", run, "--to", path, "--overwrite", "--columns", "prompt_id, seed")
+    assert (done.code, done.summary["columns"]) == (0, ["prompt_id", "seed"])
+    assert (done.summary["rows"], done.summary["bytes"]) == (5, path.stat().st_size)
+
+
+def test_a_failure_leaves_the_old_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("old")
+
+    def fail(value: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(formats, "to_json", fail)
+    with pytest.raises(KeyboardInterrupt):
+        exported(run, path, overwrite=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert path.read_text() == "old"
+
+
+def test_row_groups_hold_many_batches(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = exported(run, tmp_path / "one.parquet")
+    assert pq.read_metadata(path).num_row_groups == 1
+    monkeypatch.setattr(formats, "ROW_GROUP_BYTES", 1)
+    path = exported(run, tmp_path / "many.parquet")
+    assert pq.read_metadata(path).num_row_groups == 2
+    assert pq.read_table(path).equals(pq.read_table(tmp_path / "one.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([None], pa.string()),
+        ([[], None], pa.list_(pa.string())),
+        ([[1], [2.5]], pa.list_(pa.float64())),
+        ([True, None], pa.bool_()),
+        ([{"a": 1}, {"b": [{"c": None}]}], None),
+        ([{}], "only empty objects"),
+        ([2**63], "more than 64 bits"),
+        ([2**53 + 1, 0.5], "above 2\\^53"),
+        ([True, 1], "true or false in row '0' and a whole number in row '1'"),
+        ([{"a": [1]}, {"a": ["x"]}], r"field f.a\[\] holds a whole number"),
+        ([float("inf")], "above all of float64"),
+        ([{str(key): 1 for key in range(1001)}], "more than 1000 different keys"),
+    ],
+)
+def test_types_of_fields(values: list[Any], kind: Any) -> None:
+    def found() -> pa.DataType:
+        field = FieldType("f")
+        for row, value in enumerate(values):
+            field.add(value, str(row))
+        return field.to_arrow()
+
+    if isinstance(kind, str):
+        with pytest.raises(InputRowsError, match=kind):
+            found()
+        return
+    assert kind in (None, found())
+    assert pa.array(values, found()).null_count == values.count(None)
+
+
+def test_json_has_null_for_infinity() -> None:
+    assert formats.to_json({"a": [float("inf"), 1.5], "b": {"c": float("nan")}}) == (
+        '{"a": [null, 1.5], "b": {"c": null}}'
+    )
