@@ -69,6 +69,7 @@ FOLDERS = {
     "pipeline/report": "the HTML report of a run: the command `report`",
     "pipeline/report/templates": "its HTML, styles and scripts",
     "pipeline/export": "the rows of a run for other programs",
+    "pipeline/estimate": "predicting a run: the command `plan`",
     "pipeline/bench": "measuring speed",
     "pipeline/doctor": "what this machine gives: the command `doctor`",
     "pipeline/system": "the machine, paths, secrets",

@@ -68,7 +68,8 @@ def generate_table(
     try:
         if summary.rows:
             engine = runner.engine()
-            for _ in runner.steps(engine, prompts.prompts(summary, reject=take), take):
+            all_prompts = prompts.prompts(summary, reject=take)
+            for _ in runner.steps(engine, all_prompts, take, rows=summary.rows):
                 pass
     finally:
         runner.end()

@@ -144,9 +144,7 @@ class PartRunner:
         if first is None:
             return False
         engine = self._rows.engine(batch_size)
-        max_in_flight = MAX_EXTRA_PARTS_IN_FLIGHT + -(
-            -engine.max_rows_held // self.summary.part_rows
-        )
+        max_in_flight = max_parts_in_flight(engine.max_rows_held, self.summary.part_rows)
 
         def try_begin_part(number: int) -> bool:
             if self.sink.is_in_flight(number):
@@ -164,7 +162,8 @@ class PartRunner:
         )
         if batch_size == 1:
             prompts = self._record_lone_rows(prompts)
-        for _ in self._rows.steps(engine, prompts, self._take):
+        rows = self.sink.rows_total - self._rows_kept - self.counts.rows
+        for _ in self._rows.steps(engine, prompts, self._take, rows=rows):
             if (source := self.stop.requested()) is not None:
                 raise StoppedError(
                     f"stopped by {source}; {self._described_progress()}; run the same command "
@@ -204,3 +203,13 @@ class PartRunner:
             self.source.committed(part)
         if is_error(samples):
             self._limit.check(self._errors_kept + self.counts.errors)
+
+
+def max_parts_in_flight(max_rows_held: int, part_rows: int) -> int:
+    """Return the most parts that are in flight at once.
+
+    Args:
+        max_rows_held: The most sequences that the engine holds.
+        part_rows: Rows per part.
+    """
+    return MAX_EXTRA_PARTS_IN_FLIGHT + -(-max_rows_held // part_rows)

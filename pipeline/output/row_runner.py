@@ -13,10 +13,11 @@ from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.model.loading import LoadedModel
+from gptbatch.pipeline.output.time_left import TimeLeft
 from gptbatch.pipeline.types import Completion, Sample, TokenizedPrompt
 
 if TYPE_CHECKING:
-    from gptbatch.pipeline.engine.engine import Engine
+    from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
 
 
 class Progress(Protocol):
@@ -30,8 +31,10 @@ class Progress(Protocol):
             done_rows: Rows among them that earlier runs have done.
         """
 
-    def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
-        """Take the counts since `begin`."""
+    def update(
+        self, *, rows: int, errors: int, completion_tokens: int, remaining_s: float | None
+    ) -> None:
+        """Take the counts since `begin`, and the seconds that are left; None if unknown."""
 
     def end(self) -> None:
         """Finish."""
@@ -85,6 +88,7 @@ class RowRunner:
         self.counts = RowCounts()
         # Samples of rows that lack some, by index of the row.
         self._samples: dict[int, list[Sample]] = {}
+        self._time_left = TimeLeft(0)
 
     def begin(self, total_rows: int, done_rows: int) -> None:
         """Tell the observers that the run begins; see Progress."""
@@ -99,18 +103,10 @@ class RowRunner:
 
     def engine(self, batch_size: int | None = None) -> Engine:
         """Return a new engine; None takes the batch size of the config."""
-        from gptbatch.pipeline.engine.engine import Engine
-
-        config, summary = self._config, self._summary
-        batch_size = batch_size or self._loaded.batch_size(config.engine.batch_size)
-        return Engine(
-            model=self._loaded.model,
-            batch_size=max(1, min(batch_size, summary.rows * summary.max_n)),
-            eos_token_ids=() if config.ignore_eos else self._prompts.special_tokens.eos_token_ids,
-            memory_bytes=self._loaded.cache_memory_bytes(config.engine.memory_gib),
-            window_full=config.window_full,
-            record_logits=config.record_logits_digest,
-            token_bytes=self._prompts.token_bytes,
+        batch_size = batch_size or self._loaded.batch_size(self._config.engine.batch_size)
+        samples = self._summary.rows * self._summary.max_n
+        return make_engine(
+            self._config, self._prompts, self._loaded, max(1, min(batch_size, samples))
         )
 
     def steps(
@@ -118,6 +114,8 @@ class RowRunner:
         engine: Engine,
         prompts: Iterator[TokenizedPrompt | None],
         take: Callable[[Completion], object],
+        *,
+        rows: int,
     ) -> Iterator[None]:
         """Run prompts, and yield after every step of the engine.
 
@@ -125,10 +123,12 @@ class RowRunner:
             engine: From `engine`.
             prompts: The prompts; None as in `Engine.generate`.
             take: Takes each completion.
+            rows: Rows of the input among the prompts, for the time that is left.
         """
         counts = self.counts
+        self._time_left = TimeLeft(rows)
         tokens_before, halvings_before = counts.completion_tokens, counts.batch_size_halvings
-        for completions in engine.generate(prompts):
+        for completions in engine.generate(self._counted(prompts)):
             for completion in completions:
                 take(completion)
             counts.batch_size_halvings = halvings_before + engine.stats.halvings
@@ -137,6 +137,7 @@ class RowRunner:
                     rows=counts.rows,
                     errors=counts.errors,
                     completion_tokens=tokens_before + engine.stats.new_tokens,
+                    remaining_s=self._time_left.seconds(engine.stats),
                 )
             yield
 
@@ -149,6 +150,7 @@ class RowRunner:
         prompt, counts = completion.prompt, self.counts
         counts.prompt_tokens += completion.prompt_tokens
         counts.completion_tokens += len(completion.token_ids)
+        self._time_left.finished(completion)
         text = None
         if completion.error is None:
             text = self._prompts.tokenizer.completion_text(
@@ -167,6 +169,45 @@ class RowRunner:
         counts.samples += len(samples)
         counts.errors += is_error(samples)
         return samples
+
+    def _counted(
+        self, prompts: Iterator[TokenizedPrompt | None]
+    ) -> Iterator[TokenizedPrompt | None]:
+        """Count the tokens of each prompt for the time that is left."""
+        for prompt in prompts:
+            if prompt is not None:
+                self._time_left.read(prompt, self._prompts.new_token_limit(prompt))
+            yield prompt
+
+
+def make_engine(
+    config: JobConfig,
+    prompts: TokenizedInput,
+    loaded: LoadedModel,
+    batch_size: int,
+    scheduling: SchedulingOptions | None = None,
+) -> Engine:
+    """Return the engine of a job.
+
+    Args:
+        config: The settings of the job.
+        prompts: Its input.
+        loaded: Its model.
+        batch_size: The most sequences that run at once.
+        scheduling: How steps are filled; None is as in a run.
+    """
+    from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
+
+    return Engine(
+        model=loaded.model,
+        batch_size=batch_size,
+        eos_token_ids=() if config.ignore_eos else prompts.special_tokens.eos_token_ids,
+        memory_bytes=loaded.cache_memory_bytes(config.engine.memory_gib),
+        window_full=config.window_full,
+        scheduling=scheduling or SchedulingOptions(),
+        record_logits=config.record_logits_digest,
+        token_bytes=prompts.token_bytes,
+    )
 
 
 def is_error(samples: Sequence[Sample]) -> bool:
