@@ -1,4 +1,4 @@
-"""Sections `step` and `transformers`: a decode step as a CUDA graph, and `generate` beside it."""
+"""Sections `engine` and `transformers`: new tokens/s of our engine, and of `generate` beside it."""
 
 from __future__ import annotations
 
@@ -6,132 +6,126 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.cuda.common import (
-    DTYPES,
-    INNER,
-    LAYERS,
-    POSITIONS,
-    VOCAB,
-    C,
-    H,
-    options_for,
-    report,
+from benchmarks.cuda.common import DTYPES, ROW_COUNTS, VOCAB, report
+from gptbatch.pipeline.bench.random_model import random_model
+from gptbatch.pipeline.bench.shapes import shape_config
+from gptbatch.pipeline.engine.device_engine import DeviceEngine
+from gptbatch.pipeline.engine.device_self_test import device_engine_problem
+from gptbatch.pipeline.kv_cache.quantization import CacheDtype
+from gptbatch.pipeline.kv_cache.spec import TRITON
+from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import Completion, Prompt, TokenizedPrompt
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 128
+CASES: tuple[tuple[str, CacheDtype], ...] = (
+    ("bfloat16", "auto"),
+    ("float32", "auto"),
+    ("bfloat16", "int8"),
+    ("float32", "int8"),
 )
-from benchmarks.cuda_step import (
-    Decoder,
-)
 
 
-def gpt2(dtype: torch.dtype) -> Any:
-    """Return GPT-2 124M with random weights, plain, on the GPU."""
-    from gptbatch.pipeline.kv_cache.spec import PADDED
-    from gptbatch.pipeline.model.config import GPTConfig
-    from gptbatch.pipeline.model.gpt import GPT
-    from gptbatch.pipeline.model.linear import Linear
-
-    torch.manual_seed(0)
-    config = GPTConfig(
-        vocab_size=VOCAB, n_positions=POSITIONS, n_embd=C, n_layer=LAYERS, n_head=H, n_inner=INNER
-    )
-    model = GPT(config, backend=PADDED).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, (Linear, torch.nn.Embedding)):
-            torch.nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, Linear) and module.bias is not None:
-            torch.nn.init.normal_(module.bias, std=0.02)
-    return model.to(device="cuda", dtype=dtype)
-
-
-def step() -> None:
-    """Run the decode step as a graph: logits against the model, bits over batches, tokens/s."""
-    found: dict[str, Any] = {}
-    prompts = torch.randint(VOCAB, (1024, 32), generator=torch.Generator().manual_seed(0))
-    seeds = torch.arange(1024)
-    for dtype in ("float32", "bfloat16"):
-        model = gpt2(DTYPES[dtype])
-        options = options_for(dtype, 64)
-        reference = model(prompts[:64].cuda())[:, -1]
-        decoder = Decoder(model, 64, 160, options, shuffle=0)
-        decoder.start(prompts[:64], 128, seeds[:64])
-        decoder.run(1, graph=False)
-        got = decoder.decode.logits
-        found[f"{dtype} logits against the model"] = (
-            (got.float() - reference.float()).norm() / reference.float().norm()
-        ).item()
-        report(found)
-        rings: dict[str, tuple[Tensor, Tensor]] = {}
-        order = torch.randperm(1024, generator=torch.Generator().manual_seed(3))
-        for label, rows, chunk, graph in (
-            ("64 rows", 64, 2048, True),
-            ("64 rows, eager, segments in turn, chunks of 256", 64, 256, False),
-            ("256 rows", 256, 2048, True),
-            ("1024 rows", 1024, 2048, True),
-            ("1024 rows shuffled, chunks of 1024", 1024, 1024, True),
-        ):
-            shuffled = "shuffled" in label
-            chosen = order if shuffled else torch.arange(rows)
-            options = options_for(dtype, rows, spread="in turn" not in label)
-            decoder = Decoder(model, rows, 160, options, shuffle=rows)
-            if graph:
-                decoder.capture()
-            seconds = []
-            for repeat in range(3 if graph else 1):
-                torch.cuda.synchronize()
-                started = time.monotonic()
-                decoder.start(prompts[chosen], 128, seeds[chosen], chunk)
-                torch.cuda.synchronize()
-                prefilled = time.monotonic()
-                decoder.run(128, graph=graph)
-                torch.cuda.synchronize()
-                seconds.append((time.monotonic() - started, time.monotonic() - prefilled))
-                del repeat
-            total, decode = min(seconds)
-            found[f"{dtype} {label}"] = {
-                "tokens_per_s": round(rows * 128 / total),
-                "decode_tokens_per_s": round(rows * 128 / decode),
-                "step_us": round(decode / 128 * 1e6),
-            }
-            back = torch.argsort(chosen)
-            rings[label] = (
-                decoder.decode.ring[:, :128].cpu()[back],
-                decoder.decode.margins.cpu()[back],
+def prompts(rows: int, ragged: bool = False) -> list[TokenizedPrompt]:
+    """Return random prompts: 32 + 128 tokens, or 1 to 64 + 1 to 256."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCAB, (rows, 2 * PROMPT_TOKENS), generator=generator).tolist()
+    lengths = torch.randint(1, 2 * PROMPT_TOKENS + 1, (rows,), generator=generator).tolist()
+    budgets = torch.randint(1, 2 * NEW_TOKENS + 1, (rows,), generator=generator).tolist()
+    made = []
+    for index in range(rows):
+        length, budget = (lengths[index], budgets[index]) if ragged else (PROMPT_TOKENS, NEW_TOKENS)
+        params = SamplingParams(seed=index, temperature=0.8, top_k=40, max_new_tokens=budget)
+        prompt = Prompt(index=index, prompt_id=str(index), text="", params=params, metadata=None)
+        made.append(
+            TokenizedPrompt(
+                prompt=prompt, token_ids=tokens[index][:length], tokens_dropped=0, read_s=0.0
             )
+        )
+    return made
+
+
+def run(engine: DeviceEngine, rows: list[TokenizedPrompt]) -> tuple[list[Completion], float]:
+    """Return the completions in order, and the seconds."""
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    ended = [done for some in engine.generate(iter(rows)) for done in some]
+    torch.cuda.synchronize()
+    seconds = time.monotonic() - began
+    return sorted(ended, key=lambda done: done.prompt.index), seconds
+
+
+def engine() -> None:
+    """Measure the engine of the device on GPT-2 124M with random weights; compare its bits."""
+    found: dict[str, Any] = {"problems": []}
+    for name, cache_dtype in CASES:
+        key = f"{name} cache {cache_dtype}"
+        began = time.monotonic()
+        model = random_model(
+            shape_config("gpt2"),
+            dtype=DTYPES[name],
+            device=torch.device("cuda"),
+            backend=TRITON,
+            cache_dtype=cache_dtype,
+        )
+        model_report = select_batch_invariant_kernels(model)
+        problem = device_engine_problem(model)
+        found["problems"] += [*model_report.failures, *filter(None, [problem])]
+        found[f"{key}: self-tests"] = {
+            "failures": model_report.failures,
+            "device engine": problem,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        report(found)
+        results: dict[int, list[tuple[list[int], float | None]]] = {}
+        for rows in ROW_COUNTS:
+            device_engine = DeviceEngine(model=model, batch_size=rows, eos_token_ids=())
+            # Compiles, captures, and then replays.
+            times = []
+            for _ in range(4):
+                ended, seconds = run(device_engine, prompts(rows))
+                times.append(seconds)
+            results[rows] = [(done.token_ids, done.min_decision_margin) for done in ended]
+            found[f"{key}, {rows} rows"] = {
+                "tokens_per_s": round(rows * NEW_TOKENS / min(times)),
+                "first_s": round(times[0], 2),
+                "step_us": round(min(times) / NEW_TOKENS * 1e6),
+            }
             report(found)
-            if graph and not shuffled:
-                found[f"{dtype} {label}"]["kernels_us"] = profile(decoder, prompts, seeds)
+            found[f"{key}, {rows} rows"]["kernels_us"] = profile(device_engine, rows)
+            if rows == ROW_COUNTS[-1] and cache_dtype == "auto":
+                many = prompts(4 * rows, ragged=True)
+                _, seconds = run(device_engine, many)
+                total = sum(each.prompt.params.max_new_tokens for each in many)
+                found[f"{key}, {4 * rows} ragged rows, {rows} at once: tokens/s"] = round(
+                    total / seconds
+                )
             report(found)
-            del decoder
+            del device_engine
             torch.cuda.empty_cache()
-        expected_tokens, expected_margins = rings["1024 rows"]
-        for label, (tokens, margins) in rings.items():
-            found[f"{dtype} {label}: equal bits"] = [
-                torch.equal(tokens, expected_tokens[: len(tokens)]),
-                torch.equal(margins, expected_margins[: len(tokens)]),
-                round((tokens == expected_tokens[: len(tokens)]).float().mean().item(), 4),
-                int((tokens < 0).sum()),
-            ]
+        most = results[ROW_COUNTS[-1]]
+        found[f"{key}: bits equal at all row counts"] = all(
+            results[rows] == most[:rows] for rows in ROW_COUNTS
+        )
         report(found)
         del model
         torch.cuda.empty_cache()
 
 
-def profile(decoder: Decoder, prompts: Tensor, seeds: Tensor) -> dict[str, float]:
-    """Return microseconds of a step by kernel, with half of the tokens generated."""
+def profile(device_engine: DeviceEngine, rows: int) -> dict[str, float]:
+    """Return microseconds per step by kernel."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    decoder.start(prompts[: decoder.rows], 128, seeds[: decoder.rows])
-    decoder.run(64)
-    torch.cuda.synchronize()
+    steps = device_engine.stats.steps
     with torch_profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        decoder.run(4)
-        torch.cuda.synchronize()
+        run(device_engine, prompts(rows))
+    steps = device_engine.stats.steps - steps
     return {
-        event.key: round(event.device_time_total / 4, 1)
+        event.key: round(event.device_time_total / steps, 1)
         for event in profiler.key_averages()
-        if event.device_time_total > 0
+        if event.device_time_total / steps > 0.5
     }
 
 

@@ -280,11 +280,11 @@ class PartRunner:
             self._limit.check(self._errors_kept + self.counts.errors)
 
     def _engine(self, batch_size: int) -> Engine:
-        from gptbatch.pipeline.engine.engine import Engine
+        from gptbatch.pipeline.engine.selection import new_engine
 
         config = self.config
-        return Engine(
-            model=self.loaded.model,
+        return new_engine(
+            self.loaded.model,
             batch_size=max(1, min(batch_size, self.summary.rows * self.summary.max_n)),
             eos_token_ids=() if config.ignore_eos else self.prompts.special_tokens.eos_token_ids,
             memory_bytes=self.loaded.cache_memory_bytes(config.engine.memory_gib),
