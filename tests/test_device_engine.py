@@ -54,7 +54,7 @@ def cpu_model() -> GPT:
     return our_model(random_model(**SHAPE), attention="ragged" if has_kernels() else "padded")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     lag=st.sampled_from([0, 1, 4]),
@@ -73,7 +73,7 @@ def test_completions_are_those_of_the_cpu(
     step_tokens: int,
     nones: bool,
 ) -> None:
-    prompts = random_prompts(random.Random(seed), 14)
+    prompts = random_prompts(random.Random(seed), 10)
     engine = device_engine(
         model,
         batch_size=batch_size,
@@ -118,19 +118,19 @@ def test_completions_are_those_of_the_cpu_in_many_cases(
     assert_equal(run(engine, prompts), cpu_completions(cpu_model, prompts))
 
 
-@pytest.mark.parametrize("lag", [0, 1, 4])
+@pytest.mark.parametrize("lag", [0, 4])
 @pytest.mark.parametrize("at_wait", [False, True])
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
     model: GPT, cpu_model: GPT, lag: int, at_wait: bool
 ) -> None:
-    left = [9, 40, 70]
+    left = [9, 30, 60]
 
     def fails() -> None:
         left[:] = [count - 1 for count in left]
         if 0 in left:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    prompts = random_prompts(random.Random(7), 25)
+    prompts = random_prompts(random.Random(7), 16)
     stream = LateStream(10**9 if at_wait else 0, fails)
     engine = device_engine(model, batch_size=16, lag=lag, stream=stream)
     assert_equal(run(engine, prompts), cpu_completions(cpu_model, prompts))
@@ -260,7 +260,9 @@ def test_more_ties_than_the_device_can_hold_are_sampled_by_the_host(cpu_model: G
 def test_prompts_that_fill_the_context(model: GPT, cpu_model: GPT) -> None:
     lengths = (150, 149, 130, 86, 65, 64, 1)
     prompts = [
-        tokenized(i, [(7 * t + i) % 300 for t in range(length)], max_new_tokens=200, top_k=5)
+        tokenized(
+            i, [(7 * t + i) % 300 for t in range(length)], max_new_tokens=200 if length > 80 else 4
+        )
         for i, length in enumerate(lengths)
     ]
     engine = device_engine(model, batch_size=3, lag=1)
@@ -305,7 +307,7 @@ def test_the_kernels_give_the_bits_of_the_cpu(int8: bool) -> None:
     chosen: list[dict[str, Any]] = [{"top_k": 5}, {"top_k": 0}, {"temperature": 0.0}]
     chosen += [{"top_k": 40, "min_p": 0.01}, {"top_p": 0.8}]
     prompts = [
-        tokenized(i, [*range(64 if i < 2 else 3), 70 + i], max_new_tokens=3, **each)
+        tokenized(i, [*range(64 if i < 2 else 3), 70 + i], max_new_tokens=2, **each)
         for i, each in enumerate(chosen)
     ]
     shape: dict[str, Any] = {"n_embd": 24, "n_inner": 40, "vocab_size": 140}

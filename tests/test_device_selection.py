@@ -40,9 +40,12 @@ def twins_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("twins_everywhere")
-def test_the_self_test_passes_and_finds_what_differs() -> None:
+def test_the_self_test_passes_and_finds_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptbatch.pipeline.engine import device_self_test
     from gptbatch.pipeline.engine.device_self_test import device_engine_problem
 
+    # The sums of torch on a CPU depend on the number of rows.
+    monkeypatch.setattr(device_self_test, "MARGIN_TOLERANCE", 1e-4)
     model = packed_model(TRITON)
     assert model.linear_kind == "triton"
     options = {"kernels": TWINS, "stream": LateStream()}
