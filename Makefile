@@ -6,7 +6,7 @@
 # make soak                500 rounds of runs that are killed at random moments and resumed
 # make bench               new tokens per second of gptbatch and transformers, in turn
 # make ablation            new tokens per second with each optimization off, in turn
-# make cuda-check          bits, times and a decode step of the Triton kernels, on a GPU, by $(PYTHON)
+# make cuda-check          bits and times of the Triton kernels and their engine, on a GPU, by $(PYTHON)
 # make bench-peers PEERS=~/peers    the same with the peers that have an environment there (benchmarks/compare.py)
 PYTHON ?= python3
 CONFIG ?= demo

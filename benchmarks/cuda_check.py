@@ -1,4 +1,4 @@
-"""Bits, times and a decode step of the Triton kernels, on a GPU: `make cuda-check`.
+"""Bits and times of the Triton kernels and their engine, on a GPU: `make cuda-check`.
 
     python benchmarks/cuda_check.py [--out DIR] [--sections NAME ...] [--seconds 540]
 
@@ -27,15 +27,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Name and the most seconds of each section, in the order of what is worth most.
 SECTIONS = {
     "machine": 60,
-    "compile": 150,
-    "graph-nodes": 40,
-    "kernels": 60,
+    "kernels": 90,
+    "cpu-bits": 90,
+    "engine": 200,
+    "transformers": 100,
+    "tests": 120,
     "linear-bits": 100,
+    "compile": 100,
     "linear-times": 120,
     "kernel-times": 90,
-    "step": 150,
-    "transformers": 120,
-    "tests": 120,
+    "graph-nodes": 40,
 }
 
 
@@ -77,12 +78,13 @@ def main() -> None:
 
 def has_failed(found: dict[str, Any]) -> bool:
     """Return whether a section did not end, or found bits that differ."""
-    equal_bits = [value for key, value in found.items() if key.endswith("equal bits")]
+    equal_bits = [value for key, value in found.items() if "equal" in key]
     return bool(
         found.get("error")
         or found.get("rc")
         or found.get("different")
-        or any(not all(flags[:2]) for flags in equal_bits)
+        or found.get("problems")
+        or not all(equal_bits)
     )
 
 

@@ -115,7 +115,8 @@ def bench(context: click.Context, /, **options: Any) -> None:
 
 def _bench(options: dict[str, Any]) -> None:
     from gptbatch.pipeline.bench.measure import measure
-    from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
+    from gptbatch.pipeline.engine.engine import SchedulingOptions
+    from gptbatch.pipeline.engine.selection import new_engine
     from gptbatch.pipeline.model.padding import STEP_TOKENS
 
     loaded = _load(options)
@@ -125,8 +126,8 @@ def _bench(options: dict[str, Any]) -> None:
         vocab_size=model.config.vocab_size,
         n_positions=model.config.n_positions,
     )
-    engine = Engine(
-        model=model,
+    engine = new_engine(
+        model,
         batch_size=loaded.batch_size(options["batch_size"]),
         eos_token_ids=(),
         memory_bytes=loaded.cache_memory_bytes(None),

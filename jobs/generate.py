@@ -37,7 +37,8 @@ config_file_option = click.option(
     "--config",
     "config_file",
     metavar="FILE",
-    help="YAML file, or a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda.",
+    help="YAML file, or a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda, "
+    "gpt2-cuda-fast.",
 )
 
 

@@ -1,210 +1,160 @@
-"""Compile the Triton kernels for GPUs that are not at hand, and look at the machine code."""
+"""Compile the Triton kernels for GPUs that are not at hand, and look at the machine code.
+
+The launchers of the package are called with tensors of the meta device, and a driver that only
+compiles takes their launches. So the signatures, constants and options are those of a run.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from gptbatch.pipeline.kernels.cuda.attend import attend_kernel
-from gptbatch.pipeline.kernels.cuda.linear import Tile, linear_kernel, qkv_kernel
-from gptbatch.pipeline.kernels.cuda.norm import add_norm_kernel, embed_kernel, norm_kernel
-from gptbatch.pipeline.kernels.cuda.sample import sample_kernel
+from gptbatch.pipeline.kernels.cuda.advance import advance
+from gptbatch.pipeline.kernels.cuda.attend import attend
+from gptbatch.pipeline.kernels.cuda.embed import embed
+from gptbatch.pipeline.kernels.cuda.linear import column_major, linear
+from gptbatch.pipeline.kernels.cuda.norm import norm
+from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
+from gptbatch.pipeline.kernels.cuda.state import HEADER
+from gptbatch.pipeline.kernels.cuda.store import LayerCache, store
+from gptbatch.pipeline.kernels.cuda.tiles import TABLES, Tile
 
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "FFMA", "LDL", "STL")
-NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+# Divisions and square roots of float64 must round as IEEE 754 says.
+# The last one is the first constant of the logarithm, in float64.
+PTX = (
+    *("fma.rn.f64", "sqrt.rn.f64", "div.rn.f64", "sqrt.approx", "div.full", "ex2.approx", ".ftz"),
+    "0d3FE5555555555593",
+)
+ROWS, BLOCKS = 512, 100
+C, H, D, V = 768, 12, 64, 50257
 
 
-# As in the step: the length of a chain over K.
-SEGMENT = {"float32": 256, "bfloat16": 768, "float16": 768}
+class Driver:
+    """A driver of triton without a GPU."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        """Return the GPU to compile for."""
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        """Return a key of triton's cache of kernels."""
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        """Return no stream."""
+        return 0
 
 
-def strides(dtype: str) -> tuple[str, str]:
-    """Return the stride of the weights that is 1, and the other."""
-    names = ("w_stride_n", "w_stride_k")
-    return names if dtype == "float32" else (names[1], names[0])
+@contextmanager
+def compiling(capability: int) -> Iterator[list[Any]]:
+    """Compile launches inside the block instead of running them; collect the kernels."""
+    kernels: list[Any] = []
+    run, active = JITFunction.run, triton.runtime.driver._active
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    triton.runtime.driver.set_active(Driver(capability))
+    JITFunction.run = only_compile
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+        triton.runtime.driver._active = active
 
 
-def tools() -> Path:
-    """Return the folder of cuobjdump, which the wheel of triton carries."""
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def compiled(
-    kernel: Any, dtypes: dict[str, str], constants: dict[str, Any], capability: int, **options: Any
-) -> dict[str, Any]:
-    """Compile one kernel; pointers, and integers called stride, are multiples of 16.
+def launch(name: str, dtype: torch.dtype, *, int8: bool = False, tile: Tile | None = None) -> None:
+    """Launch a kernel at the shapes of GPT-2 124M."""
+    i32, i64 = torch.int32, torch.int64
+    state, tables = new(ROWS, HEADER + 16, dtype=i64), new(ROWS, HEADER + 16, dtype=i64)[:, HEADER:]
+    x, qkv = new(ROWS, C, dtype=dtype), new(ROWS, 3 * C, dtype=dtype)
+    rows = (new(ROWS, dtype=i32), new(ROWS, dtype=i32))
+    wide = new(C, dtype=dtype)
+    cache = LayerCache(new(BLOCKS, 2, H, 64, D, dtype=torch.int8 if int8 else dtype))
+    if int8:
+        cache = LayerCache(cache.data, new(BLOCKS, 2, H, 64))
+    if name == "embed":
+        wte, wpe = new(V, C, dtype=dtype), new(1024, C, dtype=dtype)
+        embed(state, new(3, 512, dtype=i64), 64, wte, wpe, x, *rows)
+    elif name == "norm":
+        norm(x, wide, wide, x, 1e-5)
+    elif name in ("linear", "head"):
+        w = new(V if name == "head" else C, C, dtype=dtype)
+        w = column_major(w) if dtype == torch.float32 else w
+        if name == "head":
+            linear(x, w, None, None, new(ROWS, 50304)[:, :V], "none", new(ROWS, 393), tile=tile)
+        else:
+            linear(x, w, wide, x, x, "gelu_tanh", tile=tile)
+    elif name == "store":
+        store(qkv, cache, tables, *rows)
+    elif name == "attend":
+        attend(qkv, cache, tables, *rows, x, 0.125)
+    elif name == "sample":
+        scratch = new(ROWS, MAX_TOP_K + MAX_KEPT, dtype=i32)
+        logits = new(ROWS, 50304)[:, :V]
+        sample(logits, new(ROWS, 393), state, scratch, rows[0], full_vocab=True)
+    else:
+        advance(rows[0], state, new(1, dtype=i64), new(ROWS, 2, dtype=i64))
 
-    Args:
-        kernel: The jitted function.
-        dtypes: Type of each argument that is not a constant: "*bf16", "i32", "fp32".
-        constants: Values of the constants.
-        capability: 80, 90 or 100.
-        **options: num_warps, num_stages.
-    """
-    names = kernel.arg_names
-    signature = {name: dtypes.get(name, "constexpr") for name in names}
-    aligned = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name, dtype in dtypes.items()
-        if dtype.startswith("*") or name.endswith("stride") or name.startswith("w_stride")
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", capability, 32)
-    options = {"enable_fp_fusion": False, **options}
-    binary = triton.compile(source, target=target, options=options)
+
+def tiles(dtype: torch.dtype) -> list[tuple[str, Tile]]:
+    """Return every tile of the table, with the linear that it is for."""
+    return [
+        pair
+        for _, wide, other, head in TABLES[dtype]
+        for pair in (("linear", wide), ("linear", other), ("head", head))
+    ]
+
+
+def describe(binary: Any) -> dict[str, Any]:
+    """Return counts of instructions, registers, and the memory of a compiled kernel."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        sass = subprocess.check_output([tools() / "cuobjdump", "-sass", file.name], text=True)
-        usage = subprocess.check_output([tools() / "cuobjdump", "-res-usage", file.name], text=True)
+        sass, usage = (
+            subprocess.run(
+                [tools / "cuobjdump", option, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for option in ("-sass", "-res-usage")
+        )
     # FFMA2 is two FFMA in one instruction.
     found = {word: len(re.findall(rf"\b{word}2?\b", sass)) for word in INSTRUCTIONS}
     registers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert registers is not None, usage
     return {
+        "kernel": binary.metadata.name,
         "registers": int(registers[1]),
         "stack_bytes": int(registers[2]),
         "shared_bytes": binary.metadata.shared,
         **found,
+        **{text: binary.asm["ptx"].count(text) for text in PTX},
     }
 
 
-def linear(dtype: str, tile: Tile, depth: int, capability: int) -> dict[str, Any]:
-    name = NAMES[dtype]
-    contiguous, stride = strides(dtype)
-    return compiled(
-        linear_kernel,
-        {
-            **dict.fromkeys(("x", "w", "bias", "residual", "y"), f"*{name}"),
-            **dict.fromkeys(("N", "y_stride", stride), "i32"),
-        },
-        {
-            "block_max": None,
-            contiguous: 1,
-            "K": depth,
-            "SEGMENT": SEGMENT[dtype],
-            "HAS_BIAS": True,
-            "ACTIVATION": 1,
-            "HAS_RESIDUAL": True,
-            "HAS_MAX": False,
-            "BM": tile.bm,
-            "BN": tile.bn,
-            "BK": tile.bk,
-        },
-        capability,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-
-
-def qkv(dtype: str, tile: Tile, capability: int) -> dict[str, Any]:
-    name = NAMES[dtype]
-    contiguous, stride = strides(dtype)
-    tables = ("block_tables", "seq_indices", "positions")
-    return compiled(
-        qkv_kernel,
-        {
-            **dict.fromkeys(("x", "w", "bias", "q", "cache"), f"*{name}"),
-            **dict.fromkeys(tables, "*i32"),
-            **dict.fromkeys(("table_size", stride), "i32"),
-        },
-        {
-            contiguous: 1,
-            "C": 768,
-            "H": 12,
-            "SEGMENT": SEGMENT[dtype],
-            "BM": tile.bm,
-            "BN": tile.bn,
-            "BK": tile.bk,
-        },
-        capability,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-
-
-def attend(dtype: str, dot: bool, warps: int, capability: int) -> dict[str, Any]:
-    name = NAMES[dtype]
-    return compiled(
-        attend_kernel,
-        {
-            **dict.fromkeys(("q", "cache", "out"), f"*{name}"),
-            **dict.fromkeys(("block_tables", "seq_indices", "positions"), "*i32"),
-            "scale": "fp32",
-            "table_size": "i32",
-        },
-        {"C": 768, "H": 12, "SIZE": 64, "DOT": dot},
-        capability,
-        num_warps=warps,
-    )
-
-
-def norm(dtype: str, capability: int) -> dict[str, Any]:
-    return compiled(
-        norm_kernel,
-        {**dict.fromkeys(("x", "weight", "bias", "y"), f"*{NAMES[dtype]}"), "epsilon": "fp32"},
-        {"C": 768},
-        capability,
-        num_warps=1,
-    )
-
-
-def add_norm(dtype: str, capability: int) -> dict[str, Any]:
-    name = NAMES[dtype]
-    return compiled(
-        add_norm_kernel,
-        {
-            "partials": "*fp32",
-            **dict.fromkeys(("linear_bias", "x", "weight", "bias", "y"), f"*{name}"),
-            "epsilon": "fp32",
-            "M": "i32",
-        },
-        {"C": 768, "SIZE": 1024, "SEGMENTS": 4},
-        capability,
-        num_warps=4,
-    )
-
-
-def embed(dtype: str, capability: int) -> dict[str, Any]:
-    name = NAMES[dtype]
-    return compiled(
-        embed_kernel,
-        {
-            **dict.fromkeys(("wte", "wpe", "weight", "bias", "x", "y"), f"*{name}"),
-            **dict.fromkeys(("tokens", "positions"), "*i32"),
-            "epsilon": "fp32",
-        },
-        {"C": 768, "SIZE": 1024},
-        capability,
-        num_warps=4,
-    )
-
-
-def sample(warps: int, capability: int) -> dict[str, Any]:
-    return compiled(
-        sample_kernel,
-        {
-            "logits": "*fp32",
-            "block_max": "*fp32",
-            "positions": "*i32",
-            "seeds": "*i64",
-            "steps": "*i64",
-            "temperatures": "*fp64",
-            "top_k": "*i32",
-            "blocks_scratch": "*i32",
-            "kept_scratch": "*i32",
-            "tokens": "*i32",
-            "margins": "*fp64",
-            **dict.fromkeys(("V", "stride", "BLOCKS"), "i32"),
-        },
-        {"BN": 128, "SIZE": 512, "GATHERED": 64, "KEPT": 128},
-        capability,
-        num_warps=warps,
-    )
+def compiled(
+    name: str, dtype: str, capability: int, *, int8: bool = False, tile: Tile | None = None
+) -> list[dict[str, Any]]:
+    """Return the description of each kernel that a launcher launches."""
+    with compiling(capability) as kernels:
+        launch(name, getattr(torch, dtype), int8=int8, tile=tile)
+    return [{"call": f"{name} {dtype} {tile}", **describe(kernel)} for kernel in kernels]

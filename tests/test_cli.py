@@ -258,7 +258,7 @@ def test_a_complete_output_is_recognised_without_torch(
             78,
             (
                 "nowhere.yaml: no such config file, nor a bundled config "
-                "(demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda)"
+                "(demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda, gpt2-cuda-fast)"
             ),
         ),
         (["--model", "no/such/model"], 78, "no/such/model: no such folder"),

@@ -151,7 +151,9 @@ def test_the_resolved_config_loads_to_the_same_config(tmp_path: Path) -> None:
     assert load_config(str(path), environment={}, options={}) == config
 
 
-@pytest.mark.parametrize("name", ["demo", "gpt2-cpu", "gpt2-cpu-fast", "gpt2-cuda"])
+@pytest.mark.parametrize(
+    "name", ["demo", "gpt2-cpu", "gpt2-cpu-fast", "gpt2-cuda", "gpt2-cuda-fast"]
+)
 def test_bundled_configs_load_and_comment_every_key(name: str) -> None:
     config = load_config(name, environment={}, options={"input": "i", "output": "o"})
     for line in find_config(name).read_text().splitlines():

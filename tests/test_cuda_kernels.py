@@ -1,298 +1,404 @@
-"""The Triton kernels under Triton's interpreter, against their torch twins.
+"""The Triton kernels under Triton's interpreter: against their torch twins, and bit for bit.
 
-The interpreter shows indexing, masks, block tables and the sampler's logic. It says nothing of the
-order of sums on a GPU: `make cuda-check` does.
+On whole numbers every sum is exact, so a kernel and its twin must be equal for every tile. With the
+exact arithmetic of tests/triton_interpreter.py, the float32 kernels must give the bits of
+docs/arithmetic.md. A GPU's own order of sums shows only there: `make cuda-check`.
 """
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.params.sampling_params import SamplingParams
+from tests import arithmetic_reference
+from tests.conftest import has_kernels
+from tests.device_state import state_of
+from tests.triton_interpreter import IS_INTERPRETED, interpreted
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not IS_INTERPRETED, reason="with a CUDA device the kernels are compiled: make cuda-check"
+)
 
-HEADS, HEAD_SIZE, WIDTH = 3, 16, 48
+HEADS, HEAD_SIZE = 3, 13
+WIDTH = HEADS * HEAD_SIZE
+SCALE = HEAD_SIZE**-0.5
+ACTIVATION_NAMES = ("none", "gelu_tanh", "gelu", "relu", "silu", "tanh")
 
 
 @pytest.fixture(scope="module")
 def cuda() -> Iterator[Any]:
-    """Import the kernels, interpreted: tests/__init__.py sets TRITON_INTERPRET."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("with a CUDA device the kernels are compiled: make cuda-check")
-    from triton.runtime import interpreter
+    """Import the kernels, interpreted."""
+    from gptbatch.pipeline.kernels.cuda import (
+        advance,
+        attend,
+        embed,
+        linear,
+        norm,
+        sample,
+        state,
+        store,
+        tiles,
+    )
 
-    from gptbatch.pipeline.kernels.cuda import attend, linear, norm, sample
+    with interpreted():
+        yield SimpleNamespace(
+            **{module.__name__.rpartition(".")[2]: module for module in (advance, attend, embed)},
+            **{module.__name__.rpartition(".")[2]: module for module in (linear, norm, sample)},
+            **{module.__name__.rpartition(".")[2]: module for module in (state, store, tiles)},
+        )
 
-    patch = interpreter._patch_lang_tensor
 
-    def patched(tensor: Any, scope: Any) -> None:
-        """Take a loop's bound from an array of one number, which numpy 2.4 refuses."""
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-        yield SimpleNamespace(attend=attend, linear=linear, norm=norm, sample=sample)
+@pytest.fixture(scope="module")
+def exact(cuda: Any) -> Iterator[Any]:
+    """Return the kernels with the arithmetic of a GPU."""
+    with interpreted(exact=True):
+        yield cuda
 
 
 def whole(*shape: int, low: int = -4, high: int = 5) -> Tensor:
     return torch.randint(low, high, shape).float()
 
 
+def bits_equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+
+# bm, bn, bk
+TILES = [
+    *((16, 16, 16), (16, 32, 32), (32, 16, 64), (64, 64, 16)),
+    *(
+        pytest.param(*tile, marks=pytest.mark.slow)
+        for tile in ((16, 128, 16), (32, 64, 32), (128, 64, 64), (64, 128, 128), (128, 128, 16))
+    ),
+]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("segment", [None, 32])
-@pytest.mark.parametrize(
-    ("bm", "bn", "bk"), [(16, 16, 16), (16, 32, 32), (32, 16, 64), (64, 64, 16)]
-)
+@pytest.mark.parametrize(("bm", "bn", "bk"), TILES)
 def test_linear_equals_its_twin_for_every_tile(
-    cuda: Any, bm: int, bn: int, bk: int, segment: int | None, transposed: bool
+    cuda: Any, bm: int, bn: int, bk: int, transposed: bool
 ) -> None:
     torch.manual_seed(bm + bn)
-    x, w, bias, residual = whole(64, 96), whole(70, 96), whole(70), whole(64, 70)
-    if transposed:
-        w = w.t().contiguous().t()
-    if segment is not None and bk > segment:
-        pytest.skip("a step of K is at most a segment")
-    tile = cuda.linear.Tile(bm, bn, bk)
-    for given, activation in ((residual, 0), (None, cuda.linear.RELU)):
-        y, block_max = torch.full((64, 70), float("nan")), torch.empty(64, -(-70 // bn))
-        cuda.linear.linear(
-            x,
-            w,
-            bias,
-            given,
-            y,
-            tile=tile,
-            activation=activation,
-            segment=segment,
-            block_max=block_max,
-        )
-        assert torch.equal(y, cuda.linear.linear_twin(x, w, bias, given, activation))
-        padded = torch.nn.functional.pad(y, (0, -70 % bn), value=float("-inf"))
-        assert torch.equal(block_max, padded.view(64, -1, bn).amax(dim=2))
+    x, w, bias, residual = whole(34, 50), whole(75, 50), whole(75), whole(34, 75)
+    weight = cuda.linear.column_major(w) if transposed else w
+    for given, activation in ((residual, "none"), (None, "relu")):
+        y, twin = torch.full((2, 34, 75), float("nan"))
+        block_max = torch.empty(34, -(-75 // bn))
+        tile = cuda.tiles.Tile(bm, bn, bk)
+        cuda.linear.linear(x, weight, bias, given, y, activation, block_max, tile=tile)
+        cuda.linear.linear_twin(x, w, bias, given, twin, activation)
+        assert torch.equal(y, twin)
+        padded = torch.nn.functional.pad(y, (0, -75 % bn), value=float("-inf"))
+        assert torch.equal(block_max, padded.view(34, -1, bn).amax(dim=2))
 
 
-@pytest.mark.parametrize("segments", [1, 3])
-def test_segments_over_the_grid_add_up_to_the_same(cuda: Any, segments: int) -> None:
-    x, w, linear_bias, old = (whole(32, 96), whole(WIDTH, 96), whole(WIDTH), whole(32, WIDTH))
-    weight, bias, new = torch.randn(WIDTH), torch.randn(WIDTH), old.clone()
-    partials, y = torch.empty(segments, 32, WIDTH), torch.empty(32, WIDTH)
-    tile = cuda.linear.Tile(16, 32, 16)
-    cuda.linear.partial_kernel[2, 2, segments](
-        x, w, partials, 32, WIDTH, *w.stride(), 96, 96 // segments, **tile.options
-    )
-    cuda.norm.add_norm_kernel[(32,)](
-        partials, linear_bias, new, weight, bias, y, 1e-5, 32, C=WIDTH, SIZE=64, SEGMENTS=segments
-    )
-    assert torch.equal(new, cuda.linear.linear_twin(x, w, linear_bias, old, 0))
-    twin = cuda.norm.norm_twin(new, weight, bias, 1e-5)
-    torch.testing.assert_close(y, twin, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("rows", [1, 16, 65])
+def test_tiles_of_the_table_write_the_maxima_of_128_columns(cuda: Any, rows: int) -> None:
+    x, w, y, twin = whole(rows, 20), whole(300, 20), torch.empty(rows, 300), torch.empty(rows, 300)
+    maxima, twin_maxima = torch.empty(rows, 3), torch.empty(rows, 3)
+    cuda.linear.linear(x, w, None, None, y, block_max=maxima)
+    cuda.linear.linear_twin(x, w, None, None, twin, block_max=twin_maxima)
+    assert torch.equal(y, twin)
+    assert torch.equal(maxima, twin_maxima)
 
 
-def test_gelu_is_close_to_torch(cuda: Any) -> None:
-    x, w = torch.randn(16, 32) * 4, torch.randn(32, 32)
-    y = torch.empty(16, 32)
-    cuda.linear.linear(
-        x, w, None, None, y, tile=cuda.linear.Tile(16, 16, 16), activation=cuda.linear.GELU_TANH
-    )
-    twin = cuda.linear.linear_twin(x, w, None, None, cuda.linear.GELU_TANH)
-    torch.testing.assert_close(y, twin, rtol=1e-5, atol=1e-5)
-
-
-def test_norm_is_close_to_torch(cuda: Any) -> None:
-    x, weight, bias = torch.randn(5, WIDTH) * 3 + 1, torch.randn(WIDTH), torch.randn(WIDTH)
-    y = torch.empty_like(x)
-    cuda.norm.norm_kernel[(5,)](x, weight, bias, y, 1e-5, C=WIDTH)
-    torch.testing.assert_close(y, cuda.norm.norm_twin(x, weight, bias, 1e-5), rtol=1e-5, atol=1e-5)
-
-
-def test_embed_adds_and_normalizes(cuda: Any) -> None:
-    wte, wpe, weight, bias = whole(20, WIDTH), whole(8, WIDTH), whole(WIDTH), whole(WIDTH)
-    tokens, positions = torch.tensor([3, 19, 0]).int(), torch.tensor([7, 0, -1]).int()
-    x, y = torch.empty(3, WIDTH), torch.empty(3, WIDTH)
-    cuda.norm.embed_kernel[(3,)](
-        tokens,
-        positions,
-        wte,
-        wpe,
-        weight,
-        bias,
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+def test_linear_has_the_bits_of_the_arithmetic(exact: Any, activation: str) -> None:
+    torch.manual_seed(1)
+    x, w, bias = torch.randn(5, WIDTH) * 3, torch.randn(70, WIDTH), torch.randn(70)
+    y = torch.empty(5, 70)
+    exact.linear.linear(
         x,
+        exact.linear.column_major(w),
+        bias,
+        None,
         y,
-        1e-5,
-        C=WIDTH,
-        SIZE=64,
+        activation,
+        tile=exact.tiles.Tile(16, 32, 16),
     )
-    assert torch.equal(x, wte[tokens.long()] + wpe[positions.long().clamp(min=0)])
-    twin = cuda.norm.norm_twin(x, weight, bias, 1e-5)
-    torch.testing.assert_close(y, twin, rtol=1e-5, atol=1e-5)
+    expected = arithmetic_reference.linear(x.numpy(), w.numpy()) + bias.numpy()
+    if activation != "none":
+        expected = arithmetic_reference.activate(activation, expected)  # type: ignore[arg-type]
+    assert np.array_equal(y.numpy(), expected)
 
 
-def paged(positions: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return cache, block_tables, seq_indices and positions; what no query may read is NaN."""
-    per_row = max(position // 64 + 1 for position in positions)
-    block_tables = torch.randperm(len(positions) * per_row).view(len(positions), per_row).int()
-    cache = torch.full((block_tables.numel(), 2, HEADS, 64, HEAD_SIZE), float("nan"))
-    for row, position in enumerate(positions):
-        for token in range(position + 1):
-            block = block_tables[row, token // 64]
-            cache[block, :, :, token % 64] = torch.randn(2, HEADS, HEAD_SIZE)
-    seq_indices = torch.arange(len(positions)).int()
-    return cache, block_tables, seq_indices, torch.tensor(positions).int()
-
-
-@pytest.mark.parametrize("dot", [False, True])
-def test_attend_equals_softmax_over_the_keys_up_to_the_position(cuda: Any, dot: bool) -> None:
-    torch.manual_seed(0)
-    case = paged([0, 62, 63, 64, 130, -1])
-    q, out = torch.randn(6, WIDTH), torch.full((6, WIDTH), float("nan"))
-    cuda.attend.attend_kernel[6, HEADS](
-        q, *case, out, 0.25, case[1].shape[1], C=WIDTH, H=HEADS, SIZE=16, DOT=dot
-    )
-    torch.testing.assert_close(
-        out, cuda.attend.attend_twin(q, *case, scale=0.25), rtol=1e-5, atol=1e-5
-    )
-    assert torch.equal(out[5], torch.zeros(WIDTH))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_activations_are_close_to_torch_over_a_wide_range(exact: Any) -> None:
+    x = torch.cat([torch.linspace(-30, 30, 400), torch.tensor([0.0, 1e-30, 1e4, -1e4, 1e30])])
+    for activation in ACTIVATION_NAMES:
+        y, twin = torch.empty(len(x), 1), torch.empty(len(x), 1)
+        exact.linear.linear(x[:, None], torch.ones(1, 1), None, None, y, activation)
+        exact.linear.linear_twin(x[:, None], torch.ones(1, 1), None, None, twin, activation)
+        torch.testing.assert_close(y, twin, rtol=2e-6, atol=2e-6)
 
 
 # numpy, which the interpreter computes with, warns of NaN.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("dot", [False, True])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_attend_gives_nan_for_a_key_that_is_not_finite(cuda: Any, dot: bool, value: float) -> None:
-    """The row with such a key becomes an error row; it must not look like a good one."""
-    cache, block_tables, seq_indices, positions = paged([70, 70])
-    cache[block_tables[0, 0], 0, 1, 5, 3] = value
-    q, out = torch.ones(2, WIDTH), torch.zeros(2, WIDTH)
-    cuda.attend.attend_kernel[2, HEADS](
-        *(q, cache, block_tables, seq_indices, positions, out, 0.25, block_tables.shape[1]),
-        C=WIDTH,
-        H=HEADS,
-        SIZE=16,
-        DOT=dot,
-    )
-    assert out[0].view(HEADS, HEAD_SIZE)[1].isnan().all()
-    assert out[1].isfinite().all()
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("activation", ["NO_ACTIVATION", "GELU_TANH", "RELU"])
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 def test_linear_keeps_nan(cuda: Any, activation: str) -> None:
     x, w = whole(16, 32), whole(32, 32)
     x[3, 4] = float("nan")
-    y, block_max = torch.empty(16, 32), torch.empty(16, 2)
-    cuda.linear.linear(
-        *(x, w, None, None, y),
-        tile=cuda.linear.Tile(16, 16, 16),
-        activation=getattr(cuda.linear, activation),
-        block_max=block_max,
-    )
+    y, block_max = torch.empty(16, 32), torch.empty(16, 1)
+    cuda.linear.linear(x, w, None, None, y, activation, block_max)
     assert y[3].isnan().all()
     assert block_max[3].isnan().all()
     assert y[4].isfinite().all()
 
 
-def test_qkv_writes_keys_and_values_to_the_blocks_of_their_tokens(cuda: Any) -> None:
-    x, w, bias = whole(32, WIDTH), whole(3 * WIDTH, WIDTH), whole(3 * WIDTH)
-    block_tables = torch.tensor([[2, 0], [3, 1]]).int()
-    seq_indices = torch.tensor([0, 1, 1] + [0] * 29).int()
-    positions = torch.tensor([63, 64, 5] + [-1] * 29).int()
-    cache, q = torch.full((4, 2, HEADS, 64, HEAD_SIZE), 7.0), torch.empty(32, WIDTH)
-    tile = cuda.linear.Tile(16, 32, 16)
-    tables = (block_tables, seq_indices, positions, 2)
-    cuda.linear.qkv_kernel[2, -(-3 * WIDTH // 32)](
-        *(x, w, bias, q, cache, *tables, *w.stride(), WIDTH, HEADS, WIDTH),
-        **tile.options,
-    )
-    expected = x @ w.T + bias
-    keys_values = expected[:, WIDTH:].view(32, 2, HEADS, HEAD_SIZE)
-    written = torch.full_like(cache, 7.0)
-    for row, (block, place) in enumerate([(2, 63), (1, 0), (3, 5)]):
-        written[block, :, :, place] = keys_values[row]
-    assert torch.equal(q, expected[:, :WIDTH])
-    assert torch.equal(cache, written)
+@pytest.mark.parametrize("width", [1, 5, 33, 100])
+def test_norm_has_the_bits_of_the_arithmetic(exact: Any, width: int) -> None:
+    torch.manual_seed(width)
+    x, weight, bias = torch.randn(4, width) * 3 + 1, torch.randn(width), torch.randn(width)
+    y, twin = torch.empty(4, width), torch.empty(4, width)
+    exact.norm.norm(x, weight, bias, y, 1e-5)
+    expected = arithmetic_reference.layer_norm(x.numpy(), weight.numpy(), bias.numpy(), 1e-5)
+    assert np.array_equal(y.numpy(), expected)
+    exact.norm.norm_twin(x, weight, bias, twin, 1e-5)
+    torch.testing.assert_close(y, twin, rtol=1e-5, atol=1e-5)
 
 
-def sample(cuda: Any, logits: Tensor, top_k: list[int], temperature: float) -> Any:
-    """Run the kernel with blocks of 16 columns; return tokens and margins."""
-    rows, vocab_size = logits.shape
-    blocks = -(-vocab_size // 16)
-    padded = torch.nn.functional.pad(logits, (0, blocks * 16 - vocab_size), value=float("-inf"))
-    tokens, margins = torch.zeros(rows).int(), torch.full((rows,), float("inf")).double()
-    cuda.sample.sample_kernel[(rows,)](
-        logits,
-        padded.view(rows, blocks, 16).amax(dim=2),
-        torch.zeros(rows).int(),
-        torch.arange(rows) + 2**40,
-        torch.arange(rows),
-        torch.full((rows,), temperature, dtype=torch.float64),
-        torch.tensor(top_k).int(),
-        torch.zeros(rows, 16).int(),
-        torch.zeros(rows, 64).int(),
-        tokens,
-        margins,
-        vocab_size,
-        vocab_size,
-        blocks,
-        BN=16,
-        SIZE=16,
-        GATHERED=16,
-        KEPT=64,
-    )
-    return tokens.tolist(), margins.tolist()
+def test_embed_takes_decode_rows_from_the_state_and_others_from_the_chunk(cuda: Any) -> None:
+    wte, wpe = whole(20, WIDTH), whole(80, WIDTH)
+    state = state_of([{"token": 3, "position": 7}, {"token": 9, "position": -1}, {"token": 19}])
+    chunk = torch.tensor([[5, 6, 0, 1], [70, 71, -1, 2], [2, 2, 0, 7]])
+    found = []
+    for embed in (cuda.embed.embed, cuda.embed.embed_twin):
+        x, seq_indices, positions = (
+            torch.empty(6, WIDTH),
+            torch.empty(6).int(),
+            torch.empty(6).int(),
+        )
+        embed(state, chunk, 3, wte, wpe, x, seq_indices, positions)
+        found.append((x, seq_indices, positions))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    x, seq_indices, positions = found[0]
+    assert positions.tolist() == [7, -1, 0, 70, 71, -1]
+    assert seq_indices.tolist() == [0, 1, 2, 2, 2, 0]
+    assert torch.equal(x[3], wte[5] + wpe[70])
+    assert torch.equal(x[1], torch.zeros(WIDTH))
 
 
-@pytest.mark.parametrize("temperature", [0.7, 3.0])
-def test_sample_takes_the_tokens_that_torch_takes(cuda: Any, temperature: float) -> None:
+class Paged:
+    """A cache filled with the keys and values of some sequences; all other places are garbage."""
+
+    def __init__(self, cuda: Any, positions: list[int], *, int8: bool, whole_numbers: bool) -> None:
+        rows, per_row = len(positions), max(positions) // 64 + 1
+        self.positions = torch.tensor(positions).int()
+        self.seq_indices = torch.randperm(rows).int()
+        self.tables = torch.randperm(rows * per_row).view(rows, per_row)
+        shape = (rows * per_row, 2, HEADS, 64)
+        if int8:
+            data = torch.full((*shape, HEAD_SIZE), 77, dtype=torch.int8)
+            self.cache = cuda.store.LayerCache(data, torch.full(shape, float("nan")))
+        else:
+            self.cache = cuda.store.LayerCache(torch.full((*shape, HEAD_SIZE), float("nan")))
+        make = whole if whole_numbers else torch.randn
+        # All tokens of each row.
+        self.qkv = [make(max(1, position + 1), 3 * WIDTH) for position in positions]
+
+    def store(self, store: Any, last: int = 1000) -> None:
+        """Store the last tokens of each row."""
+        for row, position in enumerate(self.positions.tolist()):
+            first, end = max(0, position + 1 - last), position + 1
+            if end:
+                seq_indices = self.seq_indices[row].expand(end - first).contiguous()
+                positions = torch.arange(first, end).int()
+                store(self.qkv[row][first:end], self.cache, self.tables, seq_indices, positions)
+
+    def attend(self, attend: Any) -> Tensor:
+        last = torch.stack([qkv[-1] for qkv in self.qkv])
+        out = torch.full((len(last), WIDTH), float("nan"))
+        attend(last, self.cache, self.tables, self.seq_indices, self.positions, out, SCALE)
+        return out
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_store_equals_its_twin(cuda: Any, int8: bool) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(6, 200) * 3
-    logits[1] = logits[1].round()  # ties
-    logits[2, :30] = 9.0
-    top_k = [1, 3, 5, 8, 12, 13]
-    tokens, margins = sample(cuda, logits, top_k, temperature)
-    params = [
-        SamplingParams(seed=2**40 + row, temperature=temperature, top_k=k, max_new_tokens=9)
-        for row, k in enumerate(top_k)
-    ]
-    expected = sample_tokens(logits, params, range(6))
-    assert tokens == [sampled.token for sampled in expected]
-    for margin, sampled in zip(margins, expected, strict=True):
-        assert sampled.decision_margin is not None
-        assert margin >= sampled.decision_margin - 1e-9
+    paged = Paged(cuda, [0, 66, -1, 70], int8=int8, whole_numbers=False)
+    paged.qkv[1][-3, WIDTH : WIDTH + HEAD_SIZE] = 0
+    written = []
+    for store in (cuda.store.store, cuda.store.store_twin):
+        paged.cache.data.fill_(77)
+        paged.store(store, last=7)
+        written.append((paged.cache.data.clone(), paged.cache.scales))
+    assert torch.equal(written[0][0], written[1][0])
+    if int8:
+        assert torch.equal(written[0][1].nan_to_num(), written[1][1].nan_to_num())
+    # Only the tokens that are there: 2 parts, 1 + 7 + 7 tokens.
+    assert (written[0][0] != 77).any(dim=-1).sum() == 2 * HEADS * (1 + 7 + 7)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("positions", [[0, 62, -1, 130], [63, 64, 5]])
+def test_attend_has_the_bits_of_the_arithmetic(
+    exact: Any, positions: list[int], int8: bool
+) -> None:
+    torch.manual_seed(0)
+    paged = Paged(exact, positions, int8=int8, whole_numbers=False)
+    paged.store(exact.store.store_twin)
+    out = paged.attend(exact.attend.attend)
+    for row, position in enumerate(positions):
+        if position < 0:
+            assert torch.equal(out[row], torch.zeros(WIDTH))
+            continue
+        q, keys, values = (
+            paged.qkv[row].numpy().reshape(-1, 3, HEADS, HEAD_SIZE).transpose(1, 2, 0, 3)
+        )
+        expected = arithmetic_reference.attend(
+            np.ascontiguousarray(q[:, -1]), keys, values, np.float32(SCALE), int8=int8
+        )
+        assert np.array_equal(out[row].numpy(), expected.ravel())
+    twin = paged.attend(exact.attend.attend_twin)
+    torch.testing.assert_close(out, twin, rtol=1e-3 if int8 else 1e-5, atol=1e-4 if int8 else 1e-5)
+
+
+def test_attend_of_half_precision_is_close_to_its_twin(cuda: Any) -> None:
+    torch.manual_seed(0)
+    paged = Paged(cuda, [0, 63, 64, -1], int8=False, whole_numbers=False)
+    paged.cache = cuda.store.LayerCache(paged.cache.data.half())
+    paged.qkv = [qkv.half() for qkv in paged.qkv]
+    paged.store(cuda.store.store_twin)
+    out, twin = paged.attend(cuda.attend.attend), paged.attend(cuda.attend.attend_twin)
+    torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_sample_flags_logits_that_are_not_finite(cuda: Any, value: float) -> None:
-    logits = torch.randn(2, 100)
-    logits[0, 37] = value
-    tokens, _ = sample(cuda, logits, [5, 5], 1.0)
-    assert tokens[0] == cuda.sample.NO_TOKEN.value
+def test_attend_gives_nan_for_a_key_that_is_not_finite(cuda: Any, value: float, int8: bool) -> None:
+    """The row with such a key becomes an error row; it must not look like a good one."""
+    torch.manual_seed(0)
+    paged = Paged(cuda, [70, 70], int8=int8, whole_numbers=False)
+    paged.qkv[0][5, WIDTH + HEAD_SIZE + 2] = value
+    paged.qkv[0][-1, :WIDTH] = 1.0
+    paged.store(cuda.store.store_twin)
+    out = paged.attend(cuda.attend.attend)
+    assert out[0].view(HEADS, HEAD_SIZE)[1].isnan().all()
+    assert out[1].isfinite().all()
+
+
+def sample(
+    cuda: Any, logits: Tensor, params: list[SamplingParams], margins: list[float], **changes: int
+) -> tuple[list[int], list[float]]:
+    """Run the kernels; return tokens and margins."""
+    rows, vocab_size = logits.shape
+    padded = torch.nn.functional.pad(logits, (0, -vocab_size % 128), value=float("-inf"))
+    # amax keeps NaN, as the head's maxima do.
+    block_max = padded.view(rows, -1, 128).amax(dim=2)
+    state = state_of(
+        [
+            {"position": 5, "step": row, "params": each, "margin": margin, **changes}
+            for row, (each, margin) in enumerate(zip(params, margins, strict=True))
+        ]
+    )
+    tokens = torch.full((rows,), -9).int()
+    scratch = torch.zeros(rows, cuda.sample.MAX_TOP_K + cuda.sample.MAX_KEPT).int()
+    cuda.sample.sample(logits, block_max, state, scratch, tokens, full_vocab=True)
+    found = state[:, cuda.state.MARGIN.value].contiguous().view(torch.float64)
+    return tokens.tolist(), found.tolist()
+
+
+def random_logits(rows: int, vocab_size: int) -> Tensor:
+    logits = torch.randn(rows, vocab_size) * 3
+    logits[1] = logits[1].round()  # ties
+    logits[2, : vocab_size // 3] = float("-inf")
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 3.0])
+@pytest.mark.parametrize("vocab_size", [200, 1300])
+def test_sample_has_the_tokens_and_margins_of_the_engine(
+    exact: Any, temperature: float, vocab_size: int
+) -> None:
+    torch.manual_seed(vocab_size)
+    logits = random_logits(7, vocab_size)
+    settings = [(1, 0.0), (3, 0.0), (8, 0.0), (40, 0.0), (12, 0.2), (64, 0.001), (0, 0.0)]
+    params = [
+        SamplingParams(
+            seed=2**40 + row,
+            temperature=temperature,
+            max_new_tokens=9,
+            top_k=k,
+            min_p=min_p,
+        )
+        for row, (k, min_p) in enumerate(settings)
+    ]
+    bounds = [math.inf, 0.5, math.inf, 0.05, math.inf, math.inf, math.inf]
+    native = has_kernels()
+    if native:
+        from gptbatch.pipeline.kernels.build import load_kernels
+
+        load_kernels()
+    expected = sample_tokens(logits, params, range(7), bounds, native=native)
+    tokens, margins = sample(exact, logits, params, bounds)
+    assert tokens == [sampled.token for sampled in expected]
+    expected_margins = [
+        min(bound, sampled.decision_margin or 0.0)
+        for bound, sampled in zip(bounds, expected, strict=True)
+    ]
+    assert margins == (expected_margins if native else pytest.approx(expected_margins, abs=1e-9))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("top_k", [5, 0])
+def test_sample_flags_logits_that_are_not_finite(cuda: Any, value: float, top_k: int) -> None:
+    logits = torch.randn(3, 300)
+    logits[0, 137] = value
+    logits[2] = float("-inf")
+    params = [SamplingParams(seed=1, temperature=1.0, top_k=top_k, max_new_tokens=9)] * 3
+    tokens, margins = sample(cuda, logits, params, [0.5] * 3)
+    assert tokens[0] == tokens[2] == cuda.state.NO_TOKEN.value
+    assert margins[0] == margins[2] == 0.5
     assert tokens[1] >= 0
 
 
 def test_sample_flags_more_ties_than_it_can_hold(cuda: Any) -> None:
-    tokens, _ = sample(cuda, torch.zeros(1, 100), [5], 1.0)
-    assert tokens == [cuda.sample.OVERFLOW.value]
+    params = [SamplingParams(seed=1, temperature=1.0, top_k=5, max_new_tokens=9)]
+    tokens, margins = sample(cuda, torch.zeros(1, 300), params, [0.5])
+    assert tokens == [cuda.state.OVERFLOW.value]
+    assert margins == [0.5]
 
 
-def test_advance_ends_rows_and_records_their_tokens(cuda: Any) -> None:
-    sampled, tokens = torch.tensor([4, 9, 5, 6]).int(), torch.tensor([1, 1, 1, 1]).int()
-    positions = torch.tensor([10, 20, 30, -1]).int()
-    steps, budgets = torch.tensor([2, 2, 2, 2]), torch.tensor([3, 9, 9, 9])
-    ring = torch.full((4, 8), -1).int()
-    cuda.sample.advance_kernel[(1,)](
-        sampled, tokens, positions, steps, budgets, ring, 9, 4, SIZE=16, RING=8
-    )
-    assert positions.tolist() == [-1, -1, 31, -1]
-    assert tokens.tolist() == [4, 9, 5, 1]
-    assert steps.tolist() == [3, 3, 3, 2]
-    assert ring[:, 2].tolist() == [4, 9, 5, -1]
+def test_sample_leaves_rows_alone_that_are_idle_or_sampled_by_the_host(cuda: Any) -> None:
+    params = [SamplingParams(seed=1, temperature=1.0, top_k=5, max_new_tokens=9)]
+    for changes in ({"position": -1}, {"top_k": cuda.state.HOST_SAMPLES.value}):
+        assert sample(cuda, torch.randn(1, 300), params, [0.5], **changes) == ([-9], [0.5])
+
+
+def test_advance_ends_rows_and_reports_their_tokens(cuda: Any) -> None:
+    found = []
+    for advance in (cuda.advance.advance, cuda.advance.advance_twin):
+        state = state_of(
+            [
+                {"token": 1, "position": 10, "step": 2, "budget": 3},  # ends by length
+                {"token": 1, "position": 20, "step": 2, "budget": 9},  # ends by EOS
+                {"token": 1, "position": 30, "step": 2, "budget": 9},
+                {"token": 1, "position": -1, "step": 2, "budget": 9},  # idle
+                {"token": 1, "position": 7, "step": 2, "budget": 9, "top_k": -1},  # by the host
+                {"token": 1, "position": 7, "step": 2, "budget": 9},  # an error
+                {"token": 1, "position": 8, "step": 2, "budget": 9},  # of another call
+            ]
+        )
+        sampled, out = torch.tensor([4, 99, 5, 6, 7, -1]).int(), torch.zeros(6, 2).long()
+        advance(sampled, state, torch.tensor([98, 99]), out)
+        found.append((state, out))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    state, out = found[0]
+    assert out[:, 0].tolist() == [4, 99, 5, -3, -3, -1]
+    assert state[:, cuda.state.POSITION.value].tolist() == [-1, -1, 31, -1, -1, -1, 8]
+    assert state[:, cuda.state.TOKEN.value].tolist() == [4, 99, 5, 1, 1, -1, 1]
+    assert state[:, cuda.state.STEP.value].tolist() == [3, 3, 3, 2, 2, 3, 2]

@@ -9,10 +9,10 @@ import sys
 
 import torch
 
-from benchmarks.cuda.kernels import kernel_times, kernels
+from benchmarks.cuda.engines import engine, transformers_rates
+from benchmarks.cuda.kernels import cpu_bits, kernel_times, kernels
 from benchmarks.cuda.linears import compile_all, compile_some, linear_bits, linear_times
 from benchmarks.cuda.machine import graph_nodes, machine
-from benchmarks.cuda.steps import step, transformers_rates
 from benchmarks.cuda.tests import tests
 
 
@@ -28,10 +28,11 @@ def main() -> None:
         "compile": compile_all,
         "graph-nodes": graph_nodes,
         "kernels": kernels,
+        "cpu-bits": cpu_bits,
         "linear-bits": linear_bits,
         "linear-times": linear_times,
         "kernel-times": kernel_times,
-        "step": step,
+        "engine": engine,
         "transformers": transformers_rates,
         "tests": tests,
     }[section]()

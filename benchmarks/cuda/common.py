@@ -6,22 +6,14 @@ import json
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cuda_step import (
-    HEAD_COLUMNS,
-    MAX_SPREAD_ROWS,
-    Options,
-    column_major,
-)
-from gptbatch.pipeline.kernels.cuda.linear import (
-    Tile,
-)
+from gptbatch.pipeline.kernels.cuda.linear import column_major
+from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS, Tile
 
 C, H, INNER, LAYERS, VOCAB, POSITIONS = 768, 12, 3072, 12, 50257, 1024
 
@@ -66,27 +58,15 @@ FLOAT_TILES = [
     Tile(128, 128, 16, 8, 3),
     Tile(128, 128, 16, 4, 3),
 ]
-# Good enough to begin with; `linear-times` writes the best of its run to tiles.json.
-START_TILES = {
-    "bfloat16": {name: Tile(64, 32, 128, 4, 4) for name in SHAPES},
-    "float32": {name: Tile(32, 64, 16, 4, 3) for name in SHAPES},
-}
 ROW_COUNTS = (64, 256, 1024)
-# Chains over K; bits depend on them.
-SEGMENTS = {"bfloat16": 768, "float32": 256}
 
 
 def tiles_of(dtype: str) -> list[Tile]:
     return FLOAT_TILES if dtype == "float32" else HALF_TILES
 
 
-def head_tile(tile: Tile) -> Tile:
-    """Return the tile with BN columns per block maximum, as the head needs it."""
-    return replace(tile, bn=HEAD_COLUMNS)
-
-
 def head_tiles(dtype: str) -> list[Tile]:
-    return list(dict.fromkeys(tile for tile in tiles_of(dtype) if tile.bn == HEAD_COLUMNS))
+    return list(dict.fromkeys(tile for tile in tiles_of(dtype) if tile.bn == MAX_COLUMNS))
 
 
 def weight(columns: int, depth: int, dtype: str) -> Tensor:
@@ -124,36 +104,3 @@ def report(found: dict[str, Any]) -> None:
 
 def out_folder() -> Path:
     return Path(os.environ.get("CUDA_CHECK_OUT", "."))
-
-
-def write_tiles(best: dict[str, dict[str, Any]]) -> None:
-    (out_folder() / "tiles.json").write_text(json.dumps(best))
-
-
-def read_tiles(dtype: str, rows: int) -> dict[str, Tile]:
-    """Return the best tiles of `linear-times` for this many rows, or those to begin with."""
-    start = dict(START_TILES[dtype])
-    start["head"] = head_tiles(dtype)[0]
-    try:
-        best = json.loads((out_folder() / "tiles.json").read_text())[dtype]
-    except (OSError, KeyError):
-        return start
-    fitting = [count for count in map(int, best) if count <= rows]
-    group = best[str(max(fitting))] if fitting else {}
-    tiles = {**start, **{name: Tile(*found["tile"]) for name, found in group.items()}}
-    if rows <= MAX_SPREAD_ROWS:
-        for name in ("out", "mlp_out"):
-            tiles[name] = tiles.get(f"{name}_spread", tiles[name])
-    return tiles
-
-
-def options_for(dtype: str, rows: int, **changes: Any) -> Options:
-    is_float = dtype == "float32"
-    options = Options(
-        tiles=read_tiles(dtype, rows),
-        segment=SEGMENTS[dtype],
-        spread=True,
-        dot=is_float,
-        attend_warps=2 if is_float else 1,
-    )
-    return replace(options, **changes)

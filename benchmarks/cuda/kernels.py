@@ -1,8 +1,9 @@
-"""Sections `kernels` and `kernel-times`: attention, norm and sampler against their twins."""
+"""Sections `kernels`, `cpu-bits` and `kernel-times`: the kernels of a step but the linears."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,265 +12,206 @@ from torch import Tensor
 from benchmarks.cuda.common import (
     DTYPES,
     INNER,
+    LAYERS,
+    POSITIONS,
     ROW_COUNTS,
-    START_TILES,
     VOCAB,
     C,
     H,
-    head_tiles,
     random,
     report,
     time_us,
+    weight,
 )
-from benchmarks.cuda_step import (
-    HEAD_COLUMNS,
-    sample,
-)
-from gptbatch.pipeline.kernels.cuda.attend import attend_kernel, attend_twin
-from gptbatch.pipeline.kernels.cuda.linear import (
-    linear,
-)
-from gptbatch.pipeline.kernels.cuda.norm import add_norm_kernel, norm_kernel, norm_twin
-from gptbatch.pipeline.kernels.cuda.sample import MAX_BLOCKS, MAX_KEPT
+from gptbatch.pipeline.kernels.cuda.attend import attend, attend_twin
+from gptbatch.pipeline.kernels.cuda.linear import linear, linear_twin
+from gptbatch.pipeline.kernels.cuda.norm import norm, norm_twin
+from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
+from gptbatch.pipeline.kernels.cuda.store import LayerCache, store, store_twin
+from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
 
 
-def paged_case(
-    rows: int, context: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return q, cache, block_tables, seq_indices and positions; unused places hold NaN."""
-    per_row = -(-context // 64)
-    blocks = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
-    cache = random(rows * per_row, 2, H, 64, C // H, dtype=dtype)
-    positions = torch.full((rows,), context - 1, device="cuda", dtype=torch.int32)
-    last = blocks[:, -1].long()
-    cache[last, :, :, (context - 1) % 64 + 1 :] = float("nan")
-    seq_indices = torch.arange(rows, device="cuda", dtype=torch.int32)
-    return random(rows, C, dtype=dtype), cache, blocks, seq_indices, positions
+class Case:
+    """Rows of one length over a cache in random blocks; unused places hold garbage."""
+
+    def __init__(self, rows: int, context: int, dtype: torch.dtype, *, int8: bool = False) -> None:
+        per_row = -(-context // 64)
+        n_blocks, shape = rows * per_row, (rows * per_row, 2, H, 64)
+        self.tables = torch.randperm(n_blocks, device="cuda").view(rows, per_row)
+        self.seq_indices = torch.arange(rows, device="cuda", dtype=torch.int32)
+        self.positions = torch.full((rows,), context - 1, device="cuda", dtype=torch.int32)
+        self.qkv = random(rows, 3 * C, dtype=dtype)
+        self.out = torch.empty(rows, C, dtype=dtype, device="cuda")
+        if int8:
+            data = torch.randint(-127, 128, (*shape, C // H), dtype=torch.int8, device="cuda")
+            self.cache = LayerCache(data, torch.rand(shape, device="cuda") / 100)
+        else:
+            data = random(*shape, C // H, dtype=dtype)
+            data[self.tables[:, -1], :, :, (context - 1) % 64 + 1 :] = float("nan")
+            self.cache = LayerCache(data)
+
+    @property
+    def where(self) -> tuple[LayerCache, Tensor, Tensor, Tensor]:
+        """Arguments of store and attend."""
+        return self.cache, self.tables, self.seq_indices, self.positions
+
+    def run(
+        self, attends: Callable[..., None] = attend, stores: Callable[..., None] = store
+    ) -> None:
+        """Store and attend."""
+        stores(self.qkv, *self.where)
+        attends(self.qkv, *self.where, self.out, 0.125)
 
 
-def run_attend(case: tuple[Tensor, ...], out: Tensor, *, dot: bool, warps: int) -> None:
-    q, cache, tables, seq_indices, positions = case
-    attend_kernel[len(q), H](
-        q,
-        cache,
-        tables,
-        seq_indices,
-        positions,
-        out,
-        0.125,
-        tables.shape[1],
-        C=C,
-        H=H,
-        SIZE=64,
-        DOT=dot,
-        num_warps=warps,
-        enable_fp_fusion=False,
-    )
+def sampler_case(rows: int) -> dict[str, Tensor]:
+    """Return the arguments of `sample` for random logits."""
+    from gptbatch.pipeline.params.sampling_params import SamplingParams
+    from tests.device_state import state_of
+
+    logits = torch.randn(rows, VOCAB, device="cuda") * 3
+    padded = torch.nn.functional.pad(logits, (0, -VOCAB % MAX_COLUMNS), value=float("-inf"))
+    params = [
+        SamplingParams(seed=seed, temperature=0.8, top_k=40, max_new_tokens=9)
+        for seed in range(rows)
+    ]
+    return {
+        "logits": logits,
+        "block_max": padded.view(rows, -1, MAX_COLUMNS).amax(dim=2),
+        "state": state_of([{"step": 5, "params": each} for each in params]).cuda(),
+        "scratch": torch.zeros(rows, MAX_TOP_K + MAX_KEPT, dtype=torch.int32, device="cuda"),
+        "sampled": torch.zeros(rows, dtype=torch.int32, device="cuda"),
+    }
 
 
-def norm_by_lanes(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """Compute the norm by its specification, with fma by way of float64."""
-
-    def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return (a.double() * b.double() + c.double()).float()
-
-    def tree(lanes: Tensor) -> Tensor:
-        while lanes.shape[1] > 1:
-            low, high = lanes.chunk(2, dim=1)
-            lanes = low + high
-        return lanes
-
-    slices = x.view(len(x), -1, 32)
-    total = slices[:, 0]
-    for i in range(1, slices.shape[1]):
-        total = total + slices[:, i]
-    mean = tree(total) / x.shape[1]
-    total = torch.zeros_like(total)
-    for i in range(slices.shape[1]):
-        centered = slices[:, i] - mean
-        total = fma(centered, centered, total)
-    deviation = torch.sqrt(tree(total) / x.shape[1] + epsilon)
-    return fma((x - mean) / deviation, weight.expand_as(x), bias.expand_as(x))
+def difference(a: Tensor, b: Tensor) -> float:
+    """Return |a - b| / |b|."""
+    a, b = a.float().cpu(), b.float().cpu()
+    return float((a - b).norm() / b.norm())
 
 
 def kernels() -> None:
-    """Compare each kernel with its twin, and the sampler with torch's."""
-    from gptbatch.pipeline.engine.sampling import sample_tokens
-    from gptbatch.pipeline.params.sampling_params import SamplingParams
-
+    """Compare each kernel with its twin; report relative differences."""
     found: dict[str, Any] = {}
     torch.manual_seed(1)
-
-    def difference(a: Tensor, b: Tensor) -> float:
-        a, b = a.float().cpu(), b.float().cpu()
-        return float((a - b).norm() / b.norm())
-
-    for dtype in ("float32", "bfloat16"):
-        x = random(64, C, dtype=DTYPES[dtype])
-        weight, bias = random(C, dtype=x.dtype), random(C, dtype=x.dtype)
-        y = torch.empty_like(x)
-        norm_kernel[(64,)](x, weight, bias, y, 1e-5, C=C, num_warps=1, enable_fp_fusion=False)
-        found[f"norm {dtype}"] = difference(y, norm_twin(x, weight, bias, 1e-5))
-        if dtype == "float32":
-            found["norm: equal to the specification"] = torch.equal(
-                y, norm_by_lanes(x, weight, bias, 1e-5)
-            )
+    for name, dtype in DTYPES.items():
+        x, w, b = (random(*shape, dtype=dtype) for shape in ((65, C), (C,), (C,)))
+        y, twin = torch.empty_like(x), torch.empty_like(x)
+        norm(x, w, b, y, 1e-5)
+        norm_twin(x, w, b, twin, 1e-5)
+        found[f"norm {name}"] = difference(y, twin)
+        matrix = weight(INNER, C, name)
+        y, twin = (torch.empty(65, INNER, dtype=dtype, device="cuda") for _ in range(2))
+        bias = random(INNER, dtype=dtype)
+        linear(x, matrix, bias, None, y, "gelu_tanh")
+        linear_twin(x, matrix, bias, None, twin, "gelu_tanh")
+        found[f"linear {name}"] = difference(y, twin)
         report(found)
         for context in (1, 64, 65, 1000):
-            case = paged_case(4, context, x.dtype)
-            clean = case[1].nan_to_num(0.0)
-            q, cache, tables, seq_indices, positions = (
-                tensor.cpu() for tensor in (case[0], clean, *case[2:])
+            for int8 in (False, True):
+                case = Case(4, context, dtype, int8=int8)
+                case.run()
+                out = case.out.clone()
+                case.run(attend_twin, store_twin)
+                found[f"attend {name} {context}{' int8' * int8}"] = difference(out, case.out)
+        report(found)
+
+
+def cpu_bits() -> None:
+    """Compare the float32 kernels with the C++ kernels of the CPU, bit for bit.
+
+    The digests of all logits, tokens and margins of a model as wide as GPT-2, with every activation
+    and both caches: the engines of the host, and the engine of the device.
+    """
+    from gptbatch.pipeline.bench.random_model import random_model
+    from gptbatch.pipeline.engine.device_engine import DeviceEngine
+    from gptbatch.pipeline.engine.engine import Engine
+    from gptbatch.pipeline.kv_cache.spec import RAGGED, TRITON
+    from gptbatch.pipeline.model.config import GPTConfig
+    from tests.arithmetic_digests import prompts
+    from tests.conftest import has_kernels
+
+    if not has_kernels():
+        report({"error": "the C++ kernels cannot be built here"})
+        return
+    found: dict[str, Any] = {}
+    rows = prompts(VOCAB, (3, 70, 1, 129, 17, 40, 66, 5, 30, 9), 12)
+    for activation in ("gelu_tanh", "gelu", "silu", "tanh", "relu"):
+        config = GPTConfig(
+            vocab_size=VOCAB,
+            n_positions=POSITIONS,
+            n_embd=C,
+            n_inner=INNER,
+            n_layer=2 if activation == "gelu_tanh" else 1,
+            n_head=H,
+            activation=activation,
+        )
+        for cache_dtype in ("auto", "int8"):
+            models = {
+                device: random_model(
+                    config,
+                    dtype=torch.float32,
+                    device=torch.device(device),
+                    backend=RAGGED if device == "cpu" else TRITON,
+                    cache_dtype=cache_dtype,
+                )
+                for device in ("cpu", "cuda")
+            }
+            engines = [
+                Engine(model=model, batch_size=7, eos_token_ids=(), record_logits=True)
+                for model in models.values()
+            ]
+            engines.append(DeviceEngine(model=models["cuda"], batch_size=7, eos_token_ids=()))
+            cpu, host, device_ = (
+                sorted(
+                    (done for some in engine.generate(iter(rows)) for done in some),
+                    key=lambda done: done.prompt.index,
+                )
+                for engine in engines
             )
-            twin = attend_twin(q, cache, tables, seq_indices, positions, 0.125)
-            for dot in (False, True):
-                for warps in (1, 4):
-                    out = torch.full_like(case[0], float("nan"))
-                    run_attend(case, out, dot=dot, warps=warps)
-                    key = f"attend {dtype} context {context} dot {dot} warps {warps}"
-                    found[key] = difference(out, twin)
+            key = f"{activation} {cache_dtype}"
+            found[f"{key}: logits equal"] = sum(
+                a.logits_digest == b.logits_digest for a, b in zip(cpu, host, strict=True)
+            ) == len(rows)
+            found[f"{key}: tokens equal"] = all(
+                a.token_ids == b.token_ids == c.token_ids
+                for a, b, c in zip(cpu, host, device_, strict=True)
+            )
+            found[f"{key}: margins of the device equal"] = all(
+                a.min_decision_margin == b.min_decision_margin
+                for a, b in zip(cpu, device_, strict=True)
+            )
             report(found)
-        partials = torch.randn(3, 64, C, device="cuda")
-        x, y = random(64, C, dtype=DTYPES[dtype]), random(64, C, dtype=DTYPES[dtype])
-        total = ((partials[0] + partials[1]) + partials[2]) + bias.float() + x.float()
-        add_norm_kernel[(64,)](
-            partials,
-            bias,
-            x,
-            weight,
-            bias,
-            y,
-            1e-5,
-            64,
-            C=C,
-            SIZE=1024,
-            SEGMENTS=3,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-        found[f"add_norm {dtype}"] = [
-            torch.equal(x, total.to(x.dtype)),
-            difference(y, norm_twin(x, weight, bias, 1e-5)),
-        ]
-        report(found)
-        for name, (columns, depth) in (("mlp_in", (INNER, C)), ("head", (1000, C))):
-            x, w = random(64, depth, dtype=DTYPES[dtype]), random(columns, depth, dtype=x.dtype)
-            tile = head_tiles(dtype)[0] if name == "head" else START_TILES[dtype]["qkv"]
-            y = torch.empty(64, columns, device="cuda")
-            rows = 64 if tile.bm <= 64 else tile.bm
-            linear(x[:rows], w, None, None, y, tile=tile)
-            found[f"linear {dtype} {name}"] = difference(y, x.float() @ w.float().T)
-        report(found)
-    logits = torch.randn(64, VOCAB, device="cuda") * 3
-    logits[0, :100] = 20.0  # 100 ties
-    buffers: Any = SampleBuffers(logits)
-    sample(buffers, 8)
-    expected = sample_tokens(
-        logits,
-        [
-            SamplingParams(seed=seed, temperature=0.8, top_k=40, max_new_tokens=9)
-            for seed in range(64)
-        ],
-        [5] * 64,
-    )
-    tokens = buffers.sampled.tolist()
-    found["sampled tokens equal"] = sum(
-        token == sampled.token for token, sampled in zip(tokens, expected, strict=True)
-    )
-    report(found)
-
-
-class SampleBuffers:
-    """What `sample` reads of Buffers, for given logits."""
-
-    def __init__(self, logits: Tensor) -> None:
-        rows = len(logits)
-        padded = torch.nn.functional.pad(
-            logits, (0, -logits.shape[1] % HEAD_COLUMNS), value=float("-inf")
-        )
-        self.logits = logits
-        self.block_max = padded.view(rows, -1, HEAD_COLUMNS).amax(dim=2)
-
-        def new(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(*shape, device=logits.device, dtype=dtype)
-
-        self.seeds = torch.arange(rows, device=logits.device)
-        self.positions = new(rows, dtype=torch.int32)
-        self.steps = new(rows, dtype=torch.int64) + 5
-        self.temperatures = new(rows, dtype=torch.float64) + 0.8
-        self.top_k = new(rows, dtype=torch.int32) + 40
-        self.margins = new(rows, dtype=torch.float64) + float("inf")
-        self.sampled = new(rows, dtype=torch.int32)
-        self.blocks_scratch = new(rows, MAX_BLOCKS, dtype=torch.int32)
-        self.kept_scratch = new(rows, MAX_KEPT, dtype=torch.int32)
 
 
 def kernel_times() -> None:
-    """Microseconds of attention, norm, sampling, with the floor of the bytes they move."""
+    """Microseconds of store and attend, norm and sample, with the time of the bytes at 3 TB/s."""
     found: dict[str, Any] = {}
-    for dtype in ("bfloat16", "float32"):
+    for name in ("bfloat16", "float32"):
         for rows in ROW_COUNTS:
             for context in (96, 160):
-                cases = [paged_case(rows, context, DTYPES[dtype]) for _ in range(4)]
-                out = torch.empty_like(cases[0][0])
-                floor = rows * context * 2 * C * out.element_size() / 3e6
-                for dot in (False, True):
-                    for warps in (1, 2):
+                for int8 in (False, True):
+                    cases = [Case(rows, context, DTYPES[name], int8=int8) for _ in range(4)]
+                    size = 1 if int8 else cases[0].qkv.element_size()
+                    floor = rows * context * 2 * C * size / 3e6
 
-                        def attends(
-                            cases: Any = cases, out: Tensor = out, dot: bool = dot, w: int = warps
-                        ) -> None:
-                            for case in cases:
-                                run_attend(case, out, dot=dot, warps=w)
+                    def attends(cases: list[Case] = cases) -> None:
+                        for case in cases:
+                            case.run()
 
-                        key = f"attend {dtype} {rows} rows, {context} tokens, dot {dot}, w{warps}"
-                        found[key] = [round(time_us(attends, 4, 5), 2), round(floor, 2)]
+                    key = f"store and attend {name} {rows} rows, {context} tokens{' int8' * int8}"
+                    found[key] = [round(time_us(attends, 4, 5), 2), round(floor, 2)]
             report(found)
-            x = random(rows, C, dtype=DTYPES[dtype])
+            x = random(rows, C, dtype=DTYPES[name])
             w, b, y = random(C, dtype=x.dtype), random(C, dtype=x.dtype), x.clone()
 
-            def norms(
-                x: Tensor = x, w: Tensor = w, b: Tensor = b, y: Tensor = y, rows: int = rows
-            ) -> None:
-                for _ in range(10):
-                    norm_kernel[(rows,)](x, w, b, y, 1e-5, C=C, num_warps=1, enable_fp_fusion=False)
+            def norms(x: Tensor = x, w: Tensor = w, b: Tensor = b, y: Tensor = y) -> None:
+                for _ in range(2 * LAYERS + 1):
+                    norm(x, w, b, y, 1e-5)
 
-            found[f"norm {dtype} {rows} rows"] = round(time_us(norms, 10, 5), 2)
-            for segments in (1, 4, 12):
-                partials = torch.randn(segments, rows, C, device="cuda")
-
-                def adds(
-                    partials: Tensor = partials,
-                    x: Tensor = x,
-                    w: Tensor = w,
-                    b: Tensor = b,
-                    y: Tensor = y,
-                    rows: int = rows,
-                    segments: int = segments,
-                ) -> None:
-                    for _ in range(10):
-                        add_norm_kernel[(rows,)](
-                            partials,
-                            b,
-                            x,
-                            w,
-                            b,
-                            y,
-                            1e-5,
-                            rows,
-                            C=C,
-                            SIZE=1024,
-                            SEGMENTS=segments,
-                            num_warps=4,
-                            enable_fp_fusion=False,
-                        )
-
-                key = f"add_norm {dtype} {rows} rows, {segments} segments"
-                found[key] = round(time_us(adds, 10, 5), 2)
-            report(found)
+            found[f"norm {name} {rows} rows"] = round(time_us(norms, 2 * LAYERS + 1, 5), 2)
     for rows in ROW_COUNTS:
-        buffers: Any = SampleBuffers(torch.randn(rows, VOCAB, device="cuda") * 3)
-        for warps in (4, 8, 16):
-            us = time_us(functools.partial(sample, buffers, warps), 1)
-            found[f"sample {rows} rows w{warps}"] = round(us, 2)
+        case = sampler_case(rows)
+        for full_vocab in (False, True):
+            us = time_us(functools.partial(sample, **case, full_vocab=full_vocab), 1)
+            found[f"sample {rows} rows{', and the full vocabulary' * full_vocab}"] = round(us, 2)
     report(found)

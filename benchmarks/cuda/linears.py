@@ -19,7 +19,6 @@ from torch import Tensor
 from benchmarks.cuda.common import (
     DTYPES,
     LAYERS,
-    SEGMENTS,
     SHAPES,
     head_tiles,
     out_folder,
@@ -28,18 +27,9 @@ from benchmarks.cuda.common import (
     tiles_of,
     time_us,
     weight,
-    write_tiles,
 )
-from benchmarks.cuda_step import (
-    HEAD_COLUMNS,
-    column_major,
-)
-from gptbatch.pipeline.kernels.cuda.linear import (
-    GELU_TANH,
-    Tile,
-    linear,
-    partial_kernel,
-)
+from gptbatch.pipeline.kernels.cuda.linear import column_major, linear
+from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS, Tile
 
 # Tiles whose bits are compared at other K: smaller ones too, which run on mma.sync
 BITS_HALF_TILES = [
@@ -79,33 +69,21 @@ def times_jobs() -> Iterator[tuple[str, str, Tile]]:
                 yield dtype, name, tile
 
 
-def run_linear(
-    name: str, x: Tensor, w: Tensor, tile: Tile, segment: int | None = None
-) -> Callable[[], None]:
+def run_linear(name: str, x: Tensor, w: Tensor, tile: Tile) -> Callable[[], None]:
     """Return a launch of a linear of the model as it is used there."""
     rows, columns = len(x), len(w)
     y_dtype = torch.float32 if name == "head" else x.dtype
-    padded = -(-columns // HEAD_COLUMNS) * HEAD_COLUMNS
+    padded = -(-columns // MAX_COLUMNS) * MAX_COLUMNS
     y = torch.empty(rows, padded, device="cuda", dtype=y_dtype)[:, :columns]
     bias = None if name == "head" else random(columns, dtype=x.dtype)
     residual = y if name in ("out", "mlp_out") else None
     block_max = None
     if name == "head":
-        block_max = torch.empty(rows, triton.cdiv(columns, HEAD_COLUMNS), device="cuda")
-    activation = GELU_TANH if name == "mlp_in" else 0
+        block_max = torch.empty(rows, triton.cdiv(columns, MAX_COLUMNS), device="cuda")
+    activation = "gelu_tanh" if name == "mlp_in" else "none"
 
     def launch() -> None:
-        linear(
-            x,
-            w,
-            bias,
-            residual,
-            y,
-            tile=tile,
-            activation=activation,
-            segment=segment,
-            block_max=block_max,
-        )
+        linear(x, w, bias, residual, y, activation, block_max, tile=tile)
 
     return launch
 
@@ -117,7 +95,7 @@ def compile_some(index: int, count: int) -> None:
         columns, depth = SHAPES[name]
         x = random(tile.bm, depth, dtype=DTYPES[dtype])
         try:
-            run_linear(name, x, weight(columns, depth, dtype), tile, SEGMENTS[dtype])()
+            run_linear(name, x, weight(columns, depth, dtype), tile)()
             torch.cuda.synchronize()
         except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
             failures[f"{dtype} {name} {tile}"] = str(error)[:200]
@@ -218,14 +196,11 @@ def linear_times() -> None:
                 for tile in head_tiles(dtype) if name == "head" else tiles_of(dtype):
                     if rows % tile.bm:
                         continue
-                    calls = [run_linear(name, x, w, tile, SEGMENTS[dtype]) for w in weights]
+                    calls = [run_linear(name, x, w, tile) for w in weights]
                     key = f"{dtype} {rows} {name} {list(asdict(tile).values())}"
                     note(table, best, key, functools.partial(run_all, calls), copies)
-                    if name in ("out", "mlp_out") and depth > SEGMENTS[dtype] and rows <= 256:
-                        spread = run_spread(x, weights, tile, SEGMENTS[dtype])
-                        note(table, best, f"{key} spread", spread, copies)
             report({"best": best})
-    write_tiles(best)
+    (out_folder() / "tiles.json").write_text(json.dumps(best))
     (out_folder() / "linear_times.json").write_text(json.dumps(table, indent=0))
 
 
@@ -242,7 +217,7 @@ def note(
     launches: Callable[[], Any],
     copies: int,
 ) -> None:
-    """Time a linear, and keep it where it is the best of its dtype, rows, name and way."""
+    """Time a linear, and keep it where it is the best of its dtype, rows and name."""
     try:
         us = round(time_us(launches, copies, 10), 2)
     except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
@@ -251,11 +226,9 @@ def note(
     table[key] = us
     dtype, rows, name, *_ = key.split()
     tile = json.loads(key[key.index("[") : key.index("]") + 1])
-    if key.endswith("spread"):
-        name += "_spread"
     group = best.setdefault(dtype, {}).setdefault(rows, {})
     if name not in group or us < group[name]["us"]:
-        columns, depth = SHAPES[name.removesuffix("_spread")]
+        columns, depth = SHAPES[name]
         flops = 2 * int(rows) * columns * depth
         size = 4 if dtype == "float32" else 2
         group[name] = {
@@ -264,19 +237,3 @@ def note(
             "tflops": round(flops / us / 1e6, 1),
             "weights_gb_s": round(columns * depth * size / us / 1e3),
         }
-
-
-def run_spread(x: Tensor, weights: list[Tensor], tile: Tile, segment: int) -> Callable[[], None]:
-    """Return launches of the linears with their segments of K side by side, without the norms."""
-    rows, depth = x.shape
-    columns, segments = len(weights[0]), depth // segment
-    partials = torch.empty(segments, rows, columns, device="cuda")
-    grid = (rows // tile.bm, triton.cdiv(columns, tile.bn), segments)
-
-    def launches() -> None:
-        for w in weights:
-            partial_kernel[grid](
-                x, w, partials, rows, columns, *w.stride(), depth, segment, **tile.options
-            )
-
-    return launches

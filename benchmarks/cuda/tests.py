@@ -9,7 +9,8 @@ from pathlib import Path
 from benchmarks.cuda.common import report
 
 # The files with tests marked cuda, without those that need packages that a GPU machine may lack.
-CUDA_TESTS = [f"tests/test_{name}.py" for name in ("sampling", "invariance", "model", "engine")]
+NAMES = ("device_engine", "cuda_invariance", "sampling", "invariance", "model", "engine")
+CUDA_TESTS = [f"tests/test_{name}.py" for name in NAMES]
 
 
 def tests() -> None:

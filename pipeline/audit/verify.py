@@ -236,7 +236,7 @@ def _sample(
         hidden: The head's input (S, C).
         checks: Those of the row of each step.
     """
-    from gptbatch.pipeline.engine.sampling_step import sample_step
+    from gptbatch.pipeline.engine.sampling_step import sample_for_model
     from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
     from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS, logits_bytes
 
@@ -249,7 +249,7 @@ def _sample(
         logits = model.logits(hidden[chunk])
         for check, step_logits in zip(checks[chunk], logits.cpu(), strict=True):
             check.logits_hash.update(logits_bytes(step_logits))
-        samples += sample_step(logits, requests[chunk], native=model.backend.native)
+        samples += sample_for_model(model, logits, requests[chunk])
     return samples
 
 

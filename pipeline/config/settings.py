@@ -194,8 +194,8 @@ class EngineConfig(_Section):
         ge=1,
         le=65536,
         description=(
-            "Maximum number of rows that run at the same time. Default: 32 per CPU thread, "
-            "between 64 and 512, as far as memory allows."
+            "Maximum number of rows that run at the same time. Default: 1,024 on a GPU with Triton "
+            "kernels, else 32 per CPU thread, between 64 and 512, as far as memory allows."
         ),
     )
     threads: int | None = Field(
@@ -207,8 +207,9 @@ class EngineConfig(_Section):
     attention: Literal["auto", "ragged", "padded"] = Field(
         "auto",
         description=(
-            "Attention backend. ragged: the paged KV cache with C++ kernels for CPUs, built on "
-            "first use. padded: PyTorch. auto: ragged where the kernels can be built, else padded."
+            "Attention backend. ragged: the paged KV cache with C++ kernels on a CPU, built on "
+            "first use, and Triton kernels on a GPU. padded: PyTorch. auto: ragged where the "
+            "kernels work, else padded."
         ),
     )
     memory_gib: float | None = Field(

@@ -67,7 +67,8 @@ def load_config(
     """Merge options, environment and file, in this order of precedence, and validate the result.
 
     Args:
-        file: A path, or the name of a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda.
+        file: A path, or the name of a bundled config: demo, gpt2-cpu, gpt2-cpu-fast, gpt2-cuda,
+            gpt2-cuda-fast.
         environment: Variables; those that begin with GPTBATCH_ are settings.
         options: Settings by config key. Nested keys are flat: "engine.dtype".
 

@@ -31,7 +31,7 @@ EXTRAS = {
     "ray": ("ray", "--on ray", "pip install 'gptbatch[ray]'"),
     "lm-eval": ("lm_eval", "lm-evaluation-harness", "pip install 'gptbatch[lm-eval]'"),
     "matplotlib": ("matplotlib", "charts of bench scaling", "pip install 'gptbatch[bench]'"),
-    "triton": ("triton", "GPU kernels, not used by runs yet", "pip install triton"),
+    "triton": ("triton", "kernels of CUDA devices", "pip install triton"),
 }
 
 

@@ -37,11 +37,12 @@ def probe_batch_invariance(kernels: dict[str, Any]) -> Section:
     section = Section(facts={"tests": []})
     cases: list[tuple[str, BackendName]] = [("cpu", "ragged"), ("cpu", "padded")]
     if torch.cuda.is_available():
-        cases.append(("cuda", "padded"))
+        cases += [("cuda", "ragged"), ("cuda", "padded")]
     for device, attention in cases:
         for dtype in DTYPES[device]:
             case = {"device": device, "attention": attention, "dtype": dtype}
-            if attention == "ragged" and not kernels.get("available"):
+            needs_compiler = device == "cpu" and attention == "ragged"
+            if needs_compiler and not kernels.get("available"):
                 result = {"batch_invariance": "not available", "reason": "needs the C++ kernels"}
                 section.facts["tests"].append(case | result)
                 continue
@@ -106,7 +107,7 @@ def _test(device: str, attention: BackendName, dtype: str) -> Section:
     import torch
 
     from gptbatch.pipeline.bench.random_model import random_model
-    from gptbatch.pipeline.kv_cache.spec import BACKENDS
+    from gptbatch.pipeline.kv_cache.interface import select_backend
     from gptbatch.pipeline.model.config import parse_config
     from gptbatch.pipeline.model.golden import why_golden_differs, why_not_portable
     from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
@@ -117,7 +118,7 @@ def _test(device: str, attention: BackendName, dtype: str) -> Section:
         parse_config(TINY, "doctor"),
         dtype=kind,
         device=torch.device(device),
-        backend=BACKENDS[attention],
+        backend=select_backend(attention, torch.device(device)),
     )
     report = select_batch_invariant_kernels(model)
     why_not = why_not_portable(model) or why_golden_differs(model.cache_dtype)

@@ -19,7 +19,7 @@ import torch
 from gptbatch.pipeline.engine.bad_words import BadWords
 from gptbatch.pipeline.engine.row_adjustments import RowAdjustments, next_adjustments
 from gptbatch.pipeline.engine.sampling import SampledToken
-from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_step
+from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_for_model
 from gptbatch.pipeline.engine.scheduler import Scheduler
 from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
 from gptbatch.pipeline.engine.stopping import StopCheck, StopRule
@@ -163,7 +163,7 @@ class Engine:
         while True:
             # Outside of the retry: an iterator that has raised cannot continue.
             self._add_waiting(prompts)
-            if not self._scheduler.running and not self._scheduler.waiting:
+            if self._is_idle():
                 if self._is_exhausted:
                     return
                 yield []
@@ -191,12 +191,15 @@ class Engine:
         self._postprocess(chunks, sampled, began)
         return [self._completion(sequence) for sequence in self._scheduler.free_finished()]
 
+    def _n_held(self) -> int:
+        return len(self._scheduler.running) + len(self._scheduler.waiting)
+
+    def _is_idle(self) -> bool:
+        return not self._scheduler.running and not self._scheduler.waiting
+
     def _add_waiting(self, prompts: Iterator[TokenizedPrompt | None]) -> None:
         scheduler = self._scheduler
-        while (
-            not self._is_exhausted
-            and len(scheduler.running) + len(scheduler.waiting) < self.max_rows_held
-        ):
+        while not self._is_exhausted and self._n_held() < self.max_rows_held:
             try:
                 prompt = next(prompts)
             except StopIteration:
@@ -262,7 +265,7 @@ class Engine:
         for sequence, row in zip(sequences, logits.cpu(), strict=True):
             assert sequence.logits_hash is not None
             sequence.logits_hash.update(logits_bytes(row))
-        return sample_step(logits, requests, native=self.model.backend.native)
+        return sample_for_model(self.model, logits, requests)
 
     def _postprocess(
         self, chunks: list[ScheduledChunk], sampled: list[SampledToken], began: float
@@ -326,7 +329,7 @@ class Engine:
                 self.batch_size = min(self.batch_size, max_seqs)
             try:
                 with torch.inference_mode():
-                    cache = self.model.new_cache(self.batch_size, capacity=capacity)
+                    cache = self._allocate(capacity)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -349,6 +352,10 @@ class Engine:
             slide=self.window_full == "slide",
         )
         return cache, scheduler
+
+    def _allocate(self, capacity: int | None) -> KVCache:
+        """Create a cache for batch_size sequences, of this many positions."""
+        return self.model.new_cache(self.batch_size, capacity=capacity)
 
     def _restart_with_half_the_batch(self, failure: str) -> None:
         """Start the running sequences again in half the batch. No completion changes."""

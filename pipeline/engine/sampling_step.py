@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +16,11 @@ from gptbatch.pipeline.engine.logit_adjustments import adjusted_logits
 from gptbatch.pipeline.engine.logprobs import token_logprobs
 from gptbatch.pipeline.engine.row_adjustments import StepAdjustments
 from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
+from gptbatch.pipeline.kernels.build import KernelError, load_kernels
 from gptbatch.pipeline.params.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from gptbatch.pipeline.model.gpt import GPT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +43,30 @@ class SampleRequest:
     def needs_all_logits(self) -> bool:
         """Whether logits matter that lie far below the kept ones."""
         return self.adjustments is not None or self.params.logprobs is not None
+
+
+def sample_for_model(
+    model: GPT, logits: Tensor, requests: Sequence[SampleRequest]
+) -> list[SampledToken]:
+    """Sample from the logits of a model, by the kernels of its backend; see `sample_step`.
+
+    Beside the Triton kernels, the C++ kernels sample on the CPU where they can be built. Their
+    margins are those of the sampler of the device, bit for bit.
+    """
+    native = model.backend.native
+    if model.backend.triton and has_native_kernels():
+        logits, native = logits.cpu(), True
+    return sample_step(logits, requests, native=native)
+
+
+@functools.cache
+def has_native_kernels() -> bool:
+    """Return whether the C++ kernels can be built and loaded here."""
+    try:
+        load_kernels()
+    except KernelError:
+        return False
+    return True
 
 
 def sample_step(

@@ -7,6 +7,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
@@ -79,6 +80,58 @@ class Scheduler:
         prefilling.sort(key=lambda seq_index: self.running[seq_index].schedule_order)
         if self.interleave_prefill:
             return chunks + self._interleaved_prefill(prefilling, budget)
+        return chunks + self._prefill(prefilling, budget)
+
+    def schedule_prefill(self, budget: int) -> list[ScheduledChunk]:
+        """Return chunks of prompts, for an engine whose sequences decode on the device.
+
+        The last chunk of a prompt has `needs_logits`.
+
+        Args:
+            budget: The most tokens.
+        """
+        prefilling = [
+            seq_index
+            for seq_index, sequence in enumerate(self.running)
+            if sequence.n_computed_tokens < sequence.n_prompt_tokens
+        ]
+        prefilling.sort(key=lambda seq_index: self.running[seq_index].schedule_order)
+        return self._prefill(prefilling, budget)
+
+    def free_finished(self) -> list[Sequence]:
+        """Remove finished sequences from the batch; the last ones move into the gaps."""
+        indices = [index for index, sequence in enumerate(self.running) if sequence.is_finished]
+        return self.free(indices)[0]
+
+    def free(self, seq_indices: Iterable[int]) -> tuple[list[Sequence], list[tuple[int, int]]]:
+        """Remove sequences from the batch; the last ones move into the gaps.
+
+        Args:
+            seq_indices: Their indices, ascending.
+
+        Returns:
+            The sequences, the last index first; (old index, new index) of each move, in order.
+        """
+        freed, moves = [], []
+        for seq_index in reversed([*seq_indices]):
+            sequence = self.running[seq_index]
+            self.cache.free(seq_index)
+            last = self.running.pop()
+            if last is not sequence:
+                self.cache.move(len(self.running), seq_index)
+                self.running[seq_index] = last
+                moves.append((len(self.running), seq_index))
+            freed.append(sequence)
+        return freed, moves
+
+    def n_pending_tokens(self, seq_index: int) -> int:
+        """Return how many tokens of a running sequence are not in the cache: at least its last."""
+        sequence = self.running[seq_index]
+        return min(len(sequence.tokens), self.n_positions) - sequence.n_computed_tokens
+
+    def _prefill(self, prefilling: list[int], budget: int) -> list[ScheduledChunk]:
+        """Schedule chunks of sequences that prefill, then of waiting ones."""
+        chunks: list[ScheduledChunk] = []
         while budget > 0:
             seq_index = prefilling.pop(0) if prefilling else self._start_next()
             if seq_index is None:
@@ -87,26 +140,6 @@ class Scheduler:
                 chunks.append(chunk)
                 budget -= len(chunk.tokens)
         return chunks
-
-    def free_finished(self) -> list[Sequence]:
-        """Remove finished sequences from the batch; the last ones move into the gaps."""
-        finished = []
-        for seq_index in reversed(range(len(self.running))):
-            sequence = self.running[seq_index]
-            if not sequence.is_finished:
-                continue
-            self.cache.free(seq_index)
-            last = self.running.pop()
-            if last is not sequence:
-                self.cache.move(len(self.running), seq_index)
-                self.running[seq_index] = last
-            finished.append(sequence)
-        return finished
-
-    def n_pending_tokens(self, seq_index: int) -> int:
-        """Return how many tokens of a running sequence are not in the cache: at least its last."""
-        sequence = self.running[seq_index]
-        return min(len(sequence.tokens), self.n_positions) - sequence.n_computed_tokens
 
     def _interleaved_prefill(self, prefilling: list[int], budget: int) -> list[ScheduledChunk]:
         """Start all sequences that fit and share the budget equally among those that prefill."""

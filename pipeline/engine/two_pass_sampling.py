@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.sampling import SampledToken, kept_set_size
-from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_step
+from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_for_model
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS, TwoPassHead
 
@@ -39,7 +39,7 @@ EXACT_RANGE = 0.2
 def sample_from_hidden(
     model: GPT, hidden: Tensor, requests: abc.Sequence[SampleRequest]
 ) -> list[SampledToken]:
-    """Return the result of `sample_step` for the logits of hidden (S, C).
+    """Return the result of `sample_for_model` for the logits of hidden (S, C).
 
     Args:
         model: Provides the head.
@@ -98,7 +98,7 @@ class _Rows:
         )
 
     def _sample(self, logits: Tensor) -> list[SampledToken]:
-        return sample_step(logits, self.requests, native=self.model.backend.native)
+        return sample_for_model(self.model, logits, self.requests)
 
     def _sample_from_all(self) -> list[SampledToken]:
         return self._sample(self.model.logits(self.hidden))

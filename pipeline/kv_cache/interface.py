@@ -3,7 +3,8 @@
 Attention is softmax(q k^T * scale) v over the keys at positions 0 to the query's own (Vaswani et
 al. 2017, section 3.2.1, with a causal mask). Two backends implement it:
 
-    ragged   C++ kernel over a paged cache (blocks of 16 or 64 positions). CPU only.
+    ragged   Kernels over a paged cache: C++ on a CPU (blocks of 16 or 64 positions), Triton on a
+             CUDA device (blocks of 64).
     padded   torch matmul and softmax over all sequences, padded to one width. Any device.
 
 With both, a token's result depends only on its position and its sequence: not on other sequences,
@@ -22,11 +23,16 @@ from torch import Tensor
 from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.kernels.build import KernelError, load_kernels
 from gptbatch.pipeline.kv_cache.block_pool import CacheAllocator
+from gptbatch.pipeline.kv_cache.device import DeviceKVCache
 from gptbatch.pipeline.kv_cache.padded import PaddedKVCache
 from gptbatch.pipeline.kv_cache.paged import PagedKVCache
-from gptbatch.pipeline.kv_cache.spec import PADDED, RAGGED, Backend, KVCacheSpec
+from gptbatch.pipeline.kv_cache.spec import PADDED, RAGGED, TRITON, Backend, KVCacheSpec
 
 logger = logging.getLogger("gptbatch")
+
+MIN_TRITON = (3, 6)
+# Ampere: the first with bfloat16.
+MIN_CAPABILITY = (8, 0)
 
 
 class Attention(Protocol):
@@ -60,6 +66,8 @@ def new_cache(spec: KVCacheSpec, max_seqs: int, *, capacity: int | None = None) 
             enough for max_seqs full contexts. One full context always fits. The padded backend
             ignores it: bound max_seqs with `KVCacheSpec.max_seqs` instead.
     """
+    if spec.backend.triton:
+        return DeviceKVCache(spec, max_seqs, capacity)
     if spec.backend.paged:
         return PagedKVCache(spec, max_seqs, capacity)
     return PaddedKVCache(spec, max_seqs)
@@ -68,29 +76,47 @@ def new_cache(spec: KVCacheSpec, max_seqs: int, *, capacity: int | None = None) 
 def select_backend(name: Literal["auto", "ragged", "padded"], device: torch.device) -> Backend:
     """Return the backend to use.
 
-    `auto` takes ragged on a CPU where the kernels build, and warns where they do not.
+    `auto` takes ragged where the kernels of the device are available, and warns where they are not.
 
     Raises:
         DeviceError: `ragged` is not available on this device.
     """
-    if name == "padded" or (name == "auto" and device.type != "cpu"):
+    if name == "padded":
         return PADDED
-    if device.type != "cpu":
+    kernels, problem = ("C++", None) if device.type == "cpu" else ("Triton", triton_problem(device))
+    if device.type == "cpu":
+        try:
+            load_kernels()
+        except KernelError as error:
+            problem = str(error)
+    if problem is None:
+        return RAGGED if device.type == "cpu" else TRITON
+    if name == "ragged":
         raise DeviceError(
-            f"engine.attention is ragged, which runs on a CPU only, not on {device.type}; "
-            "use auto or padded",
+            f"engine.attention is ragged, but the {kernels} kernels are not available: {problem}",
             keys=("engine.attention",),
         )
+    logger.warning(
+        "the %s kernels are not available; attention is padded, which is slower: %s",
+        kernels,
+        problem,
+    )
+    return PADDED
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Return why the Triton kernels cannot run on a CUDA device; None where they can."""
     try:
-        load_kernels()
-    except KernelError as error:
-        if name == "ragged":
-            raise DeviceError(
-                f"engine.attention is ragged, but the C++ kernels are not available: {error}",
-                keys=("engine.attention",),
-            ) from error
-        logger.warning(
-            "the C++ kernels are not available; attention is padded, which is slower: %s", error
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < MIN_TRITON:
+        return f"triton {triton.__version__} is older than {MIN_TRITON[0]}.{MIN_TRITON[1]}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}; "
+            f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} is needed"
         )
-        return PADDED
-    return RAGGED
+    return None

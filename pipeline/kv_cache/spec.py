@@ -6,7 +6,7 @@ Imports torch for types only.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from gptbatch.pipeline.kv_cache.block_pool import blocks_for
@@ -21,6 +21,8 @@ BackendName = Literal["ragged", "padded"]
 ReductionOrder = Literal["matmul", "pairwise"]
 
 GRAIN_WIDTH = 16
+# Positions per block of the cache of the Triton kernels: the keys of one step of attention.
+TRITON_BLOCK_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,7 @@ class Backend:
     Attributes:
         name: Value of `engine.attention`; recorded in the environment.
         native: Every operation that has a C++ kernel uses it, not only attention.
+        triton: Every operation that has a Triton kernel uses it.
         paged: Memory is taken block by block, and sequences share prefixes.
         interleaves_prefill: A forward pass takes one prefill token of every sequence at a time, so
             prefill advances side by side.
@@ -39,6 +42,7 @@ class Backend:
 
     name: BackendName
     native: bool
+    triton: bool
     paged: bool
     interleaves_prefill: bool
     stores_int8: bool
@@ -48,6 +52,7 @@ class Backend:
 RAGGED = Backend(
     name="ragged",
     native=True,
+    triton=False,
     paged=True,
     interleaves_prefill=False,
     stores_int8=True,
@@ -55,9 +60,12 @@ RAGGED = Backend(
     # no choice, and the environment records null.
     reduction_orders=("matmul",),
 )
+# Ragged attention on a CUDA device. The environment records the same name: float32 has equal bits.
+TRITON = replace(RAGGED, native=False, triton=True)
 PADDED = Backend(
     name="padded",
     native=False,
+    triton=False,
     paged=False,
     interleaves_prefill=True,
     stores_int8=False,
@@ -87,7 +95,7 @@ class KVCacheSpec:
     @property
     def block_size(self) -> int:
         """Positions per block."""
-        return BLOCK_SIZES[self.cache_dtype]
+        return TRITON_BLOCK_SIZE if self.backend.triton else BLOCK_SIZES[self.cache_dtype]
 
     @property
     def bytes_per_token(self) -> int:

@@ -122,6 +122,8 @@ class GPT(nn.Module):
         if config.tied:
             self.lm_head.tie(self.wte)
         self.two_pass_head: TwoPassHead | None = None
+        # What is wrong with the engine of the device; "" for nothing, None before its self-test.
+        self.device_engine_problem: str | None = None
 
     def forward(self, idx: Tensor) -> Tensor:
         """Run whole sequences without a cache of earlier tokens: idx (B, T) -> logits (B, T, V).

@@ -41,7 +41,9 @@ GRAIN_FEATURES = 16
 # A multiple of the length of every vector register, in numbers.
 GRAIN_ACTIVATIONS = 64
 
-LinearKind = Literal["native", "native_float32", "prepacked", "prepacked_float32", "plain"]
+LinearKind = Literal[
+    "native", "native_float32", "prepacked", "prepacked_float32", "triton", "plain"
+]
 
 
 class Linear(nn.Module):
@@ -49,7 +51,9 @@ class Linear(nn.Module):
 
     Attributes:
         kind: Layout of the weight. native: the C++ kernel's, in the model's dtype. prepacked:
-            oneDNN's. With _float32, bfloat16 weights are widened. plain: (out, in).
+            oneDNN's. With _float32, bfloat16 weights are widened. triton: (out, in) for the Triton
+            kernel; in float32, the outputs are contiguous. plain: (out, in).
+        output_dtype: Of the result; None is that of x. Only with kind triton.
         fixed_rows: Run x in pieces of this many rows; None runs all rows at once (see padding.py).
     """
 
@@ -70,6 +74,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.kind: LinearKind = "plain"
         self.fixed_rows: int | None = None
+        self.output_dtype: torch.dtype | None = None
         self._packed: Any = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -117,6 +122,14 @@ class Linear(nn.Module):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.weight = _frozen(torch.empty(0, dtype=self.weight.dtype))
 
+    def pack_for_triton(self) -> None:
+        """Lay the weight out for the Triton kernel."""
+        from gptbatch.pipeline.kernels.cuda.linear import column_major
+
+        self.kind = "triton"
+        if self.weight.dtype == torch.float32:
+            self.weight = _frozen(column_major(self.weight.detach()))
+
     @property
     def packed(self) -> Tensor | None:
         """The weight for fused kernels: native, in the model's dtype, without fixed_rows."""
@@ -125,6 +138,8 @@ class Linear(nn.Module):
     def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if self._packed is not None:
             return self._packed_forward(x, residual)
+        if self.kind == "triton":
+            return self._triton_forward(x, residual)
         y = F.linear(x, self.weight, self.bias)
         if y.shape[1] != self.out_features:
             y = y[:, : self.out_features].contiguous()
@@ -149,6 +164,15 @@ class Linear(nn.Module):
             name, algorithm = _ONEDNN_ACTIVATIONS[self.activation]
             y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, name, [], algorithm)
         return y.to(dtype) if is_widened else y
+
+    def _triton_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        from gptbatch.pipeline.kernels.cuda.linear import linear
+
+        y = torch.empty(
+            len(x), self.out_features, dtype=self.output_dtype or x.dtype, device=x.device
+        )
+        linear(x.contiguous(), self.weight, self.bias, residual, y, self.activation)
+        return y
 
     def _round_up_features(self) -> None:
         extra = -self.weight.shape[0] % GRAIN_FEATURES

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from gptbatch.pipeline.config import BatchInvarianceSetting, EngineConfig, unpor
 from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.config import GPTConfig
+from gptbatch.pipeline.system.error_text import first_line
 from gptbatch.pipeline.system.machine import cores, free_memory_bytes
 from gptbatch.pipeline.types import NOISE_VERSION, BatchInvariance
 
@@ -30,6 +32,7 @@ logger = logging.getLogger("gptbatch")
 
 SEQS_PER_THREAD = 32
 MIN_BATCH_SIZE, MAX_BATCH_SIZE = 64, 512
+TRITON_BATCH_SIZE = 1024
 # Share of the free memory that the KV cache takes by default.
 CACHE_MEMORY_SHARE = 0.5
 
@@ -50,9 +53,14 @@ class LoadedModel:
     environment: dict[str, Any]
 
     def batch_size(self, configured: int | None) -> int:
-        """Return the most sequences to run at once; by default 32 per thread, from 64 to 512."""
+        """Return the most sequences to run at once.
+
+        By default 1,024 on a GPU with Triton kernels, else 32 per thread, from 64 to 512.
+        """
         if configured is not None:
             return configured
+        if self.model.backend.triton:
+            return TRITON_BATCH_SIZE
         import torch
 
         return default_batch_size(torch.get_num_threads())
@@ -123,6 +131,7 @@ def prepare_model(
     import torch
 
     from gptbatch.pipeline.kv_cache.interface import select_backend
+    from gptbatch.pipeline.kv_cache.spec import PADDED
     from gptbatch.pipeline.model import golden, packing, self_test
 
     torch.set_num_threads(threads_to_use(engine.threads))
@@ -138,7 +147,20 @@ def prepare_model(
     report = None
     level: BatchInvariance = "off"
     if batch_invariance != "off":
-        report = self_test.select_batch_invariant_kernels(model)
+        if backend.triton and engine.attention == "auto":
+            report, problem = _test_triton(model)
+            if report is None:
+                logger.warning(
+                    "the Triton kernels do not work here (%s); attention is padded, which is "
+                    "slower",
+                    problem,
+                )
+                backend = PADDED
+                # Free the weights before they are loaded again.
+                del model
+                model = load(backend)
+        if report is None:
+            report = self_test.select_batch_invariant_kernels(model)
         level = _level(model, report, batch_invariance)
     has_reduction_orders = len(backend.reduction_orders) > 1
     environment = {
@@ -148,11 +170,44 @@ def prepare_model(
         "padding_plan": packing.describe_padding(model),
         "torch": torch.__version__,
         "device_class": device_class(device),
+        **_triton_environment(backend),
         "noise_version": NOISE_VERSION,
         "arithmetic": golden.ARITHMETIC if level == "portable" else None,
         "self_test_digest": None if report is None else report.self_test_digest,
     }
     return LoadedModel(model=model, batch_invariance=level, environment=environment)
+
+
+def _test_triton(model: GPT) -> tuple[SelfTestReport | None, str]:
+    """Return the report of a self-test that passes; else None, and what is wrong."""
+    import torch
+
+    from gptbatch.pipeline.model import self_test
+
+    began = time.monotonic()
+    try:
+        report = self_test.select_batch_invariant_kernels(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a compiler, a driver or a GPU may fail in any way
+        return None, first_line(error)
+    if not report.passed:
+        return None, f"the bits of a row depend on the batch: {', '.join(report.failures)}"
+    logger.info(
+        "the Triton kernels passed the self-test in %.1f s; compiled kernels are cached",
+        time.monotonic() - began,
+    )
+    return report, ""
+
+
+def _triton_environment(backend: Backend) -> dict[str, Any]:
+    if not backend.triton:
+        return {}
+    import triton
+
+    from gptbatch.pipeline.kernels.cuda.tiles import table_hash
+
+    return {"triton": triton.__version__, "tiles": table_hash()}
 
 
 def default_batch_size(threads: int) -> int:

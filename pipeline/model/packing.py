@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.linear import Linear
 from gptbatch.pipeline.model.lm_head import make_two_pass_head
@@ -16,6 +18,9 @@ def pack(model: GPT) -> None:
 
     The model can no longer be copied into or moved to another device.
     """
+    if model.backend.triton:
+        _pack_for_triton(model)
+        return
     is_tied = model.lm_head.weight is model.wte.weight
     for module in model.modules():
         if isinstance(module, (Linear, Norm)):
@@ -27,7 +32,7 @@ def pack(model: GPT) -> None:
 
 def padding_plans(model: GPT) -> tuple[PaddingPlan, ...]:
     """Return the plans that the model's linears may use, the fastest first."""
-    is_native = model.linear_kind in ("native", "native_float32")
+    is_native = model.linear_kind in ("native", "native_float32", "triton")
     return (AS_IS, *PADDING_PLANS) if is_native else PADDING_PLANS
 
 
@@ -57,6 +62,17 @@ def describe_padding(model: GPT) -> str:
         if linear.fixed_rows != first
     ]
     return ", ".join([plan.name, *dict.fromkeys(deviating)])
+
+
+def _pack_for_triton(model: GPT) -> None:
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.pack_for_triton()
+        elif isinstance(module, Norm):
+            module.triton = True
+    # The sampler of the device takes float32, and so must every other path.
+    model.lm_head.output_dtype = torch.float32
+    use_padding_plan(model, padding_plans(model)[0])
 
 
 def _linears(model: GPT) -> Iterator[tuple[str, Linear]]:

@@ -80,7 +80,7 @@ def load_gpt(
             _load_tied_head(gpt, weights, group, dtype=dtype, device=device)
         else:
             group.fill(weights.read(list(group.shapes)), dtype, device)
-        if packed and group.module is not gpt.lm_head:
+        if packed and not backend.triton and group.module is not gpt.lm_head:
             for module in group.module.modules():
                 if isinstance(module, Linear):
                     module.pack(native=backend.native)

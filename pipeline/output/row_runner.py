@@ -196,10 +196,11 @@ def make_engine(
         batch_size: The most sequences that run at once.
         scheduling: How steps are filled; None is as in a run.
     """
-    from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
+    from gptbatch.pipeline.engine.engine import SchedulingOptions
+    from gptbatch.pipeline.engine.selection import new_engine
 
-    return Engine(
-        model=loaded.model,
+    return new_engine(
+        loaded.model,
         batch_size=batch_size,
         eos_token_ids=() if config.ignore_eos else prompts.special_tokens.eos_token_ids,
         memory_bytes=loaded.cache_memory_bytes(config.engine.memory_gib),

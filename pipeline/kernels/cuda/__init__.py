@@ -1,11 +1,11 @@
-"""Triton kernels for CUDA, with torch twins for the tests. The engine does not use them yet.
+"""Triton kernels for CUDA, each with its launcher and a torch twin for the tests.
 
-With `engine.device: cuda` it still runs padded attention in torch. `benchmarks/cuda_step.py` runs
-these kernels as a decode step, and `make cuda-check` measures them on a GPU; docs/cuda has results.
+`engine/device_step.py` runs them as one step. The layers of the model use the same ones where the
+host takes each step. docs/cuda has the design and what was measured.
 
-By design the bits of a row depend neither on the number of rows nor on the tile that a kernel runs
-with: an output of a linear is a sum over fixed segments of K in order, and attention visits the
-blocks of 64 keys in order. Triton's interpreter shows nothing of this: `make cuda-check` tests it.
+The bits of a row depend neither on the number of rows nor on the tile that a kernel runs with: an
+output of a linear is one chain over k, and attention visits the blocks of 64 keys in order. float32
+follows docs/arithmetic.md.
 
-Importing a module of this package imports triton.
+Importing a module of this package imports triton, except for tiles.py.
 """

@@ -1,0 +1,192 @@
+"""Sections `engine` and `transformers`: new tokens/s of our engine, and of `generate` beside it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.cuda.common import DTYPES, ROW_COUNTS, VOCAB, report
+from gptbatch.pipeline.bench.random_model import random_model
+from gptbatch.pipeline.bench.shapes import shape_config
+from gptbatch.pipeline.engine.device_engine import DeviceEngine
+from gptbatch.pipeline.engine.device_self_test import device_engine_problem
+from gptbatch.pipeline.kv_cache.quantization import CacheDtype
+from gptbatch.pipeline.kv_cache.spec import TRITON
+from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
+from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.types import Completion, Prompt, TokenizedPrompt
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 128
+CASES: tuple[tuple[str, CacheDtype], ...] = (
+    ("bfloat16", "auto"),
+    ("float32", "auto"),
+    ("bfloat16", "int8"),
+    ("float32", "int8"),
+)
+
+
+def prompts(rows: int, ragged: bool = False) -> list[TokenizedPrompt]:
+    """Return random prompts: 32 + 128 tokens, or 1 to 64 + 1 to 256."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCAB, (rows, 2 * PROMPT_TOKENS), generator=generator).tolist()
+    lengths = torch.randint(1, 2 * PROMPT_TOKENS + 1, (rows,), generator=generator).tolist()
+    budgets = torch.randint(1, 2 * NEW_TOKENS + 1, (rows,), generator=generator).tolist()
+    made = []
+    for index in range(rows):
+        length, budget = (lengths[index], budgets[index]) if ragged else (PROMPT_TOKENS, NEW_TOKENS)
+        params = SamplingParams(seed=index, temperature=0.8, top_k=40, max_new_tokens=budget)
+        prompt = Prompt(index=index, prompt_id=str(index), text="", params=params, metadata=None)
+        made.append(
+            TokenizedPrompt(
+                prompt=prompt, token_ids=tokens[index][:length], tokens_dropped=0, read_s=0.0
+            )
+        )
+    return made
+
+
+def run(engine: DeviceEngine, rows: list[TokenizedPrompt]) -> tuple[list[Completion], float]:
+    """Return the completions in order, and the seconds."""
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    ended = [done for some in engine.generate(iter(rows)) for done in some]
+    torch.cuda.synchronize()
+    seconds = time.monotonic() - began
+    return sorted(ended, key=lambda done: done.prompt.index), seconds
+
+
+def engine() -> None:
+    """Measure the engine of the device on GPT-2 124M with random weights; compare its bits."""
+    found: dict[str, Any] = {"problems": []}
+    for name, cache_dtype in CASES:
+        key = f"{name} cache {cache_dtype}"
+        began = time.monotonic()
+        model = random_model(
+            shape_config("gpt2"),
+            dtype=DTYPES[name],
+            device=torch.device("cuda"),
+            backend=TRITON,
+            cache_dtype=cache_dtype,
+        )
+        model_report = select_batch_invariant_kernels(model)
+        problem = device_engine_problem(model)
+        found["problems"] += [*model_report.failures, *filter(None, [problem])]
+        found[f"{key}: self-tests"] = {
+            "failures": model_report.failures,
+            "device engine": problem,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        report(found)
+        results: dict[int, list[tuple[list[int], float | None]]] = {}
+        for rows in ROW_COUNTS:
+            device_engine = DeviceEngine(model=model, batch_size=rows, eos_token_ids=())
+            # Compiles, captures, and then replays.
+            times = []
+            for _ in range(4):
+                ended, seconds = run(device_engine, prompts(rows))
+                times.append(seconds)
+            results[rows] = [(done.token_ids, done.min_decision_margin) for done in ended]
+            found[f"{key}, {rows} rows"] = {
+                "tokens_per_s": round(rows * NEW_TOKENS / min(times)),
+                "first_s": round(times[0], 2),
+                "step_us": round(min(times) / NEW_TOKENS * 1e6),
+            }
+            report(found)
+            found[f"{key}, {rows} rows"]["kernels_us"] = profile(device_engine, rows)
+            if rows == ROW_COUNTS[-1] and cache_dtype == "auto":
+                many = prompts(4 * rows, ragged=True)
+                _, seconds = run(device_engine, many)
+                total = sum(each.prompt.params.max_new_tokens for each in many)
+                found[f"{key}, {4 * rows} ragged rows, {rows} at once: tokens/s"] = round(
+                    total / seconds
+                )
+            report(found)
+            del device_engine
+            torch.cuda.empty_cache()
+        most = results[ROW_COUNTS[-1]]
+        found[f"{key}: bits equal at all row counts"] = all(
+            results[rows] == most[:rows] for rows in ROW_COUNTS
+        )
+        report(found)
+        del model
+        torch.cuda.empty_cache()
+
+
+def profile(device_engine: DeviceEngine, rows: int) -> dict[str, float]:
+    """Return microseconds per step by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    steps = device_engine.stats.steps
+    with torch_profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run(device_engine, prompts(rows))
+    steps = device_engine.stats.steps - steps
+    return {
+        event.key: round(event.device_time_total / steps, 1)
+        for event in profiler.key_averages()
+        if event.device_time_total / steps > 0.5
+    }
+
+
+def transformers_rates() -> None:
+    """Measure new tokens/s of transformers: generate, and generate_batch where it runs."""
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+    found: dict[str, Any] = {}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    settings = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 40,
+        "max_new_tokens": 128,
+        "min_new_tokens": 128,
+        "pad_token_id": 0,
+    }
+    for dtype, rows in (
+        ("bfloat16", 64),
+        ("float32", 64),
+        ("bfloat16", 256),
+        ("bfloat16", 1024),
+        ("float32", 1024),
+    ):
+        model = model.to(device="cuda", dtype=DTYPES[dtype])
+        idx = torch.randint(VOCAB, (rows, 32), device="cuda")
+        try:
+            times = []
+            for repeat in range(3 if rows == 64 else 2):
+                started = time.monotonic()
+                with torch.inference_mode():
+                    out = model.generate(
+                        idx,
+                        attention_mask=torch.ones_like(idx),
+                        **{**settings, "eos_token_id": None},
+                    )
+                torch.cuda.synchronize()
+                times.append(time.monotonic() - started)
+                del repeat
+            assert out.shape == (rows, 160)
+            found[f"generate {dtype} {rows}"] = round(rows * 128 / min(times))
+        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
+            found[f"generate {dtype} {rows}"] = str(error)[:200]
+        report(found)
+    for dtype, rows in (("bfloat16", 64), ("bfloat16", 1024)):
+        try:
+            batch = GPT2LMHeadModel(GPT2Config()).eval()
+            batch = batch.to(device="cuda", dtype=DTYPES[dtype])
+            inputs = torch.randint(VOCAB, (rows, 32)).tolist()
+            times = []
+            for _ in range(2):
+                started = time.monotonic()
+                with torch.inference_mode():
+                    outputs = batch.generate_batch(
+                        inputs=inputs,
+                        generation_config=GenerationConfig(eos_token_id=-1, **settings),
+                    )
+                times.append(time.monotonic() - started)
+            new = sum(len(output.generated_tokens) for output in outputs.values())
+            found[f"generate_batch {dtype} {rows}"] = [round(new / min(times)), new]
+        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
+            found[f"generate_batch {dtype} {rows}"] = f"{type(error).__name__}: {error}"[:300]
+        report(found)

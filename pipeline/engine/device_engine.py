@@ -1,0 +1,383 @@
+"""The engine of a device that keeps its own state: steps are launched ahead, tokens arrive late.
+
+Decoding needs nothing of the host: the device takes each new token as its next input and ends rows
+by EOS tokens and by length (kernels/cuda/advance.py). The host launches a step, and reads the
+tokens of the step `lag` steps before it. It schedules prompts and writes what changes
+(device_changes.py). A row's tokens depend on nothing but the row, so the lag changes none.
+
+    host    launch 7   read 5   launch 8   read 6
+    device     ... 6 ......... 7 ......... 8
+
+- An end by length is known ahead: the next sequence takes the index at once, while the last tokens
+  of the one before it are still to arrive.
+- An end by EOS token leaves the row empty for at most `lag` steps. After a stop string or a stop
+  token, which the host finds, the tokens that follow are dropped.
+- Rows with settings that need the host (`needs_host`) run one step at a time: the host samples from
+  the logits of the device, and starts the row again with its next token. While there are any, no
+  step is launched ahead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from gptbatch.pipeline.engine.device_changes import PendingChanges
+from gptbatch.pipeline.engine.device_queue import Arrival, DeviceQueue
+from gptbatch.pipeline.engine.device_rows import Bools, DeviceRows, Int64s
+from gptbatch.pipeline.engine.device_sampling import needs_host, state_row
+from gptbatch.pipeline.engine.device_step import (
+    CHUNK_SIZES,
+    DeviceStep,
+    StepShape,
+    padded_chunk_rows,
+    padded_decode_rows,
+)
+from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.engine.row_adjustments import next_adjustments
+from gptbatch.pipeline.engine.sampling import SampledToken, kept_set_size
+from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_for_model
+from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
+from gptbatch.pipeline.engine.streams import CudaStream, Stream
+from gptbatch.pipeline.kernels.cuda.kernels import TRITON, Kernels
+from gptbatch.pipeline.kernels.cuda.state import IDLE, NO_TOKEN, OVERFLOW
+from gptbatch.pipeline.kernels.cuda.store import LayerCache
+from gptbatch.pipeline.kv_cache.device import DeviceKVCache
+from gptbatch.pipeline.kv_cache.interface import KVCache
+from gptbatch.pipeline.types import Completion
+
+# The host has this many steps of time to read, schedule and launch.
+LAG = 2
+# A step takes more prompt tokens by this factor while less than half of the batch decodes.
+FILLING = 4
+
+
+@dataclass(slots=True, kw_only=True)
+class _Launched:
+    """A step whose tokens are to arrive. Arrays are by index at the time of the launch.
+
+    Attributes:
+        arrival: Its tokens.
+        handles: Of the sequences.
+        is_sampled: Rows that get a token on the device.
+        host_rows: Rows that the host samples.
+        n_rows: Sequences that it computes.
+        n_prefilled: Prompt tokens among the prefill rows.
+        n_padding: Rows without a token.
+        released: Handles that only this step and those before it hold.
+    """
+
+    arrival: Arrival
+    handles: Int64s
+    is_sampled: Bools
+    host_rows: list[int]
+    n_rows: int
+    n_prefilled: int
+    n_padding: int
+    released: list[int] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class DeviceEngine(Engine):
+    """An `Engine` whose sequences decode on the device. It neither records logits nor slides.
+
+    Attributes:
+        lag: Steps that are launched ahead of the one that is read.
+        kernels: What computes a step.
+        stream: Where it runs; None is a stream of the model's CUDA device.
+    """
+
+    lag: int = LAG
+    kernels: Kernels = TRITON
+    stream: Stream | None = None
+
+    def __post_init__(self) -> None:
+        assert not self.record_logits
+        assert self.window_full == "stop"
+        if self.stream is None:
+            self.stream = CudaStream(self.model.device)
+        # Sources of rows with more ties than the sampler of the device can hold, by identity.
+        self._overflowed: set[int] = set()
+        # A step that fails leaves what it has finished to the next one.
+        self._finished: list[Completion] = []
+        super().__post_init__()
+
+    @property
+    def cache_layers(self) -> list[LayerCache]:
+        """Keys and values of each layer."""
+        assert isinstance(self._cache, DeviceKVCache)
+        return self._cache.layers
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Launch a step if there is work; read the steps that are due; return what finished."""
+        is_launched = self._launch()
+        assert is_launched or self._in_flight or self._finished, "sequences run without work"
+        n_ahead = 0 if not is_launched or self._in_flight[-1].host_rows else self.lag
+        while len(self._in_flight) > n_ahead:
+            self._read(self._in_flight.popleft())
+            if not is_launched:
+                break
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _n_held(self) -> int:
+        return super()._n_held() + self._rows.n_draining
+
+    def _is_idle(self) -> bool:
+        return super()._is_idle() and not self._in_flight and not self._finished
+
+    def _allocate(self, capacity: int | None) -> KVCache:
+        cache = super()._allocate(capacity)
+        assert isinstance(cache, DeviceKVCache)
+        assert self.stream is not None
+        step = DeviceStep(self.model, cache, self.kernels, self.eos_token_ids)
+        self._queue = DeviceQueue(step, self.stream, max_in_flight=self.lag + 1)
+        self._rows = DeviceRows(len(step.state), self.lag + 1, self._n_positions)
+        self._changes = PendingChanges()
+        self._in_flight: deque[_Launched] = deque()
+        self._read_s = time.monotonic()
+        return cache
+
+    def _restart_with_half_the_batch(self, failure: str) -> None:
+        """Start all sequences again whose tokens have not all arrived; see `Engine`."""
+        rows, running = self._rows, self._scheduler.running
+        for handle in rows.live():
+            sequence = rows.sequences[handle]
+            assert sequence is not None
+            if rows.index_of[handle] < 0:
+                running.append(sequence)
+            if not rows.needs_host[handle]:
+                self.stats.new_tokens -= int(rows.n_read[handle])
+        # Free the buffers of the device before there are new ones.
+        self._in_flight.clear()
+        assert self.stream is not None
+        self.stream.reset()
+        del self._queue, self._rows
+        super()._restart_with_half_the_batch(failure)
+
+    def _launch(self) -> bool:
+        """Schedule and launch a step; return whether there was anything to compute."""
+        rows, running = self._rows, self._scheduler.running
+        is_filling = 2 * int(rows.decodes.sum()) < self.batch_size
+        budget = self.scheduling.step_tokens * (FILLING if is_filling else 1)
+        chunks = self._scheduler.schedule_prefill(min(budget, CHUNK_SIZES[-1]))
+        self._start_new(chunks, time.monotonic())
+        prompt = self._take_chunks(chunks)
+        decodes = rows.decodes[: len(running)].copy()
+        n_decoding, n_prefilled = int(decodes.sum()), prompt.shape[1]
+        if not n_decoding and not n_prefilled:
+            return False
+        if not n_decoding:
+            decodes = decodes[:0]
+        handles = rows.handle_at[: len(decodes)].copy()
+        shape = StepShape(
+            decode_rows=padded_decode_rows(len(running)) if n_decoding else 0,
+            chunk_rows=padded_chunk_rows(n_prefilled),
+            full_vocab=bool(rows.keeps_all[handles][decodes].any()),
+        )
+        arrival = self._queue.launch(shape, self._changes, prompt)
+        self._changes = PendingChanges()
+        is_sampled = decodes & ~rows.needs_host[handles]
+        host_rows: list[int] = np.flatnonzero(decodes & ~is_sampled).tolist()
+        launched = _Launched(
+            arrival=arrival,
+            handles=handles,
+            is_sampled=is_sampled,
+            host_rows=host_rows,
+            # The last chunk of a prompt is a sequence that decodes.
+            n_rows=n_decoding + sum(not chunk.needs_logits for chunk in chunks),
+            n_prefilled=n_prefilled,
+            n_padding=shape.decode_rows + shape.chunk_rows - n_decoding - n_prefilled,
+        )
+        self._in_flight.append(launched)
+        # The device ends these rows, until the host has sampled.
+        rows.decodes[host_rows] = False
+        rows.n_launched[handles[is_sampled]] += 1
+        ended = is_sampled & (rows.n_launched[handles] >= rows.budgets[handles])
+        self._free(np.flatnonzero(ended).tolist())
+        return True
+
+    def _take_chunks(self, chunks: list[ScheduledChunk]) -> Int64s:
+        """Start the sequences of chunks on the device.
+
+        Returns:
+            Tokens, positions and sequences of the prompt tokens but the last of each, (3, n).
+        """
+        rows, tables = self._rows, self._cache_tables()
+        tokens: list[int] = []
+        positions: list[int] = []
+        seq_indices: list[int] = []
+        for chunk in chunks:
+            sequence, index = chunk.sequence, chunk.seq_index
+            count = len(chunk.tokens) - chunk.needs_logits
+            tokens += chunk.tokens[:count]
+            positions += range(chunk.first, chunk.first + count)
+            seq_indices += [index] * count
+            handle = int(rows.handle_at[index])
+            if rows.sequences[handle] is not sequence:
+                handle = rows.start(index, sequence, self._n_positions)
+                self._set_sampler(handle, sequence)
+                self._changes.set(index, state_row(tables[index]))
+            if chunk.needs_logits:
+                self._decode(handle, sequence)
+        return np.array([tokens, positions, seq_indices], np.int64)
+
+    def _set_sampler(self, handle: int, sequence: Sequence) -> None:
+        rows, vocab_size = self._rows, self.model.config.vocab_size
+        params = sequence.params
+        rows.needs_host[handle] = (
+            needs_host(params, vocab_size) or id(sequence.source) in self._overflowed
+        )
+        rows.keeps_all[handle] = kept_set_size(params, vocab_size) == vocab_size
+
+    def _decode(self, handle: int, sequence: Sequence) -> None:
+        """Let a sequence decode from its last token on, in the next step."""
+        rows = self._rows
+        index = int(rows.index_of[handle])
+        row = state_row(
+            self._cache_tables()[index],
+            sequence,
+            budget=int(rows.budgets[handle]),
+            vocab_size=self.model.config.vocab_size,
+            host_samples=bool(rows.needs_host[handle]),
+        )
+        self._changes.set(index, row)
+        rows.decodes[index] = True
+
+    def _cache_tables(self) -> Int64s:
+        assert isinstance(self._cache, DeviceKVCache)
+        return self._cache.tables
+
+    def _free(self, seq_indices: list[int]) -> None:
+        """Take sequences out of the batch, finished or with their last token on its way."""
+        for index in seq_indices:
+            self._rows.leave(index)
+            self._changes.stop(index)
+        _, moves = self._scheduler.free(seq_indices)
+        for source, target in moves:
+            self._rows.move(source, target)
+            self._changes.move(source, target)
+
+    def _read(self, launched: _Launched) -> None:
+        """Take the tokens of a step."""
+        rows, handles = self._rows, launched.handles
+        tokens, margins = launched.arrival.wait()
+        tokens, margins = tokens[: len(handles)], margins[: len(handles)]
+        now = time.monotonic()
+        # A row that has ended, here or on the device, may still be in steps that were launched.
+        is_read = launched.is_sampled & ~rows.is_done[handles]
+        is_token = is_read & (tokens >= 0)
+        read = handles[is_token]
+        rows.first_s[read[rows.n_read[read] == 0]] = now
+        rows.append(read, tokens[is_token], margins[is_token])
+        self._count(launched, len(read) + len(launched.host_rows), now)
+        self.stats.new_tokens += len(read)
+        is_last = np.isin(tokens, self.eos_token_ids) | (
+            rows.n_read[handles] >= rows.budgets[handles]
+        )
+        for index in np.flatnonzero(is_token & (is_last | rows.is_watched[handles])).tolist():
+            self._check(int(handles[index]), now)
+        for index in np.flatnonzero(is_read & (tokens < 0)).tolist():
+            self._fail(int(handles[index]), int(tokens[index]), now)
+        if launched.host_rows:
+            self._sample_on_host(launched, now)
+        for handle in launched.released:
+            rows.release(handle)
+
+    def _count(self, launched: _Launched, n_decoded: int, now: float) -> None:
+        """Count a step."""
+        stats = self.stats
+        stats.steps += 1
+        stats.rows += launched.n_rows
+        stats.prefilled_tokens += launched.n_prefilled
+        stats.decoded_tokens += n_decoded
+        stats.padding_tokens += launched.n_padding
+        seconds, self._read_s = now - self._read_s, now
+        share = launched.n_prefilled / max(1, launched.n_prefilled + n_decoded)
+        stats.prefill_s += seconds * share
+        stats.decode_s += seconds * (1 - share)
+
+    def _check(self, handle: int, now: float) -> None:
+        """Take the latest token of a row; finish the row if it ends with it."""
+        rows = self._rows
+        sequence = rows.sequences[handle]
+        assert sequence is not None
+        assert sequence.stop_check is not None
+        n_read = int(rows.n_read[handle])
+        # The host looks only at the last token of most rows.
+        sequence.stop_check.n_new_tokens = n_read - 1
+        reason = sequence.stop_check.add(int(rows.tokens[handle, n_read - 1]))
+        if reason is not None:
+            sequence.stop_reason = reason
+            sequence.tokens += rows.read_tokens(handle)
+            sequence.min_decision_margin = float(rows.margins[handle])
+            sequence.first_token_s, sequence.last_token_s = float(rows.first_s[handle]), now
+            self._finish(handle, sequence)
+
+    def _fail(self, handle: int, token: int, now: float) -> None:
+        """Finish a row without a token; start it again where the host can sample it."""
+        rows = self._rows
+        if token == IDLE.value:
+            return
+        sequence = rows.sequences[handle]
+        assert sequence is not None
+        assert token in (NO_TOKEN.value, OVERFLOW.value)
+        if token == NO_TOKEN.value:
+            sequence.tokens += rows.read_tokens(handle)
+            sequence.first_token_s = float(rows.first_s[handle]) if rows.n_read[handle] else now
+            self._append(sequence, SampledToken(None, None), now)
+            self._finish(handle, sequence)
+            return
+        self.stats.new_tokens -= int(rows.n_read[handle])
+        self.stats.cached_tokens -= sequence.n_cached_tokens
+        self._overflowed.add(id(sequence.source))
+        self._take_out(handle)
+        self._scheduler.add(sequence.source)
+
+    def _sample_on_host(self, launched: _Launched, now: float) -> None:
+        """Sample rows from the logits of the step before which nothing else was launched."""
+        handles = [int(launched.handles[index]) for index in launched.host_rows]
+        sequences = [self._sequence(handle) for handle in handles]
+        requests = [
+            SampleRequest(
+                params=sequence.params,
+                step=sequence.n_new_tokens,
+                margin_bound=sequence.min_decision_margin,
+                adjustments=next_adjustments(sequence.adjustments),
+            )
+            for sequence in sequences
+        ]
+        logits = self._queue.step.logits[launched.host_rows]
+        sampled = sample_for_model(self.model, logits, requests)
+        for handle, sequence, token in zip(handles, sequences, sampled, strict=True):
+            self._append(sequence, token, now)
+            if sequence.is_finished:
+                self._finish(handle, sequence)
+            else:
+                self._decode(handle, sequence)
+
+    def _sequence(self, handle: int) -> Sequence:
+        sequence = self._rows.sequences[handle]
+        assert sequence is not None
+        return sequence
+
+    def _finish(self, handle: int, sequence: Sequence) -> None:
+        self._overflowed.discard(id(sequence.source))
+        self._take_out(handle)
+        self._finished.append(self._completion(sequence))
+
+    def _take_out(self, handle: int) -> None:
+        """Free the index of a sequence, and its handle when no step holds it any more."""
+        rows = self._rows
+        rows.is_done[handle] = True
+        if (index := int(rows.index_of[handle])) >= 0:
+            self._free([index])
+        if self._in_flight:
+            self._in_flight[-1].released.append(handle)
+        else:
+            rows.release(handle)

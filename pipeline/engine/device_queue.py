@@ -1,0 +1,111 @@
+"""Launches steps on a device: uploads what the host changes, and brings the tokens back.
+
+What a step uploads lies in a buffer of the host until the device has copied it, and its tokens
+arrive in another one. Each step in flight has buffers of its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gptbatch.pipeline.engine.device_changes import PendingChanges
+from gptbatch.pipeline.engine.device_step import CHUNK_SIZES
+from gptbatch.pipeline.kernels.cuda.state import POSITION
+
+if TYPE_CHECKING:
+    from gptbatch.pipeline.engine.device_step import DeviceStep, StepShape
+    from gptbatch.pipeline.engine.streams import Mark, Stream
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """The tokens of a step, once they are there.
+
+    Attributes:
+        mark: The point in the stream after them.
+        out: (S, 2): tokens, and bits of the smallest margins. Valid until `max_in_flight` more
+            steps were launched.
+    """
+
+    mark: Mark
+    out: Int64s
+
+    def wait(self) -> tuple[Int64s, npt.NDArray[np.float64]]:
+        """Wait for them; return tokens and margins (S,)."""
+        self.mark.wait()
+        return self.out[:, 0].copy(), self.out[:, 1].copy().view(np.float64)
+
+
+class DeviceQueue:
+    """The steps of one engine, in order.
+
+    Attributes:
+        step: The buffers of the device.
+        stream: Where it works.
+    """
+
+    def __init__(self, step: DeviceStep, stream: Stream, max_in_flight: int) -> None:
+        self.step, self.stream = step, stream
+        seqs, width = step.state.shape
+        # At most: a move, an empty row or a row of the state per sequence, and prompt tokens.
+        size = seqs * (width + 4) + 3 * CHUNK_SIZES[-1]
+        self._inbox = torch.zeros(size, dtype=torch.int64, device=step.state.device)
+        self._uploads = deque(stream.host_buffer(size) for _ in range(max_in_flight))
+        self._outs = deque(stream.host_buffer(seqs * 2) for _ in range(max_in_flight))
+
+    def launch(self, shape: StepShape, changes: PendingChanges, prompt: Int64s) -> Arrival:
+        """Launch a step after those before it.
+
+        Args:
+            shape: Of the step.
+            changes: What the host changes in the state before it.
+            prompt: Tokens, positions and sequences of prompt tokens, (3, at most P).
+        """
+        chunk = np.zeros((3, shape.chunk_rows), np.int64)
+        chunk[1] = -1
+        chunk[:, : prompt.shape[1]] = prompt
+        indices = [[*changes.moves], [*changes.moves.values()], [*changes.empty], [*changes.rows]]
+        rows = np.concatenate([*changes.rows.values()]) if changes.rows else np.empty(0, np.int64)
+        pieces = [*(np.array(each, np.int64) for each in indices), rows, chunk.ravel()]
+        upload, out = self._uploads[0], self._outs[0]
+        self._uploads.rotate(-1)
+        self._outs.rotate(-1)
+        flat = np.concatenate(pieces)
+        upload.numpy()[: len(flat)] = flat
+        sizes = [len(piece) for piece in pieces]
+        self.stream.run(lambda: self._apply(upload, sizes))
+        self.stream.repeat(shape, lambda: self.step.run(shape))
+        seqs = shape.decode_rows
+        target = out[: seqs * 2].view(seqs, 2)
+        self.stream.run(lambda: self._copy_out(target))
+        return Arrival(self.stream.mark(), target.numpy())
+
+    def _apply(self, upload: Tensor, sizes: list[int]) -> None:
+        """Copy an upload to the device and change the state and the chunk."""
+        count = sum(sizes)
+        if count == 0:
+            return
+        self._inbox[:count].copy_(upload[:count], non_blocking=True)
+        targets, sources, empty, indices, rows, chunk = self._inbox[:count].split(sizes)
+        state = self.step.state
+        if len(targets):
+            state.index_copy_(0, targets, state.index_select(0, sources))
+        if len(empty):
+            state[:, POSITION.value].index_fill_(0, empty, -1)
+        if len(indices):
+            state.index_copy_(0, indices, rows.view(len(indices), -1))
+        if len(chunk):
+            tokens = chunk.view(3, -1)
+            self.step.chunk[:, : tokens.shape[1]].copy_(tokens)
+
+    def _copy_out(self, target: Tensor) -> None:
+        target.copy_(self.step.out[: len(target)], non_blocking=True)

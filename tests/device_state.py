@@ -1,0 +1,48 @@
+"""Builds the state of sequences on a device, for tests of the kernels."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptbatch.pipeline.engine.sampling import kept_range, kept_set_size
+
+FIELDS = ("token", "position", "step", "budget", "seed", "temperature", "top_k")
+
+
+def bits(x: float) -> int:
+    """Return the bits of a float64 as an int64."""
+    return int(struct.unpack("<q", struct.pack("<d", x))[0])
+
+
+def state_of(rows: Sequence[Mapping[str, Any]], blocks: int = 3) -> Tensor:
+    """Return the state (rows, fields); see kernels/cuda/state.py.
+
+    Args:
+        rows: Values of fields by name. `params` has those that sampling takes.
+        blocks: Length of the block tables, which are 0.
+    """
+    from gptbatch.pipeline.kernels.cuda.state import HEADER, KEPT_RANGE, MARGIN
+
+    state = torch.zeros(len(rows), HEADER + blocks, dtype=torch.int64)
+    for row, values in enumerate(rows):
+        params = values.get("params")
+        fields = dict(values)
+        state[row, KEPT_RANGE.value] = bits(math.inf if params is None else kept_range(params))
+        state[row, MARGIN.value] = bits(values.get("margin", math.inf))
+        if params is not None:
+            size = kept_set_size(params, 2**30)
+            fields = {
+                "seed": params.seed,
+                "temperature": bits(params.temperature),
+                "top_k": 0 if size == 2**30 else size,
+                **fields,
+            }
+        for index, name in enumerate(FIELDS):
+            state[row, index] = fields.get(name, 1 if name == "top_k" else 0)
+    return state

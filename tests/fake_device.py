@@ -1,0 +1,139 @@
+"""A device on the CPU that works late, with the torch twins as kernels.
+
+It shows that the host neither reads what has not arrived nor writes what the device still reads,
+and that tokens do not depend on when they arrive. The kernels themselves have their own tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptbatch.pipeline.engine.sampling import _Rows, _sample
+from gptbatch.pipeline.engine.streams import Work
+from gptbatch.pipeline.kernels.cuda.advance import advance_twin
+from gptbatch.pipeline.kernels.cuda.attend import attend_twin
+from gptbatch.pipeline.kernels.cuda.embed import embed_twin
+from gptbatch.pipeline.kernels.cuda.kernels import Kernels
+from gptbatch.pipeline.kernels.cuda.linear import linear_twin
+from gptbatch.pipeline.kernels.cuda.norm import norm_twin
+from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT
+from gptbatch.pipeline.kernels.cuda.state import (
+    FULL_VOCAB,
+    HOST_SAMPLES,
+    KEPT_RANGE,
+    MARGIN,
+    NO_TOKEN,
+    OVERFLOW,
+    POSITION,
+    SEED,
+    STEP,
+    TEMPERATURE,
+    TOP_K,
+)
+from gptbatch.pipeline.kernels.cuda.store import store_twin
+
+
+def sample_twin(
+    logits: Tensor,
+    block_max: Tensor,
+    state: Tensor,
+    scratch: Tensor,
+    sampled: Tensor,
+    *,
+    full_vocab: bool,
+) -> None:
+    """Compute by engine/sampling.py what `sample` computes."""
+    for row, (own, values) in enumerate(zip(state[: len(logits)], logits, strict=True)):
+        top_k = int(own[TOP_K.value])
+        if own[POSITION.value] < 0 or top_k == HOST_SAMPLES.value:
+            continue
+        assert full_vocab or top_k != FULL_VOCAB.value
+        numbers = own.view(torch.float64)
+        rows = _Rows(
+            seeds=own[SEED.value, None],
+            steps=own[STEP.value, None],
+            temperatures=numbers[TEMPERATURE.value, None],
+            kept_ranges=numbers[KEPT_RANGE.value, None],
+            top_ps=torch.ones(1, dtype=torch.float64),
+            margin_bounds=numbers[MARGIN.value, None].clone(),
+        )
+        token, margin = _sample(values[None], [top_k or len(values)], rows)
+        if token < 0:
+            sampled[row] = NO_TOKEN.value
+        elif top_k and int((values >= values.topk(top_k).values[-1]).sum()) > MAX_KEPT:
+            sampled[row] = OVERFLOW.value
+        else:
+            sampled[row] = token[0]
+            numbers[MARGIN.value] = torch.minimum(numbers[MARGIN.value], margin[0])
+
+
+TWINS = Kernels(
+    embed=embed_twin,
+    norm=norm_twin,
+    linear=linear_twin,
+    store=store_twin,
+    attend=attend_twin,
+    sample=sample_twin,
+    advance=advance_twin,
+)
+
+
+@dataclass
+class _Mark:
+    stream: LateStream
+    count: int
+
+    def wait(self) -> None:
+        self.stream.run_until(self.count)
+
+
+class LateStream:
+    """Work waits until somebody waits for it, or until `max_waiting` more works have come.
+
+    Args:
+        max_waiting: 0 runs all work at once.
+        fails: Called before each work; it may raise.
+    """
+
+    def __init__(
+        self, max_waiting: float = math.inf, fails: Callable[[], None] = lambda: None
+    ) -> None:
+        self._works: deque[Work] = deque()
+        self._n_done = self._n_added = 0
+        self._max_waiting, self._fails = max_waiting, fails
+
+    def run(self, work: Work) -> None:
+        """Add work."""
+        self._works.append(work)
+        self._n_added += 1
+        self.run_until(self._n_added - self._max_waiting)
+
+    def repeat(self, key: Hashable, work: Work) -> None:
+        """Add work."""
+        self.run(work)
+
+    def mark(self) -> _Mark:
+        """Return the point after all work so far."""
+        return _Mark(self, self._n_added)
+
+    def run_until(self, count: float) -> None:
+        """Run all work up to this number."""
+        while self._n_done < count:
+            self._fails()
+            self._n_done += 1
+            self._works.popleft()()
+
+    def reset(self) -> None:
+        """Drop all work."""
+        self._works.clear()
+        self._n_done = self._n_added
+
+    def host_buffer(self, size: int) -> Tensor:
+        """Return memory with garbage in it."""
+        return torch.full((size,), -7, dtype=torch.int64)
