@@ -33,7 +33,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptbatch.pipeline.bench.chart import check_matplotlib, draw_comparison
+from gptbatch.pipeline.bench.chart import (
+    check_matplotlib,
+    describe_measurement,
+    draw_comparison,
+)
 from gptbatch.pipeline.bench.machine import describe_machine
 from gptbatch.pipeline.bench.shapes import SHAPES
 from gptbatch.pipeline.bench.workloads import WORKLOADS, make_workload
@@ -125,7 +129,7 @@ def main() -> None:
         draw_comparison(
             results,
             args.chart,
-            title=f"{args.shape}, random weights, {args.threads} threads of {machine['machine']}",
+            measured=describe_measurement(machine, f"{args.shape}, random weights"),
         )
 
 

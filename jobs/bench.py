@@ -196,7 +196,11 @@ def scaling(options: dict[str, Any], output: Path, points: int) -> None:
     and top-k 40. Writes scaling.png, with linear and quadratic fits, and scaling.json. Give the
     options of the model before `scaling`.
     """
-    from gptbatch.pipeline.bench.chart import check_matplotlib, draw_scaling
+    from gptbatch.pipeline.bench.chart import (
+        check_matplotlib,
+        describe_measurement,
+        draw_scaling,
+    )
     from gptbatch.pipeline.bench.scaling import measure_scaling
 
     check_matplotlib()
@@ -205,11 +209,12 @@ def scaling(options: dict[str, Any], output: Path, points: int) -> None:
     curves = measure_scaling(model, points=points)
     described = _described(options, model)
     cache = "" if described["cache_dtype"] == "auto" else f", {described['cache_dtype']} cache"
-    title = (
-        f"{described['model']}, {described['dtype']}{cache}, "
-        f"{described['threads']} threads of {described['machine']}"
+    measured = describe_measurement(
+        described, described["model"], f"{described['dtype']}{cache}", "one sequence"
     )
-    draw_scaling(curves, output / "scaling.png", n_positions=model.config.n_positions, title=title)
+    draw_scaling(
+        curves, output / "scaling.png", n_positions=model.config.n_positions, measured=measured
+    )
     (output / "scaling.json").write_text(
         json.dumps({**described, "curves": [asdict(curve) for curve in curves]}) + "\n",
         encoding="utf-8",
