@@ -4,7 +4,7 @@
 
 Makes files of tiny rows, and then measures, each in a process of its own:
 
-    plan     gptbatch plan: read and check all rows, write the index
+    plan     gptbatch plan --index: read and check all rows, write the index
     shard    the first of ten shards of it: count all rows, check a tenth of them
     join     the last one: the same, and join the pieces
     again    the same once more: the index is found

@@ -111,7 +111,7 @@ class Watch:
     def begin(self, total_rows: int, done_rows: int) -> None:
         self.every, self.points = max(1, total_rows // 10), list[tuple[int, int]]()
 
-    def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
+    def update(self, *, rows: int, **counts: float | None) -> None:
         if rows // self.every > len(self.points):
             resident = int(Path("/proc/self/statm").read_text().split()[1])
             self.points.append((rows, resident * resource.getpagesize()))

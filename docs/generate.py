@@ -66,6 +66,7 @@ FOLDERS = {
     "pipeline/storage": "files and objects: paths, reading, atomic writes",
     "pipeline/audit": "checking recorded runs",
     "pipeline/score": "log probabilities of given continuations",
+    "pipeline/estimate": "predicting a run: the command `plan`",
     "pipeline/bench": "measuring speed",
     "pipeline/doctor": "what this machine gives: the command `doctor`",
     "pipeline/system": "the machine, paths, secrets",

@@ -9,7 +9,7 @@ import click
 # name -> module, and its text in `gptbatch --help`
 COMMANDS = {
     "generate": ("gptbatch.jobs.generate", "Generate a completion for every prompt of an input."),
-    "plan": ("gptbatch.jobs.plan", "Check an input once, before the runs of many shards."),
+    "plan": ("gptbatch.jobs.plan", "Predict the time, memory and disk of a run."),
     "status": ("gptbatch.jobs.status", "Show the rows, parts and errors of an output folder."),
     "finish": ("gptbatch.jobs.finish", "Mark an output complete whose parts are all written."),
     "verify": ("gptbatch.jobs.verify", "Check recorded rows against the weights."),

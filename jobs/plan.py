@@ -1,23 +1,34 @@
-"""`gptbatch plan`: checks the rows of an input once, before the runs of many shards."""
+"""`gptbatch plan`: predicts the time, memory and disk of a run; or checks the rows for many shards.
+
+Heavy libraries are imported where they are used: with --index, no torch is needed.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from gptbatch.jobs.generate import command_config, config_file_option
-from gptbatch.jobs.messages import echo
+from gptbatch.jobs.limits import check_limits
+from gptbatch.jobs.messages import echo, print_message
 from gptbatch.jobs.options import GroupedCommand, config_options
 from gptbatch.pipeline.cluster.plan import plan_job
 
+if TYPE_CHECKING:
+    from gptbatch.pipeline.estimate.estimate import RunEstimate
+    from gptbatch.pipeline.estimate.resources import MemoryEstimate
+
 EXAMPLES = """\
-gptbatch plan --config gpt2-cpu --input 'data/*.jsonl.gz' --output out/mine
-gptbatch plan --config gpt2-cpu --input 'data/*.jsonl.gz' --output out/mine --shard auto
-sbatch --array=0-15 slurm.sbatch --shard auto --config gpt2-cpu --input 'data/*.jsonl.gz' \\
-    --output out/mine"""
+gptbatch plan --config gpt2-cpu --input prompts.jsonl --output out/mine
+gptbatch plan --config gpt2-cpu --input prompts.jsonl --output out/mine --price-per-hour 0.19
+gptbatch plan --index --config gpt2-cpu --input 'data/*.jsonl.gz' --output out/mine"""
+
+GIB, MIB = 2**30, 2**20
+ESTIMATE_OPTIONS = ("seconds", "price_per_hour", "as_json")
 
 
 class _Plan(GroupedCommand):
@@ -27,16 +38,140 @@ class _Plan(GroupedCommand):
 @click.command(cls=_Plan)
 @config_file_option
 @config_options
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1, 3600),
+    default=20.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds of the pilot; up to three times as many with long prompts.",
+)
+@click.option(
+    "--price-per-hour",
+    type=click.FloatRange(0),
+    metavar="P",
+    help="Price of an hour of this machine, for the price of the run.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
+@click.option(
+    "--index",
+    is_flag=True,
+    help="Predict nothing. Check every row, and write the index of the input into the output "
+    "folder, for the runs of many shards.",
+)
 @click.pass_context
-def plan(context: click.Context, /, config_file: str | None, **settings: Any) -> None:
-    """Check every row of an input, and write its index into the output folder.
+def plan(
+    context: click.Context,
+    /,
+    config_file: str | None,
+    seconds: float,
+    price_per_hour: float | None,
+    as_json: bool,
+    index: bool,
+    **settings: Any,
+) -> None:
+    """Predict how long a run will take on this machine, and its memory and disk.
 
-    `generate` with the same settings then begins without reading the input, and a shard begins at
-    its own rows. Without a plan, each shard checks all rows itself. Neither the model nor its
-    tokenizer is loaded. The last line on standard output is a JSON object.
+    Counts rows and tokens exactly, and runs some rows for --seconds with the settings of
+    `generate`. Writes nothing. Of a run that is partly done, it plans the rest; with --shard, the
+    parts of that shard.
 
-    With --shard, the check is divided among processes or machines that share the output folder.
-    The last one to finish writes the index; the others print "complete": false.
+    With --index, it writes the index of the input instead: `generate` with the same settings then
+    begins without reading the input, and a shard begins at its own rows. Neither the model nor its
+    tokenizer is loaded. With --shard, the check is divided among processes or machines that share
+    the output folder. The last one to finish writes the index; the others print
+    "complete": false.
     """
     config = command_config(context, config_file, settings, {})
-    echo(json.dumps(asdict(plan_job(config))))
+    if index:
+        for name in ESTIMATE_OPTIONS:
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                option = "--json" if name == "as_json" else "--" + name.replace("_", "-")
+                raise click.UsageError(f"{option} and --index cannot be given together")
+        echo(json.dumps(asdict(plan_job(config))))
+        return
+    check_limits(computes=True)
+    from gptbatch.pipeline.estimate.estimate import estimate_job
+
+    estimate = estimate_job(
+        config, seconds=seconds, price_per_hour=price_per_hour, report=print_message
+    )
+    echo(json.dumps(asdict(estimate)) if as_json else "\n".join(_lines(estimate)))
+
+
+def _lines(estimate: RunEstimate) -> list[str]:
+    done = estimate.rows_total - estimate.rows
+    rows = f"{estimate.rows:,}" + (
+        f" left of {estimate.rows_total:,}; {done:,} are written" if done else ""
+    )
+    lines = [f"{estimate.output}: a prediction; nothing is written", f"rows     {rows}"]
+    if estimate.time is None:
+        reason = "all rows left become error rows" if estimate.rows else "nothing is left to do"
+        return [*lines, f"time     {reason}", *(f"warning  {w}" for w in estimate.warnings)]
+    samples = f" of {estimate.samples:,} samples" if estimate.samples != estimate.rows else ""
+    took, pilot = estimate.time, estimate.pilot
+    assert pilot is not None
+    assert estimate.memory is not None
+    assert estimate.disk_bytes is not None
+    assert estimate.part_s is not None
+    at_most = f"; at most {_time(took.limit_s)}, if every row reaches its max_new_tokens"
+    limit = at_most if took.limit_s > 1.01 * took.expected_s else ""
+    lines += [
+        f"tokens   {estimate.prompt_tokens:,} of prompts{samples} (median "
+        f"{estimate.prompt_tokens_median} per row, at most {estimate.prompt_tokens_max}), about "
+        f"{estimate.new_tokens:,} new ones (at most {estimate.new_tokens_limit:,})",
+        f"time     about {_time(took.expected_s)} ({_time(took.low_s)} to {_time(took.high_s)})"
+        f"{limit}; {_speed(estimate)}",
+    ]
+    if estimate.price is not None:
+        price = estimate.price
+        lines.append(
+            f"price    about {_money(price['expected_s'])}, {_money(price['low_s'])} to "
+            f"{_money(price['high_s'])}; at most {_money(price['limit_s'])}"
+        )
+    return [
+        *lines,
+        f"memory   {_memory(estimate.memory)}",
+        f"disk     about {_size(estimate.disk_bytes)} in {estimate.parts:,} "
+        f"part{'s' * (estimate.parts != 1)} of at most {estimate.part_rows:,} rows",
+        f"a kill   costs the unfinished parts; one takes about {_time(estimate.part_s)}",
+        f"pilot    {pilot.rows:,} rows in {pilot.seconds:.1f} s, of which {pilot.rows_stopped:,} "
+        f"stopped by themselves; {pilot.steps:,} steps, R2 {pilot.r_squared:.2f}",
+        *(f"warning  {warning}" for warning in estimate.warnings),
+    ]
+
+
+def _speed(estimate: RunEstimate) -> str:
+    assert estimate.time is not None
+    seconds = estimate.time.expected_s - estimate.time.start_s
+    return (
+        f"{estimate.new_tokens / seconds:,.0f} tokens/s with up to {estimate.batch_size} rows at "
+        "once"
+    )
+
+
+def _memory(memory: MemoryEstimate) -> str:
+    return (
+        f"about {_size(memory.expected_bytes)}, at most {_size(memory.limit_bytes)}: "
+        f"{_size(memory.process_bytes)} process with {_size(memory.weights_bytes)} of weights, "
+        f"{_size(memory.cache_bytes)} to {_size(memory.cache_limit_bytes)} KV cache "
+        f"({memory.cache_bytes_per_token / 1024:.0f} KiB per token), "
+        f"{_size(memory.logits_bytes)} logits, "
+        f"{_size(memory.rows_bytes)} to {_size(memory.rows_limit_bytes)} finished rows"
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / GIB:.1f} GiB" if n_bytes >= GIB / 2 else f"{n_bytes / MIB:.1f} MiB"

@@ -3,38 +3,78 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import time
 from dataclasses import asdict
 
 import click
 
 from gptbatch.jobs.messages import echo
 from gptbatch.jobs.options import Command, OutputArgument
+from gptbatch.jobs.signals import Signals
 from gptbatch.pipeline.output.status import OutputStatus, output_status
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.system.machine import cores, describe_cores
 
 MAX_NAMED = 10
+WATCH_INTERVAL_S = 2.0
 
 
 @click.command(cls=Command)
 @click.argument("output", type=OutputArgument())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
-def status(output: Location, as_json: bool) -> None:
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Print the state again every two seconds, until no run is going on. Ctrl-C ends it.",
+)
+@click.pass_context
+def status(context: click.Context, /, output: Location, as_json: bool, watch: bool) -> None:
     """Show the state of the output folder OUTPUT: rows, parts and errors.
 
     Lists missing and damaged parts, and errors by kind. For a running job it adds the speed and
     the remaining time. Only the footers of the files are read; `gptbatch verify` checks the rows.
+    With --watch, a terminal shows the latest state; a file or pipe gets each one that differs.
     """
-    found = output_status(output)
-    if as_json:
-        echo(json.dumps(asdict(found)))
+    if not watch:
+        _print(output_status(output), as_json)
         return
-    lines = _lines(found)
-    if found.state == "running" and (shared := describe_cores(cores().threads)):
-        lines.append(
-            f"cores    shared with other programs, if the run is on this machine: {shared}"
-        )
-    echo("\n".join(lines))
+    try:
+        _watch(output, as_json)
+    except KeyboardInterrupt:
+        signals = context.find_object(Signals)
+        if signals is None or signals.requested() != "SIGINT":
+            raise
+
+
+def _watch(output: Location, as_json: bool) -> None:
+    """Print each state that differs from the one before, until no run is going on."""
+    shown = None
+    while True:
+        found = output_status(output)
+        if found != shown:
+            if shown is not None and not as_json:
+                _erase(_lines(shown))
+            _print(found, as_json)
+            shown = found
+        if found.state != "running":
+            return
+        time.sleep(WATCH_INTERVAL_S)
+
+
+def _erase(lines: list[str]) -> None:
+    """Erase the last lines of a terminal; other outputs keep them, and get an empty line."""
+    if not sys.stdout.isatty():
+        click.echo()
+        return
+    width = shutil.get_terminal_size().columns
+    rows = sum(-(-max(1, len(line)) // width) for line in lines)
+    click.echo(f"\x1b[{rows}F\x1b[J", nl=False)
+
+
+def _print(found: OutputStatus, as_json: bool) -> None:
+    echo(json.dumps(asdict(found)) if as_json else "\n".join(_lines(found)))
 
 
 def _lines(found: OutputStatus) -> list[str]:
@@ -43,7 +83,12 @@ def _lines(found: OutputStatus) -> list[str]:
     lines = [
         f"{found.output}: {found.state}" + (f", {found.runs} runs" if found.runs > 1 else ""),
         f"rows     {found.rows_done} of {found.rows_total}"
-        + (f", {found.rows_missing} missing" if found.rows_missing else ""),
+        + (f", {found.rows_missing} missing" if found.rows_missing else "")
+        + (
+            f", of which {found.rows_waiting} are finished and wait for their part"
+            if found.rows_waiting
+            else ""
+        ),
         f"parts    {found.parts_done} of {found.parts_total}"
         + (
             f", missing {_first(found.parts_missing, found.n_parts_missing)}"
@@ -55,9 +100,17 @@ def _lines(found: OutputStatus) -> list[str]:
         f"tokens   {found.prompt_tokens} of prompts, {found.completion_tokens} of completions",
     ]
     lines += [f"problem  {problem}" for problem in found.problems]
+    if found.state == "indexed":
+        lines.append("next     `gptbatch generate` with the same settings begins the run")
     if found.tokens_per_s is not None:
         left = "" if found.remaining_s is None else f", about {found.remaining_s:.0f} s left"
         lines.append(f"speed    {found.tokens_per_s:.0f} tokens/s{left} (at {found.updated_at})")
+    elif found.state == "running":
+        lines.append("speed    not known yet: the run checks its input, or loads the model")
+    if found.state == "running" and (shared := describe_cores(cores().threads)):
+        lines.append(
+            f"cores    shared with other programs, if the run is on this machine: {shared}"
+        )
     return lines
 
 

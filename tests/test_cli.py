@@ -466,7 +466,7 @@ def test_progress_is_plain_lines_without_a_terminal(
     lines = progress.Lines()
     lines.begin(100, 0)
     for rows in (1, 20, 30):
-        lines.update(rows=rows, errors=2, completion_tokens=rows * 50)
+        lines.update(rows=rows, errors=2, completion_tokens=rows * 50, remaining_s=40.3)
     lines.end()
     assert capfd.readouterr().err.splitlines() == [
         "20 of 100 rows, 2 errors, 100 tokens/s, about 40 s left"

@@ -318,7 +318,9 @@ def test_the_command_prints_the_plan(checkpoint: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ROWS[:20])
     write_jsonl(tmp_path / "b.jsonl", ROWS[20:])
     options = ["--model", str(checkpoint), "--input", "a.jsonl", "--input", "b.jsonl"]
-    ran = run_gptbatch("plan", *options, "--output", "out", "--part-rows", "50", cwd=tmp_path)
+    ran = run_gptbatch(
+        "plan", "--index", *options, "--output", "out", "--part-rows", "50", cwd=tmp_path
+    )
     assert ran.code == 0, ran.stderr
     digest = ran.summary.pop("input_digest")
     assert len(digest) == 64

@@ -461,7 +461,7 @@ def test_an_input_that_changes_while_it_is_read_never_succeeds(
         def begin(self, total_rows: int, done_rows: int) -> None:
             write_rows([{"prompt": "another"}] * 7)
 
-        def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
+        def update(self, **counts: float | None) -> None:
             pass
 
         def end(self) -> None:

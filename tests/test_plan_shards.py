@@ -457,7 +457,7 @@ def test_a_killed_shard_leaves_nothing_that_is_used(
 def test_inputs_that_cannot_be_divided_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     config = job(tmp_path / "pipe", tmp_path / "out", shard="0/2")
-    pipe = r"pipe is a pipe, .*; write its rows to a file, or run `gptbatch plan` without --shard"
+    pipe = r"pipe is a pipe, .*; write its rows to a file, or run `gptbatch plan --index` without"
     with pytest.raises(ConfigError, match=pipe):
         plan_job(config)
     with pytest.raises(ConfigError, match="shard: - is a pipe"):
@@ -485,10 +485,10 @@ def test_a_run_uses_the_joined_index(
 def test_the_command_says_whether_the_plan_is_complete(tmp_path: Path) -> None:
     write_mixed(tmp_path / "in")
     options = ["--model", "none", "--input", "in", "--output", "out", "--part-rows", "50"]
-    first = run_gptbatch("plan", *options, "--shard", "1/2", cwd=tmp_path)
+    first = run_gptbatch("plan", "--index", *options, "--shard", "1/2", cwd=tmp_path)
     assert (first.code, first.summary["complete"]) == (0, False), first.stderr
     assert first.summary["input_digest"] is None
     ranks = {"RANK": "0", "WORLD_SIZE": "2"}
-    last = run_gptbatch("plan", *options, "--shard", "auto", cwd=tmp_path, env=ranks)
+    last = run_gptbatch("plan", "--index", *options, "--shard", "auto", cwd=tmp_path, env=ranks)
     assert (last.code, last.summary["complete"]) == (0, True), last.stderr
     assert last.summary["parts"] == 3

@@ -169,9 +169,9 @@ def measure_ceiling_rates(model: GPT) -> CeilingRates:
     )
 
 
-def measure_reading(device: torch.device) -> float:
-    """Return the best rate of reading memory, in GB per second."""
-    elements = torch.zeros(ELEMENTS_READ, dtype=torch.float32, device=device)
+def measure_reading(device: torch.device, *, n_elements: int = ELEMENTS_READ) -> float:
+    """Return the best rate of reading memory, in GB per second, from float32 elements."""
+    elements = torch.zeros(n_elements, dtype=torch.float32, device=device)
     return elements.nbytes / min(_time(elements.sum) for _ in range(READ_TRIES)) / 1e9
 
 

@@ -34,6 +34,7 @@ from gptbatch.pipeline.job import open_output
 from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_runner import Progress, Stop
+from gptbatch.pipeline.output.time_left import seconds_left_by_rows
 from gptbatch.pipeline.system.bundled import PREFIX
 from gptbatch.pipeline.system.paths import OBJECT_URL
 
@@ -222,6 +223,7 @@ class _Driver:
         rows_missing = sum(self.plan.rows_of(number) for number in self.missing)
         if progress is not None:
             progress.begin(self.plan.total_rows, self.plan.total_rows - rows_missing)
+        began_s = time.monotonic()
         try:
             self._workers = [self._start(dealer) for _ in range(count)]
             self._warn_at_s = time.monotonic() + MAX_PENDING_S
@@ -233,6 +235,9 @@ class _Driver:
                         rows=state["rows"],
                         errors=state["errors"],
                         completion_tokens=state["tokens"],
+                        remaining_s=seconds_left_by_rows(
+                            time.monotonic() - began_s, state["rows"], rows_missing - state["rows"]
+                        ),
                     )
                 limit.check(self.errors_kept + state["errors"])
                 if state["is_done"]:

@@ -1,4 +1,4 @@
-"""One shard of `gptbatch plan`: checks a block of parts, and joins the pieces of all shards.
+"""One shard of `gptbatch plan --index`: checks some parts, and joins the pieces of all shards.
 
     1. count  all rows of the input, without parsing them: the parts follow from their number
     2. check  the rows of the parts of this shard
@@ -218,5 +218,6 @@ def check_divisible(config: JobConfig) -> None:
 
 def _indivisible(name: str, problem: str) -> ConfigError:
     return ConfigError(
-        f"shard: {name} is {problem}, or run `gptbatch plan` without --shard", keys=("shard",)
+        f"shard: {name} is {problem}, or run `gptbatch plan --index` without --shard",
+        keys=("shard",),
     )

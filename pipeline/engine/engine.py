@@ -46,6 +46,7 @@ class EngineStats:
         rows: Sum of the batch sizes of all steps.
         prefilled_tokens: Prompt tokens that went through the model.
         decoded_tokens: New tokens that went through the model. The last one of a row does not.
+        decode_context: Sum of the context lengths that these tokens attended to.
         cached_tokens: Prompt tokens taken from the prefix cache.
         padding_tokens: Rows of the forward passes that held no token.
         new_tokens: Tokens sampled.
@@ -59,6 +60,7 @@ class EngineStats:
     rows: int = 0
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
+    decode_context: int = 0
     cached_tokens: int = 0
     padding_tokens: int = 0
     new_tokens: int = 0
@@ -128,8 +130,21 @@ class Engine:
     @property
     def max_rows_held(self) -> int:
         """The most sequences that run or wait at once."""
+        return self.batch_size + self.max_waiting
+
+    @property
+    def max_waiting(self) -> int:
+        """The most sequences that wait at once."""
         assert self._max_waiting is not None
-        return self.batch_size + self._max_waiting
+        return self._max_waiting
+
+    def unfinished(self) -> list[Completion]:
+        """Return the completions of the running sequences as far as they are generated."""
+        return [
+            self._completion(sequence)
+            for sequence in self._scheduler.running
+            if sequence.scheduled_s is not None
+        ]
 
     def generate(self, prompts: Iterator[TokenizedPrompt | None]) -> Iterator[list[Completion]]:
         """Yield, after every step, the completions that finished in it, in no particular order.
@@ -261,6 +276,9 @@ class Engine:
         stats.rows += len(chunks)
         stats.prefilled_tokens += n_prefilled
         stats.decoded_tokens += n_tokens - n_prefilled
+        stats.decode_context += sum(
+            chunk.context for chunk in chunks if chunk.sequence.n_new_tokens > 0
+        )
         stats.padding_tokens += self.model.padding_plan.padded(n_tokens) - n_tokens
         stats.prefill_s += (now - began) * n_prefilled / n_tokens
         stats.decode_s += (now - began) * (1 - n_prefilled / n_tokens)

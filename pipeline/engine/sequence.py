@@ -155,3 +155,9 @@ class ScheduledChunk:
     first: int
     tokens: list[int]
     needs_logits: bool
+
+    @property
+    def context(self) -> int:
+        """Sum of the context lengths that its tokens attend to."""
+        count = len(self.tokens)
+        return count * self.first + count * (count + 1) // 2

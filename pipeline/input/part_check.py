@@ -1,6 +1,6 @@
 """Checks some parts of an input, and joins the results for all parts.
 
-The shards of `gptbatch plan` check a block of parts each. The joined result is the one of
+The shards of `gptbatch plan --index` check a block of parts each. The joined result is the one of
 `PromptReader.check`.
 """
 

@@ -120,16 +120,23 @@ class TokenizedInput:
                 else:
                     yield None
             if isinstance(row, BadRow):
-                for sample in _samples(self._prompt_of(row), all_samples=all_samples):
+                for sample in samples_of(self._prompt_of(row), all_samples=all_samples):
                     reject(_error_row(sample, 0, RowError(kind="bad_row", reason=row.reason)))
                 continue
             error = self._error(row, encoded)
             self._count_warnings(encoded, error)
-            for sample in _samples(row, all_samples=all_samples):
+            for sample in samples_of(row, all_samples=all_samples):
                 if error is None:
                     yield self._fit(sample, encoded.token_ids, read_s)
                 else:
                     reject(_error_row(sample, len(encoded.token_ids), error))
+
+    def new_token_limit(self, prompt: TokenizedPrompt) -> int:
+        """Return the most new tokens of a prompt: max_new_tokens, or what the context holds."""
+        limit = prompt.prompt.params.max_new_tokens
+        if self.config.window_full == "slide":
+            return limit
+        return min(limit, self.gpt_config.n_positions - len(prompt.token_ids) + 1)
 
     def log_warnings(self) -> None:
         """Log a warning per kind of prompt whose tokens may not be the intended ones."""
@@ -300,7 +307,7 @@ def prompt_tokenizer(
     )
 
 
-def _samples(prompt: Prompt, *, all_samples: bool) -> Iterator[Prompt]:
+def samples_of(prompt: Prompt, *, all_samples: bool = True) -> Iterator[Prompt]:
     """Yield the samples of a row, or the first one, which is the row itself."""
     yield prompt
     for index in range(1, prompt.params.n if all_samples else 1):

@@ -40,9 +40,7 @@ class PagedKVCache:
         load_kernels()
         config, block_size = spec.config, spec.block_size
         blocks_per_context = blocks_for(config.n_positions, block_size)
-        n_blocks = max_seqs * blocks_per_context
-        if capacity is not None:
-            n_blocks = min(n_blocks, max(blocks_per_context, capacity // block_size))
+        n_blocks = spec.n_blocks(max_seqs, capacity)
         stored = torch.uint8 if spec.cache_dtype == "int8" else spec.dtype
         block_bytes = 2 * block_size * bytes_per_head(config, spec.dtype, spec.cache_dtype)
         # Not a method: the memory of the cache must be freed with its last reference.

@@ -100,6 +100,19 @@ class KVCacheSpec:
         """Return the capacity that holds sequences of these lengths, in positions."""
         return sum(blocks_for(length, self.block_size) * self.block_size for length in lengths)
 
+    def n_blocks(self, max_seqs: int, capacity: int | None) -> int:
+        """Return the blocks of a paged cache; one full context always fits.
+
+        Args:
+            max_seqs: Number of sequences.
+            capacity: Positions in total; None is max_seqs full contexts.
+        """
+        per_context = blocks_for(self.config.n_positions, self.block_size)
+        n_blocks = max_seqs * per_context
+        if capacity is None:
+            return n_blocks
+        return min(n_blocks, max(per_context, capacity // self.block_size))
+
     def max_seqs(self, capacity: int | None) -> int | None:
         """Return how many sequences a cache of this capacity may hold; None for any number.
 

@@ -7,7 +7,7 @@
         config.yaml          the resolved config
         digests.json         hashes of files (file_hashes.py)
         input_index.parquet  digest and place of each part of the input (index_file.py)
-        input_index.I-of-N.parquet  the piece of a shard of `gptbatch plan` (index_piece.py)
+        input_index.I-of-N.parquet  a shard's piece, of `gptbatch plan --index` (index_piece.py)
         errors.jsonl         the error rows (error_rows.py)
         lock                 held by a run, or by the runs of several shards (lock.py)
         runs/RUN/            the files of one run (run_folder.py)

@@ -1,4 +1,4 @@
-"""Pieces of the index of an input: the results of the shards of `gptbatch plan`.
+"""Pieces of the index of an input: the results of the shards of `gptbatch plan --index`.
 
 A piece, `input_index.3-of-16.parquet`, has a row per part of its shard: digest, place, and hashes
 of the ids. The shard that finds the pieces of all shards joins them to the index (index_file.py),

@@ -84,8 +84,8 @@ def check_input(
         return CheckedInput(summary=index, hashes=hashes, is_new=False)
     if not is_whole and (folder.work / INDEX).exists():
         logger.warning(
-            "%s: its plan is not used, since files or settings of the input have changed; each run "
-            "checks all rows",
+            "%s: its index is not used, since files or settings of the input have changed; each "
+            "run checks all rows",
             folder.path,
         )
     began_ns = time.time_ns()

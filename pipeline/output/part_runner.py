@@ -27,10 +27,11 @@ from gptbatch.pipeline.model.loading import LoadedModel
 from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.part_sink import PartSink
 from gptbatch.pipeline.output.part_source import PartSource
+from gptbatch.pipeline.output.time_left import TimeLeft
 from gptbatch.pipeline.types import Completion, Sample, TokenizedPrompt
 
 if TYPE_CHECKING:
-    from gptbatch.pipeline.engine.engine import Engine
+    from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
 
 logger = logging.getLogger("gptbatch")
 
@@ -49,8 +50,10 @@ class Progress(Protocol):
             done_rows: Rows among them that earlier runs have done.
         """
 
-    def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
-        """Take the counts since `begin`."""
+    def update(
+        self, *, rows: int, errors: int, completion_tokens: int, remaining_s: float | None
+    ) -> None:
+        """Take the counts since `begin`, and the seconds that are left; None if unknown."""
 
     def end(self) -> None:
         """Finish."""
@@ -122,6 +125,7 @@ class PartRunner:
         self._errors_kept = sum(part.errors for part in self.sink.parts.values())
         # Samples of rows that lack some, by index of the row.
         self._samples: dict[int, list[Sample]] = {}
+        self._time_left = TimeLeft(0)
         self._pulled: set[int] = set()
         self._suspect_parts: list[int] = []
 
@@ -188,10 +192,11 @@ class PartRunner:
         first = next(numbers, None)
         if first is None:
             return False
-        engine = self._engine(batch_size)
-        max_in_flight = MAX_EXTRA_PARTS_IN_FLIGHT + -(
-            -engine.max_rows_held // self.summary.part_rows
+        samples = self.summary.rows * self.summary.max_n
+        engine = make_engine(
+            self.config, self.prompts, self.loaded, max(1, min(batch_size, samples))
         )
+        max_in_flight = max_parts_in_flight(engine.max_rows_held, self.summary.part_rows)
 
         def try_begin_part(number: int) -> bool:
             if self.sink.is_in_flight(number):
@@ -201,11 +206,14 @@ class PartRunner:
             self.sink.begin_part(number)
             return True
 
-        prompts = self.prompts.prompts(
-            self.summary,
-            reject=self._take,
-            parts=chain([first], numbers),
-            try_begin_part=try_begin_part,
+        self._time_left = TimeLeft(self.sink.rows_total - self._rows_kept - self.counts.rows)
+        prompts = self._counted(
+            self.prompts.prompts(
+                self.summary,
+                reject=self._take,
+                parts=chain([first], numbers),
+                try_begin_part=try_begin_part,
+            )
         )
         if batch_size == 1:
             prompts = self._record_lone_rows(prompts)
@@ -220,6 +228,7 @@ class PartRunner:
                     rows=self.counts.rows,
                     errors=self.counts.errors,
                     completion_tokens=tokens_before + engine.stats.new_tokens,
+                    remaining_s=self._time_left.seconds(engine.stats),
                 )
             if (source := self.stop.requested()) is not None:
                 raise StoppedError(
@@ -241,6 +250,15 @@ class PartRunner:
             "generated again (smaller part_rows, for a new output: fewer)"
         )
 
+    def _counted(
+        self, prompts: Iterator[TokenizedPrompt | None]
+    ) -> Iterator[TokenizedPrompt | None]:
+        """Count the tokens of each prompt for the time that is left."""
+        for prompt in prompts:
+            if prompt is not None:
+                self._time_left.read(prompt, self.prompts.new_token_limit(prompt))
+            yield prompt
+
     def _record_lone_rows(
         self, prompts: Iterator[TokenizedPrompt | None]
     ) -> Iterator[TokenizedPrompt | None]:
@@ -255,6 +273,7 @@ class PartRunner:
         prompt = completion.prompt
         self.counts.prompt_tokens += completion.prompt_tokens
         self.counts.completion_tokens += len(completion.token_ids)
+        self._time_left.finished(completion)
         text = None
         if completion.error is None:
             text = self.prompts.tokenizer.completion_text(
@@ -279,16 +298,42 @@ class PartRunner:
         if failed:
             self._limit.check(self._errors_kept + self.counts.errors)
 
-    def _engine(self, batch_size: int) -> Engine:
-        from gptbatch.pipeline.engine.engine import Engine
 
-        config = self.config
-        return Engine(
-            model=self.loaded.model,
-            batch_size=max(1, min(batch_size, self.summary.rows * self.summary.max_n)),
-            eos_token_ids=() if config.ignore_eos else self.prompts.special_tokens.eos_token_ids,
-            memory_bytes=self.loaded.cache_memory_bytes(config.engine.memory_gib),
-            window_full=config.window_full,
-            record_logits=config.record_logits_digest,
-            token_bytes=self.prompts.token_bytes,
-        )
+def max_parts_in_flight(max_rows_held: int, part_rows: int) -> int:
+    """Return the most parts that are in flight at once.
+
+    Args:
+        max_rows_held: The most sequences that the engine holds.
+        part_rows: Rows per part.
+    """
+    return MAX_EXTRA_PARTS_IN_FLIGHT + -(-max_rows_held // part_rows)
+
+
+def make_engine(
+    config: JobConfig,
+    prompts: TokenizedInput,
+    loaded: LoadedModel,
+    batch_size: int,
+    scheduling: SchedulingOptions | None = None,
+) -> Engine:
+    """Return the engine of a job.
+
+    Args:
+        config: The settings of the job.
+        prompts: Its input.
+        loaded: Its model.
+        batch_size: The most sequences that run at once.
+        scheduling: How steps are filled; None is as in a run.
+    """
+    from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
+
+    return Engine(
+        model=loaded.model,
+        batch_size=batch_size,
+        eos_token_ids=() if config.ignore_eos else prompts.special_tokens.eos_token_ids,
+        memory_bytes=loaded.cache_memory_bytes(config.engine.memory_gib),
+        window_full=config.window_full,
+        scheduling=scheduling or SchedulingOptions(),
+        record_logits=config.record_logits_digest,
+        token_bytes=prompts.token_bytes,
+    )

@@ -182,7 +182,7 @@ class PartWriter:
 
         done = self._writer.write(
             path,
-            lambda file: _write_table(file, table),
+            lambda file: write_table(file, table),
             check=check,
             only_if_absent=only_if_absent,
         )
@@ -210,7 +210,8 @@ class PartWriter:
         )
 
 
-def _write_table(file: BinaryIO, table: pa.Table) -> None:
+def write_table(file: BinaryIO, table: pa.Table) -> None:
+    """Write the table of a part."""
     with pq.ParquetWriter(
         file, table.schema, compression="zstd", write_page_checksum=True
     ) as writer:

@@ -62,6 +62,7 @@ class ProgressFile:
         self._state: State = "loading"
         self._written_s = -self._interval_s
         self._rows = self._errors = self._tokens = 0
+        self._remaining_s: float | None = None
 
     @contextmanager
     def recording_state(self) -> Iterator[None]:
@@ -103,9 +104,12 @@ class ProgressFile:
         self._began_s = time.monotonic()
         self.write("running")
 
-    def update(self, *, rows: int, errors: int, completion_tokens: int) -> None:
+    def update(
+        self, *, rows: int, errors: int, completion_tokens: int, remaining_s: float | None
+    ) -> None:
         """Take the counts of this run, and write the file at most every few seconds."""
         self._rows, self._errors, self._tokens = rows, errors, completion_tokens
+        self._remaining_s = remaining_s
         if time.monotonic() - self._written_s >= self._interval_s:
             self.write("running")
 
@@ -116,17 +120,15 @@ class ProgressFile:
         """Write the file now. A full disk does not end the run for the sake of this file."""
         self._written_s, self._state = time.monotonic(), state
         elapsed_s = self._written_s - self._began_s
-        # A shard that generates parts of others has more than its own.
-        rows_left = max(0, self._rows_total - self._rows_kept - self._rows)
         content = {
             "state": state,
             "rows_total": self._rows_total,
             "rows_done": self._rows_kept + self._rows,
             "error_rows": self._errors_kept + self._errors,
-            "tokens_per_s": round(self._tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,
-            "remaining_s": round(elapsed_s / self._rows * rows_left, 1)
-            if self._rows and state == "running"
-            else None,
+            "tokens_per_s": round(self._tokens / elapsed_s, 1) if self._tokens else None,
+            "remaining_s": None
+            if self._remaining_s is None or state != "running"
+            else round(self._remaining_s, 1),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "updated_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from gptbatch.pipeline.errors import InputNotFoundError, StorageError
 from gptbatch.pipeline.output.folder import CONFIG, WORK, FolderState, OutputFolder
+from gptbatch.pipeline.output.index_file import INDEX, read_index
 from gptbatch.pipeline.output.json_models import Part, ProgressContent
 from gptbatch.pipeline.output.lock import LOCK
 from gptbatch.pipeline.output.manifest import MANIFEST
@@ -37,11 +38,14 @@ class OutputStatus:
 
     Attributes:
         output: The output folder.
-        state: "complete"; "running": a process holds its lock; "unfinished": no process does.
+        state: "complete"; "running": a process holds its lock; "unfinished": no process does;
+            "indexed": no run has begun, and `gptbatch plan --index` has checked the rows.
         runs: Number of runs that are going on: more than 1 with shards.
         rows_total: Rows of the input.
         rows_done: Rows in parts of the folder's job.
         rows_missing: Rows that are not done.
+        rows_waiting: Rows among these that a run has finished, and that wait for their part. None
+            unless one run is going on.
         parts_total: Parts of the whole output.
         parts_done: Parts that are written.
         n_parts_missing: Number of missing parts.
@@ -50,8 +54,8 @@ class OutputStatus:
         errors: Number of error rows by kind.
         prompt_tokens: Sum over the rows that are done.
         completion_tokens: Sum over the rows that are done.
-        tokens_per_s: Speed of the current runs together, or of the last one. None when no run has
-            recorded it.
+        tokens_per_s: Speed of the current runs together, or of the last one. None before the first
+            token.
         remaining_s: Estimated seconds until the last of the current runs ends. None when none is
             running.
         updated_at: When a run last recorded its progress, in UTC.
@@ -60,11 +64,12 @@ class OutputStatus:
     """
 
     output: str
-    state: Literal["complete", "running", "unfinished"]
+    state: Literal["complete", "running", "unfinished", "indexed"]
     runs: int
     rows_total: int
     rows_done: int
     rows_missing: int
+    rows_waiting: int | None
     parts_total: int
     parts_done: int
     n_parts_missing: int
@@ -98,10 +103,42 @@ def output_status(path: Location) -> OutputStatus:
             f"{error.filename or path}: cannot be read ({error.strerror or error})"
         ) from error
     if state is None and progress is None:
+        if (index := _index(folder)) is not None:
+            return index
         raise InputNotFoundError(
             f"{path}: holds no run of gptbatch; name the output folder of a run"
         )
     return _status(folder, state, listing, progress, problems)
+
+
+def _index(folder: OutputFolder) -> OutputStatus | None:
+    """Return the status of a folder with the index of an input and no run; None without one."""
+    index = read_index(folder.work / INDEX)
+    if index is None:
+        return None
+    n_parts = count_parts(index.part_rows, index.rows)
+    return OutputStatus(
+        output=str(folder.path),
+        state="indexed",
+        runs=0,
+        rows_total=index.rows,
+        rows_done=0,
+        rows_missing=index.rows,
+        rows_waiting=None,
+        parts_total=n_parts,
+        parts_done=0,
+        n_parts_missing=n_parts,
+        parts_missing=list(range(min(n_parts, MAX_MISSING_PARTS))),
+        parts_damaged=[],
+        errors={},
+        prompt_tokens=0,
+        completion_tokens=0,
+        tokens_per_s=None,
+        remaining_s=None,
+        updated_at=None,
+        config_hash=None,
+        problems=[],
+    )
 
 
 def _status(
@@ -130,13 +167,17 @@ def _status(
         and (len(parts), rows_done) == (n_parts, rows)
     )
     running = not complete and _is_running(folder)
+    runs = len(live_runs(folder.work)) if running else 0
     return OutputStatus(
         output=str(folder.path),
         state="complete" if complete else "running" if running else "unfinished",
-        runs=len(live_runs(folder.work)) if running else 0,
+        runs=runs,
         rows_total=rows,
         rows_done=rows_done,
         rows_missing=max(0, rows - rows_done),
+        rows_waiting=max(0, progress.rows_done - rows_done)
+        if runs == 1 and progress is not None and progress.rows_total == rows
+        else None,
         parts_total=n_parts,
         parts_done=len(parts),
         n_parts_missing=n_parts - sum(number < n_parts for number in present),
@@ -171,10 +212,11 @@ def _progress(folder: OutputFolder) -> ProgressContent | None:
     latest = max(every, key=lambda progress: progress.updated_at or "", default=None)
     if latest is None or not live:
         return latest
+    speeds = [progress.tokens_per_s for progress in live if progress.tokens_per_s is not None]
     remaining = [progress.remaining_s for progress in live if progress.remaining_s is not None]
     return latest.model_copy(
         update={
-            "tokens_per_s": sum(progress.tokens_per_s or 0.0 for progress in live),
+            "tokens_per_s": sum(speeds) if speeds else None,
             "remaining_s": max(remaining, default=None),
         }
     )

@@ -30,6 +30,7 @@ from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
 from gptbatch.pipeline.output.part_runner import Progress
 from gptbatch.pipeline.output.placement import check_placement
+from gptbatch.pipeline.output.time_left import seconds_left_by_rows
 from gptbatch.pipeline.score.pairs import EncodedPair, PairEncoder, fit
 from gptbatch.pipeline.score.rows import ScoreFields, ScoreReader, ScoreRow
 from gptbatch.pipeline.score.scoring import PairScore, TokenPair, score_windows
@@ -240,7 +241,12 @@ class _ScoreRun:
             last_index = items[-1].prompt_index
             if self._progress is not None:
                 self._progress.update(
-                    rows=n_rows, errors=counts.errors, completion_tokens=counts.tokens
+                    rows=n_rows,
+                    errors=counts.errors,
+                    completion_tokens=counts.tokens,
+                    remaining_s=seconds_left_by_rows(
+                        time.monotonic() - self._began_s, n_rows, self._rows - n_rows
+                    ),
                 )
         if self._progress is not None:
             self._progress.end()
