@@ -27,7 +27,6 @@ gptbatch plan --config gpt2-cpu --input prompts.jsonl --output out/mine
 gptbatch plan --config gpt2-cpu --input prompts.jsonl --output out/mine --price-per-hour 0.19
 gptbatch plan --index --config gpt2-cpu --input 'data/*.jsonl.gz' --output out/mine"""
 
-GIB, MIB = 2**30, 2**20
 ESTIMATE_OPTIONS = ("seconds", "price_per_hour", "as_json")
 
 
@@ -174,4 +173,7 @@ def _money(amount: float) -> str:
 
 
 def _size(n_bytes: float) -> str:
-    return f"{n_bytes / GIB:.1f} GiB" if n_bytes >= GIB / 2 else f"{n_bytes / MIB:.1f} MiB"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if n_bytes >= size / 2:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes / 2**10:.1f} KiB"
