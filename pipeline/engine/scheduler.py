@@ -89,19 +89,15 @@ class Scheduler:
             return chunks + self._interleaved_prefill(prefilling, budget)
         return chunks + self._prefill(prefilling, budget)
 
-    def schedule_prefill(self, budget: int) -> list[ScheduledChunk]:
+    def schedule_prefill(self, prefilling: list[int], budget: int) -> list[ScheduledChunk]:
         """Return chunks of prompts, for an engine whose sequences decode on the device.
 
         The last chunk of a prompt has `needs_logits`.
 
         Args:
+            prefilling: Indices of the running sequences whose prompts are not scheduled to the end.
             budget: The most tokens.
         """
-        prefilling = [
-            seq_index
-            for seq_index, sequence in enumerate(self.running)
-            if sequence.n_computed_tokens < sequence.n_prompt_tokens
-        ]
         prefilling.sort(key=lambda seq_index: self.running[seq_index].schedule_order)
         return self._prefill(prefilling, budget)
 
