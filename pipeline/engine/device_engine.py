@@ -165,7 +165,8 @@ class DeviceEngine(Engine):
         rows, running = self._rows, self._scheduler.running
         is_filling = 2 * int(rows.decodes.sum()) < self.batch_size
         budget = self.scheduling.step_tokens * (FILLING if is_filling else 1)
-        chunks = self._scheduler.schedule_prefill(min(budget, CHUNK_SIZES[-1]))
+        prefilling: list[int] = np.flatnonzero(~rows.has_prompt[: len(running)]).tolist()
+        chunks = self._scheduler.schedule_prefill(prefilling, min(budget, CHUNK_SIZES[-1]))
         self._start_new(chunks, time.monotonic())
         prompt = self._take_chunks(chunks)
         decodes = rows.decodes[: len(running)].copy()
@@ -247,7 +248,7 @@ class DeviceEngine(Engine):
             host_samples=bool(rows.needs_host[handle]),
         )
         self._changes.set(index, row)
-        rows.decodes[index] = True
+        rows.decodes[index] = rows.has_prompt[index] = True
 
     def _cache_tables(self) -> Int64s:
         assert isinstance(self._cache, DeviceKVCache)

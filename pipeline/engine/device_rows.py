@@ -21,6 +21,7 @@ class DeviceRows:
     Attributes:
         handle_at: The handle at each index.
         decodes: Indices that decode on the device in the next step.
+        has_prompt: Indices whose prompts are scheduled to the end.
         sequences: By handle, as all that follow; None for a free handle.
         index_of: Index in the batch; -1 where another sequence may have it.
         needs_host: The host samples the row.
@@ -39,7 +40,7 @@ class DeviceRows:
         # Each step in flight may hold other sequences, and others that are finished wait for it.
         count = max_seqs * 2 * (max_in_flight + 1)
         self.handle_at = np.zeros(max_seqs, np.int64)
-        self.decodes = np.zeros(max_seqs, np.bool_)
+        self.decodes, self.has_prompt = np.zeros((2, max_seqs), np.bool_)
         self.sequences: list[Sequence | None] = [None] * count
         self.index_of = np.full(count, -1, np.int64)
         self.needs_host, self.keeps_all, self.is_watched = np.zeros((3, count), np.bool_)
@@ -64,7 +65,6 @@ class DeviceRows:
         handle = self._free.pop()
         params = sequence.params
         self.handle_at[index], self.index_of[handle] = handle, index
-        self.decodes[index] = False
         self.sequences[handle], self.is_done[handle] = sequence, False
         self.is_watched[handle] = bool(params.stop or params.stop_token_ids)
         # The last token needs no place in the context.
@@ -78,12 +78,13 @@ class DeviceRows:
         """Move a sequence to another index."""
         handle = self.handle_at[source]
         self.handle_at[target], self.index_of[handle] = handle, target
-        self.decodes[target], self.decodes[source] = self.decodes[source], False
+        for flags in (self.decodes, self.has_prompt):
+            flags[target], flags[source] = flags[source], False
 
     def leave(self, index: int) -> None:
         """Let others have an index."""
         self.index_of[self.handle_at[index]] = -1
-        self.decodes[index] = False
+        self.decodes[index] = self.has_prompt[index] = False
 
     def append(self, handles: Int64s, tokens: Int64s, margins: npt.NDArray[np.float64]) -> None:
         """Append one new token to each of these sequences."""

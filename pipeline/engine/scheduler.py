@@ -49,11 +49,18 @@ class Scheduler:
     slide: bool = False
     running: list[Sequence] = field(default_factory=list, init=False)
     waiting: list[Sequence] = field(default_factory=list, init=False)
+    # The most positions of each waiting sequence.
+    _waiting_lengths: list[int] = field(default_factory=list, init=False)
     _n_scheduled: int = field(default=0, init=False)
+    _n_added: int = field(default=0, init=False)
 
     def add(self, source: TokenizedPrompt) -> None:
         """Append a prompt to the waiting sequences."""
-        self.waiting.append(Sequence(source))
+        sequence = Sequence(source)
+        sequence.arrival_order = self._n_added
+        self._n_added += 1
+        self.waiting.append(sequence)
+        self._waiting_lengths.append(sequence.max_length(self.n_positions))
 
     # The scheduling algorithm. A step takes one token of every decoding sequence. The rest of its
     # token budget goes to prefill: first to running sequences, in the order in which they were
@@ -82,19 +89,15 @@ class Scheduler:
             return chunks + self._interleaved_prefill(prefilling, budget)
         return chunks + self._prefill(prefilling, budget)
 
-    def schedule_prefill(self, budget: int) -> list[ScheduledChunk]:
+    def schedule_prefill(self, prefilling: list[int], budget: int) -> list[ScheduledChunk]:
         """Return chunks of prompts, for an engine whose sequences decode on the device.
 
         The last chunk of a prompt has `needs_logits`.
 
         Args:
+            prefilling: Indices of the running sequences whose prompts are not scheduled to the end.
             budget: The most tokens.
         """
-        prefilling = [
-            seq_index
-            for seq_index, sequence in enumerate(self.running)
-            if sequence.n_computed_tokens < sequence.n_prompt_tokens
-        ]
         prefilling.sort(key=lambda seq_index: self.running[seq_index].schedule_order)
         return self._prefill(prefilling, budget)
 
@@ -191,9 +194,7 @@ class Scheduler:
         )
         if n_cached_tokens is None:
             return None
-        for earlier in self.waiting[:place]:
-            earlier.times_passed_over += 1
-        del self.waiting[place]
+        del self.waiting[place], self._waiting_lengths[place]
         self.running.append(sequence)
         self._n_scheduled += 1
         sequence.schedule_order = self._n_scheduled
@@ -205,7 +206,8 @@ class Scheduler:
 
         The first of all if it was passed over too often.
         """
-        if self.waiting[0].times_passed_over >= MAX_PASSED_OVER_PER_SEQ * self.max_seqs:
+        # All that arrived before the first one have started. The others that have, passed it over.
+        times_passed_over = self._n_scheduled - self.waiting[0].arrival_order
+        if times_passed_over >= MAX_PASSED_OVER_PER_SEQ * self.max_seqs:
             return 0
-        lengths = [sequence.max_length(self.n_positions) for sequence in self.waiting]
-        return lengths.index(max(lengths))
+        return self._waiting_lengths.index(max(self._waiting_lengths))

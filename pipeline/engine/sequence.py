@@ -33,7 +33,7 @@ class Sequence:
         tokens: Prompt tokens, then new tokens.
         n_computed_tokens: Tokens of the context (see `context_start`) that are in the KV cache.
         n_cached_tokens: Prompt tokens that another sequence computed.
-        times_passed_over: Later sequences that were scheduled while this one was waiting.
+        arrival_order: Sequences that were added to the scheduler before it.
         schedule_order: 1 for the first sequence that was scheduled, 2 for the next, ...
         scheduled_s: Monotonic clock of its first step; None while waiting.
         started_at_s: Wall clock of its first step.
@@ -54,7 +54,7 @@ class Sequence:
     tokens: list[int] = field(init=False)
     n_computed_tokens: int = field(default=0, init=False)
     n_cached_tokens: int = field(default=0, init=False)
-    times_passed_over: int = field(default=0, init=False)
+    arrival_order: int = field(default=0, init=False)
     schedule_order: int = field(default=0, init=False)
     scheduled_s: float | None = field(default=None, init=False)
     started_at_s: float = field(default=0.0, init=False)
