@@ -61,8 +61,8 @@ def report(
     decision margins, and a browser of some hundred rows. With OTHER, it compares the two runs. The
     file has at most 2 MB and loads nothing: any browser opens it without a network.
 
-    With --explain, it has the explorer of rows: why each token was sampled, and which one other
-    settings would have sampled with the same noise.
+    With --explain, it shows why each token of a row was sampled, and which token other settings
+    would have sampled with the same noise.
 
     OUTPUT may hold a run that is going on or was killed. The last line is a JSON object.
     """
@@ -74,7 +74,9 @@ def report(
         _refuse_scores(path)
     target = html or Path(_default_name(output, other))
     _check(target)
-    more = [_explorer(output, explain, Overrides(**options))] if explain else []
+    more = []
+    if explain:
+        more.append(_explorer(output, explain, Overrides(**options), is_beside=other is not None))
     built = build_report(output, other, with_text=not no_text, more=more)
     _write(target, built.html.encode())
     echo(json.dumps({"html": str(target), "bytes": target.stat().st_size, **built.facts}))
@@ -93,16 +95,24 @@ def _check_options(explain: tuple[str, ...], options: dict[str, Any], *, no_text
             raise click.UsageError(f"{option_name(name)} has no effect without --explain")
 
 
-def _explorer(output: Location, names: tuple[str, ...], overrides: Overrides) -> Section:
+def _explorer(
+    output: Location, names: tuple[str, ...], overrides: Overrides, *, is_beside: bool
+) -> Section:
     """Return the section that explains rows. Unknown rows are refused before the model loads."""
     from gptbatch.pipeline.audit.loaded_run import LoadedRun
     from gptbatch.pipeline.audit.run_reader import RunReader
-    from gptbatch.pipeline.report.explain import explain_section, find_rows
+    from gptbatch.pipeline.report.explain import (
+        MAX_BYTES,
+        MAX_BYTES_BESIDE,
+        explain_section,
+        find_rows,
+    )
 
     run = RunReader(output)
     rows = find_rows(run, names)
     print_checkpoint(run, overrides.model)
-    return explain_section(LoadedRun(run, overrides), rows)
+    max_bytes = MAX_BYTES_BESIDE if is_beside else MAX_BYTES
+    return explain_section(LoadedRun(run, overrides), rows, max_bytes)
 
 
 def _refuse_scores(path: Location | None) -> None:

@@ -28,9 +28,9 @@ from gptbatch.pipeline.report.document import Section, render, template_text, to
 from gptbatch.pipeline.report.step_table import LARGE_TOP_KS, MAX_LEVEL_TOKENS, step_table
 
 MAX_ROWS = 16
-# Of all rows together, and of their JSON.
+# Of all rows together, and of their JSON, without and with a second run in the report.
 MAX_STEPS = 256
-MAX_BYTES = 1_450_000
+MAX_BYTES, MAX_BYTES_BESIDE = 1_450_000, 1_050_000
 MAX_PROMPT_CHARACTERS = 400
 MAX_SETTING_CHARACTERS = 80
 # Up to this temperature the ribbon shows which token wins.
@@ -65,12 +65,15 @@ def find_rows(run: RunReader, names: Sequence[str]) -> list[Row]:
     return rows
 
 
-def explain_section(loaded_run: LoadedRun, rows: Sequence[Row]) -> Section:
+def explain_section(
+    loaded_run: LoadedRun, rows: Sequence[Row], max_bytes: int = MAX_BYTES
+) -> Section:
     """Return the section that explains rows.
 
     Args:
         loaded_run: The run.
         rows: As `find_rows` returns them.
+        max_bytes: Of its JSON. Where more would be needed, steps at the ends of rows are left out.
 
     Raises:
         InputNotFoundError: A row is damaged.
@@ -82,7 +85,7 @@ def explain_section(loaded_run: LoadedRun, rows: Sequence[Row]) -> Section:
         _explain_row(loaded_run, row, prompt, count)
         for row, prompt, count in zip(rows, prompts, counts, strict=True)
     ]
-    explained = _fit(explained)
+    explained = _fit(explained, max_bytes)
     data = {
         "rows": explained,
         "level_tokens": MAX_LEVEL_TOKENS,
@@ -260,10 +263,10 @@ def _other_settings(params: SamplingParams) -> dict[str, str]:
     }
 
 
-def _fit(rows: list[Row]) -> list[Row]:
+def _fit(rows: list[Row], max_bytes: int) -> list[Row]:
     """Leave out steps at the ends of the longest rows until all fit."""
     sizes = [[len(to_json(step).encode()) for step in row["steps"]] for row in rows]
-    while sum(map(sum, sizes)) > MAX_BYTES:
+    while sum(map(sum, sizes)) > max_bytes:
         longest = max(range(len(rows)), key=lambda index: len(sizes[index]))
         sizes[longest].pop()
     return [
