@@ -79,6 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"id": "hot", "prompt": "KING", "temperature": 7.5, "max_new_tokens": 8},
         {"id": "greedy", "prompt": "KING", "temperature": 0, "top_k": 5},
         {"id": "samples", "prompt": "LADY:", "n": 2, "logprobs": 0},
+        {"id": "<img src=x onerror=alert(1)>", "prompt": "</script><b>\u202e"},
         {"id": "long", "prompt": "x" * 3000},
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -299,7 +300,7 @@ def test_masses_in_javascript() -> None:
 @pytest.mark.parametrize("name", ["plain", "top_p", "adjusted", "few", "hot"])
 def test_the_winner_is_that_of_the_sampler(loaded: LoadedRun, name: str) -> None:
     (row,) = explained(loaded, name)
-    settings = [*grid(150), row["settings"]]
+    settings = [*grid(60), row["settings"]]
     found = node(
         """return input.row.steps.map((_, i) => {
             const step = readStep(input.row, i);
@@ -352,7 +353,7 @@ def test_the_command(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--explain", "nine"], 66, "no row has the id 'nine'; the run has 9 rows"),
+        (["--explain", "nine"], 66, "no row has the id 'nine'; the run has 10 rows"),
         (["--explain", "samples#2"], 66, "no row has the id 'samples#2'"),
         (["--explain", "long"], 66, "row 'long' cannot be explained: the prompt has"),
         (["--explain", "plain", "--no-text"], 2, "--no-text leaves texts out"),

@@ -42,9 +42,9 @@ LARGE_TOP_KS = (
 )
 # Nodes of a segment: the first number whose error is small enough at these temperatures. The error
 # is relative to the sum over all tokens.
-NODE_COUNTS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
+NODE_COUNTS = (6, 8, 12, 16, 24, 32, 48, 64, 96)
 MAX_ERROR = 1e-13
-CHECKED_TEMPERATURES = np.array([0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0])
+CHECKED_TEMPERATURES = np.array([0.05, 0.15, 0.35, 0.6, 1.0, 2.0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

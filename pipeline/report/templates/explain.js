@@ -77,12 +77,13 @@ const view = {
 // -- the row ---------------------------------------------------------------------------------------
 
 function rowFacts(row) {
-  const entries = [
-    ["seed", row.seed],
-    ...Object.entries(row.settings).map(([name, value]) => [name, settingText(name, value)]),
-    ...Object.entries(row.others).map(([name, text]) => [name, shown(text)]),
-    ["ended by", row.stop_reason ?? ""],
-  ];
+  const line = make("p", { class: "row-settings" });
+  const add = (name, value) => line.append(make("span", {}, `${name} `, make("b", {}, value)));
+  for (const [name, value] of Object.entries(row.settings)) add(name, settingText(name, value));
+  for (const [name, text] of Object.entries(row.others)) add(name, shown(text));
+  add("seed", row.seed);
+  add("tokens", number(row.tokens));
+  if (row.stop_reason) add("ended by", row.stop_reason);
   const notes = [];
   if (row.adjusted) {
     notes.push("The settings of this row change logits. Logits, ranks and probabilities are of the changed ones, which the sampler sees; the log probability is the model's own.");
@@ -92,7 +93,7 @@ function rowFacts(row) {
     const why = reasons.length ? ` (${reasons.join(", ")})` : "";
     notes.push(`With the recorded settings, other tokens win here at ${others.length} steps${why}: the logits differ from those of the run.`);
   }
-  return [pairs(entries), ...notes.map((text) => make("p", { class: "note" }, text))];
+  return [line, ...notes.map((text) => make("p", { class: "note" }, text))];
 }
 
 function chipOf(step) {
@@ -169,24 +170,24 @@ view.chips.addEventListener("keydown", (event) => {
 
 // -- the map of all steps --------------------------------------------------------------------------
 
+// Steps are drawn some at a time, so that the sliders stay responsive.
 function drawMap() {
   const { steps, settings } = state;
   const chart = draw("svg", {
     class: "steps", viewBox: `0 0 ${steps.length} ${highest}`, preserveAspectRatio: "none",
     role: "img", "aria-label": "For each step, the token that wins at each temperature",
   });
-  steps.forEach((step, index) => {
-    const parts = ribbon(step, settings, highest, MAP_STEP);
-    const classes = colours(parts, step.data.token);
-    for (const { token, from, to } of parts) {
-      chart.append(draw("rect", {
-        class: `bar ${classes.get(token.id)}`, x: index + 0.04, width: 0.92,
-        y: (highest - to).toFixed(3), height: (to - from).toFixed(3),
-      }));
-    }
-  });
   state.now = draw("path", { class: "now" });
   state.here = draw("rect", { class: "here", y: 0, width: 1, height: highest });
+  const drawSome = (first) => {
+    const end = performance.now() + 30;
+    let index = first;
+    for (; index < steps.length && performance.now() < end; index++) {
+      const column = mapColumn(steps[index], index, settings);
+      state.now.before(...column);
+    }
+    state.timer = index < steps.length ? setTimeout(drawSome, 0, index) : 0;
+  };
   chart.append(state.now, state.here);
   chart.addEventListener("click", (event) => {
     const box = chart.getBoundingClientRect();
@@ -195,17 +196,33 @@ function drawMap() {
   });
   const scale = make("div", { class: "scale", "aria-hidden": "true" });
   for (let tick = highest; tick >= 0; tick--) scale.append(make("span", {}, String(tick)));
-  const entry = (kind, text) => {
-    const swatch = draw("svg", { class: "swatch", viewBox: "0 0 10 10", "aria-hidden": "true" });
-    swatch.append(draw("rect", { class: `bar ${kind}`, width: 10, height: 10 }));
-    return make("li", {}, swatch, text);
+  const entry = (text, ...kinds) => {
+    const swatches = kinds.map((kind) => {
+      const swatch = draw("svg", { class: "swatch", viewBox: "0 0 10 10", "aria-hidden": "true" });
+      swatch.append(draw("rect", { class: `bar ${kind}`, width: 10, height: 10 }));
+      return swatch;
+    });
+    return make("li", {}, ...swatches, text);
   };
   view.map.replaceChildren(
-    make("figcaption", {}, "Which token wins at which temperature, step by step, with the same noise"),
+    make("figcaption", {}, "The winner of each step (across) at each temperature (up), with the noise of the row"),
     make("div", { class: "plot" }, scale, chart),
-    make("ul", { class: "key" }, entry("c1", "the recorded token"), entry("c3", "another, from the lowest temperature up"), entry("c2", "the next"), entry("c6", "the one after"), make("li", {}, "dashed: the temperature of the slider")),
+    make("ul", { class: "key" },
+      entry("the recorded token", "c1"),
+      entry("other tokens of the step, from the lowest temperature up", "c3", "c2", "c6", "c5"),
+      make("li", {}, "dashed: the temperature of the slider")),
   );
   place();
+  drawSome(0);
+}
+
+function mapColumn(step, index, settings) {
+  const parts = ribbon(step, settings, highest, MAP_STEP);
+  const classes = colours(parts, step.data.token);
+  return parts.map(({ token, from, to }) => draw("rect", {
+    class: `bar ${classes.get(token.id)}`, x: index + 0.04, width: 0.92,
+    y: (highest - to).toFixed(3), height: (to - from).toFixed(3),
+  }));
 }
 
 // Mark the temperature and the step in the map.
@@ -300,6 +317,7 @@ function open(row) {
   drawChips();
   colourChips();
   drawSliders();
+  clearTimeout(state.timer);
   drawMap();
   select(0);
   change({});

@@ -1,6 +1,7 @@
 // What the explorer shows of one step.
 
 const { make, number, shown } = report;
+const RIBBON_STEP = 0.01;
 
 // Return an SVG element.
 function draw(name, attributes, ...children) {
@@ -62,7 +63,7 @@ function recordedFacts(step) {
   ]);
   return pairs([
     ["rank", number(data.rank)],
-    ["log probability", number(data.logprob, 4)],
+    ["log probability", fixed(data.logprob)],
     ["probability among the kept", percent(data.probability)],
     ["kept tokens", number(data.kept)],
     ["decision margin", data.margin === null ? "no other token" : number(data.margin)],
@@ -72,7 +73,7 @@ function recordedFacts(step) {
 
 // The bar of the tokens that win from temperature 0 to `highest`.
 function ribbonFigure(step, settings, highest, choose) {
-  const parts = ribbon(step, settings, highest);
+  const parts = ribbon(step, settings, highest, RIBBON_STEP);
   const classes = colours(parts, step.data.token);
   const chart = draw("svg", {
     class: "ribbon", viewBox: `0 0 ${highest * 100} 10`, preserveAspectRatio: "none", role: "img",
@@ -111,8 +112,8 @@ function verdict(step, settings, count) {
     line.append(` by ${number(best.score - second.score)} over `, named(second.token));
   } else line.append(": the filters keep no other token");
   const isRecorded = token.id === step.data.token;
-  line.append(isRecorded ? ". The run recorded it, too." : ". The run recorded ");
-  if (!isRecorded) line.append(named(step.data), ".");
+  line.append(isRecorded ? ", as in the run." : ". In the run, ");
+  if (!isRecorded) line.append(named(step.data), " won.");
   line.classList.add(isRecorded ? "same" : "other");
   const formula = `logit ${fixed(token.logit)} + ${number(settings.temperature)} × noise ${fixed(token.noise)} = ${fixed(best.score)}`;
   line.append(make("small", {}, formula));
@@ -123,12 +124,13 @@ function figures(step, settings, count) {
   const before = summarize(step, step.size, 1);
   const after = summarize(step, count, settings.temperature);
   const about = isExact(step, count) ? "" : "about ";
+  const choices = (entropy) => number(Math.exp(entropy));
   const forbidden = step.vocabSize - step.size;
   return pairs([
     ["kept tokens", `${about}${number(Math.round(count))} of ${number(step.size)}`],
-    ["kept mass", after.share === null ? "greedy" : about + percent(after.share)],
-    ["entropy, before and after", `${number(before.entropy)}, ${about}${number(after.entropy)} nats`],
-    ["effective choices", `${number(Math.exp(before.entropy))}, ${about}${number(Math.exp(after.entropy))}`],
+    ["kept probability mass", after.share === null ? "greedy" : about + percent(after.share)],
+    ["entropy, before → after", `${number(before.entropy)} → ${about}${number(after.entropy)} nats`],
+    ["effective choices", `${choices(before.entropy)} → ${about}${choices(after.entropy)}`],
     ...(forbidden ? [["forbidden tokens", number(forbidden)]] : []),
   ]);
 }
@@ -136,7 +138,7 @@ function figures(step, settings, count) {
 // The tokens of the table: the likeliest, and those that win somewhere, by logit.
 function tableTokens(step, settings, count, highest, likely) {
   const chosen = new Set(step.tokens.slice(0, likely));
-  for (const { token } of ribbon(step, settings, highest)) chosen.add(token);
+  for (const { token } of ribbon(step, settings, highest, RIBBON_STEP)) chosen.add(token);
   for (const one of bestTwo(step, count, settings.temperature)) if (one) chosen.add(one.token);
   for (const token of step.tokens) if (token.id === step.data.token) chosen.add(token);
   return step.tokens.filter((token) => chosen.has(token));
@@ -153,7 +155,7 @@ function bar(className, from, to) {
 function probabilityBar(before, after, largest) {
   const chart = draw("svg", { class: "cell-bar", viewBox: "0 0 100 16", preserveAspectRatio: "none", "aria-hidden": "true" });
   if (after) chart.append(bar("bar c1", 0, (after / largest) * 100));
-  chart.append(bar("outline", 0, (before / largest) * 100));
+  chart.append(bar("before", 0, (before / largest) * 100));
   return chart;
 }
 
@@ -205,7 +207,7 @@ function stepTable(step, settings, count, highest) {
       make("td", { class: "place" }, number(token.place + 1)),
       make("th", { scope: "row" }, named(token), ...marks),
       make("td", { class: "bars" }, probabilityBar(before(token), after(token), largest)),
-      make("td", {}, percent(before(token))),
+      make("td", { class: "wide-cell" }, percent(before(token))),
       make("td", {}, isKept ? percent(after(token)) : "left out"),
       make("td", { class: "bars" }, scoreBar(token, temperature, range, best.score)),
       ...own,
@@ -214,7 +216,7 @@ function stepTable(step, settings, count, highest) {
       make("td", {}, fixed(scoreOf(token, temperature)))));
   }
   const heads = [
-    ["rank", ""], ["token", ""], ["probability", "bars"], ["before", ""], ["after", ""],
+    ["rank", ""], ["token", ""], ["probability", "bars"], ["before", "wide-cell"], ["after", ""],
     ["logit + temperature × noise", "bars"],
     ...(step.adjusted ? [["model's logit", "wide-cell"]] : []),
     ["logit", "wide-cell"], ["noise", "wide-cell"], ["score", ""],

@@ -189,8 +189,8 @@ function summarize(step, count, temperature) {
   return { share: kept / all, entropy: Math.log(kept) - moment / kept, total: kept };
 }
 
-// The winners from temperature 0 to `highest`: [{token, from, to}], found at steps of 0.01.
-function ribbon(step, settings, highest, width = 0.01) {
+// The winners from temperature 0 to `highest`: [{token, from, to}], found at steps of `width`.
+function ribbon(step, settings, highest, width) {
   const parts = [];
   const count = Math.round(highest / width);
   for (let i = 0; i <= count; i++) {
@@ -199,9 +199,8 @@ function ribbon(step, settings, highest, width = 0.01) {
     const last = parts[parts.length - 1];
     if (last && last.token === token) last.to = temperature;
     else {
-      const from = last ? boundary(step, settings, last.token, last.to, temperature) : 0;
-      if (last) last.to = from;
-      parts.push({ token, from, to: temperature });
+      if (last) last.to = boundary(step, settings, last.token, last.to, temperature);
+      parts.push({ token, from: last ? last.to : 0, to: temperature });
     }
   }
   return parts;
@@ -209,7 +208,7 @@ function ribbon(step, settings, highest, width = 0.01) {
 
 // The temperature between two at which a token stops to win.
 function boundary(step, settings, token, low, high) {
-  for (let i = 0; i < 12; i++) {
+  while (high - low > 0.005) {
     const middle = (low + high) / 2;
     if (sample(step, { ...settings, temperature: middle }) === token) low = middle;
     else high = middle;
