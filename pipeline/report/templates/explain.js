@@ -239,7 +239,7 @@ function drawSliders() {
   state.inputs = Object.keys(row.settings).map((name) => {
     const stops = stopsOf(name, row.settings[name]);
     const input = make("input", { type: "range", min: 0, max: stops.length - 1, step: 1 });
-    const output = make("output", {});
+    const output = make("b", {});
     input.addEventListener("input", () => change({ [name]: stops[input.value] }));
     const show = () => {
       const value = state.settings[name];
