@@ -96,7 +96,11 @@ def explain_section(
     return Section(
         id="explorer",
         title="Explorer",
-        html=render("explain.html", rows=explained, max_steps=MAX_STEPS),
+        html=render(
+            "explain.html",
+            is_cut=any(len(row["steps"]) < row["tokens"] for row in explained),
+            max_steps=MAX_STEPS,
+        ),
         data=data,
         script="\n".join(map(template_text, ("sampling.js", "explain_step.js", "explain.js"))),
         style=template_text("explain.css"),

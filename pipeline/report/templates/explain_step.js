@@ -63,7 +63,7 @@ function recordedFacts(step) {
   ]);
   return pairs([
     ["rank", number(data.rank)],
-    ["log probability", fixed(data.logprob)],
+    ["log probability", number(data.logprob).replace("-", "−")],
     ["probability among the kept", percent(data.probability)],
     ["kept tokens", number(data.kept)],
     ["decision margin", data.margin === null ? "no other token" : number(data.margin)],
@@ -107,10 +107,10 @@ function ribbonFigure(step, settings, highest, choose) {
 function verdict(step, settings, count) {
   const [best, second] = bestTwo(step, count, settings.temperature);
   const { token } = best;
-  const line = make("p", { class: "verdict" }, named(token), " wins");
+  const line = make("p", { class: "verdict" }, named(token));
   if (second) {
-    line.append(` by ${number(best.score - second.score)} over `, named(second.token));
-  } else line.append(": the filters keep no other token");
+    line.append(` wins by ${number(best.score - second.score)} over `, named(second.token));
+  } else line.append(" is the only token that the filters keep");
   const isRecorded = token.id === step.data.token;
   line.append(isRecorded ? ", as in the run." : ". In the run, ");
   if (!isRecorded) line.append(named(step.data), " won.");
@@ -213,13 +213,13 @@ function stepTable(step, settings, count, highest) {
       ...own,
       make("td", { class: "wide-cell" }, fixed(token.logit)),
       make("td", { class: "wide-cell" }, signed(temperature * token.noise)),
-      make("td", {}, fixed(scoreOf(token, temperature)))));
+      make("td", { class: "wide-cell" }, fixed(scoreOf(token, temperature)))));
   }
   const heads = [
     ["rank", ""], ["token", ""], ["probability", "bars"], ["before", "wide-cell"], ["after", ""],
     ["logit + temperature × noise", "bars"],
     ...(step.adjusted ? [["model's logit", "wide-cell"]] : []),
-    ["logit", "wide-cell"], ["noise", "wide-cell"], ["score", ""],
+    ["logit", "wide-cell"], ["T × noise", "wide-cell"], ["score", "wide-cell"],
   ];
   const head = make("tr", {});
   for (const [text, kind] of heads) {
