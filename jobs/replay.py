@@ -25,7 +25,6 @@ from gptbatch.pipeline.storage.location import Location
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.loaded_run import LoadedRun
     from gptbatch.pipeline.audit.replay import Replay
-    from gptbatch.pipeline.audit.run_reader import RunReader
     from gptbatch.pipeline.audit.trace import Candidate, StepTrace
 
 # the text of a token id at its position
@@ -74,7 +73,7 @@ def replay(
     from gptbatch.pipeline.audit.run_reader import RunReader
 
     run = RunReader(output)
-    row = _find_row(run, prompt_id, sample_index)
+    row = run.require(prompt_id, sample_index)
     settings = {name: options.pop(name, None) for name in SAMPLING_SETTINGS}
     overrides = Overrides(**options)
     print_checkpoint(run, overrides.model)
@@ -131,22 +130,6 @@ def _params(loaded_run: LoadedRun, row: dict[str, Any], changes: dict[str, Any])
     if changes and (problem := loaded_run.setting_problem(params)):
         raise ConfigError(problem)
     return params
-
-
-def _find_row(run: RunReader, prompt_id: str, sample_index: int) -> dict[str, Any]:
-    """Return a sample of the row with an id. Raise InputNotFoundError if there is none."""
-    from gptbatch.pipeline.errors import InputNotFoundError
-
-    row = run.find(prompt_id, sample_index)
-    if row is None:
-        size = (
-            f"the run has {run.n_rows} rows"
-            if run.complete
-            else f"the run is not complete; it has {run.n_rows} rows so far"
-        )
-        sample = f" and sample_index {sample_index}" if sample_index else ""
-        raise InputNotFoundError(f"{run.path}: no row has the id {prompt_id!r}{sample}; {size}")
-    return row
 
 
 def _summary(
@@ -208,11 +191,13 @@ def _step_in_json(step: StepTrace, text: TokenText) -> dict[str, Any]:
             "token": candidate.token,
             "text": text(candidate.token),
             "probability": candidate.probability,
+            "noise": candidate.noise,
         }
 
     return {
         "step": step.step,
         **named(step.candidate),
+        "logprob": step.logprob,
         "rank": step.rank,
         "kept": step.kept,
         # null: no other token can be sampled

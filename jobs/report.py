@@ -7,13 +7,25 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Command, FolderArgument, OutputArgument
+from gptbatch.jobs.options import (
+    Command,
+    FolderArgument,
+    OutputArgument,
+    option_name,
+    print_checkpoint,
+    reopen_options,
+)
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError, OutputCreationError
 from gptbatch.pipeline.storage.location import Location
+
+if TYPE_CHECKING:
+    from gptbatch.pipeline.audit.loaded_run import Overrides
+    from gptbatch.pipeline.report.document import Section
 
 
 @click.command(cls=Command)
@@ -27,24 +39,80 @@ from gptbatch.pipeline.storage.location import Location
     "current folder, with the name of the output folder.",
 )
 @click.option("--no-text", is_flag=True, help="Leave out prompts, completions and metadata.")
-def report(output: Location, other: Location | None, html: Path | None, no_text: bool) -> None:
+@click.option(
+    "--explain",
+    multiple=True,
+    metavar="ID",
+    help="Explain each token of this row of OUTPUT, with sliders for other settings; ID#I is "
+    "sample I. Needs the weights. May be repeated.",
+)
+@reopen_options
+def report(
+    output: Location,
+    other: Location | None,
+    html: Path | None,
+    no_text: bool,
+    explain: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Write an HTML file that shows the run in the output folder OUTPUT.
 
     It shows what ran and how it ended, tokens per second over time, times, lengths, errors,
     decision margins, and a browser of some hundred rows. With OTHER, it compares the two runs. The
     file has at most 2 MB and loads nothing: any browser opens it without a network.
 
+    With --explain, it shows why each token of a row was sampled, and which token other settings
+    would have sampled with the same noise.
+
     OUTPUT may hold a run that is going on or was killed. The last line is a JSON object.
     """
+    from gptbatch.pipeline.audit.loaded_run import Overrides
     from gptbatch.pipeline.report.build import build_report
 
+    _check_options(explain, options, no_text=no_text)
     for path in (output, other):
         _refuse_scores(path)
     target = html or Path(_default_name(output, other))
     _check(target)
-    built = build_report(output, other, with_text=not no_text)
+    more = []
+    if explain:
+        more.append(_explorer(output, explain, Overrides(**options), is_beside=other is not None))
+    built = build_report(output, other, with_text=not no_text, more=more)
     _write(target, built.html.encode())
     echo(json.dumps({"html": str(target), "bytes": target.stat().st_size, **built.facts}))
+
+
+def _check_options(explain: tuple[str, ...], options: dict[str, Any], *, no_text: bool) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        click.UsageError: They do.
+    """
+    if explain and no_text:
+        raise click.UsageError("--explain shows the tokens of rows, and --no-text leaves texts out")
+    for name, value in options.items():
+        if value and not explain:
+            raise click.UsageError(f"{option_name(name)} has no effect without --explain")
+
+
+def _explorer(
+    output: Location, names: tuple[str, ...], overrides: Overrides, *, is_beside: bool
+) -> Section:
+    """Return the section that explains rows. Unknown rows are refused before the model loads."""
+    from gptbatch.pipeline.audit.loaded_run import LoadedRun
+    from gptbatch.pipeline.audit.run_reader import RunReader
+    from gptbatch.pipeline.report.explain import (
+        MAX_BYTES,
+        MAX_BYTES_BESIDE,
+        explain_section,
+        find_rows,
+    )
+
+    run = RunReader(output)
+    rows = find_rows(run, names)
+    print_checkpoint(run, overrides.model)
+    max_bytes = MAX_BYTES_BESIDE if is_beside else MAX_BYTES
+    return explain_section(LoadedRun(run, overrides), rows, max_bytes)
 
 
 def _refuse_scores(path: Location | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,10 @@ from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.types import Completion, Prompt, TokenizedPrompt
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gptbatch.pipeline.audit.trace import StepTrace
+    from gptbatch.pipeline.engine.sampling_step import SampleRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,25 +112,43 @@ def _first_difference(completion: Completion, row: dict[str, Any]) -> int | None
     )
 
 
-def _trace(
-    loaded_run: LoadedRun, prompt_ids: list[int], completion: Completion
-) -> tuple[StepTrace, ...]:
-    from gptbatch.pipeline.audit.trace import RecordedRow, each_logits, explain_step, step_hidden
+def each_step(
+    loaded_run: LoadedRun, prompt_ids: list[int], new: list[int], params: SamplingParams
+) -> Iterator[tuple[Tensor, SampleRequest]]:
+    """Yield the logits (V,) of each step of a row, as the model gives them, with its request.
+
+    Args:
+        loaded_run: The run.
+        prompt_ids: The prompt, which the model can take.
+        new: The new tokens, at least one. Their steps are computed by one prefill.
+        params: The settings that adjust the logits.
+    """
+    from gptbatch.pipeline.audit.trace import RecordedRow, each_logits, step_hidden
     from gptbatch.pipeline.engine.row_adjustments import next_adjustments
     from gptbatch.pipeline.engine.sampling_step import SampleRequest
 
-    model, params = loaded_run.loaded.model, completion.prompt.params
-    recorded = RecordedRow(prompt=prompt_ids, new=completion.token_ids, params=params)
+    model = loaded_run.loaded.model
     adjustments = loaded_run.row_adjustments(params, prompt_ids)
-    trace = []
-    for segments, hidden in step_hidden(model, [recorded]):
+    for segments, hidden in step_hidden(
+        model, [RecordedRow(prompt=prompt_ids, new=new, params=params)]
+    ):
         steps = (step for segment in segments for step in segment.steps)
-        for step, row_logits in zip(steps, each_logits(model, hidden), strict=True):
-            token = completion.token_ids[step]
-            request = SampleRequest(
-                params=params, step=step, adjustments=next_adjustments(adjustments)
+        for step, logits in zip(steps, each_logits(model, hidden), strict=True):
+            yield (
+                logits,
+                SampleRequest(params=params, step=step, adjustments=next_adjustments(adjustments)),
             )
-            trace.append(explain_step(row_logits, request, token))
             if adjustments is not None:
-                adjustments.add(token)
-    return tuple(trace)
+                adjustments.add(new[step])
+
+
+def _trace(
+    loaded_run: LoadedRun, prompt_ids: list[int], completion: Completion
+) -> tuple[StepTrace, ...]:
+    from gptbatch.pipeline.audit.trace import explain_step
+
+    new = completion.token_ids
+    return tuple(
+        explain_step(logits, request, new[request.step])
+        for logits, request in each_step(loaded_run, prompt_ids, new, completion.prompt.params)
+    )

@@ -159,6 +159,25 @@ class RunReader:
                 return next(self.row_reader().take([index]))
         return None
 
+    def require(self, prompt_id: str, sample_index: int = 0) -> dict[str, Any]:
+        """Return a sample of the row with an id, with all columns.
+
+        Raises:
+            InputNotFoundError: There is none.
+        """
+        row = self.find(prompt_id, sample_index)
+        if row is None:
+            size = (
+                f"the run has {self.n_rows} rows"
+                if self.complete
+                else f"the run is not complete; it has {self.n_rows} rows so far"
+            )
+            sample = f" and sample_index {sample_index}" if sample_index else ""
+            raise InputNotFoundError(
+                f"{self.path}: no row has the id {prompt_id!r}{sample}; {size}"
+            )
+        return row
+
     def _batches(self, names: list[str], *, first_part: int) -> Iterator[pa.RecordBatch]:
         for path in self.parts[first_part:]:
             try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.logit_adjustments import adjusted_logits
+from gptbatch.pipeline.engine.logprobs import token_logprobs
 from gptbatch.pipeline.engine.noise import gumbel
 from gptbatch.pipeline.engine.sampling import (
     KeptSet,
@@ -97,11 +98,13 @@ class Candidate:
     Attributes:
         token: Token id.
         probability: Of being sampled; 0 outside the kept set.
+        noise: Gumbel noise.
         score: logit + temperature * noise.
     """
 
     token: int
     probability: float
+    noise: float
     score: float
 
 
@@ -112,6 +115,7 @@ class StepTrace:
     Attributes:
         step: Index of the new token.
         candidate: The token in question.
+        logprob: Its log probability by the model's own logits, as in the column token_logprobs.
         decision_margin: See sampling.py; None in a vocabulary of one.
         rank: 1 for the token with the largest logit.
         kept: Size of the kept set.
@@ -121,6 +125,7 @@ class StepTrace:
 
     step: int
     candidate: Candidate
+    logprob: float
     decision_margin: float | None
     rank: int
     kept: int
@@ -140,6 +145,7 @@ def explain_step(
         runners_up: How many other tokens to describe.
     """
     params, step = request.params, request.step
+    (logprobs,) = token_logprobs(logits[None], [token], [0], native=False)
     if request.adjustments is not None:
         (logits,) = adjusted_logits(logits[None], [request.adjustments])
     (sampled,) = sample_tokens(logits[None], [params], [step])
@@ -168,12 +174,18 @@ def explain_step(
     order = [int(j) for j in kept_scores.argsort(descending=True, stable=True)[: runners_up + 1]]
 
     def candidate(j: int) -> Candidate:
-        return Candidate(token=j, probability=float(probabilities[j]), score=float(scores[j]))
+        return Candidate(
+            token=j,
+            probability=float(probabilities[j]),
+            noise=float(noise[j]),
+            score=float(scores[j]),
+        )
 
     others = [candidate(j) for j in order if j != token and bool(is_kept[j])]
     return StepTrace(
         step=step,
         candidate=candidate(token),
+        logprob=logprobs.logprob,
         decision_margin=sampled.decision_margin,
         rank=int((logits > logits[token]).sum()) + 1,
         kept=int(is_kept.sum()),

@@ -9,11 +9,15 @@ from typing import Any
 
 from gptbatch.pipeline.report.compare import compare_section
 from gptbatch.pipeline.report.distribution_sections import distribution_section, margin_section
-from gptbatch.pipeline.report.document import Document, Section
+from gptbatch.pipeline.report.document import Document, Section, to_json
+from gptbatch.pipeline.report.row_sample import MAX_BYTES
 from gptbatch.pipeline.report.run_view import RunView
 from gptbatch.pipeline.report.sections import ends_section, rows_section, summary_section
 from gptbatch.pipeline.report.time_section import time_section
 from gptbatch.pipeline.storage.location import Location
+
+# Of the JSON of all sections; the rest of a report takes about 150 KB.
+MAX_DATA = 1_830_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,8 @@ def build_report(
         compared.append(section)
         facts |= {"equal": summary.equal, "different": summary.different}
     # Before the charts, which use the memory again that reading rows takes.
-    rows = rows_section(view, with_text=with_text)
+    others = sum(len(to_json(section.data)) for section in (*compared, *more))
+    rows = rows_section(view, with_text=with_text, max_bytes=min(MAX_BYTES, MAX_DATA - others))
     sections = [
         summary_section(view),
         *compared,

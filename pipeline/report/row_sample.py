@@ -103,10 +103,13 @@ def fit(items: list[list[Row]], max_bytes: int = MAX_BYTES) -> tuple[list[list[R
     return [item for item, total in zip(cut, totals, strict=True) if total <= max_bytes], characters
 
 
-def browsed_rows(run: RunReader, columns: RunColumns, *, with_text: bool) -> tuple[list[Row], int]:
+def browsed_rows(
+    run: RunReader, columns: RunColumns, *, with_text: bool, max_bytes: int = MAX_BYTES
+) -> tuple[list[Row], int]:
     """Return the rows of the browser in the order of the run, and the length of cut texts.
 
-    Where not all fit, the errors and the extremes come before the rest of the sample.
+    Where not all fit into `max_bytes` of JSON, the errors and the extremes come before the rest of
+    the sample.
     """
     groups = choose_rows(columns)
     rows = read_rows(run, groups, with_text=with_text)
@@ -114,7 +117,7 @@ def browsed_rows(run: RunReader, columns: RunColumns, *, with_text: bool) -> tup
         if np.isfinite(started_s := float(columns.started_s[index])):
             row["started_at"] = moment(started_s)
     rows.sort(key=lambda row: row["groups"] == ["sample"])
-    fitted, characters = fit([[row] for row in rows])
+    fitted, characters = fit([[row] for row in rows], max_bytes)
     kept = [row for (row,) in fitted]
     return sorted(kept, key=lambda row: (row["prompt_index"], row["sample_index"])), characters
 

@@ -111,9 +111,11 @@ def ends_section(view: RunView) -> Section:
     return Section(id="ends", title="Ends and errors", html=html)
 
 
-def rows_section(view: RunView, *, with_text: bool) -> Section:
-    """Return the section with the browser of rows."""
-    rows, characters = browsed_rows(view.run, view.columns, with_text=with_text)
+def rows_section(view: RunView, *, with_text: bool, max_bytes: int) -> Section:
+    """Return the section with the browser of rows, which take at most a number of bytes as JSON."""
+    rows, characters = browsed_rows(
+        view.run, view.columns, with_text=with_text, max_bytes=max_bytes
+    )
     html = render("rows.html", shown=len(rows), total=len(view.columns), with_text=with_text)
     data = {
         "rows": rows,
