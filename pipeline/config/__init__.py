@@ -1,13 +1,13 @@
 """The settings of a job, and where they come from."""
 
 from gptbatch.pipeline.config.settings import (
-    BatchInvarianceSetting,
     EngineConfig,
     JobConfig,
     config_fields,
     unportable_setting,
 )
 from gptbatch.pipeline.config.sources import environment_name, find_config, load_config
+from gptbatch.pipeline.config.values import BatchInvarianceSetting
 
 __all__ = [
     "BatchInvarianceSetting",

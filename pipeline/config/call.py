@@ -8,7 +8,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from gptbatch.pipeline.config.problems import settings_error
-from gptbatch.pipeline.config.settings import EngineConfig, JobConfig, OutputPath, config_fields
+from gptbatch.pipeline.config.settings import EngineConfig, JobConfig, config_fields
+from gptbatch.pipeline.config.values import OutputPath
 from gptbatch.pipeline.errors import ConfigError
 
 # Settings of the input, the output folder, and runs that are continued.

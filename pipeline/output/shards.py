@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from gptbatch.pipeline.config.settings import AUTO_SHARD, index_and_count
 from gptbatch.pipeline.config.sources import SHARDS_VARIABLE
+from gptbatch.pipeline.config.values import AUTO_SHARD, index_and_count
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.json_models import Part
