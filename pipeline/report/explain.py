@@ -37,6 +37,7 @@ MAX_SETTING_CHARACTERS = 80
 MAX_TEMPERATURE = 3.0
 # Tokens before one whose text depends on them.
 _CONTEXT = 32
+_SCRIPTS = ("sampling.js", "explain_settings.js", "explain_step.js", "explain.js")
 _SLIDERS = ("temperature", "top_k", "top_p", "min_p")
 Row = dict[str, Any]
 
@@ -102,7 +103,7 @@ def explain_section(
             max_steps=MAX_STEPS,
         ),
         data=data,
-        script="\n".join(map(template_text, ("sampling.js", "explain_step.js", "explain.js"))),
+        script="\n".join(map(template_text, _SCRIPTS)),
         style=template_text("explain.css"),
     )
 

@@ -1,61 +1,6 @@
 // The explorer: the tokens of a row, a map of all steps, sliders, and the panel of one step.
 
-const { rows, level_tokens: levelTokens, large_top_ks: largeTopKs, highest, reasons } =
-  report.data("explorer");
 const MAP_STEP = 0.05;
-
-const COLOURS = {
-  rank: {
-    value: (data) => data.rank,
-    limits: [1, 10, 100, 1000],
-    labels: ["rank 1", "2 to 10", "to 100", "to 1,000", "beyond"],
-  },
-  probability: {
-    value: (data) => -data.probability,
-    limits: [-0.5, -0.2, -0.05, -0.01],
-    labels: ["from 50 %", "from 20 %", "from 5 %", "from 1 %", "below"],
-  },
-  margin: {
-    value: (data) => -(data.margin ?? Infinity),
-    limits: [-1, -0.3, -0.1, -0.01],
-    labels: ["from 1", "from 0.3", "from 0.1", "from 0.01", "below"],
-  },
-};
-
-function shade({ value, limits }, data) {
-  const found = limits.findIndex((limit) => value(data) <= limit);
-  return found < 0 ? limits.length : found;
-}
-
-// The values of the sliders, in order; the recorded one is among them.
-function stopsOf(name, recorded) {
-  const decades = (from, to, digits) => {
-    const found = [];
-    for (let power = from; power <= to; power++) {
-      for (const digit of digits) found.push(Number(`${digit}e${power}`));
-    }
-    return found;
-  };
-  const order = (value) => (name === "top_k" && value === 0 ? Infinity : value);
-  const values = {
-    temperature: () => Array.from({ length: 201 }, (_, i) => i / 100),
-    top_k: () => [
-      ...decades(0, 0, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
-      ...decades(1, 2, [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8]).filter((k) => k <= levelTokens),
-      ...largeTopKs.filter((k) => k < rows[0].vocab_size),
-      0,
-    ],
-    top_p: () => [...Array.from({ length: 99 }, (_, i) => (i + 1) / 100), 0.995, 0.999, 1],
-    min_p: () => [0, ...decades(-4, -1, [1, 1.5, 2, 3, 5, 7]), 1],
-  }[name]();
-  return [...new Set([...values, recorded])].sort((a, b) => order(a) - order(b));
-}
-
-function settingText(name, value) {
-  if (name === "top_k" && value === 0) return "all";
-  if ((name === "top_p" && value === 1) || (name === "min_p" && value === 0)) return "off";
-  return name === "temperature" ? number(value, 4) : String(value);
-}
 
 const root = section.querySelector(".explorer");
 const state = { row: null, steps: [], index: 0, settings: {}, colour: "rank", timer: 0 };
@@ -74,7 +19,7 @@ const view = {
   table: make("div", {}),
 };
 
-// -- the row ---------------------------------------------------------------------------------------
+// -- the row --------------------------------------------------------------------------------------
 
 function rowFacts(row) {
   const line = make("p", { class: "row-settings" });
@@ -86,12 +31,18 @@ function rowFacts(row) {
   if (row.stop_reason) add("ended by", row.stop_reason);
   const notes = [];
   if (row.adjusted) {
-    notes.push("The settings of this row change logits. Logits, ranks and probabilities are of the changed ones, which the sampler sees; the log probability is the model's own.");
+    notes.push(
+      "The settings of this row change logits. Logits, ranks and probabilities are of the changed " +
+        "ones, which the sampler sees. The log probability is that of the model.",
+    );
   }
   const others = state.steps.filter((step) => sample(step, row.settings).id !== step.data.token);
   if (others.length) {
     const why = reasons.length ? ` (${reasons.join(", ")})` : "";
-    notes.push(`With the recorded settings, other tokens win here at ${others.length} steps${why}: the logits differ from those of the run.`);
+    notes.push(
+      `With the recorded settings, another token wins at ${number(others.length)} steps${why}: ` +
+        "the logits differ from those of the run.",
+    );
   }
   return [line, ...notes.map((text) => make("p", { class: "note" }, text))];
 }
@@ -136,10 +87,11 @@ function colourChips() {
     const { classList } = state.chips[index];
     for (let i = 0; i < 5; i++) classList.toggle(`s${i}`, i === shade(colour, step.data));
   });
+  const entry = (kind, text) => make("li", {}, make("span", { class: `chip ${kind}` }, " "), text);
   view.legend.replaceChildren(
-    ...colour.labels.map((text, i) => make("li", {}, make("span", { class: `chip s${i}` }, " "), text)),
-    make("li", {}, make("span", { class: "chip smallest" }, " "), "smallest margin"),
-    make("li", {}, make("span", { class: "chip differs" }, " "), "another token wins with these settings"),
+    ...colour.labels.map((text, i) => entry(`s${i}`, text)),
+    entry("smallest", "smallest margin"),
+    entry("differs", "another token wins with these settings"),
   );
 }
 
@@ -148,12 +100,14 @@ view.chips.addEventListener("keydown", (event) => {
   const { chips, index } = state;
   const box = chips[index].getBoundingClientRect();
   const onLine = (direction) => {
-    const others = chips
-      .map((chip, number) => [chip.getBoundingClientRect(), number])
-      .filter(([one]) => (one.top - box.top) * direction > box.height / 2)
-      .map(([one, number]) => [Math.abs(one.top - box.top) * 1e4 + Math.abs(one.left - box.left), number])
-      .sort(([a], [b]) => a - b);
-    return others.length ? others[0][1] : index;
+    let [nearest, smallest] = [index, Infinity];
+    chips.forEach((chip, number) => {
+      const one = chip.getBoundingClientRect();
+      const down = (one.top - box.top) * direction;
+      const distance = down * 1e4 + Math.abs(one.left - box.left);
+      if (down > box.height / 2 && distance < smallest) [nearest, smallest] = [number, distance];
+    });
+    return nearest;
   };
   const targets = {
     ArrowRight: () => index + 1,
@@ -168,7 +122,7 @@ view.chips.addEventListener("keydown", (event) => {
   chips[targets[event.key]()]?.focus();
 });
 
-// -- the map of all steps --------------------------------------------------------------------------
+// -- the map of all steps -------------------------------------------------------------------------
 
 // Steps are drawn some at a time, so that the sliders stay responsive.
 function drawMap() {
@@ -205,7 +159,7 @@ function drawMap() {
     return make("li", {}, ...swatches, text);
   };
   view.map.replaceChildren(
-    make("figcaption", {}, "The winner of each step (across) at each temperature (up), with the noise of the row"),
+    make("figcaption", {}, "The winner of each step (across) at each temperature (up)"),
     make("div", { class: "plot" }, scale, chart),
     make("ul", { class: "key" },
       entry("the recorded token", "c1"),
@@ -232,12 +186,12 @@ function place() {
   state.here.setAttribute("x", state.index);
 }
 
-// -- the sliders -----------------------------------------------------------------------------------
+// -- the sliders ----------------------------------------------------------------------------------
 
 function drawSliders() {
   const { row } = state;
   state.inputs = Object.keys(row.settings).map((name) => {
-    const stops = stopsOf(name, row.settings[name]);
+    const stops = stopsOf(name, row.settings[name], row.vocab_size);
     const input = make("input", { type: "range", min: 0, max: stops.length - 1, step: 1 });
     const output = make("b", {});
     input.addEventListener("input", () => change({ [name]: stops[input.value] }));
@@ -270,15 +224,16 @@ function change(settings) {
     state.chips[index].classList.toggle("differs", differs);
     count += differs;
   });
+  const part = `${number(count)} of ${number(state.steps.length)} steps`;
   view.differs.textContent = count
-    ? `With these settings, another token wins at ${number(count)} of ${number(state.steps.length)} steps, each after the recorded tokens.`
+    ? `With these settings, another token wins at ${part}, each after the recorded tokens.`
     : "With these settings, the recorded token wins at every step.";
   if (!isNew) return;
   clearTimeout(state.timer);
   state.timer = setTimeout(drawMap, 150);
 }
 
-// -- the step --------------------------------------------------------------------------------------
+// -- the step -------------------------------------------------------------------------------------
 
 function select(index) {
   state.chips.forEach((chip, number) => {
@@ -332,7 +287,10 @@ function choice(label, options, choose) {
 
 const controls = make("div", { class: "controls" });
 if (rows.length > 1) {
-  const options = rows.map((row) => [shown(row.id).textContent + (row.sample ? ` #${row.sample}` : ""), row]);
+  const options = rows.map((row) => {
+    const sample = row.sample ? ` #${row.sample}` : "";
+    return [shown(row.id).textContent + sample, row];
+  });
   controls.append(choice("Row", options, open));
 }
 controls.append(

@@ -84,7 +84,8 @@ function ribbonFigure(step, settings, highest, choose) {
     chart.append(draw("rect", {
       class: `bar ${classes.get(token.id)}`, x: from * 100, width: (to - from) * 100, height: 10,
     }));
-    const range = parts.length === 1 ? "at every temperature" : `${from.toFixed(2)} to ${to.toFixed(2)}`;
+    const range =
+      parts.length === 1 ? "at every temperature" : `${from.toFixed(2)} to ${to.toFixed(2)}`;
     const swatch = draw("svg", { class: "swatch", viewBox: "0 0 10 10", "aria-hidden": "true" });
     swatch.append(draw("rect", { class: `bar ${classes.get(token.id)}`, width: 10, height: 10 }));
     const note = token.id === step.data.token ? " (recorded)" : "";
@@ -99,7 +100,7 @@ function ribbonFigure(step, settings, highest, choose) {
   const scale = make("div", { class: "scale", "aria-hidden": "true" });
   for (let tick = 0; tick <= highest; tick++) scale.append(make("span", {}, String(tick)));
   return make("figure", { class: "step-ribbon" },
-    make("figcaption", {}, "The winner at each temperature, with this noise and these filters"),
+    make("figcaption", {}, "The winner of this step at each temperature"),
     chart, scale, key);
 }
 
@@ -115,7 +116,8 @@ function verdict(step, settings, count) {
   line.append(isRecorded ? ", as in the run." : ". In the run, ");
   if (!isRecorded) line.append(named(step.data), " won.");
   line.classList.add(isRecorded ? "same" : "other");
-  const formula = `logit ${fixed(token.logit)} + ${number(settings.temperature)} × noise ${fixed(token.noise)} = ${fixed(best.score)}`;
+  const noise = `${number(settings.temperature)} × noise ${fixed(token.noise)}`;
+  const formula = `logit ${fixed(token.logit)} + ${noise} = ${fixed(best.score)}`;
   line.append(make("small", {}, formula));
   return line;
 }
@@ -129,7 +131,10 @@ function figures(step, settings, count) {
   return pairs([
     ["kept tokens", `${about}${number(Math.round(count))} of ${number(step.size)}`],
     ["kept probability mass", after.share === null ? "greedy" : about + percent(after.share)],
-    ["entropy, before → after", `${number(before.entropy)} → ${about}${number(after.entropy)} nats`],
+    [
+      "entropy, before → after",
+      `${number(before.entropy)} → ${about}${number(after.entropy)} nats`,
+    ],
     ["effective choices", `${choices(before.entropy)} → ${about}${choices(after.entropy)}`],
     ...(forbidden ? [["forbidden tokens", number(forbidden)]] : []),
   ]);
@@ -151,9 +156,14 @@ function bar(className, from, to) {
   });
 }
 
+const barChart = () =>
+  draw("svg", {
+    class: "cell-bar", viewBox: "0 0 100 16", preserveAspectRatio: "none", "aria-hidden": "true",
+  });
+
 // Before as an outline, after as a filled bar.
 function probabilityBar(before, after, largest) {
-  const chart = draw("svg", { class: "cell-bar", viewBox: "0 0 100 16", preserveAspectRatio: "none", "aria-hidden": "true" });
+  const chart = barChart();
   if (after) chart.append(bar("bar c1", 0, (after / largest) * 100));
   chart.append(bar("before", 0, (before / largest) * 100));
   return chart;
@@ -162,7 +172,7 @@ function probabilityBar(before, after, largest) {
 // The logit, and the noise from its end to the score.
 function scoreBar(token, temperature, [low, high], best) {
   const at = (value) => ((value - low) / (high - low)) * 100;
-  const chart = draw("svg", { class: "cell-bar", viewBox: "0 0 100 16", preserveAspectRatio: "none", "aria-hidden": "true" });
+  const chart = barChart();
   const score = scoreOf(token, temperature);
   chart.append(bar("bar c5", 0, at(token.logit)));
   const noise = bar(score < token.logit ? "bar loss" : "bar c2", at(token.logit), at(score));
