@@ -75,7 +75,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "logit_bias": {"200": 2.0},
             "min_p": 0.02,
         },
-        {"id": "few", "prompt": "KING", "allowed_token_ids": list(range(199, 230))},
+        {"id": "few", "prompt": "KING", "allowed_token_ids": list(range(90, 140))},
         {"id": "hot", "prompt": "KING", "temperature": 7.5, "max_new_tokens": 8},
         {"id": "greedy", "prompt": "KING", "temperature": 0, "top_k": 5},
         {"id": "samples", "prompt": "LADY:", "n": 2, "logprobs": 0},
@@ -203,9 +203,9 @@ def test_tables_hold_the_logits(loaded: LoadedRun) -> None:
 
 def test_bytes_of_a_part_of_a_character(loaded: LoadedRun) -> None:
     (row,) = explained(loaded, "few")
-    # the first tokens after the byte-level alphabet's letters are parts of characters
     entries = {entry[0]: entry for step in row["steps"] for entry in step["tokens"]}
     parts = [entry for entry in entries.values() if "\ufffd" in entry[3]]
+    assert parts
     for entry in parts:
         assert bytes.fromhex(entry[4]).decode(errors="replace") == entry[3]
 

@@ -101,6 +101,7 @@ def explain_section(
             "explain.html",
             is_cut=any(len(row["steps"]) < row["tokens"] for row in explained),
             max_steps=MAX_STEPS,
+            max_kilobytes=max_bytes // 1000,
         ),
         data=data,
         script="\n".join(map(template_text, _SCRIPTS)),

@@ -32,8 +32,8 @@ function rowFacts(row) {
   const notes = [];
   if (row.adjusted) {
     notes.push(
-      "The settings of this row change logits. Logits, ranks and probabilities are of the changed " +
-        "ones, which the sampler sees. The log probability is that of the model.",
+      "The settings of this row change logits. Logits, ranks and probabilities are of the " +
+        "changed ones, which the sampler sees. The log probability is that of the model.",
     );
   }
   const others = state.steps.filter((step) => sample(step, row.settings).id !== step.data.token);
@@ -53,7 +53,7 @@ function chipOf(step) {
   if (data.bytes) chip.append(make("span", { class: "bytes" }, data.bytes));
   else {
     const text = data.text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
-    chip.append(shown(text || "∅", "span"));
+    chip.append(shown(text || `#${data.token}`, "span"));
   }
   chip.addEventListener("focus", () => select(step.index));
   // Safari does not focus a button on a click.
@@ -249,7 +249,7 @@ function drawStep() {
   const step = state.steps[state.index];
   const { settings } = state;
   const count = keptCount(step, settings);
-  view.heading.replaceChildren(`Step ${step.index}: `, named(step.data));
+  view.heading.replaceChildren(`Step ${step.index}: `, named(recordedToken(step)));
   view.recorded.replaceChildren(recordedFacts(step));
   view.result.replaceChildren(verdict(step, settings, count));
   view.ribbon.replaceChildren(

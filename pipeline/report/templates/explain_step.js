@@ -11,17 +11,17 @@ function draw(name, attributes, ...children) {
   return node;
 }
 
-// Return a token's text with visible spaces and line ends, or its bytes if it is part of a
-// character.
-function named(token) {
-  if (token.bytes) {
-    return make("span", { class: "token bytes", title: "bytes of a character" }, token.bytes);
-  }
-  const text = token.text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
-  const node = shown(text || "(no text)", "span");
-  node.classList.add("token");
+// Return a token's text with visible spaces and line ends, its bytes if it is part of a character,
+// or its id if it has no text.
+function named({ id, text, bytes }) {
+  const visible = text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  const node = bytes ? make("span", {}, bytes) : shown(visible || `#${id}`, "span");
+  node.className = bytes ? "token bytes" : "token text";
+  node.title = bytes ? `token ${id}, bytes of a part of a character` : `token ${id}`;
   return node;
 }
+
+const recordedToken = ({ data }) => ({ id: data.token, text: data.text, bytes: data.bytes });
 
 function percent(share) {
   if (share === null) return "";
@@ -58,7 +58,7 @@ function recordedFacts(step) {
   const { data } = step;
   const runnersUp = data.runners_up.flatMap(([id, text, bytes, probability], index) => [
     index ? ", " : "",
-    named({ text, bytes }),
+    named({ id, text, bytes }),
     ` ${percent(probability)}`,
   ]);
   return pairs([
@@ -114,7 +114,7 @@ function verdict(step, settings, count) {
   } else line.append(" is the only token that the filters keep");
   const isRecorded = token.id === step.data.token;
   line.append(isRecorded ? ", as in the run." : ". In the run, ");
-  if (!isRecorded) line.append(named(step.data), " won.");
+  if (!isRecorded) line.append(named(recordedToken(step)), " won.");
   line.classList.add(isRecorded ? "same" : "other");
   const noise = `${number(settings.temperature)} × noise ${fixed(token.noise)}`;
   const formula = `logit ${fixed(token.logit)} + ${noise} = ${fixed(best.score)}`;
