@@ -86,7 +86,7 @@ def test_completions_are_those_of_the_cpu(
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     lag=st.integers(0, 5),
