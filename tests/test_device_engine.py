@@ -86,7 +86,7 @@ def test_completions_are_those_of_the_cpu(
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     lag=st.integers(0, 5),
@@ -161,6 +161,20 @@ def test_an_end_by_eos_in_flight_frees_the_index_for_the_next_sequence(
         engine = device_engine(model, batch_size=batch_size, lag=4, eos_token_ids=eos_token_ids)
         assert_equal(run(engine, prompts), expected)
         assert engine.stats.new_tokens == sum(len(each.token_ids) for each in expected)
+
+
+@pytest.mark.parametrize("lag", [0, 4])
+def test_rows_that_the_host_ends_stop_on_the_device(model: GPT, cpu_model: GPT, lag: int) -> None:
+    """They would write to their blocks, which another sequence has now."""
+    every_token = tuple(range(300))
+    ended = [
+        tokenized(i, [5, i, 7], max_new_tokens=100, stop_token_ids=every_token) for i in range(6)
+    ]
+    last = tokenized(6, [(7 * t) % 300 for t in range(100)], max_new_tokens=20, top_k=5)
+    engine = device_engine(model, batch_size=6, lag=lag, eos_token_ids=())
+    found = run(engine, [*ended, *[None] * 12, last])
+    host = Engine(model=cpu_model, batch_size=7, eos_token_ids=())
+    assert_equal(found, run(host, [*ended, last]))
 
 
 def test_ends_by_length_are_replaced_without_lag(model: GPT) -> None:
