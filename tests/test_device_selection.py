@@ -184,3 +184,27 @@ def test_a_device_without_triton_or_too_old_has_padded_attention(
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(DeviceError, match="triton cannot be imported"):
         select_backend("ragged", cuda)
+
+
+@pytest.mark.parametrize(
+    ("capability", "attention", "batch_size"), [((9, 0), "ragged", 1024), ((7, 5), "padded", 64)]
+)
+def test_doctor_shows_what_a_device_gets(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    attention: str,
+    batch_size: int,
+) -> None:
+    from gptbatch.pipeline.config import EngineConfig
+    from gptbatch.pipeline.doctor.defaults import probe_defaults
+    from gptbatch.pipeline.model import loading
+
+    monkeypatch.setattr(loading, "resolve_device", lambda engine: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**33, 2**34))
+    section = probe_defaults(EngineConfig(threads=1), {"available": False, "reason": "none"})
+    assert (section.facts["attention"], section.facts["batch_size"]) == (attention, batch_size)
+    assert not section.problems
+    refused = probe_defaults(EngineConfig(threads=1, attention="ragged"), {"available": True})
+    problems = " ".join(refused.problems)
+    assert ("the Triton kernels are not available" in problems) == (attention == "padded")

@@ -34,8 +34,10 @@ def probe_defaults(engine: EngineConfig, kernels: dict[str, Any]) -> Section:
     """
     import torch
 
+    from gptbatch.pipeline.kv_cache.interface import triton_problem
     from gptbatch.pipeline.model.loading import (
         CACHE_MEMORY_SHARE,
+        TRITON_BATCH_SIZE,
         default_batch_size,
         resolve_device,
         threads_to_use,
@@ -48,14 +50,17 @@ def probe_defaults(engine: EngineConfig, kernels: dict[str, Any]) -> Section:
         section.problems.append(str(error))
         device = "cpu"
     available = bool(kernels.get("available"))
+    names, problem = "C++", None if available else kernels.get("reason") or "not built"
+    if device == "cuda":
+        names, problem = "Triton", triton_problem(torch.device(device))
     attention = engine.attention
     if attention == "auto":
-        attention = "ragged" if device == "cpu" and available else "padded"
-    elif attention == "ragged" and not available:
+        attention = "ragged" if problem is None else "padded"
+    elif attention == "ragged" and problem is not None:
         section.problems.append(
-            "engine.attention is ragged, but the C++ kernels are not available: "
-            f"{kernels.get('reason')}"
+            f"engine.attention is ragged, but the {names} kernels are not available: {problem}"
         )
+    batch_size = TRITON_BATCH_SIZE if (device, attention) == ("cuda", "ragged") else None
     threads = threads_to_use(engine.threads)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory_bytes()
     bfloat16 = has_bfloat16(device, kernels_available=available)
@@ -63,7 +68,7 @@ def probe_defaults(engine: EngineConfig, kernels: dict[str, Any]) -> Section:
         "device": device,
         "attention": attention,
         "threads": threads,
-        "batch_size": engine.batch_size or default_batch_size(threads),
+        "batch_size": engine.batch_size or batch_size or default_batch_size(threads),
         "kv_cache_bytes": (
             int(engine.memory_gib * 2**30)
             if engine.memory_gib is not None
