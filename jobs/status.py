@@ -45,7 +45,8 @@ def status(context: click.Context, /, output: Location, as_json: bool, watch: bo
     With --watch, a terminal shows the latest state; a file or pipe gets each one that differs.
     """
     if not watch:
-        _print(output_status(output), as_json)
+        found = output_status(output)
+        echo(_json(found) if as_json else "\n".join(_lines(found)))
         return
     try:
         _watch(output, as_json)
@@ -57,14 +58,14 @@ def status(context: click.Context, /, output: Location, as_json: bool, watch: bo
 
 def _watch(output: Location, as_json: bool) -> None:
     """Print each state that differs from the one before, until no run is going on."""
-    shown = None
+    shown, lines = None, list[str]()
     while True:
         found = output_status(output)
         if found != shown:
             if shown is not None and not as_json:
-                _erase(_lines(shown))
-            _print(found, as_json)
-            shown = found
+                _erase(lines)
+            shown, lines = found, _lines(found)
+            echo(_json(found) if as_json else "\n".join(lines))
         if found.state != "running":
             return
         time.sleep(WATCH_INTERVAL_S)
@@ -80,8 +81,8 @@ def _erase(lines: list[str]) -> None:
     click.echo(f"\x1b[{rows}F\x1b[J", nl=False)
 
 
-def _print(found: OutputStatus, as_json: bool) -> None:
-    echo(json.dumps(asdict(found)) if as_json else "\n".join(_lines(found)))
+def _json(found: OutputStatus) -> str:
+    return json.dumps(asdict(found))
 
 
 def _lines(found: OutputStatus) -> list[str]:

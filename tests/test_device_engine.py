@@ -118,6 +118,47 @@ def test_completions_are_those_of_the_cpu_in_many_cases(
     assert_equal(run(engine, prompts), cpu_completions(cpu_model, prompts))
 
 
+# Where the handle of a sequence that had none yet was taken from the one before it, rows were lost.
+@pytest.mark.parametrize("seed", [13, 15, 19, 44])
+def test_sequences_that_wait_for_a_prefix_are_not_lost(model: GPT, seed: int) -> None:
+    rng = random.Random(seed)
+    shared = [rng.randrange(300) for _ in range(129)]
+    prompts = []
+    for index in range(24):
+        own = [rng.randrange(300) for _ in range(rng.randint(1, 6))]
+        tokens = [*shared, own[0]] if rng.random() < 0.6 else own
+        budget = rng.choice([1, 2, 3, 5, 8, 12])
+        prompts.append(tokenized(index, tokens, max_new_tokens=budget, top_k=5))
+        if len(tokens) > 100 and rng.random() < 0.5:
+            shared = [rng.randrange(300) for _ in range(129)]
+    for batch_size, lag, step_tokens in ((3, 1, 3), (5, 2, 7), (8, 4, 11), (4, 1, 10)):
+        engine = device_engine(
+            model,
+            batch_size=batch_size,
+            lag=lag,
+            scheduling=SchedulingOptions(step_tokens=step_tokens),
+        )
+        assert [done.prompt.index for done in run(engine, prompts)] == [*range(24)]
+
+
+def test_rows_that_still_run_are_returned_as_far_as_they_came(model: GPT) -> None:
+    prompts = [tokenized(i, [5, 6, 7 + i], max_new_tokens=10, top_k=5) for i in range(4)]
+    whole = {done.prompt.index: done for done in run(device_engine(model), prompts)}
+    engine = device_engine(model, lag=2)
+    steps = engine.generate(iter(prompts))
+    longest = 0
+    for _ in range(6):
+        next(steps)
+        for done in engine.unfinished():
+            count = len(done.token_ids)
+            assert done.token_ids == whole[done.prompt.index].token_ids[:count]
+            assert done.timing is not None
+            assert done.timing.prefill_s >= 0
+            longest = max(longest, count)
+    assert longest >= 2
+    assert engine.stats.decode_context > 0
+
+
 @pytest.mark.parametrize("lag", [0, 4])
 @pytest.mark.parametrize("at_wait", [False, True])
 def test_out_of_memory_halves_the_batch_and_loses_nothing(

@@ -118,6 +118,13 @@ def test_error_rows_that_never_ran_take_no_time(monkeypatch: pytest.MonkeyPatch)
     assert left.seconds(stats) == 0
 
 
+def test_prompts_of_one_token_on_a_device_need_no_prefill() -> None:
+    left = TimeLeft(2)
+    left.read(tokenized(0, [1], max_new_tokens=4), 4)
+    stats = EngineStats(decoded_tokens=1, new_tokens=1, decode_s=DECODE_S)
+    assert left.seconds(stats) is not None
+
+
 def test_the_bar_shows_time_speed_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)

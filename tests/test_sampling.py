@@ -545,6 +545,17 @@ def test_top_p_reaches_tokens_far_below_the_largest_logit(top_p: float, temperat
             assert one.decision_margin == pytest.approx(other.decision_margin, rel=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-309, 1e-300])
+@pytest.mark.parametrize("native", [False, True])
+def test_the_smallest_temperatures_are_greedy(native: bool, temperature: float) -> None:
+    if native and not has_kernels():
+        pytest.skip("no C++ compiler")
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(4))
+    rows = [params(s, temperature=temperature, top_p=0.9, top_k=(0, 7)[s % 2]) for s in range(6)]
+    found = sample_tokens(logits, rows, [0] * 6, native=native)
+    assert [one.token for one in found] == logits.argmax(1).tolist()
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ties_do_not_depend_on_the_batch(native: bool, dtype: torch.dtype) -> None:

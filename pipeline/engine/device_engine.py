@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,6 +68,7 @@ class _Launched:
         host_rows: Rows that the host samples.
         n_rows: Sequences that it computes.
         n_prefilled: Prompt tokens among the prefill rows.
+        context: Sum of the contexts of the sequences that decode.
         n_padding: Rows without a token.
         released: Handles that only this step and those before it hold.
     """
@@ -77,6 +79,7 @@ class _Launched:
     host_rows: list[int]
     n_rows: int
     n_prefilled: int
+    context: int
     n_padding: int
     released: list[int] = field(default_factory=list)
 
@@ -124,6 +127,20 @@ class DeviceEngine(Engine):
                 break
         finished, self._finished = self._finished, []
         return finished
+
+    def unfinished(self) -> list[Completion]:
+        """Return the completions of the running sequences as far as their tokens have arrived."""
+        rows, completions = self._rows, []
+        for handle in rows.live():
+            sequence = copy(self._sequence(handle))
+            if rows.n_read[handle]:
+                sequence.tokens = [*sequence.tokens, *rows.read_tokens(handle)]
+                sequence.min_decision_margin = float(rows.margins[handle])
+                sequence.first_token_s = float(rows.first_s[handle])
+                sequence.last_token_s = self._read_s
+            if sequence.n_new_tokens:
+                completions.append(self._completion(sequence))
+        return completions
 
     def _n_held(self) -> int:
         return super()._n_held() + self._rows.n_draining
@@ -193,6 +210,8 @@ class DeviceEngine(Engine):
             # The last chunk of a prompt is a sequence that decodes.
             n_rows=n_decoding + sum(not chunk.needs_logits for chunk in chunks),
             n_prefilled=n_prefilled,
+            context=int((rows.n_prompt + rows.n_launched)[handles[is_sampled]].sum())
+            + sum(len(self._sequence(int(handles[index])).tokens) for index in host_rows),
             n_padding=shape.decode_rows + shape.chunk_rows - n_decoding - n_prefilled,
         )
         self._in_flight.append(launched)
@@ -221,7 +240,7 @@ class DeviceEngine(Engine):
             seq_indices += [index] * count
             handle = int(rows.handle_at[index])
             if rows.sequences[handle] is not sequence:
-                handle = rows.start(index, sequence, self._n_positions)
+                handle = rows.start(index, sequence)
                 self._set_sampler(handle, sequence)
                 self._changes.set(index, state_row(tables[index]))
             if chunk.needs_logits:
@@ -297,6 +316,7 @@ class DeviceEngine(Engine):
         stats.rows += launched.n_rows
         stats.prefilled_tokens += launched.n_prefilled
         stats.decoded_tokens += n_decoded
+        stats.decode_context += launched.context
         stats.padding_tokens += launched.n_padding
         seconds, self._read_s = now - self._read_s, now
         share = launched.n_prefilled / max(1, launched.n_prefilled + n_decoded)

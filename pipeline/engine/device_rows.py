@@ -19,7 +19,7 @@ class DeviceRows:
     """Sequences by index in the batch and by handle.
 
     Attributes:
-        handle_at: The handle at each index.
+        handle_at: The handle at each index; -1 where the sequence has none yet.
         decodes: Indices that decode on the device in the next step.
         has_prompt: Indices whose prompts are scheduled to the end.
         sequences: By handle, as all that follow; None for a free handle.
@@ -28,6 +28,7 @@ class DeviceRows:
         keeps_all: The row keeps the full vocabulary.
         is_watched: The host looks at each token, for stop strings and stop tokens.
         is_done: The sequence is finished, or the handle is free.
+        n_prompt: Tokens of the prompt.
         budgets: New tokens with which the row ends.
         n_launched: New tokens that were launched.
         n_read: New tokens that have arrived.
@@ -39,13 +40,13 @@ class DeviceRows:
     def __init__(self, max_seqs: int, max_in_flight: int, n_positions: int) -> None:
         # Each step in flight may hold other sequences, and others that are finished wait for it.
         count = max_seqs * 2 * (max_in_flight + 1)
-        self.handle_at = np.zeros(max_seqs, np.int64)
+        self.handle_at = np.full(max_seqs, -1, np.int64)
         self.decodes, self.has_prompt = np.zeros((2, max_seqs), np.bool_)
         self.sequences: list[Sequence | None] = [None] * count
         self.index_of = np.full(count, -1, np.int64)
         self.needs_host, self.keeps_all, self.is_watched = np.zeros((3, count), np.bool_)
         self.is_done = np.ones(count, np.bool_)
-        self.budgets, self.n_launched, self.n_read = np.zeros((3, count), np.int64)
+        self.n_prompt, self.budgets, self.n_launched, self.n_read = np.zeros((4, count), np.int64)
         self.first_s, self.margins = np.zeros((2, count))
         self.tokens = np.zeros((count, n_positions), np.int32)
         self._free = list(range(count))
@@ -60,7 +61,7 @@ class DeviceRows:
         """Sequences that have left the batch, and whose last tokens are to arrive."""
         return int(np.count_nonzero(~self.is_done & (self.index_of < 0)))
 
-    def start(self, index: int, sequence: Sequence, n_positions: int) -> int:
+    def start(self, index: int, sequence: Sequence) -> int:
         """Give a sequence at an index a handle."""
         handle = self._free.pop()
         params = sequence.params
@@ -68,7 +69,8 @@ class DeviceRows:
         self.sequences[handle], self.is_done[handle] = sequence, False
         self.is_watched[handle] = bool(params.stop or params.stop_token_ids)
         # The last token needs no place in the context.
-        window = n_positions - sequence.n_prompt_tokens + 1
+        window = self.tokens.shape[1] - sequence.n_prompt_tokens + 1
+        self.n_prompt[handle] = sequence.n_prompt_tokens
         self.budgets[handle] = min(params.max_new_tokens, window)
         self.n_launched[handle] = self.n_read[handle] = 0
         self.margins[handle] = np.inf
@@ -77,13 +79,15 @@ class DeviceRows:
     def move(self, source: int, target: int) -> None:
         """Move a sequence to another index."""
         handle = self.handle_at[source]
-        self.handle_at[target], self.index_of[handle] = handle, target
+        self.handle_at[target], self.handle_at[source] = handle, -1
+        if handle >= 0:
+            self.index_of[handle] = target
         for flags in (self.decodes, self.has_prompt):
             flags[target], flags[source] = flags[source], False
 
     def leave(self, index: int) -> None:
         """Let others have an index."""
-        self.index_of[self.handle_at[index]] = -1
+        self.index_of[self.handle_at[index]] = self.handle_at[index] = -1
         self.decodes[index] = self.has_prompt[index] = False
 
     def append(self, handles: Int64s, tokens: Int64s, margins: npt.NDArray[np.float64]) -> None:

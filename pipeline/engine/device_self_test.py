@@ -8,6 +8,7 @@ the batch has two sizes, so that rows meet other sizes of a step, other indices 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptbatch.pipeline.engine.device_engine import DeviceEngine
-from gptbatch.pipeline.engine.engine import Engine, logger
+from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.types import Completion, Prompt, TokenizedPrompt
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.model.gpt import GPT
+
+logger = logging.getLogger("gptbatch")
 
 LENGTHS = (1, 40, 5, 66, 16, 2, 70, 31, 9, 65, 12, 3, 24, 7, 33, 18, 11, 48)
 NEW_TOKENS = 12

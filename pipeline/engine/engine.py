@@ -29,12 +29,12 @@ from gptbatch.pipeline.kv_cache.interface import KVCache
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.lm_head import logits_bytes
 from gptbatch.pipeline.model.padding import STEP_TOKENS
+from gptbatch.pipeline.system.error_text import first_line
 from gptbatch.pipeline.types import Completion, RowError, TokenizedPrompt, WindowFull
 
 logger = logging.getLogger("gptbatch")
 
 MAX_WAITING_PER_SEQ = 3
-MAX_ERROR_CHARS = 200
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class EngineStats:
         decode_context: Sum of the context lengths that these tokens attended to.
         cached_tokens: Prompt tokens taken from the prefix cache.
         padding_tokens: Rows of the forward passes that held no token.
-        new_tokens: Tokens sampled.
+        new_tokens: Tokens sampled, but for rows that ended with an error.
         prefill_s: Seconds of all steps, each divided between prefill and decode by token count:
             prefill's part.
         decode_s: Decode's part.
@@ -175,7 +175,7 @@ class Engine:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                failure = _first_line(error)
+                failure = first_line(error)
             # After the except clause, because the traceback holds the old cache.
             if failure is not None:
                 self._restart_with_half_the_batch(failure)
@@ -296,6 +296,8 @@ class Engine:
             sequence.first_token_s = now
         if sampled.token is None:
             sequence.error = _error_without_token(sequence, sampled)
+            # The row has no completion.
+            self.stats.new_tokens -= sequence.n_new_tokens
             return
         sequence.tokens.append(sampled.token)
         self.stats.new_tokens += 1
@@ -335,8 +337,7 @@ class Engine:
                     raise
                 if self.batch_size == 1:
                     raise OutOfMemoryError(
-                        "out of memory: the KV cache of one row does not fit "
-                        f"({_first_line(error)})"
+                        f"out of memory: the KV cache of one row does not fit ({first_line(error)})"
                     ) from error
                 self.batch_size //= 2
                 self.stats.halvings += 1
@@ -402,7 +403,3 @@ def is_out_of_memory(error: Exception) -> bool:
         words in str(error)
         for words in ("can't allocate memory", "not enough memory", "std::bad_alloc")
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_ERROR_CHARS]

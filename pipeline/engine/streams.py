@@ -83,6 +83,8 @@ class CudaStream:
         """Finish all work and free the graphs."""
         self._stream.synchronize()
         self._graphs.clear()
+        # A pool whose graphs are all gone takes no new ones.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def host_buffer(self, size: int) -> Tensor:
         """Return pinned memory."""

@@ -35,9 +35,7 @@ class DeviceKVCache:
 
         config, block_size = spec.config, spec.block_size
         per_context = blocks_for(config.n_positions, block_size)
-        n_blocks = max_seqs * per_context
-        if capacity is not None:
-            n_blocks = min(n_blocks, max(per_context, capacity // block_size))
+        n_blocks = spec.n_blocks(max_seqs, capacity)
         self.pool = BlockPool(max_seqs, n_blocks, block_size)
         self.device = spec.device
         self.tables = np.zeros((max_seqs, per_context), np.int64)

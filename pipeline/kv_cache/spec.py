@@ -60,7 +60,7 @@ RAGGED = Backend(
     # no choice, and the environment records null.
     reduction_orders=("matmul",),
 )
-# Ragged attention on a CUDA device. The environment records the same name: float32 has equal bits.
+# Ragged attention on a CUDA device. `device_class` in the environment tells it from that of a CPU.
 TRITON = replace(RAGGED, native=False, triton=True)
 PADDED = Backend(
     name="padded",

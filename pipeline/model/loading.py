@@ -139,11 +139,6 @@ def prepare_model(
         _check_portable_here(engine, device)
     backend = select_backend(engine.attention, device)
     model = load(backend)
-    if engine.cache_dtype == "int8" and not backend.stores_int8:
-        logger.warning(
-            "engine.cache_dtype is int8, but padded attention only rounds to int8: "
-            "completions are less accurate and no faster"
-        )
     report = None
     level: BatchInvariance = "off"
     if batch_invariance != "off":
@@ -162,6 +157,11 @@ def prepare_model(
         if report is None:
             report = self_test.select_batch_invariant_kernels(model)
         level = _level(model, report, batch_invariance)
+    if engine.cache_dtype == "int8" and not backend.stores_int8:
+        logger.warning(
+            "engine.cache_dtype is int8, but padded attention only rounds to int8: "
+            "completions are less accurate and no faster"
+        )
     has_reduction_orders = len(backend.reduction_orders) > 1
     environment = {
         "attention": backend.name,

@@ -179,6 +179,8 @@ def _status(
     )
     running = not complete and _is_running(folder)
     runs = len(live_runs(folder.work)) if running else 0
+    # It has no folder yet, and the progress is that of the run before it.
+    is_checking = running and not runs
     return OutputStatus(
         output=str(folder.path),
         state="complete" if complete else "running" if running else "unfinished",
@@ -201,8 +203,8 @@ def _status(
         errors=_error_kinds(parts),
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         completion_tokens=sum(part.completion_tokens for part in parts),
-        tokens_per_s=progress.tokens_per_s if progress is not None else None,
-        remaining_s=progress.remaining_s if progress is not None and running else None,
+        tokens_per_s=progress.tokens_per_s if progress is not None and not is_checking else None,
+        remaining_s=progress.remaining_s if progress is not None and runs else None,
         updated_at=progress.updated_at if progress is not None else None,
         config_hash=identity.get("config_hash"),
         batch_invariance=None if state is None else state.manifest.get("batch_invariance"),
@@ -225,11 +227,14 @@ def _progress(folder: OutputFolder) -> ProgressContent | None:
     if latest is None or not live:
         return latest
     speeds = [progress.tokens_per_s for progress in live if progress.tokens_per_s is not None]
-    remaining = [progress.remaining_s for progress in live if progress.remaining_s is not None]
+    remaining = [progress.remaining_s for progress in live]
     return latest.model_copy(
         update={
             "tokens_per_s": sum(speeds) if speeds else None,
-            "remaining_s": max(remaining, default=None),
+            # None while one of them does not know.
+            "remaining_s": max((s for s in remaining if s is not None), default=None)
+            if None not in remaining
+            else None,
         }
     )
 

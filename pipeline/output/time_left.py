@@ -59,7 +59,9 @@ class TimeLeft:
         new_tokens = (self._limit * (1 + unread) - self._limit_done) * length / limit
         new_tokens -= stats.new_tokens - self._new_done
         prompt_tokens = self._prompt_tokens * (1 + unread)
-        prompt_tokens *= stats.prefilled_tokens / (stats.prefilled_tokens + stats.cached_tokens)
+        prompt_tokens *= stats.prefilled_tokens / max(
+            1, stats.prefilled_tokens + stats.cached_tokens
+        )
         steps_s = stats.prefill_s + stats.decode_s
         seconds = max(0.0, new_tokens) * stats.decode_s / stats.new_tokens
         seconds += max(0.0, prompt_tokens - stats.prefilled_tokens) * (

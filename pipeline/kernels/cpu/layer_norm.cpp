@@ -5,8 +5,8 @@
 //     y = (x - mean) * (1 / sqrt(variance + epsilon)) * weight + bias
 //
 // Sums are in float32, in 32 lanes: element c is added to lane c % 32. A fixed tree then adds the
-// lanes (LogicalLanes). Each element of y is
-// rounded to its dtype once. A row of y depends on the same row of x only.
+// lanes (LogicalLanes). Each element of y is rounded to its dtype once. A row of y depends on the
+// same row of x only.
 
 #include <cmath>
 

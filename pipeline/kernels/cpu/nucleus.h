@@ -35,7 +35,9 @@ class Nucleus {
     top_p_ = top_p;
     log_odds_ = log_of(top_p / (1.0 - top_p));
     bits_ = bits;
-    bins_per_unit_ = N_BINS / (-MIN_MASS_EXPONENT * temperature);
+    // Finite at the smallest temperature, too.
+    bins_per_unit_ = std::min(N_BINS / (-MIN_MASS_EXPONENT * temperature),
+                              std::numeric_limits<double>::max());
   }
 
   void add(float logit) { logits_.push_back(logit); }

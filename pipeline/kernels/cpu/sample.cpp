@@ -221,8 +221,9 @@ SampledToken sample_kept_set(const T* logits, int64_t vocab_size, float max, con
   }
   const auto append = [&](double low, double high) {
     if (has_top_p && row.kept_size == vocab_size)
-      nucleus.for_each(low, high, [&](float logit, int64_t token) {
-        candidates.push_back({logit, token});
+      // Clang 14 captures no structured bindings.
+      scratch.nucleus.for_each(low, high, [&scratch](float logit, int64_t token) {
+        scratch.candidates.push_back({logit, token});
       });
     else
       append_candidates(logits, vocab_size, low, high, scratch);
