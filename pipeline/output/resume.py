@@ -156,7 +156,7 @@ def check_part_rows(config: JobConfig, state: FolderState) -> None:
     if config.part_rows not in (None, recorded):
         raise OutputConflictError(
             f"{config.output}: holds a run with {recorded} rows per part, not {config.part_rows}; "
-            f"{_ADVICE}"
+            f"{_advice(config)}"
         )
 
 
@@ -175,7 +175,7 @@ def check_continuable(config: JobConfig, state: FolderState, identity: dict[str,
     if differing:
         raise OutputConflictError(
             f"{config.output}: holds a run of another job ({', '.join(differing)} differ); "
-            f"{_ADVICE}"
+            f"{_advice(config)}"
         )
     environment = state.manifest.get("environment")
     if (
@@ -185,14 +185,14 @@ def check_continuable(config: JobConfig, state: FolderState, identity: dict[str,
     ):
         raise OutputConflictError(
             f"{config.output}: holds a run with engine.attention {environment.get('attention')}, "
-            f"not {config.engine.attention}; {_ADVICE}"
+            f"not {config.engine.attention}; {_advice(config)}"
         )
     recorded_level = state.manifest.get("batch_invariance")
     required = {"require": BATCH_INVARIANT, "portable": ("portable",)}.get(config.batch_invariance)
     if required is not None and recorded_level not in (None, *required):
         raise OutputConflictError(
             f"{config.output}: holds a run whose batch_invariance is {recorded_level}, not "
-            f"{required[-1]}; {_ADVICE}"
+            f"{required[-1]}; {_advice(config)}"
         )
 
 
@@ -258,17 +258,17 @@ def check_same_input(config: JobConfig, state: FolderState, summary: InputSummar
     if not isinstance(rows, int):
         raise OutputConflictError(
             f"{config.output}: another version wrote it, which did not record its number of rows; "
-            f"{_ADVICE}"
+            f"{_advice(config)}"
         )
     if rows > summary.rows:
         raise OutputConflictError(
             f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows}; "
-            f"{_ADVICE}"
+            f"{_advice(config)}"
         )
     if summary.prefix_digests.get(rows) != digest:
         raise OutputConflictError(
             f"{config.output}: holds a run of another input (input_digest differs in its {rows} "
-            f"rows); {_ADVICE}"
+            f"rows); {_advice(config)}"
         )
 
 
@@ -353,3 +353,13 @@ def check_replaceable(state: FolderState, files: dict[int, PartFile]) -> None:
 def _version(state: FolderState) -> str:
     version = state.manifest.get("versions", {}).get("gptbatch")
     return f"gptbatch {version}" if version else "its version is not recorded"
+
+
+def _advice(config: JobConfig) -> str:
+    """Return what to do about an output that this job cannot continue."""
+    if config.overwrite:
+        return (
+            "--overwrite does not replace an unfinished run of the same settings: name another "
+            "output, or delete the folder"
+        )
+    return _ADVICE
