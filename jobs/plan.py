@@ -115,12 +115,13 @@ def _lines(estimate: RunEstimate) -> list[str]:
     assert estimate.part_s is not None
     at_most = f"; at most {_time(took.limit_s)}, if every row reaches its max_new_tokens"
     limit = at_most if took.limit_s > 1.01 * took.expected_s else ""
+    low, high = _time(took.low_s), _time(took.high_s)
+    between = f" ({low} to {high})" if low != high else ""
     lines += [
         f"tokens   {estimate.prompt_tokens:,} of prompts{samples} (median "
         f"{estimate.prompt_tokens_median} per row, at most {estimate.prompt_tokens_max}), about "
         f"{estimate.new_tokens:,} new ones (at most {estimate.new_tokens_limit:,})",
-        f"time     about {_time(took.expected_s)} ({_time(took.low_s)} to {_time(took.high_s)})"
-        f"{limit}; {_speed(estimate)}",
+        f"time     about {_time(took.expected_s)}{between}{limit}; {_speed(estimate)}",
     ]
     if estimate.price is not None:
         price = estimate.price
@@ -135,7 +136,7 @@ def _lines(estimate: RunEstimate) -> list[str]:
         f"part{'s' * (estimate.parts != 1)} of at most {estimate.part_rows:,} rows",
         f"a kill   costs the unfinished parts; one takes about {_time(estimate.part_s)}",
         f"pilot    {pilot.rows:,} rows in {pilot.seconds:.1f} s, of which {pilot.rows_stopped:,} "
-        f"stopped by themselves; {pilot.steps:,} steps, R2 {pilot.r_squared:.2f}",
+        f"stopped by themselves; {pilot.steps:,} steps, R2 {pilot.r_squared:z.2f}",
         *(f"warning  {warning}" for warning in estimate.warnings),
     ]
 
@@ -153,11 +154,15 @@ def _memory(memory: MemoryEstimate) -> str:
     return (
         f"about {_size(memory.expected_bytes)}, at most {_size(memory.limit_bytes)}: "
         f"{_size(memory.process_bytes)} process with {_size(memory.weights_bytes)} of weights, "
-        f"{_size(memory.cache_bytes)} to {_size(memory.cache_limit_bytes)} KV cache "
+        f"{_range(_size(memory.cache_bytes), _size(memory.cache_limit_bytes))} KV cache "
         f"({memory.cache_bytes_per_token / 1024:.0f} KiB per token), "
         f"{_size(memory.logits_bytes)} logits, "
-        f"{_size(memory.rows_bytes)} to {_size(memory.rows_limit_bytes)} finished rows"
+        f"{_range(_size(memory.rows_bytes), _size(memory.rows_limit_bytes))} finished rows"
     )
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
 
 
 def _time(seconds: float) -> str:

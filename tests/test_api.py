@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import gptbatch
 import gptbatch.pipeline
@@ -45,6 +46,10 @@ def test_the_names_of_the_package_are_those_of_generation_in_memory() -> None:
     assert gptbatch.__all__ == ["LLM", "generate", "unload"]
     for name in gptbatch.__all__:
         assert getattr(gptbatch, name).__name__ == name
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert gptbatch.__version__ == version("gptbatch")
 
 
 def test_an_import_loads_no_heavy_library() -> None:

@@ -173,6 +173,7 @@ def test_openai_results_of_chats() -> None:
 def test_what_is_refused_leaves_no_file(run: Path, tmp_path: Path) -> None:
     cases: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
         ("rows.csv", ConfigError, "does not follow from the suffix '.csv'", {}),
+        ("-", ConfigError, "cannot write to standard output", {"file_format": "jsonl"}),
         ("rows", ConfigError, "name a file such as rows.jsonl", {}),
         ("rows.parquet", ConfigError, "jsonl does not fit", {"file_format": "jsonl"}),
         ("rows.parquet.gz", ConfigError, "compressed inside", {}),
@@ -195,10 +196,11 @@ def test_what_is_refused_leaves_no_file(run: Path, tmp_path: Path) -> None:
             "leave the columns out",
             {"file_format": "openai", "selection": Selection(columns=["prompt"])},
         ),
+        ("a.parquet", ConfigError, "none is selected", {"selection": Selection(columns=[])}),
         ("s3://bucket/a.jsonl", ConfigError, "export writes to a file system", {}),
     ]
     for name, error, message, options in cases:
-        path = name if "://" in name else str(tmp_path / name)
+        path = name if "://" in name or name == "-" else str(tmp_path / name)
         with pytest.raises(error, match=message):
             export_run(RunReader(run), path, **options)
     with pytest.raises(OutputConflictError, match="the output of a run"):
@@ -221,6 +223,9 @@ def test_an_unfinished_run_and_an_existing_file_are_refused(
     done = run_gptbatch("export", run, "--to", path)
     assert (done.code, len(lines(path))) == (78, 3)
     assert "replace it with --overwrite" in done.stderr
+    done = run_gptbatch("export", run, "--to", tmp_path / "no.jsonl", "--columns", ",")
+    assert (done.code, (tmp_path / "no.jsonl").exists()) == (78, False)
+    assert "none is selected" in done.stderr
     done = run_gptbatch("export", run, "--to", path, "--overwrite", "--columns", "prompt_id, seed")
     assert (done.code, done.summary["columns"]) == (0, ["prompt_id", "seed"])
     assert (done.summary["rows"], done.summary["bytes"]) == (5, path.stat().st_size)
@@ -265,7 +270,7 @@ def test_row_groups_hold_many_batches(
         ([2**63], "more than 64 bits"),
         ([2**53 + 1, 0.5], "above 2\\^53"),
         ([True, 1], "true or false in row '0' and a whole number in row '1'"),
-        ([{"a": [1]}, {"a": ["x"]}], r"field f.a\[\] holds a whole number"),
+        ([{"a": [1]}, {"a": ["x"]}], r"field f.a\[\] holds a whole number .*--metadata-json f$"),
         ([float("inf")], "above all of float64"),
         ([{str(key): 1 for key in range(1001)}], "more than 1000 different keys"),
     ],

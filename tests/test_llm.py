@@ -160,6 +160,7 @@ def test_an_object_keeps_its_model_and_leaves_threads_alone(checkpoint: Path) ->
         ({"temperature": -1}, "generate: temperature: input should be greater .* not -1"),
         ({"threads": 0}, "generate: threads: input should be greater"),
         ({"dtyp": "float32"}, "did you mean dtype"),
+        ({"greedy": True}, "use temperature=0"),
         ({"part_rows": 5}, "generate: part_rows is a setting of jobs"),
         ({"engine": {}}, "give its settings by their own names: device, dtype"),
         ({"stop_token_ids": [4000]}, "stop_token_ids holds token 4000"),
@@ -212,7 +213,22 @@ def test_prompts_come_from_lists_tables_and_generators(checkpoint: Path) -> None
         assert content_digest(model.generate(table, max_new_tokens=4)) == nulls
     texts = model.generate(frame["prompt"], max_new_tokens=4)["prompt"].to_pylist()
     assert texts == model.generate(pl.Series(["king", "queen"]))["prompt"].to_pylist()
+    array = pa.chunked_array([["king"], ["queen"]])
+    for prompts in (array, array.chunk(0)):
+        table = model.generate(prompts, max_new_tokens=1)
+        assert table["prompt"].to_pylist() == prompts.to_pylist()
     assert model.generate([]).num_rows == 0
+    with pytest.raises(ConfigError, match="a set has none"):
+        model.generate({"king", "queen"})
+
+
+def test_an_object_works_from_another_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    model = gptbatch.LLM(checkpoint.name)
+    monkeypatch.chdir(tmp_path)
+    assert model.generate("king", max_new_tokens=1)["error"].to_pylist() == [None]
 
 
 def test_templates_messages_and_biases(checkpoint: Path) -> None:
@@ -240,6 +256,8 @@ def test_progress(
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert progress.progress_for_python(None) is not None
     assert progress.progress_for_python(False) is None
+    with pytest.raises(ConfigError, match="methods begin, update and end, not 1"):
+        model.generate("king", progress=1)  # type: ignore[arg-type]
 
 
 def test_an_import_is_light() -> None:

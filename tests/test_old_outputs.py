@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.json
+import pyarrow.parquet as pq
 import pytest
 
 from gptbatch.jobs.cli import run_command
@@ -43,6 +45,15 @@ def test_an_old_output_is_read(output: Path, capsys: pytest.CaptureFixture[str])
         {"too_long": 1},
         [],
     )
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl"])
+def test_an_old_output_is_exported(output: Path, tmp_path: Path, name: str) -> None:
+    assert run_command(["export", str(output), "--to", str(tmp_path / name)]) == 0
+    read = pq.read_table if name.endswith("parquet") else pyarrow.json.read_json
+    table = read(tmp_path / name)
+    assert table["prompt_id"].to_pylist() == ["greedy", "sampled", "too long", "3", "4"]
+    assert table.schema.names == SCHEMA.names
 
 
 def test_an_old_output_is_verified_replayed_and_compared(

@@ -14,6 +14,7 @@ import pytest
 from gptbatch.pipeline import EngineConfig, JobConfig, inspect_job, run_parts
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.estimate import forecast as forecast_module
+from gptbatch.pipeline.estimate import workload as workload_module
 from gptbatch.pipeline.estimate.estimate import RunEstimate, estimate_job
 from gptbatch.pipeline.estimate.lengths import Observation, fit_lengths
 from gptbatch.pipeline.estimate.pilot import run_pilot, spread
@@ -167,7 +168,6 @@ def test_the_pilot_ends_in_time_with_rows_cut_off(checkpoint: Path, write_rows: 
         seconds=0.5,
         tokenizer=tokenizer,
     )
-    assert not pilot.finished
     assert len(pilot.observed) == 8
     assert not any(row.stopped for row in pilot.observed)
     assert 0 < pilot.seconds.sum() < 1.5
@@ -233,6 +233,31 @@ def test_what_is_left_is_planned(checkpoint: Path, write_rows: WriteRows, tmp_pa
     assert plan_of(shard).rows == 10
     last = plan_of(config.model_copy(update={"shard": "3/4"}))
     assert (last.rows_total, last.rows, last.time) == (10, 0, None)
+
+
+def test_rejected_rows_are_not_sampled(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad rows where the stretches of a sample would be."""
+    monkeypatch.setattr(workload_module, "SAMPLED_ROWS", 20)
+    monkeypatch.setattr(workload_module, "ROWS_PER_STRETCH", 5)
+    rows = [{"prompt": 5 if i % 10 < 5 else "The king"} for i in range(40)]
+    more = {"on_bad_row": "record", "max_row_errors": "100%", "ignore_eos": True}
+    found = plan_of(job(checkpoint, write_rows(rows), tmp_path / "out", **more))
+    assert found.error_kinds == {"bad_row": 20}
+    assert found.samples == 20
+    assert found.time is not None
+
+
+@pytest.mark.parametrize("attention", ["padded", "ragged"])
+def test_packed_weights_are_counted(attention: BackendName) -> None:
+    theirs = random_model()
+    plain = our_model(theirs, packed=False, attention=attention).weights_bytes()
+    packed = our_model(theirs, attention=attention)
+    head = packed.lm_head.packed_bytes
+    assert head >= 300 * 32 * 4
+    # The plain embedding and the packed head are two copies of one weight. Packing rounds sizes up.
+    assert plain <= packed.weights_bytes() - head < 1.3 * plain
 
 
 def test_a_large_input_is_walked_in_part(

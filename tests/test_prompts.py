@@ -287,7 +287,7 @@ BAD_LINES = [  # a line, and what is said of it
 def test_bad_lines_are_named(write_rows: WriteRows, line: str, message: str) -> None:
     path = write_rows([{"prompt": "good"}, line, {"prompt": "good too"}])
     said = problems(path)
-    assert said.startswith("1 bad of 3 rows; nothing was written\n")
+    assert said.startswith("1 bad of 3 rows; nothing was generated\n")
     assert f"{path}:2: {message}" in said
 
 
@@ -308,7 +308,7 @@ def test_lines_over_the_limit_are_bad_rows(tmp_path: Path, monkeypatch: pytest.M
     said = problems(path)
     assert (
         said
-        == f"1 bad of 3 rows; nothing was written\n{path}:2: the line is longer than 1000 bytes"
+        == f"1 bad of 3 rows; nothing was generated\n{path}:2: the line is longer than 1000 bytes"
     )
 
 
@@ -330,12 +330,12 @@ def test_repeated_ids_name_both_lines(write_rows: WriteRows) -> None:
 def test_equal_reasons_are_one_line(write_rows: WriteRows) -> None:
     path = write_rows(["broken" if i % 2 else {"prompt": "a", "id": "same"} for i in range(60)])
     head, broken, repeated, hint = problems(path).splitlines()
-    assert head == "59 bad of 60 rows; nothing was written"
+    assert head == "59 bad of 60 rows; nothing was generated"
     assert broken.startswith(f"{path}:2: not valid JSON")
     assert broken.endswith("(also 4, 6, 8, 10, 12, 24 more)")
     assert repeated.startswith(f"{path}:3: id 'same' was already used on line 1")
     assert repeated.endswith("(also 5, 7, 9, 11, 13, 23 more)")
-    assert "--id-field" in hint
+    assert "id_field" in hint
 
 
 def test_the_first_20_reasons_are_named_in_order(write_rows: WriteRows) -> None:

@@ -37,6 +37,8 @@ from gptbatch.pipeline.output.shards import find_shard
 
 # float32 elements to measure memory with: 256 MiB, more than a cache holds
 ELEMENTS_READ = 2**26
+# Below it, the fit of the pilot's steps is worth a warning.
+MIN_R_SQUARED = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +223,12 @@ def _with_prediction(
     warnings = [*counted.warnings, *warnings]
     if warning := find_disk_warning(counted.output, disk_bytes):
         warnings.append(warning)
+    explained = r_squared(pilot.work, pilot.seconds, cost)
+    if explained < MIN_R_SQUARED:
+        warnings.append(
+            f"the work of the pilot's {len(pilot.seconds)} steps explains little of their times "
+            f"(R2 {explained:z.2f}), so the time may be off by more than its range"
+        )
     return replace(
         counted,
         new_tokens=predicted.new_tokens,
@@ -243,7 +251,7 @@ def _with_prediction(
             rows=len(pilot.observed),
             rows_stopped=sum(row.stopped for row in pilot.observed),
             step_cost=dict(zip(WORK, cost.tolist(), strict=True)),
-            r_squared=r_squared(pilot.work, pilot.seconds, cost),
+            r_squared=explained,
         ),
         warnings=warnings,
     )

@@ -43,7 +43,6 @@ class Pilot:
         seconds: (steps,): its time.
         segments: The steps at the batch size of the run, and those of the small batch.
         observed: The new tokens of each row of the first segment.
-        finished: Whether all rows that it was given were finished.
         written: What writing its rows takes.
     """
 
@@ -52,7 +51,6 @@ class Pilot:
     seconds: Array
     segments: list[range]
     observed: list[Observation]
-    finished: bool
     written: WrittenRows
 
 
@@ -108,7 +106,6 @@ def run_pilot(
             for row in main.rows
             if row.error is None
         ],
-        finished=main.finished,
         written=_write(main.rows[:MAX_WRITTEN_ROWS], tokenizer),
     )
 

@@ -38,7 +38,7 @@ class MemoryEstimate:
         expected_bytes: The sum, with the cache of the running rows and the rows of two parts.
         limit_bytes: The sum, with all that the cache may keep and the rows of all parts in flight.
         process_bytes: Weights, libraries and the rest of the process.
-        weights_bytes: The parameters among these.
+        weights_bytes: The weights among these, in the layout of the kernels.
         cache_bytes: Keys and values of the running rows at their longest.
         cache_limit_bytes: The same with the prefixes of finished rows, which stay while they fit.
         cache_bytes_per_token: Keys and values of one token.
@@ -101,7 +101,7 @@ def estimate_memory(
         expected_bytes=round(process_bytes + cache + logits + rows_held),
         limit_bytes=round(process_bytes + cache_limit + logits + rows_limit),
         process_bytes=process_bytes,
-        weights_bytes=sum(value.nbytes for value in loaded.model.parameters()),
+        weights_bytes=loaded.model.weights_bytes(),
         cache_bytes=cache,
         cache_limit_bytes=cache_limit,
         cache_bytes_per_token=spec.bytes_per_token,

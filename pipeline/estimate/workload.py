@@ -15,8 +15,9 @@ from gptbatch.pipeline.input.tokenize import TokenizedInput, samples_of
 from gptbatch.pipeline.output.part_plan import rows_of_part
 from gptbatch.pipeline.types import Completion, TokenizedPrompt
 
-# An input of more rows is sampled: this many rows, in stretches of consecutive ones.
-MAX_SAMPLED_ROWS, ROWS_PER_STRETCH = 4096, 512
+# Of an input of twice this many rows or more, about this many are sampled, and fewer than twice as
+# many, in stretches of consecutive ones. Of a smaller input, all are.
+SAMPLED_ROWS, ROWS_PER_STRETCH = 4096, 512
 REPORT_INTERVAL_S = 5.0
 
 
@@ -32,7 +33,7 @@ class Workload:
         prompt_lengths: Prompt tokens of a row -> number of rows.
         error_kinds: Number of rows that become errors before the model runs, by kind.
         truncated: Rows whose prompts lose tokens at the front.
-        sampled: The samples of some rows in input order; of all rows up to MAX_SAMPLED_ROWS.
+        sampled: The samples of rows in input order: of all, or of stretches of a large input.
         read_s: Seconds of reading and tokenizing the rows.
     """
 
@@ -66,8 +67,8 @@ def count_workload(
     """
     work, n_read = Workload(), 0
     total = sum(rows_of_part(number, summary.part_rows, summary.rows) for number in parts)
-    # Stretches begin at multiples of this.
-    distance = ROWS_PER_STRETCH * max(1, total // MAX_SAMPLED_ROWS)
+    # Stretches begin at multiples of this among the rows that reach the engine.
+    distance = ROWS_PER_STRETCH * max(1, total // SAMPLED_ROWS)
     began_s = reported_s = time.monotonic()
 
     def reject(completion: Completion) -> None:
@@ -79,14 +80,14 @@ def count_workload(
     for prompt in prompts.prompts(summary, reject=reject, parts=parts, all_samples=False):
         assert prompt is not None, "no part is held back"
         n, length = prompt.prompt.params.n, len(prompt.token_ids)
+        if work.n_rows % distance < ROWS_PER_STRETCH:
+            work.sampled += [replace(prompt, prompt=row) for row in samples_of(prompt.prompt)]
         work.n_rows += 1
         work.n_samples += n
         work.prompt_tokens += n * length
         work.max_new_tokens += n * prompts.new_token_limit(prompt)
         work.prompt_lengths[length] += 1
         work.truncated += prompt.tokens_dropped > 0
-        if n_read % distance < ROWS_PER_STRETCH:
-            work.sampled += [replace(prompt, prompt=row) for row in samples_of(prompt.prompt)]
         n_read += 1
         if (now_s := time.monotonic()) - reported_s > REPORT_INTERVAL_S:
             reported_s = now_s

@@ -44,7 +44,7 @@ class ExportTable:
         selection: The columns.
 
     Raises:
-        ConfigError: There is no such column, or two have one name.
+        ConfigError: There is no such column, two have one name, or none is selected.
         InputNotFoundError: No row has one of the metadata fields.
         InputRowsError: A metadata field has values of several types.
         StorageError: A part cannot be read.
@@ -56,6 +56,11 @@ class ExportTable:
         self._types = self._metadata_types()
         self._json = list(dict.fromkeys(selection.metadata_json))
         added = [*self._types, *self._json]
+        if not (self._columns or added):
+            raise ConfigError(
+                f"columns: none is selected; the table has {', '.join(SCHEMA.names)}",
+                keys=("columns",),
+            )
         for name in added:
             if name in self._columns or added.count(name) > 1:
                 raise ConfigError(
@@ -65,10 +70,13 @@ class ExportTable:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The columns of the run, with their descriptions, and then those of the metadata."""
+        """The columns of the run, with their descriptions, and then those of the metadata.
+
+        All may be null: outputs of older formats lack columns.
+        """
         return pa.schema(
             [
-                *(SCHEMA.field(name) for name in self._columns),
+                *(SCHEMA.field(name).with_nullable(True) for name in self._columns),
                 *((name, field.to_arrow()) for name, field in self._types.items()),
                 *((name, pa.string()) for name in self._json),
             ]

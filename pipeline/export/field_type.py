@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 import pyarrow as pa
@@ -39,13 +40,14 @@ class FieldType:
 
     Args:
         path: The field, for messages.
+        selected: The field that was selected, of which this one is a part; None for itself.
 
     Attributes:
         found: Whether any value was added, null included.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path, self.found = path, False
+    def __init__(self, path: str, selected: str | None = None) -> None:
+        self.path, self.selected, self.found = path, selected or path, False
         self._kind: str | None = None
         self._row = ""
         self._largest = 0
@@ -82,7 +84,7 @@ class FieldType:
         elif kind == "number" and not math.isfinite(value):
             raise self._error(f"holds a number above all of float64 in row {shorten(row)}")
         elif kind == "array":
-            self._items = self._items or FieldType(f"{self.path}[]")
+            self._items = self._items or FieldType(f"{self.path}[]", self.selected)
             for item in value:
                 self._items.add(item, row)
         elif kind == "object":
@@ -99,7 +101,7 @@ class FieldType:
             return pa.list_((self._items or FieldType(self.path)).to_arrow())
         if self._kind == "object":
             if not self._keys:
-                raise self._error("holds only empty objects, which Parquet has no type for")
+                raise self._error("holds only empty objects, which make no column")
             return pa.struct([(key, value.to_arrow()) for key, value in self._keys.items()])
         if self._kind == "number" and self._largest > _EXACT_FLOAT:
             raise self._error("holds fractions, and whole numbers above 2^53, which float64 rounds")
@@ -109,13 +111,13 @@ class FieldType:
         if key not in self._keys:
             if len(self._keys) == MAX_KEYS:
                 raise self._error(f"holds objects of more than {MAX_KEYS} different keys")
-            self._keys[key] = FieldType(f"{self.path}.{key}")
+            self._keys[key] = FieldType(f"{self.path}.{key}", self.selected)
         return self._keys[key]
 
     def _error(self, problem: str) -> InputRowsError:
         return InputRowsError(
             f"metadata field {self.path} {problem}; a column has one type: export the field as "
-            "JSON text with --metadata-json"
+            f"JSON text with --metadata-json {shlex.quote(self.selected)}"
         )
 
 

@@ -78,6 +78,8 @@ def export_run(
         OutputConflictError: The file exists, or lies in the output of a run.
         StorageError: A part cannot be read, or the file cannot be written.
     """
+    if output == "-":
+        raise ConfigError("cannot write to standard output; name a file", keys=("output",))
     file_format = _format_of(output, file_format)
     if file_format == "openai":
         if selection is not None and selection != Selection():

@@ -101,13 +101,21 @@ def prompt_source(prompts: Prompts, config: JobConfig) -> PromptList | PromptTab
         config: Says which field holds the prompt.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is neither, or a set.
     """
     if isinstance(prompts, (str, Mapping)):
         return PromptList([prompts], config)
     # A column of a table is iterated; a table would yield its columns.
     if hasattr(prompts, "columns"):
         return PromptTable(_arrow_table(prompts))
+    if isinstance(prompts, (set, frozenset)):
+        raise ConfigError(
+            "prompts must have an order, which ids and seeds follow; a set has none: give "
+            "sorted(prompts)"
+        )
+    # An array of pyarrow would yield scalars.
+    if hasattr(prompts, "to_pylist"):
+        prompts = prompts.to_pylist()
     if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
         raise ConfigError(
             "prompts must be a text, a dictionary, an iterable of these, or a table, not "

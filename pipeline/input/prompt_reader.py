@@ -25,7 +25,7 @@ from gptbatch.pipeline.types import Prompt
 logger = logging.getLogger("gptbatch")
 
 _CHANGED = "the input has changed since it was checked"
-_ID_HINT = "\n--id-field reads ids from another field; --id-field '' uses the row index instead"
+_ID_HINT = "\nid_field reads ids from another field; an empty id_field uses the row index instead"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +267,7 @@ class PromptReader:
                 if row.index in duplicates:
                     bad.add(self._duplicate(raw, row, duplicates[row.index]))
         return InputRowsError(
-            f"{bad.count} bad of {rows} rows; nothing was written\n{bad.describe()}"
+            f"{bad.count} bad of {rows} rows; nothing was generated\n{bad.describe()}"
             f"{_ID_HINT if duplicates else ''}"
         )
 

@@ -214,6 +214,11 @@ class GPT(nn.Module):
             parameter.numel() for _, parameter in self.named_parameters(remove_duplicate=False)
         )
 
+    def weights_bytes(self) -> int:
+        """Return the bytes of all parameters and packed weights."""
+        packed = (module.packed_bytes for module in self.modules() if isinstance(module, Linear))
+        return sum(value.nbytes for value in self.parameters()) + sum(packed)
+
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         if not self.backend.native:
             x: Tensor = self.wte(tokens) + self.wpe(positions)

@@ -135,6 +135,12 @@ class Linear(nn.Module):
         """The weight for fused kernels: native, in the model's dtype, without fixed_rows."""
         return self._packed if self.kind == "native" and self.fixed_rows is None else None
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weight; 0 before packing, and for the plain layouts."""
+        # A tensor of oneDNN has no nbytes.
+        return 0 if self._packed is None else self._packed.numel() * self._packed.dtype.itemsize
+
     def _apply_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if self._packed is not None:
             return self._packed_forward(x, residual)

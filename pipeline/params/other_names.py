@@ -37,6 +37,7 @@ _CUTOFFS = "use min_p or top_p"
 # plain name -> what to do instead
 _ADVICE = {
     "dosample": "temperature: 0 is greedy decoding, any other temperature samples",
+    "greedy": "use temperature=0",
     "echo": "the output has a column with the prompt",
     "promptlogprobs": "gptbatch score computes the log probabilities of given texts",
     **dict.fromkeys(

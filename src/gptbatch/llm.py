@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +61,16 @@ class LLM:
         _refuse("LLM", settings, CALL_SETTINGS, "belongs to a call; give it to generate")
         self._settings = {"model": model, **settings}
         self._config = call_config("LLM", self._settings)
-        self._checkpoint = find_checkpoint(
+        found = find_checkpoint(
             self._config.model,
             revision=self._config.revision,
             allow_pickle=self._config.allow_pickle,
+        )
+        # A later change of the current folder has no effect.
+        self._checkpoint = replace(
+            found,
+            folder=found.folder.absolute(),
+            weights=tuple(path.absolute() for path in found.weights),
         )
         config_path = str(self._checkpoint.config_path)
         self._gpt_config = parse_config(self._checkpoint.config, config_path)
@@ -112,6 +119,11 @@ class LLM:
     def _generate(
         self, prompts: Prompts, config: CallConfig, progress: Progress | bool | None
     ) -> pa.Table:
+        if not (progress is None or isinstance(progress, bool) or hasattr(progress, "begin")):
+            raise ConfigError(
+                "progress must be True, False, None, or an object with the methods begin, update "
+                f"and end, not {progress!r}"
+            )
         reader = open_input(config, prompt_source(prompts, config))
         tokenized = TokenizedInput(config, self._checkpoint, self._tokenizer, reader)
         summary = reader.check()
