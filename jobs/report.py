@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gptbatch.jobs.messages import echo
+from gptbatch.jobs.messages import echo, print_message
 from gptbatch.jobs.options import (
     Command,
     FolderArgument,
@@ -25,6 +22,7 @@ from gptbatch.pipeline.storage.location import Location
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.loaded_run import Overrides
+    from gptbatch.pipeline.output.single_file import SingleFile
     from gptbatch.pipeline.report.document import Section
 
 
@@ -35,8 +33,9 @@ if TYPE_CHECKING:
     "--html",
     type=FolderArgument(),
     metavar="FILE",
-    help="File to write; a report that is there is replaced. Default: NAME-report.html in the "
-    "current folder, with the name of the output folder.",
+    help="File to write, outside of the output folders of runs; a report that is there is "
+    "replaced. Default: NAME-report.html in the current folder, with the name of the output "
+    "folder.",
 )
 @click.option("--no-text", is_flag=True, help="Leave out prompts, completions and metadata.")
 @click.option(
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="ID",
     help="Explain each token of this row of OUTPUT, with sliders for other settings; ID#I is "
-    "sample I. Needs the weights. May be repeated.",
+    "sample I, from 0. Needs the weights. May be repeated.",
 )
 @reopen_options
 def report(
@@ -72,14 +71,15 @@ def report(
     _check_options(explain, options, no_text=no_text)
     for path in (output, other):
         _refuse_scores(path)
-    target = html or Path(_default_name(output, other))
-    _check(target)
+    target = _target(html or Path(_default_name(output, other)))
     more = []
     if explain:
         more.append(_explorer(output, explain, Overrides(**options), is_beside=other is not None))
     built = build_report(output, other, with_text=not no_text, more=more)
-    _write(target, built.html.encode())
-    echo(json.dumps({"html": str(target), "bytes": target.stat().st_size, **built.facts}))
+    with target.writer() as writer:
+        writer.write_text(target.path, built.html)
+    size = target.path.stat().st_size
+    echo(json.dumps({"html": str(target.path), "bytes": size, **built.facts}))
 
 
 def _check_options(explain: tuple[str, ...], options: dict[str, Any], *, no_text: bool) -> None:
@@ -104,6 +104,7 @@ def _explorer(
     from gptbatch.pipeline.report.explain import (
         MAX_BYTES,
         MAX_BYTES_BESIDE,
+        MAX_STEPS,
         explain_section,
         find_rows,
     )
@@ -112,7 +113,15 @@ def _explorer(
     rows = find_rows(run, names)
     print_checkpoint(run, overrides.model)
     max_bytes = MAX_BYTES_BESIDE if is_beside else MAX_BYTES
-    return explain_section(LoadedRun(run, overrides), rows, max_bytes)
+    section = explain_section(LoadedRun(run, overrides), rows, max_bytes)
+    for row in section.data["rows"]:
+        if (shown := len(row["steps"])) < row["tokens"]:
+            sample = f", sample {row['sample']}" if row["sample"] else ""
+            print_message(
+                f"row {row['id']!r}{sample}: the first {shown} of its {row['tokens']} tokens are "
+                f"explained; a report explains at most {MAX_STEPS} in all"
+            )
+    return section
 
 
 def _refuse_scores(path: Location | None) -> None:
@@ -141,42 +150,24 @@ def _default_name(output: Location, other: Location | None) -> str:
     return f"{'-and-'.join(names)}-report.html"
 
 
-def _check(target: Path) -> None:
-    """Refuse a target that cannot be written, or is another file, before the run is read."""
+def _target(path: Path) -> SingleFile:
+    """Return the file to write. One that must not be written is refused before the run is read."""
+    from gptbatch.pipeline.output.single_file import SingleFile
     from gptbatch.pipeline.report.document import MARK
 
-    if target.is_dir():
-        raise OutputConflictError(f"{target}: is a folder; name a file, such as report.html")
-    if not target.absolute().parent.is_dir():
-        raise OutputCreationError(f"{target}: there is no folder {target.absolute().parent}")
+    target = SingleFile(str(path), command="report")
+    if not path.absolute().parent.is_dir():
+        raise OutputCreationError(f"{path}: there is no folder {path.absolute().parent}")
     try:
-        with target.open("rb") as file:
+        # opening a pipe would wait for its other end
+        if path.exists() and not path.is_file():
+            raise OutputConflictError(f"{path}: is no regular file; name another file")
+        with path.open("rb") as file:
             is_report = file.read(len(MARK)) == MARK.encode()
     except FileNotFoundError:
-        return
+        return target
     except OSError as error:
-        raise OutputConflictError(f"{target}: cannot be read ({error.strerror})") from error
+        raise OutputConflictError(f"{path}: cannot be read ({error.strerror})") from error
     if not is_report:
-        raise OutputConflictError(f"{target}: is another file, not a report; name another file")
-
-
-def _write(target: Path, content: bytes) -> None:
-    """Write the file under a temporary name first, so that it appears whole."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=target.absolute().parent, prefix=f".{target.name[:100]}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(content)
-        # mkstemp gives the file to its owner alone
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
-    except OSError as error:
-        raise OutputCreationError(f"{target}: cannot be written ({error.strerror})") from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
+        raise OutputConflictError(f"{path}: is another file, not a report; name another file")
+    return target

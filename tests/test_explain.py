@@ -350,11 +350,28 @@ def test_the_command(
     assert len(html.encode()) < 2_000_000
 
 
+def test_rows_that_are_cut_are_named(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gptbatch.pipeline.report.explain.MAX_STEPS", 12)
+    arguments = ["--explain", "hot", "--explain", "samples#1"]
+    assert run_command(["report", str(finished), *arguments]) == 0
+    message = capfd.readouterr().err
+    assert "row 'hot': the first 6 of its 8 tokens are explained" in message
+    assert "row 'samples', sample 1: the first 6 of its 14 tokens are explained" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--explain", "nine"], 66, "no row has the id 'nine'; the run has 10 rows"),
-        (["--explain", "samples#2"], 66, "no row has the id 'samples#2'"),
+        (["--explain", "samples#2"], 66, "row 'samples' has no sample 2; it has the samples 0, 1"),
+        (["--explain", "plain#1"], 66, "row 'plain' has no sample 1; it has the sample 0"),
+        (["--explain", "nine#1"], 66, "no row has the id 'nine#1'"),
         (["--explain", "long"], 66, "row 'long' cannot be explained: the prompt has"),
         (["--explain", "plain", "--no-text"], 2, "--no-text leaves texts out"),
         (["--model", "gpt2"], 2, "--model has no effect without --explain"),

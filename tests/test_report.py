@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -23,8 +24,9 @@ from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.output.lock import LOCK
 from gptbatch.pipeline.report import series
 from gptbatch.pipeline.report.build import build_report
+from gptbatch.pipeline.report.distribution_sections import _draw_log
 from gptbatch.pipeline.report.document import MARK, Document, Section, note, to_json
-from gptbatch.pipeline.report.row_sample import choose_rows
+from gptbatch.pipeline.report.row_sample import MAX_ERROR_ROWS, choose_rows
 from gptbatch.pipeline.report.run_columns import read_columns, row_hash
 from gptbatch.pipeline.report.run_view import RunView
 from gptbatch.pipeline.system.file_lock import FileLock
@@ -192,6 +194,23 @@ def test_errors_are_grouped_by_their_reason(tmp_path: Path) -> None:
 
 
 # -- the document ----------------------------------------------------------------------------------
+
+
+def test_rare_reasons_of_errors_are_shown(tmp_path: Path) -> None:
+    reasons = [f"reason {'abcdefghijklmn'[i % 14]} happened" for i in range(14 * 20)]
+    rows = [failed(f"often {i}", reason) for i, reason in enumerate(reasons)]
+    columns = read_columns(
+        RunReader(write_run(tmp_path / "out", [*rows, failed("once", "rare")], part_rows=100)),
+        sampled=1,
+    )
+    groups = choose_rows(columns)
+    assert sum("error" in names for names in groups.values()) == MAX_ERROR_ROWS
+    assert "error" in groups[len(rows)]
+
+
+def test_infinite_margins_have_no_part_in_the_median() -> None:
+    values = np.array([1.0, 3.0, np.inf, np.inf, np.nan], np.float32)
+    assert "Median 2 logits" in _draw_log(values, "c6", "logits", (340, 150))
 
 
 def test_texts_of_rows_are_data_alone(tmp_path: Path) -> None:
@@ -388,6 +407,42 @@ def test_the_equal_start_of_a_long_text_is_left_out(tmp_path: Path) -> None:
     assert "cut" not in pair["a"]
 
 
+def differing(folder: Path, count: int, texts: tuple[dict[str, str], dict[str, str]]) -> list[Any]:
+    """Return the data of the comparison of two runs whose rows all differ."""
+    rows = [completion(name, [7]) for name in texts[0]] or many(count)
+    others = [completion(row.prompt.prompt_id, [8]) for row in reversed(rows)]
+    a = write_run(folder / "a", rows, part_rows=100, texts=texts[0])
+    b = write_run(folder / "b", others, part_rows=100, texts=texts[1])
+    built = build_report(a, b)
+    assert len(built.html.encode()) < 2_000_000
+    pairs: list[Any] = Elements(built.html).data("compare")["pairs"]
+    return pairs
+
+
+def test_long_ids_stay_whole(tmp_path: Path) -> None:
+    names = [f"{'i' * 6000}{index}" for index in range(60)]
+    pairs = differing(tmp_path, 60, (dict.fromkeys(names, "a" * 9000), {}))
+    assert pairs
+    assert {pair["a"]["prompt_id"] for pair in pairs} <= set(names)
+
+
+def test_the_first_difference_is_shown_where_texts_are_cut(tmp_path: Path) -> None:
+    names = [f"id {index}" for index in range(210)]
+    start, rest = "\U0001f469" * 300, "<>" * 700
+    a = dict.fromkeys(names, f"{start}a{rest}")
+    pairs = differing(tmp_path, 210, (a, dict.fromkeys(names, f"{start}b{rest}")))
+    kept = set(sorted(names, key=row_hash)[: len(pairs)])
+    assert [pair["a"]["prompt_id"] for pair in pairs] == [name for name in names if name in kept]
+    assert 10 < len(pairs) <= 200
+    for pair in pairs:
+        for run in "ab":
+            units = pair[run]["completion"].encode("utf-16-le")[2 * pair[run]["equal"] :]
+            assert units.decode("utf-16-le").startswith(f"{run}<>")
+            assert pair[run]["cut"]["completion"] == 100 + 1 + len(rest)
+        assert pair["same_prompt"]
+        assert "prompt" not in pair["b"]
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -409,6 +464,11 @@ def test_the_command(in_folder: Path, capfd: pytest.CaptureFixture[str]) -> None
     assert {path.name for path in in_folder.iterdir()} == {"out", "out-report.html", "two.html"}
     summary = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert summary["equal"] == 3
+    write_run(in_folder / "others", [completion("new"), completion("newer")])
+    assert run_command(["report", "out", "others", "--html", "two.html"]) == 0
+    summary = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (summary["equal"], summary["different"]) == (0, 0)
+    assert (summary["missing_in_a"], summary["missing_in_b"]) == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -419,6 +479,10 @@ def test_the_command(in_folder: Path, capfd: pytest.CaptureFixture[str]) -> None
         (["out", "--html", "notes.html"], 78, "notes.html: is another file, not a report"),
         (["out", "--html", "out"], 78, "out: is a folder; name a file"),
         (["out", "--html", "no/report.html"], 73, "there is no folder"),
+        (["out", "--html", "pipe"], 78, "pipe: is no regular file"),
+        (["out", "--html", "/dev/null"], 78, "/dev/null: is no regular file"),
+        (["out", "--html", "out/part-000009.parquet"], 78, "the output of a run"),
+        (["out", "--html", "out/.gptbatch/report.html"], 78, "the output of a run"),
         (["scores.parquet"], 66, "is a file of gptbatch score"),
     ],
 )
@@ -433,6 +497,7 @@ def test_wrong_arguments(
     write_run(in_folder / "out", many(3))
     (in_folder / "notes.html").write_text("<p>mine")
     write_scores(in_folder / "scores.parquet")
+    os.mkfifo(in_folder / "pipe")
     assert run_command(["report", *arguments]) == code
     assert message in capfd.readouterr().err
     assert (in_folder / "notes.html").read_text() == "<p>mine"

@@ -6,6 +6,7 @@ skipped without them.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -207,6 +208,32 @@ def test_slash_moves_to_the_search(show: Any, report_of_two: str) -> None:
     view.keyboard.press("/")
     assert view.evaluate("document.activeElement.type") == "search"
     assert view.evaluate("document.activeElement.value") == ""
+
+
+def test_slash_moves_to_the_search_in_view(show: Any, report_of_two: str) -> None:
+    view = show(report_of_two).view
+    focused = "document.activeElement.closest('section').id"
+    for section in ("rows", "compare"):
+        view.evaluate("document.activeElement.blur()")
+        found = f"document.querySelector('#{section} .browser')"
+        view.evaluate(f"{found}.scrollIntoView({{ behavior: 'instant' }})")
+        view.keyboard.press("/")
+        assert view.evaluate(focused) == section
+
+
+def test_prompts_that_are_cut_have_a_note(show: Any, expect: Any, tmp_path: Path) -> None:
+    paths = []
+    for name in "ab":
+        row = completion("id", [ord(name)])
+        prompt = dataclasses.replace(row.prompt, text="x" * 5000 + name)
+        paths.append(write_run(tmp_path / name, [dataclasses.replace(row, prompt=prompt)]))
+    compared = show(build_report(*paths).html).view.locator("#compare")
+    compared.locator("button.open").first.click()
+    details = compared.locator("tr.details")
+    expect(details).to_contain_text("Prompt of A")
+    expect(details).to_contain_text("Prompt of B")
+    note = details.get_by_text("The first 4,096 of 5,001 characters.")
+    expect(note).to_have_count(2)
 
 
 def test_two_texts_stand_side_by_side(show: Any, expect: Any, report_of_two: str) -> None:

@@ -64,9 +64,10 @@ def build_report(
     if other is not None:
         summary, section = compare_section(view, RunView(other), with_text=with_text)
         compared.append(section)
-        facts |= {"equal": summary.equal, "different": summary.different}
+        counts = ("equal", "different", "missing_in_a", "missing_in_b")
+        facts |= {name: getattr(summary, name) for name in counts}
     # Before the charts, which use the memory again that reading rows takes.
-    others = sum(len(to_json(section.data)) for section in (*compared, *more))
+    others = sum(len(to_json(section.data).encode()) for section in (*compared, *more))
     rows = rows_section(view, with_text=with_text, max_bytes=min(MAX_BYTES, MAX_DATA - others))
     sections = [
         summary_section(view),

@@ -30,8 +30,8 @@ from gptbatch.pipeline.audit.diff import (
 )
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.report import series, svg
-from gptbatch.pipeline.report.document import Section, render, template_text
-from gptbatch.pipeline.report.row_sample import Row, fit, read_rows
+from gptbatch.pipeline.report.document import Section, render, template_text, to_json
+from gptbatch.pipeline.report.row_sample import Row, fit
 from gptbatch.pipeline.report.run_columns import row_hash
 from gptbatch.pipeline.report.run_view import RunView
 
@@ -39,8 +39,20 @@ MAX_PAIRS = 200
 MAX_ONLY_IN_ONE = 20
 MAX_PAIR_BYTES = 600_000
 NEAR_TIE = 1e-3
-# Of the text before the first difference.
-_EQUAL_CHARACTERS = 400
+# Of the text before the first difference; below MIN_TEXT_CHARACTERS, so that no cut hides it.
+_EQUAL_CHARACTERS = 100
+# The columns that compare.js shows.
+_COLUMNS = (
+    "prompt_id",
+    "sample_index",
+    "prompt_index",
+    "completion_tokens",
+    "finish_reason",
+    "stop_reason",
+    "error",
+    "min_decision_margin",
+)
+_TEXTS = ("prompt", "completion")
 _Key = tuple[str, int]
 
 
@@ -66,8 +78,8 @@ class _Differences:
             yield difference
 
     def sample(self) -> list[RowDifference]:
-        """Return the rows to show, in the order of run A."""
-        return [one for _, _, one in sorted(self._kept, key=lambda kept: kept[1])]
+        """Return the rows to show, in the order of their hashes."""
+        return [one for _, _, one in sorted(self._kept, key=lambda kept: -kept[0])]
 
     def _add(self, number: int, difference: RowDifference) -> None:
         if difference.kind in ("only_in_a", "only_in_b"):
@@ -96,7 +108,7 @@ def compare_section(a: RunView, b: RunView, *, with_text: bool) -> tuple[DiffSum
     """
     found = _Differences()
     summary = summarize(a.run, b.run, found.passing(diff_runs(a.run, b.run)))
-    pairs = _pairs(a.run, b.run, found.sample(), with_text=with_text)
+    pairs, characters = _pairs(a.run, b.run, found.sample(), with_text=with_text)
     html = render(
         "compare.html",
         names=(str(a.run.path), str(b.run.path)),
@@ -121,7 +133,7 @@ def compare_section(a: RunView, b: RunView, *, with_text: bool) -> tuple[DiffSum
         id="compare",
         title="Two runs",
         html=html,
-        data={"pairs": pairs, "with_text": with_text},
+        data={"pairs": pairs, "cut": characters, "with_text": with_text},
         script=template_text("compare.js"),
     )
     return summary, section
@@ -204,58 +216,76 @@ def _draw_first_differences(indices: array[int], size: tuple[int, int]) -> Marku
 
 def _pairs(
     a: RunReader, b: RunReader, differences: list[RowDifference], *, with_text: bool
-) -> list[dict[str, Any]]:
-    """Return the rows that differ, with both texts."""
-    keys = {(one.prompt_id, one.sample_index) for one in differences}
-    left, right = (_rows(run, keys, with_text=with_text) for run in (a, b))
-    items = []
-    for one in differences:
-        key = (one.prompt_id, one.sample_index)
-        items.append(list(_without_equal_start(left[key], right[key])))
-    fitted, characters = fit(items, MAX_PAIR_BYTES)
-    by_key = {(one.prompt_id, one.sample_index): one for one in differences}
-    pairs = []
-    for row_a, row_b in fitted:
-        one = by_key[row_a["prompt_id"], row_a["sample_index"]]
-        pairs.append(
-            {
-                "kind": one.kind,
-                "token_index": one.token_index,
-                "token_a": one.token_a,
-                "token_b": one.token_b,
-                "margin": None if math.isinf(margin := _smaller_margin(one)) else margin,
-                "a": row_a,
-                "b": row_b,
-                "cut": characters,
-            }
-        )
-    return pairs
+) -> tuple[list[dict[str, Any]], int]:
+    """Return rows that differ, with both texts, and the length of cut texts.
+
+    Args:
+        a: Run A.
+        b: Run B.
+        differences: The rows. Where not all fit, the last ones are left out.
+        with_text: Whether prompts and completions are read.
+    """
+    keys = [(one.prompt_id, one.sample_index) for one in differences]
+    left, right = (_rows(run, set(keys), with_text=with_text) for run in (a, b))
+    items = [list(_without_equal_texts(left[key], right[key])) for key in keys]
+    facts: list[dict[str, Any]] = [
+        {
+            "kind": one.kind,
+            "token_index": one.token_index,
+            "token_a": one.token_a,
+            "token_b": one.token_b,
+            "margin": None if math.isinf(margin := _smaller_margin(one)) else margin,
+            "same_prompt": left[key].get("prompt") == right[key].get("prompt"),
+            "a": None,
+            "b": None,
+        }
+        for key, one in zip(keys, differences, strict=True)
+    ]
+    fitted, characters = fit(items, MAX_PAIR_BYTES - len(to_json(facts).encode()))
+    # `fit` leaves out the last items.
+    pairs = [
+        {**fact, "a": row_a, "b": row_b}
+        for fact, (row_a, row_b) in zip(facts, fitted, strict=False)
+    ]
+    pairs.sort(key=lambda pair: (pair["a"]["prompt_index"], pair["a"]["sample_index"]))
+    return pairs, characters
 
 
 def _rows(run: RunReader, keys: set[_Key], *, with_text: bool) -> dict[_Key, Row]:
     """Return the rows of a run with these ids and samples."""
     ids = pa.array(sorted({prompt_id for prompt_id, _ in keys}), pa.string())
-    places: dict[int, list[str]] = {}
+    places: list[int] = []
     first = 0
     for batch in run.batches(["prompt_id", "sample_index"]):
         for offset in pc.indices_nonzero(pc.is_in(batch["prompt_id"], value_set=ids)).to_pylist():
             key = (batch["prompt_id"][offset].as_py(), batch["sample_index"][offset].as_py() or 0)
             if key in keys:
-                places[first + offset] = []
+                places.append(first + offset)
         first += len(batch)
-    rows = read_rows(run, places, with_text=with_text)
-    return {(row["prompt_id"], row["sample_index"]): row for row in rows}
+    rows = {}
+    for row in run.row_reader((*_COLUMNS, *(_TEXTS if with_text else ()))).take(places):
+        row["sample_index"] = row["sample_index"] or 0
+        present = {name: value for name, value in row.items() if value is not None}
+        rows[row["prompt_id"], row["sample_index"]] = present
+    return rows
 
 
-def _without_equal_start(a: Row, b: Row) -> tuple[Row, Row]:
-    """Return two rows without most of the text before their first difference."""
+def _without_equal_texts(a: Row, b: Row) -> tuple[Row, Row]:
+    """Return two rows with an equal prompt once, and less text before their first difference.
+
+    `skipped` counts the characters left out, and `equal` those before the first difference, as
+    JavaScript counts them.
+    """
     texts = [row.get("completion", "") for row in (a, b)]
     pairs = enumerate(zip(*texts, strict=False))
     equal = next((index for index, (x, y) in pairs if x != y), min(map(len, texts)))
     skipped = max(0, equal - _EQUAL_CHARACTERS)
-    shared = {"equal": equal - skipped, "skipped": skipped}
+    units = len(texts[0][skipped:equal].encode("utf-16-le", "surrogatepass")) // 2
+    shared = {"equal": units, "skipped": skipped}
     rows = [
         {**row, **shared, **({"completion": text[skipped:]} if "completion" in row else {})}
         for row, text in zip((a, b), texts, strict=True)
     ]
+    if a.get("prompt") == b.get("prompt"):
+        rows[1].pop("prompt", None)
     return rows[0], rows[1]

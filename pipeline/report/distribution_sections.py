@@ -163,7 +163,7 @@ def _draw_log(values: Floats, style: str, unit: str, size: _Size) -> Markup:
         svg.number_axis(float(counts.max())),
         size=size,
         title="Histogram on a logarithmic scale",
-        description=f"Median {_number(float(np.nanmedian(values)))} {unit}.",
+        description=f"Median {_number(series.distribution(values).quantiles[0])} {unit}.",
     )
     plot.bars(edges, counts, style, series.bin_labels(edges, counts, unit, whole=False))
     return plot.markup()

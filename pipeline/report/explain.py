@@ -47,7 +47,7 @@ def find_rows(run: RunReader, names: Sequence[str]) -> list[Row]:
 
     Args:
         run: The run.
-        names: Ids of rows, or `ID#I` for sample I of a row.
+        names: Ids of rows, or `ID#I` for sample I of a row, from 0.
 
     Raises:
         InputNotFoundError: There is no such row, or it has no new tokens.
@@ -122,10 +122,25 @@ def shares(lengths: Sequence[int], total: int) -> list[int]:
 def _find_row(run: RunReader, name: str) -> Row:
     prompt_id, mark, sample = name.rpartition("#")
     if mark and sample.isascii() and sample.isdigit() and run.find(name) is None:
-        row = run.find(prompt_id, int(sample))
-        if row is not None:
-            return row
+        samples = _samples(run, prompt_id)
+        if int(sample) in samples:
+            return run.require(prompt_id, int(sample))
+        if samples:
+            found = "sample" if len(samples) == 1 else "samples"
+            raise InputNotFoundError(
+                f"{run.path}: row {prompt_id!r} has no sample {sample}; it has the {found} "
+                f"{', '.join(map(str, samples))}"
+            )
     return run.require(name)
+
+
+def _samples(run: RunReader, prompt_id: str) -> list[int]:
+    """Return the indices of the samples of a row; none without such a row."""
+    return sorted(
+        row["sample_index"] or 0
+        for row in run.rows(["prompt_id", "sample_index"])
+        if row["prompt_id"] == prompt_id
+    )
 
 
 def _prompt(loaded_run: LoadedRun, row: Row) -> list[int]:

@@ -8,7 +8,7 @@ therefore the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ MIN_TEXT_CHARACTERS = 256
 MAX_TOKEN_LOGPROBS = 512
 # Of the JSON of all rows. The rest of a report takes about 150 KB.
 MAX_BYTES = 1_500_000
-_TEXTS = ("prompt", "completion", "metadata", "error", "sampling_params", "prompt_id")
+# Not the id, which names the row in commands.
+_TEXTS = ("prompt", "completion", "metadata", "error", "sampling_params")
 # Large, and without meaning for a reader, or shown in another form.
 # started_at is added from the columns: Arrow would import pandas for it.
 _LEFT_OUT = ("completion_token_ids", "top_logprob_ids", "top_logprobs", "started_at")
@@ -43,7 +44,9 @@ def choose_rows(columns: RunColumns) -> dict[int, list[str]]:
             groups.setdefault(int(row), []).append(name)
 
     add("sample", columns.sample)
-    errors = [row for group in columns.errors for row in group.rows]
+    # A row of each reason, then a second one, so that rare reasons are shown, too.
+    ranks = zip_longest(*(group.rows for group in columns.errors))
+    errors = [row for rank in ranks for row in rank if row is not None]
     add("error", errors[:MAX_ERROR_ROWS])
     n = len(columns)
     add("slowest", _largest(lambda rows: columns.prefill_s[rows] + columns.decode_s[rows], n))

@@ -1,12 +1,12 @@
 // report.browser(root, options) builds a table with search, filters, sorting and 50 rows at a time.
 //
 // options: rows; noun; columns, each {title, value(row), cell(row), number, wide}; filters, each
-// {label, options: [[text, test(row)], ...]}; searched(row), the text to search in; key(row), the
-// name of a row; details(row), the nodes below an opened row; sort, the index of a column.
+// {label, options: [[text, test(row)], ...]}; searched(row), the text to search in; details(row),
+// the nodes below an opened row.
 report.browser = function (root, options) {
   const { make } = report;
   const PER_VIEW = 50;
-  const state = { sort: options.sort ?? null, descending: false, first: 0 };
+  const state = { sort: null, descending: false, first: 0 };
   const texts = new Map();
 
   const search = make("input", { type: "search", spellcheck: "false", autocomplete: "off" });
@@ -144,11 +144,16 @@ report.browser = function (root, options) {
   draw();
 };
 
-// "/" moves to the search of the nearest browser.
+// "/" moves to the search of the first browser in view; without one, of the first browser.
 addEventListener("keydown", (event) => {
   if (event.key !== "/" || event.target.matches("input, select, textarea")) return;
-  const search = document.querySelector(".browser input[type=search]");
-  if (!search) return;
+  const browsers = [...document.querySelectorAll(".browser")];
+  const inView = browsers.find((browser) => {
+    const { top, bottom } = browser.getBoundingClientRect();
+    return top < innerHeight && bottom > 0;
+  });
+  const browser = inView ?? browsers[0];
+  if (!browser) return;
   event.preventDefault();
-  search.focus();
+  browser.querySelector("input[type=search]").focus();
 });

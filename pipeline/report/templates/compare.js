@@ -1,5 +1,5 @@
-const { make, number, shown } = report;
-const { pairs, with_text: withText } = report.data("compare");
+const { make, number, shown, cutNote, textBlock } = report;
+const { pairs, cut, with_text: withText } = report.data("compare");
 const root = section.querySelector(".browser");
 const kinds = [...new Set(pairs.map((pair) => pair.kind))].sort();
 
@@ -12,10 +12,11 @@ function name(pair) {
 }
 
 // A completion: what both have is grey, the rest is marked.
-function text(row, pair) {
+function text(row) {
   const node = make("div", { class: "text" });
   if (row.error !== undefined) {
     node.append(make("span", { class: "error" }, shown(row.error)));
+    node.append(cutNote(row, "error", cut) ?? "");
     return node;
   }
   const completion = row.completion ?? "";
@@ -28,18 +29,17 @@ function text(row, pair) {
   block.append(equal, completion.length > row.equal ? rest : "");
   node.append(block);
   if (row.cut?.completion !== undefined)
-    node.append(make("p", { class: "note" }, `Cut after ${number(pair.cut)} characters.`));
+    node.append(make("p", { class: "note" }, `Cut after ${number(cut)} characters.`));
   return node;
 }
 
 function details(pair) {
-  const prompts = pair.a.prompt === pair.b.prompt ? [pair.a] : [pair.a, pair.b];
-  const nodes = prompts
-    .filter((row) => row.prompt !== undefined)
-    .map((row, index) => {
-      const title = prompts.length === 1 ? "Prompt" : `Prompt of ${"AB"[index]}`;
-      return make("div", { class: "block" }, make("h4", {}, title), shown(row.prompt, "pre"));
-    });
+  const prompts = pair.same_prompt
+    ? [textBlock(pair.a, "prompt", "Prompt", cut)]
+    : [
+        textBlock(pair.a, "prompt", "Prompt of A", cut),
+        textBlock(pair.b, "prompt", "Prompt of B", cut),
+      ];
   const beside = make("div", { class: "beside" });
   for (const [label, row] of [["A", pair.a], ["B", pair.b]]) {
     const facts = [
@@ -49,9 +49,9 @@ function details(pair) {
     ].filter(Boolean);
     const title = make("h4", {}, make("span", { class: `name-${label.toLowerCase()}` }, label));
     title.append(" " + facts.join(", "));
-    beside.append(make("div", {}, title, withText || row.error !== undefined ? text(row, pair) : ""));
+    beside.append(make("div", {}, title, withText || row.error !== undefined ? text(row) : ""));
   }
-  return [...nodes, beside];
+  return [...prompts.filter(Boolean), beside];
 }
 
 function excerpt(pair) {

@@ -75,7 +75,23 @@ const report = (function () {
     return Math.floor(whole / unit) + " " + name + (rest ? ` ${rest} ${partName}` : "");
   }
 
-  return { data, section, make, shown, number, duration };
+  // Return a note that a text of a row was cut to a number of characters; null if it was not.
+  function cutNote(row, field, cut) {
+    const length = row.cut?.[field];
+    return length === undefined
+      ? null
+      : make("p", { class: "note" }, `The first ${number(cut)} of ${number(length)} characters.`);
+  }
+
+  // Return a text of a row below a title, with the note; null if the row has no such text.
+  function textBlock(row, field, title, cut) {
+    if (row[field] === undefined) return null;
+    const block = make("div", { class: "block" }, make("h4", {}, title));
+    block.append(shown(row[field], "pre"), cutNote(row, field, cut) ?? "");
+    return block;
+  }
+
+  return { data, section, make, shown, number, duration, cutNote, textBlock };
 })();
 
 addEventListener("beforeprint", () => {

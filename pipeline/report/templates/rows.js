@@ -24,20 +24,7 @@ function excerpt(row) {
   return node;
 }
 
-function cutNote(row, field) {
-  const length = row.cut?.[field];
-  return length === undefined
-    ? null
-    : make("p", { class: "note" }, `The first ${number(cut)} of ${number(length)} characters.`);
-}
-
-function textBlock(row, field, title) {
-  if (row[field] === undefined) return null;
-  const block = make("div", { class: "block" }, make("h4", {}, title));
-  block.append(shown(row[field], "pre"));
-  block.append(cutNote(row, field) ?? "");
-  return block;
-}
+const textBlock = (row, field, title) => report.textBlock(row, field, title, cut);
 
 const TIMES = ["queue_s", "prefill_s", "decode_s", "total_s", "time_to_first_token_s"];
 const IN_TEXT = ["prompt", "completion", "error", "metadata", "groups", "cut", "token_logprobs"];
