@@ -13,7 +13,7 @@ from gptbatch.pipeline.report.explain import explain_section, find_rows
 from tests.test_explain import finished, grid, loaded, seen_logits, winners  # noqa: F401
 from tests.test_report_browser import WIDTHS, browser, expect, show  # noqa: F401
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 NAMES = ["plain", "top_p", "adjusted"]
 HOSTILE = "<img src=x onerror=alert(1)>"
 
