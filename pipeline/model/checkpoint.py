@@ -257,7 +257,7 @@ def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{name}: no such folder, and the hub does not give a model of that name "
-            f"({first_line(error)})"
+            f"({first_line(error)}); correct the name, or without a network name a local folder"
         ) from error
     return folder
 
