@@ -108,7 +108,8 @@ def report_of_two(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def row_names(opened: Opened, section: str = "rows") -> list[str]:
-    return opened.view.locator(f"#{section} button.open").all_inner_texts()
+    found: list[str] = opened.view.locator(f"#{section} button.open").all_inner_texts()
+    return found
 
 
 def test_hostile_rows_are_shown_as_text(show: Any, tmp_path: Path) -> None:
