@@ -428,6 +428,21 @@ def test_op_linear_matches_torch_and_rows_are_independent(
                 assert torch.equal(y, whole[part])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_op_pack_weight_into_used_memory(dtype: torch.dtype) -> None:
+    needs_compiler()
+    if dtype == torch.bfloat16 and not torch.ops.gptbatch.has_bfloat16():
+        pytest.skip("this CPU does not compute in bfloat16")
+    weight = torch.randn(37, 29).to(dtype)
+    packed = torch.ops.gptbatch.pack_weight(weight)
+    assert torch.ops.gptbatch.packed_shape(weight) == list(packed.shape)
+    used = torch.full_like(packed, math.nan)
+    torch.ops.gptbatch.pack_weight_out(weight, used)
+    assert torch.equal(used, packed)
+    with pytest.raises(RuntimeError, match="of shape"):
+        torch.ops.gptbatch.pack_weight_out(weight, used[1:])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_op_linear_activations_match_torch(activation: Activation) -> None:
     needs_compiler()

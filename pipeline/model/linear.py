@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptbatch.pipeline.model.config import Activation
+from gptbatch.pipeline.model.huge_pages import HugePages
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -93,7 +94,7 @@ class Linear(nn.Module):
         assert isinstance(embedding.weight, nn.Parameter)
         self.weight = embedding.weight
 
-    def pack(self, *, native: bool) -> None:
+    def pack(self, memory: HugePages, *, native: bool) -> None:
         """Lay the weight out for this CPU and drop the plain one, unless a tied embedding holds it.
 
         On a CPU where oneDNN does not support bfloat16, bfloat16 weights are widened to float32.
@@ -102,6 +103,7 @@ class Linear(nn.Module):
         odd widths were seen to depend on how many threads share them.
 
         Args:
+            memory: Takes the layouts of the C++ kernels.
             native: The C++ kernels are available.
         """
         if self._packed is not None:
@@ -117,7 +119,7 @@ class Linear(nn.Module):
             self.bias = _frozen(self.bias.detach().float())
         self.kind = kind
         if kind in ("native", "native_float32"):
-            self._packed = torch.ops.gptbatch.pack_weight(weight)
+            self._packed = memory.pack(weight)
         else:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.weight = _frozen(torch.empty(0, dtype=self.weight.dtype))
@@ -207,7 +209,7 @@ class QKVProjection(Linear):
             return y.view(len(x), self.n_head, 3, head_size).transpose(1, 2)
         return y.view(len(x), 3, self.n_head, head_size)
 
-    def pack(self, *, native: bool) -> None:
+    def pack(self, memory: HugePages, *, native: bool) -> None:
         """Sort the outputs by head if `native`, then pack as `Linear.pack`."""
         if native and not self.by_head:
             assert self.bias is not None
@@ -216,7 +218,7 @@ class QKVProjection(Linear):
                 _frozen(x.detach().unflatten(0, (3, self.n_head, -1)).transpose(0, 1).flatten(0, 2))
                 for x in (self.weight, self.bias)
             )
-        super().pack(native=native)
+        super().pack(memory, native=native)
 
 
 def packed_kind(weight: Tensor, *, native: bool) -> LinearKind:

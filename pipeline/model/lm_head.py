@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from gptbatch.pipeline.kernels.constants import TOKENS_PER_GROUP
+from gptbatch.pipeline.model.huge_pages import HugePages
 from gptbatch.pipeline.model.linear import Linear
 
 # Name of the head's work in torch.profiler.
@@ -52,12 +53,12 @@ class TwoPassHead:
         n_fallbacks: Rows among these that needed all logits instead.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, memory: HugePages) -> None:
         """Pack a bfloat16 copy of the weight and compute the norms that bound its errors."""
         assert weight.dtype == torch.float32
         self.weight = weight = weight.contiguous()
         rounded = weight.bfloat16()
-        self._packed = torch.ops.gptbatch.pack_weight(rounded)
+        self._packed = memory.pack(rounded)
         # One buffer per thread: new memory for every call would come slowly from the system.
         self._buffers = threading.local()
         rows = 128 * TOKENS_PER_GROUP
@@ -127,7 +128,7 @@ class TwoPassHead:
         return thresholds
 
 
-def make_two_pass_head(head: Linear, weight: Tensor) -> TwoPassHead | None:
+def make_two_pass_head(head: Linear, weight: Tensor, memory: HugePages) -> TwoPassHead | None:
     """Return a two-pass head for a packed head, or None where it would not be faster.
 
     It needs a float32 model of some size, a large vocabulary and bfloat16 instructions.
@@ -135,6 +136,7 @@ def make_two_pass_head(head: Linear, weight: Tensor) -> TwoPassHead | None:
     Args:
         head: The packed head.
         weight: Its plain weight (V, C), which a tied embedding keeps.
+        memory: Takes the packed copy.
     """
     is_large = weight.numel() >= MIN_WEIGHTS and len(weight) >= MIN_VOCAB_SIZE
     if (
@@ -143,7 +145,7 @@ def make_two_pass_head(head: Linear, weight: Tensor) -> TwoPassHead | None:
         and is_large
         and torch.ops.gptbatch.has_bfloat16()
     ):
-        return TwoPassHead(weight.detach())
+        return TwoPassHead(weight.detach(), memory)
     return None
 
 

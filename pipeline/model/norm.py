@@ -23,7 +23,3 @@ class Norm(nn.LayerNorm):
             return super().forward(x)
         z: Tensor = torch.ops.gptbatch.layer_norm(x, self.weight, self.bias, self.eps)
         return z
-
-    def pack(self, *, native: bool) -> None:
-        """Use the C++ kernel from now on if `native`."""
-        self.native = native

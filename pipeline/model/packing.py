@@ -7,26 +7,34 @@ from collections.abc import Iterator
 import torch
 
 from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.huge_pages import HugePages
 from gptbatch.pipeline.model.linear import Linear
 from gptbatch.pipeline.model.lm_head import make_two_pass_head
 from gptbatch.pipeline.model.norm import Norm
 from gptbatch.pipeline.model.padding import AS_IS, PADDING_PLANS, PaddingPlan
 
 
-def pack(model: GPT) -> None:
+def pack(model: GPT, memory: HugePages | None = None) -> None:
     """Lay out all weights for this CPU (see `Linear.pack`) and use the fastest padding plan.
 
     The model can no longer be copied into or moved to another device.
+
+    Args:
+        model: The model; linears that are packed stay as they are.
+        memory: Takes the weights; None is new memory.
     """
+    memory = memory or HugePages()
     if model.backend.triton:
         _pack_for_triton(model)
         return
     is_tied = model.lm_head.weight is model.wte.weight
     for module in model.modules():
-        if isinstance(module, (Linear, Norm)):
-            module.pack(native=model.backend.native)
+        if isinstance(module, Linear):
+            module.pack(memory, native=model.backend.native)
+        elif isinstance(module, Norm):
+            module.native = model.backend.native
     if is_tied:
-        model.two_pass_head = make_two_pass_head(model.lm_head, model.wte.weight)
+        model.two_pass_head = make_two_pass_head(model.lm_head, model.wte.weight, memory)
     use_padding_plan(model, padding_plans(model)[0])
 
 

@@ -15,6 +15,7 @@ from gptbatch.pipeline.kv_cache.quantization import CacheDtype
 from gptbatch.pipeline.kv_cache.spec import PADDED, Backend
 from gptbatch.pipeline.model.config import GPTConfig
 from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.huge_pages import HugePages
 from gptbatch.pipeline.model.linear import Linear
 from gptbatch.pipeline.model.packing import pack, padding_plans, use_padding_plan
 from gptbatch.pipeline.model.tensor_files import TensorFile, open_tensor_file
@@ -75,6 +76,7 @@ def load_gpt(
         gpt = GPT(config, backend=backend, cache_dtype=cache_dtype)
     gpt.eval().requires_grad_(False)
     weights.check({name: shape for group in _groups(gpt) for name, shape in group.shapes.items()})
+    memory = HugePages()
     for group in _groups(gpt):
         if config.tied and HEAD_NAME in group.shapes:
             _load_tied_head(gpt, weights, group, dtype=dtype, device=device)
@@ -83,10 +85,10 @@ def load_gpt(
         if packed and not backend.triton and group.module is not gpt.lm_head:
             for module in group.module.modules():
                 if isinstance(module, Linear):
-                    module.pack(native=backend.native)
+                    module.pack(memory, native=backend.native)
     if packed:
         # Packs the head, which may share the embedding, and what depends on all weights.
-        pack(gpt)
+        pack(gpt, memory)
     else:
         use_padding_plan(gpt, padding_plans(gpt)[0])
     return gpt

@@ -7,6 +7,7 @@
 //
 //     embed(tokens (N,), positions (N,), token_table (V, C), position_table (P, C)) -> x (N, C)
 //     pack_weight(weight (out, in)) -> packed
+//     pack_weight_out(weight (out, in), packed): writes packed, of packed_shape(weight)
 //     linear(x (N, in), packed, out_features, bias (out,) float32, residual (N, out), activation)
 //         -> y (N, out)
 //     linear_float32_out(x (N, in) bfloat16, packed, y (N, out) float32): writes y
@@ -147,7 +148,7 @@ Tensor embed_op(const Tensor& tokens, const Tensor& positions, const Tensor& tok
   return x;
 }
 
-Tensor pack_weight_op(const Tensor& weight) {
+std::vector<int64_t> packed_shape(const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(),
               "pack_weight: weight must be a contiguous matrix; got ", weight.sizes());
   TORCH_CHECK(is_supported(weight.scalar_type()), "pack_weight: dtype ", weight.scalar_type(),
@@ -156,14 +157,29 @@ Tensor pack_weight_op(const Tensor& weight) {
   const int64_t out = weight.size(0), in = weight.size(1), columns = panel_columns();
   const int64_t multiple = is_float ? 1 : bfloat16_k_multiple();
   const int64_t in_padded = (in + multiple - 1) / multiple * multiple;
-  Tensor packed = weight.new_zeros({(out + columns - 1) / columns, in_padded, columns});
-  if (is_float) {
+  return {(out + columns - 1) / columns, in_padded, columns};
+}
+
+void pack_weight_out(const Tensor& weight, Tensor& packed) {
+  const std::vector<int64_t> shape = packed_shape(weight);
+  TORCH_CHECK(packed.sizes() == shape && packed.is_contiguous() &&
+                  packed.scalar_type() == weight.scalar_type(),
+              "pack_weight_out: packed must be contiguous, of shape ", shape, "; got ",
+              packed.sizes());
+  packed.zero_();
+  const int64_t out = weight.size(0), in = weight.size(1), in_padded = shape[1];
+  if (weight.scalar_type() == at::kFloat) {
     pack_weight(weight.const_data_ptr<float>(), out, in, in_padded, packed.data_ptr<float>());
   } else {
 #ifdef __AVX512BF16__
     pack_weight(elements<BFloat16>(weight), out, in, in_padded, mutable_elements<BFloat16>(packed));
 #endif
   }
+}
+
+Tensor pack_weight_op(const Tensor& weight) {
+  Tensor packed = weight.new_empty(packed_shape(weight));
+  pack_weight_out(weight, packed);
   return packed;
 }
 
@@ -423,7 +439,9 @@ Tensor rescore_op(Tensor& logits, const Tensor& hidden, const Tensor& weight,
 TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
   library.def(
       "embed(Tensor tokens, Tensor positions, Tensor token_table, Tensor position_table) -> Tensor");
+  library.def("packed_shape(Tensor weight) -> int[]");
   library.def("pack_weight(Tensor weight) -> Tensor");
+  library.def("pack_weight_out(Tensor weight, Tensor(a!) packed) -> ()");
   library.def(
       "linear(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor? residual, "
       "str activation) -> Tensor");
@@ -447,7 +465,9 @@ TORCH_LIBRARY_FRAGMENT(gptbatch, library) {
 
 TORCH_LIBRARY_IMPL(gptbatch, CPU, library) {
   library.impl("embed", gptbatch::embed_op);
+  library.impl("packed_shape", gptbatch::packed_shape);
   library.impl("pack_weight", gptbatch::pack_weight_op);
+  library.impl("pack_weight_out", gptbatch::pack_weight_out);
   library.impl("linear", gptbatch::linear_op);
   library.impl("linear_float32_out", gptbatch::linear_float32_out_op);
   library.impl("layer_norm", gptbatch::layer_norm_op);
