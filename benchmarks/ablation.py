@@ -3,10 +3,13 @@
     python benchmarks/ablation.py [--shape gpt2] [--workloads uniform ragged shared_prefix]
                                   [--dtypes float32 bfloat16] [--rows 32] [--max-new-tokens 64]
                                   [--repeats 2] [--threads N] [--json ablation.json]
+                                  [--chart ablation.png]
 
-Uses random weights on a CPU with the C++ kernels. Each variant is a process of its own that loads
-its model once, and then waits. In a repeat, each variant runs directly after what it is compared
-with, or before it, so that both meet the machine in the same state. Prints a markdown table of
+Uses random weights on a CPU with the C++ kernels. Each variant is a process of its own, and a new
+one in each repeat: where its memory lies alone can change its speed by several percent. In a
+repeat, each variant runs directly after what it is compared with, or before it, so that both meet
+the machine in the same state. "nothing" changes nothing: it shows how far the others can be
+trusted. Prints a markdown table of
 speed-ups: the median over the repeats of (rate with it on) / (rate with it off). The column
 "same tokens" tells whether both give the same tokens. "n/a" stands where the optimization is never
 used: the two-pass head needs float32 and bfloat16 instructions, and the fused blocks need linears
@@ -24,7 +27,8 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +38,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptbatch.pipeline.bench.chart import (
+    check_matplotlib,
+    describe_measurement,
+    draw_ablation,
+)
 from gptbatch.pipeline.bench.machine import describe_machine
 from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.bench.shapes import SHAPES, shape_config
@@ -50,6 +59,7 @@ from gptbatch.pipeline.model import linear
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.fused_blocks import FusedBlocks
 from gptbatch.pipeline.model.gpt import GPT, BlockStack
+from gptbatch.pipeline.model.huge_pages import HugePages
 from gptbatch.pipeline.model.linear import Linear, LinearKind
 from gptbatch.pipeline.model.lm_head import make_two_pass_head
 from gptbatch.pipeline.model.norm import Norm
@@ -100,7 +110,19 @@ def restore_two_pass_head(model: GPT) -> None:
     class NativeHead:
         kind = "native"
 
-    model.two_pass_head = make_two_pass_head(cast(Linear, NativeHead()), model.wte.weight)
+    model.two_pass_head = make_two_pass_head(
+        cast(Linear, NativeHead()), model.wte.weight, HugePages()
+    )
+
+
+def leave_weights_on_small_pages() -> None:
+    """Pack each weight into memory of its own."""
+
+    def pack(self: HugePages, weight: Tensor) -> Tensor:
+        packed: Tensor = torch.ops.gptbatch.pack_weight(weight)
+        return packed
+
+    HugePages.pack = pack  # type: ignore[method-assign]  # a patch
 
 
 def drop_two_pass_head(model: GPT) -> None:
@@ -184,8 +206,8 @@ def run_one_by_one(*, fuse_qkv: bool = True, native_norm: bool = True) -> Callab
     def patch() -> None:
         FusedBlocks.__call__ = run  # type: ignore[method-assign]  # a patch
         if not native_norm:
-            # The norms outside of fused blocks.
-            Norm.pack = lambda self, *, native: None  # type: ignore[method-assign]  # a patch
+            # A patch of the norms outside of fused blocks.
+            Norm.forward = torch.nn.LayerNorm.forward  # type: ignore[method-assign, assignment]
 
     return patch
 
@@ -211,6 +233,7 @@ def has_two_pass_head(model: GPT) -> bool:
 ONE_BY_ONE = "blocks one by one"
 VARIANTS = {
     "all on": Variant(label="all on"),
+    "nothing": Variant(label="nothing (the noise of the measurement)"),
     "linears": Variant(
         label="C++ linears, against oneDNN's (and blocks one by one)",
         patch=use_onednn_linears,
@@ -230,6 +253,7 @@ VARIANTS = {
         baseline=ONE_BY_ONE,
         patch=run_one_by_one(native_norm=False),
     ),
+    "huge pages": Variant(label="weights on huge pages", patch=leave_weights_on_small_pages),
     "prefetch": Variant(label="software prefetch", patch=build_without_prefetch),
     "two-pass": Variant(
         label="two-pass LM head", adapt=drop_two_pass_head, applies=has_two_pass_head
@@ -267,10 +291,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="Write the results to this file, too.")
+    parser.add_argument("--chart", type=Path, help="Write a PNG of the results.")
     args = parser.parse_args()
+    if args.chart:
+        check_matplotlib()
     # Builds the kernels before the workers start.
     select_backend("ragged", CPU)
-    names = list(dict.fromkeys(["all on", ONE_BY_ONE, *args.variants]))
+    names = list(dict.fromkeys(["all on", "nothing", ONE_BY_ONE, *args.variants]))
     tiny = parse_config({"model_type": "gpt2", **TINY}, "tiny")
     results: list[dict[str, Any]] = []
     for dtype in args.dtypes:
@@ -289,12 +316,40 @@ def main() -> None:
     if args.json:
         args.json.write_text(report + "\n", encoding="utf-8")
     print(report)
+    if args.chart:
+        rows = f"{args.rows} rows"
+        draw_ablation(results, args.chart, measured=describe_measurement(machine, args.shape, rows))
 
 
 def measure(
     names: list[str], work: Work, workloads: list[str], repeats: int
 ) -> list[dict[str, Any]]:
     """Run all variants in turn; return a result per workload and variant."""
+    pairs: dict[str, list[Pair]] = {workload: [] for workload in workloads}
+    applies: dict[str, bool] = {}
+    for repeat in range(repeats):
+        is_odd = repeat % 2 == 1
+        # The order of the processes decides where their memory lies.
+        with started(names[::-1] if is_odd else names, work) as (connections, found):
+            applies |= found
+            for workload, done in pairs.items():
+                # Other prompts for every pair, so that no run finds those of an earlier one cached.
+                done += [
+                    run_pair(name, work.dtype, workload, turn, connections, swap=is_odd)
+                    for turn, name in enumerate(names[1:], len(done))
+                ]
+    return [
+        summarize(name, work.dtype, workload, done) | {"applies": applies[name]}
+        for workload, done in pairs.items()
+        for name in names
+    ]
+
+
+@contextmanager
+def started(
+    names: list[str], work: Work
+) -> Iterator[tuple[dict[str, Connection], dict[str, bool]]]:
+    """Start a process per variant; yield its connection, and whether the optimization is used."""
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
     applies: dict[str, bool] = {}
@@ -308,19 +363,7 @@ def measure(
             processes.append(process)
             # One after the other, so that only one loads at a time.
             applies[name] = connections[name].recv()
-        results = []
-        for workload in workloads:
-            turns = [(repeat, name) for repeat in range(repeats) for name in names[1:]]
-            # Other prompts for every pair, so that no run finds those of an earlier one cached.
-            pairs = [
-                run_pair(name, work.dtype, workload, turn, connections, swap=repeat % 2 == 1)
-                for turn, (repeat, name) in enumerate(turns)
-            ]
-            results += [
-                summarize(name, work.dtype, workload, pairs) | {"applies": applies[name]}
-                for name in names
-            ]
-        return results
+        yield connections, applies
     finally:
         for process in processes:
             process.terminate()

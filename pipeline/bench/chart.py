@@ -1,6 +1,6 @@
 """Draw charts of benchmark results with matplotlib, which is imported where it is used.
 
-All have one style: a title, below it machine and date, units on the axes, scales from 0, and
+All have one style: a title, below it machine and date, units on the axes, linear scales, and
 colours that colour-blind readers can tell apart (Okabe and Ito 2008).
 """
 
@@ -31,6 +31,8 @@ PROGRAM_COLOURS = {
     "vllm": RED,
     "transformers": GREEN,
 }
+# Colour and marker of each workload, in order.
+WORKLOAD_MARKS = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (RED, "D")]
 DPI = 150
 STYLE: dict[str, Any] = {
     "font.size": 10,
@@ -165,6 +167,54 @@ def draw_comparison(results: Sequence[dict[str, Any]], path: Path, *, measured: 
     figure.savefig(path, dpi=DPI)
 
 
+def draw_ablation(results: Sequence[dict[str, Any]], path: Path, *, measured: str) -> None:
+    """Draw the speed-up of each optimization: a panel per dtype, a point per workload.
+
+    A point is the median of the pairs; its line reaches from the smallest to the largest ratio.
+
+    Args:
+        results: One per workload, dtype and optimization, as benchmarks/ablation.py writes them.
+        path: The PNG to write.
+        measured: The line below the title.
+    """
+    found = [result for result in results if result.get("applies") and "ratios" in result]
+    labels = list(dict.fromkeys(result["label"] for result in found))
+    workloads = list(dict.fromkeys(result["workload"] for result in found))
+    dtypes = list(dict.fromkeys(result["dtype"] for result in found))
+    figure, panels = _figure(11, 1.6 + 0.45 * len(labels), columns=len(dtypes), sharey=True)
+    for axes, dtype in zip(np.atleast_1d(panels), dtypes, strict=True):
+        for number, workload in enumerate(workloads):
+            shown = [r for r in found if (r["dtype"], r["workload"]) == (dtype, workload)]
+            speed_ups = np.array([result["speed_up"] for result in shown])
+            lowest, highest = ([f(r["ratios"]) for r in shown] for f in (min, max))
+            colour, marker = WORKLOAD_MARKS[number % len(WORKLOAD_MARKS)]
+            axes.errorbar(
+                speed_ups,
+                [
+                    labels.index(r["label"]) + 0.22 * (number - (len(workloads) - 1) / 2)
+                    for r in shown
+                ],
+                xerr=(speed_ups - lowest, highest - speed_ups),
+                fmt=marker,
+                markersize=5,
+                elinewidth=1,
+                color=colour,
+                label=workload.replace("_", " "),
+            )
+        axes.axvline(1, color=GREY, linewidth=1)
+        axes.set(title=dtype, xlabel="speed with it on / speed with it off")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    first = np.atleast_1d(panels)[0]
+    first.invert_yaxis()
+    handles, names = first.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    figure.suptitle(f"Gain of each optimization: right of 1 is faster\n{measured}", fontsize=11)
+    figure.savefig(path, dpi=DPI)
+
+
 def _draw_points(axes: Any, curve: Curve, unit: float, colour: str, label: str) -> None:
     seconds = np.array(curve.seconds) * unit
     axes.plot(curve.steps, seconds, ".", markersize=4, color=colour, label=label)
@@ -178,11 +228,12 @@ def _draw_fit(
     axes.plot(x, y, style, linewidth=1.5, color=GREY, label=label)
 
 
-def _figure(width: float, height: float, *, columns: int) -> tuple[Any, Any]:
+def _figure(width: float, height: float, *, columns: int, sharey: bool = False) -> tuple[Any, Any]:
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     plt.style.use(STYLE)
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    size = (width, height)
+    return plt.subplots(1, columns, figsize=size, sharey=sharey, layout="constrained")
