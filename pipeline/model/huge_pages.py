@@ -1,9 +1,9 @@
 """Memory for packed weights on huge pages.
 
-Each decode step reads all weights. On pages of 4 KiB every 64 cache lines need another entry of
-the TLB; pages of 2 MiB save 4 to 6 % of a step (docs/performance.md). Linux backs a range with them
-where the program asks for it by madvise, as numpy does for arrays of 4 MiB and more. Most weights
-are smaller, so many of them share one array. Without huge pages nothing else changes.
+Each decode step reads all weights. A huge page takes one entry of the TLB for 2 MiB of them instead
+of 4 KiB, which saves 4 to 6 % of a step (docs/performance.md). Linux gives huge pages to a range
+that a program marks by madvise, as numpy does for arrays of 4 MiB and more. Most weights are
+smaller than that, so they share arrays. Without huge pages nothing else changes.
 """
 
 from __future__ import annotations
