@@ -186,7 +186,7 @@ def test_csv_encodings(tmp_path: Path) -> None:
 def test_a_malformed_csv_line_is_one_bad_row(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('prompt,seed\na,1\n"b"x,2\nc,3,4\nd,5\n')
     rows = list(reader(tmp_path / "rows.csv").rows())
-    assert [raw.line for raw, _ in rows] == [0, 1, 2, 3]
+    assert [raw.label for raw, _ in rows] == ["row 0", "row 1", "row 2", "row 3"]
     assert [type(row).__name__ for _, row in rows] == ["Prompt", "BadRow", "BadRow", "Prompt"]
 
 

@@ -67,7 +67,6 @@ class CsvFile:
         for position, (number, cells) in enumerate(records):
             yield RawRow(
                 where=f"{self.name}:{number}",
-                line=number,
                 position=position,
                 parse=partial(_fields, names, unnamed, cells),
             )

@@ -155,7 +155,9 @@ def join_parts(
         numbers = _parts_with(read_parts, some, rows, part_rows)
         return reader.rows_of_parts(numbers, places, part_rows)
 
-    duplicates = find_duplicates(read_rows, hashes.repeated(), record_bad=reader.record_bad)
+    duplicates, new_bad = find_duplicates(
+        read_rows, hashes.repeated(), record_bad=reader.record_bad
+    )
     if duplicates and not reader.record_bad:
         numbers = sorted({index // part_rows for index in duplicates})
         again = reader.rows_of_parts(numbers, places, part_rows)
@@ -169,7 +171,7 @@ def join_parts(
         part_digests=digests,
         places=places,
         prefix_digests={rows: digest},
-        bad_rows=bad_rows + len(duplicates),
+        bad_rows=bad_rows + new_bad,
         max_n=max_n,
         duplicates=duplicates,
     )

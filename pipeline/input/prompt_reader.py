@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from gptbatch.pipeline.config import JobConfig
@@ -42,7 +42,7 @@ class InputSummary:
             the counts that were requested.
         bad_rows: Number of rows that become error rows, duplicates included.
         max_n: The most samples of one row; 1 without rows.
-        duplicates: Index of each row whose id is taken -> the line of the row that has the id.
+        duplicates: Index of each row whose id is taken -> the row that has the id, as `line 3`.
     """
 
     rows: int
@@ -53,7 +53,7 @@ class InputSummary:
     prefix_digests: dict[int, str]
     bad_rows: int
     max_n: int
-    duplicates: dict[int, int]
+    duplicates: dict[int, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class PromptReader:
                 id_hashes.add(row.prompt_id, raw.position)
             digests.add(digest_input, raw)
         digest = digests.finish()
-        duplicates = find_duplicates(
+        duplicates, new_bad = find_duplicates(
             lambda _: self.rows(), id_hashes.repeated(), record_bad=self.record_bad
         )
         warnings.log(self.source.name, digests.rows)
@@ -128,7 +128,7 @@ class PromptReader:
             part_digests=digests.parts,
             places=digests.places,
             prefix_digests=digests.prefixes,
-            bad_rows=bad.count + len(duplicates),
+            bad_rows=bad.count + new_bad,
             max_n=max_n,
             duplicates=duplicates,
         )
@@ -250,7 +250,7 @@ class PromptReader:
     def rejection(
         self,
         bad: BadRows,
-        duplicates: dict[int, int],
+        duplicates: dict[int, str],
         rows: int,
         again: Iterator[tuple[RawRow, Prompt | BadRow]],
     ) -> InputRowsError:
@@ -271,15 +271,16 @@ class PromptReader:
             f"{_ID_HINT if duplicates else ''}"
         )
 
-    def _duplicate(self, raw: RawRow, row: Prompt | BadRow, line: int) -> BadRow:
-        """Return the error row of a row whose id is taken by the row of a line."""
-        used = f"was already used on {self.source.unit} {line}"
-        reason = f"id {shorten(row.prompt_id)} {used}; ids must be unique"
+    def _duplicate(self, raw: RawRow, row: Prompt | BadRow, taken_by: str) -> BadRow:
+        """Return the error row of a row whose id is that of another row."""
+        if isinstance(row, BadRow):
+            return replace(row, own_id=None)
+        used = f"was already used on {taken_by}"
         return BadRow(
             index=row.index,
             where=raw.where,
-            line=raw.line,
-            reason=reason,
+            label=raw.label,
+            reason=f"id {shorten(row.prompt_id)} {used}; ids must be unique",
             text=row.text,
             metadata=row.metadata,
         )

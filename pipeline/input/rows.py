@@ -37,24 +37,26 @@ class BadRow:
     Attributes:
         index: Index in the input, from 0.
         where: The row in messages, `prompts.jsonl:3`.
-        line: Line number from 1, or row number from 0.
+        label: The row in the whole input: `line 3`, or `row 2`.
         reason: The error. It never quotes the prompt.
         text: The prompt, "" where it could not be read.
         metadata: The other fields as JSON text, id and settings among them; None where they could
             not be read.
+        own_id: The id of the row; None where it could not be read, or is that of another row.
     """
 
     index: int
     where: str
-    line: int
+    label: str
     reason: str
     text: str = ""
     metadata: str | None = None
+    own_id: str | None = None
 
     @property
     def prompt_id(self) -> str:
-        """The id of its error row. The row's own id is not used: it may be the invalid value."""
-        return f"line:{self.line}"
+        """The id of its error row: its own, else `line:3` or `row:2`."""
+        return id_of_label(self.label) if self.own_id is None else self.own_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,11 @@ class RowDefaults:
         return self.sampling.as_dict()
 
 
+def id_of_label(label: str) -> str:
+    """Return the id of an error row without its own: `line:3` for `line 3`."""
+    return label.replace(" ", ":")
+
+
 def derive_seed(run_seed: int, prompt_id: str) -> int:
     """Return the seed of a row without one: 63 bits of SHA-256 of the run seed and the id."""
     message = b"gptbatch row seed\0" + run_seed.to_bytes(8, "little") + prompt_id.encode("utf-8")
@@ -130,7 +137,7 @@ class RowParser:
         self.defaults, self.warnings, self.field_counts = defaults, warnings, field_counts
         # of the row that is being parsed, for its error row
         self._text = ""
-        self._fields: dict[str, Any] = {}
+        self._fields: dict[str, Any] | None = None
         self._nested_paths = [path for path in defaults.prompt_paths if "." in path]
         self._no_settings = [
             name for name in SAMPLING_SETTINGS if name not in defaults.row_settings
@@ -141,7 +148,7 @@ class RowParser:
 
         The digest covers the content of the row. It does not cover the defaults of the run.
         """
-        self._text, self._fields = "", {}
+        self._text, self._fields = "", None
         try:
             return self._parse(index, raw)
         except RecursionError:
@@ -151,10 +158,11 @@ class RowParser:
         row = BadRow(
             index=index,
             where=raw.where,
-            line=raw.line,
+            label=raw.label,
             reason=reason,
             text=self._text,
             metadata=_json_if_possible(self._fields),
+            own_id=self._own_id(raw),
         )
         return row, _digest_input([row.prompt_id, reason, row.text, row.metadata])
 
@@ -206,6 +214,15 @@ class RowParser:
             return take_messages(fields, defaults.messages_field, self.warnings.count_left_out)
         return take_prompt(fields, defaults.prompt_field)
 
+    def _own_id(self, raw: RawRow) -> str | None:
+        """Return the id of a bad row, None where it cannot be read."""
+        if self._fields is None:
+            return None
+        try:
+            return parse_id(self._take_id(dict(self._fields)), raw.position)
+        except ValueError:
+            return None
+
     def _take_id(self, fields: dict[str, Any]) -> Any:
         id_field = self.defaults.id_field
         if not id_field:
@@ -219,7 +236,7 @@ class RowParser:
         return None if value is MISSING else value
 
 
-def _json_if_possible(fields: dict[str, Any]) -> str | None:
+def _json_if_possible(fields: dict[str, Any] | None) -> str | None:
     """Return the JSON of fields; None for none, and where there is no JSON of them."""
     try:
         return to_json(to_json_values(fields, lambda path: None)) if fields else None

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.csv_file import CellText
@@ -107,7 +107,6 @@ class _ContinuationSource:
     def __init__(self, source: RowSource, fields: ScoreFields) -> None:
         self._source, self._fields = source, fields
         self.name: str = source.name
-        self.unit: Literal["line", "row"] = source.unit
 
     def rows(self, start: Place = START) -> Iterator[RawRow]:
         for raw in self._source.rows(start):
