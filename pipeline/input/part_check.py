@@ -102,7 +102,7 @@ def check_parts(
             f"{reader.source.name}: has {'more' if has_more else 'fewer'} than the {count.rows} "
             "rows that were counted; the input has changed, run all shards again"
         )
-    warnings.log(reader.source.name, count.rows)
+    warnings.log(reader.source.name, count.rows, limit=reader.limit)
     if bad.count and not reader.record_bad:
         raise InputRowsError(
             f"{bad.count} bad of {end - first} rows ({first} to {end - 1} of {count.rows}); "

@@ -117,7 +117,7 @@ class PromptReader:
         duplicates, new_bad = find_duplicates(
             lambda _: self.rows(), id_hashes.repeated(), record_bad=self.record_bad
         )
-        warnings.log(self.source.name, digests.rows)
+        warnings.log(self.source.name, digests.rows, limit=self.limit)
         if (bad.count or duplicates) and not self.record_bad:
             raise self.rejection(bad, duplicates, digests.rows, self.rows())
         self.check_required(missing)

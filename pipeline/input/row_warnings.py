@@ -79,14 +79,17 @@ class RowWarnings:
         """Count a value without a JSON form by its path."""
         self._left_out[path] += 1
 
-    def log(self, source: str, rows: int) -> None:
+    def log(self, source: str, rows: int, *, limit: int | None = None) -> None:
         """Log a warning per kind.
 
         Args:
             source: The input in messages.
             rows: Number of rows.
+            limit: The setting of this name.
         """
-        if not rows:
+        if limit == 0:
+            logger.warning("%s: no row is read, since limit is 0", source)
+        elif not rows:
             logger.warning("%s: has no rows", source)
         if self._own:
             counts = (f"{name} ({count} of {rows} rows)" for name, count in self._own.most_common())

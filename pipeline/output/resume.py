@@ -203,14 +203,14 @@ def check_same_environment(
 
     Args:
         config: The settings of the job.
-        recorded: The facts of the recorded rows; {} where there are none.
-        environment: What the bits of this run depend on besides the job.
+        recorded: The facts of the recorded rows. Without rows they name no environment.
+        environment: What the bits of this run depend on besides the job; {} without rows.
         batch_invariance: The result of its self-test.
 
     Raises:
         OutputConflictError: The environments differ, and allow_other_environment is off.
     """
-    if not recorded or config.allow_other_environment:
+    if not (recorded.get("environment") and environment) or config.allow_other_environment:
         return
     current = {"environment": environment, "batch_invariance": batch_invariance}
     differing = [
