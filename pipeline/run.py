@@ -31,7 +31,7 @@ from gptbatch.pipeline.output.resume import (
     check_same_environment,
     is_up_to_date,
 )
-from gptbatch.pipeline.output.row_runner import Progress, RowCounts
+from gptbatch.pipeline.output.row_runner import Progress
 from gptbatch.pipeline.output.run_facts import collect_run_facts
 from gptbatch.pipeline.output.run_output import (
     ExistingRun,
@@ -212,7 +212,7 @@ def _run(
                     raise
                 complete = source is None and output.finish(runner.sink.parts)
         seconds = {"load_s": load_s, "generate_s": generate_s, "wall_s": time.monotonic() - began_s}
-        return _summarize(job, loaded, runner.counts, existing.kept.rows, complete, seconds)
+        return _summarize(job, checked, runner, existing.kept.rows, complete, seconds)
 
 
 def _write_no_rows(
@@ -325,13 +325,13 @@ def _generate(runner: PartRunner, output: RunOutput) -> float:
 
 def _summarize(
     job: Job,
-    loaded: LoadedModel,
-    counts: RowCounts,
+    checked: CheckedJob,
+    runner: PartRunner,
     rows_kept: int,
     complete: bool,
     seconds: dict[str, float],
 ) -> RunSummary:
-    generate_s = seconds["generate_s"]
+    counts, loaded, generate_s = runner.counts, runner.loaded, seconds["generate_s"]
     return RunSummary(
         output=job.config.output,
         rows=counts.rows,
@@ -340,6 +340,7 @@ def _summarize(
         errors=counts.errors,
         rows_kept=rows_kept,
         complete=complete,
+        rows_capped=checked.prompts.rows_capped,
         batch_size_halvings=counts.batch_size_halvings,
         prompt_tokens=counts.prompt_tokens,
         completion_tokens=counts.completion_tokens,

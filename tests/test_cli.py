@@ -69,6 +69,7 @@ def test_generate_writes_rows_and_prints_a_summary(
         "errors",
         "rows_kept",
         "complete",
+        "rows_capped",
         "batch_size_halvings",
         "samples",
         "prompt_tokens",
