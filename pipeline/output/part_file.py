@@ -32,6 +32,8 @@ from gptbatch.pipeline.storage.regular_file import (
 
 FOOTER_KEY = b"gptbatch"
 PART_NAME = re.compile(PART_NAME_PATTERN)
+# what to do about a damaged part, in messages
+GENERATE_AGAIN = "delete it, and run the command of the run again, which generates its rows"
 
 
 def part_name(number: int) -> str:
