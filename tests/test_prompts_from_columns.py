@@ -729,6 +729,19 @@ def test_the_dry_run_prints_settings_and_metadata(command: Command, tmp_path: Pa
     assert "did you mean" not in said
 
 
+def test_settings_of_the_run_without_effect_are_named(command: Command, tmp_path: Path) -> None:
+    """The lines of errors.jsonl hold the settings of their rows."""
+    write_lines(tmp_path / "rows.jsonl", {"prompt": "king " * 100}, {"prompt": "queen " * 100})
+    run = ("generate", "--temperature", "0.5")
+    assert command(*run, "--input", "rows.jsonl", "--output", "out")[0] == 0
+    again = (*run, "--input", "out/.gptbatch/errors.jsonl", "--output", "again", "--dry-run")
+    said = "have no effect, since every row has its own: "
+    assert said not in command(*again)[2], "the values are equal"
+    assert f"{said}top_k; --row-settings" in command(*again, "--top-k", "5")[2]
+    code, _, stderr = command(*again, "--top-k", "5", "--row-settings", "seed")
+    assert (code, said in stderr) == (0, False)
+
+
 def test_the_lines_of_the_dry_run_are_short(command: Command, tmp_path: Path) -> None:
     rows = [{"prompt": "x", **{f"k{i}.{j}": 1 for j in range(50)}} for i in range(40)]
     write_lines(tmp_path / "rows.jsonl", *rows)

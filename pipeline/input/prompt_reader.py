@@ -117,7 +117,7 @@ class PromptReader:
         duplicates, new_bad = find_duplicates(
             lambda _: self.rows(), id_hashes.repeated(), record_bad=self.record_bad
         )
-        warnings.log(self.source.name, digests.rows, limit=self.limit)
+        warnings.log(self.source.name, digests.rows, limit=self.limit, given=self.defaults.given)
         if (bad.count or duplicates) and not self.record_bad:
             raise self.rejection(bad, duplicates, digests.rows, self.rows())
         self.check_required(missing)
@@ -341,6 +341,7 @@ def row_defaults(config: JobConfig) -> RowDefaults:
         id_field=config.id_field,
         row_settings=tuple(SAMPLING_SETTINGS if names is None else names),
         sampling=config.sampling,
+        given=tuple(name for name in SAMPLING_SETTINGS if name in config.model_fields_set),
     )
 
 

@@ -71,6 +71,7 @@ class RowDefaults:
         id_field: A key or a dotted path. "" takes the index of the row as its id.
         row_settings: Names of the settings that a row may have. Fields with the names of other
             settings are metadata.
+        given: Names of the settings of the run that are not left at their defaults.
     """
 
     prompt_field: str
@@ -79,6 +80,7 @@ class RowDefaults:
     messages_field: str | None = None
     id_field: str = "id"
     row_settings: tuple[str, ...] = tuple(SAMPLING_SETTINGS)
+    given: tuple[str, ...] = ()
 
     @property
     def prompt_paths(self) -> list[str]:
@@ -89,13 +91,14 @@ class RowDefaults:
 
     def params(self, prompt_id: str, own: Mapping[str, Any]) -> SamplingParams:
         """Return the parameters of a row: its own settings, and the run's for the others."""
-        settings = {**self._run_settings, **own}
+        settings = {**self.run_settings, **own}
         if "seed" not in own:
             settings["seed"] = derive_seed(self.sampling.seed, prompt_id)
         return SamplingParams(**settings)
 
     @cached_property
-    def _run_settings(self) -> dict[str, Any]:
+    def run_settings(self) -> dict[str, Any]:
+        """The settings of rows without their own, by name."""
         return self.sampling.as_dict()
 
 
@@ -185,7 +188,7 @@ class RowParser:
             self.field_counts.add_settings(fields)
         own = take_settings(fields)
         if own:
-            self.warnings.count_own(own)
+            self.warnings.count_own(own, defaults.run_settings)
         if defaults.row_settings:
             self.warnings.count_settings(fields)
             for prefix, container in containers.items():
