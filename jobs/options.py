@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -10,7 +11,7 @@ import click
 
 from gptbatch.jobs.messages import log_verbosely, print_message
 from gptbatch.pipeline.config import config_fields
-from gptbatch.pipeline.config.settings import is_list, value_type
+from gptbatch.pipeline.config.settings import has_comma_items, is_list, value_type
 from gptbatch.pipeline.params.other_names import advice_for, setting_of
 from gptbatch.pipeline.params.sampling_params import parse_token_values
 from gptbatch.pipeline.params.settings import (
@@ -217,7 +218,10 @@ def _add_options(command: Callable[..., Any], keys: Container[str]) -> Callable[
         if key not in keys:
             continue
         name, kind = option_name(key), _click_type(field.annotation)
-        many = is_list(field)
+        many, callback = is_list(field), None
+        if many and key != "input":
+            kind = ListItems(kind, with_commas=has_comma_items(field))
+            callback = partial(_join_items, field.get_default(call_default_factory=True))
         default = (
             ""
             if field.is_required() or field.default in (None, [], {})
@@ -230,6 +234,7 @@ def _add_options(command: Callable[..., Any], keys: Container[str]) -> Callable[
             type=None if kind is click.BOOL else kind,
             default=None,
             multiple=many,
+            callback=callback,
             metavar=(
                 (SAMPLING_SETTINGS[key].metavar or None)
                 if key in SAMPLING_SETTINGS
@@ -238,6 +243,36 @@ def _add_options(command: Callable[..., Any], keys: Container[str]) -> Callable[
             help=f"{field.description}{default}{' May be repeated.' if many else ''}",
         )(command)
     return command
+
+
+class ListItems(click.ParamType[list[Any]]):
+    """Items of a list: one, several with commas, or none for an empty text.
+
+    Args:
+        item: The type of an item.
+        with_commas: Whether commas divide items.
+    """
+
+    def __init__(self, item: click.ParamType[Any], *, with_commas: bool) -> None:
+        self.item, self.with_commas, self.name = item, with_commas, item.name
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[Any]:
+        if isinstance(value, list) or value == "":
+            return value or []
+        texts = value.split(",") if self.with_commas else [value]
+        return [self.item.convert(text, param, ctx) for text in texts]
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return self.item.get_metavar(param, ctx)
+
+
+def _join_items(
+    default: Any, ctx: click.Context, param: click.Parameter, value: tuple[list[Any], ...]
+) -> Any:
+    """Return the items of all values of an option; the default of its setting for none."""
+    return value and ([item for items in value for item in items] or default)
 
 
 class TokenValuesArgument(click.ParamType[dict[str, float]]):
@@ -268,7 +303,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=_setting_type(setting),
             default=None,
             multiple=setting.kind in ("texts", "token_ids"),
-            callback=_none_if_empty,
+            callback=_joined_or_none,
             metavar=setting.metavar or None,
             help=f"Generate with this {name}. Default: as recorded.",
         )(command)
@@ -284,11 +319,11 @@ def _setting_type(setting: SamplingSetting) -> click.ParamType[Any] | None:
                 setting.minimum, setting.maximum, min_open=setting.above_minimum
             )
         case "token_ids":
-            return click.IntRange(0, MAX_TOKEN_ID)
+            return ListItems(click.IntRange(0, MAX_TOKEN_ID), with_commas=True)
         case "token_values":
             return TokenValuesArgument()
         case "texts":
-            return SearchedTextArgument()
+            return ListItems(SearchedTextArgument(), with_commas=False)
         case "bool":
             return None
 
@@ -304,8 +339,10 @@ class SearchedTextArgument(click.ParamType[str]):
         return str(value)
 
 
-def _none_if_empty(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    return None if value == () else value
+def _joined_or_none(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(item for items in value for item in items) if value else None
+    return value
 
 
 def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -428,6 +428,17 @@ def is_list(field: FieldInfo) -> bool:
     return get_origin(value_type(field.annotation)) is list
 
 
+def has_comma_items(field: FieldInfo) -> bool:
+    """Return whether a setting is a list whose items may be given as one text with commas.
+
+    These are numbers and names. A text, such as a stop string, may hold commas itself.
+    """
+    if not is_list(field):
+        return False
+    item = value_type(get_args(value_type(field.annotation))[0])
+    return item is int or get_origin(item) is Literal
+
+
 def is_object(field: FieldInfo) -> bool:
     """Return whether a setting takes an object, which an option or a variable gives as JSON."""
     return get_origin(value_type(field.annotation)) is dict
