@@ -267,6 +267,7 @@ def test_a_complete_output_is_recognised_without_torch(
             ),
         ),
         (["--model", "no/such/model"], 78, "no/such/model: no such folder"),
+        (["--model", "./nothing"], 78, "./nothing: no such folder\n"),
         (["--model", "bundled:nothing"], 78, "bundled:nothing: no such folder"),
         (["--input", "nowhere.jsonl"], 66, "nowhere.jsonl: no such file"),
         (["--dtype", "float16", "--device", "cpu"], 78, "engine.dtype is float16"),

@@ -174,7 +174,7 @@ def test_malformed_csv_is_rejected(tmp_path: Path, text: str, reason: str) -> No
 def test_csv_encodings(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes("prompt\nCafé au lait\n".encode("cp1252"))
-    assert "rows.csv:2: not UTF-8 at byte 4 of the line; if Excel wrote it" in problem(path)
+    assert "rows.csv:2: not UTF-8 at byte 4 of the line; if Windows or Excel" in problem(path)
     path.write_bytes("prompt\nCafé\n".encode("utf-16"))
     assert "is UTF-16 text" in problem(path)
     path.write_bytes("prompt\nCafé\n".encode("utf-8-sig"))
