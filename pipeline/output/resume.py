@@ -218,9 +218,16 @@ def check_same_environment(
         for key, (before, now) in environment_differences(recorded, current).items()
     ]
     if differing:
+        levels = (recorded.get("batch_invariance"), batch_invariance)
+        why = (
+            "; they are not portable, as those of an earlier version or of a machine without the "
+            "C++ kernels, and new rows would be"
+            if levels == ("verified", "portable")
+            else ""
+        )
         raise OutputConflictError(
             f"{config.output}: holds rows of another environment ({'; '.join(differing)}), whose "
-            "bits these may not match; go on where it was begun, name another output, or use "
+            f"bits these may not match{why}; go on where it was begun, name another output, or use "
             "--allow-other-environment"
         )
 
