@@ -15,7 +15,7 @@ COMMANDS = {
     "verify": ("gptbatch.jobs.verify", "Check recorded rows against the weights."),
     "export": (
         "gptbatch.jobs.export",
-        "Write the rows of a run to JSON lines or one Parquet file.",
+        "Write the rows of a run to JSON lines, Parquet or CSV.",
     ),
     "score": ("gptbatch.jobs.score", "Compute log probabilities of given continuations."),
     "replay": ("gptbatch.jobs.replay", "Generate one row of a run again and explain its tokens."),
