@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Command, OutputArgument
+from gptbatch.jobs.options import Command
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.export.columns import Selection
 from gptbatch.pipeline.export.run import export_run

@@ -10,8 +10,9 @@ from dataclasses import asdict
 
 import click
 
+from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Command, OutputArgument
+from gptbatch.jobs.options import Command
 from gptbatch.jobs.signals import Signals
 from gptbatch.pipeline.output.status import OutputStatus, output_status
 from gptbatch.pipeline.storage.location import Location
