@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.config_hash import job_identity
-from gptbatch.pipeline.input.prompt_reader import open_input
+from gptbatch.pipeline.input.open_input import open_input
 from gptbatch.pipeline.input.row_warnings import FieldCounts
 from gptbatch.pipeline.input.tokenize import TokenizedInput, log_generation_warnings
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer

@@ -27,7 +27,7 @@ from gptbatch.pipeline.errors import ConfigError, InputRowsError, ModelError, Ou
 from gptbatch.pipeline.input.chat_template import check_chat_template
 from gptbatch.pipeline.input.config_hash import job_identity
 from gptbatch.pipeline.input.fields import OPENAI_TO_ROWS
-from gptbatch.pipeline.input.prompt_reader import open_input
+from gptbatch.pipeline.input.open_input import open_input
 from gptbatch.pipeline.input.tokenize import prompt_tokenizer
 from gptbatch.pipeline.input.tokenizer import EncodedText, PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer

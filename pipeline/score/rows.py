@@ -15,7 +15,8 @@ from typing import Any
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.csv_file import CellText
 from gptbatch.pipeline.input.fields import find_field, name_fields
-from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
+from gptbatch.pipeline.input.open_input import open_input
+from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
 from gptbatch.pipeline.input.rows import BadRow
 from gptbatch.pipeline.input.source import START, Place, RawRow, RowSource
 from gptbatch.pipeline.input.strict_json import (
