@@ -16,7 +16,7 @@ from gptbatch.jobs.arguments import (
 )
 from gptbatch.jobs.messages import log_verbosely, print_message
 from gptbatch.pipeline.config import config_fields
-from gptbatch.pipeline.config.settings import has_comma_items, is_list, value_type
+from gptbatch.pipeline.config.field_types import has_comma_items, is_list, value_type
 from gptbatch.pipeline.params.other_names import advice_for, setting_of
 from gptbatch.pipeline.params.settings import (
     MAX_TOKEN_ID,

@@ -18,6 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from gptbatch.pipeline.config.engine_settings import EngineConfig
+from gptbatch.pipeline.config.field_types import has_comma_items, is_list, is_object
 from gptbatch.pipeline.config.problems import (
     MAX_VALUE_CHARACTERS,
     describe_problem,
@@ -27,14 +29,7 @@ from gptbatch.pipeline.config.problems import (
     setting_of_key,
     with_value,
 )
-from gptbatch.pipeline.config.settings import (
-    EngineConfig,
-    JobConfig,
-    config_fields,
-    has_comma_items,
-    is_list,
-    is_object,
-)
+from gptbatch.pipeline.config.settings import JobConfig, config_fields
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.params.other_names import advice_for
 from gptbatch.pipeline.system.bundled import PREFIX, locate
