@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,21 @@ def test_openai_results_of_chats() -> None:
     body = result["response"]["body"]
     assert body["object"] == "chat.completion"
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "Hi"}
+
+
+def test_a_damaged_part_is_named_in_one_line_with_what_to_do(run: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(run, tmp_path / "out"))
+    part = output / "part-000001.parquet"
+    content = bytearray(part.read_bytes())
+    content[60:64] = b"KIND"
+    part.write_bytes(content)
+    ran = run_gptbatch("export", output, "--to", tmp_path / "rows.jsonl")
+    assert ran.code == 74
+    (line,) = ran.stderr.splitlines()
+    assert "part-000001.parquet: cannot be read (" in line
+    assert line.endswith(
+        "delete it, and run the command of the run again, which generates its rows"
+    )
 
 
 def test_what_is_refused_leaves_no_file(run: Path, tmp_path: Path) -> None:

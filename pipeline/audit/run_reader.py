@@ -29,6 +29,7 @@ from gptbatch.pipeline.output.part_listing import PartListing, list_parts, read_
 from gptbatch.pipeline.output.schema import SCHEMA
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.storage.regular_file import named_in_errors, open_whole
+from gptbatch.pipeline.system.error_text import first_line
 from gptbatch.pipeline.system.yaml_reader import MAX_RECORDED_BYTES, YamlError, parse_yaml_mapping
 
 BATCH_ROWS = 2048
@@ -197,8 +198,8 @@ class RunReader:
             except Exception as error:
                 if is_damage(error) or isinstance(error, FileNotFoundError):
                     raise StorageError(
-                        f"{path}: cannot be read ({error}); the part is damaged or gone: "
-                        f"{GENERATE_AGAIN}"
+                        f"{path}: cannot be read ({first_line(error)}); the part is damaged or "
+                        f"gone: {GENERATE_AGAIN}"
                     ) from error
                 raise read_error(path, error) from error
 

@@ -28,6 +28,7 @@ from gptbatch.pipeline.output.part_file import (
 from gptbatch.pipeline.params.sampling_params import from_row, to_json_value
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.storage.atomic_write import Writer
+from gptbatch.pipeline.system.error_text import first_line
 
 _COLUMNS = [
     "prompt_id",
@@ -112,7 +113,9 @@ def _error_rows(folder: OutputFolder, part: Part) -> Iterator[dict[str, Any]]:
             table = parquet.read(columns=_COLUMNS, use_threads=False)
     except Exception as error:
         if is_damage(error):
-            raise StorageError(f"{path}: damaged ({error}): {GENERATE_AGAIN}") from error
+            raise StorageError(
+                f"{path}: damaged ({first_line(error)}): {GENERATE_AGAIN}"
+            ) from error
         raise read_error(path, error) from error
     failed = table.filter(pc.is_valid(table["error"]))
     first_samples = pc.subtract(
