@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from gptbatch.pipeline import JobConfig, plan_job
-from gptbatch.pipeline.input.prompt_reader import PromptReader, open_input
+from gptbatch.pipeline.input.open_input import open_input
+from gptbatch.pipeline.input.prompt_reader import PromptReader
 from gptbatch.pipeline.input.rows import BadRow
 from gptbatch.pipeline.output.claim import claim
 from gptbatch.pipeline.output.file_hashes import FileHashes

@@ -44,7 +44,8 @@ DEFAULT_IN_HELP = re.compile(r"\s*Default: (.+)\.$")
 OTHER_EXIT_CODES = {
     0: "The work is done. Error rows do not count as a failure. Nothing left to do is also 0.",
     1: "`verify` or `diff` found a difference.",
-    2: "An option is unknown, missing or has a bad value.",
+    2: "The command line is wrong: an option is unknown, is missing or has a bad value, or nothing "
+    "gives a required setting.",
     70: "A bug in gptbatch. The message holds a traceback.",
 }
 
@@ -286,7 +287,7 @@ def _option_default(option: click.Parameter) -> str:
 
 def _values(option: click.Parameter) -> str:
     """Return the choices of an option, or the type of its value."""
-    kind = option.type
+    kind = getattr(option.type, "item", option.type)
     if isinstance(option, click.Option) and (option.is_flag or kind is click.BOOL):
         return "flag"
     if isinstance(kind, click.Choice):

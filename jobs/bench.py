@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gptbatch.jobs.arguments import FolderArgument, ModelArgument
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import FolderArgument, Group, ModelArgument
+from gptbatch.jobs.options import Group
 from gptbatch.pipeline.bench.shapes import SHAPES, shape_config
 from gptbatch.pipeline.bench.workloads import WORKLOADS, make_workload
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gptbatch.jobs.arguments import ModelArgument
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Command, ModelArgument
+from gptbatch.jobs.options import Command
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel

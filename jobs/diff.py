@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.messages import echo, print_message
-from gptbatch.jobs.options import Command, OutputArgument
+from gptbatch.jobs.options import Command
 from gptbatch.pipeline.storage.location import Location
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Command, OutputArgument
+from gptbatch.jobs.options import Command
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.export.columns import Selection
 from gptbatch.pipeline.export.run import export_run
@@ -24,15 +25,17 @@ from gptbatch.pipeline.system.paths import expand_path
     "output",
     required=True,
     metavar="FILE",
-    help="File to write, in any folder: rows.jsonl, rows.jsonl.gz, rows.jsonl.zst, rows.parquet.",
+    help="File to write, in any folder: rows.jsonl, rows.jsonl.gz, rows.jsonl.zst, rows.parquet, "
+    "rows.csv.",
 )
 @click.option(
     "--format",
     "file_format",
-    type=click.Choice(["jsonl", "openai", "parquet"]),
+    type=click.Choice(["jsonl", "openai", "parquet", "csv"]),
     help=(
         "Format of the file. jsonl: a JSON object per row. openai: a result of OpenAI's batch API "
-        "per prompt. parquet: one Parquet file. Default: by the suffix of the file."
+        "per prompt. parquet: one Parquet file. csv: a header, and a record per row. "
+        "Default: by the suffix of the file."
     ),
 )
 @click.option(

@@ -7,8 +7,9 @@ from dataclasses import asdict
 
 import click
 
+from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Command, OutputArgument
+from gptbatch.jobs.options import Command
 from gptbatch.pipeline.output.finish_folder import finish_folder
 from gptbatch.pipeline.storage.location import Location
 

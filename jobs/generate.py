@@ -188,7 +188,7 @@ def command_config(
     try:
         return load_config(config_file, options=options)
     except ConfigError as error:
-        if set(error.keys) & set(options) or (config_file is None and error.keys):
+        if error.keys:
             raise click.UsageError(_in_option_words(str(error), options)) from error
         raise
 

@@ -15,7 +15,7 @@ COMMANDS = {
     "verify": ("gptbatch.jobs.verify", "Check recorded rows against the weights."),
     "export": (
         "gptbatch.jobs.export",
-        "Write the rows of a run to JSON lines or one Parquet file.",
+        "Write the rows of a run to JSON lines, Parquet or CSV.",
     ),
     "score": ("gptbatch.jobs.score", "Compute log probabilities of given continuations."),
     "replay": ("gptbatch.jobs.replay", "Generate one row of a run again and explain its tokens."),
@@ -48,6 +48,18 @@ class LazyGroup(click.Group):
         module = import_module(COMMANDS[cmd_name][0])
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        from gptbatch.pipeline.config.problems import nearest_name
+
+        raise click.UsageError(
+            f"no such command: {name!r}{nearest_name(name, list(COMMANDS))}", ctx
+        )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
+from gptbatch.jobs.arguments import (
+    ListItems,
+    ModelArgument,
+    SearchedTextArgument,
+    TokenValuesArgument,
+)
 from gptbatch.jobs.messages import log_verbosely, print_message
 from gptbatch.pipeline.config import config_fields
-from gptbatch.pipeline.config.settings import is_list, value_type
+from gptbatch.pipeline.config.field_types import has_comma_items, is_list, value_type
 from gptbatch.pipeline.params.other_names import advice_for, setting_of
-from gptbatch.pipeline.params.sampling_params import parse_token_values
 from gptbatch.pipeline.params.settings import (
     MAX_TOKEN_ID,
     SAMPLING_SETTINGS,
     SamplingSetting,
-    text_problem,
 )
-from gptbatch.pipeline.storage.location import Location, location_of
-from gptbatch.pipeline.system.paths import PathError, expand_path
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.run_reader import RunReader
@@ -39,49 +41,6 @@ _METAVARS = {
     "--max-row-errors": "N|P%",
     "--skip-row": "ID",
 }
-
-
-class FolderArgument(click.ParamType[Path]):
-    """A folder to write, which need not exist. `~` is the home folder."""
-
-    name = "path"
-
-    def convert(
-        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Path:
-        try:
-            return Path(expand_path(str(value), writes=True))
-        except PathError as error:
-            self.fail(f"{value!r} {error}", param, ctx)
-
-
-class OutputArgument(click.ParamType[Location]):
-    """The output of a run: a folder, in which `~` is the home folder, or a URL of an object store.
-
-    A store that cannot be used raises ConfigError.
-    """
-
-    name = "path"
-
-    def convert(
-        self, value: str | Location, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Location:
-        try:
-            return location_of(expand_path(str(value), stores=True))
-        except PathError as error:
-            self.fail(f"{value!r} {error}", param, ctx)
-
-
-class ModelArgument(click.ParamType[str]):
-    """The folder of a checkpoint, or a model name on the hub. `~` is the home folder."""
-
-    name = "model"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            return expand_path(value)
-        except PathError as error:
-            self.fail(f"{value!r} {error}", param, ctx)
 
 
 def _log_verbosely(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -217,7 +176,10 @@ def _add_options(command: Callable[..., Any], keys: Container[str]) -> Callable[
         if key not in keys:
             continue
         name, kind = option_name(key), _click_type(field.annotation)
-        many = is_list(field)
+        many, callback = is_list(field), None
+        if many and key != "input":
+            kind = ListItems(kind, with_commas=has_comma_items(field))
+            callback = partial(_join_items, field.get_default(call_default_factory=True))
         default = (
             ""
             if field.is_required() or field.default in (None, [], {})
@@ -230,6 +192,7 @@ def _add_options(command: Callable[..., Any], keys: Container[str]) -> Callable[
             type=None if kind is click.BOOL else kind,
             default=None,
             multiple=many,
+            callback=callback,
             metavar=(
                 (SAMPLING_SETTINGS[key].metavar or None)
                 if key in SAMPLING_SETTINGS
@@ -240,21 +203,11 @@ def _add_options(command: Callable[..., Any], keys: Container[str]) -> Callable[
     return command
 
 
-class TokenValuesArgument(click.ParamType[dict[str, float]]):
-    """A JSON object of numbers by token id."""
-
-    name = "json"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> dict[str, float]:
-        try:
-            parsed = parse_token_values(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if not isinstance(parsed, dict):
-            self.fail(f"{value!r} is no JSON object", param, ctx)
-        return parsed
+def _join_items(
+    default: Any, ctx: click.Context, param: click.Parameter, value: tuple[list[Any], ...]
+) -> Any:
+    """Return the items of all values of an option; the default of its setting for none."""
+    return value and ([item for items in value for item in items] or default)
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -268,7 +221,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=_setting_type(setting),
             default=None,
             multiple=setting.kind in ("texts", "token_ids"),
-            callback=_none_if_empty,
+            callback=_joined_or_none,
             metavar=setting.metavar or None,
             help=f"Generate with this {name}. Default: as recorded.",
         )(command)
@@ -284,28 +237,19 @@ def _setting_type(setting: SamplingSetting) -> click.ParamType[Any] | None:
                 setting.minimum, setting.maximum, min_open=setting.above_minimum
             )
         case "token_ids":
-            return click.IntRange(0, MAX_TOKEN_ID)
+            return ListItems(click.IntRange(0, MAX_TOKEN_ID), with_commas=True)
         case "token_values":
             return TokenValuesArgument()
         case "texts":
-            return SearchedTextArgument()
+            return ListItems(SearchedTextArgument(), with_commas=False)
         case "bool":
             return None
 
 
-class SearchedTextArgument(click.ParamType[str]):
-    """A text to search for in completions."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if problem := text_problem(value):
-            self.fail(problem, param, ctx)
-        return str(value)
-
-
-def _none_if_empty(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    return None if value == () else value
+def _joined_or_none(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(item for items in value for item in items) if value else None
+    return value
 
 
 def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:

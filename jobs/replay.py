@@ -10,14 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import (
-    Command,
-    OutputArgument,
-    print_checkpoint,
-    reopen_options,
-    sampling_options,
-)
+from gptbatch.jobs.options import Command, print_checkpoint, reopen_options, sampling_options
 from gptbatch.pipeline.params.sampling_params import SamplingParams, from_row, to_attribute
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.storage.location import Location

@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gptbatch.jobs.arguments import FolderArgument, OutputArgument
 from gptbatch.jobs.messages import echo, print_message
-from gptbatch.jobs.options import (
-    Command,
-    FolderArgument,
-    OutputArgument,
-    option_name,
-    print_checkpoint,
-    reopen_options,
-)
+from gptbatch.jobs.options import Command, option_name, print_checkpoint, reopen_options
 from gptbatch.pipeline.errors import InputNotFoundError, OutputConflictError, OutputCreationError
 from gptbatch.pipeline.storage.location import Location
 

@@ -9,16 +9,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.generate import command_config, config_file_option
 from gptbatch.jobs.limits import check_limits
 from gptbatch.jobs.messages import echo, print_message
-from gptbatch.jobs.options import (
-    GroupedCommand,
-    OutputArgument,
-    option_name,
-    options_for,
-    print_checkpoint,
-)
+from gptbatch.jobs.options import GroupedCommand, option_name, options_for, print_checkpoint
 from gptbatch.jobs.progress import progress_for_terminal
 from gptbatch.pipeline.score.rows import ScoreFields
 from gptbatch.pipeline.score.run import ScoreSummary, score_input, score_run

@@ -10,8 +10,9 @@ from dataclasses import asdict
 
 import click
 
+from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.messages import echo
-from gptbatch.jobs.options import Command, OutputArgument
+from gptbatch.jobs.options import Command
 from gptbatch.jobs.signals import Signals
 from gptbatch.pipeline.output.status import OutputStatus, output_status
 from gptbatch.pipeline.storage.location import Location
@@ -91,18 +92,14 @@ def _lines(found: OutputStatus) -> list[str]:
     lines = [
         f"{found.output}: {found.state}" + (f", {found.runs} runs" if found.runs > 1 else ""),
         f"rows     {found.rows_done} of {found.rows_total}"
-        + (f", {found.rows_missing} missing" if found.rows_missing else "")
+        + (f", {found.rows_missing} left" if found.rows_missing else "")
         + (
             f", of which {found.rows_waiting} are finished and wait for their part"
             if found.rows_waiting
             else ""
         ),
         f"parts    {found.parts_done} of {found.parts_total}"
-        + (
-            f", missing {_first(found.parts_missing, found.n_parts_missing)}"
-            if found.parts_missing
-            else ""
-        )
+        + _parts_left(found)
         + (f", damaged {damaged}: recomputed by the next run" if found.parts_damaged else ""),
         f"errors   {sum(found.errors.values())}" + (f" ({kinds})" if kinds else ""),
         f"tokens   {found.prompt_tokens} of prompts, {found.completion_tokens} of completions",
@@ -122,6 +119,14 @@ def _lines(found: OutputStatus) -> list[str]:
             f"cores    shared with other programs, if the run is on this machine: {shared}"
         )
     return lines
+
+
+def _parts_left(found: OutputStatus) -> str:
+    """Return the number of parts that are not written, and which are between written ones."""
+    count = found.n_parts_missing
+    if not count or not found.parts_done or found.state == "running":
+        return f", {count} left" if count else ""
+    return f", {count} left (part{'s' * (count > 1)} {_first(found.parts_missing, count)})"
 
 
 def _first(numbers: list[int], count: int) -> str:

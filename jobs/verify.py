@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.messages import echo, print_message
-from gptbatch.jobs.options import Command, OutputArgument, print_checkpoint, reopen_options
+from gptbatch.jobs.options import Command, print_checkpoint, reopen_options
 from gptbatch.pipeline.storage.location import Location
 
 if TYPE_CHECKING:

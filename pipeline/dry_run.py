@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.config_hash import job_identity
-from gptbatch.pipeline.input.prompt_reader import open_input
+from gptbatch.pipeline.input.open_input import open_input
 from gptbatch.pipeline.input.row_warnings import FieldCounts
 from gptbatch.pipeline.input.tokenize import TokenizedInput, log_generation_warnings
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
@@ -47,6 +47,7 @@ class InputReport:
         n_positions: The context length of the model, in tokens.
         too_long: Prompts with more tokens than n_positions.
         max_new_tokens: Default limit of new tokens per row.
+        rows_capped: Rows whose limit is more than the context leaves after the prompt.
         input_digest: SHA-256 of the content of all rows that decides the output.
         prompt_fields: The fields that prompts are made of.
         setting_fields: Field that is a setting -> number of rows that have it.
@@ -64,6 +65,7 @@ class InputReport:
     n_positions: int
     too_long: int
     max_new_tokens: int
+    rows_capped: int
     input_digest: str
     prompt_fields: list[str] = field(default_factory=list)
     setting_fields: dict[str, int] = field(default_factory=dict)
@@ -130,6 +132,7 @@ def inspect_job(config: JobConfig) -> InputReport:
         n_positions=n_positions,
         too_long=sum(length > n_positions for length in ordered),
         max_new_tokens=config.max_new_tokens,
+        rows_capped=prompts.rows_capped,
         input_digest=summary.digest,
         prompt_fields=prompts.reader.defaults.prompt_paths,
         setting_fields=dict(field_counts.settings),

@@ -30,7 +30,7 @@ class GptbatchError(Exception):
 
 
 class ConfigError(GptbatchError):
-    """A setting is wrong.
+    """A setting of the config file or the environment is wrong, or one does not fit the job.
 
     Attributes:
         keys: The wrong config keys, such as "engine.dtype". The command line names their options.

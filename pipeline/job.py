@@ -9,7 +9,8 @@ from typing import Any
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.config_hash import job_identity
-from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
+from gptbatch.pipeline.input.open_input import open_input
+from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
 from gptbatch.pipeline.input.tokenize import TokenizedInput, log_generation_warnings
 from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer

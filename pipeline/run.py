@@ -31,7 +31,7 @@ from gptbatch.pipeline.output.resume import (
     check_same_environment,
     is_up_to_date,
 )
-from gptbatch.pipeline.output.row_runner import Progress, RowCounts
+from gptbatch.pipeline.output.row_runner import Progress
 from gptbatch.pipeline.output.run_facts import collect_run_facts
 from gptbatch.pipeline.output.run_output import (
     ExistingRun,
@@ -184,6 +184,9 @@ def _run(
                 facts = {**existing.kept.footer, "identity": checked.plan.identity}
                 facts |= {"rows": existing.kept.rows, "complete": complete}
                 return summarize_complete_output(config, facts, time.monotonic() - began_s)
+            if not checked.summary.rows:
+                facts = _write_no_rows(job, checked, output, source)
+                return summarize_complete_output(config, facts, time.monotonic() - began_s)
             resolve_device(config.engine)
             loaded, load_s = _load(job, checked, existing, models)
             stop = stop or _NeverStops()
@@ -209,7 +212,25 @@ def _run(
                     raise
                 complete = source is None and output.finish(runner.sink.parts)
         seconds = {"load_s": load_s, "generate_s": generate_s, "wall_s": time.monotonic() - began_s}
-        return _summarize(job, loaded, runner.counts, existing.kept.rows, complete, seconds)
+        return _summarize(job, checked, runner, existing.kept.rows, complete, seconds)
+
+
+def _write_no_rows(
+    job: Job, checked: CheckedJob, output: RunOutput, source: PartSource | None
+) -> dict[str, Any]:
+    """Write the output of an input without rows: one part without rows. Loads no model.
+
+    Returns the facts of the run.
+    """
+    facts = collect_run_facts(job.config, checked.plan.identity, job.checkpoint, None)
+    output.claim(facts)
+    sink, parts = output.open_sink(facts), source or output.open_source()
+    if parts.next() is not None:
+        parts.committed(sink.add_empty())
+    sink.close_journal()
+    complete = source is None and output.finish(sink.parts)
+    loading_logger.info("0 rows: the output is an empty table, and no model was loaded")
+    return facts | {"rows": 0, "complete": complete}
 
 
 def _create_folder(job: Job) -> None:
@@ -304,13 +325,13 @@ def _generate(runner: PartRunner, output: RunOutput) -> float:
 
 def _summarize(
     job: Job,
-    loaded: LoadedModel,
-    counts: RowCounts,
+    checked: CheckedJob,
+    runner: PartRunner,
     rows_kept: int,
     complete: bool,
     seconds: dict[str, float],
 ) -> RunSummary:
-    generate_s = seconds["generate_s"]
+    counts, loaded, generate_s = runner.counts, runner.loaded, seconds["generate_s"]
     return RunSummary(
         output=job.config.output,
         rows=counts.rows,
@@ -319,6 +340,7 @@ def _summarize(
         errors=counts.errors,
         rows_kept=rows_kept,
         complete=complete,
+        rows_capped=checked.prompts.rows_capped,
         batch_size_halvings=counts.batch_size_halvings,
         prompt_tokens=counts.prompt_tokens,
         completion_tokens=counts.completion_tokens,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
@@ -374,7 +375,7 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
         "line:3",
         "line:4",
         "long",
-        "line:6",
+        "5",
         "line:7",
     ]
     reasons = [row["error"] for row in rows]
@@ -401,7 +402,7 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
         "line:3",
         "line:4",
         "long",
-        "line:6",
+        "5",
         "line:7",
     ]
     assert (found[3]["note"], found[3]["error"]) == ("n", reasons[4])
@@ -439,6 +440,65 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
     repeated = generate(tmp_path, "--input", "prompts.jsonl", "--on-bad-row", "record")[1]
     assert repeated.summary["rows_kept"] == 7
     expect(generate(tmp_path, "--input", "prompts.jsonl"), 65, "3 bad of 7 rows")
+
+
+IDS_OF_BAD_ROWS: list[tuple[dict[str, Any], str]] = [
+    ({"id": "own", "prompt": None}, "own"),
+    ({"prompt": "negative", "top_k": -1}, "1"),
+    ({"id": "", "prompt": "no id can be empty"}, "{}"),
+    ({"id": "good", "prompt": "negative", "top_k": -1}, "{}"),
+    ({"id": "good", "prompt": "The king"}, "good"),
+    ({"id": "good", "prompt": "The queen"}, "{}"),
+    ({"id": "twice", "prompt": None}, "twice"),
+    ({"id": "twice", "prompt": None}, "{}"),
+]
+
+
+def write_as(kind: str, rows: list[dict[str, Any]], folder: Path) -> tuple[str, str]:
+    """Write rows as files of a kind; returns the option and its value."""
+    if kind == "two files":
+        (folder / "in").mkdir()
+        for name, part in (("a", rows[:3]), ("b", rows[3:])):
+            text = "".join(json.dumps(row) + "\n" for row in part)
+            (folder / "in" / f"{name}.jsonl").write_text(text)
+        return "--input", "in"
+    path = folder / f"rows.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([{"top_k": None, **row} for row in rows]), path)
+    elif kind == "csv":
+        cells = [[row.get(name) for name in ("id", "prompt", "top_k")] for row in rows]
+        quoted = [["" if cell is None else f'"{cell}"' for cell in line] for line in cells]
+        path.write_text("\n".join(map(",".join, [["id", "prompt", "top_k"], *quoted])))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "--dataset" if kind in ("csv", "json") else "--input", path.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbered"),
+    [
+        ("jsonl", ["line:3", "line:4", "line:6", "line:8"]),
+        ("two files", ["line:3", "line:4", "line:6", "line:8"]),
+        ("parquet", ["row:2", "row:3", "row:5", "row:7"]),
+        ("csv", ["row:2", "row:3", "row:5", "row:7"]),
+        ("json", ["row:2", "row:3", "row:5", "row:7"]),
+    ],
+)
+def test_a_bad_row_keeps_its_id_or_gets_one_in_the_words_of_its_format(
+    generate: Generate, tmp_path: Path, kind: str, numbered: list[str]
+) -> None:
+    option, value = write_as(kind, [row for row, _ in IDS_OF_BAD_ROWS], tmp_path)
+    code, child = generate(tmp_path, option, value, "--on-bad-row", "record")
+    assert (code, child.summary.get("ok")) == (0, 1), child.stderr
+    table = pq.read_table(tmp_path / "out" / "part-000000.parquet")
+    names = iter(numbered)
+    expected = [name.format(next(names)) if name == "{}" else name for _, name in IDS_OF_BAD_ROWS]
+    assert table["prompt_id"].to_pylist() == expected
+    word = numbered[0].partition(":")[0]
+    taken = f"id 'good' was already used on {word} {5 if word == 'line' else 4}"
+    assert table["error"].to_pylist()[5] == f"{taken}; ids must be unique"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from gptbatch.jobs.cli import run_command
 from gptbatch.jobs.group import COMMANDS, cli
+from gptbatch.pipeline import JobConfig
 from tests.conftest import run_fresh, run_gptbatch
 from tests.launcher import Launcher
 from tests.processes import LIMIT_S, child_environment, wait_for
@@ -69,6 +70,7 @@ def test_generate_writes_rows_and_prints_a_summary(
         "errors",
         "rows_kept",
         "complete",
+        "rows_capped",
         "batch_size_halvings",
         "samples",
         "prompt_tokens",
@@ -253,6 +255,9 @@ def test_a_complete_output_is_recognised_without_torch(
         (["--config", "demo", "--config", "demo"], 2, "--config is given twice"),
         (["--colour"], 2, "No such option '--colour'"),
         (["--dataset", "data"], 2, "give either input or dataset, not both"),
+        (["--stop-token-ids", "13,x"], 2, "'--stop-token-ids': 'x' is not a valid integer"),
+        (["--row-settings", "seed,sed"], 2, "'--row-settings': 'sed' is not one of"),
+        (["--include-stop-str-in-output"], 2, "include_stop_str_in_output"),
         (
             ["--config", "nowhere.yaml"],
             78,
@@ -262,6 +267,7 @@ def test_a_complete_output_is_recognised_without_torch(
             ),
         ),
         (["--model", "no/such/model"], 78, "no/such/model: no such folder"),
+        (["--model", "./nothing"], 78, "./nothing: no such folder\n"),
         (["--model", "bundled:nothing"], 78, "bundled:nothing: no such folder"),
         (["--input", "nowhere.jsonl"], 66, "nowhere.jsonl: no such file"),
         (["--dtype", "float16", "--device", "cpu"], 78, "engine.dtype is float16"),
@@ -284,6 +290,75 @@ def test_invalid_options(
     assert message in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "code"),
+    [
+        # Nothing gives a required setting.
+        ("top_k: 1", ["--input", "a"], 2),
+        ("top_k: 1", ["--output", "o"], 2),
+        # The file is wrong.
+        ("top_k: -1", ["--input", "a", "--output", "o"], 78),
+        ("{input: a, dataset: b}", ["--output", "o"], 78),
+        ("include_stop_str_in_output: true", ["--input", "a", "--output", "o"], 78),
+        # An option is wrong, alone or with the file.
+        ("top_k: 1", ["--input", "a", "--output", "o", "--top-k", "-1"], 2),
+        ("shard: 0/2", ["--input", "a", "--output", "o", "--overwrite"], 2),
+    ],
+)
+def test_the_exit_code_says_whether_the_command_line_is_wrong(
+    in_process: InProcess, tmp_path: Path, file: str, options: list[str], code: int
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(file)
+    ended, _, stderr = in_process("generate", "--model", "m", "--config", path, *options)
+    assert ended == code, stderr
+
+
+def test_the_nearest_command_is_named(in_process: InProcess) -> None:
+    code, _, stderr = in_process("generat", "--model", "m")
+    assert (code, "no such command: 'generat'; did you mean generate?" in stderr) == (2, True)
+    code, _, stderr = in_process("xyz")
+    assert (code, "no such command: 'xyz'; known are generate, plan" in stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "expected"),
+    [
+        ([], {}, {"stop": ["x"], "stop_token_ids": [5], "allowed_token_ids": [1, 2]}),
+        (["--stop", ""], {}, {"stop": []}),
+        (["--stop", "a,b", "--stop", "c"], {}, {"stop": ["a,b", "c"]}),
+        (["--stop-token-ids", ""], {}, {"stop_token_ids": []}),
+        (
+            ["--stop-token-ids", "13,198", "--stop-token-ids", "7"],
+            {},
+            {"stop_token_ids": [13, 198, 7]},
+        ),
+        (["--allowed-token-ids", ""], {}, {"allowed_token_ids": None}),
+        (["--row-settings", "seed,n"], {}, {"row_settings": ["seed", "n"]}),
+        ([], {"STOP_TOKEN_IDS": "13,198"}, {"stop_token_ids": [13, 198]}),
+        ([], {"STOP": "a,b"}, {"stop": ["a,b"]}),
+        ([], {"STOP": "[]", "STOP_TOKEN_IDS": "[]"}, {"stop": [], "stop_token_ids": []}),
+    ],
+)
+def test_lists_are_replaced_and_emptied(
+    in_process: InProcess,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    variables: dict[str, str],
+    expected: dict[str, Any],
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("{stop: x, stop_token_ids: 5, allowed_token_ids: [1, 2]}")
+    for name, value in variables.items():
+        monkeypatch.setenv(f"GPTBATCH_{name}", value)
+    found: list[JobConfig] = []
+    monkeypatch.setattr("gptbatch.jobs.generate.inspect_job", found.append)
+    base = ("--model", "m", "--input", "a", "--output", "o", "--config", path, "--dry-run")
+    in_process("generate", *base, *options)
+    assert {name: getattr(found[0], name) for name in expected} == expected
 
 
 def test_missing_required_settings(checkpoint: Path, in_process: InProcess, tmp_path: Path) -> None:

@@ -96,7 +96,13 @@ def test_environment_variables_are_parsed_from_text(text: str, value: bool) -> N
             "5",
             "environment variable GPTBATCH_SEDE: no such setting; did you mean GPTBATCH_SEED?",
         ),
+        (
+            "GPTBATCH_DTYPE",
+            "bfloat16",
+            "GPTBATCH_DTYPE: no such setting; did you mean GPTBATCH_ENGINE_DTYPE?",
+        ),
         ("GPTBATCH_ENGINE_DEVICE", "tpu", "environment variable GPTBATCH_ENGINE_DEVICE"),
+        ("GPTBATCH_STOP_TOKEN_IDS", "13,x", "GPTBATCH_STOP_TOKEN_IDS: input should be a valid int"),
     ],
 )
 def test_invalid_environment_variables(name: str, text: str, message: str) -> None:

@@ -282,7 +282,6 @@ def reader_folder(tmp_path: Path, demo_output: Path, monkeypatch: pytest.MonkeyP
     folder = tmp_path / "work"
     folder.mkdir()
     shutil.copytree(demo_output, folder / "out")
-    (folder / "prompts.jsonl").write_text('{"prompt": "KING:"}\n{"prompt": "QUEEN:"}\n')
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name, program in (("python", ""), ("gptbatch", "-m gptbatch")):
@@ -336,6 +335,34 @@ def run_console(command: str, capfd: pytest.CaptureFixture[str]) -> Ended:
     if plain["to"]:
         Path(plain["to"]).write_text(ended.stdout, encoding="utf-8")
     return ended
+
+
+# names that an example writes, in a shell and in Python
+WRITTEN_BY_COMMANDS = re.compile(r"(?<!\S)(?:--output|--to|--html|>>?|mkdir) +([\w./-]+)")
+WRITTEN_BY_PYTHON = re.compile(r'(?:output=|Path\(|open\()"([\w./-]+)"')
+
+
+def written_names(page: Path) -> Iterator[str]:
+    """Yield the names that the examples of a page write."""
+    for block in BLOCK.finditer(TEXTS[page]):
+        if block["reason"]:
+            continue
+        if block["language"] == "python":
+            yield from WRITTEN_BY_PYTHON.findall(block["body"])
+        elif block["language"] == "console":
+            for command, _ in console_steps(block["body"]):
+                words = command.replace("\\\n", " ").partition("<<'END'")[0]
+                yield from WRITTEN_BY_COMMANDS.findall(words)
+
+
+def test_no_two_pages_write_one_name() -> None:
+    """All pages can be followed in one folder."""
+    pages: dict[str, set[str]] = {}
+    for page in PAGES:
+        for name in written_names(page):
+            pages.setdefault(name, set()).add(page.name)
+    assert {name: on for name, on in pages.items() if len(on) > 1} == {}
+    assert {"out/try", "try.jsonl", "from-python.jsonl", "many", "compared.html"} <= pages.keys()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,9 +1,11 @@
-"""gptbatch export: rows of a run as JSON lines, OpenAI's batch results, or one Parquet file."""
+"""gptbatch export: rows of a run as JSON lines, OpenAI's batch results, Parquet or CSV."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from gptbatch.pipeline.export import formats
 from gptbatch.pipeline.export.columns import Selection
 from gptbatch.pipeline.export.field_type import FieldType
 from gptbatch.pipeline.export.run import export_run
+from gptbatch.pipeline.input.csv_file import CsvFile
 from gptbatch.pipeline.output.schema import SCHEMA
 from tests.conftest import run_gptbatch
 
@@ -134,6 +137,41 @@ def test_other_programs_open_it(run: Path, tmp_path: Path, name: str) -> None:
         assert len(found) == 5
 
 
+def test_csv_has_one_record_per_row_and_lists_as_json(run: Path, tmp_path: Path) -> None:
+    selection = Selection(all_metadata=True, metadata_json=["mixed"])
+    path = exported(run, tmp_path / "rows.csv", selection=selection)
+    table = RunReader(run).rows()
+    with path.open(newline="", encoding="utf-8") as file:
+        records = list(csv.DictReader(file))
+    assert len(records) == 5
+    for record, row in zip(records, table, strict=True):
+        assert record["prompt"] == row["prompt"]
+        assert record["completion"] == (row["completion"] or "")
+        assert json.loads(record["completion_token_ids"]) == row["completion_token_ids"]
+    assert records[0]["meta"] == '{"src": "s", "k": 2}'
+    assert records[1]["meta"] == '{"src": "é", "k": null}'
+    assert [record["tags"] for record in records] == ["", "", "", '["x", "y"]', "[]"]
+    frame = pd.read_csv(path)
+    assert frame["score"].tolist()[:3] == [1.0, 2.5, 2.5]
+    assert frame["completion"].isna().tolist() == [False, False, False, False, True]
+    (score, *_), *_ = duckdb.connect().sql(f"SELECT score, topic FROM '{path}'").fetchall()
+    assert score == 1.0
+
+
+def test_an_exported_csv_is_an_input(run: Path, tmp_path: Path) -> None:
+    """Null and the empty text stay what they are."""
+    table = pa.table({"id": ["a", "b"], "prompt": ['a "b",\nc', ""], "n": [None, 2]})
+    with (tmp_path / "rows.csv").open("wb") as file:
+        formats.write_csv(file, table.schema, table.to_batches(), ".csv")
+    rows = [row.parse() for row in CsvFile(tmp_path / "rows.csv", "rows.csv", ",").rows()]
+    assert rows == [
+        {"id": "a", "prompt": 'a "b",\nc', "n": None},
+        {"id": "b", "prompt": "", "n": "2"},
+    ]
+    packed = exported(run, tmp_path / "run.csv.gz").read_bytes()
+    assert gzip.decompress(packed) == exported(run, tmp_path / "run.csv").read_bytes()
+
+
 def test_lines_are_compressed_by_suffix(run: Path, tmp_path: Path) -> None:
     plain = exported(run, tmp_path / "rows.jsonl").read_bytes()
     packed = exported(run, tmp_path / "rows.jsonl.gz").read_bytes()
@@ -170,12 +208,29 @@ def test_openai_results_of_chats() -> None:
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "Hi"}
 
 
+def test_a_damaged_part_is_named_in_one_line_with_what_to_do(run: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(run, tmp_path / "out"))
+    part = output / "part-000001.parquet"
+    content = bytearray(part.read_bytes())
+    content[60:64] = b"KIND"
+    part.write_bytes(content)
+    ran = run_gptbatch("export", output, "--to", tmp_path / "rows.jsonl")
+    assert ran.code == 74
+    (line,) = ran.stderr.splitlines()
+    assert "part-000001.parquet: cannot be read (" in line
+    assert line.endswith(
+        "delete it, and run the command of the run again, which generates its rows"
+    )
+
+
 def test_what_is_refused_leaves_no_file(run: Path, tmp_path: Path) -> None:
     cases: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
-        ("rows.csv", ConfigError, "does not follow from the suffix '.csv'", {}),
+        ("rows.txt", ConfigError, "does not follow from the suffix '.txt'", {}),
         ("-", ConfigError, "cannot write to standard output", {"file_format": "jsonl"}),
         ("rows", ConfigError, "name a file such as rows.jsonl", {}),
         ("rows.parquet", ConfigError, "jsonl does not fit", {"file_format": "jsonl"}),
+        ("rows.csv", ConfigError, "jsonl does not fit", {"file_format": "jsonl"}),
+        ("rows.jsonl", ConfigError, "csv does not fit", {"file_format": "csv"}),
         ("rows.parquet.gz", ConfigError, "compressed inside", {}),
         ("a.jsonl", ConfigError, "no 'foo'", {"selection": Selection(columns=["foo"])}),
         (

@@ -211,6 +211,7 @@ def test_a_footer_with_wrong_types_is_damage(output: Path, command: Command, nam
     for arguments in (("verify", output), ("diff", output, output)):
         code, _, stderr = command(*arguments)
         assert (code, "part-000001.parquet: cannot be read (" in stderr) == (74, True)
+        assert "delete it, and run the command of the run again" in stderr
 
 
 def test_a_part_with_a_damaged_footer_is_generated_again(finished: Path, output: Path) -> None:
@@ -458,7 +459,7 @@ def test_an_entry_that_is_not_a_file_is_not_a_part(
     code, stdout, _ = command("status", output)
     assert code == 0
     assert "part-000001.parquet: is not a part of gptbatch (not a regular file)" in stdout
-    assert "rows     4 of 7, 3 missing" in stdout
+    assert "rows     4 of 7, 3 left" in stdout
     for arguments in (("verify", output), ("diff", output, output)):
         assert command(*arguments)[0] == 74
     with pytest.raises(OutputConflictError, match="is not a part that gptbatch wrote"):
@@ -922,7 +923,7 @@ def test_parts_of_two_jobs_in_one_folder_are_refused(tmp_path: Path, command: Co
         "(part-000002.parquet; seed 0 / 1)"
     ) in stdout
     assert "a copy without .gptbatch/config.yaml" in stdout
-    assert "rows     4 of 8, 4 missing" in stdout
+    assert "rows     4 of 8, 4 left" in stdout
     for arguments in (
         ("verify", mixed),
         ("diff", mixed, a),

@@ -174,7 +174,7 @@ def test_malformed_csv_is_rejected(tmp_path: Path, text: str, reason: str) -> No
 def test_csv_encodings(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes("prompt\nCafé au lait\n".encode("cp1252"))
-    assert "rows.csv:2: not UTF-8 at byte 4 of the line; if Excel wrote it" in problem(path)
+    assert "rows.csv:2: not UTF-8 at byte 4 of the line; if Windows or Excel" in problem(path)
     path.write_bytes("prompt\nCafé\n".encode("utf-16"))
     assert "is UTF-16 text" in problem(path)
     path.write_bytes("prompt\nCafé\n".encode("utf-8-sig"))
@@ -186,7 +186,7 @@ def test_csv_encodings(tmp_path: Path) -> None:
 def test_a_malformed_csv_line_is_one_bad_row(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('prompt,seed\na,1\n"b"x,2\nc,3,4\nd,5\n')
     rows = list(reader(tmp_path / "rows.csv").rows())
-    assert [raw.line for raw, _ in rows] == [0, 1, 2, 3]
+    assert [raw.label for raw, _ in rows] == ["row 0", "row 1", "row 2", "row 3"]
     assert [type(row).__name__ for _, row in rows] == ["Prompt", "BadRow", "BadRow", "Prompt"]
 
 

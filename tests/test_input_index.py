@@ -144,7 +144,7 @@ def test_problems_of_many_files_name_file_and_line(tmp_path: Path) -> None:
     assert "3 bad of 5 rows" in message
     assert f"{tmp_path / 'a.jsonl'}:2: " in message
     assert f"{tmp_path / 'b.jsonl'}:2: " in message
-    assert f"{tmp_path / 'b.jsonl'}:3: id 'same' was already used on row 1" in message
+    assert f"{tmp_path / 'b.jsonl'}:3: id 'same' was already used on line 1" in message
     source = reader(tmp_path, record_bad=True)
     checked = source.check()
     found = [row.prompt_id for row in source.prompts(checked)]

@@ -31,7 +31,7 @@ from gptbatch.pipeline.errors import (
     OutputCreationError,
     StorageError,
 )
-from gptbatch.pipeline.input.prompt_reader import open_input
+from gptbatch.pipeline.input.open_input import open_input
 from gptbatch.pipeline.output import lock, object_run, progress_file
 from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.object_run import ObjectRunFolder, list_object_runs

@@ -14,6 +14,7 @@ from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.errors import OutputConflictError
+from gptbatch.pipeline.output.resume import check_same_environment
 from gptbatch.pipeline.output.schema import FORMAT, SCHEMA
 from tests.old_outputs import MODEL, OUTPUTS, PROMPTS
 
@@ -90,3 +91,16 @@ def test_an_old_output_is_not_continued(output: Path) -> None:
             )
         )
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_not_portable_says_why_it_is_not_continued() -> None:
+    """Development builds of this format marked float32 runs as verified."""
+    recorded = RunReader(OUTPUTS / FORMAT).facts
+    assert recorded["batch_invariance"] == "verified"
+    config = JobConfig(model=str(MODEL), input=str(PROMPTS), output="out")
+    now = {**recorded["environment"], "arithmetic": 1}
+    with pytest.raises(
+        OutputConflictError, match="they are not portable, as those of an earlier version"
+    ):
+        check_same_environment(config, recorded, now, "portable")
+    check_same_environment(config, recorded, recorded["environment"], "verified")

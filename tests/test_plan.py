@@ -300,4 +300,6 @@ def test_status_after_the_index(tmp_path: Path) -> None:
     assert run_gptbatch("plan", "--index", *options, cwd=tmp_path).code == 0
     ran = run_gptbatch("status", "out", cwd=tmp_path)
     assert ran.code == 0
-    assert ran.stdout.startswith("out: indexed\nrows     0 of 200, 200 missing\nparts    0 of 10,")
+    assert ran.stdout.startswith(
+        "out: indexed\nrows     0 of 200, 200 left\nparts    0 of 10, 10 left\n"
+    )

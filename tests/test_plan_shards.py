@@ -161,9 +161,12 @@ def test_an_input_without_rows_has_an_index(tmp_path: Path) -> None:
 
 BAD: list[dict[str, Any]] = [
     *ROWS[:15],
-    {"prompt": 5},
+    {"id": True, "prompt": "not an id"},
     {"id": "r3", "prompt": "again"},
-    *ROWS[17:40],
+    # A bad row has its own id, unless a prompt has it.
+    {"id": "r17", "prompt": 5},
+    {"id": "r3", "prompt": 5},
+    *ROWS[19:40],
     # The id of the error row of line 16, and so a duplicate itself.
     {"id": "line:16", "prompt": "x"},
     # The id of the error row of that duplicate, on line 41.
@@ -182,7 +185,7 @@ def test_recorded_bad_rows_and_duplicates_are_those_of_one_check(
 ) -> None:
     source = write_input(tmp_path / "in", ("a.jsonl", BAD[:37]), ("b.jsonl", BAD[37:]))
     plan = check_same(job(source, tmp_path / "out", on_bad_row="record"), tmp_path, count)
-    assert plan.bad_rows == 6
+    assert plan.bad_rows == 8
 
 
 def test_bad_rows_of_a_shard_leave_no_piece(tmp_path: Path) -> None:
@@ -275,9 +278,13 @@ def test_any_shards_of_any_rows_write_the_index_of_one_check(
 ) -> None:
     """Rows with and without ids, with repeated ids, and bad ones, in files of all kinds."""
     work = tmp_path_factory.mktemp("any")
-    own = st.none() | st.integers(0, 80).map(str) | st.sampled_from(["a", "line:3", "line:9"])
-    ids = data.draw(st.lists(own, max_size=60))
-    rows = [{"id": name, "prompt": f"{index}"} for index, name in enumerate(ids)]
+    special = st.sampled_from(["a", "", "line:3", "line:9", "row:8"])
+    own = st.none() | st.integers(0, 80).map(str) | special
+    ids = data.draw(st.lists(st.tuples(own, st.booleans()), max_size=60))
+    rows = [
+        {"id": name, "prompt": f"{index}", "top_k": -1 if is_bad else None}
+        for index, (name, is_bad) in enumerate(ids)
+    ]
     borders = sorted(data.draw(st.lists(st.integers(0, len(rows)), min_size=2, max_size=2)))
     suffixes = data.draw(st.permutations(["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]))
     bounds = pairwise([0, *borders, len(rows)])

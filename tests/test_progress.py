@@ -15,7 +15,9 @@ import pytest
 
 from gptbatch.jobs import progress
 from gptbatch.pipeline.engine.engine import EngineStats
+from gptbatch.pipeline.output.progress_file import ProgressFile, read_progress
 from gptbatch.pipeline.output.time_left import TimeLeft, seconds_left_by_rows
+from gptbatch.pipeline.storage.atomic_write import FileWriter
 from gptbatch.pipeline.types import Completion, StopReason, Timing, TokenizedPrompt
 from tests.conftest import run_gptbatch, tokenized
 from tests.launcher import Launcher
@@ -179,3 +181,33 @@ def test_ctrl_c_ends_the_watch(tmp_path: Path, launcher: Launcher) -> None:
     assert watch.stderr == ""
     run.send_signal(signal.SIGINT)
     assert run.wait() == 75
+
+
+# -- the speed -------------------------------------------------------------------------------------
+
+
+def test_the_recorded_speed_is_that_of_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading the model before the rows, and finishing the output after them, do not count."""
+    clock = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    file = ProgressFile(
+        tmp_path, FileWriter(tmp_path), rows_total=2, rows_kept=0, error_rows_kept=0
+    )
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    bar = progress.Bar()
+    with file.recording_state():
+        clock += 7
+        for observer in (file, bar):
+            observer.begin(2, 0)
+        clock += 4
+        for observer in (file, bar):
+            observer.update(rows=2, errors=0, completion_tokens=80, remaining_s=0.0)
+        bar.end()
+        clock += 50
+    recorded = read_progress(tmp_path)
+    assert recorded is not None
+    assert (recorded.state, recorded.tokens_per_s) == ("complete", 20.0)
+    assert "20 tokens/s" in shown.getvalue()

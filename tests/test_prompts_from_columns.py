@@ -27,7 +27,7 @@ from gptbatch.pipeline.errors import ConfigError, InputRowsError, ModelError, Ou
 from gptbatch.pipeline.input.chat_template import check_chat_template
 from gptbatch.pipeline.input.config_hash import job_identity
 from gptbatch.pipeline.input.fields import OPENAI_TO_ROWS
-from gptbatch.pipeline.input.prompt_reader import open_input
+from gptbatch.pipeline.input.open_input import open_input
 from gptbatch.pipeline.input.tokenize import prompt_tokenizer
 from gptbatch.pipeline.input.tokenizer import EncodedText, PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
@@ -727,6 +727,19 @@ def test_the_dry_run_prints_settings_and_metadata(command: Command, tmp_path: Pa
     assert "fields that are settings: none\n" in said
     # without settings, no field is a misspelt one
     assert "did you mean" not in said
+
+
+def test_settings_of_the_run_without_effect_are_named(command: Command, tmp_path: Path) -> None:
+    """The lines of errors.jsonl hold the settings of their rows."""
+    write_lines(tmp_path / "rows.jsonl", {"prompt": "king " * 100}, {"prompt": "queen " * 100})
+    run = ("generate", "--temperature", "0.5")
+    assert command(*run, "--input", "rows.jsonl", "--output", "out")[0] == 0
+    again = (*run, "--input", "out/.gptbatch/errors.jsonl", "--output", "again", "--dry-run")
+    said = "have no effect, since every row has its own: "
+    assert said not in command(*again)[2], "the values are equal"
+    assert f"{said}top_k; --row-settings" in command(*again, "--top-k", "5")[2]
+    code, _, stderr = command(*again, "--top-k", "5", "--row-settings", "seed")
+    assert (code, said in stderr) == (0, False)
 
 
 def test_the_lines_of_the_dry_run_are_short(command: Command, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_lines_are_counted_as_they_are_read(
         for position, row in enumerate(rows):
             begin = count.mark_before(position)
             read = next(islice(source.rows(begin), position - begin.position, None))
-            assert (read.line, read.offset) == (row.line, row.offset)
+            assert (read.label, read.offset) == (row.label, row.offset)
 
 
 def write_mixed(folder: Path) -> Path:

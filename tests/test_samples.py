@@ -93,8 +93,7 @@ def test_rows_with_an_n_of_their_own(
     path = write_rows(rows)
     table = generate(checkpoint, path, output, on_bad_row="record", n=2)
     counts = {row["id"]: row["n"] for row in rows}
-    counts["line:6"] = 2
-    del counts["r5"]
+    counts["r5"] = 2
     expected = [(name, index) for name, n in counts.items() for index in range(n)]
     assert sorted((row["prompt_id"], row["sample_index"]) for row in table) == sorted(expected)
     assert [row["prompt_index"] for row in table] == sorted(row["prompt_index"] for row in table)
@@ -483,12 +482,12 @@ def test_the_recorded_config_is_the_same_job(
 
 
 def test_a_bad_row_loses_nothing(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
-    """Its line of errors.jsonl is the row as it was, to be corrected."""
+    """It keeps its id, and its line of errors.jsonl is the row as it was, to be corrected."""
     row = {"id": "bad", "prompt": "KING:", "temperature": -1, "seed": 7, "topic": "x"}
     rows = write_rows([row, {"id": "a", "prompt": ["KING:"], "topic": "y"}])
     first, second = generate(checkpoint, rows, tmp_path / "out", on_bad_row="record")
-    assert (first["prompt_id"], first["prompt"]) == ("line:1", "KING:")
-    assert (second["prompt_id"], second["prompt"]) == ("line:2", "")
+    assert (first["prompt_id"], first["prompt"]) == ("bad", "KING:")
+    assert (second["prompt_id"], second["prompt"]) == ("a", "")
     errors = (tmp_path / "out/.gptbatch/errors.jsonl").read_text()
     lines = [json.loads(line) for line in errors.splitlines()]
     assert lines[0].items() >= row.items()

@@ -242,7 +242,7 @@ def test_the_file_does_not_depend_on_threads_windows_and_batches(
     score_input(config(checkpoint, rows_file, first))
     score_input(config(checkpoint, rows_file, second, engine=EngineConfig(threads=2)))
     assert first.read_bytes() == second.read_bytes()
-    monkeypatch.setattr(score_module, "WINDOW_PAIRS", 2)
+    monkeypatch.setattr("gptbatch.pipeline.score.items.WINDOW_PAIRS", 2)
     score_input(config(checkpoint, rows_file, third))
     assert read(third) == read(first)
 

@@ -1205,6 +1205,22 @@ def test_status_shows_shared_cores_of_a_running_job(
         ) in gptbatch("status", "out")[1]
 
 
+def test_status_says_what_is_left_and_names_parts_only_where_no_run_writes_them(
+    checkpoint: Path, gptbatch: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n' * 3)
+    options = ["--model", checkpoint, "--input", "prompts.jsonl", "--output", "out"]
+    assert gptbatch("generate", *options, "--max-new-tokens", "2", "--part-rows", "1")[0] == 0
+    (tmp_path / "out" / "part-000001.parquet").unlink()
+    shown = gptbatch("status", "out")[1]
+    assert "rows     2 of 3, 1 left\n" in shown
+    assert "parts    2 of 3, 1 left (part 1)\n" in shown
+    with open_lock(tmp_path / "out" / ".gptbatch"):
+        shown = gptbatch("status", "out")[1]
+        assert "parts    2 of 3, 1 left\n" in shown
+        assert "missing" not in shown
+
+
 # -- options ---------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.audit.verify import verify_rows
 from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.errors import ModelError, OutputConflictError
-from gptbatch.pipeline.input.prompt_reader import open_input
+from gptbatch.pipeline.input.open_input import open_input
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer

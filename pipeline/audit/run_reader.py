@@ -19,11 +19,17 @@ from gptbatch.pipeline.output.environment import environment_differences
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
 from gptbatch.pipeline.output.manifest import facts_of
 from gptbatch.pipeline.output.old_formats import has_column, translate_config
-from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
+from gptbatch.pipeline.output.part_file import (
+    GENERATE_AGAIN,
+    is_damage,
+    open_parquet,
+    read_error,
+)
 from gptbatch.pipeline.output.part_listing import PartListing, list_parts, read_run_state
 from gptbatch.pipeline.output.schema import SCHEMA
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.storage.regular_file import named_in_errors, open_whole
+from gptbatch.pipeline.system.error_text import first_line
 from gptbatch.pipeline.system.yaml_reader import MAX_RECORDED_BYTES, YamlError, parse_yaml_mapping
 
 BATCH_ROWS = 2048
@@ -192,7 +198,8 @@ class RunReader:
             except Exception as error:
                 if is_damage(error) or isinstance(error, FileNotFoundError):
                     raise StorageError(
-                        f"{path}: cannot be read ({error}); the part is damaged or gone"
+                        f"{path}: cannot be read ({first_line(error)}); the part is damaged or "
+                        f"gone: {GENERATE_AGAIN}"
                     ) from error
                 raise read_error(path, error) from error
 
@@ -269,7 +276,10 @@ def _foreign_files(listing: PartListing, recorded: Mapping[str, str]) -> list[st
     foreign = []
     for file in listing.unusable:
         if file.footer is not None or file.path.name in recorded:
-            raise StorageError(f"{file.path}: cannot be read ({file.problem}); the part is damaged")
+            raise StorageError(
+                f"{file.path}: cannot be read ({file.problem}); the part is damaged: "
+                f"{GENERATE_AGAIN}"
+            )
         foreign.append(file.path.name)
     return foreign
 

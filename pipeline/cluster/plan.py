@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from gptbatch.pipeline.cluster.plan_shard import PlanShard, check_divisible
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
+from gptbatch.pipeline.input.open_input import open_input
+from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
 from gptbatch.pipeline.output.error_limit import ErrorLimit
 from gptbatch.pipeline.output.file_hashes import wait_for_clock_tick
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder

@@ -7,8 +7,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from gptbatch.pipeline.config.engine_settings import EngineConfig
 from gptbatch.pipeline.config.problems import settings_error
-from gptbatch.pipeline.config.settings import EngineConfig, JobConfig, config_fields
+from gptbatch.pipeline.config.settings import JobConfig, config_fields
 from gptbatch.pipeline.config.values import OutputPath
 from gptbatch.pipeline.errors import ConfigError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -99,7 +99,17 @@ def with_value(problem: ErrorDetails) -> str:
     return f"{message[0].lower()}{message[1:]}, not {shown}{quoted}"
 
 
+def nearest_key(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like a name; None where none is.
+
+    A name in a section, such as engine.dtype, is also found by its last part.
+    """
+    words = {key.rpartition(".")[2]: key for key in known} | {key: key for key in known}
+    matches = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
+    return words[matches[0]] if matches else None
+
+
 def nearest_name(name: str, known: Sequence[str]) -> str:
     """Return advice for an unknown name: the nearest known one, else all."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else f"; known are {', '.join(known)}"
+    key = nearest_key(name, known)
+    return f"; did you mean {key}?" if key else f"; known are {', '.join(known)}"

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import types
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from gptbatch.pipeline.config.problems import settings_error
+from gptbatch.pipeline.config.engine_settings import EngineConfig, Section, unportable_setting
 from gptbatch.pipeline.config.values import (
     BatchInvarianceSetting,
     CountOrShare,
@@ -53,69 +45,7 @@ def _sampling_field(name: str) -> Any:
     return Field(default, **limits, description=setting.help)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    def __init__(self, **settings: Any) -> None:
-        """Create it from settings by name.
-
-        Raises:
-            ConfigError: A setting is wrong. `model_validate` raises pydantic's ValidationError.
-        """
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise settings_error(error, type(self).__name__, _keys(type(self))) from error
-
-    # As in pydantic's own models: validation does not call __init__, only Python code does.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-
-class EngineConfig(_Section):
-    """Settings that depend on the machine: device, types, memory."""
-
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Device to compute on. auto: cuda where PyTorch finds a GPU, else cpu."
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Type of weights and activations. float16 needs cuda."
-    )
-    cache_dtype: Literal["auto", "int8"] = Field(
-        "auto",
-        description=(
-            "Type of the cached keys and values. auto: the same as dtype. int8: faster with "
-            "ragged attention and less precise."
-        ),
-    )
-    batch_size: int | None = Field(
-        None,
-        ge=1,
-        le=65536,
-        description=(
-            "Maximum number of rows that run at the same time. Default: 1,024 on a GPU with Triton "
-            "kernels, else 32 per CPU thread, between 64 and 512, as far as memory allows."
-        ),
-    )
-    threads: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="CPU threads. Default: the number that PyTorch finds, at most the CPU quota.",
-    )
-    attention: Literal["auto", "ragged", "padded"] = Field(
-        "auto",
-        description=(
-            "Attention backend. ragged: the paged KV cache with C++ kernels on a CPU, built on "
-            "first use, and Triton kernels on a GPU. padded: PyTorch. auto: ragged where the "
-            "kernels work, else padded."
-        ),
-    )
-    memory_gib: float | None = Field(
-        None, gt=0, le=2**20, description="GiB for the KV cache. Default: half of the free memory."
-    )
-
-
-class JobConfig(_Section):
+class JobConfig(Section):
     """All settings of one job.
 
     Paths are relative to the working directory. `bundled:demo/...` names a file of the package.
@@ -324,6 +254,10 @@ class JobConfig(_Section):
         default_factory=lambda: EngineConfig(), description="How the job runs on this machine."
     )
 
+    @classmethod
+    def _known_keys(cls) -> list[str]:
+        return list(config_fields())
+
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if (self.input is None) == (self.dataset is None):
@@ -393,44 +327,10 @@ class JobConfig(_Section):
         return text
 
 
-def unportable_setting(engine: EngineConfig) -> str | None:
-    """Return what portable arithmetic needs instead of a setting; None if it may be had."""
-    for name, value, needed in (
-        ("dtype", engine.dtype, ("float32",)),
-        ("device", engine.device, ("cpu", "auto")),
-        ("attention", engine.attention, ("ragged", "auto")),
-    ):
-        if value not in needed:
-            return f"engine.{name}: {needed[0]}, not {value}"
-    return None
-
-
-def _keys(section: type[BaseModel]) -> list[str]:
-    """Return the config keys of a section by their full names."""
-    return list(config_fields() if issubclass(section, JobConfig) else section.model_fields)
-
-
 def config_fields() -> dict[str, FieldInfo]:
     """Return every config key by its full name: `seed`, `engine.dtype`."""
     fields = {name: info for name, info in JobConfig.model_fields.items() if name != "engine"}
     return fields | {f"engine.{name}": info for name, info in EngineConfig.model_fields.items()}
-
-
-def value_type(annotation: Any) -> Any:
-    """Return the type of a setting without None and without its validators: str, list[str]."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        (annotation,) = [arm for arm in get_args(annotation) if arm is not types.NoneType]
-    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
-
-
-def is_list(field: FieldInfo) -> bool:
-    """Return whether a setting takes several values."""
-    return get_origin(value_type(field.annotation)) is list
-
-
-def is_object(field: FieldInfo) -> bool:
-    """Return whether a setting takes an object, which an option or a variable gives as JSON."""
-    return get_origin(value_type(field.annotation)) is dict
 
 
 def _redacted(value: Any) -> Any:

@@ -9,30 +9,27 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from gptbatch.pipeline.config.engine_settings import EngineConfig
+from gptbatch.pipeline.config.field_types import has_comma_items, is_list, is_object
 from gptbatch.pipeline.config.problems import (
     MAX_VALUE_CHARACTERS,
     describe_problem,
     join_problems,
     key_of,
-    nearest_name,
+    nearest_key,
     setting_of_key,
     with_value,
 )
-from gptbatch.pipeline.config.settings import (
-    EngineConfig,
-    JobConfig,
-    config_fields,
-    is_list,
-    is_object,
-)
+from gptbatch.pipeline.config.settings import JobConfig, config_fields
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.params.other_names import advice_for
 from gptbatch.pipeline.system.bundled import PREFIX, locate
@@ -74,7 +71,7 @@ def load_config(
 
     Raises:
         ConfigError: A setting is wrong. The message names its source and key. `keys` holds the
-            wrong keys that come from options, and the required keys that are missing.
+            keys that options give wrongly, and the required keys that nothing gives.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     if file is not None:
@@ -94,10 +91,21 @@ def load_config(
         return JobConfig.model_validate(_nest(merged))
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        locations = [setting_of_key(key_of(problem)) for problem in problems]
-        keys = tuple(key for key in locations if source.get(key, "options") == "options")
+        keys = tuple(key for problem in problems for key in _wrong_options(problem, source))
         lines = [_explain(problem, source) for problem in problems]
         raise ConfigError(join_problems(lines), keys=keys) from error
+
+
+def _wrong_options(problem: ErrorDetails, source: Mapping[str, str]) -> list[str]:
+    """Return the keys of a problem, if options give one of them or nothing gives any.
+
+    A problem of several keys together names them in its message.
+    """
+    key = setting_of_key(key_of(problem))
+    words = re.findall(r"[a-z_]+(?:\.[a-z_]+)?", problem["msg"])
+    keys = [key] if key else [word for word in words if word in config_fields()]
+    sources = {source[key] for key in keys if key in source}
+    return keys if "options" in sources or not sources else []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,9 +236,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if name not in names:
             if any(pattern.fullmatch(f"{name}={text}") for pattern in _SERVICE_VARIABLES):
                 continue
-            advice = advice_for(name.removeprefix(ENVIRONMENT_PREFIX))
-            hint = f"; {advice}" if advice else nearest_name(name, list(names))
-            raise ConfigError(f"environment variable {name}: no such setting{hint}")
+            raise ConfigError(f"environment variable {name}: no such setting{_hint(name, fields)}")
         key = names[name]
         if key in _PATH_KEYS and text != text.strip() and not os.path.lexists(text):
             raise ConfigError(
@@ -243,7 +249,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         adapter: TypeAdapter[Any] = TypeAdapter(fields[key].annotation or str)
         try:
             values[key] = (
-                adapter.validate_python(_items(text, key))
+                adapter.validate_python(_items(text, key, fields[key]))
                 if is_list(fields[key])
                 else adapter.validate_strings(text)
             )
@@ -254,10 +260,20 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
-def _items(text: str, key: str) -> Any:
-    """Return the values of a list: several are given as JSON."""
+def _hint(name: str, keys: Collection[str]) -> str:
+    """Return advice for a variable that is no setting: the nearest one, by the name of its key."""
+    word = name.removeprefix(ENVIRONMENT_PREFIX)
+    if advice := advice_for(word):
+        return f"; {advice}"
+    if key := nearest_key(word.lower(), keys):
+        return f"; did you mean {environment_name(key)}?"
+    return f"; known are {', '.join(map(environment_name, keys))}"
+
+
+def _items(text: str, key: str, field: FieldInfo) -> Any:
+    """Return the values of a list: several are given as JSON, or numbers and names with commas."""
     if not text.lstrip().startswith("["):
-        return [text]
+        return text.split(",") if has_comma_items(field) else [text]
     try:
         return json.loads(text)
     except ValueError:

@@ -16,6 +16,7 @@ from gptbatch.pipeline.export.field_type import MAX_KEYS, FieldType
 from gptbatch.pipeline.input.fields import find_field, name_fields
 from gptbatch.pipeline.input.strict_json import shorten
 from gptbatch.pipeline.input.values import MISSING
+from gptbatch.pipeline.output.part_file import GENERATE_AGAIN
 from gptbatch.pipeline.output.schema import SCHEMA
 
 
@@ -169,7 +170,8 @@ def _parse(text: str | None, prompt_id: str) -> dict[str, Any]:
         fields = None
     if not isinstance(fields, dict):
         raise StorageError(
-            f"row {shorten(prompt_id)}: its metadata is no JSON object; the part is damaged"
+            f"row {shorten(prompt_id)}: its metadata is no JSON object; its part is damaged: "
+            f"{GENERATE_AGAIN}"
         )
     return fields
 

@@ -1,4 +1,4 @@
-"""Writes exported rows: as JSON lines, as results of OpenAI's batch API, or as Parquet."""
+"""Writes exported rows: as JSON lines, results of OpenAI's batch API, Parquet or CSV."""
 
 from __future__ import annotations
 
@@ -51,6 +51,34 @@ def write_parquet(
             write_group()
 
 
+def write_csv(
+    file: BinaryIO, schema: pa.Schema, batches: Iterable[pa.RecordBatch], suffix: str
+) -> None:
+    """Write CSV (RFC 4180) with a header; compressed where the file's suffix is .gz or .zst.
+
+    Null is an empty cell, and an empty text is "". Lists and structs are JSON text.
+    """
+    import pyarrow.csv
+
+    def flat(field: pa.Field) -> pa.Field:
+        return field.with_type(pa.string()) if pa.types.is_nested(field.type) else field
+
+    def cells(column: pa.Array) -> pa.Array:
+        if not pa.types.is_nested(column.type):
+            return column
+        texts = [None if value is None else to_json(value) for value in column.to_pylist()]
+        return pa.array(texts, pa.string())
+
+    flat_schema = pa.schema([flat(field) for field in schema])
+    with (
+        _compressed(file, suffix) as opened,
+        pyarrow.csv.CSVWriter(pa.PythonFile(opened, "w"), flat_schema) as writer,
+    ):
+        for batch in batches:
+            columns = [cells(column) for column in batch.columns]
+            writer.write(pa.RecordBatch.from_arrays(columns, schema=flat_schema))
+
+
 def write_lines(file: BinaryIO, objects: Iterable[Mapping[str, Any]], suffix: str) -> None:
     """Write one JSON object per line; compressed where the file's suffix is .gz or .zst."""
     with _compressed(file, suffix) as lines:
@@ -58,7 +86,7 @@ def write_lines(file: BinaryIO, objects: Iterable[Mapping[str, Any]], suffix: st
             lines.write(to_json(value).encode("utf-8") + b"\n")
 
 
-def to_json(value: Mapping[str, Any]) -> str:
+def to_json(value: Mapping[str, Any] | list[Any]) -> str:
     """Return JSON: times as ISO 8601, and null for infinity, which JSON does not have."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_text_of_time)

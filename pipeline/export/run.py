@@ -13,6 +13,7 @@ from gptbatch.pipeline.export.formats import (
     OPENAI_COLUMNS,
     openai_lines,
     rows_of,
+    write_csv,
     write_lines,
     write_parquet,
 )
@@ -20,12 +21,13 @@ from gptbatch.pipeline.output.run_facts import public_facts
 from gptbatch.pipeline.output.single_file import SingleFile
 from gptbatch.pipeline.output.stray_tables import describe_stray_tables
 
-Format = Literal["jsonl", "openai", "parquet"]
+Format = Literal["jsonl", "openai", "parquet", "csv"]
 _SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".parquet": "parquet",
+    ".csv": "csv",
 }
 _COMPRESSED = (".gz", ".zst")
 
@@ -102,6 +104,8 @@ def export_run(
     def content(file: BinaryIO) -> None:
         if file_format == "parquet":
             write_parquet(file, schema, table.batches(), _facts(run))
+        elif file_format == "csv":
+            write_csv(file, schema, table.batches(), suffix)
         elif file_format == "openai":
             rows = rows_of(table.batches())
             write_lines(file, openai_lines(rows, **_names(run)), suffix)
@@ -134,12 +138,13 @@ def _format_of(output: str, given: Format | None) -> Format:
     if given is None and by_suffix is None:
         raise ConfigError(
             f"{output}: its format does not follow from the suffix {suffix!r}; "
-            f"name a file such as rows.jsonl or rows.parquet, or give --format "
+            f"name a file such as rows.jsonl, rows.parquet or rows.csv, or give --format "
             f"({', '.join(get_args(Format))})"
         )
     found = given or by_suffix
     assert found is not None
-    if (found == "parquet") != (by_suffix == "parquet") and by_suffix is not None:
+    is_lines = {"jsonl", "openai"}
+    if by_suffix not in (None, found) and not {by_suffix, found} <= is_lines:
         raise ConfigError(f"{output}: the format {found} does not fit the suffix {suffix}")
     if found == "parquet" and is_compressed:
         raise ConfigError(

@@ -114,7 +114,6 @@ class ArrowFile:
             for offset in range(max(0, first - position), batch.num_rows):
                 yield RawRow(
                     where=f"{self.name} row {position + offset}",
-                    line=position + offset,
                     position=position + offset,
                     parse=partial(read, offset),
                 )

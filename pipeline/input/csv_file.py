@@ -67,7 +67,6 @@ class CsvFile:
         for position, (number, cells) in enumerate(records):
             yield RawRow(
                 where=f"{self.name}:{number}",
-                line=number,
                 position=position,
                 parse=partial(_fields, names, unnamed, cells),
             )
@@ -155,7 +154,7 @@ def _records(
         try:
             if line is None:
                 raise ValueError(f"the row is longer than {MAX_LINE_BYTES} bytes")
-            if record.add(_decode(line)):
+            if record.add(decode_line(line)):
                 if line.endswith(b"\n"):
                     line_end = line_end or _line_end(line)
                     _check_line_end(line, line_end)
@@ -238,12 +237,3 @@ def _check_line_end(line: bytes, expected: bytes) -> None:
             "the line ends in another way than the header (CRLF, LF); make all lines end alike, "
             "as dos2unix does"
         )
-
-
-def _decode(line: bytes) -> str:
-    try:
-        return decode_line(line)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; if Excel wrote it, convert it with iconv -f WINDOWS-1252 -t UTF-8"
-        ) from None

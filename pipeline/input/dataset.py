@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from gptbatch.pipeline.errors import InputNotFoundError
 from gptbatch.pipeline.input.dataset_files import ARROW_SUFFIXES, TEXT_SUFFIXES, suffix_of, walk
@@ -41,8 +40,6 @@ class DatasetSplit:
         revision: Branch, tag or commit of a hub dataset. None takes the default branch.
         delimiter: Of CSV files. None takes a comma, and a tab for `.tsv`.
     """
-
-    unit: Literal["line", "row"] = "row"
 
     def __init__(
         self,
@@ -89,7 +86,6 @@ class DatasetSplit:
         for row in islice(self._backend.rows(name, start), left):
             yield RawRow(
                 where=row.where,
-                line=row.position,
                 position=row.position,
                 parse=row.parse,
                 file=row.file,
@@ -103,7 +99,7 @@ class DatasetSplit:
         for name, first, stop in terms:
             for row in islice(self._backend.rows(name), first, stop):
                 position = count if several else row.position
-                yield RawRow(where=row.where, line=position, position=position, parse=row.parse)
+                yield RawRow(where=row.where, position=position, parse=row.parse)
                 count += 1
 
     def _bounds(self, part: SplitPart) -> tuple[int, int | None]:

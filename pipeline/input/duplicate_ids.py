@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Set
 from typing import IO, TYPE_CHECKING
 
 from gptbatch.pipeline.errors import StorageError
-from gptbatch.pipeline.input.rows import BadRow
+from gptbatch.pipeline.input.rows import BadRow, id_of_label
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.types import Prompt
 
@@ -159,50 +159,56 @@ class IdHashes:
 
 def find_duplicates(
     read_rows: ReadRows, repeated_hashes: set[int], *, record_bad: bool
-) -> dict[int, int]:
-    """Return the index of each prompt whose id is taken -> the line of the row that has it.
+) -> tuple[dict[int, str], int]:
+    """Return the index of each row whose id is taken -> the row that has it, as `line 3`.
 
-    An id is taken by an earlier prompt or, with `record_bad`, by an error row. The error row of a
-    bad row or of a duplicate has the id `line:N`, which may be the id of a prompt. Each such
-    duplicate is a new error row, so the rows are read again until there are no new ones.
+    The first prompt with an id has it, else the first bad row. Each other row with this id is an
+    error row, and its new id is made of its number: `line:3`. That may be the id of another row,
+    which is a duplicate then. So the rows are read again until there are no new duplicates.
 
     Args:
         read_rows: Reads rows of the input again, in order.
         repeated_hashes: Hashes of ids that more than one row has.
-        record_bad: Whether bad rows become error rows.
+        record_bad: Whether bad rows become error rows. Otherwise only prompts have ids.
+
+    Returns:
+        The duplicates, and the number of prompts among them.
     """
     if not repeated_hashes:
-        return {}
-    duplicates: dict[int, int] = {}
-    # index and line of the first prompt of each id
-    first: dict[str, tuple[int, int]] = {}
-    error_rows: dict[str, int] = {}
-    # lines of rows that have just become error rows
-    new: list[int] = []
+        return {}, 0
+    duplicates: dict[int, str] = {}
+    # index and label of all rows with an id of their own, prompts before bad rows
+    owners: dict[str, list[tuple[bool, int, str]]] = {}
+    # ids made of the number of a row -> its label
+    numbered: dict[str, str] = {}
     for raw, row in read_rows(repeated_hashes):
         if id_hash(row.prompt_id) not in repeated_hashes:
             continue
-        if isinstance(row, BadRow):
-            error_rows[row.prompt_id] = row.line
-        elif row.prompt_id in first:
-            duplicates[row.index] = first[row.prompt_id][1]
-            new.append(raw.line)
-        else:
-            first[row.prompt_id] = row.index, raw.line
+        is_bad = isinstance(row, BadRow)
+        if isinstance(row, BadRow) and row.own_id is None:
+            numbered[row.prompt_id] = row.label
+        elif record_bad or not is_bad:
+            owners.setdefault(row.prompt_id, []).append((is_bad, row.index, raw.label))
     if not record_bad:
-        return duplicates
-    for prompt_id in first.keys() & error_rows.keys():
-        index, line = first[prompt_id]
-        duplicates[index] = error_rows[prompt_id]
-        new.append(line)
-    while new:
-        error_rows, new = {f"line:{line}": line for line in new}, []
-        for raw, row in read_rows({id_hash(prompt_id) for prompt_id in error_rows}):
-            is_prompt = isinstance(row, Prompt) and row.index not in duplicates
-            if is_prompt and row.prompt_id in error_rows:
-                duplicates[row.index] = error_rows[row.prompt_id]
-                new.append(raw.line)
-    return duplicates
+        numbered = {}
+    new: list[str] = []
+    n_prompts = 0
+    for prompt_id, rows in owners.items():
+        rows.sort()
+        taken_by = numbered.get(prompt_id)
+        for is_bad, index, label in rows if taken_by else rows[1:]:
+            duplicates[index] = taken_by or rows[0][2]
+            n_prompts += not is_bad
+            new.append(label)
+    while new and record_bad:
+        numbered, new = {id_of_label(label): label for label in new}, []
+        for raw, row in read_rows({id_hash(prompt_id) for prompt_id in numbered}):
+            is_numbered = isinstance(row, BadRow) and row.own_id is None
+            if row.prompt_id in numbered and row.index not in duplicates and not is_numbered:
+                duplicates[row.index] = numbered[row.prompt_id]
+                n_prompts += isinstance(row, Prompt)
+                new.append(raw.label)
+    return duplicates, n_prompts
 
 
 def id_hash(prompt_id: str) -> int:

@@ -178,7 +178,6 @@ class LibrarySplits:
             for fields in rows:
                 yield RawRow(
                     where=f"{self._where} row {position}",
-                    line=position,
                     position=position,
                     parse=partial(dict, fields),
                 )

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from gptbatch.pipeline.errors import InputNotFoundError
 from gptbatch.pipeline.input.arrow_file import ArrowFile
@@ -44,26 +43,23 @@ class InputFiles:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._files = [_open(path) for path in find_files(names)]
-        is_one_jsonl = len(self._files) == 1 and isinstance(self._files[0], JsonlFile)
-        self.unit: Literal["line", "row"] = "line" if is_one_jsonl else "row"
         first = self._files[0].name
         self.name = first if len(self._files) == 1 else f"{first} and {len(self._files) - 1} more"
 
     def rows(self, start: Place = START) -> Iterator[RawRow]:
         """Yield the rows of all files, from a place on."""
-        if self.unit == "line":
+        if len(self._files) == 1:
             yield from self._files[0].rows(start)
             return
         position = start.position
         begin = start._replace(position=start.row)
         for index, file in islice(enumerate(self._files), start.file, None):
             for row in file.rows(begin):
-                # Error rows are named by their line, which must differ among all files.
                 yield RawRow(
                     where=row.where,
-                    line=position + 1,
                     position=position,
                     parse=row.parse,
+                    unit=row.unit,
                     file=index,
                     offset=row.offset,
                 )

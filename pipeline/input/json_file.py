@@ -69,7 +69,6 @@ class JsonFile:
             value, end = self._parse_at(text, at)
             yield RawRow(
                 where=f"{self.name} row {position}",
-                line=position,
                 position=position,
                 parse=partial(_copy_object, value),
             )

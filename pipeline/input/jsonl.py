@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal
+from typing import IO, Any, BinaryIO
 
 from gptbatch.pipeline.errors import InputNotFoundError, InputRowsError
 from gptbatch.pipeline.input.file_kind import MAX_SNIFFED_LINES, describe_text
@@ -37,8 +37,6 @@ class JsonlFile:
     Raises:
         InputNotFoundError: There is no such file.
     """
-
-    unit: Literal["line", "row"] = "line"
 
     def __init__(self, path: str | Location, name: str | None = None) -> None:
         self.path: Location = Path(path) if isinstance(path, str) else path
@@ -82,9 +80,9 @@ class JsonlFile:
                     self._check_format(line)
             yield RawRow(
                 where=f"{self.name}:{number}",
-                line=number,
                 position=number - 1,
                 parse=partial(_parse_line, line),
+                unit="line",
                 offset=offset,
             )
 

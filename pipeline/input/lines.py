@@ -116,7 +116,7 @@ class LineReader:
         except DAMAGE_ERRORS as error:
             where = f"{self.name}:{self._line + 1}" if self._line else self.name
             raise InputRowsError(
-                f"{where}: the compressed file is damaged or cut off ({error})"
+                f"{where}: the compressed file is damaged or cut off ({error}); copy it again"
             ) from error
         except PermissionError as error:
             raise InputNotFoundError(f"{self.name}: may not be read ({error.strerror})") from error
@@ -133,4 +133,7 @@ def decode_line(line: bytes | None) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start + 1} of the line") from None
+        raise ValueError(
+            f"not UTF-8 at byte {error.start + 1} of the line; if Windows or Excel wrote the file, "
+            "convert it with iconv -f WINDOWS-1252 -t UTF-8"
+        ) from None

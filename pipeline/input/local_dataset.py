@@ -78,7 +78,6 @@ class FileSplits:
             for row in read_rows(path, shown, self._delimiter, begin):
                 yield RawRow(
                     where=row.where,
-                    line=row.line,
                     position=row.position if len(names) == 1 else position,
                     parse=row.parse,
                     file=index,

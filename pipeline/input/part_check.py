@@ -102,7 +102,7 @@ def check_parts(
             f"{reader.source.name}: has {'more' if has_more else 'fewer'} than the {count.rows} "
             "rows that were counted; the input has changed, run all shards again"
         )
-    warnings.log(reader.source.name, count.rows)
+    warnings.log(reader.source.name, count.rows, limit=reader.limit)
     if bad.count and not reader.record_bad:
         raise InputRowsError(
             f"{bad.count} bad of {end - first} rows ({first} to {end - 1} of {count.rows}); "
@@ -155,7 +155,9 @@ def join_parts(
         numbers = _parts_with(read_parts, some, rows, part_rows)
         return reader.rows_of_parts(numbers, places, part_rows)
 
-    duplicates = find_duplicates(read_rows, hashes.repeated(), record_bad=reader.record_bad)
+    duplicates, new_bad = find_duplicates(
+        read_rows, hashes.repeated(), record_bad=reader.record_bad
+    )
     if duplicates and not reader.record_bad:
         numbers = sorted({index // part_rows for index in duplicates})
         again = reader.rows_of_parts(numbers, places, part_rows)
@@ -169,7 +171,7 @@ def join_parts(
         part_digests=digests,
         places=places,
         prefix_digests={rows: digest},
-        bad_rows=bad_rows + len(duplicates),
+        bad_rows=bad_rows + new_bad,
         max_n=max_n,
         duplicates=duplicates,
     )

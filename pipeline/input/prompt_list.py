@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import ConfigError, InputRowsError
@@ -26,7 +26,6 @@ class PromptList:
     """
 
     name = NAME
-    unit: Literal["line", "row"] = "row"
 
     def __init__(self, prompts: Iterable[Any], config: JobConfig) -> None:
         self._prompts = list(prompts)
@@ -71,7 +70,6 @@ class PromptTable:
     """
 
     name = NAME
-    unit: Literal["line", "row"] = "row"
 
     def __init__(self, table: Any) -> None:
         self._table = table
@@ -139,7 +137,7 @@ def _arrow_table(prompts: Any) -> Any:
 
 
 def _raw_row(position: int, parse: partial[dict[str, Any]]) -> RawRow:
-    return RawRow(where=f"{NAME}[{position}]", line=position, position=position, parse=parse)
+    return RawRow(where=f"{NAME}[{position}]", position=position, parse=parse)
 
 
 def _plain(value: Any) -> Any:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
-from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.config.prompt_template import parse_template
 from gptbatch.pipeline.errors import ConfigError, InputRowsError
 from gptbatch.pipeline.input.bad_rows import BadRows
-from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.duplicate_ids import IdHashes, find_duplicates
 from gptbatch.pipeline.input.input_digest import InputDigests, PartDigest, input_digest
-from gptbatch.pipeline.input.input_files import InputFiles
 from gptbatch.pipeline.input.row_warnings import FieldCounts, RowWarnings
 from gptbatch.pipeline.input.rows import BadRow, RowDefaults, RowParser
 from gptbatch.pipeline.input.source import START, Place, RawRow, RowSource
 from gptbatch.pipeline.input.strict_json import shorten
-from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.types import Prompt
-
-logger = logging.getLogger("gptbatch")
 
 _CHANGED = "the input has changed since it was checked"
 _ID_HINT = "\nid_field reads ids from another field; an empty id_field uses the row index instead"
@@ -42,7 +34,7 @@ class InputSummary:
             the counts that were requested.
         bad_rows: Number of rows that become error rows, duplicates included.
         max_n: The most samples of one row; 1 without rows.
-        duplicates: Index of each row whose id is taken -> the line of the row that has the id.
+        duplicates: Index of each row whose id is taken -> the row that has the id, as `line 3`.
     """
 
     rows: int
@@ -53,7 +45,7 @@ class InputSummary:
     prefix_digests: dict[int, str]
     bad_rows: int
     max_n: int
-    duplicates: dict[int, int]
+    duplicates: dict[int, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +106,10 @@ class PromptReader:
                 id_hashes.add(row.prompt_id, raw.position)
             digests.add(digest_input, raw)
         digest = digests.finish()
-        duplicates = find_duplicates(
+        duplicates, new_bad = find_duplicates(
             lambda _: self.rows(), id_hashes.repeated(), record_bad=self.record_bad
         )
-        warnings.log(self.source.name, digests.rows)
+        warnings.log(self.source.name, digests.rows, limit=self.limit, given=self.defaults.given)
         if (bad.count or duplicates) and not self.record_bad:
             raise self.rejection(bad, duplicates, digests.rows, self.rows())
         self.check_required(missing)
@@ -128,7 +120,7 @@ class PromptReader:
             part_digests=digests.parts,
             places=digests.places,
             prefix_digests=digests.prefixes,
-            bad_rows=bad.count + len(duplicates),
+            bad_rows=bad.count + new_bad,
             max_n=max_n,
             duplicates=duplicates,
         )
@@ -250,7 +242,7 @@ class PromptReader:
     def rejection(
         self,
         bad: BadRows,
-        duplicates: dict[int, int],
+        duplicates: dict[int, str],
         rows: int,
         again: Iterator[tuple[RawRow, Prompt | BadRow]],
     ) -> InputRowsError:
@@ -271,89 +263,19 @@ class PromptReader:
             f"{_ID_HINT if duplicates else ''}"
         )
 
-    def _duplicate(self, raw: RawRow, row: Prompt | BadRow, line: int) -> BadRow:
-        """Return the error row of a row whose id is taken by the row of a line."""
-        used = f"was already used on {self.source.unit} {line}"
-        reason = f"id {shorten(row.prompt_id)} {used}; ids must be unique"
+    def _duplicate(self, raw: RawRow, row: Prompt | BadRow, taken_by: str) -> BadRow:
+        """Return the error row of a row whose id is that of another row."""
+        if isinstance(row, BadRow):
+            return replace(row, own_id=None)
+        used = f"was already used on {taken_by}"
         return BadRow(
             index=row.index,
             where=raw.where,
-            line=raw.line,
-            reason=reason,
+            label=raw.label,
+            reason=f"id {shorten(row.prompt_id)} {used}; ids must be unique",
             text=row.text,
             metadata=row.metadata,
         )
-
-
-def open_input(config: JobConfig, source: RowSource | None = None) -> PromptReader:
-    """Open the input that a config names: files of rows, or a split of a dataset.
-
-    Args:
-        config: The settings of the job.
-        source: Rows to read instead of those that the config names.
-
-    Raises:
-        InputNotFoundError: There is no such file.
-    """
-    defaults = row_defaults(config)
-    _warn_about_texts(config, defaults)
-    return PromptReader(
-        source=source or _open_source(config),
-        limit=config.limit,
-        record_bad=config.on_bad_row == "record",
-        finds_duplicates=config.ids == "checked",
-        defaults=defaults,
-    )
-
-
-def _warn_about_texts(config: JobConfig, defaults: RowDefaults) -> None:
-    """Log what a template, a stop string or a bad word may hold by mistake."""
-    texts = {
-        "prompt_template": [config.prompt_template or ""],
-        "stop": config.stop,
-        "bad_words": config.bad_words,
-    }
-    for name in (name for name, some in texts.items() if any("\\n" in text for text in some)):
-        logger.warning(
-            "%s holds a backslash and an n, which stay two characters; a line feed is $'\\n' in "
-            "bash, and \\n between double quotes in YAML",
-            name,
-        )
-    if config.prompt_template is None:
-        return
-    settings = [name for name in defaults.prompt_paths if name in SAMPLING_SETTINGS]
-    if settings and config.row_settings is None:
-        logger.warning(
-            "prompt_template names %s: fields of these names are also settings of their rows; "
-            "--row-settings says which fields are settings",
-            ", ".join(settings),
-        )
-
-
-def row_defaults(config: JobConfig) -> RowDefaults:
-    """Return the field names and the settings of rows without their own."""
-    template, names = config.prompt_template, config.row_settings
-    return RowDefaults(
-        prompt_field=config.prompt_field,
-        template=None if template is None else tuple(parse_template(template)),
-        messages_field=config.messages_field,
-        id_field=config.id_field,
-        row_settings=tuple(SAMPLING_SETTINGS if names is None else names),
-        sampling=config.sampling,
-    )
-
-
-def _open_source(config: JobConfig) -> RowSource:
-    if config.dataset is not None:
-        return DatasetSplit(
-            dataset=config.dataset,
-            config=config.dataset_config,
-            split=config.split,
-            revision=config.dataset_revision,
-            delimiter=config.csv_delimiter,
-        )
-    assert config.input is not None
-    return InputFiles(config.input)
 
 
 def _unchanged(rows: Iterator[RawRow]) -> Iterator[RawRow]:

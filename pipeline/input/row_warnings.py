@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gptbatch.pipeline.input.strict_json import shorten
@@ -51,6 +51,7 @@ class RowWarnings:
         self._settings: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
         self._own: Counter[str] = Counter()
+        self._differing: Counter[str] = Counter()
         self._resembled: dict[str, str | None] = {}
 
     def count_settings(self, fields: Mapping[str, Any], prefix: str = "") -> None:
@@ -71,26 +72,43 @@ class RowWarnings:
             elif isinstance(value, dict) and name.lower() in _CONTAINERS:
                 self.count_settings(value, f"{prefix}{name}.")
 
-    def count_own(self, names: Iterable[str]) -> None:
-        """Count the settings that a row has."""
-        self._own.update(iter(names))
+    def count_own(self, own: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        """Count the settings that a row has, and those that differ from the settings of the run."""
+        self._own.update(own.keys())
+        self._differing.update(name for name, value in own.items() if value != run[name])
 
     def count_left_out(self, path: str) -> None:
         """Count a value without a JSON form by its path."""
         self._left_out[path] += 1
 
-    def log(self, source: str, rows: int) -> None:
+    def log(
+        self, source: str, rows: int, *, limit: int | None = None, given: Collection[str] = ()
+    ) -> None:
         """Log a warning per kind.
 
         Args:
             source: The input in messages.
             rows: Number of rows.
+            limit: The setting of this name.
+            given: Sampling settings of the run that are not left at their defaults.
         """
-        if not rows:
+        if limit == 0:
+            logger.warning("%s: no row is read, since limit is 0", source)
+        elif not rows:
             logger.warning("%s: has no rows", source)
         if self._own:
             counts = (f"{name} ({count} of {rows} rows)" for name, count in self._own.most_common())
             logger.info("rows have settings of their own: %s", ", ".join(counts))
+        without_effect = [
+            name for name in given if self._differing[name] and self._own[name] == rows
+        ]
+        if without_effect:
+            logger.warning(
+                "%s: these settings of the run have no effect, since every row has its own: %s; "
+                "--row-settings names the fields that are settings (none: no field)",
+                source,
+                ", ".join(without_effect),
+            )
         if self._settings:
             named = [
                 self._described(name, count)

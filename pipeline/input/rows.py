@@ -37,24 +37,26 @@ class BadRow:
     Attributes:
         index: Index in the input, from 0.
         where: The row in messages, `prompts.jsonl:3`.
-        line: Line number from 1, or row number from 0.
+        label: The row in the whole input: `line 3`, or `row 2`.
         reason: The error. It never quotes the prompt.
         text: The prompt, "" where it could not be read.
         metadata: The other fields as JSON text, id and settings among them; None where they could
             not be read.
+        own_id: The id of the row; None where it could not be read, or is that of another row.
     """
 
     index: int
     where: str
-    line: int
+    label: str
     reason: str
     text: str = ""
     metadata: str | None = None
+    own_id: str | None = None
 
     @property
     def prompt_id(self) -> str:
-        """The id of its error row. The row's own id is not used: it may be the invalid value."""
-        return f"line:{self.line}"
+        """The id of its error row: its own, else `line:3` or `row:2`."""
+        return id_of_label(self.label) if self.own_id is None else self.own_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,7 @@ class RowDefaults:
         id_field: A key or a dotted path. "" takes the index of the row as its id.
         row_settings: Names of the settings that a row may have. Fields with the names of other
             settings are metadata.
+        given: Names of the settings of the run that are not left at their defaults.
     """
 
     prompt_field: str
@@ -77,6 +80,7 @@ class RowDefaults:
     messages_field: str | None = None
     id_field: str = "id"
     row_settings: tuple[str, ...] = tuple(SAMPLING_SETTINGS)
+    given: tuple[str, ...] = ()
 
     @property
     def prompt_paths(self) -> list[str]:
@@ -87,14 +91,20 @@ class RowDefaults:
 
     def params(self, prompt_id: str, own: Mapping[str, Any]) -> SamplingParams:
         """Return the parameters of a row: its own settings, and the run's for the others."""
-        settings = {**self._run_settings, **own}
+        settings = {**self.run_settings, **own}
         if "seed" not in own:
             settings["seed"] = derive_seed(self.sampling.seed, prompt_id)
         return SamplingParams(**settings)
 
     @cached_property
-    def _run_settings(self) -> dict[str, Any]:
+    def run_settings(self) -> dict[str, Any]:
+        """The settings of rows without their own, by name."""
         return self.sampling.as_dict()
+
+
+def id_of_label(label: str) -> str:
+    """Return the id of an error row without its own: `line:3` for `line 3`."""
+    return label.replace(" ", ":")
 
 
 def derive_seed(run_seed: int, prompt_id: str) -> int:
@@ -130,7 +140,7 @@ class RowParser:
         self.defaults, self.warnings, self.field_counts = defaults, warnings, field_counts
         # of the row that is being parsed, for its error row
         self._text = ""
-        self._fields: dict[str, Any] = {}
+        self._fields: dict[str, Any] | None = None
         self._nested_paths = [path for path in defaults.prompt_paths if "." in path]
         self._no_settings = [
             name for name in SAMPLING_SETTINGS if name not in defaults.row_settings
@@ -141,7 +151,7 @@ class RowParser:
 
         The digest covers the content of the row. It does not cover the defaults of the run.
         """
-        self._text, self._fields = "", {}
+        self._text, self._fields = "", None
         try:
             return self._parse(index, raw)
         except RecursionError:
@@ -151,10 +161,11 @@ class RowParser:
         row = BadRow(
             index=index,
             where=raw.where,
-            line=raw.line,
+            label=raw.label,
             reason=reason,
             text=self._text,
             metadata=_json_if_possible(self._fields),
+            own_id=self._own_id(raw),
         )
         return row, _digest_input([row.prompt_id, reason, row.text, row.metadata])
 
@@ -177,7 +188,7 @@ class RowParser:
             self.field_counts.add_settings(fields)
         own = take_settings(fields)
         if own:
-            self.warnings.count_own(own)
+            self.warnings.count_own(own, defaults.run_settings)
         if defaults.row_settings:
             self.warnings.count_settings(fields)
             for prefix, container in containers.items():
@@ -206,6 +217,15 @@ class RowParser:
             return take_messages(fields, defaults.messages_field, self.warnings.count_left_out)
         return take_prompt(fields, defaults.prompt_field)
 
+    def _own_id(self, raw: RawRow) -> str | None:
+        """Return the id of a bad row, None where it cannot be read."""
+        if self._fields is None:
+            return None
+        try:
+            return parse_id(self._take_id(dict(self._fields)), raw.position)
+        except ValueError:
+            return None
+
     def _take_id(self, fields: dict[str, Any]) -> Any:
         id_field = self.defaults.id_field
         if not id_field:
@@ -219,7 +239,7 @@ class RowParser:
         return None if value is MISSING else value
 
 
-def _json_if_possible(fields: dict[str, Any]) -> str | None:
+def _json_if_possible(fields: dict[str, Any] | None) -> str | None:
     """Return the JSON of fields; None for none, and where there is no JSON of them."""
     try:
         return to_json(to_json_values(fields, lambda path: None)) if fields else None

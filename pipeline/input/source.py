@@ -15,19 +15,24 @@ class RawRow:
 
     Attributes:
         where: The row in messages, `prompts.jsonl:3`.
-        line: Line number from 1, or row number from 0.
         position: Position in the input or split, from 0. It is the id of a row without one.
         parse: Returns the fields. Raises ValueError with the reason where the row is malformed.
+        unit: Whether people count lines, from 1, or rows, from 0.
         file: Index of its file in an input of several files.
         offset: Byte at which the row begins, in a file that can be read from there; else -1.
     """
 
     where: str
-    line: int
     position: int
     parse: Callable[[], dict[str, Any]]
+    unit: Literal["line", "row"] = "row"
     file: int = 0
     offset: int = -1
+
+    @property
+    def label(self) -> str:
+        """The row in the whole input: `line 3`, or `row 2`. Its place in a file is in `where`."""
+        return f"line {self.position + 1}" if self.unit == "line" else f"row {self.position}"
 
 
 class Place(NamedTuple):
@@ -54,11 +59,9 @@ class RowSource(Protocol):
 
     Attributes:
         name: The source in messages.
-        unit: What `RawRow.line` counts.
     """
 
     name: str
-    unit: Literal["line", "row"]
 
     def rows(self, start: Place = START) -> Iterator[RawRow]:
         """Yield the rows in order, from a place that an earlier pass has found."""

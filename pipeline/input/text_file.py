@@ -29,7 +29,6 @@ class TextFile:
         for number, line, _ in LineReader(self.path, self.name).lines_to_last():
             yield RawRow(
                 where=f"{self.name}:{number}",
-                line=number,
                 position=number - 1,
                 parse=partial(_parse_line, line),
             )

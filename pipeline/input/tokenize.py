@@ -47,6 +47,10 @@ _ADDED_AFTER = (
     "prompts that the tokenizer's template adds tokens after, such as an EOS token: %d; "
     "add_special_tokens: false leaves them out"
 )
+_CAPPED = (
+    "rows whose max_new_tokens is more than the context leaves after the prompt: %d; they end "
+    "sooner, where the context is full (window_full: slide goes on)"
+)
 
 
 class TokenizedInput:
@@ -62,6 +66,9 @@ class TokenizedInput:
         ModelError: The tokenizer's template adds a token that the model does not have, or the
             checkpoint joins messages of chats in another way.
         ConfigError: The model or its tokenizer cannot follow a setting of the run.
+
+    Attributes:
+        rows_capped: Rows so far whose max_new_tokens is more than the context leaves.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class TokenizedInput:
         self._check_template()
         self._check_settings()
         self._warned_rows: Counter[str] = Counter()
+        self.rows_capped = 0
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -123,11 +131,17 @@ class TokenizedInput:
                 continue
             error = self._error(row, encoded)
             self._count_warnings(encoded, error)
-            for sample in samples_of(row, all_samples=all_samples):
-                if error is None:
-                    yield self._fit(sample, encoded.token_ids, read_s)
-                else:
+            samples = samples_of(row, all_samples=all_samples)
+            if error is not None:
+                for sample in samples:
                     reject(_error_row(sample, len(encoded.token_ids), error))
+                continue
+            prompt = self._fit(row, encoded.token_ids, read_s)
+            if self.new_token_limit(prompt) < row.params.max_new_tokens:
+                self.rows_capped += 1
+                self._warned_rows[_CAPPED] += 1
+            for sample in samples:
+                yield replace(prompt, prompt=sample)
 
     def new_token_limit(self, prompt: TokenizedPrompt) -> int:
         """Return the most new tokens of a prompt: max_new_tokens, or what the context holds."""

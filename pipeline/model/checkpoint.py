@@ -235,7 +235,7 @@ def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
     Pickles are downloaded only if they are allowed and there are no safetensors.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = [
         CONFIG_FILE,
@@ -254,6 +254,8 @@ def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
             folder = Path(
                 snapshot_download(name, revision=revision, allow_patterns=[*patterns, *pickles])
             )
+    except HFValidationError as error:
+        raise ModelError(f"{name}: no such folder") from error
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{name}: no such folder, and the hub does not give a model of that name "

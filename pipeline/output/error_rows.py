@@ -19,10 +19,16 @@ from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.input.strict_json import parse_object, to_json
 from gptbatch.pipeline.output.folder import ERRORS, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
-from gptbatch.pipeline.output.part_file import is_damage, open_parquet, read_error
+from gptbatch.pipeline.output.part_file import (
+    GENERATE_AGAIN,
+    is_damage,
+    open_parquet,
+    read_error,
+)
 from gptbatch.pipeline.params.sampling_params import from_row, to_json_value
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.storage.atomic_write import Writer
+from gptbatch.pipeline.system.error_text import first_line
 
 _COLUMNS = [
     "prompt_id",
@@ -107,7 +113,9 @@ def _error_rows(folder: OutputFolder, part: Part) -> Iterator[dict[str, Any]]:
             table = parquet.read(columns=_COLUMNS, use_threads=False)
     except Exception as error:
         if is_damage(error):
-            raise StorageError(f"{path}: damaged ({error}); run the same command again") from error
+            raise StorageError(
+                f"{path}: damaged ({first_line(error)}): {GENERATE_AGAIN}"
+            ) from error
         raise read_error(path, error) from error
     failed = table.filter(pc.is_valid(table["error"]))
     first_samples = pc.subtract(
@@ -126,7 +134,9 @@ def _to_line(row: dict[str, Any], defaults: RowDefaults) -> str:
     try:
         params = from_row(row)
     except ValueError as error:
-        raise StorageError(f"row {row['prompt_id']!r} is damaged: {error}") from error
+        raise StorageError(
+            f"row {row['prompt_id']!r} is damaged ({error}), and so is its part: {GENERATE_AGAIN}"
+        ) from error
     columns: dict[str, Any] = {}
     if defaults.id_field:
         columns[defaults.id_field] = row["prompt_id"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import IncompleteError, InputNotFoundError
-from gptbatch.pipeline.input.prompt_reader import row_defaults
+from gptbatch.pipeline.input.open_input import row_defaults
 from gptbatch.pipeline.output.finish import finish
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
 from gptbatch.pipeline.output.lock import open_lock

@@ -41,7 +41,7 @@ def write_index(file: BinaryIO, summary: InputSummary) -> None:
         "digest": summary.digest,
         "bad_rows": summary.bad_rows,
         "max_n": summary.max_n,
-        "duplicates": {str(index): line for index, line in summary.duplicates.items()},
+        "duplicates": {str(index): row for index, row in summary.duplicates.items()},
     }
     # An input without rows has one part, which begins nowhere.
     places = summary.places or [Place(position=0, file=0, row=0, offset=-1)]
@@ -95,5 +95,5 @@ def read_index(path: Location) -> InputSummary | None:
         prefix_digests={content.rows: content.digest},
         bad_rows=content.bad_rows,
         max_n=content.max_n,
-        duplicates={int(index): line for index, line in content.duplicates.items()},
+        duplicates={int(index): row for index, row in content.duplicates.items()},
     )

@@ -193,7 +193,7 @@ class IndexContent(_StrictModel):
     digest: Digest
     bad_rows: Count
     max_n: Annotated[int, Field(ge=1)]
-    duplicates: dict[Annotated[str, Field(pattern=r"^\d{1,19}$")], Count]
+    duplicates: dict[Annotated[str, Field(pattern=r"^\d{1,19}$")], Text]
 
 
 class PieceContent(_StrictModel):

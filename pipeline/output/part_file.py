@@ -29,9 +29,12 @@ from gptbatch.pipeline.storage.regular_file import (
     parse_json,
     sha256_of,
 )
+from gptbatch.pipeline.system.error_text import first_line
 
 FOOTER_KEY = b"gptbatch"
 PART_NAME = re.compile(PART_NAME_PATTERN)
+# what to do about a damaged part, in messages
+GENERATE_AGAIN = "delete it, and run the command of the run again, which generates its rows"
 
 
 def part_name(number: int) -> str:
@@ -162,7 +165,7 @@ def inspect_part(
     except Exception as error:
         if not is_damage(error):
             raise read_error(path, error) from error
-        problem = str(error) or type(error).__name__
+        problem = first_line(error)
         return PartFile(path=path, state="damaged", problem=problem, footer=footer, part=part)
     return PartFile(path=path, state="sound", footer=footer, part=part)
 

@@ -96,10 +96,6 @@ class PartRunner:
             InputRowsError: There are more error rows than max_row_errors.
             ConfigError: The source deals out a part that the job does not have.
         """
-        if self.summary.rows == 0:
-            if self.source.next() is not None:
-                self.source.committed(self.sink.add_empty())
-            return
         self._rows.begin(self.sink.rows_total, self._rows_kept)
         try:
             # A source may have parts again, once all that it dealt are written.

@@ -55,7 +55,7 @@ class ProgressFile:
             rows_kept,
             error_rows_kept,
         )
-        self._began_s = time.monotonic()
+        self._began_s = self._updated_s = time.monotonic()
         self._is_local = isinstance(run, Path)
         self._interval_s = WRITE_INTERVAL_S if self._is_local else OBJECT_WRITE_INTERVAL_S
         self._has_ended = threading.Event()
@@ -101,7 +101,7 @@ class ProgressFile:
 
     def begin(self, total_rows: int, done_rows: int) -> None:
         """Start the clock of tokens/s: the first row is about to run."""
-        self._began_s = time.monotonic()
+        self._began_s = self._updated_s = time.monotonic()
         self.write("running")
 
     def update(
@@ -109,8 +109,8 @@ class ProgressFile:
     ) -> None:
         """Take the counts of this run, and write the file at most every few seconds."""
         self._rows, self._errors, self._tokens = rows, errors, completion_tokens
-        self._remaining_s = remaining_s
-        if time.monotonic() - self._written_s >= self._interval_s:
+        self._remaining_s, self._updated_s = remaining_s, time.monotonic()
+        if self._updated_s - self._written_s >= self._interval_s:
             self.write("running")
 
     def end(self) -> None:
@@ -119,13 +119,15 @@ class ProgressFile:
     def write(self, state: State) -> None:
         """Write the file now. A full disk does not end the run for the sake of this file."""
         self._written_s, self._state = time.monotonic(), state
-        elapsed_s = self._written_s - self._began_s
+        # Without the time of finishing the output, after the last row.
+        elapsed_s = self._updated_s - self._began_s
+        has_speed = self._tokens > 0 and elapsed_s > 0
         content = {
             "state": state,
             "rows_total": self._rows_total,
             "rows_done": self._rows_kept + self._rows,
             "error_rows": self._errors_kept + self._errors,
-            "tokens_per_s": round(self._tokens / elapsed_s, 1) if self._tokens else None,
+            "tokens_per_s": round(self._tokens / elapsed_s, 1) if has_speed else None,
             "remaining_s": None
             if self._remaining_s is None or state != "running"
             else round(self._remaining_s, 1),

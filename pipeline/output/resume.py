@@ -203,14 +203,14 @@ def check_same_environment(
 
     Args:
         config: The settings of the job.
-        recorded: The facts of the recorded rows; {} where there are none.
-        environment: What the bits of this run depend on besides the job.
+        recorded: The facts of the recorded rows. Without rows they name no environment.
+        environment: What the bits of this run depend on besides the job; {} without rows.
         batch_invariance: The result of its self-test.
 
     Raises:
         OutputConflictError: The environments differ, and allow_other_environment is off.
     """
-    if not recorded or config.allow_other_environment:
+    if not (recorded.get("environment") and environment) or config.allow_other_environment:
         return
     current = {"environment": environment, "batch_invariance": batch_invariance}
     differing = [
@@ -218,9 +218,16 @@ def check_same_environment(
         for key, (before, now) in environment_differences(recorded, current).items()
     ]
     if differing:
+        levels = (recorded.get("batch_invariance"), batch_invariance)
+        why = (
+            "; they are not portable, as those of an earlier version or of a machine without the "
+            "C++ kernels, and new rows would be"
+            if levels == ("verified", "portable")
+            else ""
+        )
         raise OutputConflictError(
             f"{config.output}: holds rows of another environment ({'; '.join(differing)}), whose "
-            "bits these may not match; go on where it was begun, name another output, or use "
+            f"bits these may not match{why}; go on where it was begun, name another output, or use "
             "--allow-other-environment"
         )
 

@@ -29,7 +29,10 @@ _PACKAGES = ("gptbatch", "torch", "tokenizers", "datasets", "pyarrow", "numpy")
 
 
 def collect_run_facts(
-    config: JobConfig, identity: dict[str, Any], checkpoint: Checkpoint, loaded: LoadedModel
+    config: JobConfig,
+    identity: dict[str, Any],
+    checkpoint: Checkpoint,
+    loaded: LoadedModel | None,
 ) -> dict[str, Any]:
     """Return the facts of a run as JSON values.
 
@@ -37,7 +40,7 @@ def collect_run_facts(
         config: The settings of the job.
         identity: The identity of the job, its input included.
         checkpoint: The checkpoint of the model.
-        loaded: The model on this machine.
+        loaded: The model on this machine; None for an input without rows, which needs none.
     """
     source = f"{config.dataset}[{config.split}]"
     if config.inputs:
@@ -54,10 +57,10 @@ def collect_run_facts(
         "input": redact(source),
         "input_digest": identity["input_digest"],
         "dtype": config.engine.dtype,
-        "device": loaded.model.device.type,
+        "device": None if loaded is None else loaded.model.device.type,
         "host": socket.gethostname(),
-        "batch_invariance": loaded.batch_invariance,
-        "environment": loaded.environment,
+        "batch_invariance": None if loaded is None else loaded.batch_invariance,
+        "environment": {} if loaded is None else loaded.environment,
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in _PACKAGES},

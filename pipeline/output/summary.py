@@ -19,6 +19,7 @@ class RunSummary:
         errors: Rows of the input with an error, in at least one sample.
         rows_kept: Rows that the output, or the run's shard, already held.
         complete: Whether the output holds all rows now. False after a shard, while others run.
+        rows_capped: Rows of this run whose max_new_tokens is more than the context leaves.
         batch_size_halvings: How often memory was too small for the batch.
         samples: Rows of the table that this run has written: n per row of the input.
         prompt_tokens: Tokens of the prompts of all samples.
@@ -39,6 +40,7 @@ class RunSummary:
     errors: int
     rows_kept: int
     complete: bool
+    rows_capped: int
     batch_size_halvings: int
     samples: int
     prompt_tokens: int
@@ -71,6 +73,7 @@ def summarize_complete_output(
         errors=0,
         rows_kept=manifest.get("rows", 0),
         complete=manifest.get("complete", True),
+        rows_capped=0,
         batch_size_halvings=0,
         prompt_tokens=0,
         completion_tokens=0,

@@ -10,12 +10,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.csv_file import CellText
 from gptbatch.pipeline.input.fields import find_field, name_fields
-from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, open_input
+from gptbatch.pipeline.input.open_input import open_input
+from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
 from gptbatch.pipeline.input.rows import BadRow
 from gptbatch.pipeline.input.source import START, Place, RawRow, RowSource
 from gptbatch.pipeline.input.strict_json import (
@@ -107,7 +108,6 @@ class _ContinuationSource:
     def __init__(self, source: RowSource, fields: ScoreFields) -> None:
         self._source, self._fields = source, fields
         self.name: str = source.name
-        self.unit: Literal["line", "row"] = source.unit
 
     def rows(self, start: Place = START) -> Iterator[RawRow]:
         for raw in self._source.rows(start):

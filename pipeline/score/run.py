@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,22 @@ from gptbatch.pipeline.errors import ConfigError, OutputConflictError
 from gptbatch.pipeline.input.config_hash import special_token_identity, start_token
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
-from gptbatch.pipeline.model.config import GPTConfig, parse_config
+from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.row_runner import Progress
 from gptbatch.pipeline.output.time_left import seconds_left_by_rows
-from gptbatch.pipeline.score.pairs import EncodedPair, PairEncoder, fit
-from gptbatch.pipeline.score.rows import ScoreFields, ScoreReader, ScoreRow
-from gptbatch.pipeline.score.scoring import PairScore, TokenPair, score_windows
-from gptbatch.pipeline.score.table import SCHEMA, ScoreTable, TableCounts
-
-# Continuations that are sorted and written together.
-WINDOW_PAIRS = 2048
+from gptbatch.pipeline.score.items import (
+    ScoreItem,
+    input_windows,
+    recorded_windows,
+    score_table,
+    token_pairs,
+)
+from gptbatch.pipeline.score.pairs import PairEncoder
+from gptbatch.pipeline.score.rows import ScoreFields, ScoreReader
+from gptbatch.pipeline.score.scoring import score_windows
+from gptbatch.pipeline.score.table import ScoreTable, TableCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,17 +80,6 @@ class ScoreSummary:
     load_s: float
     score_s: float
     wall_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Item:
-    """A row of the table before it is scored."""
-
-    prompt_id: str
-    prompt_index: int
-    choice_index: int
-    continuation: str | None
-    pair: EncodedPair
 
 
 def score_input(
@@ -159,7 +151,7 @@ def score_input(
         )
         run = _ScoreRun(loaded, config.engine.dtype, checked.rows, progress)
         load_s = time.monotonic() - load_began_s
-        windows = _windows(reader.rows(checked), encoder, gpt_config)
+        windows = input_windows(reader.rows(checked), encoder, gpt_config)
         counts = table.write(writer, run.facts(identity), run.tables(windows))
         return run.summary(table.path, counts, load_s, began_s)
 
@@ -200,7 +192,7 @@ def score_run(
         loaded = loaded_run.loaded
         scoring = _ScoreRun(loaded, loaded_run.config.engine.dtype, run.n_rows, progress)
         load_s = time.monotonic() - load_began_s
-        windows = _recorded_windows(loaded_run)
+        windows = recorded_windows(loaded_run)
         counts = table.write(writer, scoring.facts(identity), scoring.tables(windows))
         return scoring.summary(table.path, counts, load_s, began_s)
 
@@ -223,17 +215,17 @@ class _ScoreRun:
             "batch_invariance": self._loaded.batch_invariance,
         }
 
-    def tables(self, windows: Iterable[list[_Item]]) -> Iterator[pa.Table]:
+    def tables(self, windows: Iterable[list[ScoreItem]]) -> Iterator[pa.Table]:
         """Yield the scored rows, a table per window."""
         self._began_s = time.monotonic()
         if self._progress is not None:
             self._progress.begin(self._rows, 0)
         counts, last_index, n_rows = TableCounts(), -1, 0
         scored = score_windows(
-            self._loaded.model, ((items, _token_pairs(items)) for items in windows)
+            self._loaded.model, ((items, token_pairs(items)) for items in windows)
         )
         for items, scores in scored:
-            table = _table(items, scores)
+            table = score_table(items, scores)
             yield table
             counts = counts.plus(table)
             # a row may continue in the next window
@@ -298,99 +290,3 @@ def _refuse_input_as_output(config: JobConfig, reader: ScoreReader, path: Path) 
         raise OutputConflictError(
             f"{path}: is a file of the input of this run; name another output"
         )
-
-
-def _windows(
-    rows: Iterator[ScoreRow], encoder: PairEncoder, gpt_config: GPTConfig
-) -> Iterator[list[_Item]]:
-    """Yield the encoded continuations of an input, WINDOW_PAIRS at a time."""
-    pairs = (
-        (row, choice, continuation)
-        for row in rows
-        for choice, continuation in enumerate(row.continuations)
-    )
-    while window := list(islice(pairs, WINDOW_PAIRS)):
-        encoded = encoder.encode_pairs(
-            [(row.prompt.text, continuation) for row, _, continuation in window]
-        )
-        yield [
-            _Item(
-                prompt_id=row.prompt.prompt_id,
-                prompt_index=row.prompt.index,
-                choice_index=choice,
-                continuation=continuation,
-                pair=fit(
-                    pair, n_positions=gpt_config.n_positions, vocab_size=gpt_config.vocab_size
-                ),
-            )
-            for (row, choice, continuation), pair in zip(window, encoded, strict=True)
-        ]
-
-
-def _recorded_windows(loaded_run: LoadedRun) -> Iterator[list[_Item]]:
-    """Yield the recorded completions of a run, WINDOW_PAIRS at a time."""
-    rows = loaded_run.run.rows()
-    while window := list(islice(rows, WINDOW_PAIRS)):
-        prompts = loaded_run.prompt_token_ids(window)
-        yield [
-            _Item(
-                prompt_id=row["prompt_id"],
-                prompt_index=row["prompt_index"],
-                choice_index=row["sample_index"] or 0,
-                continuation=row["completion"],
-                pair=_recorded_pair(row, prompt, problem, loaded_run.gpt_config.vocab_size),
-            )
-            for row, (prompt, problem) in zip(window, prompts, strict=True)
-        ]
-
-
-def _recorded_pair(
-    row: dict[str, Any], prompt: list[int], problem: str, vocab_size: int
-) -> EncodedPair:
-    tokens: list[int] = row["completion_token_ids"]
-    if row["finish_reason"] == "error":
-        problem = f"an error row of the run: {row['error']}"
-    elif not tokens:
-        problem = problem or "the completion has no tokens"
-    elif not 0 <= min(tokens) <= max(tokens) < vocab_size:
-        problem = (
-            f"the completion holds a token outside of the model's vocabulary ({vocab_size} tokens)"
-        )
-    return EncodedPair(context=prompt, continuation=tokens, problem=problem)
-
-
-def _token_pairs(items: Sequence[_Item]) -> list[TokenPair]:
-    return [
-        TokenPair(item.pair.context, item.pair.continuation)
-        for item in items
-        if not item.pair.problem
-    ]
-
-
-def _table(items: Sequence[_Item], scores: Sequence[PairScore]) -> pa.Table:
-    """Return the rows of items, of which those without a problem have a score."""
-    remaining = iter(scores)
-    rows = [_row(item, None if item.pair.problem else next(remaining)) for item in items]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
-
-
-def _row(item: _Item, score: PairScore | None) -> dict[str, Any]:
-    error = item.pair.problem or None
-    if score is not None and not score.is_finite:
-        score, error = None, "the logits hold NaN or infinity"
-    tokens = [] if score is None else item.pair.continuation
-    return {
-        "prompt_id": item.prompt_id,
-        "prompt_index": item.prompt_index,
-        "choice_index": item.choice_index,
-        "continuation": item.continuation,
-        "continuation_token_ids": tokens,
-        "token_logprobs": [] if score is None else score.token_logprobs,
-        "logprob": None if score is None else score.logprob,
-        "is_greedy": None if score is None else score.is_greedy,
-        "tokens": len(tokens),
-        "bytes": len((item.continuation or "").encode("utf-8")),
-        "context_tokens_dropped": item.pair.context_dropped,
-        "boundary_merged": item.pair.boundary_merged,
-        "error": error,
-    }

@@ -19,8 +19,8 @@ from gptbatch.jobs.progress import progress_for_python
 from gptbatch.pipeline.config.call import CALL_SETTINGS, LOADING_SETTINGS, CallConfig, call_config
 from gptbatch.pipeline.errors import ConfigError
 from gptbatch.pipeline.input.config_hash import job_identity
+from gptbatch.pipeline.input.open_input import open_input
 from gptbatch.pipeline.input.prompt_list import Prompts, prompt_source
-from gptbatch.pipeline.input.prompt_reader import open_input
 from gptbatch.pipeline.input.tokenize import TokenizedInput, log_generation_warnings
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
