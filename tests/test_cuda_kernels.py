@@ -155,7 +155,7 @@ def test_linear_keeps_nan(cuda: Any, activation: str) -> None:
     assert y[4].isfinite().all()
 
 
-@pytest.mark.parametrize("width", [1, 5, 33, 100])
+@pytest.mark.parametrize("width", [1, 5, 33, 100, 1041])
 def test_norm_has_the_bits_of_the_arithmetic(exact: Any, width: int) -> None:
     torch.manual_seed(width)
     x, weight, bias = torch.randn(4, width) * 3 + 1, torch.randn(width), torch.randn(width)
