@@ -68,10 +68,10 @@ def test_sections_for_which_no_time_is_left_are_skipped(
 
 
 @pytest.mark.slow
-def test_all_sections_run_on_a_fake_device(tmp_path: Path) -> None:
+def test_the_sections_of_most_worth_run_on_a_fake_device(tmp_path: Path) -> None:
     """Their bits and times mean nothing, but for a verify of the command's output."""
     pytest.importorskip("triton")
-    sections = [name for name in cuda_check.SECTIONS if name not in ("tests", "graph-nodes")]
+    sections = ["machine", "kernels", "engine", "command", "host"]
     program = Path(cuda_check.__file__)
     done = subprocess.run(
         [sys.executable, program, "--fake", "--out", tmp_path, "--sections", *sections],
