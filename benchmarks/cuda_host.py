@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,15 +28,16 @@ def nothing(*_: Any, **__: Any) -> None:
     """Take the place of a kernel."""
 
 
-def main() -> None:
+def measure(row_counts: Sequence[int]) -> dict[str, Any]:
+    """Return ms per step and per row, and new tokens/s, by the rows that run at once."""
     names = ("embed", "norm", "linear", "store", "attend", "sample", "advance")
     kernels = Kernels(**dict.fromkeys(names, nothing))
     config = GPTConfig(
         vocab_size=50257, n_positions=1024, n_embd=64, n_layer=12, n_head=1, n_inner=64
     )
     model = GPT(config, backend=TRITON).eval().requires_grad_(False)
-    found = {}
-    for rows in (64, 256, 1024):
+    found: dict[str, Any] = {}
+    for rows in row_counts:
         for ragged in (False, True):
             work = prompts(4 * rows, ragged=ragged)
             tokens = sum(each.prompt.params.max_new_tokens for each in work)
@@ -58,7 +60,11 @@ def main() -> None:
                 "ms_per_row": round(best / len(work) * 1e3, 3),
                 "tokens_per_s": round(tokens / best),
             }
-    print(json.dumps({"new_tokens": NEW_TOKENS, "torch": torch.__version__, **found}, indent=1))
+    return {"new_tokens": NEW_TOKENS, "torch": torch.__version__, **found}
+
+
+def main() -> None:
+    print(json.dumps(measure((64, 256, 1024)), indent=1))
 
 
 if __name__ == "__main__":

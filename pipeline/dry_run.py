@@ -16,6 +16,7 @@ from gptbatch.pipeline.input.tokenize import TokenizedInput, log_generation_warn
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.loading import resolve_device
 from gptbatch.pipeline.output.error_rows import describe_errors
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.placement import check_placement
@@ -85,6 +86,9 @@ def inspect_job(config: JobConfig) -> InputReport:
     check_placement(config)
     folder = OutputFolder(location_of(config.output))
     folder.check_creatable()
+    if config.engine.device == "cuda" or config.engine.dtype == "float16":
+        # Not for others, because it imports torch.
+        resolve_device(config.engine)
     checkpoint = find_checkpoint(
         config.model, revision=config.revision, allow_pickle=config.allow_pickle
     )

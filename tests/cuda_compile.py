@@ -6,10 +6,14 @@ compiles takes their launches. So the signatures, constants and options are thos
 
 from __future__ import annotations
 
+import contextvars
+import io
+import itertools
+import logging
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,15 +24,27 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from gptbatch.pipeline.kernels.cuda import launch as launch_module
 from gptbatch.pipeline.kernels.cuda.advance import advance
 from gptbatch.pipeline.kernels.cuda.attend import attend
 from gptbatch.pipeline.kernels.cuda.embed import embed
+from gptbatch.pipeline.kernels.cuda.kernels import TRITON as KERNELS
 from gptbatch.pipeline.kernels.cuda.linear import column_major, linear
 from gptbatch.pipeline.kernels.cuda.norm import norm
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
 from gptbatch.pipeline.kernels.cuda.state import HEADER
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, store
 from gptbatch.pipeline.kernels.cuda.tiles import TABLES, Tile
+from gptbatch.pipeline.kv_cache.device import DeviceKVCache
+from gptbatch.pipeline.kv_cache.quantization import CacheDtype
+from gptbatch.pipeline.kv_cache.spec import TRITON
+from gptbatch.pipeline.model.compiling import compile_kernels
+from gptbatch.pipeline.model.compiling import logger as compiling_logger
+from gptbatch.pipeline.model.config import parse_config
+from gptbatch.pipeline.model.device_step import CHUNK_SIZES, DeviceStep, StepShape
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.model.packing import pack
+from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "FFMA", "LDL", "STL")
 # Divisions and square roots of float64 must round as IEEE 754 says.
@@ -39,6 +55,7 @@ PTX = (
 )
 ROWS, BLOCKS = 512, 100
 C, H, D, V = 768, 12, 64, 50257
+TINY = {"model_type": "gpt2", "vocab_size": 300, "n_layer": 1, "n_head": 2, "n_embd": 64}
 
 
 class Driver:
@@ -46,6 +63,18 @@ class Driver:
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
+        self.utils = self
+
+    def launcher_cls(self, *_: Any) -> None:
+        """Make no launcher."""
+
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        """Return the shared memory of a block."""
+        return {"max_shared_mem": 2**20}
+
+    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
+        """Return module, function, registers, spills and the most threads."""
+        return 1, 1, 0, 0, 1024
 
     def get_current_target(self) -> GPUTarget:
         """Return the GPU to compile for."""
@@ -82,38 +111,46 @@ def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch(name: str, dtype: torch.dtype, *, int8: bool = False, tile: Tile | None = None) -> None:
-    """Launch a kernel at the shapes of GPT-2 124M."""
+def launch(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    int8: bool = False,
+    tile: Tile | None = None,
+    rows: int = ROWS,
+    depth: int = C,
+) -> None:
+    """Launch a kernel at the shapes of GPT-2 124M; linears of other rows and depths, too."""
     i32, i64 = torch.int32, torch.int64
-    state, tables = new(ROWS, HEADER + 16, dtype=i64), new(ROWS, HEADER + 16, dtype=i64)[:, HEADER:]
-    x, qkv = new(ROWS, C, dtype=dtype), new(ROWS, 3 * C, dtype=dtype)
-    rows = (new(ROWS, dtype=i32), new(ROWS, dtype=i32))
+    state, tables = new(rows, HEADER + 16, dtype=i64), new(rows, HEADER + 16, dtype=i64)[:, HEADER:]
+    x, qkv = new(rows, C, dtype=dtype), new(rows, 3 * C, dtype=dtype)
+    indices = (new(rows, dtype=i32), new(rows, dtype=i32))
     wide = new(C, dtype=dtype)
     cache = LayerCache(new(BLOCKS, 2, H, 64, D, dtype=torch.int8 if int8 else dtype))
     if int8:
         cache = LayerCache(cache.data, new(BLOCKS, 2, H, 64))
     if name == "embed":
         wte, wpe = new(V, C, dtype=dtype), new(1024, C, dtype=dtype)
-        embed(state, new(3, 512, dtype=i64), 64, wte, wpe, x, *rows)
+        embed(state, new(3, 512, dtype=i64), 64, wte, wpe, x, *indices)
     elif name == "norm":
         norm(x, wide, wide, x, 1e-5)
     elif name in ("linear", "head"):
-        w = new(V if name == "head" else C, C, dtype=dtype)
+        w = new(V if name == "head" else C, depth, dtype=dtype)
         w = column_major(w) if dtype == torch.float32 else w
         if name == "head":
-            linear(x, w, None, None, new(ROWS, 50304)[:, :V], "none", new(ROWS, 393), tile=tile)
+            linear(x, w, None, None, new(rows, 50304)[:, :V], "none", new(rows, 393), tile=tile)
         else:
-            linear(x, w, wide, x, x, "gelu_tanh", tile=tile)
+            linear(new(rows, depth, dtype=dtype), w, wide, x, x, "gelu_tanh", tile=tile)
     elif name == "store":
-        store(qkv, cache, tables, *rows)
+        store(qkv, cache, tables, *indices)
     elif name == "attend":
-        attend(qkv, cache, tables, *rows, x, 0.125)
+        attend(qkv, cache, tables, *indices, x, 0.125)
     elif name == "sample":
-        scratch = new(ROWS, MAX_TOP_K + MAX_KEPT, dtype=i32)
-        logits = new(ROWS, 50304)[:, :V]
-        sample(logits, new(ROWS, 393), state, scratch, rows[0], full_vocab=True)
+        scratch = new(rows, MAX_TOP_K + MAX_KEPT, dtype=i32)
+        logits = new(rows, 50304)[:, :V]
+        sample(logits, new(rows, 393), state, scratch, indices[0], full_vocab=True)
     else:
-        advance(rows[0], state, new(1, dtype=i64), new(ROWS, 2, dtype=i64))
+        advance(indices[0], state, new(1, dtype=i64), new(rows, 2, dtype=i64))
 
 
 def tiles(dtype: torch.dtype) -> list[tuple[str, Tile]]:
@@ -151,10 +188,51 @@ def describe(binary: Any) -> dict[str, Any]:
     }
 
 
-def compiled(
-    name: str, dtype: str, capability: int, *, int8: bool = False, tile: Tile | None = None
-) -> list[dict[str, Any]]:
-    """Return the description of each kernel that a launcher launches."""
+def compiled(name: str, dtype: str, capability: int, **options: Any) -> list[dict[str, Any]]:
+    """Return the description of each kernel that a launcher launches; options as `launch`."""
     with compiling(capability) as kernels:
-        launch(name, getattr(torch, dtype), int8=int8, tile=tile)
-    return [{"call": f"{name} {dtype} {tile}", **describe(kernel)} for kernel in kernels]
+        launch(name, getattr(torch, dtype), **options)
+    return [{"call": f"{name} {dtype} {options}", **describe(kernel)} for kernel in kernels]
+
+
+def hashes(name: str, dtype: str, capability: int, rows: Sequence[int]) -> list[list[str]]:
+    """Return the hashes of the kernels that a launcher launches for each number of rows."""
+    found = []
+    for count in rows:
+        with compiling(capability) as kernels:
+            launch(name, getattr(torch, dtype), rows=count)
+        found.append([kernel.hash for kernel in kernels])
+    return found
+
+
+def compiled_by_a_run(capability: int, dtype: str, cache_dtype: CacheDtype) -> dict[str, Any]:
+    """Compile the kernels of a small model as a run does; then count what it launches beside them.
+
+    The launches are those of the steps of the engine, with prompts, and of the self-test.
+    """
+    with torch.device("cpu"):
+        model = GPT(parse_config(TINY, "tiny"), backend=TRITON, cache_dtype=cache_dtype)
+    model = model.eval().requires_grad_(False).to(getattr(torch, dtype))
+    pack(model)
+    triton.runtime.driver.set_active(Driver(capability))
+    handler = logging.StreamHandler(said := io.StringIO())
+    compiling_logger.addHandler(handler)
+    compiling_logger.setLevel(logging.INFO)
+    missing: list[str] = []
+    cache = DeviceKVCache(model.cache_spec, 1024, capacity=1)
+    step = DeviceStep(model, cache, KERNELS, eos_token_ids=(1, 2))
+
+    def launch_all() -> None:
+        launch_module._only_compiles.set(True)
+        triton.knobs.compilation.listener = lambda **facts: missing.append(facts["src"].name)
+        for rows, chunk, full_vocab in itertools.product(
+            (0, 16, 32, 64, 128, 256, 512, 1024), CHUNK_SIZES, (False, True)
+        ):
+            if rows + chunk:
+                shape = StepShape(decode_rows=rows, chunk_rows=chunk, full_vocab=full_vocab)
+                step.run(shape)
+        select_batch_invariant_kernels(model)
+
+    compile_kernels(model)
+    contextvars.copy_context().run(launch_all)
+    return {"said": said.getvalue(), "missing": missing}

@@ -6,10 +6,13 @@ and that tokens do not depend on when they arrive. The kernels themselves have t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,3 +140,47 @@ class LateStream:
     def host_buffer(self, size: int) -> Tensor:
         """Return memory with garbage in it."""
         return torch.full((size,), -7, dtype=torch.int64)
+
+
+class GraphStream(LateStream):
+    """Works at once, and replays a key as a CUDA graph does: with the arguments of its capture.
+
+    Attributes:
+        kernels: Kernels whose launches can be captured.
+    """
+
+    def __init__(self, kernels: Kernels = TWINS) -> None:
+        super().__init__(0)
+        names = [field.name for field in dataclasses.fields(Kernels)]
+        launches = {name: partial(self._launch, getattr(kernels, name)) for name in names}
+        self.kernels = Kernels(**launches)
+        self._graphs: dict[Hashable, list[Work] | None] = {}
+        self._captured: list[Work] | None = None
+        self.n_replays = 0
+
+    def repeat(self, key: Hashable, work: Work) -> None:
+        """Run work; capture it the second time, and replay it from then on."""
+        if key not in self._graphs:
+            self._graphs[key] = None
+            work()
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            self._captured = graph = self._graphs[key] = []
+            work()
+            self._captured = None
+        for launch in graph:
+            launch()
+        self.n_replays += 1
+
+    def reset(self) -> None:
+        """Forget all keys."""
+        super().reset()
+        self._graphs.clear()
+
+    def _launch(self, kernel: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        launch = partial(kernel, *arguments, **options)
+        if self._captured is None:
+            launch()
+        else:
+            self._captured.append(launch)

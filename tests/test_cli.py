@@ -374,23 +374,31 @@ def test_missing_required_settings(checkpoint: Path, in_process: InProcess, tmp_
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["--device", "cuda"],
+            "engine.device is cuda, but torch finds no CUDA device here; use cpu or auto",
+        ),
+        (["--dtype", "float16"], "engine.dtype is float16, which is slow and inaccurate on a CPU"),
+    ],
+)
 def test_cuda_without_a_gpu(
-    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, in_process: InProcess
+    checkpoint: Path,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    in_process: InProcess,
+    settings: list[str],
+    message: str,
+    dry: list[str],
 ) -> None:
     path = write_rows([{"prompt": "The king"}])
-    code, _, stderr = in_process(
-        "generate",
-        "--model",
-        checkpoint,
-        "--input",
-        path,
-        "--output",
-        tmp_path / "out",
-        "--device",
-        "cuda",
-    )
+    options = ["--model", checkpoint, "--input", path, "--output", tmp_path / "out"]
+    code, _, stderr = in_process("generate", *options, *settings, *dry)
     assert code == 78
-    assert "engine.device is cuda, but torch finds no CUDA device here; use cpu or auto" in stderr
+    assert message in stderr
     assert not (tmp_path / "out").exists()
 
 

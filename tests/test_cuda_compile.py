@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 INEXACT = ("sqrt.approx", "div.full", "ex2.approx", ".ftz")
 
 
-def compiled(calls: list[str]) -> list[list[dict[str, Any]]]:
+def compiled(calls: list[str], **environment: str) -> list[Any]:
     """Evaluate calls of tests/cuda_compile.py in a process where triton does not interpret."""
     program = (
         f"import json\nfrom tests.cuda_compile import *\nprint(json.dumps([{', '.join(calls)}]))\n"
@@ -30,12 +32,12 @@ def compiled(calls: list[str]) -> list[list[dict[str, Any]]]:
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, "TRITON_INTERPRET": "0"},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "TRITON_INTERPRET": "0", **environment},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found: list[list[dict[str, Any]]] = json.loads(done.stdout.splitlines()[-1])
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -77,3 +79,30 @@ def test_the_other_kernels_do_not_spill_and_round_as_ieee_754_says() -> None:
         # The logarithm: its constants in float64, and no fused multiply-add.
         assert kernel["0d3FE5555555555593"] > 0, kernel
         assert kernel["fma.rn.f64"] == 0, kernel
+
+
+@pytest.mark.parametrize(("dtype", "cache"), [("float32", "auto"), ("bfloat16", "int8")])
+def test_all_kernels_of_a_run_are_compiled_first_and_once(
+    tmp_path: Path, dtype: str, cache: str
+) -> None:
+    """Side by side, before the self-test. Nothing is compiled in another process afterwards."""
+    call = [f"compiled_by_a_run(90, '{dtype}', '{cache}')"]
+    (first,) = compiled(call, TRITON_CACHE_DIR=str(tmp_path))
+    assert re.fullmatch(
+        rf"compiled \d\d Triton kernels in \d+\.\d s; they are kept in {tmp_path}\n", first["said"]
+    )
+    assert compiled(call, TRITON_CACHE_DIR=str(tmp_path)) == [{"said": "", "missing": []}]
+    assert first["missing"] == []
+
+
+def test_vllm_48391_and_51902_one_binary_serves_all_row_counts() -> None:
+    """Of every kernel but the linears, whose tile follows the rows and changes no bit."""
+    names = ("embed", "norm", "store", "attend", "sample", "advance")
+    calls = [f"hashes('{name}', 'float32', 90, (1, 9, 10, 256, 257, 1024))" for name in names]
+    for name, found in zip(names, compiled(calls), strict=True):
+        assert all(each == found[0] for each in found), name
+
+
+def test_vllm_55131_and_55466_float32_over_a_power_of_2_is_fma_alone() -> None:
+    calls = [f"compiled('linear', 'float32', 90, depth={depth})" for depth in (1024, 4096)]
+    check(compiled(calls), 90, None)

@@ -8,6 +8,7 @@ docs/arithmetic.md. A GPU's own order of sums shows only there: `make cuda-check
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from gptbatch.pipeline.params.sampling_params import SamplingParams
 from tests import arithmetic_reference
 from tests.conftest import has_kernels
 from tests.device_state import state_of
+from tests.paths import REPOSITORY
 from tests.triton_interpreter import IS_INTERPRETED, interpreted
 
 triton = pytest.importorskip("triton")
@@ -155,7 +157,7 @@ def test_linear_keeps_nan(cuda: Any, activation: str) -> None:
     assert y[4].isfinite().all()
 
 
-@pytest.mark.parametrize("width", [1, 5, 33, 100])
+@pytest.mark.parametrize("width", [1, 5, 33, 100, 1041])
 def test_norm_has_the_bits_of_the_arithmetic(exact: Any, width: int) -> None:
     torch.manual_seed(width)
     x, weight, bias = torch.randn(4, width) * 3 + 1, torch.randn(width), torch.randn(width)
@@ -187,6 +189,14 @@ def test_embed_takes_decode_rows_from_the_state_and_others_from_the_chunk(cuda: 
     assert seq_indices.tolist() == [0, 1, 2, 2, 2, 0]
     assert torch.equal(x[3], wte[5] + wpe[70])
     assert torch.equal(x[1], torch.zeros(WIDTH))
+
+
+def test_every_launch_can_be_compiled_ahead() -> None:
+    """By `launch`; `kernel[grid](...)` would run on the buffers without memory of that time."""
+    folder = REPOSITORY / "pipeline" / "kernels" / "cuda"
+    texts = {path.name: path.read_text() for path in folder.glob("*.py")}
+    assert len(texts) > 9
+    assert [name for name, text in texts.items() if re.search(r"_kernel\[", text)] == []
 
 
 class Paged:

@@ -27,8 +27,8 @@ from tests.triton_interpreter import IS_INTERPRETED, interpreted
 
 pytest.importorskip("triton")
 from gptbatch.pipeline.engine.device_engine import DeviceEngine
-from gptbatch.pipeline.engine.device_step import CHUNK_SIZES
 from gptbatch.pipeline.kernels.cuda.kernels import Kernels
+from gptbatch.pipeline.model.device_step import CHUNK_SIZES
 from tests.device_cases import (
     EOS,
     SHAPE,

@@ -163,8 +163,96 @@ def test_where_the_triton_kernels_fail_attention_is_padded(
     words = "no C compiler)" if fails_by == "an exception" else "rows of mlp_in)"
     assert f"{words}; attention is padded" in caplog.text
     config = EngineConfig(attention="ragged")
-    with pytest.raises((DeviceError, RuntimeError)):
+    with pytest.raises(DeviceError):
         prepare_model(config, cpu, load, batch_invariance="require")
+
+
+@pytest.mark.usefixtures("twins_everywhere")
+@pytest.mark.parametrize(
+    "wrong_rows", [range(0), range(1, 17), range(17, 65), range(65, 257), range(257, 1025)]
+)
+def test_the_self_test_covers_every_tile_of_the_logits(
+    monkeypatch: pytest.MonkeyPatch, wrong_rows: range
+) -> None:
+    """Up to a full batch, whose logits the engine of the device computes at once."""
+    from gptbatch.pipeline.kernels.cuda import linear
+    from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
+
+    model = packed_model(TRITON, n_layer=1)
+
+    def differs(x: Any, w: Any, bias: Any, residual: Any, y: Any, *rest: Any) -> None:
+        if len(w) == model.config.vocab_size:
+            # Rounded from float64, so that torch gives equal bits for all numbers of rows.
+            y.copy_(x.double() @ w.double().T)
+            y[0] += len(x) in wrong_rows
+        else:
+            linear.linear_twin(x, w, bias, residual, y, *rest)
+
+    monkeypatch.setattr(linear, "linear", differs)
+    failures = select_batch_invariant_kernels(model).failures
+    assert ("rows of lm_head" in failures) == (len(wrong_rows) > 0)
+
+
+@pytest.mark.usefixtures("twins_everywhere")
+@pytest.mark.parametrize("attention", ["auto", "ragged"])
+@pytest.mark.parametrize("fails", ["", "to compile", "to run"])
+def test_without_the_self_test_the_kernels_are_compiled_and_run_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, attention: Any, fails: str
+) -> None:
+    from gptbatch.pipeline.config import EngineConfig
+    from gptbatch.pipeline.engine import selection, streams
+    from gptbatch.pipeline.errors import DeviceError
+    from gptbatch.pipeline.kernels.cuda import norm
+    from gptbatch.pipeline.kv_cache import interface
+    from gptbatch.pipeline.model import compiling
+    from gptbatch.pipeline.model.loading import prepare_model
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError(f"cannot {fails.removeprefix('to ')}\nmore")
+
+    if fails:
+        patched = (compiling, "compile_side_by_side") if fails == "to compile" else (norm, "norm")
+        monkeypatch.setattr(*patched, broken)
+    caplog.set_level("INFO", "gptbatch")
+    monkeypatch.setattr(interface, "select_backend", lambda name, device: TRITON)
+    monkeypatch.setattr(streams, "CudaStream", lambda device: LateStream())
+    arguments = (EngineConfig(attention=attention), torch.device("cpu"), packed_model)
+    if fails == "to run" and attention == "ragged":
+        with pytest.raises(DeviceError, match=r"the Triton kernels do not work here: cannot run$"):
+            prepare_model(*arguments, batch_invariance="off")
+        return
+    loaded = prepare_model(*arguments, batch_invariance="off")
+    assert loaded.batch_invariance == "off"
+    assert loaded.environment["self_test_digest"] is None
+    assert loaded.environment["attention"] == ("padded" if fails == "to run" else "ragged")
+    assert ("cannot run); attention is padded" in caplog.text) == (fails == "to run")
+    assert ("are launched (cannot compile)" in caplog.text) == (fails == "to compile")
+    if fails != "to run":
+        # Neither has the engine of the device a self-test.
+        options = {"batch_size": 2, "eos_token_ids": (), "stream": LateStream()}
+        assert type(selection.new_engine(loaded.model, **options)) is DeviceEngine
+        assert "self-test" not in caplog.text
+
+
+def test_a_gpu_without_memory_for_the_model_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gptbatch.pipeline.config import EngineConfig
+    from gptbatch.pipeline.errors import OutOfMemoryError
+    from gptbatch.pipeline.model import loading
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(loading, "prepare_model", fails)
+    with pytest.raises(OutOfMemoryError, match="model does not fit into the memory of cuda"):
+        loading.load_model(
+            None,  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            EngineConfig(),
+            torch.device("cuda"),
+            batch_invariance="auto",
+        )
 
 
 def test_a_device_without_triton_or_too_old_has_padded_attention(

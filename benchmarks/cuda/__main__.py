@@ -5,37 +5,42 @@ A section prints a JSON object after each finding, so that a section that is cut
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 
-import torch
-
-from benchmarks.cuda.engines import engine, transformers_rates
-from benchmarks.cuda.kernels import cpu_bits, kernel_times, kernels
-from benchmarks.cuda.linears import compile_all, compile_some, linear_bits, linear_times
-from benchmarks.cuda.machine import graph_nodes, machine
-from benchmarks.cuda.tests import tests
+# Module and function of each section.
+SECTIONS = {
+    "machine": "machine:machine",
+    "graph-nodes": "machine:graph_nodes",
+    "kernels": "kernels:kernels",
+    "cpu-bits": "kernels:cpu_bits",
+    "kernel-times": "kernels:kernel_times",
+    "compile": "linears:compile_all",
+    "linear-bits": "linears:linear_bits",
+    "linear-times": "linears:linear_times",
+    "engine": "engines:engine",
+    "transformers": "engines:transformers_rates",
+    "command": "commands:command",
+    "start": "commands:start",
+    "start-one": "commands:start_one",
+    "host": "commands:host",
+    "tests": "tests:tests",
+}
 
 
 def main() -> None:
-    section = sys.argv[1]
-    torch.backends.cuda.matmul.allow_tf32 = False
-    if section.startswith("compile-"):
-        _, index, count = section.split("-")
-        compile_some(int(index), int(count))
-        return
-    {
-        "machine": machine,
-        "compile": compile_all,
-        "graph-nodes": graph_nodes,
-        "kernels": kernels,
-        "cpu-bits": cpu_bits,
-        "linear-bits": linear_bits,
-        "linear-times": linear_times,
-        "kernel-times": kernel_times,
-        "engine": engine,
-        "transformers": transformers_rates,
-        "tests": tests,
-    }[section]()
+    if os.environ.get("CUDA_CHECK_FAKE") == "1":
+        from benchmarks.cuda.fake import install
+
+        install()
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    # A part of a section has numbers: start-one:1:16.
+    section, *numbers = sys.argv[1].split(":")
+    module, _, name = SECTIONS[section].partition(":")
+    getattr(importlib.import_module(f"benchmarks.cuda.{module}"), name)(*map(int, numbers))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""Shapes, tiles, timing and reports of the sections."""
+"""Shapes, tiles, timing and reports of the sections.
+
+With CUDA_CHECK_FAKE=1 the shapes are tiny, and all runs on a CPU; see fake.py.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,16 @@ from torch import Tensor
 
 from gptbatch.pipeline.kernels.cuda.linear import column_major
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS, Tile
+from gptbatch.pipeline.model.config import GPTConfig
 
-C, H, INNER, LAYERS, VOCAB, POSITIONS = 768, 12, 3072, 12, 50257, 1024
+IS_FAKE = os.environ.get("CUDA_CHECK_FAKE") == "1"
+DEVICE = "cpu" if IS_FAKE else "cuda"
+C, H, INNER, LAYERS, VOCAB, POSITIONS = (
+    (32, 2, 64, 1, 300, 160) if IS_FAKE else (768, 12, 3072, 12, 50257, 1024)
+)
+CONFIG = GPTConfig(
+    vocab_size=VOCAB, n_positions=POSITIONS, n_embd=C, n_inner=INNER, n_layer=LAYERS, n_head=H
+)
 
 
 # (N, K) of each linear of GPT-2 124M
@@ -58,7 +70,7 @@ FLOAT_TILES = [
     Tile(128, 128, 16, 8, 3),
     Tile(128, 128, 16, 4, 3),
 ]
-ROW_COUNTS = (64, 256, 1024)
+ROW_COUNTS = (16, 32) if IS_FAKE else (64, 256, 1024)
 
 
 def tiles_of(dtype: str) -> list[Tile]:
@@ -76,12 +88,16 @@ def weight(columns: int, depth: int, dtype: str) -> Tensor:
 
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
 
 
 def time_us(launches: Callable[[], object], count: int, replays: int = 20) -> float:
     """Return microseconds per launch: `launches` makes `count` of them, captured in a graph."""
     launches()
+    if IS_FAKE:
+        began = time.perf_counter()
+        launches()
+        return (time.perf_counter() - began) * 1e6 / count
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -96,6 +112,12 @@ def time_us(launches: Callable[[], object], count: int, replays: int = 20) -> fl
         end.synchronize()
         times.append(start.elapsed_time(end) * 1000 / count)
     return float(statistics.median(times))
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if not IS_FAKE:
+        torch.cuda.synchronize()
 
 
 def report(found: dict[str, Any]) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cuda.common import (
+    CONFIG,
+    DEVICE,
     DTYPES,
     INNER,
+    IS_FAKE,
     LAYERS,
     POSITIONS,
     ROW_COUNTS,
@@ -29,6 +34,7 @@ from gptbatch.pipeline.kernels.cuda.norm import norm, norm_twin
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, store, store_twin
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
+from gptbatch.pipeline.model.config import Activation
 
 
 class Case:
@@ -37,14 +43,14 @@ class Case:
     def __init__(self, rows: int, context: int, dtype: torch.dtype, *, int8: bool = False) -> None:
         per_row = -(-context // 64)
         n_blocks, shape = rows * per_row, (rows * per_row, 2, H, 64)
-        self.tables = torch.randperm(n_blocks, device="cuda").view(rows, per_row)
-        self.seq_indices = torch.arange(rows, device="cuda", dtype=torch.int32)
-        self.positions = torch.full((rows,), context - 1, device="cuda", dtype=torch.int32)
+        self.tables = torch.randperm(n_blocks, device=DEVICE).view(rows, per_row)
+        self.seq_indices = torch.arange(rows, device=DEVICE, dtype=torch.int32)
+        self.positions = torch.full((rows,), context - 1, device=DEVICE, dtype=torch.int32)
         self.qkv = random(rows, 3 * C, dtype=dtype)
-        self.out = torch.empty(rows, C, dtype=dtype, device="cuda")
+        self.out = torch.empty(rows, C, dtype=dtype, device=DEVICE)
         if int8:
-            data = torch.randint(-127, 128, (*shape, C // H), dtype=torch.int8, device="cuda")
-            self.cache = LayerCache(data, torch.rand(shape, device="cuda") / 100)
+            data = torch.randint(-127, 128, (*shape, C // H), dtype=torch.int8, device=DEVICE)
+            self.cache = LayerCache(data, torch.rand(shape, device=DEVICE) / 100)
         else:
             data = random(*shape, C // H, dtype=dtype)
             data[self.tables[:, -1], :, :, (context - 1) % 64 + 1 :] = float("nan")
@@ -68,7 +74,7 @@ def sampler_case(rows: int) -> dict[str, Tensor]:
     from gptbatch.pipeline.params.sampling_params import SamplingParams
     from tests.device_state import state_of
 
-    logits = torch.randn(rows, VOCAB, device="cuda") * 3
+    logits = torch.randn(rows, VOCAB, device=DEVICE) * 3
     padded = torch.nn.functional.pad(logits, (0, -VOCAB % MAX_COLUMNS), value=float("-inf"))
     params = [
         SamplingParams(seed=seed, temperature=0.8, top_k=40, max_new_tokens=9)
@@ -77,42 +83,47 @@ def sampler_case(rows: int) -> dict[str, Tensor]:
     return {
         "logits": logits,
         "block_max": padded.view(rows, -1, MAX_COLUMNS).amax(dim=2),
-        "state": state_of([{"step": 5, "params": each} for each in params]).cuda(),
-        "scratch": torch.zeros(rows, MAX_TOP_K + MAX_KEPT, dtype=torch.int32, device="cuda"),
-        "sampled": torch.zeros(rows, dtype=torch.int32, device="cuda"),
+        "state": state_of([{"step": 5, "params": each} for each in params]).to(DEVICE),
+        "scratch": torch.zeros(rows, MAX_TOP_K + MAX_KEPT, dtype=torch.int32, device=DEVICE),
+        "sampled": torch.zeros(rows, dtype=torch.int32, device=DEVICE),
     }
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    """Return |a - b| / |b|."""
+def note_difference(found: dict[str, Any], key: str, a: Tensor, b: Tensor) -> None:
+    """Keep |a - b| / |b|, as a problem where rounding cannot explain it."""
+    largest = 0.02 if b.dtype != torch.float32 or "int8" in key else 1e-4
     a, b = a.float().cpu(), b.float().cpu()
-    return float((a - b).norm() / b.norm())
+    value = float((a - b).norm() / b.norm())
+    found[key] = value
+    if math.isnan(value) or value > largest:
+        found["problems"].append(key)
 
 
 def kernels() -> None:
     """Compare each kernel with its twin; report relative differences."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"problems": []}
     torch.manual_seed(1)
     for name, dtype in DTYPES.items():
         x, w, b = (random(*shape, dtype=dtype) for shape in ((65, C), (C,), (C,)))
         y, twin = torch.empty_like(x), torch.empty_like(x)
         norm(x, w, b, y, 1e-5)
         norm_twin(x, w, b, twin, 1e-5)
-        found[f"norm {name}"] = difference(y, twin)
+        note_difference(found, f"norm {name}", y, twin)
         matrix = weight(INNER, C, name)
-        y, twin = (torch.empty(65, INNER, dtype=dtype, device="cuda") for _ in range(2))
+        y, twin = (torch.empty(65, INNER, dtype=dtype, device=DEVICE) for _ in range(2))
         bias = random(INNER, dtype=dtype)
         linear(x, matrix, bias, None, y, "gelu_tanh")
         linear_twin(x, matrix, bias, None, twin, "gelu_tanh")
-        found[f"linear {name}"] = difference(y, twin)
+        note_difference(found, f"linear {name}", y, twin)
         report(found)
-        for context in (1, 64, 65, 1000):
+        for context in (1, 64, 65, POSITIONS - 24):
             for int8 in (False, True):
                 case = Case(4, context, dtype, int8=int8)
                 case.run()
                 out = case.out.clone()
                 case.run(attend_twin, store_twin)
-                found[f"attend {name} {context}{' int8' * int8}"] = difference(out, case.out)
+                key = f"attend {name} {context}{' int8' * int8}"
+                note_difference(found, key, out, case.out)
         report(found)
 
 
@@ -126,7 +137,6 @@ def cpu_bits() -> None:
     from gptbatch.pipeline.engine.device_engine import DeviceEngine
     from gptbatch.pipeline.engine.engine import Engine
     from gptbatch.pipeline.kv_cache.spec import RAGGED, TRITON
-    from gptbatch.pipeline.model.config import GPTConfig
     from tests.arithmetic_digests import prompts
     from tests.conftest import has_kernels
 
@@ -135,32 +145,26 @@ def cpu_bits() -> None:
         return
     found: dict[str, Any] = {}
     rows = prompts(VOCAB, (3, 70, 1, 129, 17, 40, 66, 5, 30, 9), 12)
-    for activation in ("gelu_tanh", "gelu", "silu", "tanh", "relu"):
-        config = GPTConfig(
-            vocab_size=VOCAB,
-            n_positions=POSITIONS,
-            n_embd=C,
-            n_inner=INNER,
-            n_layer=2 if activation == "gelu_tanh" else 1,
-            n_head=H,
-            activation=activation,
-        )
+    activations: tuple[Activation, ...] = ("gelu_tanh", "gelu", "silu", "tanh", "relu")
+    for activation in activations[: 1 if IS_FAKE else None]:
+        n_layer = 2 if activation == "gelu_tanh" else 1
+        config = replace(CONFIG, n_layer=n_layer, activation=activation)
         for cache_dtype in ("auto", "int8"):
             models = {
-                device: random_model(
+                backend: random_model(
                     config,
                     dtype=torch.float32,
-                    device=torch.device(device),
-                    backend=RAGGED if device == "cpu" else TRITON,
+                    device=torch.device("cpu" if backend is RAGGED else DEVICE),
+                    backend=backend,
                     cache_dtype=cache_dtype,
                 )
-                for device in ("cpu", "cuda")
+                for backend in (RAGGED, TRITON)
             }
             engines = [
                 Engine(model=model, batch_size=7, eos_token_ids=(), record_logits=True)
                 for model in models.values()
             ]
-            engines.append(DeviceEngine(model=models["cuda"], batch_size=7, eos_token_ids=()))
+            engines.append(DeviceEngine(model=models[TRITON], batch_size=7, eos_token_ids=()))
             cpu, host, device_ = (
                 sorted(
                     (done for some in engine.generate(iter(rows)) for done in some),

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -17,8 +14,10 @@ import triton
 from torch import Tensor
 
 from benchmarks.cuda.common import (
+    DEVICE,
     DTYPES,
     LAYERS,
+    ROW_COUNTS,
     SHAPES,
     head_tiles,
     out_folder,
@@ -28,8 +27,10 @@ from benchmarks.cuda.common import (
     time_us,
     weight,
 )
+from gptbatch.pipeline.kernels.cuda.launch import compile_side_by_side
 from gptbatch.pipeline.kernels.cuda.linear import column_major, linear
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS, Tile
+from gptbatch.pipeline.system.machine import cores
 
 # Tiles whose bits are compared at other K: smaller ones too, which run on mma.sync
 BITS_HALF_TILES = [
@@ -74,12 +75,12 @@ def run_linear(name: str, x: Tensor, w: Tensor, tile: Tile) -> Callable[[], None
     rows, columns = len(x), len(w)
     y_dtype = torch.float32 if name == "head" else x.dtype
     padded = -(-columns // MAX_COLUMNS) * MAX_COLUMNS
-    y = torch.empty(rows, padded, device="cuda", dtype=y_dtype)[:, :columns]
+    y = torch.empty(rows, padded, device=DEVICE, dtype=y_dtype)[:, :columns]
     bias = None if name == "head" else random(columns, dtype=x.dtype)
     residual = y if name in ("out", "mlp_out") else None
     block_max = None
     if name == "head":
-        block_max = torch.empty(rows, triton.cdiv(columns, MAX_COLUMNS), device="cuda")
+        block_max = torch.empty(rows, triton.cdiv(columns, MAX_COLUMNS), device=DEVICE)
     activation = "gelu_tanh" if name == "mlp_in" else "none"
 
     def launch() -> None:
@@ -88,52 +89,27 @@ def run_linear(name: str, x: Tensor, w: Tensor, tile: Tile) -> Callable[[], None
     return launch
 
 
-def compile_some(index: int, count: int) -> None:
-    """Run one of `count` shares of all linears once, so that later sections find them compiled."""
-    failures = {}
-    for dtype, name, tile in list(times_jobs())[index::count]:
-        columns, depth = SHAPES[name]
-        x = random(tile.bm, depth, dtype=DTYPES[dtype])
-        try:
-            run_linear(name, x, weight(columns, depth, dtype), tile)()
-            torch.cuda.synchronize()
-        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
-            failures[f"{dtype} {name} {tile}"] = str(error)[:200]
-    for dtype, depth, tile in list(bits_jobs())[index::count]:
-        x = random(tile.bm, depth, dtype=DTYPES[dtype])
-        w = bits_weight(random(BITS_COLUMNS, depth, dtype=DTYPES[dtype]))
-        try:
-            linear(x, w, None, None, torch.empty(tile.bm, BITS_COLUMNS, device="cuda"), tile=tile)
-            torch.cuda.synchronize()
-        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
-            failures[f"{dtype} {depth} {tile}"] = str(error)[:200]
-    report(failures)
-
-
 def compile_all() -> None:
-    """Compile in parallel processes; report the wall time and failures."""
-    started = time.monotonic()
-    count = max(1, min(14, (os.cpu_count() or 2) - 2))
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.cuda", f"compile-{index}-{count}"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
-    failures: dict[str, str] = {}
-    for child in children:
-        lines = child.communicate()[0].splitlines()
-        failures.update(json.loads(lines[-1]) if lines else {"child": f"exit {child.returncode}"})
-    report(
-        {
-            "linears": len(list(times_jobs())) + len(list(bits_jobs())),
-            "processes": count,
-            "seconds": round(time.monotonic() - started, 1),
-            "failures": failures,
-        }
-    )
+    """Compile side by side what the next sections launch; report the seconds and a failure."""
+    began = time.monotonic()
+    found: dict[str, Any] = {"linears": len(list(times_jobs())) + len(list(bits_jobs()))}
+
+    def launches() -> None:
+        for dtype, name, tile in times_jobs():
+            columns, depth = SHAPES[name]
+            x = random(tile.bm, depth, dtype=DTYPES[dtype])
+            run_linear(name, x, weight(columns, depth, dtype), tile)()
+        for dtype, depth, tile in bits_jobs():
+            x = random(tile.bm, depth, dtype=DTYPES[dtype])
+            w = bits_weight(random(BITS_COLUMNS, depth, dtype=DTYPES[dtype]))
+            y = torch.empty(tile.bm, BITS_COLUMNS, device=DEVICE)
+            linear(x, w, None, None, y, tile=tile)
+
+    try:
+        found["compiled"] = compile_side_by_side(launches, cores().threads)
+    except Exception as error:  # noqa: BLE001 - it is reported, and the rest was compiled
+        found["failure"] = str(error)[:300]
+    report({**found, "seconds": round(time.monotonic() - began, 1)})
 
 
 def fma_chain(x: Tensor, w: Tensor) -> Tensor:
@@ -156,7 +132,7 @@ def linear_bits() -> None:
             expected: Tensor | None = None
             for tile in BITS_FLOAT_TILES if dtype == "float32" else BITS_HALF_TILES:
                 for rows in (1024, tile.bm, 2 * tile.bm, 3 * tile.bm):
-                    y = torch.full((rows, BITS_COLUMNS), float("nan"), device="cuda")
+                    y = torch.full((rows, BITS_COLUMNS), float("nan"), device=DEVICE)
                     linear(x[:rows], w, None, None, y, tile=tile)
                     if expected is None:
                         expected = y
@@ -170,12 +146,12 @@ def linear_bits() -> None:
                         found["different"].append([dtype, depth, asdict(tile), rows, share])
             report(found)
     # Shuffled rows, and rows beside others.
-    order = torch.randperm(1024, device="cuda")
+    order = torch.randperm(1024, device=DEVICE)
     for dtype in DTYPES:
         tile = BITS_FLOAT_TILES[1] if dtype == "float32" else BITS_HALF_TILES[0]
         x, w = (random(1024, 768, dtype=DTYPES[dtype]) for _ in range(2))
         w = bits_weight(w[:BITS_COLUMNS].contiguous())
-        ys = [torch.empty(1024, BITS_COLUMNS, device="cuda") for _ in range(2)]
+        ys = [torch.empty(1024, BITS_COLUMNS, device=DEVICE) for _ in range(2)]
         linear(x, w, None, None, ys[0], tile=tile)
         linear(x[order].contiguous(), w, None, None, ys[1], tile=tile)
         found[f"shuffled rows equal, {dtype}"] = torch.equal(ys[0][order], ys[1])
@@ -188,7 +164,7 @@ def linear_times() -> None:
     best: dict[str, dict[str, Any]] = {}
     table: dict[str, float] = {}
     for dtype in ("bfloat16", "float32"):
-        for rows in (64, 256, 1024):
+        for rows in ROW_COUNTS:
             for name, (columns, depth) in SHAPES.items():
                 x = random(rows, depth, dtype=DTYPES[dtype])
                 copies = 1 if name == "head" else LAYERS

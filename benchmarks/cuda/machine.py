@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import time
 from typing import Any
@@ -10,28 +11,33 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.cuda.common import DTYPES, random, report, time_us
+from benchmarks.cuda.common import DEVICE, DTYPES, IS_FAKE, random, report, time_us
+
+# A fake device multiplies smaller matrices.
+SCALE = 64 if IS_FAKE else 1
+SIZE = 2**28 // SCALE**2
 
 
 def machine() -> None:
+    """Say what the machine is, and what it reaches: bytes copied and products of matrices."""
     found: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "capability": torch.cuda.get_device_capability(),
-        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
-        "driver": subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout,
+        "cores": len(os.sched_getaffinity(0)),
         "date": time.strftime("%Y-%m-%d"),
     }
-    source = torch.randn(2**28, device="cuda")
+    if not IS_FAKE:
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"], found["memory_bytes"] = properties.name, properties.total_memory
+        found["capability"] = torch.cuda.get_device_capability()
+        found["multiprocessors"] = properties.multi_processor_count
+        query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
+        found["driver"] = subprocess.getoutput(f"nvidia-smi {query} --format=csv")
+    report(found)
+    source = torch.randn(SIZE, device=DEVICE)
     target = torch.empty_like(source)
-    found["copy_gb_s"] = 2 * 4 * 2**28 / time_us(lambda: target.copy_(source), 1) / 1000
-    for name, size in (("bfloat16", 8192), ("float32", 4096)):
+    found["copy_gb_s"] = 2 * 4 * SIZE / time_us(lambda: target.copy_(source), 1) / 1000
+    for name, size in (("bfloat16", 8192 // SCALE), ("float32", 4096 // SCALE)):
         a, b = (random(size, size, dtype=DTYPES[name]) for _ in range(2))
         y = torch.empty_like(a)
         us = time_us(functools.partial(torch.matmul, a, b, out=y), 1, 10)
@@ -48,7 +54,7 @@ def add_one_kernel(x, SIZE: triton.language.constexpr):  # type: ignore[no-untyp
 
 def graph_nodes() -> None:
     """Microseconds per node of a graph of dependent kernels, by programs and with early launch."""
-    x = torch.zeros(2**20, device="cuda")
+    x = torch.zeros(2**20, device=DEVICE)
     found = {}
     for programs in (1, 132, 768):
         for early in (False, True):

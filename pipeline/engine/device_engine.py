@@ -31,13 +31,6 @@ from gptbatch.pipeline.engine.device_changes import PendingChanges
 from gptbatch.pipeline.engine.device_queue import Arrival, DeviceQueue
 from gptbatch.pipeline.engine.device_rows import Bools, DeviceRows, Int64s
 from gptbatch.pipeline.engine.device_sampling import needs_host, state_row
-from gptbatch.pipeline.engine.device_step import (
-    CHUNK_SIZES,
-    DeviceStep,
-    StepShape,
-    padded_chunk_rows,
-    padded_decode_rows,
-)
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.engine.row_adjustments import next_adjustments
 from gptbatch.pipeline.engine.sampling import SampledToken, kept_set_size
@@ -49,6 +42,13 @@ from gptbatch.pipeline.kernels.cuda.state import IDLE, NO_TOKEN, OVERFLOW
 from gptbatch.pipeline.kernels.cuda.store import LayerCache
 from gptbatch.pipeline.kv_cache.device import DeviceKVCache
 from gptbatch.pipeline.kv_cache.interface import KVCache
+from gptbatch.pipeline.model.device_step import (
+    CHUNK_SIZES,
+    DeviceStep,
+    StepShape,
+    padded_chunk_rows,
+    padded_decode_rows,
+)
 from gptbatch.pipeline.types import Completion
 
 # The host has this many steps of time to read, schedule and launch.

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.device_changes import PendingChanges
-from gptbatch.pipeline.engine.device_step import CHUNK_SIZES
 from gptbatch.pipeline.kernels.cuda.state import POSITION
+from gptbatch.pipeline.model.device_step import CHUNK_SIZES
 
 if TYPE_CHECKING:
-    from gptbatch.pipeline.engine.device_step import DeviceStep, StepShape
     from gptbatch.pipeline.engine.streams import Mark, Stream
+    from gptbatch.pipeline.model.device_step import DeviceStep, StepShape
 
 Int64s = npt.NDArray[np.int64]
 

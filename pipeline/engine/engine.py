@@ -396,10 +396,14 @@ def _error_without_token(sequence: Sequence, sampled: SampledToken) -> RowError:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an allocation failed; torch has an error type for that on CUDA only."""
+    """Return whether an allocation failed; torch has an error type only for some of them."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return any(
         words in str(error)
-        for words in ("can't allocate memory", "not enough memory", "std::bad_alloc")
+        for words in (
+            *("can't allocate memory", "not enough memory", "std::bad_alloc"),
+            # Of CUDA outside torch's allocator: graphs, modules of triton, pinned memory.
+            "out of memory",
+        )
     )

@@ -89,8 +89,9 @@ class DeviceKVCache:
                 self.tables[seq_index, position // self.pool.block_size] = block
         # Copies: the tables may change before the device has read them.
         tables = torch.tensor(self.tables, device=self.device)
-        rows = torch.tensor([[*seq_indices], [*positions]], dtype=torch.int32, device=self.device)
-        return DeviceAttention(self, tables, rows[0], rows[1])
+        # Two tensors: kernels are compiled for addresses of a multiple of 16 bytes.
+        rows = (torch.tensor([*each], dtype=torch.int32) for each in (seq_indices, positions))
+        return DeviceAttention(self, tables, *(each.to(self.device) for each in rows))
 
 
 class DeviceAttention:

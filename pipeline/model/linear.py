@@ -54,7 +54,7 @@ class Linear(nn.Module):
         kind: Layout of the weight. native: the C++ kernel's, in the model's dtype. prepacked:
             oneDNN's. With _float32, bfloat16 weights are widened. triton: (out, in) for the Triton
             kernel; in float32, the outputs are contiguous. plain: (out, in).
-        output_dtype: Of the result; None is that of x. Only with kind triton.
+        is_head: With kind triton: the result is float32, by the kernel of the head.
         fixed_rows: Run x in pieces of this many rows; None runs all rows at once (see padding.py).
     """
 
@@ -75,7 +75,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.kind: LinearKind = "plain"
         self.fixed_rows: int | None = None
-        self.output_dtype: torch.dtype | None = None
+        self.is_head = False
         self._packed: Any = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -174,12 +174,14 @@ class Linear(nn.Module):
         return y.to(dtype) if is_widened else y
 
     def _triton_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        from gptbatch.pipeline.kernels.cuda.linear import linear
+        from gptbatch.pipeline.kernels.cuda.linear import linear, new_logits
 
-        y = torch.empty(
-            len(x), self.out_features, dtype=self.output_dtype or x.dtype, device=x.device
-        )
-        linear(x.contiguous(), self.weight, self.bias, residual, y, self.activation)
+        block_max = None
+        if self.is_head:
+            y, block_max = new_logits(len(x), self.out_features, x.device)
+        else:
+            y = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
+        linear(x.contiguous(), self.weight, self.bias, residual, y, self.activation, block_max)
         return y
 
     def _round_up_features(self) -> None:

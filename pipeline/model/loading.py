@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptbatch.pipeline.config import BatchInvarianceSetting, EngineConfig, unportable_setting
-from gptbatch.pipeline.errors import DeviceError
+from gptbatch.pipeline.errors import DeviceError, OutOfMemoryError
 from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.config import GPTConfig
 from gptbatch.pipeline.system.error_text import first_line
@@ -102,6 +102,7 @@ def load_model(
     Raises:
         DeviceError: The self-test fails, or the attention backend is not available.
         ModelError: The weights cannot be used.
+        OutOfMemoryError: The GPU has no memory for the model.
     """
     import torch
 
@@ -117,7 +118,13 @@ def load_model(
             cache_dtype=engine.cache_dtype,
         )
 
-    return prepare_model(engine, device, load, batch_invariance=batch_invariance)
+    try:
+        return prepare_model(engine, device, load, batch_invariance=batch_invariance)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"out of memory: the model does not fit into the memory of {device} that other "
+            f"programs leave ({first_line(error)})"
+        ) from error
 
 
 def prepare_model(
@@ -135,27 +142,33 @@ def prepare_model(
     from gptbatch.pipeline.model import golden, packing, self_test
 
     torch.set_num_threads(threads_to_use(engine.threads))
+    # A program that uses gptbatch may have allowed TF32 or bfloat16 for float32.
+    torch.set_float32_matmul_precision("highest")
     if batch_invariance == "portable":
         _check_portable_here(engine, device)
     backend = select_backend(engine.attention, device)
     model = load(backend)
     report = None
     level: BatchInvariance = "off"
-    if batch_invariance != "off":
-        if backend.triton and engine.attention == "auto":
-            report, problem = _test_triton(model)
-            if report is None:
-                logger.warning(
-                    "the Triton kernels do not work here (%s); attention is padded, which is "
-                    "slower",
-                    problem,
-                )
-                backend = PADDED
-                # Free the weights before they are loaded again.
-                del model
-                model = load(backend)
-        if report is None:
-            report = self_test.select_batch_invariant_kernels(model)
+    has_self_test = batch_invariance != "off"
+    if backend.triton:
+        report, problem = _try_triton(model, has_self_test=has_self_test)
+        if problem and engine.attention == "auto":
+            logger.warning(
+                "the Triton kernels do not work here (%s); attention is padded, which is slower",
+                problem,
+            )
+            backend = PADDED
+            # Free the weights before they are loaded again.
+            del model
+            model, report = load(backend), None
+        elif problem and report is None:
+            raise DeviceError(
+                f"engine.attention is ragged, but the Triton kernels do not work here: {problem}",
+                keys=("engine.attention",),
+            )
+    if has_self_test:
+        report = report or self_test.select_batch_invariant_kernels(model)
         level = _level(model, report, batch_invariance)
     if engine.cache_dtype == "int8" and not backend.stores_int8:
         logger.warning(
@@ -178,25 +191,34 @@ def prepare_model(
     return LoadedModel(model=model, batch_invariance=level, environment=environment)
 
 
-def _test_triton(model: GPT) -> tuple[SelfTestReport | None, str]:
-    """Return the report of a self-test that passes; else None, and what is wrong."""
+def _try_triton(model: GPT, *, has_self_test: bool) -> tuple[SelfTestReport | None, str]:
+    """Compile and run the Triton kernels.
+
+    Without the self-test, they run once, and neither bits nor the engine of the device are tested.
+
+    Returns:
+        The report of the self-test, if it came to an end, and what is wrong; "" for nothing.
+    """
     import torch
 
-    from gptbatch.pipeline.model import self_test
+    from gptbatch.pipeline.model import compiling, self_test
 
-    began = time.monotonic()
     try:
+        compiling.compile_kernels(model)
+        began = time.monotonic()
+        if not has_self_test:
+            model.device_engine_problem = ""
+            with torch.inference_mode():
+                model(torch.zeros(1, 1, dtype=torch.int64)).cpu()
+            return None, ""
         report = self_test.select_batch_invariant_kernels(model)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - a compiler, a driver or a GPU may fail in any way
         return None, first_line(error)
     if not report.passed:
-        return None, f"the bits of a row depend on the batch: {', '.join(report.failures)}"
-    logger.info(
-        "the Triton kernels passed the self-test in %.1f s; compiled kernels are cached",
-        time.monotonic() - began,
-    )
+        return report, f"the bits of a row depend on the batch: {', '.join(report.failures)}"
+    logger.info("the Triton kernels passed the self-test in %.1f s", time.monotonic() - began)
     return report, ""
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.huge_pages import HugePages
 from gptbatch.pipeline.model.linear import Linear
@@ -40,7 +38,10 @@ def pack(model: GPT, memory: HugePages | None = None) -> None:
 
 def padding_plans(model: GPT) -> tuple[PaddingPlan, ...]:
     """Return the plans that the model's linears may use, the fastest first."""
-    is_native = model.linear_kind in ("native", "native_float32", "triton")
+    if model.linear_kind == "triton":
+        # The engine of the device pads by none of them.
+        return (AS_IS,)
+    is_native = model.linear_kind in ("native", "native_float32")
     return (AS_IS, *PADDING_PLANS) if is_native else PADDING_PLANS
 
 
@@ -78,8 +79,8 @@ def _pack_for_triton(model: GPT) -> None:
             module.pack_for_triton()
         elif isinstance(module, Norm):
             module.triton = True
-    # The sampler of the device takes float32, and so must every other path.
-    model.lm_head.output_dtype = torch.float32
+    # Every path computes logits by the kernel that the engine of the device launches.
+    model.lm_head.is_head = True
     use_padding_plan(model, padding_plans(model)[0])
 
 

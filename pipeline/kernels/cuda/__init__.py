@@ -1,6 +1,6 @@
 """Triton kernels for CUDA, each with its launcher and a torch twin for the tests.
 
-`engine/device_step.py` runs them as one step. The layers of the model use the same ones where the
+`model/device_step.py` runs them as one step. The layers of the model use the same ones where the
 host takes each step. docs/cuda has the design and what was measured.
 
 The bits of a row depend neither on the number of rows nor on the tile that a kernel runs with: an

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptbatch.pipeline.kernels.cuda.launch import launch
 from gptbatch.pipeline.kernels.cuda.state import (
     BUDGET,
     HOST_SAMPLES,
@@ -31,10 +32,8 @@ from gptbatch.pipeline.kernels.cuda.state import (
 ROWS = 128
 
 
-@triton.jit(do_not_specialize=["S"])
-def advance_kernel(
-    sampled, state, eos_token_ids, out, state_stride, S, N_EOS: tl.constexpr, SIZE: tl.constexpr
-):
+@triton.jit(do_not_specialize=["S", "N_EOS"])
+def advance_kernel(sampled, state, eos_token_ids, out, state_stride, S, N_EOS, SIZE: tl.constexpr):
     """Advance SIZE rows per program; out (S, 2) int64."""
     row = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     own = state + row.to(tl.int64) * state_stride
@@ -46,7 +45,7 @@ def advance_kernel(
     tl.store(out + row * 2 + 1, margin, mask=row < S)
     step = tl.load(own + STEP, mask=is_sampled, other=0) + 1
     is_last = (token < 0) | (step >= tl.load(own + BUDGET, mask=is_sampled, other=0))
-    for i in tl.static_range(N_EOS):
+    for i in range(N_EOS):
         is_last = is_last | (token == tl.load(eos_token_ids + i))
     tl.store(own + TOKEN, token, mask=is_sampled)
     tl.store(own + STEP, step, mask=is_sampled)
@@ -64,7 +63,9 @@ def advance(sampled: Tensor, state: Tensor, eos_token_ids: Tensor, out: Tensor) 
             contiguous. The token may be NO_TOKEN, OVERFLOW, or IDLE where nothing was sampled.
     """
     rows = len(sampled)
-    advance_kernel[(triton.cdiv(rows, ROWS),)](
+    launch(
+        advance_kernel,
+        (triton.cdiv(rows, ROWS),),
         *(sampled, state, eos_token_ids, out, state.stride(0), rows, len(eos_token_ids), ROWS),
         num_warps=4,
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gptbatch.pipeline.kernels.constants import HEAD_SIZE_MULTIPLE
 from gptbatch.pipeline.kernels.cuda.arithmetic import exp, sum_lanes
+from gptbatch.pipeline.kernels.cuda.launch import launch
 from gptbatch.pipeline.kernels.cuda.state import BLOCK_TOKENS
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, quantize, quantize_twin
 
@@ -222,20 +223,28 @@ def attend(
     rows = (tables, seq_indices, positions, out, scale, tables.stride(0))
     grid = (len(qkv), heads)
     if cache.scales is not None:
-        attend_int8_kernel[grid](
+        launch(
+            attend_int8_kernel,
+            grid,
             *(qkv, cache.data, cache.scales, *rows, query_max(head_size), heads, head_size, size),
             num_warps=2,
             enable_fp_fusion=False,
         )
     elif qkv.dtype == torch.float32:
-        attend_float32_kernel[grid](
+        launch(
+            attend_float32_kernel,
+            grid,
             *(qkv, cache.data, *rows, heads, head_size, max(32, size)),
             num_warps=2,
             enable_fp_fusion=False,
         )
     else:
-        attend_half_kernel[grid](
-            *(qkv, cache.data, *rows, heads, head_size, size), num_warps=1, enable_fp_fusion=False
+        launch(
+            attend_half_kernel,
+            grid,
+            *(qkv, cache.data, *rows, heads, head_size, size),
+            num_warps=1,
+            enable_fp_fusion=False,
         )
 
 

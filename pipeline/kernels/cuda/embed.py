@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptbatch.pipeline.kernels.cuda.launch import launch
 from gptbatch.pipeline.kernels.cuda.state import POSITION, TOKEN
 
 
@@ -79,7 +80,9 @@ def embed(
         positions: Gets the position of each row (M,) int32.
     """
     width = x.shape[1]
-    embed_kernel[(len(x),)](
+    launch(
+        embed_kernel,
+        (len(x),),
         *(state, chunk, wte, wpe, x, seq_indices, positions),
         *(state.stride(0), chunk.stride(0), n_decode, width, triton.next_power_of_2(width)),
         num_warps=4,

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptbatch.pipeline.kernels.cuda.arithmetic import ACTIVATIONS, activate
+from gptbatch.pipeline.kernels.cuda.launch import launch
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS, Tile, tile_for
 
 
@@ -119,7 +120,9 @@ def linear(
         return
     tile = tile or tile_for(x.dtype, rows, columns, depth, has_max=block_max is not None)
     assert block_max is None or tile.bn == MAX_COLUMNS or block_max.shape[1] * tile.bn >= columns
-    linear_kernel[triton.cdiv(rows, tile.bm), triton.cdiv(columns, tile.bn)](
+    launch(
+        linear_kernel,
+        (triton.cdiv(rows, tile.bm), triton.cdiv(columns, tile.bn)),
         *(x, w, bias, residual, y, block_max, rows, columns, y.stride(0), *w.stride(), depth),
         bias is not None,
         ACTIVATIONS[activation],
@@ -159,6 +162,14 @@ ACTIVATION_TWINS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
+
+
+def new_logits(rows: int, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return memory for logits (rows, V) and for their maxima (rows, blocks), in float32."""
+    n_blocks = triton.cdiv(vocab_size, MAX_COLUMNS)
+    # Rows of a multiple of 16 bytes are stored in one go.
+    logits = torch.zeros(rows, n_blocks * MAX_COLUMNS, device=device)
+    return logits[:, :vocab_size], torch.zeros(rows, n_blocks, device=device)
 
 
 def column_major(w: Tensor) -> Tensor:

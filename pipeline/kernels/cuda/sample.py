@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptbatch.pipeline.kernels.cuda.arithmetic import log
+from gptbatch.pipeline.kernels.cuda.launch import launch
 from gptbatch.pipeline.kernels.cuda.state import (
     FULL_VOCAB,
     KEPT_RANGE,
@@ -295,7 +296,9 @@ def sample(
     blocks = block_max.shape[1]
     size = triton.next_power_of_2(blocks)
     flat = scratch.view(-1)
-    sample_kernel[(rows,)](
+    launch(
+        sample_kernel,
+        (rows,),
         *(logits, block_max, state, flat, flat[rows * MAX_TOP_K :], sampled),
         *(logits.stride(0), state.stride(0), vocab_size, blocks),
         *(MAX_COLUMNS, size, MAX_TOP_K, MAX_KEPT),
@@ -303,7 +306,9 @@ def sample(
         enable_fp_fusion=False,
     )
     if full_vocab:
-        sample_all_kernel[(rows,)](
+        launch(
+            sample_all_kernel,
+            (rows,),
             *(logits, block_max, state, sampled, logits.stride(0), state.stride(0)),
             *(vocab_size, blocks, size, ALL_COLUMNS),
             num_warps=8,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gptbatch.pipeline.kernels.constants import INT8_MAX, INT8_MIN_ABSMAX
 from gptbatch.pipeline.kernels.cuda.arithmetic import WHOLE
+from gptbatch.pipeline.kernels.cuda.launch import launch
 from gptbatch.pipeline.kernels.cuda.state import BLOCK_TOKENS
 
 MIN_ABSMAX, LARGEST_INT8 = tl.constexpr(INT8_MIN_ABSMAX), tl.constexpr(float(INT8_MAX))
@@ -91,7 +92,9 @@ def store(
         positions: (M,) int32; -1 in empty rows.
     """
     _, _, heads, _, head_size = cache.data.shape
-    store_kernel[len(qkv), 2 * heads](
+    launch(
+        store_kernel,
+        (len(qkv), 2 * heads),
         *(qkv, cache.data, cache.scales, tables, seq_indices, positions, tables.stride(0)),
         *(heads, head_size, triton.next_power_of_2(head_size), cache.scales is not None),
         num_warps=1,

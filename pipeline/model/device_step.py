@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gptbatch.pipeline.kernels.cuda.linear import new_logits
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K
 from gptbatch.pipeline.kernels.cuda.state import HEADER, POSITION
-from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
 from gptbatch.pipeline.model.gpt import GPT, Block
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def padded_chunk_rows(count: int) -> int:
 
 
 class DeviceStep:
-    """The buffers of a step.
+    """The buffers of a step, on the device of the cache.
 
     Attributes:
         state: (sequences, fields) int64, see kernels/cuda/state.py.
@@ -76,11 +76,11 @@ class DeviceStep:
         kernels: Kernels,
         eos_token_ids: tuple[int, ...],
     ) -> None:
-        config, device = model.config, model.device
+        config, device = model.config, cache.device
         max_seqs, per_context = cache.tables.shape
         decode_rows = padded_decode_rows(max_seqs)
         rows = decode_rows + CHUNK_SIZES[-1]
-        width, vocab_size = config.n_embd, config.vocab_size
+        width = config.n_embd
         self._model, self._cache, self._kernels = model, cache, kernels
         self._blocks = [block for block in model.blocks if isinstance(block, Block)]
 
@@ -94,11 +94,7 @@ class DeviceStep:
         self._positions = new(rows, dtype=torch.int32)
         self._x, self._h, self._attended = (new(rows, width) for _ in range(3))
         self._qkv, self._inner = new(rows, 3 * width), new(rows, config.n_inner)
-        # Rows of a multiple of 16 bytes are stored in one go.
-        n_maxima = -(-vocab_size // MAX_COLUMNS)
-        logits = new(decode_rows, n_maxima * MAX_COLUMNS, dtype=torch.float32)
-        self.logits = logits[:, :vocab_size]
-        self._maxima = new(decode_rows, n_maxima, dtype=torch.float32)
+        self.logits, self._maxima = new_logits(decode_rows, config.vocab_size, device)
         self._scratch = new(decode_rows, MAX_TOP_K + MAX_KEPT, dtype=torch.int32)
         self._sampled = new(decode_rows, dtype=torch.int32)
         self._eos_token_ids = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)

@@ -1,0 +1,62 @@
+"""Compile the Triton kernels of a model before its self-test, many side by side."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+
+import torch
+
+from gptbatch.pipeline.kernels.cuda.kernels import TRITON
+from gptbatch.pipeline.kernels.cuda.launch import cache_folder, compile_side_by_side
+from gptbatch.pipeline.kv_cache.device import DeviceKVCache
+from gptbatch.pipeline.model.device_step import DeviceStep, StepShape, padded_decode_rows
+from gptbatch.pipeline.model.gpt import GPT
+from gptbatch.pipeline.system.error_text import first_line
+from gptbatch.pipeline.system.machine import cores
+
+logger = logging.getLogger("gptbatch")
+
+# Tiles do not change beyond.
+MAX_ROWS = 1024
+
+
+def compile_kernels(model: GPT, threads: int | None = None) -> int:
+    """Compile all kernels that the engine of the device or the layers of the model may launch.
+
+    The launches are those of `DeviceStep`, over buffers on the meta device. Kernels that triton has
+    cached cost nothing.
+
+    Args:
+        model: Packed, with Triton kernels.
+        threads: The most kernels that are compiled at the same time. None is one per core.
+
+    Returns:
+        The number of kernels that were not cached. Where they cannot be compiled ahead, 0: they are
+        compiled when they are launched.
+    """
+    began = time.monotonic()
+    spec = replace(model.cache_spec, device=torch.device("meta"))
+    step = DeviceStep(model, DeviceKVCache(spec, MAX_ROWS, capacity=1), TRITON, ())
+
+    def launches() -> None:
+        rows = 1
+        while rows <= MAX_ROWS:
+            rows = padded_decode_rows(rows)
+            step.run(StepShape(decode_rows=rows, chunk_rows=0, full_vocab=True))
+            rows += 1
+
+    try:
+        count = compile_side_by_side(launches, threads or cores().threads)
+    except Exception as error:  # noqa: BLE001 - another version of triton may fail in any way
+        logger.info("Triton kernels are compiled when they are launched (%s)", first_line(error))
+        return 0
+    if count:
+        logger.info(
+            "compiled %d Triton kernels in %.1f s; they are kept in %s",
+            count,
+            time.monotonic() - began,
+            cache_folder(),
+        )
+    return count
