@@ -376,7 +376,7 @@ def test_an_input_that_changes_during_a_run_is_refused(long: Setting, tmp_path: 
     child = long.start(output, fault=("slow step", "0.001"))
     wait_for_parts(output, 2)
     try:
-        # rows are read 256 at a time
+        # 256 rows are read ahead
         long.write([*LONG_ROWS[:290], {"id": "other", "prompt": "another"}, *LONG_ROWS[291:]])
         check_changed_input(long, output, child)
     finally:
