@@ -25,7 +25,7 @@ MIN_PREFILL_TOKENS = 32
 # budget. The attention kernel shares loads of KV blocks among four consecutive queries, so a
 # multiple of 4 leaves no query alone. 16 positions are a block of the full cache.
 GRAIN_PREFILL_TOKENS = 16
-# Waiting sequences that there is room for at first.
+# The first size of the array of the lengths of waiting sequences.
 MIN_LENGTHS = 64
 # A waiting sequence is passed over at most this many times max_seqs.
 MAX_PASSED_OVER_PER_SEQ = 4
@@ -56,7 +56,7 @@ class Scheduler:
     slide: bool = False
     running: list[Sequence] = field(default_factory=list, init=False)
     waiting: list[Sequence] = field(default_factory=list, init=False)
-    # The most positions of each waiting sequence, and room for more.
+    # The most positions of each waiting sequence; then unused entries.
     _waiting_lengths: Int64s = field(
         default_factory=lambda: np.zeros(MIN_LENGTHS, np.int64), init=False
     )
