@@ -26,6 +26,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.schema import FORMAT
 from gptbatch.pipeline.storage.atomic_write import FileWriter
-from gptbatch.pipeline.types import Completion, Sample
+from gptbatch.pipeline.types import Completion, Prompt, Sample
 
 
 def job(folder: Path, **more: Any) -> JobConfig:
@@ -114,21 +115,27 @@ def write(folder: Path, limit: int) -> dict[str, Any]:
             plan=PartPlan(identity=identity, input_digests=summary.part_digests),
             facts=facts,
         )
-        for row in reader.prompts(summary):
-            assert not isinstance(row, BadRow)
-            done = Completion(
-                prompt=row,
-                prompt_tokens=1,
-                prompt_tokens_dropped=0,
-                token_ids=[1],
-                finish_reason="length",
-                stop_reason="max_new_tokens",
-                error=None,
-                timing=None,
-            )
-            if (part := parts.add([Sample(done, "")])) is not None:
-                run.record(part, parts.sha256_of(part))
+        rows = reader.prompts(summary)
+        for number in range(len(summary.part_digests)):
+            found = [completion_of(row) for row in islice(rows, summary.part_rows)]
+            part = parts.write(number, [[Sample(done, "")] for done in found])
+            run.record(part, parts.sha256_of(part))
     return {"rows": summary.rows, "parts": len(summary.part_digests)}
+
+
+def completion_of(row: Prompt | BadRow) -> Completion:
+    """Return a completion of one token."""
+    assert not isinstance(row, BadRow)
+    return Completion(
+        prompt=row,
+        prompt_tokens=1,
+        prompt_tokens_dropped=0,
+        token_ids=[1],
+        finish_reason="length",
+        stop_reason="max_new_tokens",
+        error=None,
+        timing=None,
+    )
 
 
 def finish(folder: Path, limit: int) -> dict[str, Any]:

@@ -5,8 +5,9 @@
 
 gpt2 generates 32 + 128 tokens per row. tiny generates 1 + 4 tokens per row, so the stages are
 nearly all of the time. Times are of the named calls, all in one process. A stage inside another
-counts once, in the inner one. Resident memory is noted at every tenth of the rows. The last line
-is a JSON object.
+counts once, in the inner one. Parts are written in a thread beside the model, which has lines of
+its own and is no part of the shares. Resident memory is noted at every tenth of the rows. The last
+line is a JSON object.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ import argparse
 import json
 import resource
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.clock import Clock
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.bench.random_model import write_random_checkpoint
 from gptbatch.pipeline.engine.engine import Engine
@@ -33,6 +32,7 @@ from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.local_run import LocalRunFolder
 from gptbatch.pipeline.output.part_writer import PartWriter
 from gptbatch.pipeline.output.progress_file import ProgressFile
+from gptbatch.pipeline.output.row_runner import RowRunner
 from gptbatch.pipeline.output.run_output import RunOutput
 
 TINY = {
@@ -51,7 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 # Stages of durability, and other stages beside the model.
 DURABILITY = {
     "check input": (PromptReader, "check"),
-    "commit part": (PartWriter, "_commit"),
+    "commit part": (PartWriter, "write"),
     "claim": (RunOutput, "claim"),
     "finish": (RunOutput, "finish"),
     "digests": (OutputFolder, "write_hashes"),
@@ -61,48 +61,9 @@ DURABILITY = {
 }
 OTHERS = {
     "tokenize": (PromptTokenizer, "encode"),
-    "decode text": (PromptTokenizer, "completion_text"),
-    "add row": (PartWriter, "add"),
+    "decode text": (PromptTokenizer, "text_of"),
+    "add row": (RowRunner, "add"),
 }
-
-
-class Clock:
-    """Seconds in each stage, without those of inner stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._stack: list[float] = []
-
-    def watch(self, owner: type, name: str, stage: str) -> None:
-        original = getattr(owner, name)
-
-        def timed(*arguments: Any, **settings: Any) -> Any:
-            return self.time(stage, lambda: original(*arguments, **settings))
-
-        setattr(owner, name, timed)
-
-    def watch_steps(self, owner: type, name: str, stage: str) -> None:
-        """Measure the time inside a generator."""
-        original = getattr(owner, name)
-
-        def timed(*arguments: Any, **settings: Any) -> Iterator[Any]:
-            iterator = original(*arguments, **settings)
-            end = object()
-            while (item := self.time(stage, lambda: next(iterator, end))) is not end:
-                yield item
-
-        setattr(owner, name, timed)
-
-    def time(self, stage: str, call: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
-        self._stack.append(0.0)
-        try:
-            return call()
-        finally:
-            spent = time.perf_counter() - began
-            self.seconds[stage] += spent - self._stack.pop()
-            if self._stack:
-                self._stack[-1] += spent
 
 
 class Watch:
@@ -155,11 +116,12 @@ def main() -> None:
         )
         summary = run_job(config, watch)
     durability_s = sum(clock.seconds[stage] for stage in DURABILITY)
-    for stage, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
-        print(
-            f"{stage:<22} {seconds:8.2f} s  {1e6 * seconds / args.rows:9.1f} us per row  "
-            f"{100 * seconds / summary.wall_s:6.2f} %"
-        )
+    for where, found in (("", clock.seconds), (" (beside)", clock.beside)):
+        for stage, seconds in sorted(found.items(), key=lambda item: -item[1]):
+            print(
+                f"{stage + where:<28} {seconds:8.2f} s  {1e6 * seconds / args.rows:9.1f} us per "
+                f"row  {100 * seconds / summary.wall_s:6.2f} %"
+            )
     report = {
         "shape": args.shape,
         "rows": summary.rows,
@@ -169,6 +131,9 @@ def main() -> None:
         "durability_share": round(durability_s / summary.wall_s, 5),
         "us_per_row": {
             stage: round(1e6 * seconds / args.rows, 1) for stage, seconds in clock.seconds.items()
+        },
+        "us_per_row_beside": {
+            stage: round(1e6 * seconds / args.rows, 1) for stage, seconds in clock.beside.items()
         },
         "first_mib": round(watch.points[0][1] / 2**20, 1),
         "last_mib": round(watch.points[-1][1] / 2**20, 1),

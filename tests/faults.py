@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,16 @@ class FailingClose:
         self._fail()
 
 
+class _Writing(threading.local):
+    """The files that a thread is writing, innermost last."""
+
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+
+    def is_writing(self, name: str) -> bool:
+        return bool(self.files) and self.files[-1].name == name
+
+
 def install(step: str, kind: str) -> None:
     """Install a fault in this process.
 
@@ -59,8 +70,7 @@ def install(step: str, kind: str) -> None:
         return
     part = "part-000001.parquet"
     target = TARGETS.get(step, part)
-    # the files being written, innermost last
-    now: list[Path] = []
+    now = _Writing()
 
     def strike() -> None:
         if kind == "kill":
@@ -71,7 +81,7 @@ def install(step: str, kind: str) -> None:
         """Wrap a step: kill after the call, or raise instead of it."""
 
         def call(*arguments: Any, **settings: Any) -> Any:
-            hit = bool(now) and now[-1].name == target and at(*arguments)
+            hit = now.is_writing(target) and at(*arguments)
             if hit and kind != "kill":
                 strike()
             result = function(*arguments, **settings)
@@ -92,7 +102,7 @@ def install(step: str, kind: str) -> None:
     ) -> bool:
         if step == "manifest" and not completing:
             return original_write(self, path, content, **settings)
-        now.append(path)
+        now.files.append(path)
         try:
             written = original_write(
                 self, path, around(content, lambda *_: step == "write"), **settings
@@ -100,7 +110,7 @@ def install(step: str, kind: str) -> None:
             if step in ("manifest", "success") and kind == "kill" and path.name == target:
                 strike()
         finally:
-            now.pop()
+            now.files.pop()
         return written
 
     def complete(*arguments: Any) -> finish.Finished:
@@ -117,7 +127,7 @@ def install(step: str, kind: str) -> None:
             file = original_open(self, *arguments, **settings)
             return (
                 FailingClose(file, strike)
-                if now and now[-1].name == target and self.name.endswith(".tmp")
+                if now.is_writing(target) and self.name.endswith(".tmp")
                 else file
             )
 
@@ -163,6 +173,18 @@ def before_each_step(act: Callable[[Any, list[Any]], None]) -> None:
 def slow_step(seconds: str) -> None:
     """Sleep before each step of the engine."""
     before_each_step(lambda engine, chunks: time.sleep(float(seconds)))
+
+
+def slow_part(seconds: str) -> None:
+    """Sleep before each part gets its name: its rows are done, and its file is written."""
+    original = atomic_write._link
+
+    def link(temporary: Path, target: Path) -> bool:
+        if target.suffix == ".parquet":
+            time.sleep(float(seconds))
+        return original(temporary, target)
+
+    atomic_write._link = link
 
 
 def slow_load(seconds: str) -> None:
@@ -218,6 +240,7 @@ OTHERS = {
     "cleared": cleared,
     "no locks": no_locks,
     "slow load": slow_load,
+    "slow part": slow_part,
     "slow step": slow_step,
     "memory": memory,
     "poison": poison,

@@ -120,17 +120,27 @@ def write_run(
     claim(folder, files, "seed: 0\nengine:\n  dtype: float32\n", facts)
     plan = PartPlan(identity=identity, input_digests=digests)
     writer = PartWriter(path, files, FileHashes(), plan=plan, facts=facts)
-    parts = []
+    rows = []
     for index, one in enumerate(completions[:first_rows]):
         placed = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, index=index))
         text = texts.get(one.prompt.prompt_id, f"private {one.prompt.prompt_id}")
-        parts.append(writer.add([Sample(placed, None if one.error else text)]))
-    if not completions:
-        parts.append(writer.add_empty())
+        rows.append([Sample(placed, None if one.error else text)])
+    parts = [
+        writer.write(number, found)
+        for number in range(plan.n_parts)
+        if (found := part_of(rows, plan, number)) is not None
+    ]
     if first_rows is None:
-        known = {part.number: part for part in parts if part is not None}
+        known = {part.number: part for part in parts}
         finish(folder, files, identity, FileHashes(), known, row_defaults())
     return path
+
+
+def part_of(rows: list[list[Sample]], plan: PartPlan, number: int) -> list[list[Sample]] | None:
+    """Return the rows of a part, None where there are not all of them."""
+    first = number * plan.part_rows
+    found = rows[first : first + plan.part_rows]
+    return found if len(found) == plan.rows_of(number) else None
 
 
 def row_defaults() -> RowDefaults:
@@ -180,10 +190,13 @@ def test_parts_are_ordered_by_number(tmp_path: Path) -> None:
     facts = {"format": FORMAT, "identity": plan.identity, **FACTS}
     files = FileWriter(out / ".gptbatch")
     writer = PartWriter(out, files, FileHashes(), plan=plan, facts=facts)
-    for index in (200_000, 200_001, 0, 1, 199_998, 199_999):
-        row = completion(f"id {index}")
-        placed = dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, index=index))
-        writer.add([Sample(placed, "")])
+    for number in (100_000, 0, 99_999):
+        rows = []
+        for index in (2 * number, 2 * number + 1):
+            row = completion(f"id {index}")
+            placed = dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, index=index))
+            rows.append([Sample(placed, "")])
+        writer.write(number, rows)
     (out / "part-099999.parquet").rename(out / "part-99999.parquet")
     assert [row["prompt_id"] for row in RunReader(out).rows(["prompt_id"])][1:4] == [
         "id 1",

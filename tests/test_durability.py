@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gptbatch.pipeline.output.crash_journal import read_crash_journal
 from gptbatch.pipeline.output.part_file import inspect_part
 from gptbatch.pipeline.output.schema import DETERMINISTIC_COLUMNS
 from gptbatch.pipeline.storage.atomic_write import TEMPORARY_NAME
@@ -221,6 +222,55 @@ def test_a_signal_stops_a_run_that_can_be_continued(
     long.check_complete(output)
 
 
+def wait_for_temporary_part(output: Path) -> None:
+    """Wait until the thread is writing a part."""
+    wait_for(lambda: list(output.glob(".gptbatch/runs/*/part-*.tmp")), "a part that is written")
+
+
+def test_a_stop_waits_for_the_part_that_is_being_written(setting: Setting, tmp_path: Path) -> None:
+    """The engine has finished more rows meanwhile. Their parts are written, too, if complete."""
+    output = tmp_path / "out"
+    child = setting.start(output, fault=("slow part", "0.5"))
+    wait_for_temporary_part(output)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait() == 75, child.stderr
+    parts = sorted(path.name for path in output.glob("part-*.parquet"))
+    assert f"stopped by SIGTERM; {len(parts)} part" in child.stderr
+    assert parts[0] == "part-000000.parquet"
+    check_parts(output)
+    assert not [path for path in output.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
+    assert not list(output.glob(".gptbatch/runs/*/crash_journal.json")), "a stop is not a crash"
+    code, child = setting.run(output)
+    assert (code, child.summary["rows_kept"]) == (0, sum_of_rows(output, parts)), child.stderr
+    setting.check_complete(output)
+
+
+def test_a_kill_while_a_part_is_being_written_costs_that_part(
+    setting: Setting, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    child = setting.start(output, fault=("slow part", str(2 * LIMIT_S)))
+    wait_for_temporary_part(output)
+    # Rows of the parts behind it are done, or run: the engine goes on while the thread writes.
+    wait_for(lambda: 2 in parts_in_flight(output), "the third part")
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not list(output.glob("part-*.parquet"))
+    assert 0 in parts_in_flight(output)
+    code, child = setting.run(output)
+    assert (code, child.summary["rows"]) == (0, 40), child.stderr
+    setting.check_complete(output)
+
+
+def parts_in_flight(output: Path) -> list[int]:
+    (folder,) = (output / ".gptbatch" / "runs").iterdir()
+    return read_crash_journal(folder).parts_in_flight
+
+
+def sum_of_rows(output: Path, names: list[str]) -> int:
+    return sum(pq.read_metadata(output / name).num_rows for name in names)
+
+
 def test_a_signal_while_loading_ends_at_once(long: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     child = long.start(output, fault=("slow load", str(2 * LIMIT_S)))
@@ -326,7 +376,7 @@ def test_an_input_that_changes_during_a_run_is_refused(long: Setting, tmp_path: 
     child = long.start(output, fault=("slow step", "0.001"))
     wait_for_parts(output, 2)
     try:
-        # rows are read 256 at a time
+        # 256 rows are read ahead
         long.write([*LONG_ROWS[:290], {"id": "other", "prompt": "another"}, *LONG_ROWS[291:]])
         check_changed_input(long, output, child)
     finally:

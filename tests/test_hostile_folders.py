@@ -788,12 +788,10 @@ def writer(path: Path, count: int, **identity: Any) -> tuple[PartWriter, PartPla
     )
 
 
-def add(part_writer: PartWriter, indices: range, token: int = 5) -> Any:
-    made = None
-    for index in indices:
-        row = completion(f"id {index}", [token])
-        made = part_writer.add([Sample(parts_row(row, index), "text")])
-    return made
+def add(part_writer: PartWriter, indices: range, token: int = 5) -> Part:
+    """Write the part that holds these rows."""
+    rows = [parts_row(completion(f"id {index}", [token]), index) for index in indices]
+    return part_writer.write(indices[0] // 2, [[Sample(row, "text")] for row in rows])
 
 
 def parts_row(row: Any, index: int) -> Any:

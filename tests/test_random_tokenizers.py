@@ -84,6 +84,9 @@ def compare(folder: Path, seed: int) -> str:
         assert ours.decode(prompt + new) == whole, f"seed {seed}, {prompt + new}"
         if whole.startswith(before):
             assert before + ours.added_text(prompt, new) == whole, f"seed {seed}, {prompt}, {new}"
+        # A byte-level tokenizer joins the bytes of its tokens.
+        text = ours.completion_text(prompt, new, "max_new_tokens", None)
+        assert text == ours.added_text(prompt, new), f"seed {seed}, {prompt}, {new}"
     return loaded.loaded_by
 
 

@@ -242,7 +242,8 @@ class DeviceEngine(Engine):
             if rows.sequences[handle] is not sequence:
                 handle = rows.start(index, sequence)
                 self._set_sampler(handle, sequence)
-                self._changes.set(index, state_row(tables[index]))
+                if not chunk.needs_logits:
+                    self._changes.set(index, state_row(tables[index]))
             if chunk.needs_logits:
                 self._decode(handle, sequence)
         return np.array([tokens, positions, seq_indices], np.int64)

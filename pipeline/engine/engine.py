@@ -198,8 +198,9 @@ class Engine:
         return not self._scheduler.running and not self._scheduler.waiting
 
     def _add_waiting(self, prompts: Iterator[TokenizedPrompt | None]) -> None:
-        scheduler = self._scheduler
-        while not self._is_exhausted and self._n_held() < self.max_rows_held:
+        if self._is_exhausted:
+            return
+        for _ in range(self.max_rows_held - self._n_held()):
             try:
                 prompt = next(prompts)
             except StopIteration:
@@ -208,7 +209,7 @@ class Engine:
             if prompt is None:
                 return
             assert 1 <= len(prompt.token_ids) <= self._n_positions
-            scheduler.add(prompt)
+            self._scheduler.add(prompt)
 
     def _start_new(self, chunks: list[ScheduledChunk], now: float) -> None:
         """Note the start of sequences that are in a step for the first time."""

@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
 from gptbatch.pipeline.kv_cache.block_pool import CacheAllocator
 from gptbatch.pipeline.types import TokenizedPrompt
+
+Int64s = npt.NDArray[np.int64]
 
 # Prefill tokens of a step, even if all of its budget decodes: waiting sequences must start.
 MIN_PREFILL_TOKENS = 32
@@ -20,6 +25,8 @@ MIN_PREFILL_TOKENS = 32
 # budget. The attention kernel shares loads of KV blocks among four consecutive queries, so a
 # multiple of 4 leaves no query alone. 16 positions are a block of the full cache.
 GRAIN_PREFILL_TOKENS = 16
+# The first size of the array of the lengths of waiting sequences.
+MIN_LENGTHS = 64
 # A waiting sequence is passed over at most this many times max_seqs.
 MAX_PASSED_OVER_PER_SEQ = 4
 
@@ -49,8 +56,10 @@ class Scheduler:
     slide: bool = False
     running: list[Sequence] = field(default_factory=list, init=False)
     waiting: list[Sequence] = field(default_factory=list, init=False)
-    # The most positions of each waiting sequence.
-    _waiting_lengths: list[int] = field(default_factory=list, init=False)
+    # The most positions of each waiting sequence; then unused entries.
+    _waiting_lengths: Int64s = field(
+        default_factory=lambda: np.zeros(MIN_LENGTHS, np.int64), init=False
+    )
     _n_scheduled: int = field(default=0, init=False)
     _n_added: int = field(default=0, init=False)
 
@@ -59,8 +68,11 @@ class Scheduler:
         sequence = Sequence(source)
         sequence.arrival_order = self._n_added
         self._n_added += 1
+        place = len(self.waiting)
+        if place == len(self._waiting_lengths):
+            self._waiting_lengths = np.resize(self._waiting_lengths, 2 * place)
+        self._waiting_lengths[place] = sequence.max_length(self.n_positions)
         self.waiting.append(sequence)
-        self._waiting_lengths.append(sequence.max_length(self.n_positions))
 
     # The scheduling algorithm. A step takes one token of every decoding sequence. The rest of its
     # token budget goes to prefill: first to running sequences, in the order in which they were
@@ -194,7 +206,9 @@ class Scheduler:
         )
         if n_cached_tokens is None:
             return None
-        del self.waiting[place], self._waiting_lengths[place]
+        del self.waiting[place]
+        lengths = self._waiting_lengths[: len(self.waiting) + 1]
+        lengths[place:-1] = lengths[place + 1 :]
         self.running.append(sequence)
         self._n_scheduled += 1
         sequence.schedule_order = self._n_scheduled
@@ -210,4 +224,5 @@ class Scheduler:
         times_passed_over = self._n_scheduled - self.waiting[0].arrival_order
         if times_passed_over >= MAX_PASSED_OVER_PER_SEQ * self.max_seqs:
             return 0
-        return self._waiting_lengths.index(max(self._waiting_lengths))
+        # Of equal lengths, the first.
+        return int(self._waiting_lengths[: len(self.waiting)].argmax())

@@ -6,7 +6,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +18,8 @@ from gptbatch.pipeline.estimate.lengths import Observation
 from gptbatch.pipeline.estimate.step_cost import WORK, Array
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.output.part_writer import write_table
-from gptbatch.pipeline.output.schema import content_digest, to_row, to_table
-from gptbatch.pipeline.types import ENDING_STOP_REASONS, Completion, TokenizedPrompt
+from gptbatch.pipeline.output.schema import content_digest, to_table
+from gptbatch.pipeline.types import ENDING_STOP_REASONS, Completion, Sample, TokenizedPrompt
 
 # The last steps of a run have fewer rows. A part of the pilot measures how fast they are.
 SMALL_BATCH_SHARE, SMALL_BATCH_DIVISOR = 0.2, 4
@@ -169,15 +169,7 @@ def _work(stats: EngineStats) -> list[int]:
 def _write(completions: Sequence[Completion], tokenizer: PromptTokenizer) -> WrittenRows:
     """Write completions to memory as a part is written."""
     began_s = time.perf_counter()
-    rows = []
-    for row in completions:
-        text = None
-        if row.error is None:
-            text = tokenizer.completion_text(
-                row.prompt_token_ids, row.token_ids, row.stop_reason, row.text_bytes
-            )
-        rows.append(to_row(row, text))
-    table = to_table(rows)
+    table = to_table([Sample(row, tokenizer.text_of(row)) for row in completions])
     whole_bytes = _file_bytes(table)
     content_digest(table)
     seconds = time.perf_counter() - began_s
@@ -189,7 +181,7 @@ def _write(completions: Sequence[Completion], tokenizer: PromptTokenizer) -> Wri
     return WrittenRows(
         bytes_per_file=max(0.0, whole_bytes - file_bytes * sum(tokens)),
         file_bytes=file_bytes,
-        memory_bytes=sum(map(_size, rows)) / max(1, sum(tokens)),
+        memory_bytes=sum(map(_size, completions)) / max(1, sum(tokens)),
         seconds=seconds / max(1, sum(tokens)),
     )
 
@@ -203,8 +195,8 @@ def _file_bytes(table: pa.Table) -> int:
 def _size(value: Any) -> int:
     """Return the bytes of a value in memory, with what it holds."""
     size = sys.getsizeof(value)
-    if isinstance(value, dict):
-        return size + sum(_size(item) for item in value.values())
-    if isinstance(value, list):
-        return size + sum(map(sys.getsizeof, value))
+    if is_dataclass(value):
+        return size + sum(_size(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, (list, tuple)):
+        return size + sum(map(_size, value))
     return size

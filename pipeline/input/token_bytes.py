@@ -12,11 +12,14 @@ def token_bytes(backend: Tokenizer) -> list[bytes]:
 
     A byte-level decoder concatenates these bytes and decodes them as UTF-8.
     """
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    found = [b""] * (max(vocabulary.values(), default=-1) + 1)
-    for name, token_id in vocabulary.items():
-        found[token_id] = _bytes_of(name)
-    return found
+    # Two tokens may have one name, which maps to one of their ids.
+    ids = {
+        *backend.get_vocab(with_added_tokens=True).values(),
+        *backend.get_vocab(with_added_tokens=False).values(),
+        *backend.get_added_tokens_decoder(),
+    }
+    names = map(backend.id_to_token, range(max(ids, default=-1) + 1))
+    return [b"" if name is None else _bytes_of(name) for name in names]
 
 
 def _bytes_of(name: str) -> bytes:

@@ -6,8 +6,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 
 from gptbatch.pipeline.config import JobConfig
@@ -22,12 +23,13 @@ from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.config import GPTConfig, parse_config
 from gptbatch.pipeline.model.generation_config import SpecialTokens
 from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.system.threads import Worker
 from gptbatch.pipeline.types import Completion, Prompt, RowError, TokenizedPrompt
 
 logger = logging.getLogger("gptbatch")
 
-# rows per call of the tokenizers library
-TOKENIZE_ROWS = 256
+# Rows per call of the tokenizers library. One more call is ahead.
+TOKENIZE_ROWS = 128
 _SPECIAL_TEXT = (
     "prompts with the text of a special token: %d; it is plain text there, parse_special takes it "
     "as the token"
@@ -159,12 +161,25 @@ class TokenizedInput:
     def _encoded(
         self, rows: Iterator[Prompt | BadRow]
     ) -> Iterator[tuple[Prompt | BadRow, EncodedText, float]]:
-        """Yield each row with its tokens and the time when it was read. A bad row has no text."""
-        while batch := list(islice(rows, TOKENIZE_ROWS)):
-            read_s = time.monotonic()
+        """Yield each row with its tokens and the time when it was read. A bad row has no text.
+
+        While the rows of one call are taken, a thread encodes those of the next, without the GIL.
+        """
+        worker = Worker("tokens")
+
+        def begin() -> tuple[list[Prompt | BadRow], Future[list[EncodedText]], float]:
+            batch = list(islice(rows, TOKENIZE_ROWS))
             texts = [row.text if isinstance(row, Prompt) else "" for row in batch]
-            for row, encoded in zip(batch, self.tokenizer.encode(texts), strict=True):
-                yield row, encoded, read_s
+            return batch, worker.submit(partial(self.tokenizer.encode, texts)), time.monotonic()
+
+        try:
+            following = begin()
+            while following[0]:
+                (batch, encoding, read_s), following = following, begin()
+                for row, encoded in zip(batch, encoding.result(), strict=True):
+                    yield row, encoded, read_s
+        finally:
+            worker.close()
 
     def _error(self, prompt: Prompt, encoded: EncodedText) -> RowError | None:
         """Return why the engine cannot run a prompt, None where it can."""

@@ -15,7 +15,7 @@ from gptbatch.pipeline.errors import ModelError
 from gptbatch.pipeline.input.lost_text import LostText, component, may_lose_text
 from gptbatch.pipeline.input.token_bytes import token_bytes
 from gptbatch.pipeline.system.rust_panics import PanicError, panics_as_errors
-from gptbatch.pipeline.types import StopReason
+from gptbatch.pipeline.types import Completion, StopReason
 
 # words in errors of the library -> their cause; the errors themselves may quote the prompt
 _CAUSES = {
@@ -168,6 +168,17 @@ class PromptTokenizer:
         """The bytes of each token's text, by token id; empty unless tokens are bytes of text."""
         return token_bytes(self._backend) if self._concatenates else []
 
+    def text_of(self, completion: Completion) -> str | None:
+        """Return the text of a completion, None for an error."""
+        if completion.error is not None:
+            return None
+        return self.completion_text(
+            completion.prompt_token_ids,
+            completion.token_ids,
+            completion.stop_reason,
+            completion.text_bytes,
+        )
+
     def completion_text(
         self,
         prompt: list[int],
@@ -183,13 +194,16 @@ class PromptTokenizer:
             stop_reason: A final EOS token or stop token has no text.
             text_bytes: Where a stop string cuts the text; None for nowhere.
         """
-        if text_bytes is not None:
-            known = self.token_bytes
+        if stop_reason in ("end_of_text", "stop_token"):
+            token_ids = token_ids[:-1]
+        if not (known := self.token_bytes):
+            return self.added_text(prompt, token_ids)
+        try:
+            text = b"".join([known[token] for token in token_ids])
+        except IndexError:
             # A model may have more tokens than its tokenizer.
-            text = b"".join(known[token] for token in token_ids if token < len(known))
-            return text[:text_bytes].decode("utf-8", errors="replace")
-        ends = stop_reason in ("end_of_text", "stop_token")
-        return self.added_text(prompt, token_ids[:-1] if ends else token_ids)
+            text = b"".join([known[token] for token in token_ids if token < len(known)])
+        return text[:text_bytes].decode("utf-8", errors="replace")
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
         # encode_batch_fast returns no offsets

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,8 +14,9 @@ from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.model.loading import LoadedModel
+from gptbatch.pipeline.output.part_writer import count_errors
 from gptbatch.pipeline.output.row_runner import Progress, RowRunner
-from gptbatch.pipeline.output.schema import SCHEMA, to_row, to_table
+from gptbatch.pipeline.output.schema import SCHEMA, to_table
 from gptbatch.pipeline.types import Completion, Sample
 
 FACTS_KEY = b"gptbatch_generate"
@@ -58,7 +58,7 @@ def generate_table(
     runner = RowRunner(
         config, prompts, summary, loaded, observers=[] if progress is None else [progress]
     )
-    rows: dict[int, list[Sample]] = {}
+    rows: dict[int, list[Completion]] = {}
 
     def take(completion: Completion) -> None:
         if (samples := runner.add(completion)) is not None:
@@ -73,20 +73,16 @@ def generate_table(
                 pass
     finally:
         runner.end()
-    errors = (
-        next((sample.completion.error for sample in samples if sample.completion.error), None)
-        for samples in rows.values()
-    )
-    kinds: Counter[str] = Counter(error.kind for error in errors if error is not None)
-    ordered = (sample for index in range(summary.rows) for sample in rows.pop(index))
-    return GeneratedTable(pa.concat_tables([SCHEMA.empty_table(), *_tables(ordered)]), kinds)
+    ordered = (rows.pop(index) for index in range(summary.rows))
+    kinds: Counter[str] = Counter()
+    tables = [SCHEMA.empty_table()]
+    while chunk := list(islice(ordered, TABLE_ROWS)):
+        samples = [[Sample(done, prompts.tokenizer.text_of(done)) for done in row] for row in chunk]
+        kinds += count_errors(samples)
+        tables.append(to_table([sample for row in samples for sample in row]))
+    return GeneratedTable(pa.concat_tables(tables), kinds)
 
 
 def with_facts(table: pa.Table, facts: dict[str, Any]) -> pa.Table:
     """Return a table with facts of its run in the metadata of its schema."""
     return table.replace_schema_metadata({FACTS_KEY: json.dumps(facts)})
-
-
-def _tables(samples: Iterator[Sample]) -> Iterator[pa.Table]:
-    while chunk := list(islice(samples, TABLE_ROWS)):
-        yield to_table([to_row(sample.completion, sample.text) for sample in chunk])

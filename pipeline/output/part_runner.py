@@ -4,8 +4,8 @@ The loop belongs to the output, because the part is the unit of work: it is begu
 recorded in the crash journal and generated again as a whole.
 
 Rows are read across the borders of parts, so that the batch stays full. A part is committed when
-its last row is done. The number of parts in flight is bounded, because finished rows wait in memory
-for their part.
+its last row is done, by the thread of the sink, while the engine goes on. The number of parts in
+flight is bounded, because finished rows wait in memory for their part.
 
 Imports no torch.
 """
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.errors import ConfigError, StoppedError
+from gptbatch.pipeline.errors import ConfigError, StoppedError, StorageError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.model.loading import LoadedModel
@@ -96,6 +96,19 @@ class PartRunner:
             InputRowsError: There are more error rows than max_row_errors.
             ConfigError: The source deals out a part that the job does not have.
         """
+        try:
+            self._run()
+        except BaseException:
+            # Complete parts are written. An error of the disk does not replace the first one.
+            with suppress(StorageError):
+                self._take_written(wait=True)
+            raise
+        finally:
+            self.sink.close()
+            for number in sorted(self._pulled - self.sink.parts.keys()):
+                self.source.given_up(number)
+
+    def _run(self) -> None:
         self._rows.begin(self.sink.rows_total, self._rows_kept)
         try:
             # A source may have parts again, once all that it dealt are written.
@@ -106,8 +119,6 @@ class PartRunner:
                 self._run_parts(iter(self._suspect_parts), batch_size=1)
         finally:
             self._rows.end()
-            for number in sorted(self._pulled - self.sink.parts.keys()):
-                self.source.given_up(number)
 
     def _pull(self) -> Iterator[int]:
         """Yield the parts of the source. Put those aside that were in flight at two crashes."""
@@ -160,11 +171,15 @@ class PartRunner:
             prompts = self._record_lone_rows(prompts)
         rows = self.sink.rows_total - self._rows_kept - self.counts.rows
         for _ in self._rows.steps(engine, prompts, self._take, rows=rows):
-            if (source := self.stop.requested()) is not None:
+            source = self.stop.requested()
+            # A crash is blamed on the row that runs alone, so nothing is written beside it.
+            self._take_written(wait=source is not None or batch_size == 1)
+            if source is not None:
                 raise StoppedError(
                     f"stopped by {source}; {self._described_progress()}; run the same command "
                     "again to go on"
                 )
+        self._take_written(wait=True)
         return True
 
     def _described_progress(self) -> str:
@@ -194,11 +209,14 @@ class PartRunner:
         samples = self._rows.add(completion)
         if samples is None:
             return
-        part = self.sink.add(samples)
-        if part is not None:
-            self.source.committed(part)
+        self.sink.add(samples)
         if is_error(samples):
             self._limit.check(self._errors_kept + self.counts.errors)
+
+    def _take_written(self, *, wait: bool = False) -> None:
+        """Tell the source which parts are written; see `PartSink.written`."""
+        for part in self.sink.written(wait=wait):
+            self.source.committed(part)
 
 
 def max_parts_in_flight(max_rows_held: int, part_rows: int) -> int:

@@ -1,4 +1,4 @@
-"""PartWriter: collects rows in any order, and writes a part as Parquet when its last row arrives.
+"""PartWriter: writes the rows of a part as Parquet.
 
 A part under its final name is the record that its rows are done. The file appears whole and checked
 (atomic_write.py), and takes its name only where no other file has it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -29,7 +29,7 @@ from gptbatch.pipeline.output.part_file import (
     read_part,
 )
 from gptbatch.pipeline.output.part_plan import PartPlan
-from gptbatch.pipeline.output.schema import content_digest, to_row, to_table
+from gptbatch.pipeline.output.schema import content_digest, to_table
 from gptbatch.pipeline.storage.atomic_write import Writer
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.storage.regular_file import file_sha256, sha256_of
@@ -42,7 +42,7 @@ MAX_COMMIT_TRIES = 3
 
 
 class PartWriter:
-    """Collects rows in any order and commits each part when its last row arrives.
+    """Writes parts, each when all of its rows are there.
 
     Args:
         output: The output folder.
@@ -63,51 +63,21 @@ class PartWriter:
     ) -> None:
         self._output, self._writer, self._hashes, self._plan = output, writer, hashes, plan
         self.facts = facts
-        # the table rows of each input row, by part and index
-        self._rows: dict[int, dict[int, list[dict[str, Any]]]] = {}
-        self._error_kinds: dict[int, Counter[str]] = {}
 
-    def add(self, samples: Sequence[Sample]) -> Part | None:
-        """Add one row of the input.
+    def write(self, number: int, rows: Sequence[Sequence[Sample]]) -> Part:
+        """Write a part where its name is free.
+
+        Where another run of this job wrote the same part, keep that one; replace a damaged file.
 
         Args:
-            samples: All samples of the row, in order.
-
-        Returns:
-            The part that this row completes; None while its part lacks rows.
+            number: Its number.
+            rows: The samples of each of its input rows, in order.
 
         Raises:
             StorageError: The part cannot be written.
             OutputConflictError: A part of another job has its name.
         """
-        index = samples[0].completion.prompt.index
-        number = index // self._plan.part_rows
-        rows = self._rows.setdefault(number, {})
-        assert index not in rows
-        rows[index] = [to_row(sample.completion, sample.text) for sample in samples]
-        errors = [error for sample in samples if (error := sample.completion.error) is not None]
-        if errors:
-            self._error_kinds.setdefault(number, Counter())[errors[0].kind] += 1
-        if len(rows) < self._plan.rows_of(number):
-            return None
-        part = self._commit(number, [rows[index] for index in sorted(rows)])
-        del self._rows[number]
-        return part
-
-    def sha256_of(self, part: Part) -> str:
-        """Return the SHA-256 of the file of a written part."""
-        return self._hashes.sha256_of_part(part.name)
-
-    def add_empty(self) -> Part:
-        """Write the part of an input without rows, so that readers find the schema."""
-        assert self._plan.total_rows == 0
-        return self._commit(0, [])
-
-    def _commit(self, number: int, rows: list[list[dict[str, Any]]]) -> Part:
-        """Write the part where its name is free.
-
-        Where another run of this job wrote the same part, keep that one; replace a damaged file.
-        """
+        assert len(rows) == self._plan.rows_of(number)
         part, table = self._to_part(number, rows)
         path = self._output / part.name
         for _ in range(MAX_COMMIT_TRIES):
@@ -141,7 +111,11 @@ class PartWriter:
             f"{path}: appears and disappears; is another program working in this folder?"
         )
 
-    def _to_part(self, number: int, rows: list[list[dict[str, Any]]]) -> tuple[Part, pa.Table]:
+    def sha256_of(self, part: Part) -> str:
+        """Return the SHA-256 of the file of a written part."""
+        return self._hashes.sha256_of_part(part.name)
+
+    def _to_part(self, number: int, rows: Sequence[Sequence[Sample]]) -> tuple[Part, pa.Table]:
         """Return the part and its table, with the footer in the schema metadata."""
         samples = [sample for samples in rows for sample in samples]
         table = to_table(samples)
@@ -150,9 +124,9 @@ class PartWriter:
             first_row=number * self._plan.part_rows,
             rows=len(rows),
             samples=len(samples),
-            error_kinds=dict(sorted(self._error_kinds.pop(number, Counter()).items())),
-            prompt_tokens=sum(row["prompt_tokens"] for row in samples),
-            completion_tokens=sum(row["completion_tokens"] for row in samples),
+            error_kinds=dict(sorted(count_errors(rows).items())),
+            prompt_tokens=sum(sample.completion.prompt_tokens for sample in samples),
+            completion_tokens=sum(len(sample.completion.token_ids) for sample in samples),
             input_rows_digest=self._plan.input_digests[number],
             content_digest=content_digest(table),
         )
@@ -209,6 +183,15 @@ class PartWriter:
             f"{existing.footer.get('host')} or {self.facts.get('host')}; find out which, with "
             "gptbatch verify on each, and name another output"
         )
+
+
+def count_errors(rows: Iterable[Sequence[Sample]]) -> Counter[str]:
+    """Count input rows with an error, by the kind of the first one of their samples."""
+    errors = (
+        next((sample.completion.error for sample in samples if sample.completion.error), None)
+        for samples in rows
+    )
+    return Counter(error.kind for error in errors if error is not None)
 
 
 def write_table(file: BinaryIO, table: pa.Table) -> None:

@@ -14,7 +14,7 @@ from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.model.loading import LoadedModel
 from gptbatch.pipeline.output.time_left import TimeLeft
-from gptbatch.pipeline.types import Completion, Sample, TokenizedPrompt
+from gptbatch.pipeline.types import Completion, TokenizedPrompt
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
@@ -87,7 +87,7 @@ class RowRunner:
         self._loaded, self._observers = loaded, observers
         self.counts = RowCounts()
         # Samples of rows that lack some, by index of the row.
-        self._samples: dict[int, list[Sample]] = {}
+        self._samples: dict[int, list[Completion]] = {}
         self._time_left = TimeLeft(0)
 
     def begin(self, total_rows: int, done_rows: int) -> None:
@@ -141,8 +141,8 @@ class RowRunner:
                 )
             yield
 
-    def add(self, completion: Completion) -> list[Sample] | None:
-        """Count one sample, and decode its text.
+    def add(self, completion: Completion) -> list[Completion] | None:
+        """Count one sample.
 
         Returns:
             All samples of its row in order, if this is the last of them to arrive.
@@ -151,20 +151,12 @@ class RowRunner:
         counts.prompt_tokens += completion.prompt_tokens
         counts.completion_tokens += len(completion.token_ids)
         self._time_left.finished(completion)
-        text = None
-        if completion.error is None:
-            text = self._prompts.tokenizer.completion_text(
-                completion.prompt_token_ids,
-                completion.token_ids,
-                completion.stop_reason,
-                completion.text_bytes,
-            )
         samples = self._samples.pop(prompt.index, [])
-        samples.append(Sample(completion, text))
+        samples.append(completion)
         if len(samples) < prompt.params.n:
             self._samples[prompt.index] = samples
             return None
-        samples.sort(key=lambda sample: sample.completion.prompt.sample_index)
+        samples.sort(key=lambda sample: sample.prompt.sample_index)
         counts.rows += 1
         counts.samples += len(samples)
         counts.errors += is_error(samples)
@@ -211,6 +203,6 @@ def make_engine(
     )
 
 
-def is_error(samples: Sequence[Sample]) -> bool:
+def is_error(samples: Sequence[Completion]) -> bool:
     """Return whether a row has an error, in any of its samples."""
-    return any(sample.completion.error is not None for sample in samples)
+    return any(sample.error is not None for sample in samples)

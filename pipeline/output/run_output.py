@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from gptbatch.pipeline.output.run_folder import RunFolder, read_records
 from gptbatch.pipeline.output.runs import list_runs
 from gptbatch.pipeline.output.shards import Shard, ShardParts, find_free_parts
 from gptbatch.pipeline.storage.atomic_write import FileWriter, Writer
+from gptbatch.pipeline.types import Completion
 
 logger = logging.getLogger("gptbatch")
 
@@ -217,11 +218,14 @@ class RunOutput:
         )
         check_same_environment(config, claimed, facts["environment"], facts["batch_invariance"])
 
-    def open_sink(self, facts: dict[str, Any]) -> PartSink:
+    def open_sink(
+        self, facts: dict[str, Any], text_of: Callable[[Completion], str | None]
+    ) -> PartSink:
         """Return the sink of the rows that are to be generated.
 
         Args:
             facts: The facts of the run.
+            text_of: Decodes a completion; None for an error.
         """
         target, kept = self.target, self.existing.kept.parts
         if target.shard.is_whole:
@@ -240,7 +244,15 @@ class RunOutput:
             for record in read_records(dead):
                 if record.number in kept or record.number not in target.share:
                     self.run.record(record, record.sha256)
-        return PartSink(self.run, writer, journal, kept, rows_total=self.target.share_rows)
+        return PartSink(
+            self.run,
+            writer,
+            journal,
+            kept,
+            plan=target.plan,
+            text_of=text_of,
+            rows_total=target.share_rows,
+        )
 
     def open_source(self) -> PartSource:
         """Return the parts that are to be generated."""

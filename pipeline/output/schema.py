@@ -1,11 +1,11 @@
-"""The schema of the table that a run writes, and the row of a completion."""
+"""The schema of the table that a run writes, and the table of completions."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from gptbatch.pipeline.params.sampling_params import to_column
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
-from gptbatch.pipeline.types import Completion, TokenLogprobs
+from gptbatch.pipeline.types import Completion, Sample, Timing, TokenLogprobs
 
 Kind = Literal["deterministic", "observed"]
 
@@ -206,47 +206,38 @@ LOGPROB_COLUMNS = ("cumulative_logprob", "token_logprobs", "top_logprob_ids", "t
 _SETTING_COLUMNS = [name for name, setting in SAMPLING_SETTINGS.items() if setting.column_type]
 
 
-def to_row(completion: Completion, text: str | None) -> dict[str, Any]:
-    """Return the row of a completion.
-
-    Args:
-        completion: The result of a row.
-        text: The decoded new tokens; None for an error.
-    """
-    prompt, timing = completion.prompt, completion.timing
-    count = len(completion.token_ids)
-    return {
-        "prompt_id": prompt.prompt_id,
-        "prompt_index": prompt.index,
-        "sample_index": prompt.sample_index,
-        "prompt": prompt.text,
-        "completion": text,
-        "completion_token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-        "stop_string": completion.stop_string,
-        "error": completion.error and completion.error.reason,
-        "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": count,
-        "prompt_tokens_dropped": completion.prompt_tokens_dropped,
-        **{name: getattr(prompt.params, name) for name in _SETTING_COLUMNS},
-        "sampling_params": to_column(prompt.params),
-        "metadata": prompt.metadata,
-        "min_decision_margin": completion.min_decision_margin,
-        **({} if completion.logprobs is None else logprob_columns(completion.logprobs)),
-        "logits_digest": completion.logits_digest,
-        "queue_s": timing and timing.queue_s,
-        "prefill_s": timing and timing.prefill_s,
-        "decode_s": timing and timing.decode_s,
-        "total_s": timing and timing.total_s,
-        "time_to_first_token_s": timing and timing.time_to_first_token_s,
-        "tokens_per_s": (count - 1) / timing.decode_s
-        if timing and count > 1 and timing.decode_s > 0
-        else None,
-        "mean_batch_size": timing and timing.mean_batch_size,
-        "started_at": timing and datetime.fromtimestamp(timing.started_at_s, UTC),
-        "cached_tokens": timing and timing.cached_tokens,
+def to_table(samples: Sequence[Sample]) -> pa.Table:
+    """Return completions and their texts as a table, in the given order."""
+    done = [sample.completion for sample in samples]
+    prompts = [completion.prompt for completion in done]
+    logprobs = [
+        None if completion.logprobs is None else logprob_columns(completion.logprobs)
+        for completion in done
+    ]
+    columns: dict[str, list[Any]] = {
+        "prompt_id": [prompt.prompt_id for prompt in prompts],
+        "prompt_index": [prompt.index for prompt in prompts],
+        "sample_index": [prompt.sample_index for prompt in prompts],
+        "prompt": [prompt.text for prompt in prompts],
+        "completion": [sample.text for sample in samples],
+        "completion_token_ids": [completion.token_ids for completion in done],
+        "finish_reason": [completion.finish_reason for completion in done],
+        "stop_reason": [completion.stop_reason for completion in done],
+        "stop_string": [completion.stop_string for completion in done],
+        "error": [completion.error and completion.error.reason for completion in done],
+        "prompt_tokens": [completion.prompt_tokens for completion in done],
+        "completion_tokens": [len(completion.token_ids) for completion in done],
+        "prompt_tokens_dropped": [completion.prompt_tokens_dropped for completion in done],
+        **{name: [getattr(prompt.params, name) for prompt in prompts] for name in _SETTING_COLUMNS},
+        "sampling_params": [to_column(prompt.params) for prompt in prompts],
+        "metadata": [prompt.metadata for prompt in prompts],
+        "min_decision_margin": [completion.min_decision_margin for completion in done],
+        **{name: [row and row[name] for row in logprobs] for name in LOGPROB_COLUMNS},
+        "logits_digest": [completion.logits_digest for completion in done],
+        **_timing_columns(done),
     }
+    arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
 def logprob_columns(logprobs: list[TokenLogprobs]) -> dict[str, Any]:
@@ -259,9 +250,28 @@ def logprob_columns(logprobs: list[TokenLogprobs]) -> dict[str, Any]:
     }
 
 
-def to_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Return rows as a table, in the given order."""
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+def _timing_columns(completions: Sequence[Completion]) -> dict[str, list[Any]]:
+    def column(value_of: Callable[[Timing], Any]) -> list[Any]:
+        return [completion.timing and value_of(completion.timing) for completion in completions]
+
+    return {
+        "queue_s": column(lambda timing: timing.queue_s),
+        "prefill_s": column(lambda timing: timing.prefill_s),
+        "decode_s": column(lambda timing: timing.decode_s),
+        "total_s": column(lambda timing: timing.total_s),
+        "time_to_first_token_s": column(lambda timing: timing.time_to_first_token_s),
+        "tokens_per_s": [_tokens_per_s(completion) for completion in completions],
+        "mean_batch_size": column(lambda timing: timing.mean_batch_size),
+        "started_at": column(lambda timing: round(timing.started_at_s * 1e6)),
+        "cached_tokens": column(lambda timing: timing.cached_tokens),
+    }
+
+
+def _tokens_per_s(completion: Completion) -> float | None:
+    timing, count = completion.timing, len(completion.token_ids)
+    if timing is None or count < 2 or timing.decode_s <= 0:
+        return None
+    return (count - 1) / timing.decode_s
 
 
 def content_digest(table: pa.Table) -> str:
