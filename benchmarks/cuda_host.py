@@ -28,7 +28,7 @@ def nothing(*_: Any, **__: Any) -> None:
 
 
 def main() -> None:
-    names = ("embed", "norm", "linear", "store", "attend", "sample", "advance")
+    names = ("embed", "norm", "linear", "store", "attend", "adjust", "sample", "advance")
     kernels = Kernels(**dict.fromkeys(names, nothing))
     config = GPTConfig(
         vocab_size=50257, n_positions=1024, n_embd=64, n_layer=12, n_head=1, n_inner=64

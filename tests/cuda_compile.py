@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from gptbatch.pipeline.kernels.cuda.adjust import AdjustmentLayout, Adjustments, adjust
 from gptbatch.pipeline.kernels.cuda.advance import advance
 from gptbatch.pipeline.kernels.cuda.attend import attend
 from gptbatch.pipeline.kernels.cuda.embed import embed
@@ -34,7 +35,17 @@ INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "FFMA", "LDL", "STL")
 # Divisions and square roots of float64 must round as IEEE 754 says.
 # The last one is the first constant of the logarithm, in float64.
 PTX = (
-    *("fma.rn.f64", "sqrt.rn.f64", "div.rn.f64", "sqrt.approx", "div.full", "ex2.approx", ".ftz"),
+    *(
+        "fma.rn.f32",
+        "div.rn.f32",
+        "fma.rn.f64",
+        "sqrt.rn.f64",
+        "div.rn.f64",
+        "sqrt.approx",
+        "div.full",
+        "ex2.approx",
+        ".ftz",
+    ),
     "0d3FE5555555555593",
 )
 ROWS, BLOCKS = 512, 100
@@ -108,6 +119,10 @@ def launch(name: str, dtype: torch.dtype, *, int8: bool = False, tile: Tile | No
         store(qkv, cache, tables, *rows)
     elif name == "attend":
         attend(qkv, cache, tables, *rows, x, 0.125)
+    elif name == "adjust":
+        layout = AdjustmentLayout(rows=ROWS, n_positions=1024, vocab_size=V)
+        own = Adjustments(layout, torch.device("meta"))
+        adjust(new(ROWS, 50304)[:, :V], new(ROWS, 393), state, own)
     elif name == "sample":
         scratch = new(ROWS, MAX_TOP_K + MAX_KEPT, dtype=i32)
         logits = new(ROWS, 50304)[:, :V]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gptbatch.pipeline.engine.sampling import _Rows, _sample
 from gptbatch.pipeline.engine.streams import Work
+from gptbatch.pipeline.kernels.cuda.adjust import adjust_twin
 from gptbatch.pipeline.kernels.cuda.advance import advance_twin
 from gptbatch.pipeline.kernels.cuda.attend import attend_twin
 from gptbatch.pipeline.kernels.cuda.embed import embed_twin
@@ -66,11 +67,16 @@ def sample_twin(
         token, margin = _sample(values[None], [top_k or len(values)], rows)
         if token < 0:
             sampled[row] = NO_TOKEN.value
-        elif top_k and int((values >= values.topk(top_k).values[-1]).sum()) > MAX_KEPT:
+        elif top_k and _n_kept(values, top_k) > MAX_KEPT:
             sampled[row] = OVERFLOW.value
         else:
             sampled[row] = token[0]
             numbers[MARGIN.value] = torch.minimum(numbers[MARGIN.value], margin[0])
+
+
+def _n_kept(values: Tensor, top_k: int) -> int:
+    kth_largest = values.topk(top_k).values[-1]
+    return int(((values >= kth_largest) & (values > -math.inf)).sum())
 
 
 TWINS = Kernels(
@@ -79,6 +85,7 @@ TWINS = Kernels(
     linear=linear_twin,
     store=store_twin,
     attend=attend_twin,
+    adjust=adjust_twin,
     sample=sample_twin,
     advance=advance_twin,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +24,14 @@ from benchmarks.cuda.common import (
     time_us,
     weight,
 )
+from gptbatch.pipeline.kernels.cuda.adjust import AdjustmentLayout, Adjustments, adjust, adjust_twin
 from gptbatch.pipeline.kernels.cuda.attend import attend, attend_twin
 from gptbatch.pipeline.kernels.cuda.linear import linear, linear_twin
 from gptbatch.pipeline.kernels.cuda.norm import norm, norm_twin
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, store, store_twin
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
+from gptbatch.pipeline.types import TokenizedPrompt
 
 
 class Case:
@@ -83,6 +86,58 @@ def sampler_case(rows: int) -> dict[str, Tensor]:
     }
 
 
+def adjust_case(rows: int, context: int) -> tuple[Tensor, Tensor, Tensor, Adjustments]:
+    """Return the arguments of `adjust`: random logits, a penalty, a mask and n-grams per row."""
+    from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments
+    from gptbatch.pipeline.engine.sequence import Sequence
+    from gptbatch.pipeline.engine.stopping import StopRule
+    from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, POSITION, STEP, TOKEN
+    from gptbatch.pipeline.params.sampling_params import SamplingParams
+    from gptbatch.pipeline.types import Prompt, TokenizedPrompt
+
+    rule = StopRule(eos_token_ids=(VOCAB - 1,), n_positions=POSITIONS, window_full="stop")
+    layout = AdjustmentLayout(rows=rows, n_positions=POSITIONS, vocab_size=VOCAB)
+    places, own = DeviceAdjustments(layout, rule), Adjustments(layout, torch.device("cuda"))
+    case = sampler_case(rows)
+    state, tokens = case["state"], torch.randint(VOCAB // 9, (rows, context)).tolist()
+    for row, token_ids in enumerate(tokens):
+        params = SamplingParams(
+            seed=row,
+            temperature=0.8,
+            top_k=40,
+            max_new_tokens=99,
+            repetition_penalty=1.2,
+            frequency_penalty=0.1,
+            presence_penalty=0.3,
+            no_repeat_ngram_size=2,
+            logit_bias=tuple((token, 0.1 * token) for token in range(9)),
+            min_new_tokens=50,
+        )
+        prompt = Prompt(index=row, prompt_id=str(row), text="", params=params, metadata=None)
+        source = TokenizedPrompt(prompt=prompt, token_ids=token_ids, tokens_dropped=0, read_s=0.0)
+        place, numbers = places.start(Sequence(source))
+        indices, values = torch.from_numpy(numbers).cuda()
+        own.flat[indices] = values.int()
+        state[row, ADJUSTMENTS.value] = place
+        state[row, POSITION.value] = state[row, TOKEN.value] = token_ids[-1]
+        state[row, STEP.value] = 1
+    return case["logits"], case["block_max"], state, own
+
+
+def adjust_bits() -> bool:
+    """Return whether `adjust` has the logits and maxima of its twin on the CPU."""
+    logits, block_max, state, own = adjust_case(16, 100)
+    twin_own = Adjustments(
+        AdjustmentLayout(rows=16, n_positions=POSITIONS, vocab_size=VOCAB), torch.device("cpu")
+    )
+    twin_own.flat.copy_(own.flat)
+    twin, twin_max = logits.cpu(), block_max.cpu()
+    adjust(logits, block_max, state, own)
+    adjust_twin(twin, twin_max, state.cpu(), twin_own)
+    pairs = ((logits, twin), (block_max, twin_max), (own.flat, twin_own.flat))
+    return all(torch.equal(a.cpu(), b) for a, b in pairs)
+
+
 def difference(a: Tensor, b: Tensor) -> float:
     """Return |a - b| / |b|."""
     a, b = a.float().cpu(), b.float().cpu()
@@ -91,8 +146,8 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def kernels() -> None:
     """Compare each kernel with its twin; report relative differences."""
-    found: dict[str, Any] = {}
     torch.manual_seed(1)
+    found: dict[str, Any] = {"adjust equal": adjust_bits()}
     for name, dtype in DTYPES.items():
         x, w, b = (random(*shape, dtype=dtype) for shape in ((65, C), (C,), (C,)))
         y, twin = torch.empty_like(x), torch.empty_like(x)
@@ -135,6 +190,7 @@ def cpu_bits() -> None:
         return
     found: dict[str, Any] = {}
     rows = prompts(VOCAB, (3, 70, 1, 129, 17, 40, 66, 5, 30, 9), 12)
+    rows += adjusted_prompts(rows)
     for activation in ("gelu_tanh", "gelu", "silu", "tanh", "relu"):
         config = GPTConfig(
             vocab_size=VOCAB,
@@ -183,6 +239,23 @@ def cpu_bits() -> None:
             report(found)
 
 
+def adjusted_prompts(rows: list[TokenizedPrompt]) -> list[TokenizedPrompt]:
+    """Return the rows once more, with settings that change their logits."""
+    settings: tuple[dict[str, Any], ...] = (
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 1},
+        {"frequency_penalty": 0.7, "presence_penalty": -0.4},
+        {"allowed_token_ids": tuple(range(30, 60)), "logit_bias": ((31, 0.7), (40, -3.1))},
+        {"stop_token_ids": tuple(range(1000)), "min_new_tokens": 9},
+    )
+    made = []
+    for number, row in enumerate(rows):
+        params = dataclasses.replace(row.prompt.params, **settings[number % len(settings)])
+        index = len(rows) + number
+        prompt = dataclasses.replace(row.prompt, index=index, prompt_id=str(index), params=params)
+        made.append(dataclasses.replace(row, prompt=prompt))
+    return made
+
+
 def kernel_times() -> None:
     """Microseconds of store and attend, norm and sample, with the time of the bytes at 3 TB/s."""
     found: dict[str, Any] = {}
@@ -214,4 +287,7 @@ def kernel_times() -> None:
         for full_vocab in (False, True):
             us = time_us(functools.partial(sample, **case, full_vocab=full_vocab), 1)
             found[f"sample {rows} rows{', and the full vocabulary' * full_vocab}"] = round(us, 2)
+        # Each launch appends a token; a graph of one launch runs a few dozen times.
+        us = time_us(functools.partial(adjust, *adjust_case(rows, 128)), 1)
+        found[f"adjust {rows} rows of 128 tokens"] = round(us, 2)
     report(found)

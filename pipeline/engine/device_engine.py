@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments
 from gptbatch.pipeline.engine.device_changes import PendingChanges
 from gptbatch.pipeline.engine.device_queue import Arrival, DeviceQueue
 from gptbatch.pipeline.engine.device_rows import Bools, DeviceRows, Int64s
@@ -39,7 +40,7 @@ from gptbatch.pipeline.engine.device_step import (
     padded_decode_rows,
 )
 from gptbatch.pipeline.engine.engine import Engine
-from gptbatch.pipeline.engine.row_adjustments import next_adjustments
+from gptbatch.pipeline.engine.row_adjustments import RowAdjustments, next_adjustments
 from gptbatch.pipeline.engine.sampling import SampledToken, kept_set_size
 from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_for_model
 from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
@@ -103,7 +104,8 @@ class DeviceEngine(Engine):
         assert self.window_full == "stop"
         if self.stream is None:
             self.stream = CudaStream(self.model.device)
-        # Sources of rows with more ties than the sampler of the device can hold, by identity.
+        # Sources of rows that the device could not sample, by identity: more ties than it can hold,
+        # or no token that is allowed.
         self._overflowed: set[int] = set()
         # A step that fails leaves what it has finished to the next one.
         self._finished: list[Completion] = []
@@ -155,6 +157,7 @@ class DeviceEngine(Engine):
         step = DeviceStep(self.model, cache, self.kernels, self.eos_token_ids)
         self._queue = DeviceQueue(step, self.stream, max_in_flight=self.lag + 1)
         self._rows = DeviceRows(len(step.state), self.lag + 1, self._n_positions)
+        self._adjustments = DeviceAdjustments(step.adjustment_layout, self._stop_rule)
         self._changes = PendingChanges()
         self._in_flight: deque[_Launched] = deque()
         self._read_s = time.monotonic()
@@ -197,6 +200,7 @@ class DeviceEngine(Engine):
             decode_rows=padded_decode_rows(len(running)) if n_decoding else 0,
             chunk_rows=padded_chunk_rows(n_prefilled),
             full_vocab=bool(rows.keeps_all[handles][decodes].any()),
+            adjusts=bool((rows.adjustments[handles][decodes] >= 0).any()),
         )
         arrival = self._queue.launch(shape, self._changes, prompt)
         self._changes = PendingChanges()
@@ -248,23 +252,31 @@ class DeviceEngine(Engine):
         return np.array([tokens, positions, seq_indices], np.int64)
 
     def _set_sampler(self, handle: int, sequence: Sequence) -> None:
-        rows, vocab_size = self._rows, self.model.config.vocab_size
-        params = sequence.params
-        rows.needs_host[handle] = (
-            needs_host(params, vocab_size) or id(sequence.source) in self._overflowed
-        )
-        rows.keeps_all[handle] = kept_set_size(params, vocab_size) == vocab_size
+        vocab_size = self.model.config.vocab_size
+        self._rows.needs_host[handle] = self._needs_host(sequence)
+        self._rows.keeps_all[handle] = kept_set_size(sequence.params, vocab_size) == vocab_size
+
+    def _needs_host(self, sequence: Sequence) -> bool:
+        is_of_host = needs_host(sequence.params, self.model.config.vocab_size)
+        return is_of_host or id(sequence.source) in self._overflowed
+
+    def _adjusts_on_host(self, sequence: Sequence) -> bool:
+        return super()._adjusts_on_host(sequence) and self._needs_host(sequence)
 
     def _decode(self, handle: int, sequence: Sequence) -> None:
         """Let a sequence decode from its last token on, in the next step."""
         rows = self._rows
         index = int(rows.index_of[handle])
+        if not rows.needs_host[handle] and RowAdjustments.are_needed(sequence.params):
+            rows.adjustments[handle], numbers = self._adjustments.start(sequence)
+            self._changes.adjustments.append(numbers)
         row = state_row(
             self._cache_tables()[index],
             sequence,
             budget=int(rows.budgets[handle]),
             vocab_size=self.model.config.vocab_size,
             host_samples=bool(rows.needs_host[handle]),
+            adjustments=int(rows.adjustments[handle]),
         )
         self._changes.set(index, row)
         rows.decodes[index] = rows.has_prompt[index] = True
@@ -276,6 +288,9 @@ class DeviceEngine(Engine):
     def _free(self, seq_indices: list[int]) -> None:
         """Take sequences out of the batch, finished or with their last token on its way."""
         for index in seq_indices:
+            place = int(self._rows.adjustments[self._rows.handle_at[index]])
+            if place >= 0:
+                self._adjustments.free(place)
             self._rows.leave(index)
             self._changes.stop(index)
         _, moves = self._scheduler.free(seq_indices)
@@ -348,7 +363,7 @@ class DeviceEngine(Engine):
         sequence = rows.sequences[handle]
         assert sequence is not None
         assert token in (NO_TOKEN.value, OVERFLOW.value)
-        if token == NO_TOKEN.value:
+        if token == NO_TOKEN.value and rows.adjustments[handle] < 0:
             sequence.tokens += rows.read_tokens(handle)
             sequence.first_token_s = float(rows.first_s[handle]) if rows.n_read[handle] else now
             self._append(sequence, SampledToken(None, None), now)

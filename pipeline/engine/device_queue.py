@@ -83,6 +83,8 @@ class DeviceQueue:
         upload.numpy()[: len(flat)] = flat
         sizes = [len(piece) for piece in pieces]
         self.stream.run(lambda: self._apply(upload, sizes))
+        if changes.adjustments:
+            self._write_adjustments(np.concatenate(changes.adjustments, axis=1))
         self.stream.repeat(shape, lambda: self.step.run(shape))
         seqs = shape.decode_rows
         target = out[: seqs * 2].view(seqs, 2)
@@ -106,6 +108,12 @@ class DeviceQueue:
         if len(chunk):
             tokens = chunk.view(3, -1)
             self.step.chunk[:, : tokens.shape[1]].copy_(tokens)
+
+    def _write_adjustments(self, numbers: Int64s) -> None:
+        # Rarely more than a few rows start at once, so the buffer is as large as they need.
+        upload = self.stream.host_buffer(numbers.size).view(2, -1)
+        upload.numpy()[:] = numbers
+        self.stream.run(lambda: self.step.write_adjustments(upload))
 
     def _copy_out(self, target: Tensor) -> None:
         target.copy_(self.step.out[: len(target)], non_blocking=True)

@@ -37,6 +37,21 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0, "top_k": 0},
     {"temperature": 0.9, "top_k": 20, "min_p": 0.05},
     {"temperature": 0.9, "top_k": 0, "top_p": 0.9},
+    {
+        "temperature": 0.8,
+        "top_k": 40,
+        "repetition_penalty": 1.3,
+        "frequency_penalty": 0.2,
+        "no_repeat_ngram_size": 2,
+    },
+    {
+        "temperature": 1.0,
+        "top_k": 0,
+        "presence_penalty": 0.5,
+        "logit_bias": ((0, 2.5),),
+        "stop_token_ids": (0,),
+        "min_new_tokens": 4,
+    },
 )
 
 

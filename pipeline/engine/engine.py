@@ -223,11 +223,14 @@ class Engine:
             sequence.stop_check = StopCheck(
                 rule=self._stop_rule, params=params, n_prompt_tokens=len(prompt)
             )
-            if RowAdjustments.are_needed(params):
+            if self._adjusts_on_host(sequence):
                 sequence.adjustments = RowAdjustments(
                     params, prompt, self._stop_rule, self._bad_words
                 )
             self.stats.cached_tokens += sequence.n_cached_tokens
+
+    def _adjusts_on_host(self, sequence: Sequence) -> bool:
+        return RowAdjustments.are_needed(sequence.params)
 
     def _run(self, chunks: list[ScheduledChunk]) -> list[SampledToken]:
         """Run one forward pass and sample the next token of each chunk that needs one."""

@@ -9,6 +9,7 @@
     6 TOP_K         tokens that top-k keeps; FULL_VOCAB: all; HOST_SAMPLES: the host samples
     7 KEPT_RANGE    bits of a float64: how far below the largest logit min_p keeps tokens
     8 MARGIN        bits of a float64: the smallest decision margin so far
+    9 ADJUSTMENTS   its row in `Adjustments` (adjust.py); -1: nothing changes its logits
     HEADER ...      the block table: the block of positions 64 i to 64 i + 63
 
 One tensor, so that an admission is one copy and a move between rows another.
@@ -18,8 +19,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-(TOKEN, POSITION, STEP, BUDGET, SEED, TEMPERATURE, TOP_K, KEPT_RANGE, MARGIN) = (
-    tl.constexpr(i) for i in range(9)
+(TOKEN, POSITION, STEP, BUDGET, SEED, TEMPERATURE, TOP_K, KEPT_RANGE, MARGIN, ADJUSTMENTS) = (
+    tl.constexpr(i) for i in range(10)
 )
 HEADER = 16
 # Tokens per block of the KV cache, and keys per step of attention.
