@@ -8,6 +8,7 @@ the most that the host allows, without text, files and the launches of CUDA.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from typing import Any
@@ -28,7 +29,7 @@ def nothing(*_: Any, **__: Any) -> None:
 
 
 def main() -> None:
-    names = ("embed", "norm", "linear", "store", "attend", "adjust", "sample", "advance")
+    names = [field.name for field in dataclasses.fields(Kernels)]
     kernels = Kernels(**dict.fromkeys(names, nothing))
     config = GPTConfig(
         vocab_size=50257, n_positions=1024, n_embd=64, n_layer=12, n_head=1, n_inner=64

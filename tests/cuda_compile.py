@@ -25,6 +25,7 @@ from gptbatch.pipeline.kernels.cuda.advance import advance
 from gptbatch.pipeline.kernels.cuda.attend import attend
 from gptbatch.pipeline.kernels.cuda.embed import embed
 from gptbatch.pipeline.kernels.cuda.linear import column_major, linear
+from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH, look_up, measure
 from gptbatch.pipeline.kernels.cuda.norm import norm
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
 from gptbatch.pipeline.kernels.cuda.state import HEADER
@@ -119,10 +120,16 @@ def launch(name: str, dtype: torch.dtype, *, int8: bool = False, tile: Tile | No
         store(qkv, cache, tables, *rows)
     elif name == "attend":
         attend(qkv, cache, tables, *rows, x, 0.125)
-    elif name == "adjust":
+    elif name in ("adjust", "logprobs"):
         layout = AdjustmentLayout(rows=ROWS, n_positions=1024, vocab_size=V)
         own = Adjustments(layout, torch.device("meta"))
-        adjust(new(ROWS, 50304)[:, :V], new(ROWS, 393), state, own)
+        logits, found = new(ROWS, 50304)[:, :V], new(ROWS, WIDTH, dtype=i64)
+        if name == "adjust":
+            adjust(logits, new(ROWS, 393), state, own)
+        else:
+            measure(logits, new(ROWS, 393), state, found)
+            look_up(logits, rows[0], state, own, found)
+            look_up(logits, rows[0], state, None, found)
     elif name == "sample":
         scratch = new(ROWS, MAX_TOP_K + MAX_KEPT, dtype=i32)
         logits = new(ROWS, 50304)[:, :V]

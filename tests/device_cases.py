@@ -104,6 +104,8 @@ def assert_equal(found: list[Completion], expected: list[Completion]) -> None:
         assert (ours.logprobs is None) == (theirs.logprobs is None)
         for a, b in zip(ours.logprobs or [], theirs.logprobs or [], strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+            assert a.top_ids == b.top_ids
+            assert a.top_logprobs == pytest.approx(b.top_logprobs, abs=1e-4)
 
 
 def device_engine(model: GPT, **options: Any) -> DeviceEngine:

@@ -27,8 +27,10 @@ from benchmarks.cuda.common import (
 from gptbatch.pipeline.kernels.cuda.adjust import AdjustmentLayout, Adjustments, adjust, adjust_twin
 from gptbatch.pipeline.kernels.cuda.attend import attend, attend_twin
 from gptbatch.pipeline.kernels.cuda.linear import linear, linear_twin
+from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH, measure
 from gptbatch.pipeline.kernels.cuda.norm import norm, norm_twin
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
+from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, LOGPROBS, POSITION, STEP, TOKEN
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, store, store_twin
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
 from gptbatch.pipeline.types import TokenizedPrompt
@@ -91,7 +93,6 @@ def adjust_case(rows: int, context: int) -> tuple[Tensor, Tensor, Tensor, Adjust
     from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments
     from gptbatch.pipeline.engine.sequence import Sequence
     from gptbatch.pipeline.engine.stopping import StopRule
-    from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, POSITION, STEP, TOKEN
     from gptbatch.pipeline.params.sampling_params import SamplingParams
     from gptbatch.pipeline.types import Prompt, TokenizedPrompt
 
@@ -138,6 +139,23 @@ def adjust_bits() -> bool:
     return all(torch.equal(a.cpu(), b) for a, b in pairs)
 
 
+def measure_bits() -> bool:
+    """Return whether `measure` has the numbers of its twin on the CPU; one row has ties."""
+    from tests.fake_device import measure_twin
+
+    case = sampler_case(16)
+    case["logits"][0] = case["logits"][0].round()
+    case["block_max"][0] = case["block_max"][0].round()
+    case["state"][:, LOGPROBS.value] = 21
+    arguments = (case["logits"], case["block_max"], case["state"])
+    found = torch.zeros(16, WIDTH, dtype=torch.int64, device="cuda")
+    twin = torch.zeros(16, WIDTH, dtype=torch.int64)
+    measure(*arguments, found)
+    logits, block_max, state = (each.cpu() for each in arguments)
+    measure_twin(logits, block_max, state, twin)
+    return torch.equal(found.cpu(), twin)
+
+
 def difference(a: Tensor, b: Tensor) -> float:
     """Return |a - b| / |b|."""
     a, b = a.float().cpu(), b.float().cpu()
@@ -147,7 +165,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 def kernels() -> None:
     """Compare each kernel with its twin; report relative differences."""
     torch.manual_seed(1)
-    found: dict[str, Any] = {"adjust equal": adjust_bits()}
+    found: dict[str, Any] = {"adjust equal": adjust_bits(), "measure equal": measure_bits()}
     for name, dtype in DTYPES.items():
         x, w, b = (random(*shape, dtype=dtype) for shape in ((65, C), (C,), (C,)))
         y, twin = torch.empty_like(x), torch.empty_like(x)
@@ -236,6 +254,9 @@ def cpu_bits() -> None:
                 a.min_decision_margin == b.min_decision_margin
                 for a, b in zip(cpu, device_, strict=True)
             )
+            found[f"{key}: log probabilities of the device equal"] = all(
+                a.logprobs == b.logprobs for a, b in zip(cpu, device_, strict=True)
+            )
             report(found)
 
 
@@ -245,7 +266,7 @@ def adjusted_prompts(rows: list[TokenizedPrompt]) -> list[TokenizedPrompt]:
         {"repetition_penalty": 1.3, "no_repeat_ngram_size": 1},
         {"frequency_penalty": 0.7, "presence_penalty": -0.4},
         {"allowed_token_ids": tuple(range(30, 60)), "logit_bias": ((31, 0.7), (40, -3.1))},
-        {"stop_token_ids": tuple(range(1000)), "min_new_tokens": 9},
+        {"stop_token_ids": tuple(range(1000)), "min_new_tokens": 9, "logprobs": 3},
     )
     made = []
     for number, row in enumerate(rows):
@@ -290,4 +311,9 @@ def kernel_times() -> None:
         # Each launch appends a token; a graph of one launch runs a few dozen times.
         us = time_us(functools.partial(adjust, *adjust_case(rows, 128)), 1)
         found[f"adjust {rows} rows of 128 tokens"] = round(us, 2)
+        arguments = [case[name] for name in ("logits", "block_max", "state")]
+        arguments[2][:, LOGPROBS.value] = 6
+        arguments.append(torch.zeros(rows, WIDTH, dtype=torch.int64, device="cuda"))
+        us = time_us(functools.partial(measure, *arguments), 1)
+        found[f"measure {rows} rows, 5 most likely tokens"] = round(us, 2)
     report(found)

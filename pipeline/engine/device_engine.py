@@ -29,6 +29,7 @@ import torch
 
 from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments
 from gptbatch.pipeline.engine.device_changes import PendingChanges
+from gptbatch.pipeline.engine.device_logprobs import token_logprobs
 from gptbatch.pipeline.engine.device_queue import Arrival, DeviceQueue
 from gptbatch.pipeline.engine.device_rows import Bools, DeviceRows, Int64s
 from gptbatch.pipeline.engine.device_sampling import needs_host, state_row
@@ -201,6 +202,7 @@ class DeviceEngine(Engine):
             chunk_rows=padded_chunk_rows(n_prefilled),
             full_vocab=bool(rows.keeps_all[handles][decodes].any()),
             adjusts=bool((rows.adjustments[handles][decodes] >= 0).any()),
+            logprobs=bool(rows.has_logprobs[handles][decodes].any()),
         )
         arrival = self._queue.launch(shape, self._changes, prompt)
         self._changes = PendingChanges()
@@ -253,8 +255,10 @@ class DeviceEngine(Engine):
 
     def _set_sampler(self, handle: int, sequence: Sequence) -> None:
         vocab_size = self.model.config.vocab_size
-        self._rows.needs_host[handle] = self._needs_host(sequence)
-        self._rows.keeps_all[handle] = kept_set_size(sequence.params, vocab_size) == vocab_size
+        rows, is_of_host = self._rows, self._needs_host(sequence)
+        rows.needs_host[handle] = is_of_host
+        rows.has_logprobs[handle] = sequence.params.logprobs is not None and not is_of_host
+        rows.keeps_all[handle] = kept_set_size(sequence.params, vocab_size) == vocab_size
 
     def _needs_host(self, sequence: Sequence) -> bool:
         is_of_host = needs_host(sequence.params, self.model.config.vocab_size)
@@ -310,6 +314,8 @@ class DeviceEngine(Engine):
         read = handles[is_token]
         rows.first_s[read[rows.n_read[read] == 0]] = now
         rows.append(read, tokens[is_token], margins[is_token])
+        if launched.arrival.logprobs is not None:
+            self._append_logprobs(launched.arrival.logprobs[: len(handles)][is_token], read)
         self._count(launched, len(read) + len(launched.host_rows), now)
         self.stats.new_tokens += len(read)
         is_last = np.isin(tokens, self.eos_token_ids) | (
@@ -323,6 +329,15 @@ class DeviceEngine(Engine):
             self._sample_on_host(launched, now)
         for handle in launched.released:
             rows.release(handle)
+
+    def _append_logprobs(self, found: Int64s, handles: Int64s) -> None:
+        """Append the log probabilities of rows that request them."""
+        requests = self._rows.has_logprobs[handles]
+        sequences = [self._sequence(handle) for handle in handles[requests].tolist()]
+        n_top = [sequence.params.logprobs or 0 for sequence in sequences]
+        computed = token_logprobs(found[requests], n_top, self.model.config.vocab_size)
+        for sequence, logprobs in zip(sequences, computed, strict=True):
+            sequence.logprobs.append(logprobs)
 
     def _count(self, launched: _Launched, n_decoded: int, now: float) -> None:
         """Count a step."""

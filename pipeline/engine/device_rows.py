@@ -27,6 +27,7 @@ class DeviceRows:
         needs_host: The host samples the row.
         keeps_all: The row keeps the full vocabulary.
         adjustments: The place of its bias, penalties and masks; -1 for none.
+        has_logprobs: The device finds its log probabilities.
         is_watched: The host looks at each token, for stop strings and stop tokens.
         is_done: The sequence is finished, or the handle is free.
         n_prompt: Tokens of the prompt.
@@ -46,6 +47,7 @@ class DeviceRows:
         self.sequences: list[Sequence | None] = [None] * count
         self.index_of = np.full(count, -1, np.int64)
         self.needs_host, self.keeps_all, self.is_watched = np.zeros((3, count), np.bool_)
+        self.has_logprobs = np.zeros(count, np.bool_)
         self.is_done = np.ones(count, np.bool_)
         self.adjustments = np.full(count, -1, np.int64)
         self.n_prompt, self.budgets, self.n_launched, self.n_read = np.zeros((4, count), np.int64)

@@ -18,9 +18,9 @@ Int64s = npt.NDArray[np.int64]
 def needs_host(params: SamplingParams, vocab_size: int) -> bool:
     """Return whether the host samples a row: its settings are not those of kernels/cuda/sample.py.
 
-    These are log probabilities; bad words; top_p; top_k above 64; and min_p without top_k.
+    These are bad words; top_p; top_k above 64; and min_p without top_k.
     """
-    if params.logprobs is not None or not adjusts_on_device(params) or vocab_size == 1:
+    if not adjusts_on_device(params) or vocab_size == 1:
         return True
     if params.temperature == 0:
         return False
@@ -61,9 +61,11 @@ def state_row(
     row[fields.BUDGET.value] = budget
     row[fields.SEED.value] = params.seed
     row[fields.ADJUSTMENTS.value] = adjustments
+    row[fields.LOGPROBS.value] = 0 if params.logprobs is None else 1 + params.logprobs
     row[fields.TOP_K.value] = size if size < vocab_size else fields.FULL_VOCAB.value
     if host_samples:
         row[fields.TOP_K.value] = fields.HOST_SAMPLES.value
+        row[fields.LOGPROBS.value] = 0
     numbers = np.array([params.temperature, kept_range(params), np.inf], np.float64)
     places = (fields.TEMPERATURE.value, fields.KEPT_RANGE.value, fields.MARGIN.value)
     row[[*places]] = numbers.view(np.int64)

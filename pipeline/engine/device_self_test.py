@@ -1,4 +1,4 @@
-"""The self-test of the device's engine: its tokens and margins against those of the host's engine.
+"""The self-test of the device's engine: its completions against those of the host's engine.
 
 Both use the same kernels. The engine of the host runs each step on its own and samples by
 engine/sampling.py. That of the device keeps its state there, samples there, launches steps ahead,
@@ -31,6 +31,7 @@ BATCH_SIZES = (3, 17)
 HOST_BATCH_SIZE = 8
 # Margins by the logarithm of another library may differ in the last bit.
 MARGIN_TOLERANCE = 1e-9
+LOGPROB_TOLERANCE = 1e-5
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "top_k": 40},
     {"temperature": 1.0, "top_k": 0},
@@ -43,6 +44,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
         "repetition_penalty": 1.3,
         "frequency_penalty": 0.2,
         "no_repeat_ngram_size": 2,
+        "logprobs": 2,
     },
     {
         "temperature": 1.0,
@@ -130,4 +132,16 @@ def _difference(found: list[Completion], expected: list[Completion]) -> str:
         margins = (device.min_decision_margin or 0.0, host.min_decision_margin or 0.0)
         if not math.isclose(*margins, rel_tol=0, abs_tol=MARGIN_TOLERANCE):
             return "decision margins"
+        pairs = zip(_numbers(device), _numbers(host), strict=True)
+        if not all(math.isclose(a, b, rel_tol=0, abs_tol=LOGPROB_TOLERANCE) for a, b in pairs):
+            return "log probabilities"
     return ""
+
+
+def _numbers(completion: Completion) -> list[float]:
+    """Return all log probabilities of a completion."""
+    return [
+        number
+        for found in completion.logprobs or ()
+        for number in (found.logprob, *found.top_logprobs)
+    ]

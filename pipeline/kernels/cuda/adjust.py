@@ -80,6 +80,7 @@ class AdjustmentLayout:
             "tokens": entries,
             "times": entries,
             "bias": entries,
+            "originals": entries,
             "history": self.n_positions,
             "masks": 2 * self.mask_words,
         }
@@ -112,6 +113,7 @@ class Adjustments:
         tokens: (R, E) int32: the entries' tokens, each once.
         times: (R, E) int32: how often the completion holds it; 0: only the prompt; -1: neither.
         bias: (R, E) float32.
+        originals: (R, E) float32: the logits of the last step before they were adjusted.
         history: (R, n_positions) int32.
         masks: (R, 2, words) int32: bit i of word w is token 32 w + i; 1 is allowed.
     """
@@ -127,6 +129,7 @@ class Adjustments:
         self.header, self.tokens, self.times = views["header"], views["tokens"], views["times"]
         self.penalties = views["penalties"].view(torch.float32)
         self.bias = views["bias"].view(torch.float32)
+        self.originals = views["originals"].view(torch.float32)
         self.history = views["history"]
         self.masks = views["masks"].view(layout.rows, 2, layout.mask_words)
 
@@ -150,6 +153,7 @@ def adjust_row(
     tokens,
     times,
     bias,
+    originals,
     history,
     BLOCKS,
     SIZE: tl.constexpr,
@@ -184,6 +188,7 @@ def adjust_row(
         tl.store(times + e, n, mask=is_token)
         n_found += tl.sum(is_token.to(tl.int32), axis=0)
         z = tl.load(logits + t, mask=is_entry, other=0.0)
+        tl.store(originals + e, z, mask=is_entry)
         added = tl.load(bias + e, mask=is_entry, other=0.0)
         z = adjusted(z, n, added, repetition, frequency, presence)
         tl.store(logits + t, z, mask=is_entry & is_finite)
@@ -193,6 +198,7 @@ def adjust_row(
         tl.store(bias + count, 0.0)
         tl.store(head + N_ENTRIES, count + 1)
         z = tl.load(logits + token)
+        tl.store(originals + count, z)
         z = adjusted(z, count * 0 + 1, frequency * 0.0, repetition, frequency, presence)
         tl.store(logits + token, z, mask=is_finite)
 
@@ -225,6 +231,7 @@ def adjust_kernel(
     tokens,
     times,
     bias,
+    originals,
     history,
     stride,
     state_stride,
@@ -248,6 +255,7 @@ def adjust_kernel(
             tokens + place * entries,
             times + place * entries,
             bias + place * entries,
+            originals + place * entries,
             history + place * positions,
             BLOCKS,
             SIZE,
@@ -309,7 +317,7 @@ def adjust(logits: Tensor, block_max: Tensor, state: Tensor, adjustments: Adjust
     blocks, own = block_max.shape[1], adjustments
     adjust_kernel[(rows,)](
         *(logits, block_max, state, own.header, own.penalties, own.tokens, own.times, own.bias),
-        *(own.history, logits.stride(0), state.stride(0), own.tokens.shape[1]),
+        *(own.originals, own.history, logits.stride(0), state.stride(0), own.tokens.shape[1]),
         *(own.history.shape[1], blocks, triton.next_power_of_2(blocks), LANES),
         num_warps=4,
         enable_fp_fusion=False,
@@ -358,6 +366,7 @@ def _adjust_row(z: Tensor, own: Adjustments, place: int, step: int) -> None:
     header, penalties = own.header[place].tolist(), own.penalties[place]
     entries = slice(0, header[N_ENTRIES.value])
     tokens, times = own.tokens[place, entries].long(), own.times[place, entries]
+    own.originals[place, entries] = z[tokens]
     z[tokens] += own.bias[place, entries]
     seen, new = tokens[times >= 0], tokens[times >= 1]
     r = penalties[REPETITION.value]

@@ -10,6 +10,7 @@ from gptbatch.pipeline.kernels.cuda.advance import advance
 from gptbatch.pipeline.kernels.cuda.attend import attend
 from gptbatch.pipeline.kernels.cuda.embed import embed
 from gptbatch.pipeline.kernels.cuda.linear import linear
+from gptbatch.pipeline.kernels.cuda.logprobs import look_up, measure
 from gptbatch.pipeline.kernels.cuda.norm import norm
 from gptbatch.pipeline.kernels.cuda.sample import sample
 from gptbatch.pipeline.kernels.cuda.store import store
@@ -24,8 +25,10 @@ class Kernels:
     linear: Callable[..., None] = linear
     store: Callable[..., None] = store
     attend: Callable[..., None] = attend
+    measure: Callable[..., None] = measure
     adjust: Callable[..., None] = adjust
     sample: Callable[..., None] = sample
+    look_up: Callable[..., None] = look_up
     advance: Callable[..., None] = advance
 
 
