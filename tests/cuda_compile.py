@@ -20,7 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from gptbatch.pipeline.kernels.cuda.adjust import AdjustmentLayout, Adjustments, adjust
+from gptbatch.pipeline.kernels.cuda.adjust import adjust
+from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout, Adjustments
 from gptbatch.pipeline.kernels.cuda.advance import advance
 from gptbatch.pipeline.kernels.cuda.attend import attend
 from gptbatch.pipeline.kernels.cuda.embed import embed
@@ -121,7 +122,7 @@ def launch(name: str, dtype: torch.dtype, *, int8: bool = False, tile: Tile | No
     elif name == "attend":
         attend(qkv, cache, tables, *rows, x, 0.125)
     elif name in ("adjust", "logprobs"):
-        layout = AdjustmentLayout(rows=ROWS, n_positions=1024, vocab_size=V)
+        layout = AdjustmentLayout(rows=ROWS, n_positions=1024, vocab_size=V, n_token_bytes=300000)
         own = Adjustments(layout, torch.device("meta"))
         logits, found = new(ROWS, 50304)[:, :V], new(ROWS, WIDTH, dtype=i64)
         if name == "adjust":

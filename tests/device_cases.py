@@ -52,6 +52,7 @@ def random_prompts(rng: random.Random, count: int, longest: int = 20) -> list[To
         {"top_k": 0, "presence_penalty": 0.4, "no_repeat_ngram_size": 2},
         {"top_k": 40, "allowed_token_ids": tuple(range(5, 35)), "logit_bias": ((5, 2.0),)},
         {"temperature": 0.0, "stop_token_ids": tuple(range(200)), "min_new_tokens": 3},
+        {"top_k": 40, "bad_words": ("ab", "cac")},
     ]
     prompts = []
     for index in range(count):
@@ -85,6 +86,7 @@ def check_nothing_is_left(engine: DeviceEngine) -> None:
     assert not rows.decodes.any()
     assert not engine._overflowed
     assert engine._adjustments.n_free == len(rows.handle_at)
+    assert not engine._adjustments._automata._automata
     pool = cache.pool  # type: ignore[attr-defined]
     assert pool.n_in_use == pool._n_reserved == 0
 

@@ -19,17 +19,15 @@ from gptbatch.pipeline.engine.sequence import Sequence
 from gptbatch.pipeline.engine.stopping import StopRule
 from tests.conftest import tokenized
 from tests.device_state import state_of
-from tests.test_row_settings import VOCAB_SIZE, random_settings
+from tests.test_row_settings import TOKEN_BYTES, VOCAB_SIZE, random_settings
 from tests.triton_interpreter import IS_INTERPRETED, interpreted
 
 pytest.importorskip("triton")
-from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments, adjusts_on_device
-from gptbatch.pipeline.kernels.cuda.adjust import (
-    AdjustmentLayout,
-    Adjustments,
-    adjust,
-    adjust_twin,
-)
+from gptbatch.pipeline.engine import device_automata
+from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments
+from gptbatch.pipeline.engine.device_automata import DeviceAutomata
+from gptbatch.pipeline.kernels.cuda.adjust import adjust, adjust_twin
+from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout, Adjustments
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, MARGIN, POSITION, STEP, TOKEN
 
@@ -37,7 +35,8 @@ pytestmark = pytest.mark.skipif(
     not IS_INTERPRETED, reason="with a CUDA device the kernels are compiled: make cuda-check"
 )
 
-RULE = StopRule(eos_token_ids=(3, 17), n_positions=40, window_full="stop")
+RULE = StopRule(eos_token_ids=(3, 17), n_positions=40, window_full="stop", token_bytes=TOKEN_BYTES)
+N_BYTES = sum(map(len, TOKEN_BYTES))
 CPU = torch.device("cpu")
 
 
@@ -61,16 +60,19 @@ class Rows:
             for i, (tokens, each) in enumerate(zip(prompts, settings, strict=True))
         ]
         self.host = [
-            RowAdjustments(sequence.params, sequence.tokens, RULE, BadWords(()))
+            RowAdjustments(sequence.params, sequence.tokens, RULE, BadWords(TOKEN_BYTES))
             for sequence in self.sequences
         ]
         # More places than rows, all of them with garbage.
-        layout = AdjustmentLayout(rows=2 * len(settings), n_positions=40, vocab_size=VOCAB_SIZE)
+        layout = AdjustmentLayout(
+            rows=2 * len(settings), n_positions=40, vocab_size=VOCAB_SIZE, n_token_bytes=N_BYTES
+        )
         places = DeviceAdjustments(layout, RULE)
         self.device = Adjustments(layout, CPU)
         self.device.flat.fill_(-7)
         self.state = state_of([{"params": sequence.params} for sequence in self.sequences])
         for row, sequence in enumerate(self.sequences):
+            assert places.hold(sequence.params.bad_words)
             place, (indices, numbers) = places.start(sequence)
             self.device.flat[torch.from_numpy(indices)] = torch.from_numpy(numbers).int()
             self.state[row, ADJUSTMENTS.value] = place
@@ -110,19 +112,16 @@ def block_max(logits: Tensor) -> Tensor:
     return filled.view(len(logits), -1, 128).amax(dim=2)
 
 
-def device_settings(rng: random.Random) -> dict[str, Any]:
-    settings = random_settings(rng)
-    return {name: value for name, value in settings.items() if name != "bad_words"}
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_adjusted_logits_are_those_of_the_host(seed: int) -> None:
     rng = random.Random(seed)
-    rows = Rows([device_settings(rng) for _ in range(12)], seed)
-    assert all(adjusts_on_device(sequence.params) for sequence in rows.sequences)
+    rows = Rows([random_settings(rng) for _ in range(12)], seed)
     own, twin_own = (
         rows.device,
-        Adjustments(AdjustmentLayout(rows=24, n_positions=40, vocab_size=VOCAB_SIZE), CPU),
+        Adjustments(
+            AdjustmentLayout(rows=24, n_positions=40, vocab_size=VOCAB_SIZE, n_token_bytes=N_BYTES),
+            CPU,
+        ),
     )
     twin_own.flat.copy_(own.flat)
     torch.manual_seed(seed)
@@ -165,10 +164,10 @@ def test_penalties_and_long_ngrams_over_many_tokens() -> None:
     rows.sequences = [
         Sequence(tokenized(i, prompt, max_new_tokens=9, **each)) for i, each in enumerate(settings)
     ]
-    layout = AdjustmentLayout(rows=4, n_positions=300, vocab_size=VOCAB_SIZE)
+    layout = AdjustmentLayout(rows=4, n_positions=300, vocab_size=VOCAB_SIZE, n_token_bytes=N_BYTES)
     places, rows.device = DeviceAdjustments(layout, RULE), Adjustments(layout, CPU)
     for row, sequence in enumerate(rows.sequences):
-        rows.host[row] = RowAdjustments(sequence.params, prompt, RULE, BadWords(()))
+        rows.host[row] = RowAdjustments(sequence.params, prompt, RULE, BadWords(TOKEN_BYTES))
         place, (indices, numbers) = places.start(sequence)
         rows.device.flat[torch.from_numpy(indices)] = torch.from_numpy(numbers).int()
         rows.state[row, ADJUSTMENTS.value] = place
@@ -206,3 +205,27 @@ def test_fewer_tokens_than_top_k_are_sampled_as_on_the_host(n_allowed: int) -> N
     expected = sample_tokens(logits, params, [2] * 4)
     assert tokens.tolist() == [each.token for each in expected]
     assert margins == pytest.approx([each.decision_margin for each in expected], abs=1e-9)
+
+
+def test_automata_of_bad_words_share_the_memory_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A row follows the automaton that lies where another one was."""
+    monkeypatch.setattr(device_automata, "MAX_STATES", 10)
+    layout = AdjustmentLayout(rows=4, n_positions=40, vocab_size=VOCAB_SIZE, n_token_bytes=N_BYTES)
+    automata = DeviceAutomata(layout, TOKEN_BYTES)
+    assert automata.hold(("ab",))
+    assert automata.hold(("ab",))
+    assert automata.hold(("c", "ba"))
+    assert [automata.first(words) for words in (("ab",), ("c", "ba"))] == [0, 3]
+    # Three states are left.
+    assert not automata.hold(("aaa",))
+    assert automata.hold(("aa",))
+    automata.release(("ab",))
+    assert not automata.hold(("bb",))
+    automata.release(("ab",))
+    assert automata.hold(("bb",))
+    assert automata.first(("bb",)) == 0
+    assert len(automata.unwritten(("bb",))) == 3
+    assert [place for place, _ in automata.unwritten(("aa",))] == [layout.first("automata", 7)]
+    assert not automata.unwritten(("aa",))

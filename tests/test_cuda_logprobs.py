@@ -23,7 +23,8 @@ from tests.triton_interpreter import IS_INTERPRETED, interpreted
 
 pytest.importorskip("triton")
 from gptbatch.pipeline.engine import device_logprobs
-from gptbatch.pipeline.kernels.cuda.adjust import MAX_BIASES, adjust
+from gptbatch.pipeline.kernels.cuda.adjust import adjust
+from gptbatch.pipeline.kernels.cuda.adjustments import MAX_BIASES
 from gptbatch.pipeline.kernels.cuda.logprobs import (
     MAX_TOP,
     WIDTH,

@@ -20,10 +20,11 @@ from tests.test_row_settings import random_settings
 from tests.triton_interpreter import IS_INTERPRETED, interpreted
 
 pytest.importorskip("triton")
+from gptbatch.pipeline.engine import device_automata
 from gptbatch.pipeline.engine.device_engine import DeviceEngine
-from gptbatch.pipeline.kernels.cuda.kernels import Kernels
 from tests.device_cases import (
     SHAPE,
+    TOKEN_BYTES,
     assert_equal,
     cpu_completions,
     device_engine,
@@ -34,7 +35,7 @@ from tests.device_cases import (
 from tests.fake_device import LateStream
 
 # Settings that the host samples, alone or with others.
-OF_THE_HOST = ("bad_words", "top_p", "min_p")
+OF_THE_HOST = ("top_p", "min_p")
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,20 @@ def test_a_row_whose_settings_forbid_every_token_is_an_error(
     assert "new token 2" in error.reason
 
 
+def test_bad_words_that_the_device_has_no_memory_for_are_those_of_the_host(
+    model: GPT, cpu_model: GPT, host_steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_automata, "MAX_STATES", 4)
+    words = (("ab",), ("ba",), ("ab",), ("abcd",), ("c",))
+    prompts = [
+        tokenized(i, [5, i], top_k=5, max_new_tokens=6 + i, bad_words=each)
+        for i, each in enumerate(words)
+    ]
+    engine = device_engine(model, batch_size=3, lag=1)
+    assert_equal(run(engine, prompts), cpu_completions(cpu_model, prompts))
+    assert host_steps
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not IS_INTERPRETED, reason="with a CUDA device the kernels are compiled")
 @pytest.mark.skipif(not has_kernels(), reason="no C++ compiler")
@@ -136,6 +151,7 @@ def test_the_kernels_give_the_bits_of_the_cpu() -> None:
         {"top_k": 0, "presence_penalty": 0.7, "no_repeat_ngram_size": 2},
         {"temperature": 0.0, "logit_bias": ((5, 1.5), (6, -0.1))},
         {"top_k": 40, "allowed_token_ids": tuple(range(30)), "min_new_tokens": 2},
+        {"top_k": 40, "bad_words": ("ab", "cb")},
     ]
     chosen = [{**each, "logprobs": 3 * number} for number, each in enumerate(chosen)]
     prompts = [
@@ -144,11 +160,11 @@ def test_the_kernels_give_the_bits_of_the_cpu() -> None:
     ]
     shape: dict[str, Any] = {"n_embd": 24, "n_inner": 40, "vocab_size": 140}
     cpu, device = (packed_model(backend, **shape) for backend in (RAGGED, TRITON))
-    expected = run(Engine(model=cpu, batch_size=4, eos_token_ids=(9,)), prompts)
+    options: dict[str, Any] = {"batch_size": 5, "eos_token_ids": (9,)}
+    options["token_bytes"] = TOKEN_BYTES[:140]
+    expected = run(Engine(model=cpu, **options), prompts)
     with interpreted(exact=True):
-        engine = device_engine(
-            device, batch_size=4, lag=1, eos_token_ids=(9,), kernels=Kernels(), stream=LateStream()
-        )
+        engine = DeviceEngine(model=device, lag=1, stream=LateStream(), **options)
         found = run(engine, prompts)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.token_ids == theirs.token_ids

@@ -24,7 +24,8 @@ from benchmarks.cuda.common import (
     time_us,
     weight,
 )
-from gptbatch.pipeline.kernels.cuda.adjust import AdjustmentLayout, Adjustments, adjust, adjust_twin
+from gptbatch.pipeline.kernels.cuda.adjust import adjust, adjust_twin
+from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout, Adjustments
 from gptbatch.pipeline.kernels.cuda.attend import attend, attend_twin
 from gptbatch.pipeline.kernels.cuda.linear import linear, linear_twin
 from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH, measure
@@ -88,16 +89,33 @@ def sampler_case(rows: int) -> dict[str, Tensor]:
     }
 
 
-def adjust_case(rows: int, context: int) -> tuple[Tensor, Tensor, Tensor, Adjustments]:
-    """Return the arguments of `adjust`: random logits, a penalty, a mask and n-grams per row."""
+# A text of one to three bytes per token.
+TOKEN_BYTES = [
+    bytes(97 + token // 26**i % 26 for i in range(1 + token % 3)) for token in range(VOCAB)
+]
+
+N_TOKEN_BYTES = sum(map(len, TOKEN_BYTES))
+
+
+def adjust_case(
+    rows: int, context: int, bad_words: tuple[str, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor, Adjustments]:
+    """Return the arguments of `adjust`: random logits, penalties, a mask and n-grams per row."""
     from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments
     from gptbatch.pipeline.engine.sequence import Sequence
     from gptbatch.pipeline.engine.stopping import StopRule
     from gptbatch.pipeline.params.sampling_params import SamplingParams
     from gptbatch.pipeline.types import Prompt, TokenizedPrompt
 
-    rule = StopRule(eos_token_ids=(VOCAB - 1,), n_positions=POSITIONS, window_full="stop")
-    layout = AdjustmentLayout(rows=rows, n_positions=POSITIONS, vocab_size=VOCAB)
+    rule = StopRule(
+        eos_token_ids=(VOCAB - 1,),
+        n_positions=POSITIONS,
+        window_full="stop",
+        token_bytes=TOKEN_BYTES,
+    )
+    layout = AdjustmentLayout(
+        rows=rows, n_positions=POSITIONS, vocab_size=VOCAB, n_token_bytes=N_TOKEN_BYTES
+    )
     places, own = DeviceAdjustments(layout, rule), Adjustments(layout, torch.device("cuda"))
     case = sampler_case(rows)
     state, tokens = case["state"], torch.randint(VOCAB // 9, (rows, context)).tolist()
@@ -113,9 +131,11 @@ def adjust_case(rows: int, context: int) -> tuple[Tensor, Tensor, Tensor, Adjust
             no_repeat_ngram_size=2,
             logit_bias=tuple((token, 0.1 * token) for token in range(9)),
             min_new_tokens=50,
+            bad_words=bad_words,
         )
         prompt = Prompt(index=row, prompt_id=str(row), text="", params=params, metadata=None)
         source = TokenizedPrompt(prompt=prompt, token_ids=token_ids, tokens_dropped=0, read_s=0.0)
+        places.hold(bad_words)
         place, numbers = places.start(Sequence(source))
         indices, values = torch.from_numpy(numbers).cuda()
         own.flat[indices] = values.int()
@@ -127,9 +147,12 @@ def adjust_case(rows: int, context: int) -> tuple[Tensor, Tensor, Tensor, Adjust
 
 def adjust_bits() -> bool:
     """Return whether `adjust` has the logits and maxima of its twin on the CPU."""
-    logits, block_max, state, own = adjust_case(16, 100)
+    logits, block_max, state, own = adjust_case(4, 100, ("ab", "bca", "z"))
     twin_own = Adjustments(
-        AdjustmentLayout(rows=16, n_positions=POSITIONS, vocab_size=VOCAB), torch.device("cpu")
+        AdjustmentLayout(
+            rows=4, n_positions=POSITIONS, vocab_size=VOCAB, n_token_bytes=N_TOKEN_BYTES
+        ),
+        torch.device("cpu"),
     )
     twin_own.flat.copy_(own.flat)
     twin, twin_max = logits.cpu(), block_max.cpu()
@@ -209,6 +232,7 @@ def cpu_bits() -> None:
     found: dict[str, Any] = {}
     rows = prompts(VOCAB, (3, 70, 1, 129, 17, 40, 66, 5, 30, 9), 12)
     rows += adjusted_prompts(rows)
+    options: dict[str, Any] = {"batch_size": 7, "eos_token_ids": (), "token_bytes": TOKEN_BYTES}
     for activation in ("gelu_tanh", "gelu", "silu", "tanh", "relu"):
         config = GPTConfig(
             vocab_size=VOCAB,
@@ -231,10 +255,9 @@ def cpu_bits() -> None:
                 for device in ("cpu", "cuda")
             }
             engines = [
-                Engine(model=model, batch_size=7, eos_token_ids=(), record_logits=True)
-                for model in models.values()
+                Engine(model=model, record_logits=True, **options) for model in models.values()
             ]
-            engines.append(DeviceEngine(model=models["cuda"], batch_size=7, eos_token_ids=()))
+            engines.append(DeviceEngine(model=models["cuda"], **options))
             cpu, host, device_ = (
                 sorted(
                     (done for some in engine.generate(iter(rows)) for done in some),
@@ -267,6 +290,7 @@ def adjusted_prompts(rows: list[TokenizedPrompt]) -> list[TokenizedPrompt]:
         {"frequency_penalty": 0.7, "presence_penalty": -0.4},
         {"allowed_token_ids": tuple(range(30, 60)), "logit_bias": ((31, 0.7), (40, -3.1))},
         {"stop_token_ids": tuple(range(1000)), "min_new_tokens": 9, "logprobs": 3},
+        {"bad_words": ("ab", "c"), "logprobs": 20},
     )
     made = []
     for number, row in enumerate(rows):
@@ -309,8 +333,11 @@ def kernel_times() -> None:
             us = time_us(functools.partial(sample, **case, full_vocab=full_vocab), 1)
             found[f"sample {rows} rows{', and the full vocabulary' * full_vocab}"] = round(us, 2)
         # Each launch appends a token; a graph of one launch runs a few dozen times.
-        us = time_us(functools.partial(adjust, *adjust_case(rows, 128)), 1)
-        found[f"adjust {rows} rows of 128 tokens"] = round(us, 2)
+        for bad_words in ((), ("ab", "bca", "z")):
+            us = time_us(functools.partial(adjust, *adjust_case(rows, 128, bad_words)), 1)
+            found[f"adjust {rows} rows of 128 tokens{', bad words' * bool(bad_words)}"] = round(
+                us, 2
+            )
         arguments = [case[name] for name in ("logits", "block_max", "state")]
         arguments[2][:, LOGPROBS.value] = 6
         arguments.append(torch.zeros(rows, WIDTH, dtype=torch.int64, device="cuda"))

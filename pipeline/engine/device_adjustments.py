@@ -1,7 +1,7 @@
-"""Which rows' bias, penalties and masks the device applies, and the data that it applies them by.
+"""The data by which the device applies bias, penalties and masks of rows.
 
-A row's data lies at one place of `Adjustments` (kernels/cuda/adjust.py) while the row decodes. The
-host writes it once: the kernels follow the new tokens.
+A row's data lies at one place of `Adjustments` (kernels/cuda/adjustments.py) while the row decodes.
+The host writes it once: the kernels follow the new tokens.
 """
 
 from __future__ import annotations
@@ -11,22 +11,15 @@ from collections import abc
 import numpy as np
 import numpy.typing as npt
 
+from gptbatch.pipeline.engine.device_automata import DeviceAutomata
 from gptbatch.pipeline.engine.sequence import Sequence
 from gptbatch.pipeline.engine.stopping import StopRule
-from gptbatch.pipeline.kernels.cuda import adjust as fields
-from gptbatch.pipeline.kernels.cuda.adjust import AdjustmentLayout
+from gptbatch.pipeline.kernels.cuda import adjustments as fields
+from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 
 Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
-
-
-def adjusts_on_device(params: SamplingParams) -> bool:
-    """Return whether the device can apply a row's bias, penalties and masks: all but bad words.
-
-    Those follow the bytes of the text, by an automaton of up to 4 MB per row.
-    """
-    return not params.bad_words
 
 
 class DeviceAdjustments:
@@ -34,20 +27,26 @@ class DeviceAdjustments:
 
     Args:
         layout: Where the device keeps them.
-        rule: Has the tokens that end rows.
+        rule: Has the tokens that end rows, and the bytes of tokens.
     """
 
     def __init__(self, layout: AdjustmentLayout, rule: StopRule) -> None:
         self._layout, self._rule = layout, rule
+        self._automata = DeviceAutomata(layout, rule.token_bytes)
         self._free = list(range(layout.rows))
+        self._bad_words: list[tuple[str, ...]] = [()] * layout.rows
 
     @property
     def n_free(self) -> int:
         """Places without a row."""
         return len(self._free)
 
+    def hold(self, bad_words: tuple[str, ...]) -> bool:
+        """Take space for the bad words of a row that will start; return whether there is enough."""
+        return not bad_words or self._automata.hold(bad_words)
+
     def start(self, sequence: Sequence) -> tuple[int, Int64s]:
-        """Take a place for a row before its first new token.
+        """Take a place for a row before its first new token. Its bad words must be held.
 
         Returns:
             The place, and what to write to `Adjustments.flat`: indices and numbers (2, n).
@@ -65,6 +64,11 @@ class DeviceAdjustments:
         header[fields.N_HISTORY.value] = len(history)
         header[fields.MIN_NEW_TOKENS.value] = params.min_new_tokens
         header[fields.MASKS.value] = (1 << len(masks)) - 1
+        header[fields.AUTOMATON.value] = -1
+        self._bad_words[place], pieces = params.bad_words, []
+        if params.bad_words:
+            header[fields.AUTOMATON.value] = self._automata.first(params.bad_words)
+            pieces = self._automata.unwritten(params.bad_words)
         penalties = np.zeros(fields.N_PENALTIES.value, np.float32)
         penalties[fields.REPETITION.value] = params.repetition_penalty
         penalties[fields.FREQUENCY.value] = params.frequency_penalty
@@ -78,16 +82,16 @@ class DeviceAdjustments:
             "history": np.array(history, np.int32),
             "masks": np.concatenate([np.empty(0, np.int32), *masks]),
         }
-        indices = [
-            np.arange(len(numbers)) + self._layout.first(name, place)
-            for name, numbers in sections.items()
-        ]
-        numbers = np.concatenate([*sections.values()])
-        return place, np.stack([np.concatenate(indices), numbers])
+        pieces += [(self._layout.first(name, place), each) for name, each in sections.items()]
+        indices = [np.arange(first, first + len(numbers)) for first, numbers in pieces]
+        numbers = [numbers for _, numbers in pieces]
+        return place, np.stack([np.concatenate(indices), np.concatenate(numbers)])
 
     def free(self, place: int) -> None:
         """Let another row have a place. Its row must be empty in all later steps."""
         self._free.append(place)
+        if self._bad_words[place]:
+            self._automata.release(self._bad_words[place])
 
     def _masks(self, params: SamplingParams) -> list[Int32s]:
         """Return the mask of the steps before min_new_tokens, and that of the later ones.

@@ -105,8 +105,8 @@ class DeviceEngine(Engine):
         assert self.window_full == "stop"
         if self.stream is None:
             self.stream = CudaStream(self.model.device)
-        # Sources of rows that the device could not sample, by identity: more ties than it can hold,
-        # or no token that is allowed.
+        # Sources of rows that the device cannot sample, by identity: more ties or states of bad
+        # words than it can hold, or no token that is allowed.
         self._overflowed: set[int] = set()
         # A step that fails leaves what it has finished to the next one.
         self._finished: list[Completion] = []
@@ -155,7 +155,10 @@ class DeviceEngine(Engine):
         cache = super()._allocate(capacity)
         assert isinstance(cache, DeviceKVCache)
         assert self.stream is not None
-        step = DeviceStep(self.model, cache, self.kernels, self.eos_token_ids)
+        n_token_bytes = sum(len(data) for data in self.token_bytes)
+        step = DeviceStep(
+            self.model, cache, self.kernels, self.eos_token_ids, n_token_bytes=n_token_bytes
+        )
         self._queue = DeviceQueue(step, self.stream, max_in_flight=self.lag + 1)
         self._rows = DeviceRows(len(step.state), self.lag + 1, self._n_positions)
         self._adjustments = DeviceAdjustments(step.adjustment_layout, self._stop_rule)
@@ -264,8 +267,12 @@ class DeviceEngine(Engine):
         is_of_host = needs_host(sequence.params, self.model.config.vocab_size)
         return is_of_host or id(sequence.source) in self._overflowed
 
-    def _adjusts_on_host(self, sequence: Sequence) -> bool:
-        return super()._adjusts_on_host(sequence) and self._needs_host(sequence)
+    def _new_adjustments(self, sequence: Sequence) -> RowAdjustments | None:
+        if not self._needs_host(sequence):
+            if self._adjustments.hold(sequence.params.bad_words):
+                return None
+            self._overflowed.add(id(sequence.source))
+        return super()._new_adjustments(sequence)
 
     def _decode(self, handle: int, sequence: Sequence) -> None:
         """Let a sequence decode from its last token on, in the next step."""

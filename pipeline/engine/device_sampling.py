@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from gptbatch.pipeline.engine.device_adjustments import adjusts_on_device
 from gptbatch.pipeline.engine.sampling import kept_range, kept_set_size
 from gptbatch.pipeline.engine.sequence import Sequence
 from gptbatch.pipeline.kernels.cuda import state as fields
@@ -18,9 +17,9 @@ Int64s = npt.NDArray[np.int64]
 def needs_host(params: SamplingParams, vocab_size: int) -> bool:
     """Return whether the host samples a row: its settings are not those of kernels/cuda/sample.py.
 
-    These are bad words; top_p; top_k above 64; and min_p without top_k.
+    These are top_p; top_k above 64; and min_p without top_k.
     """
-    if not adjusts_on_device(params) or vocab_size == 1:
+    if vocab_size == 1:
         return True
     if params.temperature == 0:
         return False

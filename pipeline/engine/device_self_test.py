@@ -53,6 +53,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
         "logit_bias": ((0, 2.5),),
         "stop_token_ids": (0,),
         "min_new_tokens": 4,
+        "bad_words": ("ba", "e"),
     },
 )
 
@@ -68,20 +69,17 @@ def device_engine_problem(model: GPT, **options: Any) -> str:
     prompts = _prompts(model)
     lengths = [len(prompt.token_ids) + NEW_TOKENS for prompt in prompts]
     spec = model.cache_spec
-    memory_bytes = spec.capacity_for(lengths) * spec.bytes_per_token
-    host = Engine(
-        model=model, batch_size=HOST_BATCH_SIZE, eos_token_ids=(), memory_bytes=memory_bytes
-    )
+    own: dict[str, Any] = {
+        "model": model,
+        "eos_token_ids": (),
+        "memory_bytes": spec.capacity_for(lengths) * spec.bytes_per_token,
+        "token_bytes": [bytes([97 + token % 26]) for token in range(model.config.vocab_size)],
+    }
+    host = Engine(batch_size=HOST_BATCH_SIZE, **own)
     expected = _run(host, prompts)
     del host
     for batch_size in BATCH_SIZES:
-        engine = DeviceEngine(
-            model=model,
-            batch_size=batch_size,
-            eos_token_ids=(),
-            memory_bytes=memory_bytes,
-            **options,
-        )
+        engine = DeviceEngine(batch_size=batch_size, **own, **options)
         _fill_with_garbage(engine)
         # The second time all steps are replayed.
         for what in ("the first time", "replayed"):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gptbatch.pipeline.kernels.cuda.adjust import AdjustmentLayout, Adjustments
+from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout, Adjustments
 from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K
 from gptbatch.pipeline.kernels.cuda.state import HEADER, POSITION
@@ -84,6 +84,8 @@ class DeviceStep:
         cache: DeviceKVCache,
         kernels: Kernels,
         eos_token_ids: tuple[int, ...],
+        *,
+        n_token_bytes: int,
     ) -> None:
         config, device = model.config, model.device
         max_seqs, per_context = cache.tables.shape
@@ -114,7 +116,10 @@ class DeviceStep:
         self.out = new(decode_rows, 2, dtype=torch.int64)
         self.logprobs = new(decode_rows, WIDTH, dtype=torch.int64)
         self.adjustment_layout = AdjustmentLayout(
-            rows=decode_rows, n_positions=config.n_positions, vocab_size=vocab_size
+            rows=decode_rows,
+            n_positions=config.n_positions,
+            vocab_size=vocab_size,
+            n_token_bytes=n_token_bytes,
         )
         self.adjustments: Adjustments | None = None
 

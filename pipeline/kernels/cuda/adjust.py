@@ -12,11 +12,11 @@ each rounded once. So the adjusted logits are those of the host, bit for bit.
 `mask_kernel`, one program per row and PER_PROGRAM blocks of columns:
 
     4. -inf where the row's mask has a 0: the first mask before min_new_tokens, then the second
-    5. the largest logit of each block, for `sample`
+    5. -inf for tokens in whose bytes a bad word ends, by the automaton of `engine/bad_words.py`
+    6. the largest logit of each block, for `sample`
 
-The data of a row has a row of its own in `Adjustments`, which STATE names. It stays where it is
-while the sequence moves to other indices. A row costs O(its distinct tokens) in 1 to 3, and V in 4
-and 5. vLLM counts tokens in (sequences, V) instead, which is 200 KB per row for GPT-2.
+A row costs O(its distinct tokens) in 1 to 3, and O(V) in 4 to 6. vLLM counts tokens in (sequences,
+V) instead, which is 200 KB per row for GPT-2.
 
 Logits that are not finite stay as they are, so that `sample` finds them.
 """
@@ -24,114 +24,35 @@ Logits that are not finite stay as they are, so that `sample` finds them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptbatch.pipeline.kernels.cuda.adjustments import (
+    AUTOMATON,
+    FIELDS,
+    FREQUENCY,
+    HAS_PENALTIES,
+    IS_FINITE,
+    MASKS,
+    MIN_NEW_TOKENS,
+    N_ENTRIES,
+    N_HISTORY,
+    N_PENALTIES,
+    NGRAM_SIZE,
+    PRESENCE,
+    REPETITION,
+    TEXT_STATE,
+    Adjustments,
+)
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, POSITION, STEP, TOKEN
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
 
-# Fields of the header of a row; the rest of FIELDS is unused.
-#   N_ENTRIES       entries so far
-#   HAS_PENALTIES   new tokens become entries
-#   NGRAM_SIZE      no_repeat_ngram_size
-#   N_HISTORY       tokens of prompt and completion in `history`, which n-grams need
-#   MIN_NEW_TOKENS  the first mask holds while STEP is below it
-#   MASKS           bit i: mask i forbids a token
-#   IS_FINITE       written by adjust_kernel: the head's logits are finite
-N_ENTRIES, HAS_PENALTIES, NGRAM_SIZE, N_HISTORY, MIN_NEW_TOKENS, MASKS, IS_FINITE = (
-    tl.constexpr(i) for i in range(7)
-)
-FIELDS = tl.constexpr(8)
-# Fields of `penalties`.
-REPETITION, FREQUENCY, PRESENCE = (tl.constexpr(i) for i in range(3))
-N_PENALTIES = tl.constexpr(4)
-# The most tokens with a bias, by SAMPLING_SETTINGS.
-MAX_BIASES = 1024
 LANES = 256
 # Blocks of columns per program.
 PER_PROGRAM = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdjustmentLayout:
-    """Where the adjustments of R rows lie in one flat tensor of int32: a section per field.
-
-    Attributes:
-        rows: R.
-        n_positions: Tokens of prompt and completion, at most.
-        vocab_size: V.
-    """
-
-    rows: int
-    n_positions: int
-    vocab_size: int
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Numbers per row of each section, in order."""
-        entries = self.n_positions + MAX_BIASES
-        return {
-            "header": FIELDS.value,
-            "penalties": N_PENALTIES.value,
-            "tokens": entries,
-            "times": entries,
-            "bias": entries,
-            "originals": entries,
-            "history": self.n_positions,
-            "masks": 2 * self.mask_words,
-        }
-
-    @property
-    def mask_words(self) -> int:
-        """Words of 32 tokens per mask, for whole blocks of columns."""
-        return -(-self.vocab_size // MAX_COLUMNS) * MAX_COLUMNS // 32
-
-    def first(self, name: str, row: int) -> int:
-        """Return the place of the first number of a row in a section."""
-        widths = self.widths
-        names = list(widths)
-        before = sum(widths[each] for each in names[: names.index(name)])
-        return before * self.rows + widths[name] * row
-
-    @property
-    def size(self) -> int:
-        """Numbers in all."""
-        return sum(self.widths.values()) * self.rows
-
-
-class Adjustments:
-    """The adjustments of R rows on a device.
-
-    Attributes:
-        flat: int32, see `AdjustmentLayout`; the others are views of it.
-        header: (R, FIELDS) int32.
-        penalties: (R, N_PENALTIES) float32.
-        tokens: (R, E) int32: the entries' tokens, each once.
-        times: (R, E) int32: how often the completion holds it; 0: only the prompt; -1: neither.
-        bias: (R, E) float32.
-        originals: (R, E) float32: the logits of the last step before they were adjusted.
-        history: (R, n_positions) int32.
-        masks: (R, 2, words) int32: bit i of word w is token 32 w + i; 1 is allowed.
-    """
-
-    def __init__(self, layout: AdjustmentLayout, device: torch.device) -> None:
-        self.flat = torch.zeros(layout.size, dtype=torch.int32, device=device)
-        widths = layout.widths
-        sections = self.flat.split([width * layout.rows for width in widths.values()])
-        views = {
-            name: section.view(layout.rows, widths[name])
-            for name, section in zip(widths, sections, strict=True)
-        }
-        self.header, self.tokens, self.times = views["header"], views["tokens"], views["times"]
-        self.penalties = views["penalties"].view(torch.float32)
-        self.bias = views["bias"].view(torch.float32)
-        self.originals = views["originals"].view(torch.float32)
-        self.history = views["history"]
-        self.masks = views["masks"].view(layout.rows, 2, layout.mask_words)
 
 
 @triton.jit
@@ -155,6 +76,9 @@ def adjust_row(
     bias,
     originals,
     history,
+    automata,
+    token_starts,
+    token_bytes,
     BLOCKS,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
@@ -174,6 +98,7 @@ def adjust_row(
     presence = tl.load(penalties + PRESENCE)
 
     count, length = tl.load(head + N_ENTRIES), tl.load(head + N_HISTORY)
+    automaton, text_state = tl.load(head + AUTOMATON), tl.load(head + TEXT_STATE)
     # All threads have read the header before one of them changes it.
     tl.debug_barrier()
     lane = tl.arange(0, LANES)
@@ -219,6 +144,13 @@ def adjust_row(
                 is_equal = is_equal & (earlier == tl.load(history + n_ngrams + j))
             last = tl.load(history + i + size - 1, mask=is_equal, other=0)
             tl.store(logits + last, float("-inf"), mask=is_equal & is_finite)
+    if is_new & (automaton >= 0):
+        table = automata + automaton.to(tl.int64) * 256
+        for i in range(tl.load(token_starts + token), tl.load(token_starts + token + 1)):
+            byte = tl.load(token_bytes + i).to(tl.int32)
+            following = tl.load(table + text_state * 256 + byte).to(tl.int32)
+            text_state = tl.maximum(following, -1 - following)
+        tl.store(head + TEXT_STATE, text_state)
 
 
 @triton.jit
@@ -233,6 +165,9 @@ def adjust_kernel(
     bias,
     originals,
     history,
+    automata,
+    token_starts,
+    token_bytes,
     stride,
     state_stride,
     entries,
@@ -257,10 +192,29 @@ def adjust_kernel(
             bias + place * entries,
             originals + place * entries,
             history + place * positions,
+            automata,
+            token_starts,
+            token_bytes,
             BLOCKS,
             SIZE,
             LANES,
         )
+
+
+@triton.jit
+def is_banned(table, text_state, token_starts, token_bytes, token, is_token):
+    """Return in which tokens a bad word ends; token is 2-D."""
+    start = tl.load(token_starts + token, mask=is_token, other=0)
+    length = tl.load(token_starts + token + 1, mask=is_token, other=0) - start
+    state = token * 0 + text_state
+    is_bad = state < 0
+    for i in range(tl.max(tl.max(length, axis=1), axis=0)):
+        is_byte = i < length
+        byte = tl.load(token_bytes + start + i, mask=is_byte, other=0).to(tl.int32)
+        following = tl.load(table + state * 256 + byte, mask=is_byte, other=0).to(tl.int32)
+        is_bad = is_bad | (following < 0)
+        state = tl.maximum(following, -1 - following)
+    return is_bad
 
 
 @triton.jit
@@ -270,6 +224,9 @@ def mask_kernel(
     state,
     header,
     masks,
+    automata,
+    token_starts,
+    token_bytes,
     stride,
     state_stride,
     words,
@@ -298,6 +255,13 @@ def mask_kernel(
                 is_masked = ((word >> (column % 32)) & 1) == 0
                 z = tl.where(is_masked, float("-inf"), z)
                 tl.store(own_logits, z, mask=is_column & is_masked)
+            automaton = tl.load(head + AUTOMATON)
+            if automaton >= 0:
+                table = automata + automaton.to(tl.int64) * 256
+                text_state = tl.load(head + TEXT_STATE)
+                is_bad = is_banned(table, text_state, token_starts, token_bytes, column, is_column)
+                z = tl.where(is_bad, float("-inf"), z)
+                tl.store(own_logits, z, mask=is_bad)
             largest = tl.max(z, axis=1)
             tl.store(block_max + row * BLOCKS + block, largest, mask=block < BLOCKS)
 
@@ -315,16 +279,19 @@ def adjust(logits: Tensor, block_max: Tensor, state: Tensor, adjustments: Adjust
     """
     rows, vocab_size = logits.shape
     blocks, own = block_max.shape[1], adjustments
+    bad_words = (own.automata, own.token_starts, own.token_bytes)
     adjust_kernel[(rows,)](
         *(logits, block_max, state, own.header, own.penalties, own.tokens, own.times, own.bias),
-        *(own.originals, own.history, logits.stride(0), state.stride(0), own.tokens.shape[1]),
-        *(own.history.shape[1], blocks, triton.next_power_of_2(blocks), LANES),
+        *(own.originals, own.history, *bad_words, logits.stride(0), state.stride(0)),
+        *(own.tokens.shape[1], own.history.shape[1], blocks),
+        *(triton.next_power_of_2(blocks), LANES),
         num_warps=4,
         enable_fp_fusion=False,
     )
     mask_kernel[rows, triton.cdiv(blocks, PER_PROGRAM)](
-        *(logits, block_max, state, own.header, own.masks, logits.stride(0), state.stride(0)),
-        *(own.masks.shape[2], vocab_size, blocks, MAX_COLUMNS, PER_PROGRAM),
+        *(logits, block_max, state, own.header, own.masks, *bad_words),
+        *(logits.stride(0), state.stride(0), own.masks.shape[2], vocab_size, blocks),
+        *(MAX_COLUMNS, PER_PROGRAM),
         num_warps=4,
         enable_fp_fusion=False,
     )
@@ -360,6 +327,8 @@ def _append(own: Adjustments, place: int, token: int) -> None:
     if header[NGRAM_SIZE.value]:
         own.history[place, length] = token
         header[N_HISTORY.value] += 1
+    if header[AUTOMATON.value] >= 0:
+        header[TEXT_STATE.value], _ = _follow(own, header, token)
 
 
 def _adjust_row(z: Tensor, own: Adjustments, place: int, step: int) -> None:
@@ -382,3 +351,14 @@ def _adjust_row(z: Tensor, own: Adjustments, place: int, step: int) -> None:
         column = torch.arange(len(z))
         is_allowed = own.masks[place, which][column // 32] >> (column % 32) & 1
         z[is_allowed == 0] = -math.inf
+    if header[AUTOMATON.value] >= 0:
+        z[[_follow(own, own.header[place], token)[1] for token in range(len(z))]] = -math.inf
+
+
+def _follow(own: Adjustments, header: Tensor, token: int) -> tuple[int, bool]:
+    """Return the state after the bytes of a token, and whether a bad word ends in them."""
+    first, state, is_bad = int(header[AUTOMATON.value]), int(header[TEXT_STATE.value]), False
+    for byte in own.token_bytes[own.token_starts[token] : own.token_starts[token + 1]].tolist():
+        following = int(own.automata[first + state, byte])
+        state, is_bad = max(following, -1 - following), is_bad or following < 0
+    return state, is_bad

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptbatch.pipeline.kernels.cuda.adjust import FIELDS, LANES, N_ENTRIES, Adjustments
+from gptbatch.pipeline.kernels.cuda.adjust import LANES
+from gptbatch.pipeline.kernels.cuda.adjustments import FIELDS, N_ENTRIES, Adjustments
 from gptbatch.pipeline.kernels.cuda.masses import masses
 from gptbatch.pipeline.kernels.cuda.sample import LARGEST_INT32, from_ordered_bits, ordered_bits
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, LOGPROBS, POSITION
