@@ -87,7 +87,11 @@ def test_log_probabilities_are_those_of_the_host(vocab_size: int) -> None:
     look_up(logits, sampled, state, None, found)
     look_up_twin(logits, sampled, state, None, twin)
     assert torch.equal(found, twin)
-    computed = device_logprobs.token_logprobs(found.numpy(), n_top, vocab_size)
+    computed = [
+        logprobs
+        for own, n in zip(found.numpy(), n_top, strict=True)
+        for logprobs in device_logprobs.token_logprobs(own[None], n, vocab_size)
+    ]
     tokens = sampled.tolist()
     assert computed == token_logprobs(logits, tokens, n_top, native=False)
     if has_kernels():
@@ -98,7 +102,7 @@ def test_the_logit_of_a_token_is_that_before_its_adjustment() -> None:
     settings: list[dict[str, Any]] = [
         {"repetition_penalty": 1.7, "logprobs": 2},
         {"logit_bias": ((5, 3.0), (9, -2.0)), "logprobs": 2},
-        {"allowed_token_ids": (5, 7, 9), "logprobs": 0},
+        {"allowed_token_ids": (5, 7, 9), "logprobs": 2},
         {"presence_penalty": 1.0},
     ]
     rows = Rows(settings, seed=3)
@@ -116,8 +120,8 @@ def test_the_logit_of_a_token_is_that_before_its_adjustment() -> None:
         look_up(adjusted, sampled, rows.state, rows.device, found)
         look_up_twin(adjusted, sampled, rows.state, rows.device, twin)
         assert torch.equal(found, twin)
-        computed = device_logprobs.token_logprobs(found[:3].numpy(), [2, 2, 0], VOCAB_SIZE)
-        assert computed == token_logprobs(logits[:3], sampled[:3].tolist(), [2, 2, 0], native=False)
+        computed = device_logprobs.token_logprobs(found[:3].numpy(), 2, VOCAB_SIZE)
+        assert computed == token_logprobs(logits[:3], sampled[:3].tolist(), [2] * 3, native=False)
     assert (found[3] == 7).all()
 
 

@@ -127,6 +127,19 @@ def test_a_row_whose_settings_forbid_every_token_is_an_error(
     assert "new token 2" in error.reason
 
 
+@pytest.mark.parametrize("lag", [0, 4])
+def test_adjusted_rows_whose_logits_are_not_finite_are_errors(model: GPT, lag: int) -> None:
+    """Also where the settings forbid the tokens with such logits."""
+    broken = device_model()
+    with torch.no_grad():
+        broken.wte.weight[9] = float("nan")
+    broken.lm_head.weight = torch.nn.Parameter(model.wte.weight.clone(), requires_grad=False)
+    settings: dict[str, Any] = {"top_k": 5, "presence_penalty": 1.0, "allowed_token_ids": (7, 8)}
+    prompts = [tokenized(i, [9 if i == 1 else 8, 7], **settings) for i in range(3)]
+    found = run(device_engine(broken, lag=lag), prompts)
+    assert [done.error and done.error.kind for done in found] == [None, "not_finite", None]
+
+
 def test_bad_words_that_the_device_has_no_memory_for_are_those_of_the_host(
     model: GPT, cpu_model: GPT, host_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

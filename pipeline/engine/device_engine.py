@@ -51,7 +51,7 @@ from gptbatch.pipeline.kernels.cuda.state import IDLE, NO_TOKEN, OVERFLOW
 from gptbatch.pipeline.kernels.cuda.store import LayerCache
 from gptbatch.pipeline.kv_cache.device import DeviceKVCache
 from gptbatch.pipeline.kv_cache.interface import KVCache
-from gptbatch.pipeline.types import Completion
+from gptbatch.pipeline.types import Completion, TokenLogprobs
 
 # The host has this many steps of time to read, schedule and launch.
 LAG = 2
@@ -138,6 +138,7 @@ class DeviceEngine(Engine):
             sequence = copy(self._sequence(handle))
             if rows.n_read[handle]:
                 sequence.tokens = [*sequence.tokens, *rows.read_tokens(handle)]
+                sequence.logprobs = self._read_logprobs(handle)
                 sequence.min_decision_margin = float(rows.margins[handle])
                 sequence.first_token_s = float(rows.first_s[handle])
                 sequence.last_token_s = self._read_s
@@ -322,7 +323,7 @@ class DeviceEngine(Engine):
         rows.first_s[read[rows.n_read[read] == 0]] = now
         rows.append(read, tokens[is_token], margins[is_token])
         if launched.arrival.logprobs is not None:
-            self._append_logprobs(launched.arrival.logprobs[: len(handles)][is_token], read)
+            self._keep_logprobs(launched.arrival.logprobs[: len(handles)][is_token], read)
         self._count(launched, len(read) + len(launched.host_rows), now)
         self.stats.new_tokens += len(read)
         is_last = np.isin(tokens, self.eos_token_ids) | (
@@ -337,14 +338,20 @@ class DeviceEngine(Engine):
         for handle in launched.released:
             rows.release(handle)
 
-    def _append_logprobs(self, found: Int64s, handles: Int64s) -> None:
-        """Append the log probabilities of rows that request them."""
-        requests = self._rows.has_logprobs[handles]
-        sequences = [self._sequence(handle) for handle in handles[requests].tolist()]
-        n_top = [sequence.params.logprobs or 0 for sequence in sequences]
-        computed = token_logprobs(found[requests], n_top, self.model.config.vocab_size)
-        for sequence, logprobs in zip(sequences, computed, strict=True):
-            sequence.logprobs.append(logprobs)
+    def _keep_logprobs(self, found: Int64s, handles: Int64s) -> None:
+        """Keep what log probabilities take, until a row ends: most of their cost is objects."""
+        rows = self._rows
+        requests = rows.has_logprobs[handles]
+        # The buffer is another step's soon.
+        for handle, own in zip(handles[requests].tolist(), found[requests], strict=True):
+            rows.logprobs[handle].append(own)
+
+    def _read_logprobs(self, handle: int) -> list[TokenLogprobs]:
+        """Return the log probabilities of the new tokens that have arrived."""
+        found, n_top = self._rows.logprobs[handle], self._sequence(handle).params.logprobs
+        if not found or n_top is None:
+            return []
+        return token_logprobs(np.stack(found), n_top, self.model.config.vocab_size)
 
     def _count(self, launched: _Launched, n_decoded: int, now: float) -> None:
         """Count a step."""
@@ -373,6 +380,8 @@ class DeviceEngine(Engine):
         if reason is not None:
             sequence.stop_reason = reason
             sequence.tokens += rows.read_tokens(handle)
+            if rows.has_logprobs[handle]:
+                sequence.logprobs = self._read_logprobs(handle)
             sequence.min_decision_margin = float(rows.margins[handle])
             sequence.first_token_s, sequence.last_token_s = float(rows.first_s[handle]), now
             self._finish(handle, sequence)

@@ -13,27 +13,28 @@ from gptbatch.pipeline.types import TokenLogprobs
 Int64s = npt.NDArray[np.int64]
 
 
-def token_logprobs(found: Int64s, n_top: list[int], vocab_size: int) -> list[TokenLogprobs]:
-    """Return the log probabilities of rows, bit for bit those of `logprobs.token_logprobs`.
+def token_logprobs(found: Int64s, n_top: int, vocab_size: int) -> list[TokenLogprobs]:
+    """Return the log probabilities of tokens, bit for bit those of `logprobs.token_logprobs`.
 
     Args:
-        found: Of each row (R, WIDTH); see kernels/cuda/logprobs.py.
-        n_top: How many of the most likely tokens to list per row (R,).
+        found: Of each token (n, WIDTH); see kernels/cuda/logprobs.py.
+        n_top: How many of the most likely tokens to list.
         vocab_size: V.
     """
+    found = found[:, : fields.TOP.value + min(n_top, vocab_size)]
     total = found[:, fields.TOTAL.value].astype(np.float64)
     log_total = logs(total * 2.0 ** -mass_bits(vocab_size))
     logits = _floats(found)
     numbers = (logits - logits[:, fields.LARGEST.value, None]) - log_total[:, None]
-    rounded = numbers.astype(np.float32).tolist()
-    ids = (found[:, fields.TOP.value :] >> 32).tolist()
+    rounded = numbers.astype(np.float32)
     return [
-        TokenLogprobs(
-            logprob=values[fields.OWN.value],
-            top_ids=top_ids[: min(n, vocab_size)],
-            top_logprobs=values[fields.TOP.value :][: min(n, vocab_size)],
+        TokenLogprobs(logprob=logprob, top_ids=top_ids, top_logprobs=top_logprobs)
+        for logprob, top_ids, top_logprobs in zip(
+            rounded[:, fields.OWN.value].tolist(),
+            (found[:, fields.TOP.value :] >> 32).tolist(),
+            rounded[:, fields.TOP.value :].tolist(),
+            strict=True,
         )
-        for values, top_ids, n in zip(rounded, ids, n_top, strict=True)
     ]
 
 
