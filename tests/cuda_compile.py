@@ -25,11 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from gptbatch.pipeline.kernels.cuda import launch as launch_module
+from gptbatch.pipeline.kernels.cuda.adjust import adjust
+from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout, Adjustments
 from gptbatch.pipeline.kernels.cuda.advance import advance
 from gptbatch.pipeline.kernels.cuda.attend import attend
 from gptbatch.pipeline.kernels.cuda.embed import embed
 from gptbatch.pipeline.kernels.cuda.kernels import TRITON as KERNELS
 from gptbatch.pipeline.kernels.cuda.linear import column_major, linear
+from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH, look_up, measure
 from gptbatch.pipeline.kernels.cuda.norm import norm
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
 from gptbatch.pipeline.kernels.cuda.state import HEADER
@@ -50,7 +53,17 @@ INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "FFMA", "LDL", "STL")
 # Divisions and square roots of float64 must round as IEEE 754 says.
 # The last one is the first constant of the logarithm, in float64.
 PTX = (
-    *("fma.rn.f64", "sqrt.rn.f64", "div.rn.f64", "sqrt.approx", "div.full", "ex2.approx", ".ftz"),
+    *(
+        "fma.rn.f32",
+        "div.rn.f32",
+        "fma.rn.f64",
+        "sqrt.rn.f64",
+        "div.rn.f64",
+        "sqrt.approx",
+        "div.full",
+        "ex2.approx",
+        ".ftz",
+    ),
     "0d3FE5555555555593",
 )
 ROWS, BLOCKS = 512, 100
@@ -145,6 +158,16 @@ def launch(
         store(qkv, cache, tables, *indices)
     elif name == "attend":
         attend(qkv, cache, tables, *indices, x, 0.125)
+    elif name in ("adjust", "logprobs"):
+        layout = AdjustmentLayout(rows=rows, n_positions=1024, vocab_size=V, n_token_bytes=300000)
+        own = Adjustments(layout, torch.device("meta"))
+        logits, found = new(rows, 50304)[:, :V], new(rows, WIDTH, dtype=i64)
+        if name == "adjust":
+            adjust(logits, new(rows, 393), state, own)
+        else:
+            measure(logits, new(rows, 393), state, found)
+            look_up(logits, indices[0], state, own, found)
+            look_up(logits, indices[0], state, None, found)
     elif name == "sample":
         scratch = new(rows, MAX_TOP_K + MAX_KEPT, dtype=i32)
         logits = new(rows, 50304)[:, :V]
@@ -220,16 +243,25 @@ def compiled_by_a_run(capability: int, dtype: str, cache_dtype: CacheDtype) -> d
     compiling_logger.setLevel(logging.INFO)
     missing: list[str] = []
     cache = DeviceKVCache(model.cache_spec, 1024, capacity=1)
-    step = DeviceStep(model, cache, KERNELS, eos_token_ids=(1, 2))
+    step = DeviceStep(model, cache, KERNELS, eos_token_ids=(1, 2), n_token_bytes=300)
+    step.adjustments = Adjustments(step.adjustment_layout, torch.device("meta"))
 
     def launch_all() -> None:
         launch_module._only_compiles.set(True)
         triton.knobs.compilation.listener = lambda **facts: missing.append(facts["src"].name)
-        for rows, chunk, full_vocab in itertools.product(
-            (0, 16, 32, 64, 128, 256, 512, 1024), CHUNK_SIZES, (False, True)
+        row_counts = (0, 16, 32, 64, 128, 256, 512, 1024)
+        either = (False, True)
+        for rows, chunk, full_vocab, adjusts, logprobs in itertools.product(
+            row_counts, CHUNK_SIZES, either, either, either
         ):
             if rows + chunk:
-                shape = StepShape(decode_rows=rows, chunk_rows=chunk, full_vocab=full_vocab)
+                shape = StepShape(
+                    decode_rows=rows,
+                    chunk_rows=chunk,
+                    full_vocab=full_vocab,
+                    adjusts=adjusts,
+                    logprobs=logprobs,
+                )
                 step.run(shape)
         select_batch_invariant_kernels(model)
 

@@ -48,6 +48,11 @@ def random_prompts(rng: random.Random, count: int, longest: int = 20) -> list[To
         {"top_k": 40, "top_p": 0.9},
         {"top_k": 100, "repetition_penalty": 1.3, "min_new_tokens": 3},
         {"top_k": 40, "logprobs": 2},
+        {"top_k": 40, "repetition_penalty": 1.2, "frequency_penalty": 0.1},
+        {"top_k": 0, "presence_penalty": 0.4, "no_repeat_ngram_size": 2},
+        {"top_k": 40, "allowed_token_ids": tuple(range(5, 35)), "logit_bias": ((5, 2.0),)},
+        {"temperature": 0.0, "stop_token_ids": tuple(range(200)), "min_new_tokens": 3},
+        {"top_k": 40, "bad_words": ("ab", "cac")},
     ]
     prompts = []
     for index in range(count):
@@ -57,6 +62,7 @@ def random_prompts(rng: random.Random, count: int, longest: int = 20) -> list[To
         setting = rng.choice(choices[: rng.choice([4, len(choices)])])
         budget = rng.choice([1, 2, 5, 20, 200])
         budget = min(budget, 25) if len(tokens) < 100 else budget
+        budget = max(budget, setting.get("min_new_tokens", 0))
         prompts.append(tokenized(index, tokens, max_new_tokens=budget, **setting))
     return prompts
 
@@ -79,6 +85,8 @@ def check_nothing_is_left(engine: DeviceEngine) -> None:
     assert not any(rows.sequences)
     assert not rows.decodes.any()
     assert not engine._overflowed
+    assert engine._adjustments.n_free == len(rows.handle_at)
+    assert not engine._adjustments._automata._automata
     pool = cache.pool  # type: ignore[attr-defined]
     assert pool.n_in_use == pool._n_reserved == 0
 
@@ -98,6 +106,8 @@ def assert_equal(found: list[Completion], expected: list[Completion]) -> None:
         assert (ours.logprobs is None) == (theirs.logprobs is None)
         for a, b in zip(ours.logprobs or [], theirs.logprobs or [], strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+            assert a.top_ids == b.top_ids
+            assert a.top_logprobs == pytest.approx(b.top_logprobs, abs=1e-4)
 
 
 def device_engine(model: GPT, **options: Any) -> DeviceEngine:

@@ -27,7 +27,7 @@ def state_of(rows: Sequence[Mapping[str, Any]], blocks: int = 3) -> Tensor:
         rows: Values of fields by name. `params` has those that sampling takes.
         blocks: Length of the block tables, which are 0.
     """
-    from gptbatch.pipeline.kernels.cuda.state import HEADER, KEPT_RANGE, MARGIN
+    from gptbatch.pipeline.kernels.cuda.state import HEADER, KEPT_RANGE, LOGPROBS, MARGIN
 
     state = torch.zeros(len(rows), HEADER + blocks, dtype=torch.int64)
     for row, values in enumerate(rows):
@@ -36,6 +36,8 @@ def state_of(rows: Sequence[Mapping[str, Any]], blocks: int = 3) -> Tensor:
         state[row, KEPT_RANGE.value] = bits(math.inf if params is None else kept_range(params))
         state[row, MARGIN.value] = bits(values.get("margin", math.inf))
         if params is not None:
+            has_logprobs = params.logprobs is not None
+            state[row, LOGPROBS.value] = 1 + params.logprobs if has_logprobs else 0
             size = kept_set_size(params, 2**30)
             fields = {
                 "seed": params.seed,

@@ -17,19 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptbatch.pipeline.engine.nucleus import mass_bits, masses
 from gptbatch.pipeline.engine.sampling import _Rows, _sample
 from gptbatch.pipeline.engine.streams import Work
+from gptbatch.pipeline.kernels.cuda.adjust import adjust_twin
 from gptbatch.pipeline.kernels.cuda.advance import advance_twin
 from gptbatch.pipeline.kernels.cuda.attend import attend_twin
 from gptbatch.pipeline.kernels.cuda.embed import embed_twin
 from gptbatch.pipeline.kernels.cuda.kernels import Kernels
 from gptbatch.pipeline.kernels.cuda.linear import linear_twin
+from gptbatch.pipeline.kernels.cuda.logprobs import LARGEST, TOP, TOTAL, look_up_twin
 from gptbatch.pipeline.kernels.cuda.norm import norm_twin
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT
 from gptbatch.pipeline.kernels.cuda.state import (
     FULL_VOCAB,
     HOST_SAMPLES,
     KEPT_RANGE,
+    LOGPROBS,
     MARGIN,
     NO_TOKEN,
     OVERFLOW,
@@ -69,11 +73,35 @@ def sample_twin(
         token, margin = _sample(values[None], [top_k or len(values)], rows)
         if token < 0:
             sampled[row] = NO_TOKEN.value
-        elif top_k and int((values >= values.topk(top_k).values[-1]).sum()) > MAX_KEPT:
+        elif top_k and _n_kept(values, top_k) > MAX_KEPT:
             sampled[row] = OVERFLOW.value
         else:
             sampled[row] = token[0]
             numbers[MARGIN.value] = torch.minimum(numbers[MARGIN.value], margin[0])
+
+
+def _n_kept(values: Tensor, top_k: int) -> int:
+    kth_largest = values.topk(top_k).values[-1]
+    return int(((values >= kth_largest) & (values > -math.inf)).sum())
+
+
+def measure_twin(logits: Tensor, block_max: Tensor, state: Tensor, found: Tensor) -> None:
+    """Compute by engine/nucleus.py what `measure` computes."""
+    bits = mass_bits(logits.shape[1])
+    for row, z in enumerate(logits):
+        n_top, largest = int(state[row, LOGPROBS.value]) - 1, z.amax()
+        if state[row, POSITION.value] < 0 or n_top < 0 or not largest.isfinite():
+            continue
+        found[row, TOTAL.value] = masses(z.double() - largest.double(), bits).sum()
+        found[row, LARGEST.value] = _float_bits(largest)
+        # Stable: the smaller id first among ties.
+        top = z.sort(descending=True, stable=True)
+        listed = (top.indices << 32) | _float_bits(top.values)
+        found[row, TOP.value : TOP.value + min(n_top, len(z))] = listed[:n_top]
+
+
+def _float_bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32).long() & 0xFFFFFFFF
 
 
 TWINS = Kernels(
@@ -82,7 +110,10 @@ TWINS = Kernels(
     linear=linear_twin,
     store=store_twin,
     attend=attend_twin,
+    measure=measure_twin,
+    adjust=adjust_twin,
     sample=sample_twin,
+    look_up=look_up_twin,
     advance=advance_twin,
 )
 

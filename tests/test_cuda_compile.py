@@ -67,7 +67,7 @@ def test_float32_runs_on_fma_alone_and_half_precision_on_the_tensor_cores(capabi
 
 
 def test_the_other_kernels_do_not_spill_and_round_as_ieee_754_says() -> None:
-    names = ("embed", "norm", "store", "attend", "sample", "advance")
+    names = ("embed", "norm", "store", "attend", "adjust", "logprobs", "sample", "advance")
     calls = [f"compiled('{name}', 'float32', 90)" for name in names]
     calls += [f"compiled('{name}', 'float32', 90, int8=True)" for name in ("store", "attend")]
     calls += ["compiled('attend', 'bfloat16', 90)", "compiled('norm', 'bfloat16', 90)"]
@@ -75,7 +75,12 @@ def test_the_other_kernels_do_not_spill_and_round_as_ieee_754_says() -> None:
     check(kernels, 90, None)
     (norm,) = kernels[1]
     assert (norm["sqrt.rn.f64"], norm["div.rn.f64"]) == (1, 2)
-    for kernel in kernels[4]:
+    (adjust, _) = kernels[4]
+    assert adjust["div.rn.f32"] > 0
+    assert adjust["fma.rn.f32"] == 0
+    (measure, *_) = kernels[5]
+    assert measure["fma.rn.f64"] == 0
+    for kernel in kernels[6]:
         # The logarithm: its constants in float64, and no fused multiply-add.
         assert kernel["0d3FE5555555555593"] > 0, kernel
         assert kernel["fma.rn.f64"] == 0, kernel

@@ -15,7 +15,9 @@ from tests.paths import REPOSITORY
 # pattern (case counts, whole words) -> what to write instead
 REPLACED = {
     r"slots?(?!=True)": "sequence, seq_index",
-    r"(?<!huge |huge_)pages?(?! checksum|_checksum)|PagePool|page_size|n_pages": "block, BlockPool, block table",
+    r"(?<!huge |huge_)pages?(?! checksum|_checksum)|PagePool|page_size|n_pages": (
+        "block, BlockPool, block table"
+    ),
     r"admit(s|ted|ting)?|retire[sd]?": "schedule, allocate, free, finished",
     r"promised|idle": "reserved, evictable",
     r"[Ll]ookahead|LOOKAHEAD": "max_waiting; prefetch distance",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -28,13 +29,18 @@ from benchmarks.cuda.common import (
     time_us,
     weight,
 )
+from gptbatch.pipeline.kernels.cuda.adjust import adjust, adjust_twin
+from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout, Adjustments
 from gptbatch.pipeline.kernels.cuda.attend import attend, attend_twin
 from gptbatch.pipeline.kernels.cuda.linear import linear, linear_twin
+from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH, measure
 from gptbatch.pipeline.kernels.cuda.norm import norm, norm_twin
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
+from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, LOGPROBS, POSITION, STEP, TOKEN
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, store, store_twin
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
 from gptbatch.pipeline.model.config import Activation
+from gptbatch.pipeline.types import TokenizedPrompt
 
 
 class Case:
@@ -89,6 +95,96 @@ def sampler_case(rows: int) -> dict[str, Tensor]:
     }
 
 
+# A text of one to three bytes per token.
+TOKEN_BYTES = [
+    bytes(97 + token // 26**i % 26 for i in range(1 + token % 3)) for token in range(VOCAB)
+]
+
+N_TOKEN_BYTES = sum(map(len, TOKEN_BYTES))
+
+
+def adjust_case(
+    rows: int, context: int, bad_words: tuple[str, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor, Adjustments]:
+    """Return the arguments of `adjust`: random logits, penalties, a mask and n-grams per row."""
+    from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments
+    from gptbatch.pipeline.engine.sequence import Sequence
+    from gptbatch.pipeline.engine.stopping import StopRule
+    from gptbatch.pipeline.params.sampling_params import SamplingParams
+    from gptbatch.pipeline.types import Prompt, TokenizedPrompt
+
+    rule = StopRule(
+        eos_token_ids=(VOCAB - 1,),
+        n_positions=POSITIONS,
+        window_full="stop",
+        token_bytes=TOKEN_BYTES,
+    )
+    layout = AdjustmentLayout(
+        rows=rows, n_positions=POSITIONS, vocab_size=VOCAB, n_token_bytes=N_TOKEN_BYTES
+    )
+    places, own = DeviceAdjustments(layout, rule), Adjustments(layout, torch.device(DEVICE))
+    case = sampler_case(rows)
+    state, tokens = case["state"], torch.randint(VOCAB // 9, (rows, context)).tolist()
+    for row, token_ids in enumerate(tokens):
+        params = SamplingParams(
+            seed=row,
+            temperature=0.8,
+            top_k=40,
+            max_new_tokens=99,
+            repetition_penalty=1.2,
+            frequency_penalty=0.1,
+            presence_penalty=0.3,
+            no_repeat_ngram_size=2,
+            logit_bias=tuple((token, 0.1 * token) for token in range(9)),
+            min_new_tokens=50,
+            bad_words=bad_words,
+        )
+        prompt = Prompt(index=row, prompt_id=str(row), text="", params=params, metadata=None)
+        source = TokenizedPrompt(prompt=prompt, token_ids=token_ids, tokens_dropped=0, read_s=0.0)
+        places.hold(bad_words)
+        place, numbers = places.start(Sequence(source))
+        indices, values = torch.from_numpy(numbers).to(DEVICE)
+        own.flat[indices] = values.int()
+        state[row, ADJUSTMENTS.value] = place
+        state[row, POSITION.value] = state[row, TOKEN.value] = token_ids[-1]
+        state[row, STEP.value] = 1
+    return case["logits"], case["block_max"], state, own
+
+
+def adjust_bits() -> bool:
+    """Return whether `adjust` has the logits and maxima of its twin on the CPU."""
+    logits, block_max, state, own = adjust_case(4, 100, ("ab", "bca", "z"))
+    twin_own = Adjustments(
+        AdjustmentLayout(
+            rows=4, n_positions=POSITIONS, vocab_size=VOCAB, n_token_bytes=N_TOKEN_BYTES
+        ),
+        torch.device("cpu"),
+    )
+    twin_own.flat.copy_(own.flat)
+    twin, twin_max = logits.cpu(), block_max.cpu()
+    adjust(logits, block_max, state, own)
+    adjust_twin(twin, twin_max, state.cpu(), twin_own)
+    pairs = ((logits, twin), (block_max, twin_max), (own.flat, twin_own.flat))
+    return all(torch.equal(a.cpu(), b) for a, b in pairs)
+
+
+def measure_bits() -> bool:
+    """Return whether `measure` has the numbers of its twin on the CPU; one row has ties."""
+    from tests.fake_device import measure_twin
+
+    case = sampler_case(16)
+    case["logits"][0] = case["logits"][0].round()
+    case["block_max"][0] = case["block_max"][0].round()
+    case["state"][:, LOGPROBS.value] = 21
+    arguments = (case["logits"], case["block_max"], case["state"])
+    found = torch.zeros(16, WIDTH, dtype=torch.int64, device=DEVICE)
+    twin = torch.zeros(16, WIDTH, dtype=torch.int64)
+    measure(*arguments, found)
+    logits, block_max, state = (each.cpu() for each in arguments)
+    measure_twin(logits, block_max, state, twin)
+    return torch.equal(found.cpu(), twin)
+
+
 def note_difference(found: dict[str, Any], key: str, a: Tensor, b: Tensor) -> None:
     """Keep |a - b| / |b|, as a problem where rounding cannot explain it."""
     largest = 0.02 if b.dtype != torch.float32 or "int8" in key else 1e-4
@@ -101,8 +197,9 @@ def note_difference(found: dict[str, Any], key: str, a: Tensor, b: Tensor) -> No
 
 def kernels() -> None:
     """Compare each kernel with its twin; report relative differences."""
-    found: dict[str, Any] = {"problems": []}
     torch.manual_seed(1)
+    found: dict[str, Any] = {"adjust equal": adjust_bits(), "measure equal": measure_bits()}
+    found["problems"] = [key for key, is_equal in found.items() if not is_equal]
     for name, dtype in DTYPES.items():
         x, w, b = (random(*shape, dtype=dtype) for shape in ((65, C), (C,), (C,)))
         y, twin = torch.empty_like(x), torch.empty_like(x)
@@ -145,6 +242,8 @@ def cpu_bits() -> None:
         return
     found: dict[str, Any] = {}
     rows = prompts(VOCAB, (3, 70, 1, 129, 17, 40, 66, 5, 30, 9), 12)
+    rows += adjusted_prompts(rows)
+    options: dict[str, Any] = {"batch_size": 7, "eos_token_ids": (), "token_bytes": TOKEN_BYTES}
     activations: tuple[Activation, ...] = ("gelu_tanh", "gelu", "silu", "tanh", "relu")
     for activation in activations[: 1 if IS_FAKE else None]:
         n_layer = 2 if activation == "gelu_tanh" else 1
@@ -161,10 +260,9 @@ def cpu_bits() -> None:
                 for backend in (RAGGED, TRITON)
             }
             engines = [
-                Engine(model=model, batch_size=7, eos_token_ids=(), record_logits=True)
-                for model in models.values()
+                Engine(model=model, record_logits=True, **options) for model in models.values()
             ]
-            engines.append(DeviceEngine(model=models[TRITON], batch_size=7, eos_token_ids=()))
+            engines.append(DeviceEngine(model=models[TRITON], **options))
             cpu, host, device_ = (
                 sorted(
                     (done for some in engine.generate(iter(rows)) for done in some),
@@ -184,7 +282,28 @@ def cpu_bits() -> None:
                 a.min_decision_margin == b.min_decision_margin
                 for a, b in zip(cpu, device_, strict=True)
             )
+            found[f"{key}: log probabilities of the device equal"] = all(
+                a.logprobs == b.logprobs for a, b in zip(cpu, device_, strict=True)
+            )
             report(found)
+
+
+def adjusted_prompts(rows: list[TokenizedPrompt]) -> list[TokenizedPrompt]:
+    """Return the rows once more, with settings that change their logits."""
+    settings: tuple[dict[str, Any], ...] = (
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 1},
+        {"frequency_penalty": 0.7, "presence_penalty": -0.4},
+        {"allowed_token_ids": tuple(range(30, 60)), "logit_bias": ((31, 0.7), (40, -3.1))},
+        {"stop_token_ids": tuple(range(1000)), "min_new_tokens": 9, "logprobs": 3},
+        {"bad_words": ("ab", "c"), "logprobs": 20},
+    )
+    made = []
+    for number, row in enumerate(rows):
+        params = dataclasses.replace(row.prompt.params, **settings[number % len(settings)])
+        index = len(rows) + number
+        prompt = dataclasses.replace(row.prompt, index=index, prompt_id=str(index), params=params)
+        made.append(dataclasses.replace(row, prompt=prompt))
+    return made
 
 
 def kernel_times() -> None:
@@ -218,4 +337,15 @@ def kernel_times() -> None:
         for full_vocab in (False, True):
             us = time_us(functools.partial(sample, **case, full_vocab=full_vocab), 1)
             found[f"sample {rows} rows{', and the full vocabulary' * full_vocab}"] = round(us, 2)
+        # Each launch appends a token; a graph of one launch runs a few dozen times.
+        for bad_words in ((), ("ab", "bca", "z")):
+            us = time_us(functools.partial(adjust, *adjust_case(rows, 128, bad_words)), 1)
+            found[f"adjust {rows} rows of 128 tokens{', bad words' * bool(bad_words)}"] = round(
+                us, 2
+            )
+        arguments = [case[name] for name in ("logits", "block_max", "state")]
+        arguments[2][:, LOGPROBS.value] = 6
+        arguments.append(torch.zeros(rows, WIDTH, dtype=torch.int64, device=DEVICE))
+        us = time_us(functools.partial(measure, *arguments), 1)
+        found[f"measure {rows} rows, 5 most likely tokens"] = round(us, 2)
     report(found)

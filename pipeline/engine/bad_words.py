@@ -73,7 +73,7 @@ class BadWordAutomaton:
         columns: Sequence[npt.NDArray[np.uint8]],
         order: npt.NDArray[np.int64],
     ) -> None:
-        self._table, self._accepts = _table([word.encode() for word in words])
+        self._table, self._accepts = automaton_table([word.encode() for word in words])
         self._columns, self._order = columns, order
         self._banned: dict[int, npt.NDArray[np.int64]] = {}
 
@@ -98,8 +98,11 @@ class BadWordAutomaton:
         return self._banned[state]
 
 
-def _table(words: Sequence[bytes]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
-    """Return the next state by state and byte, and whether a bad word ends in each state."""
+def automaton_table(words: Sequence[bytes]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
+    """Return the next state by state and byte, and whether a bad word ends in each state.
+
+    At most one state more than the words have bytes.
+    """
     children: list[dict[int, int]] = [{}]
     accepts = [False]
     for word in words:

@@ -28,11 +28,13 @@ class PendingChanges:
         moves: Target index to the source index.
         empty: Indices without a sequence.
         rows: Rows of the state that the host writes.
+        adjustments: What it writes to `Adjustments.flat`: indices and numbers (2, n) per row.
     """
 
     moves: dict[int, int] = field(default_factory=dict)
     empty: set[int] = field(default_factory=set)
     rows: dict[int, Int64s] = field(default_factory=dict)
+    adjustments: list[Int64s] = field(default_factory=list)
 
     def set(self, index: int, row: Int64s) -> None:
         """Write a row."""

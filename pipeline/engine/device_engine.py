@@ -27,12 +27,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments
 from gptbatch.pipeline.engine.device_changes import PendingChanges
+from gptbatch.pipeline.engine.device_logprobs import token_logprobs
 from gptbatch.pipeline.engine.device_queue import Arrival, DeviceQueue
 from gptbatch.pipeline.engine.device_rows import Bools, DeviceRows, Int64s
 from gptbatch.pipeline.engine.device_sampling import needs_host, state_row
 from gptbatch.pipeline.engine.engine import Engine
-from gptbatch.pipeline.engine.row_adjustments import next_adjustments
+from gptbatch.pipeline.engine.row_adjustments import RowAdjustments, next_adjustments
 from gptbatch.pipeline.engine.sampling import SampledToken, kept_set_size
 from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_for_model
 from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
@@ -49,7 +51,7 @@ from gptbatch.pipeline.model.device_step import (
     padded_chunk_rows,
     padded_decode_rows,
 )
-from gptbatch.pipeline.types import Completion
+from gptbatch.pipeline.types import Completion, TokenLogprobs
 
 # The host has this many steps of time to read, schedule and launch.
 LAG = 2
@@ -103,7 +105,8 @@ class DeviceEngine(Engine):
         assert self.window_full == "stop"
         if self.stream is None:
             self.stream = CudaStream(self.model.device)
-        # Sources of rows with more ties than the sampler of the device can hold, by identity.
+        # Sources of rows that the device cannot sample, by identity: more ties or states of bad
+        # words than it can hold, or no token that is allowed.
         self._overflowed: set[int] = set()
         # A step that fails leaves what it has finished to the next one.
         self._finished: list[Completion] = []
@@ -135,6 +138,7 @@ class DeviceEngine(Engine):
             sequence = copy(self._sequence(handle))
             if rows.n_read[handle]:
                 sequence.tokens = [*sequence.tokens, *rows.read_tokens(handle)]
+                sequence.logprobs = self._read_logprobs(handle)
                 sequence.min_decision_margin = float(rows.margins[handle])
                 sequence.first_token_s = float(rows.first_s[handle])
                 sequence.last_token_s = self._read_s
@@ -152,9 +156,13 @@ class DeviceEngine(Engine):
         cache = super()._allocate(capacity)
         assert isinstance(cache, DeviceKVCache)
         assert self.stream is not None
-        step = DeviceStep(self.model, cache, self.kernels, self.eos_token_ids)
+        n_token_bytes = sum(len(data) for data in self.token_bytes)
+        step = DeviceStep(
+            self.model, cache, self.kernels, self.eos_token_ids, n_token_bytes=n_token_bytes
+        )
         self._queue = DeviceQueue(step, self.stream, max_in_flight=self.lag + 1)
         self._rows = DeviceRows(len(step.state), self.lag + 1, self._n_positions)
+        self._adjustments = DeviceAdjustments(step.adjustment_layout, self._stop_rule)
         self._changes = PendingChanges()
         self._in_flight: deque[_Launched] = deque()
         self._read_s = time.monotonic()
@@ -197,6 +205,8 @@ class DeviceEngine(Engine):
             decode_rows=padded_decode_rows(len(running)) if n_decoding else 0,
             chunk_rows=padded_chunk_rows(n_prefilled),
             full_vocab=bool(rows.keeps_all[handles][decodes].any()),
+            adjusts=bool((rows.adjustments[handles][decodes] >= 0).any()),
+            logprobs=bool(rows.has_logprobs[handles][decodes].any()),
         )
         arrival = self._queue.launch(shape, self._changes, prompt)
         self._changes = PendingChanges()
@@ -249,23 +259,37 @@ class DeviceEngine(Engine):
         return np.array([tokens, positions, seq_indices], np.int64)
 
     def _set_sampler(self, handle: int, sequence: Sequence) -> None:
-        rows, vocab_size = self._rows, self.model.config.vocab_size
-        params = sequence.params
-        rows.needs_host[handle] = (
-            needs_host(params, vocab_size) or id(sequence.source) in self._overflowed
-        )
-        rows.keeps_all[handle] = kept_set_size(params, vocab_size) == vocab_size
+        vocab_size = self.model.config.vocab_size
+        rows, is_of_host = self._rows, self._needs_host(sequence)
+        rows.needs_host[handle] = is_of_host
+        rows.has_logprobs[handle] = sequence.params.logprobs is not None and not is_of_host
+        rows.keeps_all[handle] = kept_set_size(sequence.params, vocab_size) == vocab_size
+
+    def _needs_host(self, sequence: Sequence) -> bool:
+        is_of_host = needs_host(sequence.params, self.model.config.vocab_size)
+        return is_of_host or id(sequence.source) in self._overflowed
+
+    def _new_adjustments(self, sequence: Sequence) -> RowAdjustments | None:
+        if not self._needs_host(sequence):
+            if self._adjustments.hold(sequence.params.bad_words):
+                return None
+            self._overflowed.add(id(sequence.source))
+        return super()._new_adjustments(sequence)
 
     def _decode(self, handle: int, sequence: Sequence) -> None:
         """Let a sequence decode from its last token on, in the next step."""
         rows = self._rows
         index = int(rows.index_of[handle])
+        if not rows.needs_host[handle] and RowAdjustments.are_needed(sequence.params):
+            rows.adjustments[handle], numbers = self._adjustments.start(sequence)
+            self._changes.adjustments.append(numbers)
         row = state_row(
             self._cache_tables()[index],
             sequence,
             budget=int(rows.budgets[handle]),
             vocab_size=self.model.config.vocab_size,
             host_samples=bool(rows.needs_host[handle]),
+            adjustments=int(rows.adjustments[handle]),
         )
         self._changes.set(index, row)
         rows.decodes[index] = rows.has_prompt[index] = True
@@ -277,6 +301,9 @@ class DeviceEngine(Engine):
     def _free(self, seq_indices: list[int]) -> None:
         """Take sequences out of the batch, finished or with their last token on its way."""
         for index in seq_indices:
+            place = int(self._rows.adjustments[self._rows.handle_at[index]])
+            if place >= 0:
+                self._adjustments.free(place)
             self._rows.leave(index)
             self._changes.stop(index)
         _, moves = self._scheduler.free(seq_indices)
@@ -296,6 +323,8 @@ class DeviceEngine(Engine):
         read = handles[is_token]
         rows.first_s[read[rows.n_read[read] == 0]] = now
         rows.append(read, tokens[is_token], margins[is_token])
+        if launched.arrival.logprobs is not None:
+            self._keep_logprobs(launched.arrival.logprobs[: len(handles)][is_token], read)
         self._count(launched, len(read) + len(launched.host_rows), now)
         self.stats.new_tokens += len(read)
         is_last = np.isin(tokens, self.eos_token_ids) | (
@@ -309,6 +338,21 @@ class DeviceEngine(Engine):
             self._sample_on_host(launched, now)
         for handle in launched.released:
             rows.release(handle)
+
+    def _keep_logprobs(self, found: Int64s, handles: Int64s) -> None:
+        """Keep what log probabilities take, until a row ends: most of their cost is objects."""
+        rows = self._rows
+        requests = rows.has_logprobs[handles]
+        # The buffer is another step's soon.
+        for handle, own in zip(handles[requests].tolist(), found[requests], strict=True):
+            rows.logprobs[handle].append(own)
+
+    def _read_logprobs(self, handle: int) -> list[TokenLogprobs]:
+        """Return the log probabilities of the new tokens that have arrived."""
+        found, n_top = self._rows.logprobs[handle], self._sequence(handle).params.logprobs
+        if not found or n_top is None:
+            return []
+        return token_logprobs(np.stack(found), n_top, self.model.config.vocab_size)
 
     def _count(self, launched: _Launched, n_decoded: int, now: float) -> None:
         """Count a step."""
@@ -337,6 +381,8 @@ class DeviceEngine(Engine):
         if reason is not None:
             sequence.stop_reason = reason
             sequence.tokens += rows.read_tokens(handle)
+            if rows.has_logprobs[handle]:
+                sequence.logprobs = self._read_logprobs(handle)
             sequence.min_decision_margin = float(rows.margins[handle])
             sequence.first_token_s, sequence.last_token_s = float(rows.first_s[handle]), now
             self._finish(handle, sequence)
@@ -349,7 +395,7 @@ class DeviceEngine(Engine):
         sequence = rows.sequences[handle]
         assert sequence is not None
         assert token in (NO_TOKEN.value, OVERFLOW.value)
-        if token == NO_TOKEN.value:
+        if token == NO_TOKEN.value and rows.adjustments[handle] < 0:
             sequence.tokens += rows.read_tokens(handle)
             sequence.first_token_s = float(rows.first_s[handle]) if rows.n_read[handle] else now
             self._append(sequence, SampledToken(None, None), now)

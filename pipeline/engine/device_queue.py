@@ -34,10 +34,12 @@ class Arrival:
         mark: The point in the stream after them.
         out: (S, 2): tokens, and bits of the smallest margins. Valid until `max_in_flight` more
             steps were launched.
+        logprobs: (S, WIDTH), as long; None where no row has log probabilities.
     """
 
     mark: Mark
     out: Int64s
+    logprobs: Int64s | None
 
     def wait(self) -> tuple[Int64s, npt.NDArray[np.float64]]:
         """Wait for them; return tokens and margins (S,)."""
@@ -60,7 +62,9 @@ class DeviceQueue:
         size = seqs * (width + 4) + 3 * CHUNK_SIZES[-1]
         self._inbox = torch.zeros(size, dtype=torch.int64, device=step.state.device)
         self._uploads = deque(stream.host_buffer(size) for _ in range(max_in_flight))
-        self._outs = deque(stream.host_buffer(seqs * 2) for _ in range(max_in_flight))
+        # Tokens and margins, and behind them log probabilities.
+        size = step.out.numel() + step.logprobs.numel()
+        self._outs = deque(stream.host_buffer(size) for _ in range(max_in_flight))
 
     def launch(self, shape: StepShape, changes: PendingChanges, prompt: Int64s) -> Arrival:
         """Launch a step after those before it.
@@ -83,11 +87,18 @@ class DeviceQueue:
         upload.numpy()[: len(flat)] = flat
         sizes = [len(piece) for piece in pieces]
         self.stream.run(lambda: self._apply(upload, sizes))
+        if changes.adjustments:
+            self._write_adjustments(np.concatenate(changes.adjustments, axis=1))
         self.stream.repeat(shape, lambda: self.step.run(shape))
         seqs = shape.decode_rows
-        target = out[: seqs * 2].view(seqs, 2)
-        self.stream.run(lambda: self._copy_out(target))
-        return Arrival(self.stream.mark(), target.numpy())
+        n_out = self.step.out.numel()
+        target = out[:n_out].view_as(self.step.out)[:seqs]
+        self.stream.run(lambda: _copy_rows(target, self.step.out))
+        if not shape.logprobs:
+            return Arrival(self.stream.mark(), target.numpy(), None)
+        logprobs = out[n_out:].view_as(self.step.logprobs)[:seqs]
+        self.stream.run(lambda: _copy_rows(logprobs, self.step.logprobs))
+        return Arrival(self.stream.mark(), target.numpy(), logprobs.numpy())
 
     def _apply(self, upload: Tensor, sizes: list[int]) -> None:
         """Copy an upload to the device and change the state and the chunk."""
@@ -107,5 +118,12 @@ class DeviceQueue:
             tokens = chunk.view(3, -1)
             self.step.chunk[:, : tokens.shape[1]].copy_(tokens)
 
-    def _copy_out(self, target: Tensor) -> None:
-        target.copy_(self.step.out[: len(target)], non_blocking=True)
+    def _write_adjustments(self, numbers: Int64s) -> None:
+        # Rarely more than a few rows start at once, so the buffer is as large as they need.
+        upload = self.stream.host_buffer(numbers.size).view(2, -1)
+        upload.numpy()[:] = numbers
+        self.stream.run(lambda: self.step.write_adjustments(upload))
+
+
+def _copy_rows(target: Tensor, source: Tensor) -> None:
+    target.copy_(source[: len(target)], non_blocking=True)

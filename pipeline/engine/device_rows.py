@@ -26,6 +26,9 @@ class DeviceRows:
         index_of: Index in the batch; -1 where another sequence may have it.
         needs_host: The host samples the row.
         keeps_all: The row keeps the full vocabulary.
+        adjustments: The place of its bias, penalties and masks; -1 for none.
+        has_logprobs: The device finds its log probabilities.
+        logprobs: What the device found, per new token (WIDTH,); see kernels/cuda/logprobs.py.
         is_watched: The host looks at each token, for stop strings and stop tokens.
         is_done: The sequence is finished, or the handle is free.
         n_prompt: Tokens of the prompt.
@@ -45,7 +48,10 @@ class DeviceRows:
         self.sequences: list[Sequence | None] = [None] * count
         self.index_of = np.full(count, -1, np.int64)
         self.needs_host, self.keeps_all, self.is_watched = np.zeros((3, count), np.bool_)
+        self.has_logprobs = np.zeros(count, np.bool_)
+        self.logprobs: list[list[Int64s]] = [[] for _ in range(count)]
         self.is_done = np.ones(count, np.bool_)
+        self.adjustments = np.full(count, -1, np.int64)
         self.n_prompt, self.budgets, self.n_launched, self.n_read = np.zeros((4, count), np.int64)
         self.first_s, self.margins = np.zeros((2, count))
         self.tokens = np.zeros((count, n_positions), np.int32)
@@ -74,6 +80,7 @@ class DeviceRows:
         self.budgets[handle] = min(params.max_new_tokens, window)
         self.n_launched[handle] = self.n_read[handle] = 0
         self.margins[handle] = np.inf
+        self.adjustments[handle] = -1
         return handle
 
     def move(self, source: int, target: int) -> None:
@@ -104,6 +111,7 @@ class DeviceRows:
     def release(self, handle: int) -> None:
         """Free a handle, which no step holds any more."""
         self.sequences[handle] = None
+        self.logprobs[handle] = []
         self._free.append(handle)
 
     def live(self) -> list[int]:

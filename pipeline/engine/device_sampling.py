@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from gptbatch.pipeline.engine.row_adjustments import RowAdjustments
 from gptbatch.pipeline.engine.sampling import kept_range, kept_set_size
 from gptbatch.pipeline.engine.sequence import Sequence
 from gptbatch.pipeline.kernels.cuda import state as fields
@@ -18,10 +17,9 @@ Int64s = npt.NDArray[np.int64]
 def needs_host(params: SamplingParams, vocab_size: int) -> bool:
     """Return whether the host samples a row: its settings are not those of kernels/cuda/sample.py.
 
-    These are log probabilities; bias, penalties and masks; top_p; top_k above 64; and min_p without
-    top_k.
+    These are top_p; top_k above 64; and min_p without top_k.
     """
-    if params.logprobs is not None or RowAdjustments.are_needed(params) or vocab_size == 1:
+    if vocab_size == 1:
         return True
     if params.temperature == 0:
         return False
@@ -37,6 +35,7 @@ def state_row(
     budget: int = 0,
     vocab_size: int = 0,
     host_samples: bool = False,
+    adjustments: int = -1,
 ) -> Int64s:
     """Return the state of a row (see kernels/cuda/state.py) that decodes from its last token on.
 
@@ -46,6 +45,7 @@ def state_row(
         budget: New tokens with which the row ends.
         vocab_size: V.
         host_samples: The host samples.
+        adjustments: The place of its bias, penalties and masks; -1 for none.
     """
     row = np.zeros(fields.HEADER + len(table), np.int64)
     row[fields.HEADER :] = table
@@ -59,9 +59,12 @@ def state_row(
     row[fields.STEP.value] = sequence.n_new_tokens
     row[fields.BUDGET.value] = budget
     row[fields.SEED.value] = params.seed
+    row[fields.ADJUSTMENTS.value] = adjustments
+    row[fields.LOGPROBS.value] = 0 if params.logprobs is None else 1 + params.logprobs
     row[fields.TOP_K.value] = size if size < vocab_size else fields.FULL_VOCAB.value
     if host_samples:
         row[fields.TOP_K.value] = fields.HOST_SAMPLES.value
+        row[fields.LOGPROBS.value] = 0
     numbers = np.array([params.temperature, kept_range(params), np.inf], np.float64)
     places = (fields.TEMPERATURE.value, fields.KEPT_RANGE.value, fields.MARGIN.value)
     row[[*places]] = numbers.view(np.int64)

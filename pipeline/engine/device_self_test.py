@@ -1,4 +1,4 @@
-"""The self-test of the device's engine: its tokens and margins against those of the host's engine.
+"""The self-test of the device's engine: its completions against those of the host's engine.
 
 Both use the same kernels. The engine of the host runs each step on its own and samples by
 engine/sampling.py. That of the device keeps its state there, samples there, launches steps ahead,
@@ -31,12 +31,30 @@ BATCH_SIZES = (3, 17)
 HOST_BATCH_SIZE = 8
 # Margins by the logarithm of another library may differ in the last bit.
 MARGIN_TOLERANCE = 1e-9
+LOGPROB_TOLERANCE = 1e-5
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "top_k": 40},
     {"temperature": 1.0, "top_k": 0},
     {"temperature": 0.0, "top_k": 0},
     {"temperature": 0.9, "top_k": 20, "min_p": 0.05},
     {"temperature": 0.9, "top_k": 0, "top_p": 0.9},
+    {
+        "temperature": 0.8,
+        "top_k": 40,
+        "repetition_penalty": 1.3,
+        "frequency_penalty": 0.2,
+        "no_repeat_ngram_size": 2,
+        "logprobs": 2,
+    },
+    {
+        "temperature": 1.0,
+        "top_k": 0,
+        "presence_penalty": 0.5,
+        "logit_bias": ((0, 2.5),),
+        "stop_token_ids": (0,),
+        "min_new_tokens": 4,
+        "bad_words": ("ba", "e"),
+    },
 )
 
 
@@ -51,20 +69,17 @@ def device_engine_problem(model: GPT, **options: Any) -> str:
     prompts = _prompts(model)
     lengths = [len(prompt.token_ids) + NEW_TOKENS for prompt in prompts]
     spec = model.cache_spec
-    memory_bytes = spec.capacity_for(lengths) * spec.bytes_per_token
-    host = Engine(
-        model=model, batch_size=HOST_BATCH_SIZE, eos_token_ids=(), memory_bytes=memory_bytes
-    )
+    own: dict[str, Any] = {
+        "model": model,
+        "eos_token_ids": (),
+        "memory_bytes": spec.capacity_for(lengths) * spec.bytes_per_token,
+        "token_bytes": [bytes([97 + token % 26]) for token in range(model.config.vocab_size)],
+    }
+    host = Engine(batch_size=HOST_BATCH_SIZE, **own)
     expected = _run(host, prompts)
     del host
     for batch_size in BATCH_SIZES:
-        engine = DeviceEngine(
-            model=model,
-            batch_size=batch_size,
-            eos_token_ids=(),
-            memory_bytes=memory_bytes,
-            **options,
-        )
+        engine = DeviceEngine(batch_size=batch_size, **own, **options)
         _fill_with_garbage(engine)
         # The second time all steps are replayed.
         for what in ("the first time", "replayed"):
@@ -115,4 +130,16 @@ def _difference(found: list[Completion], expected: list[Completion]) -> str:
         margins = (device.min_decision_margin or 0.0, host.min_decision_margin or 0.0)
         if not math.isclose(*margins, rel_tol=0, abs_tol=MARGIN_TOLERANCE):
             return "decision margins"
+        pairs = zip(_numbers(device), _numbers(host), strict=True)
+        if not all(math.isclose(a, b, rel_tol=0, abs_tol=LOGPROB_TOLERANCE) for a, b in pairs):
+            return "log probabilities"
     return ""
+
+
+def _numbers(completion: Completion) -> list[float]:
+    """Return all log probabilities of a completion."""
+    return [
+        number
+        for found in completion.logprobs or ()
+        for number in (found.logprob, *found.top_logprobs)
+    ]

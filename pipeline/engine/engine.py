@@ -224,11 +224,14 @@ class Engine:
             sequence.stop_check = StopCheck(
                 rule=self._stop_rule, params=params, n_prompt_tokens=len(prompt)
             )
-            if RowAdjustments.are_needed(params):
-                sequence.adjustments = RowAdjustments(
-                    params, prompt, self._stop_rule, self._bad_words
-                )
+            sequence.adjustments = self._new_adjustments(sequence)
             self.stats.cached_tokens += sequence.n_cached_tokens
+
+    def _new_adjustments(self, sequence: Sequence) -> RowAdjustments | None:
+        params, prompt = sequence.params, sequence.source.token_ids
+        if not RowAdjustments.are_needed(params):
+            return None
+        return RowAdjustments(params, prompt, self._stop_rule, self._bad_words)
 
     def _run(self, chunks: list[ScheduledChunk]) -> list[SampledToken]:
         """Run one forward pass and sample the next token of each chunk that needs one."""

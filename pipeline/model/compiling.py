@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from gptbatch.pipeline.kernels.cuda.adjustments import Adjustments
 from gptbatch.pipeline.kernels.cuda.kernels import TRITON
 from gptbatch.pipeline.kernels.cuda.launch import cache_folder, compile_side_by_side
 from gptbatch.pipeline.kv_cache.device import DeviceKVCache
@@ -38,13 +39,24 @@ def compile_kernels(model: GPT, threads: int | None = None) -> int:
     """
     began = time.monotonic()
     spec = replace(model.cache_spec, device=torch.device("meta"))
-    step = DeviceStep(model, DeviceKVCache(spec, MAX_ROWS, capacity=1), TRITON, ())
+    cache = DeviceKVCache(spec, MAX_ROWS, capacity=1)
+    step = DeviceStep(model, cache, TRITON, (), n_token_bytes=1)
+    step.adjustments = Adjustments(step.adjustment_layout, spec.device)
 
     def launches() -> None:
         rows = 1
         while rows <= MAX_ROWS:
             rows = padded_decode_rows(rows)
-            step.run(StepShape(decode_rows=rows, chunk_rows=0, full_vocab=True))
+            for adjusts in (False, True):
+                step.run(
+                    StepShape(
+                        decode_rows=rows,
+                        chunk_rows=0,
+                        full_vocab=True,
+                        adjusts=adjusts,
+                        logprobs=True,
+                    )
+                )
             rows += 1
 
     try:

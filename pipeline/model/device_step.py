@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout, Adjustments
 from gptbatch.pipeline.kernels.cuda.linear import new_logits
+from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH
 from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K
 from gptbatch.pipeline.kernels.cuda.state import HEADER, POSITION
 from gptbatch.pipeline.model.gpt import GPT, Block
@@ -39,11 +41,15 @@ class StepShape:
         decode_rows: S.
         chunk_rows: P.
         full_vocab: A row may keep the full vocabulary.
+        adjusts: A row may have bias, penalties or masks.
+        logprobs: A row may have log probabilities.
     """
 
     decode_rows: int
     chunk_rows: int
     full_vocab: bool
+    adjusts: bool
+    logprobs: bool
 
 
 def padded_decode_rows(count: int) -> int:
@@ -67,6 +73,9 @@ class DeviceStep:
         chunk: (3, P) int64: tokens, positions and sequences of prompt tokens.
         logits: (S, V) float32 of the last step.
         out: (S, 2) int64: tokens and the bits of margins of the last step, see `advance`.
+        logprobs: (S, WIDTH) int64 of the last step, see kernels/cuda/logprobs.py.
+        adjustment_layout: Of `adjustments`.
+        adjustments: Of the rows with bias, penalties or masks; None before the first of them.
     """
 
     def __init__(
@@ -75,6 +84,8 @@ class DeviceStep:
         cache: DeviceKVCache,
         kernels: Kernels,
         eos_token_ids: tuple[int, ...],
+        *,
+        n_token_bytes: int,
     ) -> None:
         config, device = model.config, cache.device
         max_seqs, per_context = cache.tables.shape
@@ -99,6 +110,22 @@ class DeviceStep:
         self._sampled = new(decode_rows, dtype=torch.int32)
         self._eos_token_ids = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
         self.out = new(decode_rows, 2, dtype=torch.int64)
+        self.logprobs = new(decode_rows, WIDTH, dtype=torch.int64)
+        self.adjustment_layout = AdjustmentLayout(
+            rows=decode_rows,
+            n_positions=config.n_positions,
+            vocab_size=config.vocab_size,
+            n_token_bytes=n_token_bytes,
+        )
+        self.adjustments: Adjustments | None = None
+
+    def write_adjustments(self, upload: Tensor) -> None:
+        """Write numbers to `adjustments`: their indices and they themselves (2, n) int64."""
+        device = self.state.device
+        if self.adjustments is None:
+            self.adjustments = Adjustments(self.adjustment_layout, device)
+        indices, numbers = upload.to(device, non_blocking=True)
+        self.adjustments.flat.index_copy_(0, indices, numbers.int())
 
     def run(self, shape: StepShape) -> None:
         """Launch the kernels of a step."""
@@ -130,8 +157,15 @@ class DeviceStep:
         _norm(kernels, model.ln_f, x, h)
         logits, maxima, sampled = self.logits[:seqs], self._maxima[:seqs], self._sampled[:seqs]
         kernels.linear(h, model.lm_head.weight, None, None, logits, "none", maxima)
+        adjustments = self.adjustments if shape.adjusts else None
+        if shape.logprobs:
+            kernels.measure(logits, maxima, state, self.logprobs)
+        if adjustments is not None:
+            kernels.adjust(logits, maxima, state, adjustments)
         scratch = self._scratch[:seqs]
         kernels.sample(logits, maxima, state, scratch, sampled, full_vocab=shape.full_vocab)
+        if shape.logprobs:
+            kernels.look_up(logits, sampled, state, adjustments, self.logprobs)
         kernels.advance(sampled, state, self._eos_token_ids, self.out[:seqs])
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gptbatch.pipeline.kernels.cuda.adjust import adjust
 from gptbatch.pipeline.kernels.cuda.advance import advance
 from gptbatch.pipeline.kernels.cuda.attend import attend
 from gptbatch.pipeline.kernels.cuda.embed import embed
 from gptbatch.pipeline.kernels.cuda.linear import linear
+from gptbatch.pipeline.kernels.cuda.logprobs import look_up, measure
 from gptbatch.pipeline.kernels.cuda.norm import norm
 from gptbatch.pipeline.kernels.cuda.sample import sample
 from gptbatch.pipeline.kernels.cuda.store import store
@@ -16,14 +18,17 @@ from gptbatch.pipeline.kernels.cuda.store import store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """The seven kernels of a step. Each writes its result into a tensor that it is given."""
+    """The kernels of a step. Each writes its result into a tensor that it is given."""
 
     embed: Callable[..., None] = embed
     norm: Callable[..., None] = norm
     linear: Callable[..., None] = linear
     store: Callable[..., None] = store
     attend: Callable[..., None] = attend
+    measure: Callable[..., None] = measure
+    adjust: Callable[..., None] = adjust
     sample: Callable[..., None] = sample
+    look_up: Callable[..., None] = look_up
     advance: Callable[..., None] = advance
 
 

@@ -44,6 +44,8 @@ MAX_TOP_K = 64
 MAX_KEPT = 128
 ALL_COLUMNS = 1024
 LARGEST_INT32 = tl.constexpr(2147483647)
+# `ordered_bits` of the smallest finite number.
+MIN_FINITE_BITS = tl.constexpr(-2139095040)
 
 
 @triton.jit
@@ -117,6 +119,8 @@ def sample_row(
     bound = kth_largest(bits, k, tl.min(bits, axis=0), top)
     # Fewer blocks than k bound nothing.
     bound = tl.where(k > BLOCKS, -LARGEST_INT32, bound)
+    # A logit of -inf never wins: where fewer than k are larger, these are kept.
+    bound = tl.maximum(bound, MIN_FINITE_BITS)
     reaches = (bits >= bound) & (b < BLOCKS)
     place = tl.cumsum(reaches.to(tl.int32), axis=0) - 1
     count = tl.sum(reaches.to(tl.int32))

@@ -9,6 +9,8 @@
     6 TOP_K         tokens that top-k keeps; FULL_VOCAB: all; HOST_SAMPLES: the host samples
     7 KEPT_RANGE    bits of a float64: how far below the largest logit min_p keeps tokens
     8 MARGIN        bits of a float64: the smallest decision margin so far
+    9 ADJUSTMENTS   its row in `Adjustments` (adjust.py); -1: nothing changes its logits
+   10 LOGPROBS      1 + how many of the most likely tokens are listed; 0: no log probabilities
     HEADER ...      the block table: the block of positions 64 i to 64 i + 63
 
 One tensor, so that an admission is one copy and a move between rows another.
@@ -21,6 +23,7 @@ import triton.language as tl
 (TOKEN, POSITION, STEP, BUDGET, SEED, TEMPERATURE, TOP_K, KEPT_RANGE, MARGIN) = (
     tl.constexpr(i) for i in range(9)
 )
+ADJUSTMENTS, LOGPROBS = tl.constexpr(9), tl.constexpr(10)
 HEADER = 16
 # Tokens per block of the KV cache, and keys per step of attention.
 BLOCK_TOKENS = tl.constexpr(64)
