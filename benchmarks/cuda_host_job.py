@@ -232,12 +232,15 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=0.0)
     parser.add_argument("--folder", type=Path, help="keeps checkpoint and input for other runs")
     parser.add_argument("--no-stages", action="store_true", help="measure the rate alone")
-    parser.add_argument("--profile", type=int, default=0, help="print this many functions")
+    parser.add_argument(
+        "--profile", type=int, default=0, help="print this many functions of the loop"
+    )
     parser.add_argument("--sort", default="tottime", help="of --profile")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        work = args.folder or Path(folder)
-        tokens = work / f"tokens-{args.rows}"
+        work = (args.folder or Path(folder)) / f"{args.rows}-rows"
+        work.mkdir(parents=True, exist_ok=True)
+        tokens = work / "tokens"
         if not tokens.exists():
             tokens.write_text(str(write_input(work, args.rows)))
         device = install(args, int(tokens.read_text()))
