@@ -1,4 +1,4 @@
-"""Finishing an output: the final manifest and `_SUCCESS`, once all parts are written.
+"""Finishing an output: the final manifest, once all parts are written, and at last `_SUCCESS`.
 
 The result is a function of the parts. Any run may finish an output, also several at once: they
 write the same.
@@ -51,7 +51,9 @@ def finish(
     defaults: RowDefaults,
     max_row_errors: str | None = None,
 ) -> Finished:
-    """Check that the folder holds exactly the parts of a job, and mark it complete.
+    """Check that the folder holds exactly the parts of a job, and write the final manifest.
+
+    Afterwards the records of runs that were killed are not needed any more.
 
     Args:
         folder: The output folder. No part is missing.
@@ -98,13 +100,21 @@ def finish(
     assert footer is not None
     facts = {**facts_of(footer), "format": FORMAT, "identity": identity}
     write_manifest(folder, writer, facts, manifest_text(facts, parts))
-    writer.write_text(folder.path / SUCCESS, "")
     try:
         hashes.confirm_parts(file.path for file in files)
     except OSError as error:
         raise StorageError(f"{error.filename}: is gone since it was checked") from error
     folder.write_hashes(writer, hashes)
     return Finished(manifest=facts, parts=parts)
+
+
+def mark_complete(folder: OutputFolder, writer: Writer) -> None:
+    """Write `_SUCCESS`. A complete run is not touched again, so it must be the last file.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    writer.write_text(folder.path / SUCCESS, "")
 
 
 def _whole_part(plan: PartPlan, file: PartFile, known: Mapping[int, Part]) -> Part:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.errors import IncompleteError, InputNotFoundError
 from gptbatch.pipeline.input.open_input import row_defaults
-from gptbatch.pipeline.output.finish import finish
+from gptbatch.pipeline.output.finish import finish, mark_complete
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
 from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.part_plan import count_parts
@@ -90,6 +90,7 @@ def finish_folder(output: str | Location) -> FinishedOutput:
             config.max_row_errors,
         )
         run.sweep()
+        mark_complete(folder, run.writer)
     return FinishedOutput(
         output=str(path),
         rows=sum(part.rows for part in done.parts),

@@ -18,7 +18,7 @@ from gptbatch.pipeline.output.claim import claim, delete_run
 from gptbatch.pipeline.output.crash_journal import CRASH_JOURNAL, CrashJournal, read_crash_journal
 from gptbatch.pipeline.output.error_rows import describe_errors, write_error_rows
 from gptbatch.pipeline.output.file_hashes import FileHashes
-from gptbatch.pipeline.output.finish import finish
+from gptbatch.pipeline.output.finish import finish, mark_complete
 from gptbatch.pipeline.output.folder import ERRORS, FolderState, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.lock import OutputLock
@@ -343,6 +343,7 @@ class RunOutput:
         )
         self.run.sweep()
         self.writer.remove(self.run.path / CRASH_JOURNAL)
+        mark_complete(self.folder, self.writer)
         self._log_errors(done.parts)
         return sum(part.errors for part in done.parts)
 
