@@ -25,7 +25,7 @@ from gptbatch.pipeline.kernels.cuda.attend import attend
 from gptbatch.pipeline.kernels.cuda.embed import embed
 from gptbatch.pipeline.kernels.cuda.linear import column_major, linear
 from gptbatch.pipeline.kernels.cuda.norm import norm
-from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
+from gptbatch.pipeline.kernels.cuda.sample import sample, scratch_sizes
 from gptbatch.pipeline.kernels.cuda.state import HEADER
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, store
 from gptbatch.pipeline.kernels.cuda.tiles import TABLES, Tile
@@ -109,9 +109,10 @@ def launch(name: str, dtype: torch.dtype, *, int8: bool = False, tile: Tile | No
     elif name == "attend":
         attend(qkv, cache, tables, *rows, x, 0.125)
     elif name == "sample":
-        scratch = new(ROWS, MAX_TOP_K + MAX_KEPT, dtype=i32)
+        small, large = scratch_sizes(393)
+        scratch = (new(ROWS, small, dtype=i32), new(ROWS, large, dtype=i64))
         logits = new(ROWS, 50304)[:, :V]
-        sample(logits, new(ROWS, 393), state, scratch, rows[0], full_vocab=True)
+        sample(logits, new(ROWS, 393), state, scratch, rows[0], full_vocab=True, top_p=True)
     else:
         advance(rows[0], state, new(1, dtype=i64), new(ROWS, 2, dtype=i64))
 

@@ -65,7 +65,7 @@ def test_float32_runs_on_fma_alone_and_half_precision_on_the_tensor_cores(capabi
 
 
 def test_the_other_kernels_do_not_spill_and_round_as_ieee_754_says() -> None:
-    names = ("embed", "norm", "store", "attend", "sample", "advance")
+    names = ("embed", "norm", "store", "attend", "advance")
     calls = [f"compiled('{name}', 'float32', 90)" for name in names]
     calls += [f"compiled('{name}', 'float32', 90, int8=True)" for name in ("store", "attend")]
     calls += ["compiled('attend', 'bfloat16', 90)", "compiled('norm', 'bfloat16', 90)"]
@@ -73,7 +73,17 @@ def test_the_other_kernels_do_not_spill_and_round_as_ieee_754_says() -> None:
     check(kernels, 90, None)
     (norm,) = kernels[1]
     assert (norm["sqrt.rn.f64"], norm["div.rn.f64"]) == (1, 2)
-    for kernel in kernels[4]:
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_samplers_do_not_spill_and_round_as_ieee_754_says(capability: int) -> None:
+    (kernels,) = compiled([f"compiled('sample', 'float32', {capability})"])
+    check([kernels], capability, None)
+    for kernel in kernels:
         # The logarithm: its constants in float64, and no fused multiply-add.
         assert kernel["0d3FE5555555555593"] > 0, kernel
         assert kernel["fma.rn.f64"] == 0, kernel
+    # Without and with top_p: three and two programs of 256 threads per multiprocessor.
+    registers = [kernel["registers"] for kernel in kernels]
+    assert registers[0] <= 80, registers
+    assert registers[1] <= 128, registers

@@ -30,7 +30,12 @@ import torch
 from gptbatch.pipeline.engine.device_changes import PendingChanges
 from gptbatch.pipeline.engine.device_queue import Arrival, DeviceQueue
 from gptbatch.pipeline.engine.device_rows import Bools, DeviceRows, Int64s
-from gptbatch.pipeline.engine.device_sampling import needs_host, state_row
+from gptbatch.pipeline.engine.device_sampling import (
+    has_top_p,
+    keeps_full_vocab,
+    needs_host,
+    state_row,
+)
 from gptbatch.pipeline.engine.device_step import (
     CHUNK_SIZES,
     DeviceStep,
@@ -40,12 +45,12 @@ from gptbatch.pipeline.engine.device_step import (
 )
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.engine.row_adjustments import next_adjustments
-from gptbatch.pipeline.engine.sampling import SampledToken, kept_set_size
+from gptbatch.pipeline.engine.sampling import SampledToken
 from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_for_model
 from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
 from gptbatch.pipeline.engine.streams import CudaStream, Stream
 from gptbatch.pipeline.kernels.cuda.kernels import TRITON, Kernels
-from gptbatch.pipeline.kernels.cuda.state import IDLE, NO_TOKEN, OVERFLOW
+from gptbatch.pipeline.kernels.cuda.state import IDLE, NO_TOKEN
 from gptbatch.pipeline.kernels.cuda.store import LayerCache
 from gptbatch.pipeline.kv_cache.device import DeviceKVCache
 from gptbatch.pipeline.kv_cache.interface import KVCache
@@ -103,8 +108,6 @@ class DeviceEngine(Engine):
         assert self.window_full == "stop"
         if self.stream is None:
             self.stream = CudaStream(self.model.device)
-        # Sources of rows with more ties than the sampler of the device can hold, by identity.
-        self._overflowed: set[int] = set()
         # A step that fails leaves what it has finished to the next one.
         self._finished: list[Completion] = []
         super().__post_init__()
@@ -197,6 +200,7 @@ class DeviceEngine(Engine):
             decode_rows=padded_decode_rows(len(running)) if n_decoding else 0,
             chunk_rows=padded_chunk_rows(n_prefilled),
             full_vocab=bool(rows.keeps_all[handles][decodes].any()),
+            top_p=bool(rows.has_top_p[handles][decodes].any()),
         )
         arrival = self._queue.launch(shape, self._changes, prompt)
         self._changes = PendingChanges()
@@ -250,10 +254,9 @@ class DeviceEngine(Engine):
     def _set_sampler(self, handle: int, sequence: Sequence) -> None:
         rows, vocab_size = self._rows, self.model.config.vocab_size
         params = sequence.params
-        rows.needs_host[handle] = (
-            needs_host(params, vocab_size) or id(sequence.source) in self._overflowed
-        )
-        rows.keeps_all[handle] = kept_set_size(params, vocab_size) == vocab_size
+        rows.needs_host[handle] = needs_host(params, vocab_size)
+        rows.keeps_all[handle] = keeps_full_vocab(params, vocab_size)
+        rows.has_top_p[handle] = has_top_p(params)
 
     def _decode(self, handle: int, sequence: Sequence) -> None:
         """Let a sequence decode from its last token on, in the next step."""
@@ -341,24 +344,17 @@ class DeviceEngine(Engine):
             self._finish(handle, sequence)
 
     def _fail(self, handle: int, token: int, now: float) -> None:
-        """Finish a row without a token; start it again where the host can sample it."""
+        """Finish a row without a token."""
         rows = self._rows
         if token == IDLE.value:
             return
         sequence = rows.sequences[handle]
         assert sequence is not None
-        assert token in (NO_TOKEN.value, OVERFLOW.value)
-        if token == NO_TOKEN.value:
-            sequence.tokens += rows.read_tokens(handle)
-            sequence.first_token_s = float(rows.first_s[handle]) if rows.n_read[handle] else now
-            self._append(sequence, SampledToken(None, None), now)
-            self._finish(handle, sequence)
-            return
-        self.stats.new_tokens -= int(rows.n_read[handle])
-        self.stats.cached_tokens -= sequence.n_cached_tokens
-        self._overflowed.add(id(sequence.source))
-        self._take_out(handle)
-        self._scheduler.add(sequence.source)
+        assert token == NO_TOKEN.value
+        sequence.tokens += rows.read_tokens(handle)
+        sequence.first_token_s = float(rows.first_s[handle]) if rows.n_read[handle] else now
+        self._append(sequence, SampledToken(None, None), now)
+        self._finish(handle, sequence)
 
     def _sample_on_host(self, launched: _Launched, now: float) -> None:
         """Sample rows from the logits of the step before which nothing else was launched."""
@@ -388,7 +384,6 @@ class DeviceEngine(Engine):
         return sequence
 
     def _finish(self, handle: int, sequence: Sequence) -> None:
-        self._overflowed.discard(id(sequence.source))
         self._take_out(handle)
         self._finished.append(self._completion(sequence))
 

@@ -26,6 +26,7 @@ class DeviceRows:
         index_of: Index in the batch; -1 where another sequence may have it.
         needs_host: The host samples the row.
         keeps_all: The row keeps the full vocabulary.
+        has_top_p: The row has a top_p.
         is_watched: The host looks at each token, for stop strings and stop tokens.
         is_done: The sequence is finished, or the handle is free.
         n_prompt: Tokens of the prompt.
@@ -45,6 +46,7 @@ class DeviceRows:
         self.sequences: list[Sequence | None] = [None] * count
         self.index_of = np.full(count, -1, np.int64)
         self.needs_host, self.keeps_all, self.is_watched = np.zeros((3, count), np.bool_)
+        self.has_top_p = np.zeros(count, np.bool_)
         self.is_done = np.ones(count, np.bool_)
         self.n_prompt, self.budgets, self.n_launched, self.n_read = np.zeros((4, count), np.int64)
         self.first_s, self.margins = np.zeros((2, count))

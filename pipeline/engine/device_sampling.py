@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,7 +11,6 @@ from gptbatch.pipeline.engine.row_adjustments import RowAdjustments
 from gptbatch.pipeline.engine.sampling import kept_range, kept_set_size
 from gptbatch.pipeline.engine.sequence import Sequence
 from gptbatch.pipeline.kernels.cuda import state as fields
-from gptbatch.pipeline.kernels.cuda.sample import MAX_TOP_K
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 
 Int64s = npt.NDArray[np.int64]
@@ -18,16 +19,20 @@ Int64s = npt.NDArray[np.int64]
 def needs_host(params: SamplingParams, vocab_size: int) -> bool:
     """Return whether the host samples a row: its settings are not those of kernels/cuda/sample.py.
 
-    These are log probabilities; bias, penalties and masks; top_p; top_k above 64; and min_p without
-    top_k.
+    These are log probabilities; bias, penalties and masks.
     """
-    if params.logprobs is not None or RowAdjustments.are_needed(params) or vocab_size == 1:
-        return True
-    if params.temperature == 0:
-        return False
-    size = kept_set_size(params, vocab_size)
-    keeps_all = size == vocab_size
-    return params.top_p < 1 or (params.min_p > 0 if keeps_all else size > MAX_TOP_K)
+    return params.logprobs is not None or RowAdjustments.are_needed(params) or vocab_size == 1
+
+
+def has_top_p(params: SamplingParams) -> bool:
+    """Return whether top_p matters."""
+    return params.temperature > 0 and params.top_p < 1
+
+
+def keeps_full_vocab(params: SamplingParams, vocab_size: int) -> bool:
+    """Return whether every token can win."""
+    is_filtered = has_top_p(params) or math.isfinite(kept_range(params))
+    return kept_set_size(params, vocab_size) == vocab_size and not is_filtered
 
 
 def state_row(
@@ -62,7 +67,11 @@ def state_row(
     row[fields.TOP_K.value] = size if size < vocab_size else fields.FULL_VOCAB.value
     if host_samples:
         row[fields.TOP_K.value] = fields.HOST_SAMPLES.value
-    numbers = np.array([params.temperature, kept_range(params), np.inf], np.float64)
-    places = (fields.TEMPERATURE.value, fields.KEPT_RANGE.value, fields.MARGIN.value)
-    row[[*places]] = numbers.view(np.int64)
+    numbers = {
+        fields.TEMPERATURE.value: params.temperature,
+        fields.KEPT_RANGE.value: kept_range(params),
+        fields.MARGIN.value: np.inf,
+        fields.TOP_P.value: params.top_p if has_top_p(params) else 1.0,
+    }
+    row[[*numbers]] = np.array([*numbers.values()], np.float64).view(np.int64)
     return row

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K
+from gptbatch.pipeline.kernels.cuda.sample import scratch_sizes
 from gptbatch.pipeline.kernels.cuda.state import HEADER, POSITION
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
 from gptbatch.pipeline.model.gpt import GPT, Block
@@ -39,11 +39,13 @@ class StepShape:
         decode_rows: S.
         chunk_rows: P.
         full_vocab: A row may keep the full vocabulary.
+        top_p: A row may have a top_p.
     """
 
     decode_rows: int
     chunk_rows: int
     full_vocab: bool
+    top_p: bool
 
 
 def padded_decode_rows(count: int) -> int:
@@ -99,7 +101,11 @@ class DeviceStep:
         logits = new(decode_rows, n_maxima * MAX_COLUMNS, dtype=torch.float32)
         self.logits = logits[:, :vocab_size]
         self._maxima = new(decode_rows, n_maxima, dtype=torch.float32)
-        self._scratch = new(decode_rows, MAX_TOP_K + MAX_KEPT, dtype=torch.int32)
+        small, large = scratch_sizes(n_maxima)
+        self._scratch = (
+            new(decode_rows, small, dtype=torch.int32),
+            new(decode_rows, large, dtype=torch.int64),
+        )
         self._sampled = new(decode_rows, dtype=torch.int32)
         self._eos_token_ids = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
         self.out = new(decode_rows, 2, dtype=torch.int64)
@@ -134,8 +140,8 @@ class DeviceStep:
         _norm(kernels, model.ln_f, x, h)
         logits, maxima, sampled = self.logits[:seqs], self._maxima[:seqs], self._sampled[:seqs]
         kernels.linear(h, model.lm_head.weight, None, None, logits, "none", maxima)
-        scratch = self._scratch[:seqs]
-        kernels.sample(logits, maxima, state, scratch, sampled, full_vocab=shape.full_vocab)
+        flags = {"full_vocab": shape.full_vocab, "top_p": shape.top_p}
+        kernels.sample(logits, maxima, state, self._scratch, sampled, **flags)
         kernels.advance(sampled, state, self._eos_token_ids, self.out[:seqs])
 
 

@@ -9,6 +9,7 @@
     6 TOP_K         tokens that top-k keeps; FULL_VOCAB: all; HOST_SAMPLES: the host samples
     7 KEPT_RANGE    bits of a float64: how far below the largest logit min_p keeps tokens
     8 MARGIN        bits of a float64: the smallest decision margin so far
+   11 TOP_P         bits of a float64; 1 keeps all
     HEADER ...      the block table: the block of positions 64 i to 64 i + 63
 
 One tensor, so that an admission is one copy and a move between rows another.
@@ -21,11 +22,12 @@ import triton.language as tl
 (TOKEN, POSITION, STEP, BUDGET, SEED, TEMPERATURE, TOP_K, KEPT_RANGE, MARGIN) = (
     tl.constexpr(i) for i in range(9)
 )
+TOP_P = tl.constexpr(11)
 HEADER = 16
 # Tokens per block of the KV cache, and keys per step of attention.
 BLOCK_TOKENS = tl.constexpr(64)
 
 # Values of TOP_K.
 FULL_VOCAB, HOST_SAMPLES = tl.constexpr(0), tl.constexpr(-1)
-# Instead of a token: logits that are not finite; too many ties; a row that was empty.
-NO_TOKEN, OVERFLOW, IDLE = tl.constexpr(-1), tl.constexpr(-2), tl.constexpr(-3)
+# Instead of a token: logits that are not finite; a row that was empty.
+NO_TOKEN, IDLE = tl.constexpr(-1), tl.constexpr(-3)
