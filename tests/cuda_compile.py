@@ -34,7 +34,7 @@ from gptbatch.pipeline.kernels.cuda.kernels import TRITON as KERNELS
 from gptbatch.pipeline.kernels.cuda.linear import column_major, linear
 from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH, look_up, measure
 from gptbatch.pipeline.kernels.cuda.norm import norm
-from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
+from gptbatch.pipeline.kernels.cuda.sample import sample, scratch_sizes
 from gptbatch.pipeline.kernels.cuda.state import HEADER
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, store
 from gptbatch.pipeline.kernels.cuda.tiles import TABLES, Tile
@@ -169,9 +169,10 @@ def launch(
             look_up(logits, indices[0], state, own, found)
             look_up(logits, indices[0], state, None, found)
     elif name == "sample":
-        scratch = new(rows, MAX_TOP_K + MAX_KEPT, dtype=i32)
+        small, large = scratch_sizes(393)
+        scratch = (new(rows, small, dtype=i32), new(rows, large, dtype=i64))
         logits = new(rows, 50304)[:, :V]
-        sample(logits, new(rows, 393), state, scratch, indices[0], full_vocab=True)
+        sample(logits, new(rows, 393), state, scratch, indices[0], full_vocab=True, top_p=True)
     else:
         advance(indices[0], state, new(1, dtype=i64), new(rows, 2, dtype=i64))
 
@@ -251,14 +252,15 @@ def compiled_by_a_run(capability: int, dtype: str, cache_dtype: CacheDtype) -> d
         triton.knobs.compilation.listener = lambda **facts: missing.append(facts["src"].name)
         row_counts = (0, 16, 32, 64, 128, 256, 512, 1024)
         either = (False, True)
-        for rows, chunk, full_vocab, adjusts, logprobs in itertools.product(
-            row_counts, CHUNK_SIZES, either, either, either
+        for rows, chunk, full_vocab, top_p, adjusts, logprobs in itertools.product(
+            row_counts, CHUNK_SIZES, either, either, either, either
         ):
             if rows + chunk:
                 shape = StepShape(
                     decode_rows=rows,
                     chunk_rows=chunk,
                     full_vocab=full_vocab,
+                    top_p=top_p,
                     adjusts=adjusts,
                     logprobs=logprobs,
                 )

@@ -43,6 +43,10 @@ def random_prompts(rng: random.Random, count: int, longest: int = 20) -> list[To
         {"top_k": 0},
         {"top_k": 40},
         {"top_k": 5, "min_p": 0.05},
+        {"min_p": 0.05},
+        {"top_p": 0.9},
+        {"top_k": 100, "top_p": 0.5},
+        {"top_k": 150, "min_p": 0.01},
         {"top_k": 40, "stop": ("abca", "ba")},
         {"top_k": 40, "stop_token_ids": tuple(range(20, 60))},
         {"top_k": 40, "top_p": 0.9},
@@ -59,7 +63,7 @@ def random_prompts(rng: random.Random, count: int, longest: int = 20) -> list[To
         tokens = [rng.randrange(300) for _ in range(rng.randint(1, longest))]
         if rng.random() < 0.3:
             tokens = shared[: rng.choice([64, 70])] + tokens
-        setting = rng.choice(choices[: rng.choice([4, len(choices)])])
+        setting = rng.choice(choices[: rng.choice([8, len(choices)])])
         budget = rng.choice([1, 2, 5, 20, 200])
         budget = min(budget, 25) if len(tokens) < 100 else budget
         budget = max(budget, setting.get("min_new_tokens", 0))
@@ -84,7 +88,7 @@ def check_nothing_is_left(engine: DeviceEngine) -> None:
     assert rows.n_free == len(rows.sequences)
     assert not any(rows.sequences)
     assert not rows.decodes.any()
-    assert not engine._overflowed
+    assert not engine._left_to_host
     assert engine._adjustments.n_free == len(rows.handle_at)
     assert not engine._adjustments._automata._automata
     pool = cache.pool  # type: ignore[attr-defined]

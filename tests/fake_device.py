@@ -28,7 +28,6 @@ from gptbatch.pipeline.kernels.cuda.kernels import Kernels
 from gptbatch.pipeline.kernels.cuda.linear import linear_twin
 from gptbatch.pipeline.kernels.cuda.logprobs import LARGEST, TOP, TOTAL, look_up_twin
 from gptbatch.pipeline.kernels.cuda.norm import norm_twin
-from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT
 from gptbatch.pipeline.kernels.cuda.state import (
     FULL_VOCAB,
     HOST_SAMPLES,
@@ -36,12 +35,12 @@ from gptbatch.pipeline.kernels.cuda.state import (
     LOGPROBS,
     MARGIN,
     NO_TOKEN,
-    OVERFLOW,
     POSITION,
     SEED,
     STEP,
     TEMPERATURE,
     TOP_K,
+    TOP_P,
 )
 from gptbatch.pipeline.kernels.cuda.store import store_twin
 
@@ -50,31 +49,32 @@ def sample_twin(
     logits: Tensor,
     block_max: Tensor,
     state: Tensor,
-    scratch: Tensor,
+    scratch: tuple[Tensor, Tensor],
     sampled: Tensor,
     *,
     full_vocab: bool,
+    top_p: bool,
 ) -> None:
     """Compute by engine/sampling.py what `sample` computes."""
     for row, (own, values) in enumerate(zip(state[: len(logits)], logits, strict=True)):
         top_k = int(own[TOP_K.value])
         if own[POSITION.value] < 0 or top_k == HOST_SAMPLES.value:
             continue
-        assert full_vocab or top_k != FULL_VOCAB.value
         numbers = own.view(torch.float64)
+        is_filtered = numbers[TOP_P.value] < 1 or numbers[KEPT_RANGE.value] < math.inf
+        assert full_vocab or is_filtered or top_k != FULL_VOCAB.value
+        assert top_p or numbers[TOP_P.value] == 1
         rows = _Rows(
             seeds=own[SEED.value, None],
             steps=own[STEP.value, None],
             temperatures=numbers[TEMPERATURE.value, None],
             kept_ranges=numbers[KEPT_RANGE.value, None],
-            top_ps=torch.ones(1, dtype=torch.float64),
+            top_ps=numbers[TOP_P.value, None],
             margin_bounds=numbers[MARGIN.value, None].clone(),
         )
         token, margin = _sample(values[None], [top_k or len(values)], rows)
         if token < 0:
             sampled[row] = NO_TOKEN.value
-        elif top_k and _n_kept(values, top_k) > MAX_KEPT:
-            sampled[row] = OVERFLOW.value
         else:
             sampled[row] = token[0]
             numbers[MARGIN.value] = torch.minimum(numbers[MARGIN.value], margin[0])

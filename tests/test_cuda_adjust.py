@@ -28,7 +28,7 @@ from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments
 from gptbatch.pipeline.engine.device_automata import DeviceAutomata
 from gptbatch.pipeline.kernels.cuda.adjust import adjust, adjust_twin
 from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout, Adjustments
-from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
+from gptbatch.pipeline.kernels.cuda.sample import sample, scratch_sizes
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, MARGIN, POSITION, STEP, TOKEN
 
 pytestmark = pytest.mark.skipif(
@@ -198,9 +198,15 @@ def test_fewer_tokens_than_top_k_are_sampled_as_on_the_host(n_allowed: int) -> N
     settings: list[dict[str, Any]] = [{"top_k": 40}, {"temperature": 0.0}, {"top_k": 0}]
     settings.append({"top_k": 64, "min_p": 0.1})
     params = [tokenized(0, [1], max_new_tokens=9, **each).prompt.params for each in settings]
-    state = state_of([{"position": 5, "step": 2, "params": each} for each in params])
-    tokens, scratch = torch.zeros(4).int(), torch.zeros(4, MAX_TOP_K + MAX_KEPT).int()
-    sample(logits, block_max(logits), state, scratch, tokens, full_vocab=True)
+    rows = [{"position": 5, "step": 2, "params": each} for each in params]
+    state, tokens, maxima = (
+        state_of(rows, vocab_size=vocab_size),
+        torch.zeros(4).int(),
+        block_max(logits),
+    )
+    small, large = scratch_sizes(maxima.shape[1])
+    scratch = torch.zeros(4, small).int(), torch.zeros(4, large).long()
+    sample(logits, maxima, state, scratch, tokens, full_vocab=True, top_p=False)
     margins = state[:, MARGIN.value].contiguous().view(torch.float64).tolist()
     expected = sample_tokens(logits, params, [2] * 4)
     assert tokens.tolist() == [each.token for each in expected]

@@ -67,7 +67,7 @@ def test_float32_runs_on_fma_alone_and_half_precision_on_the_tensor_cores(capabi
 
 
 def test_the_other_kernels_do_not_spill_and_round_as_ieee_754_says() -> None:
-    names = ("embed", "norm", "store", "attend", "adjust", "logprobs", "sample", "advance")
+    names = ("embed", "norm", "store", "attend", "adjust", "logprobs", "advance")
     calls = [f"compiled('{name}', 'float32', 90)" for name in names]
     calls += [f"compiled('{name}', 'float32', 90, int8=True)" for name in ("store", "attend")]
     calls += ["compiled('attend', 'bfloat16', 90)", "compiled('norm', 'bfloat16', 90)"]
@@ -80,10 +80,20 @@ def test_the_other_kernels_do_not_spill_and_round_as_ieee_754_says() -> None:
     assert adjust["fma.rn.f32"] == 0
     (measure, *_) = kernels[5]
     assert measure["fma.rn.f64"] == 0
-    for kernel in kernels[6]:
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_samplers_do_not_spill_and_round_as_ieee_754_says(capability: int) -> None:
+    (kernels,) = compiled([f"compiled('sample', 'float32', {capability})"])
+    check([kernels], capability, None)
+    for kernel in kernels:
         # The logarithm: its constants in float64, and no fused multiply-add.
         assert kernel["0d3FE5555555555593"] > 0, kernel
         assert kernel["fma.rn.f64"] == 0, kernel
+    # Without and with top_p: three and two programs of 256 threads per multiprocessor.
+    registers = [kernel["registers"] for kernel in kernels]
+    assert registers[0] <= 80, registers
+    assert registers[1] <= 128, registers
 
 
 @pytest.mark.parametrize(("dtype", "cache"), [("float32", "auto"), ("bfloat16", "int8")])

@@ -7,7 +7,6 @@ docs/arithmetic.md. A GPU's own order of sums shows only there: `make cuda-check
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -18,10 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptbatch.pipeline.engine.sampling import sample_tokens
-from gptbatch.pipeline.params.sampling_params import SamplingParams
 from tests import arithmetic_reference
-from tests.conftest import has_kernels
 from tests.device_state import state_of
 from tests.paths import REPOSITORY
 from tests.triton_interpreter import IS_INTERPRETED, interpreted
@@ -46,7 +42,6 @@ def cuda() -> Iterator[Any]:
         embed,
         linear,
         norm,
-        sample,
         state,
         store,
         tiles,
@@ -55,7 +50,7 @@ def cuda() -> Iterator[Any]:
     with interpreted():
         yield SimpleNamespace(
             **{module.__name__.rpartition(".")[2]: module for module in (advance, attend, embed)},
-            **{module.__name__.rpartition(".")[2]: module for module in (linear, norm, sample)},
+            **{module.__name__.rpartition(".")[2]: module for module in (linear, norm)},
             **{module.__name__.rpartition(".")[2]: module for module in (state, store, tiles)},
         )
 
@@ -297,95 +292,6 @@ def test_attend_gives_nan_for_a_key_that_is_not_finite(cuda: Any, value: float, 
     out = paged.attend(cuda.attend.attend)
     assert out[0].view(HEADS, HEAD_SIZE)[1].isnan().all()
     assert out[1].isfinite().all()
-
-
-def sample(
-    cuda: Any, logits: Tensor, params: list[SamplingParams], margins: list[float], **changes: int
-) -> tuple[list[int], list[float]]:
-    """Run the kernels; return tokens and margins."""
-    rows, vocab_size = logits.shape
-    padded = torch.nn.functional.pad(logits, (0, -vocab_size % 128), value=float("-inf"))
-    # amax keeps NaN, as the head's maxima do.
-    block_max = padded.view(rows, -1, 128).amax(dim=2)
-    state = state_of(
-        [
-            {"position": 5, "step": row, "params": each, "margin": margin, **changes}
-            for row, (each, margin) in enumerate(zip(params, margins, strict=True))
-        ]
-    )
-    tokens = torch.full((rows,), -9).int()
-    scratch = torch.zeros(rows, cuda.sample.MAX_TOP_K + cuda.sample.MAX_KEPT).int()
-    cuda.sample.sample(logits, block_max, state, scratch, tokens, full_vocab=True)
-    found = state[:, cuda.state.MARGIN.value].contiguous().view(torch.float64)
-    return tokens.tolist(), found.tolist()
-
-
-def random_logits(rows: int, vocab_size: int) -> Tensor:
-    logits = torch.randn(rows, vocab_size) * 3
-    logits[1] = logits[1].round()  # ties
-    logits[2, : vocab_size // 3] = float("-inf")
-    return logits
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 3.0])
-@pytest.mark.parametrize("vocab_size", [200, 1300])
-def test_sample_has_the_tokens_and_margins_of_the_engine(
-    exact: Any, temperature: float, vocab_size: int
-) -> None:
-    torch.manual_seed(vocab_size)
-    logits = random_logits(7, vocab_size)
-    settings = [(1, 0.0), (3, 0.0), (8, 0.0), (40, 0.0), (12, 0.2), (64, 0.001), (0, 0.0)]
-    params = [
-        SamplingParams(
-            seed=2**40 + row,
-            temperature=temperature,
-            max_new_tokens=9,
-            top_k=k,
-            min_p=min_p,
-        )
-        for row, (k, min_p) in enumerate(settings)
-    ]
-    bounds = [math.inf, 0.5, math.inf, 0.05, math.inf, math.inf, math.inf]
-    native = has_kernels()
-    if native:
-        from gptbatch.pipeline.kernels.build import load_kernels
-
-        load_kernels()
-    expected = sample_tokens(logits, params, range(7), bounds, native=native)
-    tokens, margins = sample(exact, logits, params, bounds)
-    assert tokens == [sampled.token for sampled in expected]
-    expected_margins = [
-        min(bound, sampled.decision_margin or 0.0)
-        for bound, sampled in zip(bounds, expected, strict=True)
-    ]
-    assert margins == (expected_margins if native else pytest.approx(expected_margins, abs=1e-9))
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("top_k", [5, 0])
-def test_sample_flags_logits_that_are_not_finite(cuda: Any, value: float, top_k: int) -> None:
-    logits = torch.randn(3, 300)
-    logits[0, 137] = value
-    logits[2] = float("-inf")
-    params = [SamplingParams(seed=1, temperature=1.0, top_k=top_k, max_new_tokens=9)] * 3
-    tokens, margins = sample(cuda, logits, params, [0.5] * 3)
-    assert tokens[0] == tokens[2] == cuda.state.NO_TOKEN.value
-    assert margins[0] == margins[2] == 0.5
-    assert tokens[1] >= 0
-
-
-def test_sample_flags_more_ties_than_it_can_hold(cuda: Any) -> None:
-    params = [SamplingParams(seed=1, temperature=1.0, top_k=5, max_new_tokens=9)]
-    tokens, margins = sample(cuda, torch.zeros(1, 300), params, [0.5])
-    assert tokens == [cuda.state.OVERFLOW.value]
-    assert margins == [0.5]
-
-
-def test_sample_leaves_rows_alone_that_are_idle_or_sampled_by_the_host(cuda: Any) -> None:
-    params = [SamplingParams(seed=1, temperature=1.0, top_k=5, max_new_tokens=9)]
-    for changes in ({"position": -1}, {"top_k": cuda.state.HOST_SAMPLES.value}):
-        assert sample(cuda, torch.randn(1, 300), params, [0.5], **changes) == ([-9], [0.5])
 
 
 def test_advance_ends_rows_and_reports_their_tokens(cuda: Any) -> None:

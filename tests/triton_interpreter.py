@@ -19,6 +19,8 @@ import pytest
 from tests.arithmetic_reference import fma
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Modules whose functions were called by a kernel.
+_patched_modules: set[str] = set()
 
 
 @contextmanager
@@ -39,6 +41,13 @@ def interpreted(*, exact: bool = False) -> Iterator[None]:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        """Call a function of a kernel without patching the language again, which takes longer."""
+        if self.fn.__module__ not in _patched_modules:
+            interpreter._patch_lang(self.fn)
+            _patched_modules.add(self.fn.__module__)
+        return self.rewrite()(*args, **options)
+
     def exact_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         if x.data.dtype != np.float32:
             return plain_fma(self, x, y, z)
@@ -54,6 +63,7 @@ def interpreted(*, exact: bool = False) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
         if exact:
             monkeypatch.setattr(builder, "create_fma", exact_fma)
             monkeypatch.setattr(builder, "create_dot", exact_dot)

@@ -22,6 +22,7 @@ from benchmarks.cuda.common import (
     report,
     synchronize,
 )
+from benchmarks.cuda.kernels import FILTERS
 from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.engine.device_engine import DeviceEngine
 from gptbatch.pipeline.engine.device_self_test import device_engine_problem
@@ -48,8 +49,8 @@ CASES: tuple[tuple[str, CacheDtype], ...] = (
 )
 
 
-def prompts(rows: int, ragged: bool = False) -> list[TokenizedPrompt]:
-    """Return random prompts: 32 + 128 tokens, or 1 to 64 + 1 to 256."""
+def prompts(rows: int, ragged: bool = False, **settings: Any) -> list[TokenizedPrompt]:
+    """Return random prompts: 32 + 128 tokens, or 1 to 64 + 1 to 256; top_k 40 without settings."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCAB, (rows, 2 * PROMPT_TOKENS), generator=generator).tolist()
     lengths = torch.randint(1, 2 * PROMPT_TOKENS + 1, (rows,), generator=generator).tolist()
@@ -57,7 +58,8 @@ def prompts(rows: int, ragged: bool = False) -> list[TokenizedPrompt]:
     made = []
     for index in range(rows):
         length, budget = (lengths[index], budgets[index]) if ragged else (PROMPT_TOKENS, NEW_TOKENS)
-        params = SamplingParams(seed=index, temperature=0.8, top_k=40, max_new_tokens=budget)
+        chosen = {"top_k": 0, **settings} if settings else {"top_k": 40}
+        params = SamplingParams(seed=index, temperature=0.8, max_new_tokens=budget, **chosen)
         prompt = Prompt(index=index, prompt_id=str(index), text="", params=params, metadata=None)
         made.append(
             TokenizedPrompt(
@@ -124,6 +126,11 @@ def engine() -> None:
                 found[f"{key}, {4 * rows} ragged rows, {rows} at once: tokens/s"] = round(
                     total / seconds
                 )
+                report(found)
+                for settings in FILTERS:
+                    rates, is_equal = filter_rates(device_engine, rows, settings)
+                    found[f"{key}, {rows} rows, {settings}"] = rates
+                    found[f"{key}, {settings}: bits equal at two row counts"] = is_equal
             report(found)
             del device_engine
             torch.cuda.empty_cache()
@@ -134,6 +141,22 @@ def engine() -> None:
         report(found)
         del model
         torch.cuda.empty_cache()
+
+
+def filter_rates(
+    device_engine: DeviceEngine, rows: int, settings: dict[str, Any]
+) -> tuple[dict[str, int], bool]:
+    """Measure rows with a filter; compare their bits with those of fewer rows."""
+    few = ROW_COUNTS[0]
+    expected, _ = run(device_engine, prompts(few, **settings))
+    runs = [run(device_engine, prompts(rows, **settings)) for _ in range(3)]
+    seconds = min(seconds for _, seconds in runs)
+    found = [(done.token_ids, done.min_decision_margin) for done in runs[-1][0][:few]]
+    rates = {
+        "tokens_per_s": round(rows * NEW_TOKENS / seconds),
+        "step_us": round(seconds / NEW_TOKENS * 1e6),
+    }
+    return rates, found == [(done.token_ids, done.min_decision_margin) for done in expected]
 
 
 def profile(device_engine: DeviceEngine, rows: int) -> dict[str, float]:

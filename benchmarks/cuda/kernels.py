@@ -35,11 +35,12 @@ from gptbatch.pipeline.kernels.cuda.attend import attend, attend_twin
 from gptbatch.pipeline.kernels.cuda.linear import linear, linear_twin
 from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH, measure
 from gptbatch.pipeline.kernels.cuda.norm import norm, norm_twin
-from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K, sample
+from gptbatch.pipeline.kernels.cuda.sample import sample, scratch_sizes
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, LOGPROBS, POSITION, STEP, TOKEN
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, store, store_twin
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
 from gptbatch.pipeline.model.config import Activation
+from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.types import TokenizedPrompt
 
 
@@ -75,24 +76,66 @@ class Case:
         attends(self.qkv, *self.where, self.out, 0.125)
 
 
-def sampler_case(rows: int) -> dict[str, Tensor]:
+# Settings whose cutoff may lie anywhere in the vocabulary.
+FILTERS: tuple[dict[str, Any], ...] = (
+    {"top_p": 0.9},
+    {"top_k": 1000},
+    {"min_p": 0.05},
+    {"top_k": 1000, "top_p": 0.9},
+)
+
+
+def sampler_params(rows: int, **settings: Any) -> list[SamplingParams]:
+    """Return the settings of rows: temperature 0.8 but where another is given."""
+    given = {"temperature": 0.8, "top_k": 0, "max_new_tokens": 9, **settings}
+    return [SamplingParams(seed=seed, **given) for seed in range(rows)]
+
+
+def sampler_case(rows: int, *, width: float = 3.0, **settings: Any) -> dict[str, Any]:
     """Return the arguments of `sample` for random logits."""
-    from gptbatch.pipeline.params.sampling_params import SamplingParams
     from tests.device_state import state_of
 
-    logits = torch.randn(rows, VOCAB, device=DEVICE) * 3
+    logits = torch.randn(rows, VOCAB, device=DEVICE) * width
     padded = torch.nn.functional.pad(logits, (0, -VOCAB % MAX_COLUMNS), value=float("-inf"))
-    params = [
-        SamplingParams(seed=seed, temperature=0.8, top_k=40, max_new_tokens=9)
-        for seed in range(rows)
-    ]
+    params = sampler_params(rows, **settings)
+    block_max = padded.view(rows, -1, MAX_COLUMNS).amax(dim=2)
+    small, large = scratch_sizes(block_max.shape[1])
     return {
         "logits": logits,
-        "block_max": padded.view(rows, -1, MAX_COLUMNS).amax(dim=2),
-        "state": state_of([{"step": 5, "params": each} for each in params]).to(DEVICE),
-        "scratch": torch.zeros(rows, MAX_TOP_K + MAX_KEPT, dtype=torch.int32, device=DEVICE),
+        "block_max": block_max,
+        "state": state_of([{"step": 5, "params": each} for each in params], vocab_size=VOCAB).to(
+            DEVICE
+        ),
+        "scratch": (
+            torch.zeros(rows, small, dtype=torch.int32, device=DEVICE),
+            torch.zeros(rows, large, dtype=torch.int64, device=DEVICE),
+        ),
         "sampled": torch.zeros(rows, dtype=torch.int32, device=DEVICE),
     }
+
+
+def sampler_bits() -> dict[str, bool]:
+    """Return whether tokens and margins are those of the C++ sampler, by settings."""
+    from gptbatch.pipeline.engine.sampling import sample_tokens
+    from gptbatch.pipeline.kernels.build import load_kernels
+    from gptbatch.pipeline.kernels.cuda.state import MARGIN
+    from tests.conftest import has_kernels
+
+    if not has_kernels():
+        return {}
+    load_kernels()
+    found = {}
+    for settings in ({"top_k": 40}, *FILTERS, {"temperature": 1.0}):
+        for width in (0.1, 3.0):
+            case = sampler_case(64, width=width, **settings)
+            sample(**case, full_vocab=True, top_p=True)
+            margins = case["state"][:, MARGIN.value].contiguous().view(torch.float64).tolist()
+            params = sampler_params(64, **settings)
+            expected = sample_tokens(case["logits"].cpu(), params, [5] * 64, native=True)
+            found[f"sample {settings}, width {width}: equal"] = [
+                (each.token, each.decision_margin) for each in expected
+            ] == [*zip(case["sampled"].tolist(), margins, strict=True)]
+    return found
 
 
 # A text of one to three bytes per token.
@@ -199,6 +242,7 @@ def kernels() -> None:
     """Compare each kernel with its twin; report relative differences."""
     torch.manual_seed(1)
     found: dict[str, Any] = {"adjust equal": adjust_bits(), "measure equal": measure_bits()}
+    found |= sampler_bits()
     found["problems"] = [key for key, is_equal in found.items() if not is_equal]
     for name, dtype in DTYPES.items():
         x, w, b = (random(*shape, dtype=dtype) for shape in ((65, C), (C,), (C,)))
@@ -242,7 +286,7 @@ def cpu_bits() -> None:
         return
     found: dict[str, Any] = {}
     rows = prompts(VOCAB, (3, 70, 1, 129, 17, 40, 66, 5, 30, 9), 12)
-    rows += adjusted_prompts(rows)
+    rows += [*adjusted_prompts(rows), *filtered_prompts(rows)]
     options: dict[str, Any] = {"batch_size": 7, "eos_token_ids": (), "token_bytes": TOKEN_BYTES}
     activations: tuple[Activation, ...] = ("gelu_tanh", "gelu", "silu", "tanh", "relu")
     for activation in activations[: 1 if IS_FAKE else None]:
@@ -306,6 +350,19 @@ def adjusted_prompts(rows: list[TokenizedPrompt]) -> list[TokenizedPrompt]:
     return made
 
 
+def filtered_prompts(rows: list[TokenizedPrompt]) -> list[TokenizedPrompt]:
+    """Return the rows once more, with the settings of FILTERS."""
+    made = []
+    for number, row in enumerate(rows):
+        filters: dict[str, Any] = {"temperature": 0.9, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        filters |= FILTERS[number % len(FILTERS)]
+        index = 2 * len(rows) + number
+        params = dataclasses.replace(row.prompt.params, **filters)
+        prompt = dataclasses.replace(row.prompt, index=index, prompt_id=str(index), params=params)
+        made.append(dataclasses.replace(row, prompt=prompt))
+    return made
+
+
 def kernel_times() -> None:
     """Microseconds of store and attend, norm and sample, with the time of the bytes at 3 TB/s."""
     found: dict[str, Any] = {}
@@ -333,16 +390,18 @@ def kernel_times() -> None:
 
             found[f"norm {name} {rows} rows"] = round(time_us(norms, 2 * LAYERS + 1, 5), 2)
     for rows in ROW_COUNTS:
-        case = sampler_case(rows)
-        for full_vocab in (False, True):
-            us = time_us(functools.partial(sample, **case, full_vocab=full_vocab), 1)
-            found[f"sample {rows} rows{', and the full vocabulary' * full_vocab}"] = round(us, 2)
+        for settings in ({"top_k": 40}, *FILTERS, {"temperature": 1.0}):
+            flags = {"full_vocab": "temperature" in settings, "top_p": "top_p" in settings}
+            case = {**sampler_case(rows, **settings), **flags}
+            us = time_us(functools.partial(sample, **case), 1)
+            found[f"sample {rows} rows, {settings}"] = round(us, 2)
         # Each launch appends a token; a graph of one launch runs a few dozen times.
         for bad_words in ((), ("ab", "bca", "z")):
             us = time_us(functools.partial(adjust, *adjust_case(rows, 128, bad_words)), 1)
             found[f"adjust {rows} rows of 128 tokens{', bad words' * bool(bad_words)}"] = round(
                 us, 2
             )
+        case = sampler_case(rows)
         arguments = [case[name] for name in ("logits", "block_max", "state")]
         arguments[2][:, LOGPROBS.value] = 6
         arguments.append(torch.zeros(rows, WIDTH, dtype=torch.int64, device=DEVICE))

@@ -32,15 +32,19 @@ from gptbatch.pipeline.engine.device_changes import PendingChanges
 from gptbatch.pipeline.engine.device_logprobs import token_logprobs
 from gptbatch.pipeline.engine.device_queue import Arrival, DeviceQueue
 from gptbatch.pipeline.engine.device_rows import Bools, DeviceRows, Int64s
-from gptbatch.pipeline.engine.device_sampling import needs_host, state_row
+from gptbatch.pipeline.engine.device_sampling import (
+    has_top_p,
+    keeps_full_vocab,
+    state_row,
+)
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.engine.row_adjustments import RowAdjustments, next_adjustments
-from gptbatch.pipeline.engine.sampling import SampledToken, kept_set_size
+from gptbatch.pipeline.engine.sampling import SampledToken
 from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_for_model
 from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
 from gptbatch.pipeline.engine.streams import CudaStream, Stream
 from gptbatch.pipeline.kernels.cuda.kernels import TRITON, Kernels
-from gptbatch.pipeline.kernels.cuda.state import IDLE, NO_TOKEN, OVERFLOW
+from gptbatch.pipeline.kernels.cuda.state import IDLE, NO_TOKEN
 from gptbatch.pipeline.kernels.cuda.store import LayerCache
 from gptbatch.pipeline.kv_cache.device import DeviceKVCache
 from gptbatch.pipeline.kv_cache.interface import KVCache
@@ -105,9 +109,9 @@ class DeviceEngine(Engine):
         assert self.window_full == "stop"
         if self.stream is None:
             self.stream = CudaStream(self.model.device)
-        # Sources of rows that the device cannot sample, by identity: more ties or states of bad
-        # words than it can hold, or no token that is allowed.
-        self._overflowed: set[int] = set()
+        # Sources of rows that the device cannot sample, by identity: more states of bad words than
+        # it can hold, or no token that is allowed.
+        self._left_to_host: set[int] = set()
         # A step that fails leaves what it has finished to the next one.
         self._finished: list[Completion] = []
         super().__post_init__()
@@ -207,6 +211,7 @@ class DeviceEngine(Engine):
             full_vocab=bool(rows.keeps_all[handles][decodes].any()),
             adjusts=bool((rows.adjustments[handles][decodes] >= 0).any()),
             logprobs=bool(rows.has_logprobs[handles][decodes].any()),
+            top_p=bool(rows.has_top_p[handles][decodes].any()),
         )
         arrival = self._queue.launch(shape, self._changes, prompt)
         self._changes = PendingChanges()
@@ -259,21 +264,22 @@ class DeviceEngine(Engine):
         return np.array([tokens, positions, seq_indices], np.int64)
 
     def _set_sampler(self, handle: int, sequence: Sequence) -> None:
-        vocab_size = self.model.config.vocab_size
+        params, vocab_size = sequence.params, self.model.config.vocab_size
         rows, is_of_host = self._rows, self._needs_host(sequence)
         rows.needs_host[handle] = is_of_host
-        rows.has_logprobs[handle] = sequence.params.logprobs is not None and not is_of_host
-        rows.keeps_all[handle] = kept_set_size(sequence.params, vocab_size) == vocab_size
+        rows.has_logprobs[handle] = params.logprobs is not None and not is_of_host
+        rows.keeps_all[handle] = keeps_full_vocab(params, vocab_size)
+        rows.has_top_p[handle] = has_top_p(params)
 
     def _needs_host(self, sequence: Sequence) -> bool:
-        is_of_host = needs_host(sequence.params, self.model.config.vocab_size)
-        return is_of_host or id(sequence.source) in self._overflowed
+        is_left = id(sequence.source) in self._left_to_host
+        return is_left or self.model.config.vocab_size == 1
 
     def _new_adjustments(self, sequence: Sequence) -> RowAdjustments | None:
         if not self._needs_host(sequence):
             if self._adjustments.hold(sequence.params.bad_words):
                 return None
-            self._overflowed.add(id(sequence.source))
+            self._left_to_host.add(id(sequence.source))
         return super()._new_adjustments(sequence)
 
     def _decode(self, handle: int, sequence: Sequence) -> None:
@@ -388,14 +394,14 @@ class DeviceEngine(Engine):
             self._finish(handle, sequence)
 
     def _fail(self, handle: int, token: int, now: float) -> None:
-        """Finish a row without a token; start it again where the host can sample it."""
+        """Finish a row without a token."""
         rows = self._rows
         if token == IDLE.value:
             return
         sequence = rows.sequences[handle]
         assert sequence is not None
-        assert token in (NO_TOKEN.value, OVERFLOW.value)
-        if token == NO_TOKEN.value and rows.adjustments[handle] < 0:
+        assert token == NO_TOKEN.value
+        if rows.adjustments[handle] < 0:
             sequence.tokens += rows.read_tokens(handle)
             sequence.first_token_s = float(rows.first_s[handle]) if rows.n_read[handle] else now
             self._append(sequence, SampledToken(None, None), now)
@@ -403,7 +409,7 @@ class DeviceEngine(Engine):
             return
         self.stats.new_tokens -= int(rows.n_read[handle])
         self.stats.cached_tokens -= sequence.n_cached_tokens
-        self._overflowed.add(id(sequence.source))
+        self._left_to_host.add(id(sequence.source))
         self._take_out(handle)
         self._scheduler.add(sequence.source)
 
@@ -435,7 +441,6 @@ class DeviceEngine(Engine):
         return sequence
 
     def _finish(self, handle: int, sequence: Sequence) -> None:
-        self._overflowed.discard(id(sequence.source))
         self._take_out(handle)
         self._finished.append(self._completion(sequence))
 

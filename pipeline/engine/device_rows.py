@@ -26,6 +26,7 @@ class DeviceRows:
         index_of: Index in the batch; -1 where another sequence may have it.
         needs_host: The host samples the row.
         keeps_all: The row keeps the full vocabulary.
+        has_top_p: The row has a top_p.
         adjustments: The place of its bias, penalties and masks; -1 for none.
         has_logprobs: The device finds its log probabilities.
         logprobs: What the device found, per new token (WIDTH,); see kernels/cuda/logprobs.py.
@@ -48,6 +49,7 @@ class DeviceRows:
         self.sequences: list[Sequence | None] = [None] * count
         self.index_of = np.full(count, -1, np.int64)
         self.needs_host, self.keeps_all, self.is_watched = np.zeros((3, count), np.bool_)
+        self.has_top_p = np.zeros(count, np.bool_)
         self.has_logprobs = np.zeros(count, np.bool_)
         self.logprobs: list[list[Int64s]] = [[] for _ in range(count)]
         self.is_done = np.ones(count, np.bool_)

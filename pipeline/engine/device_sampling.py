@@ -1,6 +1,8 @@
-"""Which rows the device samples, and the row of its state for a sequence."""
+"""The row of the state of a device for a sequence, and which kernels sample it."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -8,24 +10,20 @@ import numpy.typing as npt
 from gptbatch.pipeline.engine.sampling import kept_range, kept_set_size
 from gptbatch.pipeline.engine.sequence import Sequence
 from gptbatch.pipeline.kernels.cuda import state as fields
-from gptbatch.pipeline.kernels.cuda.sample import MAX_TOP_K
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 
 Int64s = npt.NDArray[np.int64]
 
 
-def needs_host(params: SamplingParams, vocab_size: int) -> bool:
-    """Return whether the host samples a row: its settings are not those of kernels/cuda/sample.py.
+def has_top_p(params: SamplingParams) -> bool:
+    """Return whether top_p matters."""
+    return params.temperature > 0 and params.top_p < 1
 
-    These are top_p; top_k above 64; and min_p without top_k.
-    """
-    if vocab_size == 1:
-        return True
-    if params.temperature == 0:
-        return False
-    size = kept_set_size(params, vocab_size)
-    keeps_all = size == vocab_size
-    return params.top_p < 1 or (params.min_p > 0 if keeps_all else size > MAX_TOP_K)
+
+def keeps_full_vocab(params: SamplingParams, vocab_size: int) -> bool:
+    """Return whether every token can win."""
+    is_filtered = has_top_p(params) or math.isfinite(kept_range(params))
+    return kept_set_size(params, vocab_size) == vocab_size and not is_filtered
 
 
 def state_row(
@@ -65,7 +63,11 @@ def state_row(
     if host_samples:
         row[fields.TOP_K.value] = fields.HOST_SAMPLES.value
         row[fields.LOGPROBS.value] = 0
-    numbers = np.array([params.temperature, kept_range(params), np.inf], np.float64)
-    places = (fields.TEMPERATURE.value, fields.KEPT_RANGE.value, fields.MARGIN.value)
-    row[[*places]] = numbers.view(np.int64)
+    numbers = {
+        fields.TEMPERATURE.value: params.temperature,
+        fields.KEPT_RANGE.value: kept_range(params),
+        fields.MARGIN.value: np.inf,
+        fields.TOP_P.value: params.top_p if has_top_p(params) else 1.0,
+    }
+    row[[*numbers]] = np.array([*numbers.values()], np.float64).view(np.int64)
     return row

@@ -38,6 +38,8 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0, "top_k": 0},
     {"temperature": 0.9, "top_k": 20, "min_p": 0.05},
     {"temperature": 0.9, "top_k": 0, "top_p": 0.9},
+    {"temperature": 0.9, "top_k": 90, "top_p": 0.5},
+    {"temperature": 0.9, "top_k": 0, "min_p": 0.1},
     {
         "temperature": 0.8,
         "top_k": 40,

@@ -53,6 +53,7 @@ def compile_kernels(model: GPT, threads: int | None = None) -> int:
                         decode_rows=rows,
                         chunk_rows=0,
                         full_vocab=True,
+                        top_p=True,
                         adjusts=adjusts,
                         logprobs=True,
                     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout, Adjustments
 from gptbatch.pipeline.kernels.cuda.linear import new_logits
 from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH
-from gptbatch.pipeline.kernels.cuda.sample import MAX_KEPT, MAX_TOP_K
+from gptbatch.pipeline.kernels.cuda.sample import scratch_sizes
 from gptbatch.pipeline.kernels.cuda.state import HEADER, POSITION
 from gptbatch.pipeline.model.gpt import GPT, Block
 
@@ -41,6 +41,7 @@ class StepShape:
         decode_rows: S.
         chunk_rows: P.
         full_vocab: A row may keep the full vocabulary.
+        top_p: A row may have a top_p.
         adjusts: A row may have bias, penalties or masks.
         logprobs: A row may have log probabilities.
     """
@@ -48,6 +49,7 @@ class StepShape:
     decode_rows: int
     chunk_rows: int
     full_vocab: bool
+    top_p: bool
     adjusts: bool
     logprobs: bool
 
@@ -106,7 +108,11 @@ class DeviceStep:
         self._x, self._h, self._attended = (new(rows, width) for _ in range(3))
         self._qkv, self._inner = new(rows, 3 * width), new(rows, config.n_inner)
         self.logits, self._maxima = new_logits(decode_rows, config.vocab_size, device)
-        self._scratch = new(decode_rows, MAX_TOP_K + MAX_KEPT, dtype=torch.int32)
+        small, large = scratch_sizes(self._maxima.shape[1])
+        self._scratch = (
+            new(decode_rows, small, dtype=torch.int32),
+            new(decode_rows, large, dtype=torch.int64),
+        )
         self._sampled = new(decode_rows, dtype=torch.int32)
         self._eos_token_ids = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
         self.out = new(decode_rows, 2, dtype=torch.int64)
@@ -162,8 +168,8 @@ class DeviceStep:
             kernels.measure(logits, maxima, state, self.logprobs)
         if adjustments is not None:
             kernels.adjust(logits, maxima, state, adjustments)
-        scratch = self._scratch[:seqs]
-        kernels.sample(logits, maxima, state, scratch, sampled, full_vocab=shape.full_vocab)
+        flags = {"full_vocab": shape.full_vocab, "top_p": shape.top_p}
+        kernels.sample(logits, maxima, state, self._scratch, sampled, **flags)
         if shape.logprobs:
             kernels.look_up(logits, sampled, state, adjustments, self.logprobs)
         kernels.advance(sampled, state, self._eos_token_ids, self.out[:seqs])

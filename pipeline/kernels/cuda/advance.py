@@ -60,7 +60,7 @@ def advance(sampled: Tensor, state: Tensor, eos_token_ids: Tensor, out: Tensor) 
         state: (sequences, fields) int64.
         eos_token_ids: (n,) int64.
         out: Gets the token and the bits of the smallest margin of each row, (S, 2) int64,
-            contiguous. The token may be NO_TOKEN, OVERFLOW, or IDLE where nothing was sampled.
+            contiguous. The token may be NO_TOKEN, or IDLE where nothing was sampled.
     """
     rows = len(sampled)
     launch(

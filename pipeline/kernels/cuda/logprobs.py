@@ -24,9 +24,9 @@ from gptbatch.pipeline.kernels.cuda.adjust import LANES
 from gptbatch.pipeline.kernels.cuda.adjustments import FIELDS, N_ENTRIES, Adjustments
 from gptbatch.pipeline.kernels.cuda.launch import launch
 from gptbatch.pipeline.kernels.cuda.masses import masses
-from gptbatch.pipeline.kernels.cuda.sample import LARGEST_INT32, from_ordered_bits, ordered_bits
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, LOGPROBS, POSITION
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
+from gptbatch.pipeline.kernels.cuda.tokens import LARGEST_INT32, from_ordered_bits, ordered_bits
 
 TOTAL, LARGEST, OWN, TOP = (tl.constexpr(i) for i in range(4))
 # The most tokens that are listed, by SAMPLING_SETTINGS.

@@ -11,6 +11,7 @@
     8 MARGIN        bits of a float64: the smallest decision margin so far
     9 ADJUSTMENTS   its row in `Adjustments` (adjust.py); -1: nothing changes its logits
    10 LOGPROBS      1 + how many of the most likely tokens are listed; 0: no log probabilities
+   11 TOP_P         bits of a float64; 1 keeps all
     HEADER ...      the block table: the block of positions 64 i to 64 i + 63
 
 One tensor, so that an admission is one copy and a move between rows another.
@@ -23,12 +24,12 @@ import triton.language as tl
 (TOKEN, POSITION, STEP, BUDGET, SEED, TEMPERATURE, TOP_K, KEPT_RANGE, MARGIN) = (
     tl.constexpr(i) for i in range(9)
 )
-ADJUSTMENTS, LOGPROBS = tl.constexpr(9), tl.constexpr(10)
+ADJUSTMENTS, LOGPROBS, TOP_P = (tl.constexpr(i) for i in range(9, 12))
 HEADER = 16
 # Tokens per block of the KV cache, and keys per step of attention.
 BLOCK_TOKENS = tl.constexpr(64)
 
 # Values of TOP_K.
 FULL_VOCAB, HOST_SAMPLES = tl.constexpr(0), tl.constexpr(-1)
-# Instead of a token: logits that are not finite; too many ties; a row that was empty.
-NO_TOKEN, OVERFLOW, IDLE = tl.constexpr(-1), tl.constexpr(-2), tl.constexpr(-3)
+# Instead of a token: logits that are not finite; a row that was empty.
+NO_TOKEN, IDLE = tl.constexpr(-1), tl.constexpr(-3)
