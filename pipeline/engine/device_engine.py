@@ -394,7 +394,7 @@ class DeviceEngine(Engine):
             self._finish(handle, sequence)
 
     def _fail(self, handle: int, token: int, now: float) -> None:
-        """Finish a row without a token."""
+        """Finish a row without a token; start it again where the host can tell why."""
         rows = self._rows
         if token == IDLE.value:
             return
@@ -441,6 +441,7 @@ class DeviceEngine(Engine):
         return sequence
 
     def _finish(self, handle: int, sequence: Sequence) -> None:
+        self._left_to_host.discard(id(sequence.source))
         self._take_out(handle)
         self._finished.append(self._completion(sequence))
 
