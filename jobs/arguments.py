@@ -57,7 +57,7 @@ class ModelArgument(click.ParamType[str]):
 
 
 class ListItems(click.ParamType[list[Any]]):
-    """Items of a list: one, several with commas, or none for an empty text.
+    """Items of a list: one, several with commas, or `[]` for none.
 
     Args:
         item: The type of an item.
@@ -70,9 +70,13 @@ class ListItems(click.ParamType[list[Any]]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> list[Any]:
-        if isinstance(value, list) or value == "":
-            return value or []
-        texts = value.split(",") if self.with_commas else [value]
+        if isinstance(value, list):
+            return value
+        if value.strip() == "[]":
+            return []
+        if not value:
+            self.fail("must not be empty; [] stands for an empty list", param, ctx)
+        texts = [text.strip() for text in value.split(",")] if self.with_commas else [value]
         return [self.item.convert(text, param, ctx) for text in texts]
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:

@@ -340,6 +340,7 @@ def _frozen_heap() -> Iterator[None]:
     if gc.get_freeze_count():
         yield
         return
+    gc.collect()
     gc.freeze()
     try:
         yield

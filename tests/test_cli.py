@@ -327,17 +327,18 @@ def test_the_nearest_command_is_named(in_process: InProcess) -> None:
     ("options", "variables", "expected"),
     [
         ([], {}, {"stop": ["x"], "stop_token_ids": [5], "allowed_token_ids": [1, 2]}),
-        (["--stop", ""], {}, {"stop": []}),
+        (["--stop", "[]"], {}, {"stop": []}),
         (["--stop", "a,b", "--stop", "c"], {}, {"stop": ["a,b", "c"]}),
-        (["--stop-token-ids", ""], {}, {"stop_token_ids": []}),
+        (["--stop-token-ids", "[]"], {}, {"stop_token_ids": []}),
         (
             ["--stop-token-ids", "13,198", "--stop-token-ids", "7"],
             {},
             {"stop_token_ids": [13, 198, 7]},
         ),
-        (["--allowed-token-ids", ""], {}, {"allowed_token_ids": None}),
+        (["--allowed-token-ids", "[]"], {}, {"allowed_token_ids": None}),
         (["--row-settings", "seed,n"], {}, {"row_settings": ["seed", "n"]}),
-        ([], {"STOP_TOKEN_IDS": "13,198"}, {"stop_token_ids": [13, 198]}),
+        (["--row-settings", "seed, n"], {}, {"row_settings": ["seed", "n"]}),
+        ([], {"STOP_TOKEN_IDS": "13, 198"}, {"stop_token_ids": [13, 198]}),
         ([], {"STOP": "a,b"}, {"stop": ["a,b"]}),
         ([], {"STOP": "[]", "STOP_TOKEN_IDS": "[]"}, {"stop": [], "stop_token_ids": []}),
     ],
@@ -359,6 +360,14 @@ def test_lists_are_replaced_and_emptied(
     base = ("--model", "m", "--input", "a", "--output", "o", "--config", path, "--dry-run")
     in_process("generate", *base, *options)
     assert {name: getattr(found[0], name) for name in expected} == expected
+
+
+def test_an_empty_item_of_a_list_is_an_error(in_process: InProcess) -> None:
+    """As of a variable of the shell that is not set."""
+    for option in ("--stop", "--stop-token-ids", "--row-settings"):
+        code, _, stderr = in_process("generate", "--model", "m", "--input", "a", option, "")
+        assert code == 2
+        assert f"'{option}': must not be empty; [] stands for an empty list" in stderr
 
 
 def test_missing_required_settings(checkpoint: Path, in_process: InProcess, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def refuse(*_: Any, **__: Any) -> None:
     pytest.fail("a model is loaded for no rows")
 
 
-@pytest.mark.parametrize("settings", [{}, {"limit": 0}, {"shard": "1/2"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"limit": 0}, {"shard": "1/2"}, {"engine": {"attention": "padded"}}]
+)
 def test_no_model_is_loaded_for_no_rows(
     checkpoint: Path,
     write_rows: WriteRows,

@@ -194,3 +194,20 @@ def test_the_caller_waits_for_a_disk_that_falls_behind(
     found += sink.written(wait=True)
     assert [part.number for part in found] == list(range(N_PARTS))
     sink.close()
+
+
+@pytest.mark.parametrize("make_sink", ["in a thread"], indirect=True)
+def test_a_run_that_ends_is_no_crash_even_if_the_disk_is_slow(
+    make_sink: Callable[[], PartSink], disk: Disk, tmp_path: Path
+) -> None:
+    """A second signal, or the end of its time, may end the process while a part is written."""
+    sink = make_sink()
+    add_part(sink, 0)
+    add_part(sink, 1)
+    sink.close_journal()
+    assert in_flight(tmp_path) == []
+    disk.may_write.set()
+    for _ in sink.written(wait=True):
+        assert in_flight(tmp_path) == []
+    assert sink.parts.keys() == {0, 1}
+    sink.close()

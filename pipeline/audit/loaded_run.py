@@ -160,6 +160,9 @@ class LoadedRun:
             "environment": self.loaded.environment,
             "batch_invariance": self.loaded.batch_invariance,
         }
+        if self.run.facts.get("environment") == {}:
+            # An input without rows: nothing ran.
+            return []
         reasons = [
             f"{key} differs"
             for key, (before, _) in environment_differences(self.run.facts, here).items()

@@ -273,7 +273,7 @@ def _hint(name: str, keys: Collection[str]) -> str:
 def _items(text: str, key: str, field: FieldInfo) -> Any:
     """Return the values of a list: several are given as JSON, or numbers and names with commas."""
     if not text.lstrip().startswith("["):
-        return text.split(",") if has_comma_items(field) else [text]
+        return [item.strip() for item in text.split(",")] if has_comma_items(field) else [text]
     try:
         return json.loads(text)
     except ValueError:

@@ -145,7 +145,10 @@ def _format_of(output: str, given: Format | None) -> Format:
     assert found is not None
     is_lines = {"jsonl", "openai"}
     if by_suffix not in (None, found) and not {by_suffix, found} <= is_lines:
-        raise ConfigError(f"{output}: the format {found} does not fit the suffix {suffix}")
+        raise ConfigError(
+            f"{output}: the format {found} does not fit the suffix {suffix}; "
+            f"name a file such as rows.{found}, or leave --format out"
+        )
     if found == "parquet" and is_compressed:
         raise ConfigError(
             f"{output}: Parquet is compressed inside; name a file without .gz or .zst"

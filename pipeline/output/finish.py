@@ -1,4 +1,4 @@
-"""Finishing an output: the final manifest, once all parts are written, and at last `_SUCCESS`.
+"""Finishing an output: the final manifest and `_SUCCESS`, once all parts are written.
 
 The result is a function of the parts. Any run may finish an output, also several at once: they
 write the same.
@@ -51,7 +51,7 @@ def finish(
     defaults: RowDefaults,
     max_row_errors: str | None = None,
 ) -> Finished:
-    """Check that the folder holds exactly the parts of a job, and write the final manifest.
+    """Check that the folder holds exactly the parts of a job, and record their hashes.
 
     Afterwards the records of runs that were killed are not needed any more.
 
@@ -98,22 +98,22 @@ def finish(
     ErrorLimit(max_row_errors, plan.total_rows).check(sum(part.errors for part in parts))
     footer = read_footer(files[0].path)
     assert footer is not None
-    facts = {**facts_of(footer), "format": FORMAT, "identity": identity}
-    write_manifest(folder, writer, facts, manifest_text(facts, parts))
     try:
         hashes.confirm_parts(file.path for file in files)
     except OSError as error:
         raise StorageError(f"{error.filename}: is gone since it was checked") from error
     folder.write_hashes(writer, hashes)
+    facts = {**facts_of(footer), "format": FORMAT, "identity": identity}
     return Finished(manifest=facts, parts=parts)
 
 
-def mark_complete(folder: OutputFolder, writer: Writer) -> None:
-    """Write `_SUCCESS`. A complete run is not touched again, so it must be the last file.
+def mark_complete(folder: OutputFolder, writer: Writer, done: Finished) -> None:
+    """Write the final manifest and `_SUCCESS`, the last files: a complete run is not touched again.
 
     Raises:
-        StorageError: The file cannot be written.
+        StorageError: A file cannot be written.
     """
+    write_manifest(folder, writer, done.manifest, manifest_text(done.manifest, done.parts))
     writer.write_text(folder.path / SUCCESS, "")
 
 

@@ -90,7 +90,7 @@ def finish_folder(output: str | Location) -> FinishedOutput:
             config.max_row_errors,
         )
         run.sweep()
-        mark_complete(folder, run.writer)
+        mark_complete(folder, run.writer, done)
     return FinishedOutput(
         output=str(path),
         rows=sum(part.rows for part in done.parts),

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
 from gptbatch.pipeline.config import JobConfig
-from gptbatch.pipeline.errors import ConfigError, StoppedError, StorageError
+from gptbatch.pipeline.errors import ConfigError, StoppedError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.model.loading import LoadedModel
@@ -99,9 +99,7 @@ class PartRunner:
         try:
             self._run()
         except BaseException:
-            # Complete parts are written. An error of the disk does not replace the first one.
-            with suppress(StorageError):
-                self._take_written(wait=True)
+            self._take_rest()
             raise
         finally:
             self.sink.close()
@@ -172,8 +170,10 @@ class PartRunner:
         rows = self.sink.rows_total - self._rows_kept - self.counts.rows
         for _ in self._rows.steps(engine, prompts, self._take, rows=rows):
             source = self.stop.requested()
-            # A crash is blamed on the row that runs alone, so nothing is written beside it.
-            self._take_written(wait=source is not None or batch_size == 1)
+            if source is not None:
+                # A slow disk may outlast the time that a stop has. That is not a crash either.
+                self.sink.close_journal()
+            self._take_written(wait=source is not None)
             if source is not None:
                 raise StoppedError(
                     f"stopped by {source}; {self._described_progress()}; run the same command "
@@ -201,6 +201,8 @@ class PartRunner:
         """Record each row in the crash journal before it runs alone."""
         for prompt in prompts:
             if prompt is not None:
+                # A crash is blamed on the row, so nothing is written beside it.
+                self._take_written(wait=True)
                 self.sink.record_lone_row(prompt.prompt.prompt_id)
             yield prompt
 
@@ -217,6 +219,14 @@ class PartRunner:
         """Tell the source which parts are written; see `PartSink.written`."""
         for part in self.sink.written(wait=wait):
             self.source.committed(part)
+
+    def _take_rest(self) -> None:
+        """Take the parts that are complete when a run fails. Further errors are only logged."""
+        while self.sink.n_unwritten:
+            try:
+                self._take_written(wait=True)
+            except Exception as error:  # noqa: BLE001 - the thread may raise what the loop may
+                logger.warning("%s", error)
 
 
 def max_parts_in_flight(max_rows_held: int, part_rows: int) -> int:

@@ -20,8 +20,8 @@ from gptbatch.pipeline.output.run_folder import RunFolder
 from gptbatch.pipeline.system.threads import Worker
 from gptbatch.pipeline.types import Completion, Sample
 
-# Parts that are written or wait for it. With more, the engine waits: they take memory, and a crash
-# loses them.
+# While more complete parts are not written, the engine starts no step: they take memory, and a
+# crash loses them.
 MAX_UNWRITTEN_PARTS = 2
 
 
@@ -60,6 +60,7 @@ class PartSink:
         self._unwritten: deque[Future[Part]] = deque()
         # The samples of each input row, by part.
         self._rows: dict[int, list[Sequence[Completion]]] = {}
+        self._is_ending = False
         self._in_flight: set[int] = set()
         self._reserved: set[int] = set()
         for number in parts:
@@ -69,6 +70,11 @@ class PartSink:
     def n_in_flight(self) -> int:
         """Number of parts that have begun and are not written."""
         return len(self._in_flight)
+
+    @property
+    def n_unwritten(self) -> int:
+        """Number of complete parts that `written` has not yielded."""
+        return len(self._unwritten)
 
     @property
     def suspect_parts(self) -> set[int]:
@@ -145,7 +151,8 @@ class PartSink:
         self._worker.close()
 
     def close_journal(self) -> None:
-        """Record that the run ends without a crash."""
+        """Record that the run ends without a crash. Nothing is recorded afterwards."""
+        self._is_ending = True
         self._journal.close()
 
     def _write(self, number: int, rows: list[Sequence[Completion]]) -> Part:
@@ -159,4 +166,6 @@ class PartSink:
         return part
 
     def _record(self, prompt_id: str | None = None) -> None:
+        if self._is_ending:
+            return
         self._journal.record(sorted(self._in_flight), prompt_id, reserved=sorted(self._reserved))

@@ -179,7 +179,9 @@ def check_continuable(config: JobConfig, state: FolderState, identity: dict[str,
         )
     environment = state.manifest.get("environment")
     if (
-        isinstance(environment, dict)
+        # Where nothing ran, there is none.
+        environment
+        and isinstance(environment, dict)
         and config.engine.attention not in ("auto", environment.get("attention"))
         and not config.allow_other_environment
     ):

@@ -343,7 +343,7 @@ class RunOutput:
         )
         self.run.sweep()
         self.writer.remove(self.run.path / CRASH_JOURNAL)
-        mark_complete(self.folder, self.writer)
+        mark_complete(self.folder, self.writer, done)
         self._log_errors(done.parts)
         return sum(part.errors for part in done.parts)
 
