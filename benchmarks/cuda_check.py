@@ -37,7 +37,7 @@ SECTIONS = {
     "command": 130,
     "transformers": 80,
     "tests": 100,
-    "start": 45,
+    "start": 100,
     "compile": 60,
     "linear-bits": 60,
     "linear-times": 90,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import dataclasses
 import gc
 import json
 import pstats
@@ -55,7 +56,6 @@ from gptbatch.pipeline.storage.atomic_write import FileWriter
 
 VOCAB_SIZE = 50257
 PROMPT_TOKENS, NEW_TOKENS = 32, 128
-KERNELS = ("embed", "norm", "linear", "store", "attend", "sample")
 # Bytes of text to train the tokenizer on, which gives it about as many tokens as GPT-2's.
 TRAINING_BYTES = 24_000_000
 STAGES: dict[str, tuple[Any, str]] = {
@@ -120,6 +120,9 @@ class Device:
         if self._step_s and self._done_s:
             self.waits_s.append(max(0.0, now - self._done_s))
         self._done_s = max(self._done_s, now) + self._step_s
+
+    def catch_up(self) -> None:
+        """Do nothing."""
 
     def mark(self) -> Mark:
         """Return the point after all steps so far."""
@@ -208,7 +211,8 @@ def write_input(work: Path, rows: int) -> int:
 def install(args: argparse.Namespace, vocab_size: int) -> Device:
     """Let jobs of this process run on a `Device`."""
     device = Device(args.step_ms / 1e3, vocab_size, args.batch_size)
-    kernels = Kernels(**dict.fromkeys(KERNELS, nothing), advance=device.advance)
+    names = [field.name for field in dataclasses.fields(Kernels)]
+    kernels = Kernels(**{**dict.fromkeys(names, nothing), "advance": device.advance})
 
     def load(checkpoint: Any, config: GPTConfig, *_: Any, **__: Any) -> LoadedModel:
         model = GPT(config, backend=TRITON).eval().requires_grad_(False)

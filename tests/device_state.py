@@ -28,7 +28,14 @@ def state_of(rows: Sequence[Mapping[str, Any]], blocks: int = 3, vocab_size: int
         blocks: Length of the block tables, which are 0.
         vocab_size: V: a top_k of V and more is none.
     """
-    from gptbatch.pipeline.kernels.cuda.state import HEADER, KEPT_RANGE, LOGPROBS, MARGIN, TOP_P
+    from gptbatch.pipeline.kernels.cuda.state import (
+        ADJUSTMENTS,
+        HEADER,
+        KEPT_RANGE,
+        LOGPROBS,
+        MARGIN,
+        TOP_P,
+    )
 
     state = torch.zeros(len(rows), HEADER + blocks, dtype=torch.int64)
     for row, values in enumerate(rows):
@@ -37,6 +44,7 @@ def state_of(rows: Sequence[Mapping[str, Any]], blocks: int = 3, vocab_size: int
         state[row, KEPT_RANGE.value] = bits(math.inf if params is None else kept_range(params))
         state[row, MARGIN.value] = bits(values.get("margin", math.inf))
         state[row, TOP_P.value] = bits(1.0)
+        state[row, ADJUSTMENTS.value] = -1
         if params is not None:
             has_logprobs = params.logprobs is not None
             state[row, LOGPROBS.value] = 1 + params.logprobs if has_logprobs else 0

@@ -80,11 +80,6 @@ def sample_twin(
             numbers[MARGIN.value] = torch.minimum(numbers[MARGIN.value], margin[0])
 
 
-def _n_kept(values: Tensor, top_k: int) -> int:
-    kth_largest = values.topk(top_k).values[-1]
-    return int(((values >= kth_largest) & (values > -math.inf)).sum())
-
-
 def measure_twin(logits: Tensor, block_max: Tensor, state: Tensor, found: Tensor) -> None:
     """Compute by engine/nucleus.py what `measure` computes."""
     bits = mass_bits(logits.shape[1])
@@ -151,6 +146,9 @@ class LateStream:
     def repeat(self, key: Hashable, work: Work) -> None:
         """Add work."""
         self.run(work)
+
+    def catch_up(self) -> None:
+        """Do nothing: other means write at once."""
 
     def mark(self) -> _Mark:
         """Return the point after all work so far."""

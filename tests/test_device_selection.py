@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import sys
 from typing import Any
@@ -48,7 +49,7 @@ def test_the_self_test_passes_and_finds_what_differs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(device_self_test, "MARGIN_TOLERANCE", 1e-4)
     model = packed_model(TRITON)
     assert model.linear_kind == "triton"
-    options = {"kernels": TWINS, "stream": LateStream()}
+    options: dict[str, Any] = {"kernels": TWINS, "stream": LateStream()}
     assert device_engine_problem(model, **options) == ""
 
     def reads_beyond(
@@ -75,7 +76,8 @@ def test_the_engine_is_selected_by_its_self_test(
 
     calls = []
 
-    def self_test(model: GPT) -> str:
+    def self_test(model: GPT, *, compares: bool) -> str:
+        assert compares
         calls.append(model)
         if isinstance(problem, Exception):
             raise problem
@@ -200,7 +202,7 @@ def test_without_the_self_test_the_kernels_are_compiled_and_run_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, attention: Any, fails: str
 ) -> None:
     from gptbatch.pipeline.config import EngineConfig
-    from gptbatch.pipeline.engine import selection, streams
+    from gptbatch.pipeline.engine import device_self_test, selection, streams
     from gptbatch.pipeline.errors import DeviceError
     from gptbatch.pipeline.kernels.cuda import norm
     from gptbatch.pipeline.kv_cache import interface
@@ -228,9 +230,15 @@ def test_without_the_self_test_the_kernels_are_compiled_and_run_once(
     assert ("cannot run); attention is padded" in caplog.text) == (fails == "to run")
     assert ("are launched (cannot compile)" in caplog.text) == (fails == "to compile")
     if fails != "to run":
-        # Neither has the engine of the device a self-test.
-        options = {"batch_size": 2, "eos_token_ids": (), "stream": LateStream()}
+        # The engine of the device runs, and is not compared.
+        works: list[int] = []
+        stream = LateStream(fails=lambda: works.append(0))
+        on_twins = functools.partial(DeviceEngine, kernels=TWINS, stream=stream)
+        monkeypatch.setattr(device_self_test, "Engine", None)
+        monkeypatch.setattr(device_self_test, "DeviceEngine", on_twins)
+        options = {"batch_size": 2, "eos_token_ids": ()}
         assert type(selection.new_engine(loaded.model, **options)) is DeviceEngine
+        assert len(works) > 10
         assert "self-test" not in caplog.text
 
 

@@ -12,7 +12,7 @@ tokens of the step `lag` steps before it. It schedules prompts and writes what c
   of the one before it are still to arrive.
 - An end by EOS token leaves the row empty for at most `lag` steps. After a stop string or a stop
   token, which the host finds, the tokens that follow are dropped.
-- Rows with settings that need the host (`needs_host`) run one step at a time: the host samples from
+- Rows that the device cannot sample (`_left_to_host`) run one step at a time: the host samples from
   the logits of the device, and starts the row again with its next token. While there are any, no
   step is launched ahead.
 """
@@ -44,7 +44,7 @@ from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_for_mod
 from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
 from gptbatch.pipeline.engine.streams import CudaStream, Stream
 from gptbatch.pipeline.kernels.cuda.kernels import TRITON, Kernels
-from gptbatch.pipeline.kernels.cuda.state import IDLE, NO_TOKEN
+from gptbatch.pipeline.kernels.cuda.state import NO_TOKEN
 from gptbatch.pipeline.kernels.cuda.store import LayerCache
 from gptbatch.pipeline.kv_cache.device import DeviceKVCache
 from gptbatch.pipeline.kv_cache.interface import KVCache
@@ -170,6 +170,7 @@ class DeviceEngine(Engine):
         self._changes = PendingChanges()
         self._in_flight: deque[_Launched] = deque()
         self._read_s = time.monotonic()
+        self.stream.catch_up()
         return cache
 
     def _restart_with_half_the_batch(self, failure: str) -> None:
@@ -396,8 +397,6 @@ class DeviceEngine(Engine):
     def _fail(self, handle: int, token: int, now: float) -> None:
         """Finish a row without a token; start it again where the host can tell why."""
         rows = self._rows
-        if token == IDLE.value:
-            return
         sequence = rows.sequences[handle]
         assert sequence is not None
         assert token == NO_TOKEN.value

@@ -35,7 +35,7 @@ def new_engine(model: GPT, **options: Any) -> Engine:
 
     if model.device_engine_problem is None:
         try:
-            model.device_engine_problem = device_engine_problem(model)
+            model.device_engine_problem = device_engine_problem(model, compares=model.has_self_test)
         except (torch.OutOfMemoryError, OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - a driver or a GPU may fail in any way

@@ -30,6 +30,9 @@ class Stream(Protocol):
     def repeat(self, key: Hashable, work: Work) -> None:
         """Run work that does the same on the same memory whenever the key is the same."""
 
+    def catch_up(self) -> None:
+        """Run later work after what was done to the memory of the device by other means."""
+
     def mark(self) -> Mark:
         """Return the point after all work so far."""
 
@@ -48,8 +51,6 @@ class CudaStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        # Weights were written, and the self-test ran, on the stream that is current now.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -72,6 +73,10 @@ class CudaStream:
             self._graphs[key] = graph
         with torch.cuda.stream(self._stream):
             graph.replay()
+
+    def catch_up(self) -> None:
+        """Wait on the device for the stream that is current: it writes weights and new buffers."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def mark(self) -> Mark:
         """Return an event after all work so far."""

@@ -44,20 +44,13 @@ def compile_kernels(model: GPT, threads: int | None = None) -> int:
     step.adjustments = Adjustments(step.adjustment_layout, spec.device)
 
     def launches() -> None:
+        # The sampler takes longest, so it comes first.
+        step.sample(_shape(MAX_ROWS, adjusts=True))
         rows = 1
         while rows <= MAX_ROWS:
             rows = padded_decode_rows(rows)
             for adjusts in (False, True):
-                step.run(
-                    StepShape(
-                        decode_rows=rows,
-                        chunk_rows=0,
-                        full_vocab=True,
-                        top_p=True,
-                        adjusts=adjusts,
-                        logprobs=True,
-                    )
-                )
+                step.run(_shape(rows, adjusts=adjusts))
             rows += 1
 
     try:
@@ -73,3 +66,14 @@ def compile_kernels(model: GPT, threads: int | None = None) -> int:
             cache_folder(),
         )
     return count
+
+
+def _shape(rows: int, *, adjusts: bool) -> StepShape:
+    return StepShape(
+        decode_rows=rows,
+        chunk_rows=0,
+        full_vocab=True,
+        top_p=True,
+        adjusts=adjusts,
+        logprobs=True,
+    )

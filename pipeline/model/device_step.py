@@ -135,13 +135,13 @@ class DeviceStep:
 
     def run(self, shape: StepShape) -> None:
         """Launch the kernels of a step."""
-        kernels, model = self._kernels, self._model
+        kernels = self._kernels
         seqs, rows = shape.decode_rows, shape.decode_rows + shape.chunk_rows
         state, tables = self.state, self.state[:, HEADER:]
         x, h, qkv = self._x[:rows], self._h[:rows], self._qkv[:rows]
         attended, inner = self._attended[:rows], self._inner[:rows]
         seq_indices, positions = self._seq_indices[:rows], self._positions[:rows]
-        wte, wpe = model.wte.weight, model.wpe.weight
+        wte, wpe = self._model.wte.weight, self._model.wpe.weight
         kernels.embed(state, self.chunk, seqs, wte, wpe, x, seq_indices, positions)
         where = (tables, seq_indices, positions)
         for block, layer in zip(self._blocks, self._cache.layers, strict=True):
@@ -160,9 +160,15 @@ class DeviceStep:
             mlp_in, mlp_out = block.mlp_in, block.mlp_out
             kernels.linear(h, mlp_in.weight, mlp_in.bias, None, inner, mlp_in.activation)
             kernels.linear(inner, mlp_out.weight, mlp_out.bias, x, x)
-        _norm(kernels, model.ln_f, x, h)
+        _norm(kernels, self._model.ln_f, x, h)
+        logits, maxima = self.logits[:seqs], self._maxima[:seqs]
+        kernels.linear(h, self._model.lm_head.weight, None, None, logits, "none", maxima)
+        self.sample(shape)
+
+    def sample(self, shape: StepShape) -> None:
+        """Launch the kernels that follow the logits."""
+        kernels, state, seqs = self._kernels, self.state, shape.decode_rows
         logits, maxima, sampled = self.logits[:seqs], self._maxima[:seqs], self._sampled[:seqs]
-        kernels.linear(h, model.lm_head.weight, None, None, logits, "none", maxima)
         adjustments = self.adjustments if shape.adjusts else None
         if shape.logprobs:
             kernels.measure(logits, maxima, state, self.logprobs)

@@ -124,6 +124,7 @@ class GPT(nn.Module):
         self.two_pass_head: TwoPassHead | None = None
         # What is wrong with the engine of the device; "" for nothing, None before its self-test.
         self.device_engine_problem: str | None = None
+        self.has_self_test = True
 
     def forward(self, idx: Tensor) -> Tensor:
         """Run whole sequences without a cache of earlier tokens: idx (B, T) -> logits (B, T, V).

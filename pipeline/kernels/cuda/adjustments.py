@@ -72,7 +72,8 @@ class AdjustmentLayout:
         return {
             **{name: (self.rows, width) for name, width in widths.items()},
             "automata": (MAX_STATES * bad_words, STATE_WORDS),
-            "token_starts": (1, (self.vocab_size + 1) * bad_words),
+            # A multiple of 16 bytes: the alignment of what follows is compiled into the kernels.
+            "token_starts": (1, -(-(self.vocab_size + 1) // 4) * 4 * bad_words),
             "token_bytes": (1, -(-self.n_token_bytes // 4)),
         }
 

@@ -142,7 +142,7 @@ def nearest_outside(
             tl.debug_barrier()
             for at in range(0, filled, SCORES):
                 _, logit, scores = score(own, logits, buffer, at, filled, SCORES)
-                # A logit of -inf never wins.
+                # -inf beyond the end of the buffer.
                 gap = tl.where(logit > float("-inf"), base_cutoff - logit, float("inf"))
                 gap = tl.maximum(gap, best - scores)
                 is_left = logit < nucleus_from
@@ -230,7 +230,9 @@ def sample_filtered_row(
         nucleus_from = value_of(bound - 1)
         cutoff = tl.maximum(cutoff, nucleus_from)
 
-    cutoff_bits = ceil_bits(cutoff)
+    # A logit of -inf never wins: where fewer than k are larger, these alone are scored.
+    finite_from = LOWEST_BITS + 1
+    cutoff_bits = tl.maximum(ceil_bits(cutoff), finite_from)
     token, best, second = best_tokens(
         own, logits, block_max, blocks, buffer, cutoff_bits, beyond, V, BLOCKS,
         BN, SIZE, TILE, SCORES,
@@ -275,7 +277,7 @@ def sample_filtered_row(
             reach = tl.minimum(gap, distance(mass - own_mass, total, temperature, log_odds))
             margin = tl.minimum(margin, tl.maximum(reach, 0.0))
 
-        low = ceil_bits(tl.minimum(cutoff - margin, nucleus_near))
+        low = tl.maximum(ceil_bits(tl.minimum(cutoff - margin, nucleus_near)), finite_from)
         left = nothing
         while left < margin:
             least, left, logit = nearest_outside(
@@ -306,7 +308,8 @@ def sample_filtered_row(
                 low += 1
     else:
         least, _, _ = nearest_outside(
-            own, logits, block_max, blocks, buffer, ceil_bits(cutoff - margin), cutoff_bits,
+            own, logits, block_max, blocks, buffer,
+            tl.maximum(ceil_bits(cutoff - margin), finite_from), cutoff_bits,
             nucleus_from, best, base_cutoff, V, BLOCKS, BN, SIZE, TILE, SCORES,
         )  # fmt: skip
         margin = tl.minimum(margin, least)

@@ -23,7 +23,7 @@ from torch import Tensor
 from gptbatch.pipeline.kernels.cuda.adjust import LANES
 from gptbatch.pipeline.kernels.cuda.adjustments import FIELDS, N_ENTRIES, Adjustments
 from gptbatch.pipeline.kernels.cuda.launch import launch
-from gptbatch.pipeline.kernels.cuda.masses import masses
+from gptbatch.pipeline.kernels.cuda.masses import mass_bits, masses
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, LOGPROBS, POSITION
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
 from gptbatch.pipeline.kernels.cuda.tokens import LARGEST_INT32, from_ordered_bits, ordered_bits
@@ -33,8 +33,6 @@ TOTAL, LARGEST, OWN, TOP = (tl.constexpr(i) for i in range(4))
 MAX_TOP = 20
 WIDTH = TOP.value + MAX_TOP
 COLUMNS = 1024
-# 2^16 masses of 2^46 have a sum below 2^63.
-MASS_BITS, MASS_BITS_OF_LARGE_VOCAB, LARGE_VOCAB = 46, 40, 2**16
 
 
 @triton.jit
@@ -154,12 +152,11 @@ def measure(logits: Tensor, block_max: Tensor, state: Tensor, found: Tensor) -> 
     """
     rows, vocab_size = logits.shape
     blocks = block_max.shape[1]
-    mass_bits = MASS_BITS if vocab_size <= LARGE_VOCAB else MASS_BITS_OF_LARGE_VOCAB
     launch(
         measure_kernel,
         (rows,),
         *(logits, block_max, state, found, logits.stride(0), state.stride(0), vocab_size, blocks),
-        *(mass_bits, WIDTH, MAX_COLUMNS, triton.next_power_of_2(blocks), COLUMNS),
+        *(mass_bits(vocab_size), WIDTH, MAX_COLUMNS, triton.next_power_of_2(blocks), COLUMNS),
         num_warps=8,
         enable_fp_fusion=False,
     )

@@ -23,6 +23,11 @@ COEFFICIENTS = tl.constexpr(
 )
 
 
+def mass_bits(vocab_size: int) -> int:
+    """Return the bits of the mass of the most likely token: sums stay below 2^63."""
+    return 46 if vocab_size <= 2**16 else 40
+
+
 @triton.jit
 def masses(x, BITS: tl.constexpr):
     """Return rint(exp(x) * 2^BITS) as int64, x <= 0 in float64; 0 below MIN_EXPONENT."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptbatch.pipeline.kernels.cuda.filtered import sample_filtered_kernel
 from gptbatch.pipeline.kernels.cuda.launch import launch
+from gptbatch.pipeline.kernels.cuda.masses import mass_bits
 from gptbatch.pipeline.kernels.cuda.state import (
     FULL_VOCAB,
     KEPT_RANGE,
@@ -39,8 +40,6 @@ TILE, SCORES = 512, 256
 CAPACITY = 2048
 # Limits for the filtered kernel without and with top_p: three and two programs per multiprocessor.
 MAX_REGISTERS = (80, 128)
-# 2^16 masses of 2^46 have a sum below 2^63.
-MASS_BITS, MASS_BITS_OF_LARGE_VOCAB, LARGE_VOCAB = 46, 40, 2**16
 
 
 def scratch_sizes(n_blocks: int) -> tuple[int, int]:
@@ -122,8 +121,8 @@ def sample(
     blocks = block_max.shape[1]
     size = triton.next_power_of_2(blocks)
     small, large = scratch
-    bits = MASS_BITS if vocab_size <= LARGE_VOCAB else MASS_BITS_OF_LARGE_VOCAB
-    for has_top_p in (False, True)[: 1 + top_p]:
+    bits = mass_bits(vocab_size)
+    for has_top_p in (True, False)[not top_p :]:
         launch(
             sample_filtered_kernel,
             (rows,),

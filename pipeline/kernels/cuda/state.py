@@ -9,7 +9,7 @@
     6 TOP_K         tokens that top-k keeps; FULL_VOCAB: all; HOST_SAMPLES: the host samples
     7 KEPT_RANGE    bits of a float64: how far below the largest logit min_p keeps tokens
     8 MARGIN        bits of a float64: the smallest decision margin so far
-    9 ADJUSTMENTS   its row in `Adjustments` (adjust.py); -1: nothing changes its logits
+    9 ADJUSTMENTS   its row in `Adjustments` (adjustments.py); -1: nothing changes its logits
    10 LOGPROBS      1 + how many of the most likely tokens are listed; 0: no log probabilities
    11 TOP_P         bits of a float64; 1 keeps all
     HEADER ...      the block table: the block of positions 64 i to 64 i + 63
