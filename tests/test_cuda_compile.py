@@ -90,10 +90,10 @@ def test_the_samplers_do_not_spill_and_round_as_ieee_754_says(capability: int) -
         # The logarithm: its constants in float64, and no fused multiply-add.
         assert kernel["0d3FE5555555555593"] > 0, kernel
         assert kernel["fma.rn.f64"] == 0, kernel
-    # Without and with top_p: three and two programs of 256 threads per multiprocessor.
+    # With and without top_p: two and three programs of 256 threads per multiprocessor.
     registers = [kernel["registers"] for kernel in kernels]
-    assert registers[0] <= 80, registers
-    assert registers[1] <= 128, registers
+    assert registers[0] <= 128, registers
+    assert registers[1] <= 80, registers
 
 
 @pytest.mark.parametrize(("dtype", "cache"), [("float32", "auto"), ("bfloat16", "int8")])

@@ -236,7 +236,7 @@ def test_without_the_self_test_the_kernels_are_compiled_and_run_once(
         on_twins = functools.partial(DeviceEngine, kernels=TWINS, stream=stream)
         monkeypatch.setattr(device_self_test, "Engine", None)
         monkeypatch.setattr(device_self_test, "DeviceEngine", on_twins)
-        options = {"batch_size": 2, "eos_token_ids": ()}
+        options = {"batch_size": 2, "eos_token_ids": (), "stream": LateStream()}
         assert type(selection.new_engine(loaded.model, **options)) is DeviceEngine
         assert len(works) > 10
         assert "self-test" not in caplog.text

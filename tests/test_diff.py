@@ -23,7 +23,7 @@ from gptbatch.pipeline.input.input_digest import input_digest
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.output.claim import claim
 from gptbatch.pipeline.output.file_hashes import FileHashes
-from gptbatch.pipeline.output.finish import finish
+from gptbatch.pipeline.output.finish import finish, mark_complete
 from gptbatch.pipeline.output.folder import OutputFolder
 from gptbatch.pipeline.output.part_plan import PartPlan, count_parts
 from gptbatch.pipeline.output.part_writer import PartWriter
@@ -132,7 +132,8 @@ def write_run(
     ]
     if first_rows is None:
         known = {part.number: part for part in parts}
-        finish(folder, files, identity, FileHashes(), known, row_defaults())
+        done = finish(folder, files, identity, FileHashes(), known, row_defaults())
+        mark_complete(folder, files, done)
     return path
 
 
