@@ -1,8 +1,8 @@
 """Memory for packed weights on huge pages.
 
 Each decode step reads all weights. A huge page takes one entry of the TLB for 2 MiB of them instead
-of 4 KiB, which saves a few percent of a step (docs/performance.md). Linux gives huge pages to a range
-that a program marks by madvise, as numpy does for arrays of 4 MiB and more. Most weights are
+of 4 KiB, which saves a few percent of a step (docs/performance.md). Linux gives huge pages to a
+range that a program marks by madvise, as numpy does for arrays of 4 MiB and more. Most weights are
 smaller than that, so they share arrays. Without huge pages nothing else changes.
 """
 

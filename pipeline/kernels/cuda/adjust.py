@@ -50,6 +50,7 @@ from gptbatch.pipeline.kernels.cuda.adjustments import (
 from gptbatch.pipeline.kernels.cuda.launch import launch
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, POSITION, STEP, TOKEN
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
+from gptbatch.pipeline.kernels.cuda.tokens import can_be_sampled
 
 LANES = 256
 # Blocks of columns per program.
@@ -87,9 +88,7 @@ def adjust_row(
     """Adjust one row; the pointers are those of the row."""
     b = tl.arange(0, SIZE)
     maxima = tl.load(block_max + b, mask=b < BLOCKS, other=float("-inf"))
-    largest = tl.max(maxima, axis=0)
-    is_finite = tl.max((maxima != maxima).to(tl.int32), axis=0) == 0
-    is_finite = is_finite & (largest < float("inf")) & (largest > float("-inf"))
+    is_finite = can_be_sampled(maxima)
     tl.store(head + IS_FINITE, is_finite.to(tl.int32))
     token = tl.load(own + TOKEN).to(tl.int32)
     # Of the first new token, the latest one is the last of the prompt.

@@ -42,6 +42,7 @@ from gptbatch.pipeline.kernels.cuda.state import (
 from gptbatch.pipeline.kernels.cuda.tokens import (
     LARGEST_INT32,
     LOWEST_BITS,
+    can_be_sampled,
     ceil_bits,
     columns_of,
     gumbel,
@@ -339,9 +340,7 @@ def sample_filtered_kernel(
         b = tl.arange(0, SIZE)
         own_max = block_max + row * BLOCKS
         maxima = tl.load(own_max + b, mask=b < BLOCKS, other=float("-inf"))
-        largest = tl.max(maxima, axis=0)
-        has_nan = tl.max((maxima != maxima).to(tl.int32), axis=0)
-        if (has_nan == 0) & (largest < float("inf")) & (largest > float("-inf")):
+        if can_be_sampled(maxima):
             blocks = scratch + row * scratch_stride
             sample_filtered_row(
                 own, logits + row * stride, own_max, blocks, blocks + BLOCKS,

@@ -26,7 +26,12 @@ from gptbatch.pipeline.kernels.cuda.launch import launch
 from gptbatch.pipeline.kernels.cuda.masses import mass_bits, masses
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, LOGPROBS, POSITION
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
-from gptbatch.pipeline.kernels.cuda.tokens import LARGEST_INT32, from_ordered_bits, ordered_bits
+from gptbatch.pipeline.kernels.cuda.tokens import (
+    LARGEST_INT32,
+    can_be_sampled,
+    from_ordered_bits,
+    ordered_bits,
+)
 
 TOTAL, LARGEST, OWN, TOP = (tl.constexpr(i) for i in range(4))
 # The most tokens that are listed, by SAMPLING_SETTINGS.
@@ -91,9 +96,8 @@ def measure_kernel(
         b = tl.arange(0, SIZE)
         maxima = tl.load(block_max + row * BLOCKS + b, mask=b < BLOCKS, other=float("-inf"))
         largest = tl.max(maxima, axis=0)
-        is_finite = tl.max((maxima != maxima).to(tl.int32), axis=0) == 0
         # Other rows get no token.
-        if is_finite & (largest < float("inf")) & (largest > float("-inf")):
+        if can_be_sampled(maxima):
             total = tl.zeros((COLUMNS,), tl.int64)
             for first in range(0, V, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)

@@ -31,7 +31,7 @@ from gptbatch.pipeline.kernels.cuda.state import (
     TOP_P,
 )
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
-from gptbatch.pipeline.kernels.cuda.tokens import LARGEST_INT32, gumbel
+from gptbatch.pipeline.kernels.cuda.tokens import LARGEST_INT32, can_be_sampled, gumbel
 
 ALL_COLUMNS = 1024
 # Columns that a program of the filtered kernel looks at together, and tokens that it scores.
@@ -69,9 +69,7 @@ def sample_all_kernel(
     if keeps_all & (kept_range == float("inf")):
         b = tl.arange(0, SIZE)
         maxima = tl.load(block_max + row * BLOCKS + b, mask=b < BLOCKS, other=float("-inf"))
-        is_finite = tl.max((maxima != maxima).to(tl.int32), axis=0) == 0
-        largest = tl.max(maxima, axis=0)
-        is_finite = is_finite & (largest < float("inf")) & (largest > float("-inf"))
+        is_finite = can_be_sampled(maxima)
         seed, step = tl.load(own + SEED), tl.load(own + STEP)
         temperature = tl.load(own + TEMPERATURE).to(tl.float64, bitcast=True)
         lane = tl.arange(0, COLUMNS)

@@ -30,6 +30,14 @@ def from_ordered_bits(bits):
 
 
 @triton.jit
+def can_be_sampled(maxima):
+    """Return whether block maxima hold neither NaN nor inf, and not -inf alone."""
+    largest = tl.max(maxima, axis=0)
+    has_nan = tl.max((maxima != maxima).to(tl.int32), axis=0)
+    return (has_nan == 0) & (largest < float("inf")) & (largest > float("-inf"))
+
+
+@triton.jit
 def value_of(bits):
     """Return the float64 of ordered bits."""
     return from_ordered_bits(bits).to(tl.float64)
