@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptbatch.pipeline.kernels.constants import CACHE_LINE_BYTES
-from gptbatch.pipeline.model.huge_pages import ARRAY_BYTES, HUGE_PAGE_BYTES, HugePages
+from gptbatch.pipeline.kernels.huge_pages import ARRAY_BYTES, HUGE_PAGE_BYTES, HugePages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

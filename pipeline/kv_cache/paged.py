@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gptbatch.pipeline.kernels.build import load_kernels
-from gptbatch.pipeline.kernels.constants import CACHE_LINE_BYTES
+from gptbatch.pipeline.kernels.huge_pages import lazy_zeros
 from gptbatch.pipeline.kv_cache.block_pool import BlockPool, blocks_for
 from gptbatch.pipeline.kv_cache.quantization import bytes_per_head
 from gptbatch.pipeline.kv_cache.spec import KVCacheSpec
@@ -48,7 +46,7 @@ class PagedKVCache:
         self.pool = BlockPool(max_seqs, n_blocks, block_size, may_grow_to=has_memory)
         # Zeros: the kernels read the padding of a head, which nothing ever writes.
         self.layers = [
-            _lazy_zeros((config.n_head, n_blocks, block_bytes // stored.itemsize), stored)
+            lazy_zeros((config.n_head, n_blocks, block_bytes // stored.itemsize), stored)
             for _ in range(config.n_layer)
         ]
         self.block_table = torch.zeros(max_seqs, blocks_per_context, dtype=torch.int32)
@@ -116,17 +114,3 @@ def _has_memory(bytes_per_block: int, n_blocks: int) -> bool:
     """
     free = free_memory_bytes()
     return free is None or free >= n_blocks * bytes_per_block
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return zeros that take memory only when written; torch.zeros would write all of it.
-
-    The tensor starts at a cache line, so that no vector of the kernel spans two lines.
-
-    Raises:
-        MemoryError: The allocation fails.
-    """
-    n_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(n_bytes + CACHE_LINE_BYTES, np.uint8)
-    first = -memory.ctypes.data % CACHE_LINE_BYTES
-    return torch.from_numpy(memory[first : first + n_bytes]).view(dtype).view(shape)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptbatch.pipeline.kernels.huge_pages import HugePages
 from gptbatch.pipeline.model.config import Activation
-from gptbatch.pipeline.model.huge_pages import HugePages
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,

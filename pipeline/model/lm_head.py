@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from gptbatch.pipeline.kernels.constants import TOKENS_PER_GROUP
-from gptbatch.pipeline.model.huge_pages import HugePages
+from gptbatch.pipeline.kernels.huge_pages import HugePages
 from gptbatch.pipeline.model.linear import Linear
 
 # Name of the head's work in torch.profiler.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gptbatch.pipeline.kernels.huge_pages import HugePages
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.huge_pages import HugePages
 from gptbatch.pipeline.model.linear import Linear
 from gptbatch.pipeline.model.lm_head import make_two_pass_head
 from gptbatch.pipeline.model.norm import Norm

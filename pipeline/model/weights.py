@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gptbatch.pipeline.errors import ModelError
+from gptbatch.pipeline.kernels.huge_pages import HugePages
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype
 from gptbatch.pipeline.kv_cache.spec import PADDED, Backend
 from gptbatch.pipeline.model.config import GPTConfig
 from gptbatch.pipeline.model.gpt import GPT
-from gptbatch.pipeline.model.huge_pages import HugePages
 from gptbatch.pipeline.model.linear import Linear
 from gptbatch.pipeline.model.packing import pack, padding_plans, use_padding_plan
 from gptbatch.pipeline.model.tensor_files import TensorFile, open_tensor_file

@@ -1,4 +1,4 @@
-"""Memory for packed weights on huge pages.
+"""Memory on huge pages, for packed weights and the KV cache.
 
 Each decode step reads all weights. A huge page takes one entry of the TLB for 2 MiB of them instead
 of 4 KiB, which saves a few percent of a step (docs/performance.md). Linux gives huge pages to a
@@ -39,12 +39,21 @@ class HugePages:
         n_bytes = math.prod(shape) * dtype.itemsize
         padded = -(-n_bytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
         if padded > len(self._free):
-            self._free = _aligned(max(padded, ARRAY_BYTES))
+            self._free = lazy_zeros((max(padded, ARRAY_BYTES),), torch.uint8)
         memory, self._free = self._free[:n_bytes], self._free[padded:]
         return memory.view(dtype).view(*shape)
 
 
-def _aligned(n_bytes: int) -> Tensor:
-    memory = np.empty(n_bytes + HUGE_PAGE_BYTES, np.uint8)
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros that take memory only when written; torch.zeros would write all of it.
+
+    The tensor starts at a huge page. In a KV cache, the blocks that are written first then take one
+    page of each head instead of two.
+
+    Raises:
+        MemoryError: The allocation fails.
+    """
+    n_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(n_bytes + HUGE_PAGE_BYTES, np.uint8)
     first = -memory.ctypes.data % HUGE_PAGE_BYTES
-    return torch.from_numpy(memory[first : first + n_bytes])
+    return torch.from_numpy(memory[first : first + n_bytes]).view(dtype).view(*shape)
