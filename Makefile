@@ -50,7 +50,7 @@ bench: install
 	$(BIN)/python benchmarks/compare.py --workloads uniform --repeats 3 $(ARGS)
 
 ablation: install
-	$(BIN)/python benchmarks/ablation.py $(ARGS)
+	$(BIN)/python -m benchmarks.ablation $(ARGS)
 
 cuda-check:
 	$(PYTHON) benchmarks/cuda_check.py $(ARGS)

@@ -173,7 +173,7 @@ def draw_ablation(results: Sequence[dict[str, Any]], path: Path, *, measured: st
     A point is the median of the pairs; its line reaches from the smallest to the largest ratio.
 
     Args:
-        results: One per workload, dtype and optimization, as benchmarks/ablation.py writes them.
+        results: One per workload, dtype and optimization, as benchmarks/ablation writes them.
         path: The PNG to write.
         measured: The line below the title.
     """

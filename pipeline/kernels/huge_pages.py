@@ -48,7 +48,7 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return zeros that take memory only when written; torch.zeros would write all of it.
 
     The tensor starts at a huge page. In a KV cache, the blocks that are written first then take one
-    page of each head instead of two.
+    huge page of each head instead of two.
 
     Raises:
         MemoryError: The allocation fails.

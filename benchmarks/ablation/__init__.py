@@ -1,0 +1,1 @@
+"""New tokens per second with each optimization turned off in turn."""
