@@ -19,7 +19,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from gptbatch.jobs.train_demo import END_OF_TEXT, train_tokenizer
-from gptbatch.pipeline.kernels.build import KernelError, load_kernels
+from gptbatch.pipeline.kernels.build import load_kernels
+from gptbatch.pipeline.kernels.compiler import KernelError
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype
 from gptbatch.pipeline.kv_cache.spec import BACKENDS, BackendName
 from gptbatch.pipeline.model.config import parse_config

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gptbatch.pipeline.kernels import build
+from gptbatch.pipeline.kernels.compiler import compiler_command
 from gptbatch.pipeline.kernels.constants import LAYOUT
 from tests.paths import REPOSITORY
 from tests.processes import LIMIT_S
@@ -68,7 +69,7 @@ def lines(*command: str | Path) -> list[str]:
 @functools.cache
 def native_compiler() -> list[str]:
     """Return the compiler of this machine; skip the test if there is none."""
-    compiler = build.compiler_command()
+    compiler = compiler_command()
     if shutil.which(compiler[0]) is None:
         pytest.skip("no C++ compiler")
     return compiler

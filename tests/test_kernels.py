@@ -25,7 +25,8 @@ from gptbatch.pipeline.engine.reference import mass
 from gptbatch.pipeline.engine.sampling import sample_tokens
 from gptbatch.pipeline.errors import DeviceError
 from gptbatch.pipeline.kernels import build
-from gptbatch.pipeline.kernels.build import KERNELS, KernelError, Sources, Unit, build_kernels
+from gptbatch.pipeline.kernels.build import KERNELS, Sources, Unit, build_kernels
+from gptbatch.pipeline.kernels.compiler import KernelError
 from gptbatch.pipeline.kernels.constants import HEAD_SIZE_MULTIPLE
 from gptbatch.pipeline.kv_cache.interface import select_backend
 from gptbatch.pipeline.kv_cache.quantization import BLOCK_SIZES, CacheDtype, round_trip_int8

@@ -22,7 +22,7 @@ from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.engine.sampling_step import SampleRequest
 from gptbatch.pipeline.input.tokenizer import PromptTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
-from gptbatch.pipeline.kernels.build import KernelError
+from gptbatch.pipeline.kernels.compiler import KernelError
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 from tests.conftest import has_kernels, random_model, run_gptbatch, save_tokenizer
 

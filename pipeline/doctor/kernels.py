@@ -18,7 +18,7 @@ MIN_FREE_BYTES = 16 * 2**20
 
 def probe_compiler() -> Section:
     """Return the compiler that a build would use."""
-    from gptbatch.pipeline.kernels.build import compiler_command, compiler_version
+    from gptbatch.pipeline.kernels.compiler import compiler_command, compiler_version
 
     command = compiler_command()
     path = shutil.which(command[0])
@@ -81,7 +81,6 @@ def probe_kernel_cache() -> Section:
 def probe_kernels() -> Section:
     """Load the kernels, and build them if the cache folder does not hold them."""
     from gptbatch.pipeline.kernels.build import (
-        KernelError,
         cache_folder,
         distrust_folder,
         find_library,
@@ -89,6 +88,7 @@ def probe_kernels() -> Section:
         lock_path,
         record_path,
     )
+    from gptbatch.pipeline.kernels.compiler import KernelError
 
     folder = cache_folder()
     trusted = distrust_folder(folder) is None

@@ -16,7 +16,8 @@ from gptbatch.pipeline.engine.logit_adjustments import adjusted_logits
 from gptbatch.pipeline.engine.logprobs import token_logprobs
 from gptbatch.pipeline.engine.row_adjustments import StepAdjustments
 from gptbatch.pipeline.engine.sampling import SampledToken, sample_tokens
-from gptbatch.pipeline.kernels.build import KernelError, load_kernels
+from gptbatch.pipeline.kernels.build import load_kernels
+from gptbatch.pipeline.kernels.compiler import KernelError
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

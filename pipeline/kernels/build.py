@@ -6,8 +6,8 @@ second is of the library's content and detects damage.
 
 A library is compiled in a temporary folder, under a file lock, and moved into place when it is
 complete. A JSON file beside it records compiler and time, for `doctor`. The next build removes the
-folder of a killed one. Compilers are killed together with the process that started them. A library
-runs with the rights of the process, so files that other users could have written are not loaded.
+folder of a killed one. A library runs with the rights of the process, so files that other users
+could have written are not loaded.
 """
 
 from __future__ import annotations
@@ -19,16 +19,10 @@ import json
 import logging
 import os
 import platform
-import shlex
 import shutil
-import signal
 import stat
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +30,12 @@ import torch
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
+from gptbatch.pipeline.kernels.compiler import (
+    KernelError,
+    compiler_command,
+    compiler_version,
+    run_compilers,
+)
 from gptbatch.pipeline.kernels.constants import LAYOUT
 
 logger = logging.getLogger("gptbatch.kernels")
@@ -84,19 +84,7 @@ KERNELS = Sources(
 )
 # Another process builds for seconds. The limit is for one that hangs.
 LOCK_TIMEOUT_S = 600.0
-BUILD_TIMEOUT_S = 600.0
-VERSION_TIMEOUT_S = 10.0
 _TEMPORARY = "build-"
-# A process that reads its standard input. The read returns when the building process ends, however
-# it ends, and the guard then kills its own process group, which holds the compilers.
-_GUARD = """
-import os, signal
-for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
-os.read(0, 1)
-os.killpg(0, signal.SIGKILL)
-"""
-
 # By torch.backends.cpu.get_cpu_capability().
 CAPABILITY_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
@@ -105,10 +93,6 @@ CAPABILITY_FLAGS = {
 # -ffp-contract=off and no -ffast-math keep the order and rounding of every sum. at::parallel_for
 # needs -fopenmp: without it, it runs on one thread and reports nothing.
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
-
-
-class KernelError(Exception):
-    """The kernels are not available on this machine; the message says why and what to do."""
 
 
 @functools.cache
@@ -217,36 +201,6 @@ def build_kernels(folder: Path, sources: Sources = KERNELS) -> Path:
         ) from error
 
 
-def compiler_command() -> list[str]:
-    """Return the C++ compiler and its first options: `CXX`, or c++.
-
-    Raises:
-        KernelError: The quotes in CXX are not closed.
-    """
-    text = os.environ.get("CXX") or "c++"
-    try:
-        return shlex.split(text) or ["c++"]
-    except ValueError as error:
-        raise KernelError(f"CXX={text}: cannot be parsed ({error}); correct it") from error
-
-
-def compiler_version(compiler: list[str]) -> str | None:
-    """Return the first line of `--version`; None where the compiler does not print one."""
-    try:
-        done = subprocess.run(
-            [*compiler, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=VERSION_TIMEOUT_S,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.splitlines() if done.returncode == 0 else []
-    return lines[0].strip() or None if lines else None
-
-
 def record_path(library: Path) -> Path:
     """Return the JSON file beside a library: its compiler, and the seconds of the build."""
     return library.with_suffix(".json")
@@ -331,8 +285,8 @@ def _build(compiler: list[str], folder: Path, key: str, sources: Sources) -> Pat
         target = Path(temporary) / "kernels.so"
         link = [*compiler, "-shared", "-fopenmp", *objects, "-o", str(target)]
         began = time.monotonic()
-        _run_in_parallel(compiles, temporary)
-        _run_in_parallel([[*link, f"-L{libraries}", "-ltorch_cpu", "-lc10"]], temporary)
+        run_compilers(compiles, temporary)
+        run_compilers([[*link, f"-L{libraries}", "-ltorch_cpu", "-lc10"]], temporary)
         build_s = time.monotonic() - began
         target.chmod(0o755)
         library = folder / _name(key, target)
@@ -342,78 +296,3 @@ def _build(compiler: list[str], folder: Path, key: str, sources: Sources) -> Pat
         }
         record_path(library).write_text(json.dumps(record), encoding="utf-8")
         return target.replace(library)
-
-
-@contextmanager
-def _process_group() -> Iterator[int]:
-    """Yield a process group whose members are killed when the block or this process ends.
-
-    That includes an end by SIGKILL. PR_SET_PDEATHSIG would end the compiler driver only, not
-    the compiler that it starts.
-    """
-    guard = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _GUARD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        process_group=0,
-    )
-    try:
-        yield guard.pid
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(guard.pid, signal.SIGKILL)
-        guard.wait()
-        if guard.stdin is not None:
-            guard.stdin.close()
-
-
-def _run_in_parallel(commands: list[list[str]], temporary: str) -> None:
-    """Run compilers in parallel, with their temporary files in `temporary`.
-
-    All of them have ended when this returns or raises.
-
-    Raises:
-        KernelError: A compiler fails or runs too long; the message has its first error.
-    """
-    deadline = time.monotonic() + BUILD_TIMEOUT_S
-    running: list[subprocess.Popen[str]] = []
-    try:
-        with _process_group() as group:
-            for command in commands:
-                running.append(_start(command, temporary, group))
-            for process in running:
-                _, stderr = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-                if process.returncode != 0:
-                    raise KernelError(
-                        f"{commands[0][0]} cannot build the kernels (exit code "
-                        f"{process.returncode}): {_first_error(stderr)}"
-                    )
-    except subprocess.TimeoutExpired as error:
-        raise KernelError(
-            f"{commands[0][0]} has not finished after {BUILD_TIMEOUT_S:.0f} s"
-        ) from error
-    finally:
-        for process in running:
-            process.wait()
-            if process.stderr is not None:
-                process.stderr.close()
-
-
-def _start(command: list[str], temporary: str, group: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={**os.environ, "TMPDIR": temporary},
-        process_group=group,
-    )
-
-
-def _first_error(stderr: str) -> str:
-    lines = stderr.splitlines()
-    errors = [line for line in lines if "error" in line.lower()] or lines or ["no message"]
-    return errors[0][:300]

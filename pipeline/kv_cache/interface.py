@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.errors import DeviceError
-from gptbatch.pipeline.kernels.build import KernelError, load_kernels
+from gptbatch.pipeline.kernels.build import load_kernels
+from gptbatch.pipeline.kernels.compiler import KernelError
 from gptbatch.pipeline.kv_cache.block_pool import CacheAllocator
 from gptbatch.pipeline.kv_cache.device import DeviceKVCache
 from gptbatch.pipeline.kv_cache.padded import PaddedKVCache

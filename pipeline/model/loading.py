@@ -286,7 +286,8 @@ def resolve_device(engine: EngineConfig) -> torch.device:
 
 def _check_portable_here(engine: EngineConfig, device: torch.device) -> None:
     """Check, before weights are loaded, that this machine has what portable arithmetic needs."""
-    from gptbatch.pipeline.kernels.build import KernelError, load_kernels
+    from gptbatch.pipeline.kernels.build import load_kernels
+    from gptbatch.pipeline.kernels.compiler import KernelError
 
     problem = unportable_setting(engine)
     if problem is None and device.type != "cpu":
