@@ -589,7 +589,7 @@ def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None
     b = write_run(
         tmp_path / "b",
         many(2),
-        identity={"dtype": "bfloat16", "seed": 3},
+        identity={"config_hash": "e" * 64, "dtype": "bfloat16", "seed": 3},
         facts={
             "dtype": "bfloat16",
             "device": "cuda",
@@ -609,6 +609,15 @@ def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None
         "seed": (0, 3),
         "temperature": (1.0, None),
     }
+
+
+def test_a_config_hash_that_no_setting_explains_is_named(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", many(2))
+    b = write_run(
+        tmp_path / "b", many(2), identity={"config_hash": "e" * 64}, facts={"device": "cuda"}
+    )
+    names = [setting.name for setting in settings_that_differ(RunReader(a), RunReader(b))]
+    assert names == ["config_hash", "device"]
 
 
 # -- the command -----------------------------------------------------------------------------------

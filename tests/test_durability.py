@@ -436,7 +436,10 @@ def test_part_rows_follow_the_output(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert setting.start(output, fault=("replace", "kill")).wait() == -signal.SIGKILL
     code, child = setting.run(output, "--part-rows", "7")
-    assert (code, "holds a run of another job (part_rows differ)" in child.stderr) == (78, True)
+    assert (code, "holds a run of another job (part_rows: 6 there, 7 here)" in child.stderr) == (
+        78,
+        True,
+    )
     without = [argument for argument in setting.arguments if argument not in ("--part-rows", "6")]
     code, child = setting.launcher.run(*without, "--output", output)
     assert code == 0, child.stderr

@@ -870,7 +870,7 @@ def test_a_folder_with_a_part_of_another_job_is_never_complete(folder: Path) -> 
     add(writer(folder, 4, **OTHER)[0], range(2, 4))
     with pytest.raises(
         OutputConflictError,
-        match=r"part-000001\.parquet: is a part of another job \(config_hash, seed differ\)",
+        match=r"part-000001\.parquet: is a part of another job \(seed: 1 there, 0 here\)",
     ):
         finish(
             OutputFolder(folder), files(folder), plan.identity, FileHashes(), done, row_defaults()
@@ -899,7 +899,7 @@ def test_the_manifest_is_claimed_once(folder: Path) -> None:
     for act in acts:
         with pytest.raises(
             OutputConflictError,
-            match=r"another job has begun there since \(config_hash, seed differ\)",
+            match=r"another job has begun there since \(seed: 0 there, 1 here\)",
         ):
             act()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -431,7 +431,7 @@ def test_more_rows_are_added(store: FaultyStore, job: Job) -> None:
 def test_another_job_is_refused_and_overwrite_replaces_it(store: FaultyStore, job: Job) -> None:
     url = f"{store.url}/out"
     run_job(job.config(url, seed=7))
-    with pytest.raises(OutputConflictError, match=r"another job \(config_hash, seed differ\)"):
+    with pytest.raises(OutputConflictError, match=r"another job \(seed: 7 there, 0 here\)"):
         run_job(job.config(url))
     run_job(job.config(url, overwrite=True))
     job.check_complete(url)

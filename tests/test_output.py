@@ -488,13 +488,18 @@ def test_an_incomplete_output_is_continued(
 @pytest.mark.parametrize(
     ("settings", "differs"),
     [
-        ({"seed": 1}, "config_hash, seed"),
-        ({"temperature": 0.5}, "config_hash, temperature"),
-        ({"ignore_eos": True}, "config_hash, ignore_eos"),
-        ({"window_full": "slide"}, "config_hash, window_full"),
-        ({"part_rows": 5}, "part_rows"),
-        ({"engine": {"dtype": "bfloat16"}}, "config_hash, dtype"),
-        ({"engine": {"cache_dtype": "int8"}}, "config_hash, cache_dtype"),
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"temperature": 0.5}, "temperature: 1.0 there, 0.5 here"),
+        ({"ignore_eos": True}, "ignore_eos: false there, true here"),
+        ({"window_full": "slide"}, 'window_full: "stop" there, "slide" here'),
+        ({"part_rows": 5}, "part_rows: 512 there, 5 here"),
+        ({"record_logits_digest": True}, "record_logits_digest: false there, true here"),
+        ({"engine": {"dtype": "bfloat16"}}, 'dtype: "float32" there, "bfloat16" here'),
+        ({"engine": {"cache_dtype": "int8"}}, 'cache_dtype: "auto" there, "int8" here'),
+        (
+            {"stop": ["the end"], "seed": 2, "part_rows": 5},
+            'seed: 0 there, 2 here; stop: [] there, ["the end"] here; part_rows: 512 there, 5 here',
+        ),
     ],
 )
 def test_another_job_is_refused_and_changes_nothing(
@@ -505,7 +510,7 @@ def test_another_job_is_refused_and_changes_nothing(
     before = snapshot(output)
     with pytest.raises(OutputConflictError) as caught:
         run(checkpoint, path, output, **settings)
-    assert f"({differs} differ)" in str(caught.value)
+    assert f"another job ({differs}); name" in str(caught.value)
     assert "--overwrite" in str(caught.value)
     assert snapshot(output) == before
 

@@ -411,7 +411,7 @@ def test_a_run_of_the_whole_job_excludes_shards(setting: Setting, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seed", "1"], "holds a run of another job (config_hash, seed differ)"),
+        (["--seed", "1"], "holds a run of another job (seed: 0 there, 1 here)"),
         (["--attention", "padded"], "holds a run with engine.attention ragged, not padded"),
         (["--batch-invariance", "off"], "batch_invariance was portable, is off"),
     ],

@@ -12,7 +12,9 @@ from typing import Any, Literal
 from gptbatch.pipeline.audit.run_reader import BATCH_ROWS, RunReader
 from gptbatch.pipeline.errors import StorageError
 from gptbatch.pipeline.output.environment import environment_differences
+from gptbatch.pipeline.output.part_plan import without_explained_hash
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
+from gptbatch.pipeline.system.excerpt import first_difference
 
 DifferenceKind = Literal[
     "prompt", "error", "tokens", "finish", "text", "logits", "only_in_a", "only_in_b"
@@ -211,10 +213,12 @@ def settings_that_differ(a: RunReader, b: RunReader) -> list[SettingDifference]:
     """Return the identity keys, device, dtype and environment in which two runs differ, by name.
 
     Two portable environments are one. Device and environment are left out where a run has no part
-    yet, which does not record them. The
-    digests of inputs are compared only where both divide their rows alike, in one format.
+    yet, which does not record them. The digests of inputs are compared only where both divide their
+    rows alike, in one format. `config_hash` is left out where another setting explains it.
     """
     left, right = dict(a.manifest["identity"]), dict(b.manifest["identity"])
+    if "config_hash" not in without_explained_hash(_differing(left, right)):
+        del left["config_hash"], right["config_hash"]
     if (left.get("part_rows"), a.manifest["format"]) != (
         right.get("part_rows"),
         b.manifest["format"],
@@ -227,12 +231,14 @@ def settings_that_differ(a: RunReader, b: RunReader) -> list[SettingDifference]:
         for key, (value_a, value_b) in environment_differences(a.facts, b.facts).items():
             name = key if key == "batch_invariance" else f"environment.{key}"
             left[name], right[name] = value_a, value_b
-    names = sorted(left.keys() | right.keys())
     return [
         SettingDifference(name=name, a=left.get(name), b=right.get(name))
-        for name in names
-        if left.get(name) != right.get(name)
+        for name in _differing(left, right)
     ]
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    return [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
 
 
 def _key(row: dict[str, Any]) -> _Key:
@@ -271,7 +277,7 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
         kind = "logits"
     else:
         return None
-    index = _first_difference(tokens_a, tokens_b)
+    index = first_difference(tokens_a, tokens_b) if tokens_a != tokens_b else None
     return RowDifference(
         prompt_id=a["prompt_id"],
         sample_index=a["sample_index"] or 0,
@@ -305,13 +311,6 @@ def _sampled_alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(a[name] == b[name] for name in ("temperature", "sampling_params")) and (
         a["temperature"] == 0 or all(a[name] == b[name] for name in _ROW_SETTINGS)
     )
-
-
-def _first_difference(a: list[int], b: list[int]) -> int | None:
-    if a == b:
-        return None
-    shorter = min(len(a), len(b))
-    return next((index for index in range(shorter) if a[index] != b[index]), shorter)
 
 
 def _duplicate_id(run: RunReader, prompt_id: str) -> StorageError:

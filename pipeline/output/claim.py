@@ -13,7 +13,7 @@ from gptbatch.pipeline.output.manifest import (
     read_manifest,
 )
 from gptbatch.pipeline.output.part_file import inspect_part
-from gptbatch.pipeline.output.part_plan import differing_keys
+from gptbatch.pipeline.output.part_plan import describe_differences, differing_keys
 from gptbatch.pipeline.storage.atomic_write import Writer
 
 # Tries to write the manifest while another program creates and deletes it.
@@ -118,8 +118,9 @@ def read_claim(
         keys = differing_keys(identity, current["identity"])
         if keys and current["identity"] != replaces:
             raise OutputConflictError(
-                f"{folder.path}: another job has begun there since ({', '.join(keys)} differ); its "
-                "files stay as they are; name another output"
+                f"{folder.path}: another job has begun there since "
+                f"({describe_differences(keys, current['identity'], identity)}); its files stay as "
+                "they are; name another output"
             )
     return current
 

@@ -14,6 +14,7 @@ from gptbatch.pipeline.output.manifest import MANIFEST, DamagedManifestError
 from gptbatch.pipeline.output.part_file import PartFile, inspect_footer
 from gptbatch.pipeline.output.part_plan import differing_keys, group_by_job, rows_of_part
 from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.system.excerpt import value_excerpts
 from gptbatch.pipeline.system.threads import map_in_threads
 
 MAX_NAMED = 3
@@ -157,11 +158,5 @@ def _differences(manifest: dict[str, Any], footer: dict[str, Any]) -> dict[str, 
     if footer["format"] != manifest["format"]:
         pairs["format"] = (manifest["format"], footer["format"])
     for key in differing_keys(identity, other):
-        if key != "config_hash":
-            pairs[key] = (_short(identity.get(key)), _short(other.get(key)))
+        pairs[key] = value_excerpts(identity.get(key), other.get(key))
     return pairs
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 20 else f"{text[:8]}..."

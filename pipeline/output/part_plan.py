@@ -13,11 +13,15 @@ from gptbatch.pipeline.errors import ConfigError, OutputConflictError
 from gptbatch.pipeline.output.json_models import Part
 from gptbatch.pipeline.output.part_file import PartFile
 from gptbatch.pipeline.output.schema import FORMAT
+from gptbatch.pipeline.system.excerpt import value_excerpts
 
 # Names of parts have six digits.
 MAX_PARTS = 1_000_000
 # A larger limit changes these keys of the identity, and continues the same job.
 _INPUT_KEYS = ("input_digest", "rows", "limit")
+# The config hash follows from all other keys but these.
+_UNHASHED_KEYS = {*_INPUT_KEYS, "part_rows", "record_logits_digest", "config_hash"}
+MAX_NAMED = 8
 
 
 def rows_of_part(number: int, part_rows: int, total_rows: int) -> int:
@@ -48,7 +52,8 @@ def differing_keys(identity: dict[str, Any], other: dict[str, Any]) -> list[str]
     """Return the keys in which two identities (see `job_identity`) differ; empty for the same job.
 
     The input is compared only between identities with the same number of rows: a larger limit
-    continues the same job. An identity without an input is compared with any input.
+    continues the same job. An identity without an input is compared with any input. `config_hash`
+    is left out where another key explains it.
     """
     keys = [
         key for key, value in identity.items() if key not in _INPUT_KEYS and other.get(key) != value
@@ -59,7 +64,24 @@ def differing_keys(identity: dict[str, Any], other: dict[str, Any]) -> list[str]
         and identity["input_digest"] != other.get("input_digest")
     ):
         keys.append("input_digest")
-    return keys
+    return without_explained_hash(keys)
+
+
+def without_explained_hash(keys: list[str]) -> list[str]:
+    """Return differing keys without `config_hash`, where another of them changes it."""
+    is_explained = not _UNHASHED_KEYS.issuperset(keys)
+    return [key for key in keys if key != "config_hash" or not is_explained]
+
+
+def describe_differences(keys: list[str], there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Return the values of two identities: `top_p: 0.9 there, 0.95 here; seed: 0 there, 1 here`."""
+    described = []
+    for key in keys[:MAX_NAMED]:
+        recorded, current = value_excerpts(there.get(key), here.get(key))
+        described.append(f"{key}: {recorded} there, {current} here")
+    if len(keys) > MAX_NAMED:
+        described.append(f"{len(keys) - MAX_NAMED} more differ")
+    return "; ".join(described)
 
 
 def refuse_foreign(file: PartFile) -> None:
@@ -146,11 +168,11 @@ class PartPlan:
             )
         # The number of rows in the identity says nothing about one part: input_rows_digest is
         # compared below.
-        keys = differing_keys({**self.identity, "rows": None}, file.footer["identity"])
-        if keys:
+        recorded = file.footer["identity"]
+        if keys := differing_keys({**self.identity, "rows": None}, recorded):
             raise OutputConflictError(
-                f"{file.path}: is a part of another job ({', '.join(keys)} differ); name another "
-                "output"
+                f"{file.path}: is a part of another job "
+                f"({describe_differences(keys, recorded, self.identity)}); name another output"
             )
         if file.part is not None and self._has_other_input(file.part):
             raise OutputConflictError(

@@ -23,6 +23,7 @@ from gptbatch.pipeline.output.part_file import PartFile
 from gptbatch.pipeline.output.part_plan import (
     PartPlan,
     count_parts,
+    describe_differences,
     differing_keys,
     refuse_foreign,
 )
@@ -169,13 +170,13 @@ def check_continuable(config: JobConfig, state: FolderState, identity: dict[str,
     """
     check_format(config.output, state)
     differing = differing_keys(identity, state.identity)
-    recorded = state.identity.get("part_rows")
-    if config.part_rows is not None and config.part_rows != recorded:
+    if config.part_rows not in (None, state.identity.get("part_rows")):
         differing.append("part_rows")
     if differing:
+        here = {"part_rows": config.part_rows, **identity}
         raise OutputConflictError(
-            f"{config.output}: holds a run of another job ({', '.join(differing)} differ); "
-            f"{_advice(config)}"
+            f"{config.output}: holds a run of another job "
+            f"({describe_differences(differing, state.identity, here)}); {_advice(config)}"
         )
     environment = state.manifest.get("environment")
     if (
