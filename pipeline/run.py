@@ -41,7 +41,7 @@ from gptbatch.pipeline.output.run_output import (
     confirm_complete,
     inspect_output,
 )
-from gptbatch.pipeline.output.runs import open_run_folder
+from gptbatch.pipeline.output.runs import last_speed, open_run_folder
 from gptbatch.pipeline.output.shards import NO_SHARD, Shard, find_shard
 from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output
 from gptbatch.pipeline.storage.location import location_of
@@ -181,6 +181,7 @@ def _run(
         with progress_file.recording_state():
             checked.rows.write(job.folder, output.writer)
             if source is None and not output.has_work():
+                progress_file.take_over(last_speed(job.folder.work))
                 complete = output.finish(existing.kept.parts)
                 facts = {**existing.kept.footer, "identity": checked.plan.identity}
                 facts |= {"rows": existing.kept.rows, "complete": complete}
@@ -205,14 +206,18 @@ def _run(
                     source=source or output.open_source(),
                 )
                 try:
-                    generate_s = _generate(runner, output)
+                    _generate(runner, output)
                 except ErrorLimitError:
                     raise
                 except InputRowsError:
                     checked.rows.forget(job.folder, output.writer)
                     raise
                 complete = source is None and output.finish(runner.sink.parts)
-        seconds = {"load_s": load_s, "generate_s": generate_s, "wall_s": time.monotonic() - began_s}
+        seconds = {
+            "load_s": load_s,
+            "generate_s": progress_file.seconds,
+            "wall_s": time.monotonic() - began_s,
+        }
         return _summarize(job, checked, runner, existing.kept.rows, complete, seconds)
 
 
@@ -309,10 +314,9 @@ def _log_loading(model: str, engine: EngineConfig, shard: Shard, rows: int) -> N
         loading_logger.info("other programs use the cores too, which costs speed: %s", shared)
 
 
-def _generate(runner: PartRunner, output: RunOutput) -> float:
-    """Generate the missing parts. Returns the seconds that it took."""
+def _generate(runner: PartRunner, output: RunOutput) -> None:
+    """Generate the missing parts."""
     sink = runner.sink
-    began_s = time.monotonic()
     try:
         with _frozen_heap():
             runner.run()
@@ -326,9 +330,7 @@ def _generate(runner: PartRunner, output: RunOutput) -> float:
                 output.write_error_rows(sink.parts.values())
         raise
     sink.close_journal()
-    generate_s = time.monotonic() - began_s
-    logger.info("%d rows written in %.1f s", runner.counts.rows, generate_s)
-    return generate_s
+    logger.info("%d rows are written", runner.counts.rows)
 
 
 @contextmanager

@@ -211,3 +211,30 @@ def test_the_recorded_speed_is_that_of_the_rows(
     assert recorded is not None
     assert (recorded.state, recorded.tokens_per_s) == ("complete", 20.0)
     assert "20 tokens/s" in shown.getvalue()
+
+
+def test_summary_and_status_say_one_speed_that_outlives_the_end_of_the_output(
+    tmp_path: Path,
+) -> None:
+    """Runs that only mark the output complete generate no token, and keep the speed."""
+    out = tmp_path / "out"
+    generate = ("generate", "--config", "demo", "--limit", "3", "--output", out)
+    summary = json.loads(run_gptbatch(*generate).stdout)
+    assert summary["tokens_per_s"] > 0
+    status = json.loads(run_gptbatch("status", out, "--json").stdout)
+    assert status["tokens_per_s"] == summary["tokens_per_s"]
+    for again in (("finish", out), generate):
+        (out / "_SUCCESS").unlink()
+        assert run_gptbatch(*again).code == 0
+        assert json.loads(run_gptbatch("status", out, "--json").stdout) == status
+
+
+def test_error_rows_that_never_ran_are_counted_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"prompt": "king " * 400}) + "\n") * 2)
+    out = tmp_path / "out"
+    files = ("--input", tmp_path / "rows.jsonl", "--output", out)
+    done = run_gptbatch("generate", "--model", "bundled:demo/model", *files)
+    assert json.loads(done.stdout)["errors"] == 2
+    (progress,) = [read_progress(run) for run in (out / ".gptbatch" / "runs").iterdir()]
+    assert progress is not None
+    assert (progress.rows_done, progress.error_rows) == (2, 2)

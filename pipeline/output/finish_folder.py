@@ -12,8 +12,10 @@ from gptbatch.pipeline.output.finish import finish, mark_complete
 from gptbatch.pipeline.output.folder import CONFIG, OutputFolder
 from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.part_plan import count_parts
+from gptbatch.pipeline.output.progress_file import ProgressFile
 from gptbatch.pipeline.output.resume import check_format, find_run
-from gptbatch.pipeline.output.runs import open_run_folder
+from gptbatch.pipeline.output.run_folder import RunFolder
+from gptbatch.pipeline.output.runs import last_speed, open_run_folder
 from gptbatch.pipeline.storage.location import Location, location_of
 from gptbatch.pipeline.storage.regular_file import open_whole
 from gptbatch.pipeline.system.yaml_reader import (
@@ -89,14 +91,29 @@ def finish_folder(output: str | Location) -> FinishedOutput:
             row_defaults(config),
             config.max_row_errors,
         )
+        finished = FinishedOutput(
+            output=str(path),
+            rows=sum(part.rows for part in done.parts),
+            parts=len(done.parts),
+            errors=sum(part.errors for part in done.parts),
+        )
+        _keep_speed(folder, run, finished)
         run.sweep()
         mark_complete(folder, run.writer, done)
-    return FinishedOutput(
-        output=str(path),
-        rows=sum(part.rows for part in done.parts),
-        parts=len(done.parts),
-        errors=sum(part.errors for part in done.parts),
+    return finished
+
+
+def _keep_speed(folder: OutputFolder, run: RunFolder, finished: FinishedOutput) -> None:
+    """Record the speed of the last run, whose own record is about to be deleted."""
+    progress = ProgressFile(
+        run.path,
+        run.writer,
+        rows_total=finished.rows,
+        rows_kept=finished.rows,
+        error_rows_kept=finished.errors,
     )
+    progress.take_over(last_speed(folder.work))
+    progress.write("complete")
 
 
 def _recorded_config(folder: OutputFolder) -> JobConfig:

@@ -71,6 +71,7 @@ def generate_table(
             all_prompts = prompts.prompts(summary, reject=take)
             for _ in runner.steps(engine, all_prompts, take, rows=summary.rows):
                 pass
+        runner.complete()
     finally:
         runner.end()
     ordered = (rows.pop(index) for index in range(summary.rows))

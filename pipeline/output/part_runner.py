@@ -115,6 +115,7 @@ class PartRunner:
             if self._suspect_parts:
                 self._warn_of_suspects(self._suspect_parts)
                 self._run_parts(iter(self._suspect_parts), batch_size=1)
+            self._rows.complete()
         finally:
             self._rows.end()
 

@@ -63,6 +63,16 @@ class ProgressFile:
         self._written_s = -self._interval_s
         self._rows = self._errors = self._tokens = 0
         self._remaining_s: float | None = None
+        self._last_speed: ProgressContent | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from `begin` to the last update, which comes when all rows are written."""
+        return self._updated_s - self._began_s
+
+    def take_over(self, last_speed: ProgressContent | None) -> None:
+        """Show the speed of an earlier run at the end, if this run generates no token."""
+        self._last_speed = last_speed
 
     @contextmanager
     def recording_state(self) -> Iterator[None]:
@@ -120,20 +130,26 @@ class ProgressFile:
         """Write the file now. A full disk does not end the run for the sake of this file."""
         self._written_s, self._state = time.monotonic(), state
         # Without the time of finishing the output, after the last row.
-        elapsed_s = self._updated_s - self._began_s
-        has_speed = self._tokens > 0 and elapsed_s > 0
+        has_speed = self._tokens > 0 and self.seconds > 0
+        updated_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        speed = round(self._tokens / self.seconds, 1) if has_speed else None
+        if self._last_speed is not None and speed is None and state == "complete":
+            speed, updated_at = (
+                self._last_speed.tokens_per_s,
+                self._last_speed.updated_at or updated_at,
+            )
         content = {
             "state": state,
             "rows_total": self._rows_total,
             "rows_done": self._rows_kept + self._rows,
             "error_rows": self._errors_kept + self._errors,
-            "tokens_per_s": round(self._tokens / elapsed_s, 1) if has_speed else None,
+            "tokens_per_s": speed,
             "remaining_s": None
             if self._remaining_s is None or state != "running"
             else round(self._remaining_s, 1),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "updated_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "updated_at": updated_at,
         }
         with suppress(StorageError):
             self._writer.write_text(self._path, json.dumps(content) + "\n", durable=False)

@@ -95,6 +95,10 @@ class RowRunner:
         for observer in self._observers:
             observer.begin(total_rows, done_rows)
 
+    def complete(self) -> None:
+        """Tell the observers the final counts: all rows are done and written."""
+        self._update(self.counts.completion_tokens, 0.0)
+
     def end(self) -> None:
         """Tell the observers that the run has ended, and log the warnings about prompts."""
         for observer in self._observers:
@@ -132,13 +136,9 @@ class RowRunner:
             for completion in completions:
                 take(completion)
             counts.batch_size_halvings = halvings_before + engine.stats.halvings
-            for observer in self._observers:
-                observer.update(
-                    rows=counts.rows,
-                    errors=counts.errors,
-                    completion_tokens=tokens_before + engine.stats.new_tokens,
-                    remaining_s=self._time_left.seconds(engine.stats),
-                )
+            self._update(
+                tokens_before + engine.stats.new_tokens, self._time_left.seconds(engine.stats)
+            )
             yield
 
     def add(self, completion: Completion) -> list[Completion] | None:
@@ -161,6 +161,15 @@ class RowRunner:
         counts.samples += len(samples)
         counts.errors += is_error(samples)
         return samples
+
+    def _update(self, completion_tokens: int, remaining_s: float | None) -> None:
+        for observer in self._observers:
+            observer.update(
+                rows=self.counts.rows,
+                errors=self.counts.errors,
+                completion_tokens=completion_tokens,
+                remaining_s=remaining_s,
+            )
 
     def _counted(
         self, prompts: Iterator[TokenizedPrompt | None]

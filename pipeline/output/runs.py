@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptbatch.pipeline.output.json_models import ProgressContent
 from gptbatch.pipeline.output.local_run import LocalRunFolder, list_local_runs
 from gptbatch.pipeline.output.object_run import ObjectRunFolder, list_object_runs
+from gptbatch.pipeline.output.progress_file import read_progress
 from gptbatch.pipeline.output.run_folder import OtherRun, RunFolder
 from gptbatch.pipeline.storage.location import Location
 
@@ -39,3 +41,13 @@ def list_runs(work: Location) -> Sequence[OtherRun]:
 def live_runs(work: Location) -> list[OtherRun]:
     """Return the runs that are going on."""
     return [run for run in list_runs(work) if run.is_live()]
+
+
+def last_speed(work: Location) -> ProgressContent | None:
+    """Return the progress of the last run that has generated tokens; None without one."""
+    found = [progress for run in list_runs(work) if (progress := read_progress(run.path))]
+    return max(
+        (progress for progress in found if progress.tokens_per_s is not None),
+        key=lambda progress: progress.updated_at or "",
+        default=None,
+    )

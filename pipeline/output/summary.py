@@ -25,7 +25,7 @@ class RunSummary:
         prompt_tokens: Tokens of the prompts of all samples.
         completion_tokens: Tokens that this run has generated.
         load_s: Seconds to load the model.
-        generate_s: Seconds to generate and write the rows.
+        generate_s: Seconds to generate and write the rows, as in progress.json.
         wall_s: Seconds of the whole run.
         tokens_per_s: completion_tokens / generate_s.
         device: "cpu" or "cuda"; "unknown" where the output does not record it.
