@@ -26,18 +26,20 @@ DIFFERENT = 1
 @click.argument("b", type=OutputArgument())
 @click.option(
     "--limit",
-    default=20,
+    default=10,
     show_default=True,
     type=click.IntRange(0),
-    help="Maximum number of differing rows to print; 0 prints all.",
+    help="Maximum number of differing rows (samples, where rows have several) to print; 0 prints "
+    "all.",
 )
 @click.option("--common", is_flag=True, help="Compare only the ids that both runs have.")
 def diff(a: Location, b: Location, limit: int, common: bool) -> int:
     """Compare the runs in the output folders A and B row by row, joined by id and sample.
 
-    Prints the number of rows that differ, the settings that differ (A / B), and the rows. The last
-    line is a JSON object. Prompts and completions are never printed. Rows with equal tokens but
-    another min_decision_margin or logits_digest count as equal_from_other_logits.
+    Prints the number of rows that differ, the settings that differ (A / B), and the rows, with at
+    most 60 characters of their texts from where these part. The last line is a JSON object, whose
+    counts are of samples. Rows with equal tokens but another min_decision_margin or logits_digest
+    count as equal_from_other_logits.
 
     Exits with 0 if both runs have the same ids with the same prompts, tokens, finish reasons and
     texts, else with 1. With --common, rows of only one run are ignored; without a common id the
@@ -53,7 +55,7 @@ def diff(a: Location, b: Location, limit: int, common: bool) -> int:
         if not run.complete:
             print_message(
                 f"{name} ({run.path}) is not complete; "
-                f"comparing the {run.n_rows} rows that it holds"
+                f"comparing the {run.described_rows} that it holds"
             )
         if run.stray_tables:
             print_message(f"{name} ({run.path}): {describe_stray_tables(run.stray_tables)}")
@@ -69,8 +71,11 @@ def diff(a: Location, b: Location, limit: int, common: bool) -> int:
     for setting in settings:
         echo(f"setting {setting.name} differs: {json.dumps(setting.a)} / {json.dumps(setting.b)}")
     for difference in shown:
-        sample = f" sample {difference.sample_index}" if difference.sample_index else ""
+        sample = f" sample {difference.sample_index}" if summary.unit == "samples" else ""
         echo(f"row {difference.prompt_id!r}{sample}: {_in_words(difference)}")
+        for name, text in (("A", difference.excerpt_a), ("B", difference.excerpt_b)):
+            if text is not None:
+                echo(f"  {name} {json.dumps(text, ensure_ascii=False)}")
     count = summary.different + (0 if common else summary.missing_in_a + summary.missing_in_b)
     if count > len(shown):
         echo(f"... and {count - len(shown)} more")
@@ -107,18 +112,21 @@ def _collected(
 
 
 def _summary_lines(summary: DiffSummary, common: bool) -> Iterator[str]:
-    kinds = ", ".join(f"{count} by {kind}" for kind, count in summary.kinds.items())
-    differ = f"{summary.different} differ ({kinds})" if summary.different else "all are equal"
+    kinds = ", ".join(f"{count:,} by {kind}" for kind, count in summary.kinds.items())
+    differ = f"{summary.different:,} differ ({kinds})" if summary.different else "all are equal"
+    unit = summary.unit
     yield (
-        f"{summary.common} rows are in both runs: {differ}"
+        f"{summary.counted(summary.common)} in both runs: {differ}"
         if summary.common
-        else "no row is in both runs"
+        else f"no {unit} are in both runs"
     )
     for name, count in (("A", summary.missing_in_b), ("B", summary.missing_in_a)):
         if count:
-            yield f"{count} rows are only in {name}" + (", and not compared" if common else "")
+            yield f"{summary.counted(count)} only in {name}" + (
+                ", and not compared" if common else ""
+            )
     if summary.equal_from_other_logits:
-        yield f"{summary.equal_from_other_logits} rows have equal tokens, but other logits"
+        yield f"{summary.equal_from_other_logits:,} {unit} have equal tokens, but other logits"
 
 
 def _in_words(difference: RowDifference) -> str:

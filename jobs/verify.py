@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,7 +29,8 @@ MAX_LINES = 20
 @click.option(
     "--rows",
     type=click.IntRange(1),
-    help="Number of rows to check, evenly spaced over the run. Default: 100.",
+    help="Number of rows (samples, where rows have several) to check, evenly spaced over the run. "
+    "Default: 100.",
 )
 @click.option("--all", "all_rows", is_flag=True, help="Check every row.")
 @reopen_options
@@ -53,7 +54,7 @@ def verify(
         raise click.UsageError("--rows and --all cannot be given together")
 
     from gptbatch.pipeline.audit.loaded_run import LoadedRun, Overrides
-    from gptbatch.pipeline.audit.run_reader import RunReader
+    from gptbatch.pipeline.audit.run_reader import RunReader, describe_rows
     from gptbatch.pipeline.audit.verify import evenly_spaced
     from gptbatch.pipeline.errors import StorageError
     from gptbatch.pipeline.output.stray_tables import describe_stray_tables
@@ -62,7 +63,7 @@ def verify(
     if run.stray_tables:
         raise StorageError(f"{output}: {describe_stray_tables(run.stray_tables)}")
     if not run.complete:
-        print_message(f"{output} is not complete; checking the {run.n_rows} rows that it holds")
+        print_message(f"{output} is not complete; checking the {run.described_rows} that it holds")
     overrides = Overrides(**options)
     print_checkpoint(run, overrides.model)
     loaded_run = LoadedRun(run, overrides)
@@ -71,13 +72,13 @@ def verify(
     )
     reasons = loaded_run.reasons_bits_may_differ()
     began = time.monotonic()
-    outcomes, first = _check_rows(loaded_run, selected)
-    mismatches = outcomes["mismatch"]
-    checked = sum(outcomes.values()) - outcomes["skipped"]
+    counts = _check_rows(loaded_run, selected)
+    mismatches, near_ties, first = counts.mismatches, counts.near_ties, counts.first_mismatch
     echo(
-        f"{_count(checked, 'row')} checked, {_count(mismatches, 'mismatch', 'mismatches')}"
-        + (f", {_count(outcomes['near_tie'], 'near tie')}" if reasons else "")
-        + (f", {_count(outcomes['skipped'], 'error row')} skipped" if outcomes["skipped"] else "")
+        f"{describe_rows(counts.samples, counts.rows)} checked, "
+        f"{_count(mismatches, 'mismatch', 'mismatches')}"
+        + (f", {_count(near_ties, 'near tie')}" if reasons else "")
+        + (f", {_count(counts.error_rows, 'error row')} skipped" if counts.error_rows else "")
         + (
             f"; judged by tolerance: {', '.join(reasons)}"
             if reasons
@@ -87,10 +88,11 @@ def verify(
     )
     summary = {
         "complete": run.complete,
-        "rows_checked": checked,
+        "rows_checked": counts.rows,
+        "samples_checked": counts.samples,
         "mismatches": mismatches,
-        "near_ties": outcomes["near_tie"],
-        "error_rows_skipped": outcomes["skipped"],
+        "near_ties": near_ties,
+        "error_rows_skipped": counts.error_rows,
         "judged": "by tolerance" if reasons else "exactly",
         "because": reasons,
         "first_mismatch": first
@@ -103,43 +105,69 @@ def verify(
         "verify_s": round(time.monotonic() - began, 3),
     }
     echo(json.dumps(summary))
-    _raise_if_rows_are_missing(run, outcomes)
+    _raise_if_rows_are_missing(run, counts)
     return MISMATCH if mismatches else 0
 
 
-def _check_rows(
-    loaded_run: LoadedRun, rows: Iterable[dict[str, Any]]
-) -> tuple[Counter[str], Verdict | None]:
-    """Print the first mismatches. Return the counts of the outcomes, and the first mismatch."""
+@dataclass(slots=True)
+class _Counts:
+    """What was checked.
+
+    Attributes:
+        samples: Samples that were checked.
+        rows: Rows of the input with such a sample.
+        error_rows: Rows of the input with an error, whose samples were skipped.
+        mismatches: Samples that do not agree.
+        near_ties: Samples with a near tie.
+        first_mismatch: The first sample that does not agree.
+    """
+
+    samples: int = 0
+    rows: int = 0
+    error_rows: int = 0
+    mismatches: int = 0
+    near_ties: int = 0
+    first_mismatch: Verdict | None = None
+
+
+def _check_rows(loaded_run: LoadedRun, rows: Iterable[dict[str, Any]]) -> _Counts:
+    """Print the first mismatches. Return the counts."""
     from gptbatch.pipeline.audit.verify import verify_rows
 
-    outcomes: Counter[str] = Counter()
-    first: Verdict | None = None
+    counts = _Counts()
+    last_row = last_error_row = None
     for verdict in verify_rows(loaded_run, rows):
-        outcomes[verdict.outcome] += 1
+        if verdict.outcome == "skipped":
+            counts.error_rows += verdict.prompt_index != last_error_row
+            last_error_row = verdict.prompt_index
+            continue
+        counts.samples += 1
+        counts.rows += verdict.prompt_index != last_row
+        last_row = verdict.prompt_index
+        counts.near_ties += verdict.outcome == "near_tie"
         if verdict.outcome == "mismatch":
-            first = first or verdict
-            if outcomes["mismatch"] <= MAX_LINES:
+            counts.mismatches += 1
+            counts.first_mismatch = counts.first_mismatch or verdict
+            if counts.mismatches <= MAX_LINES:
                 echo(_in_words(verdict))
-    if outcomes["mismatch"] > MAX_LINES:
-        echo(f"... and {outcomes['mismatch'] - MAX_LINES} more")
-    return outcomes, first
+    if counts.mismatches > MAX_LINES:
+        echo(f"... and {counts.mismatches - MAX_LINES} more")
+    return counts
 
 
-def _raise_if_rows_are_missing(run: RunReader, outcomes: Counter[str]) -> None:
+def _raise_if_rows_are_missing(run: RunReader, counts: _Counts) -> None:
     """Raise an error if no row was checked, or if a complete run has lost rows."""
     from gptbatch.pipeline.errors import InputNotFoundError, StorageError
 
-    checked = sum(outcomes.values()) - outcomes["skipped"]
-    if not checked and not (run.complete and run.n_rows == 0):
+    if not counts.samples and not (run.complete and run.n_rows == 0):
         reason = (
-            f"all {outcomes['skipped']} rows looked at are error rows"
-            if outcomes["skipped"]
+            f"all {counts.error_rows} rows looked at are error rows"
+            if counts.error_rows
             else "it holds no rows yet"
         )
         raise InputNotFoundError(f"{run.path}: nothing was checked: {reason}")
-    if run.marked_complete and not run.complete and not outcomes["mismatch"]:
-        held = f"{run.n_rows} of {run.rows_expected} rows"
+    if run.marked_complete and not run.complete and not counts.mismatches:
+        held = f"{run.rows_done} of {run.rows_expected} rows"
         raise StorageError(
             f"{run.path}: is marked complete, but holds {held}; "
             "run the same generate command for the others"

@@ -548,6 +548,8 @@ def test_rows_that_only_one_run_has(tmp_path: Path) -> None:
     assert dataclasses.asdict(summary) == {
         "rows_a": 7,
         "rows_b": 8,
+        "samples_a": 7,
+        "samples_b": 8,
         "equal": 6,
         "equal_from_other_logits": 0,
         "different": 0,
@@ -630,8 +632,6 @@ def gptbatch_diff(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int,
     def run(*arguments: str | Path) -> tuple[int, list[str], str]:
         code = run_command(["diff", *map(str, arguments)])
         captured = capfd.readouterr()
-        assert "secret" not in captured.out + captured.err, "a prompt was printed"
-        assert "private" not in captured.out + captured.err, "a completion was printed"
         return code, captured.out.splitlines(), captured.err
 
     return run
@@ -647,6 +647,8 @@ def test_the_command_on_equal_runs(tmp_path: Path, gptbatch_diff: Diff) -> None:
     assert json.loads(lines[-1]) == {
         "rows_a": 5,
         "rows_b": 5,
+        "samples_a": 5,
+        "samples_b": 5,
         "equal": 5,
         "equal_from_other_logits": 0,
         "different": 0,
@@ -700,13 +702,15 @@ def test_the_command_prints_a_line_per_difference(tmp_path: Path, gptbatch_diff:
     assert code == 1
     assert lines[:-1] == [
         "6 rows are in both runs: 5 differ (1 by error, 1 by finish, 1 by prompt, 2 by tokens)",
-        "1 rows are only in A",
-        "1 rows are only in B",
+        "1 row is only in A",
+        "1 row is only in B",
         "row 'token': token 2 differs: 123 / 456 (min_decision_margin 0.0012 / 0.0013)",
         "row 'shorter': token 2 differs: end / 3 (min_decision_margin 0.25 / none)",
         "row 'fails': a completion in A, an error in B",
         "row 'ends': the same tokens, but other finish reasons: max_new_tokens / window",
         "row 'prompt': the prompts differ",
+        '  A "secret prompt"',
+        '  B "secret, another"',
         "row 'line\\nbreak': only in A",
         "row 'only b': only in B",
     ]
@@ -717,6 +721,27 @@ def test_the_command_prints_a_line_per_difference(tmp_path: Path, gptbatch_diff:
         summary["missing_in_a"],
         summary["missing_in_b"],
     ) == (1, 5, 1, 1)
+
+
+def test_the_command_shows_where_texts_part(tmp_path: Path, gptbatch_diff: Diff) -> None:
+    rows, other = [completion("long", [1]), completion("end", [1])], [2]
+    common = "Long live the king of this land, and " * 3
+    a = write_run(
+        tmp_path / "a", rows, texts={"long": f"{common}his\nqueen" + "." * 80, "end": "x"}
+    )
+    b = write_run(
+        tmp_path / "b",
+        [completion(one.prompt.prompt_id, other) for one in rows],
+        texts={"long": f"{common}her\x1b[31m son", "end": "x"},
+    )
+    code, lines, _ = gptbatch_diff(a, b)
+    assert code == 1
+    row, text_a, text_b, row_without_texts = lines[1:-1]
+    assert row.startswith("row 'long': token 0 differs")
+    assert text_a.startswith('  A "...his land, and his\\nqueen.....')
+    assert text_a.endswith('....."')
+    assert text_b == '  B "...his land, and her\\u001b[31m son"'
+    assert row_without_texts.startswith("row 'end': token 0 differs"), "the texts are equal"
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
@@ -732,7 +757,12 @@ def test_one_missing_row_is_enough_for_exit_code_1(
 
 @pytest.mark.parametrize(
     ("arguments", "shown", "more"),
-    [((), 20, 5), (("--limit", "3"), 3, 22), (("--limit", "25"), 25, 0), (("--limit", "0"), 25, 0)],
+    [
+        ((), 10, 15),
+        (("--limit", "3"), 3, 22),
+        (("--limit", "25"), 25, 0),
+        (("--limit", "0"), 25, 0),
+    ],
 )
 def test_the_command_limits_its_lines(
     tmp_path: Path, gptbatch_diff: Diff, arguments: tuple[str, ...], shown: int, more: int

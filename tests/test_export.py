@@ -271,10 +271,13 @@ def test_an_unfinished_run_and_an_existing_file_are_refused(
     for path in [run / "_manifest.json", run / "part-000000.parquet"]:
         (copy / path.name).write_bytes(path.read_bytes())
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(IncompleteError, match="3 rows that it holds with --allow-incomplete"):
+    with pytest.raises(
+        IncompleteError, match="3 samples of 2 rows that it holds with --allow-incomplete"
+    ):
         exported(copy, path)
     done = run_gptbatch("export", copy, "--to", path, "--allow-incomplete")
-    assert (done.code, done.summary["rows"], done.summary["complete"]) == (0, 3, False)
+    assert (done.code, done.summary["rows"], done.summary["samples"]) == (0, 2, 3)
+    assert not done.summary["complete"]
     done = run_gptbatch("export", run, "--to", path)
     assert (done.code, len(lines(path))) == (78, 3)
     assert "replace it with --overwrite" in done.stderr
@@ -283,7 +286,7 @@ def test_an_unfinished_run_and_an_existing_file_are_refused(
     assert "none is selected" in done.stderr
     done = run_gptbatch("export", run, "--to", path, "--overwrite", "--columns", "prompt_id, seed")
     assert (done.code, done.summary["columns"]) == (0, ["prompt_id", "seed"])
-    assert (done.summary["rows"], done.summary["bytes"]) == (5, path.stat().st_size)
+    assert (done.summary["samples"], done.summary["bytes"]) == (5, path.stat().st_size)
 
 
 def test_a_failure_leaves_the_old_file(

@@ -393,7 +393,7 @@ def test_two_runs(tmp_path: Path) -> None:
     summary = summarize(RunReader(a), RunReader(b), diff_runs(RunReader(a), RunReader(b)))
     assert f"{summary.equal} equal, {summary.different} different" in html
     assert re.search(r"<th scope=\"row\">seed</th><td>0</td><td>1</td>", html)
-    assert "1 rows are only in A." in html
+    assert "1 row is only in A." in html
     assert "1 of the 1 rows with other tokens" in html
 
 

@@ -106,7 +106,8 @@ def test_rows_with_an_n_of_their_own(
     assert [(line["id"], line.get("n", 1)) for line in lines] == [("r2", 3), ("r5", 3)]
     assert run_command(["verify", str(output), "--all"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (summary["rows_checked"], summary["mismatches"]) == (len(table) - 5, 0)
+    assert (summary["rows_checked"], summary["samples_checked"]) == (8, len(table) - 5)
+    assert (summary["error_rows_skipped"], summary["mismatches"]) == (2, 0)
     assert run_command(["replay", str(output), "--prompt-id", "r4", "--sample", "1", "--json"]) == 0
     replayed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (replayed["equal"], replayed["sample_index"]) == (True, 1)
@@ -271,7 +272,9 @@ def test_a_run_with_every_setting_is_resumed_verified_and_compared(
     assert set(tables[0]["stop_reason"].to_pylist()) > {"stop_string", "stop_token"}
     capsys.readouterr()
     assert run_command(["verify", str(killed), "--all"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows_checked"] == 72
+    *_, said, summary = capsys.readouterr().out.splitlines()
+    assert said.startswith("72 samples of ")
+    assert json.loads(summary)["samples_checked"] == 72
     assert run_command(["diff", str(undisturbed), str(killed)]) == 0
     replay = ["replay", str(killed), "--prompt-id", "r7", "--sample", "2"]
     assert run_command([*replay, "--trace"]) == 0
@@ -492,3 +495,23 @@ def test_a_bad_row_loses_nothing(checkpoint: Path, write_rows: WriteRows, tmp_pa
     lines = [json.loads(line) for line in errors.splitlines()]
     assert lines[0].items() >= row.items()
     assert lines[1].items() >= {"id": "a", "prompt": ["KING:"], "topic": "y"}.items()
+
+
+def test_verify_and_diff_tell_rows_from_samples(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_rows([{"prompt": "The king"}, {"prompt": "A queen"}])
+    for name, seed in (("a", 0), ("b", 1)):
+        generate(checkpoint, path, tmp_path / name, n=3, seed=seed)
+    assert run_command(["verify", str(tmp_path / "a"), "--rows", "4"]) == 0
+    *_, said, summary = capsys.readouterr().out.splitlines()
+    assert said.startswith("4 samples of 2 rows checked, 0 mismatches")
+    assert (json.loads(summary)["rows_checked"], json.loads(summary)["samples_checked"]) == (2, 4)
+    assert run_command(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    first, *rows, summary = capsys.readouterr().out.splitlines()
+    assert first.startswith("6 samples are in both runs: ")
+    assert any(line.startswith("row '0' sample 0: ") for line in rows)
+    counts = json.loads(summary)
+    assert [counts[f"{unit}_a"] for unit in ("rows", "samples")] == [2, 6]
+    assert run_command(["replay", str(tmp_path / "a"), "--prompt-id", "9"]) == 66
+    assert "the run has 6 samples of 2 rows" in capsys.readouterr().err

@@ -437,7 +437,7 @@ def test_completions_of_a_run_are_scored_by_their_recorded_tokens(
     generated(checkpoint, rows, tmp_path / "out", attention, window_full="slide", logprobs=0)
     loaded_run = LoadedRun(RunReader(tmp_path / "out"), Overrides())
     summary = score_run(loaded_run, str(tmp_path / "s.parquet"))
-    assert (summary.rows, summary.scores, summary.errors) == (13, 13, 1)
+    assert (summary.rows, summary.scores, summary.errors) == (12, 13, 1)
     model = loaded_run.loaded.model
     run_rows = list(RunReader(tmp_path / "out").rows())
     recorded = {(row["prompt_id"], row["sample_index"]): row for row in run_rows}

@@ -14,7 +14,7 @@ from gptbatch.pipeline.errors import StorageError
 from gptbatch.pipeline.output.environment import environment_differences
 from gptbatch.pipeline.output.part_plan import without_explained_hash
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
-from gptbatch.pipeline.system.excerpt import first_difference
+from gptbatch.pipeline.system.excerpt import excerpts, first_difference
 
 DifferenceKind = Literal[
     "prompt", "error", "tokens", "finish", "text", "logits", "only_in_a", "only_in_b"
@@ -71,6 +71,9 @@ class RowDifference:
         finish_reason_b: The column of run b.
         stop_reason_a: The column of run a.
         stop_reason_b: The column of run b.
+        excerpt_a: At most 60 characters of the completion of run a (of its prompt where the prompts
+            differ), from where the texts part. None where they are equal, or one is null.
+        excerpt_b: The same of run b.
     """
 
     prompt_id: str
@@ -85,6 +88,8 @@ class RowDifference:
     finish_reason_b: str | None = None
     stop_reason_a: str | None = None
     stop_reason_b: str | None = None
+    excerpt_a: str | None = None
+    excerpt_b: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,18 +112,22 @@ class DiffSummary:
     """Counts of a diff.
 
     Attributes:
-        rows_a: Rows of run a.
-        rows_b: Rows of run b.
-        equal: Ids in both runs whose rows are equal.
-        equal_from_other_logits: Ids among these whose logits differ.
-        different: Ids in both runs whose rows differ.
+        rows_a: Rows of the input in run a.
+        rows_b: Rows of the input in run b.
+        samples_a: Rows of the table of run a: n per row of the input.
+        samples_b: The same of run b. All counts below are of samples.
+        equal: Samples in both runs that are equal.
+        equal_from_other_logits: Samples among these whose logits differ.
+        different: Samples in both runs that differ.
         kinds: Number of these by kind.
-        missing_in_a: Ids that only run b has.
-        missing_in_b: Ids that only run a has.
+        missing_in_a: Samples that only run b has.
+        missing_in_b: Samples that only run a has.
     """
 
     rows_a: int
     rows_b: int
+    samples_a: int
+    samples_b: int
     equal: int
     equal_from_other_logits: int
     different: int
@@ -128,13 +137,23 @@ class DiffSummary:
 
     @property
     def all_equal(self) -> bool:
-        """Whether both runs hold the same ids with equal rows. Two runs without rows are equal."""
+        """Whether both runs hold the same samples. Two runs without rows are equal."""
         return not (self.different or self.missing_in_a or self.missing_in_b)
 
     @property
     def common(self) -> int:
-        """Number of ids in both runs."""
+        """Number of samples in both runs."""
         return self.equal + self.different
+
+    @property
+    def unit(self) -> str:
+        """The word for what is counted: "samples" where a row has several, else "rows"."""
+        one_each = (self.rows_a, self.rows_b) == (self.samples_a, self.samples_b)
+        return "rows" if one_each else "samples"
+
+    def counted(self, count: int) -> str:
+        """Return a count in words, with its verb: `1 row is`, `2 samples are`."""
+        return f"1 {self.unit.removesuffix('s')} is" if count == 1 else f"{count:,} {self.unit} are"
 
 
 def diff_runs(a: RunReader, b: RunReader) -> Iterator[RowDifference]:
@@ -194,8 +213,10 @@ def summarize(a: RunReader, b: RunReader, differences: Iterable[RowDifference]) 
     kinds = Counter(difference.kind for difference in differences)
     different = kinds.total() - kinds["only_in_a"] - kinds["only_in_b"] - kinds["logits"]
     return DiffSummary(
-        rows_a=a.n_rows,
-        rows_b=b.n_rows,
+        rows_a=a.rows_done,
+        rows_b=b.rows_done,
+        samples_a=a.n_rows,
+        samples_b=b.n_rows,
         equal=a.n_rows - kinds["only_in_a"] - different,
         equal_from_other_logits=kinds["logits"],
         different=different,
@@ -278,6 +299,10 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
     else:
         return None
     index = first_difference(tokens_a, tokens_b) if tokens_a != tokens_b else None
+    text_a, text_b = (row["prompt" if kind == "prompt" else "completion"] for row in (a, b))
+    shown = (
+        (None, None) if text_a == text_b or None in (text_a, text_b) else excerpts(text_a, text_b)
+    )
     return RowDifference(
         prompt_id=a["prompt_id"],
         sample_index=a["sample_index"] or 0,
@@ -291,6 +316,8 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
         finish_reason_b=b["finish_reason"],
         stop_reason_a=a["stop_reason"],
         stop_reason_b=b["stop_reason"],
+        excerpt_a=shown[0],
+        excerpt_b=shown[1],
     )
 
 

@@ -50,7 +50,8 @@ class RunReader:
         environments: A footer of each environment in which parts were computed. A run that was
             continued elsewhere has more than one, unless all of them are portable.
         parts: The part files, in order.
-        n_rows: Rows of the table in them.
+        n_rows: Rows of the table in them: one per sample.
+        rows_done: Rows of the input in them.
         content_digest: SHA-256 of the content digests of the parts.
         marked_complete: Whether the run has ended.
         complete: Whether the run has ended and all of its rows are present.
@@ -95,16 +96,21 @@ class RunReader:
         self.environments = _environments(listing.footers)
         counts = [part.samples for part in listing.parts]
         self.n_rows = sum(counts)
-        rows_done = sum(part.rows for part in listing.parts)
+        self.rows_done = sum(part.rows for part in listing.parts)
         contents = "".join(part.content_digest for part in listing.parts)
         self.content_digest = hashlib.sha256(contents.encode()).hexdigest()
         present = {part.name: part.content_digest for part in listing.parts}
         self.complete = (
             state.marked_complete
-            and self.rows_expected in (None, rows_done)
+            and self.rows_expected in (None, self.rows_done)
             and all(present.get(name) == digest for name, digest in recorded.items())
         )
         self._first_rows = list(accumulate(counts[:-1], initial=0))
+
+    @property
+    def described_rows(self) -> str:
+        """The rows that it holds: `6 rows`, or `12 samples of 6 rows`."""
+        return describe_rows(self.n_rows, self.rows_done)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -174,9 +180,9 @@ class RunReader:
         row = self.find(prompt_id, sample_index)
         if row is None:
             size = (
-                f"the run has {self.n_rows} rows"
+                f"the run has {self.described_rows}"
                 if self.complete
-                else f"the run is not complete; it has {self.n_rows} rows so far"
+                else f"the run is not complete; it has {self.described_rows} so far"
             )
             sample = f" and sample_index {sample_index}" if sample_index else ""
             raise InputNotFoundError(
@@ -262,6 +268,12 @@ class RowReader:
                 )
             self._first, self._end = self._end, self._end + len(self._batch)
         return self._batch
+
+
+def describe_rows(samples: int, rows: int) -> str:
+    """Return counts in words: `6 rows`, or `12 samples of 6 rows`."""
+    counted = f"{rows} row{'s' * (rows != 1)}"
+    return counted if samples == rows else f"{samples} sample{'s' * (samples != 1)} of {counted}"
 
 
 def _foreign_files(listing: PartListing, recorded: Mapping[str, str]) -> list[str]:

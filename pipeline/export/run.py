@@ -39,7 +39,8 @@ class ExportSummary:
     Attributes:
         output: The file.
         format: Its format.
-        rows: Rows of the run's table in it.
+        rows: Rows of the run's input in it.
+        samples: Rows of the run's table in it: n per row of the input.
         columns: Its columns; those that the lines are made of with the format openai.
         bytes: Its size.
         complete: Whether the run was complete.
@@ -48,6 +49,7 @@ class ExportSummary:
     output: str
     format: Format
     rows: int
+    samples: int
     columns: list[str]
     bytes: int
     complete: bool
@@ -94,8 +96,8 @@ def export_run(
         raise StorageError(f"{run.path}: {describe_stray_tables(run.stray_tables)}")
     if not (run.complete or allow_incomplete):
         raise IncompleteError(
-            f"{run.path}: is not complete; run its command again, or export the {run.n_rows} rows "
-            "that it holds with --allow-incomplete"
+            f"{run.path}: is not complete; run its command again, or export the "
+            f"{run.described_rows} that it holds with --allow-incomplete"
         )
     table = ExportTable(run, selection or Selection())
     schema = table.schema
@@ -118,7 +120,8 @@ def export_run(
     return ExportSummary(
         output=output,
         format=file_format,
-        rows=run.n_rows,
+        rows=run.rows_done,
+        samples=run.n_rows,
         columns=schema.names,
         bytes=target.path.stat().st_size,
         complete=run.complete,

@@ -141,8 +141,8 @@ def compare_section(a: RunView, b: RunView, *, with_text: bool) -> tuple[DiffSum
 
 def _verdict(summary: DiffSummary) -> str:
     if not summary.common:
-        return "no row is in both runs"
-    return "all rows are equal" if summary.all_equal else "rows differ"
+        return f"no {summary.unit} are in both runs"
+    return f"all {summary.unit} are equal" if summary.all_equal else f"{summary.unit} differ"
 
 
 def _smaller_margin(difference: RowDifference) -> float:

@@ -49,7 +49,7 @@ class ScoreSummary:
 
     Attributes:
         output: The file.
-        rows: Rows of the input, or of the table of the run.
+        rows: Rows of the input, or of that of the run.
         scores: Rows of the table: one per continuation.
         errors: Rows of the table without a score.
         boundary_merged: Rows of the table with boundary_merged.
@@ -186,11 +186,11 @@ def score_run(
         "content_digest": run.content_digest,
     }
     if table.holds(identity):
-        return _up_to_date(table, run.n_rows, began_s)
+        return _up_to_date(table, run.rows_done, began_s)
     with table.writer() as writer:
         load_began_s = time.monotonic()
         loaded = loaded_run.loaded
-        scoring = _ScoreRun(loaded, loaded_run.config.engine.dtype, run.n_rows, progress)
+        scoring = _ScoreRun(loaded, loaded_run.config.engine.dtype, run.rows_done, progress)
         load_s = time.monotonic() - load_began_s
         windows = recorded_windows(loaded_run)
         counts = table.write(writer, scoring.facts(identity), scoring.tables(windows))
