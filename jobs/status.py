@@ -115,9 +115,7 @@ def _lines(found: OutputStatus) -> list[str]:
     elif found.state == "running":
         lines.append("speed    not known yet: the run checks its input, or loads the model")
     if found.state == "running" and (shared := describe_cores(cores().threads)):
-        lines.append(
-            f"cores    shared with other programs, if the run is on this machine: {shared}"
-        )
+        lines.append(f"cores    shared, if the run is on this machine: {shared}")
     return lines
 
 

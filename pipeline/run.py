@@ -45,7 +45,7 @@ from gptbatch.pipeline.output.runs import last_speed, open_run_folder
 from gptbatch.pipeline.output.shards import NO_SHARD, Shard, find_shard
 from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output
 from gptbatch.pipeline.storage.location import location_of
-from gptbatch.pipeline.system.machine import describe_cores
+from gptbatch.pipeline.system.machine import CpuUse, describe_cores
 from gptbatch.pipeline.system.redact import redact
 
 logger = logging.getLogger("gptbatch")
@@ -134,7 +134,7 @@ def _run(
     source: PartSource | None,
     models: _Models,
 ) -> RunSummary:
-    began_s = time.monotonic()
+    began_s, cpu_use = time.monotonic(), CpuUse()
     job = find_job(config, shard)
     if job.continued is not None and is_up_to_date(
         config, job.continued, job.reader.source, job.hashes
@@ -190,7 +190,7 @@ def _run(
                 facts = _write_no_rows(job, checked, output, source)
                 return summarize_complete_output(config, facts, time.monotonic() - began_s)
             resolve_device(config.engine)
-            loaded, load_s = _load(job, checked, existing, models)
+            loaded, load_s = _load(job, checked, existing, models, cpu_use)
             stop = stop or _NeverStops()
             with stop.deferred():
                 facts = collect_run_facts(config, checked.plan.identity, job.checkpoint, loaded)
@@ -252,7 +252,7 @@ def _create_folder(job: Job) -> None:
 
 
 def _load(
-    job: Job, checked: CheckedJob, existing: ExistingRun, models: _Models
+    job: Job, checked: CheckedJob, existing: ExistingRun, models: _Models, cpu_use: CpuUse
 ) -> tuple[LoadedModel, float]:
     """Load the model, and check that it computes as it did for the kept rows.
 
@@ -261,7 +261,7 @@ def _load(
     config, recorded = job.config, existing.facts(job.shard)
     rows = sum(checked.plan.rows_of(number) for number in job.shard.parts(checked.plan.n_parts))
     engine = _engine_config(config, recorded)
-    _log_loading(config.model, engine, job.shard, rows - existing.kept.rows)
+    _log_loading(config.model, engine, job.shard, rows - existing.kept.rows, cpu_use)
     began_s = time.monotonic()
     loaded = models.loaded = models.loaded or load_model(
         job.checkpoint,
@@ -290,7 +290,9 @@ def _engine_config(config: JobConfig, recorded: dict[str, Any]) -> EngineConfig:
     return engine.model_copy(update=changes)
 
 
-def _log_loading(model: str, engine: EngineConfig, shard: Shard, rows: int) -> None:
+def _log_loading(
+    model: str, engine: EngineConfig, shard: Shard, rows: int, cpu_use: CpuUse
+) -> None:
     """Log the model, the device and the rows, and limits on the cores.
 
     This is the first line of a run.
@@ -310,8 +312,8 @@ def _log_loading(model: str, engine: EngineConfig, shard: Shard, rows: int) -> N
         rows,
         "" if shard.is_whole else f" of shard {shard}",
     )
-    if device.type == "cpu" and (shared := describe_cores()):
-        loading_logger.info("other programs use the cores too, which costs speed: %s", shared)
+    if device.type == "cpu" and (shared := describe_cores(use=cpu_use)):
+        loading_logger.info("the cores are shared, which costs speed: %s", shared)
 
 
 def _generate(runner: PartRunner, output: RunOutput) -> None:

@@ -226,34 +226,69 @@ def test_affinity_limits_cpus(system: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert machine.cores().threads == 1
 
 
+def cpu_lines(count: int, *, user: int, idle: int, steal: int = 0) -> str:
+    """Return /proc/stat after these ticks of each CPU."""
+    each = f"{100 + user} 0 50 {800 + idle} 7 0 0 {7 + steal} 0 0"
+    return "".join(f"{name} {each}\n" for name in ("cpu", *(f"cpu{i}" for i in range(count))))
+
+
 @pytest.mark.usefixtures("eight_cpus")
 @pytest.mark.parametrize(
-    ("load", "own_threads", "steal", "quota_us", "said"),
+    ("ticks", "own", "own_threads", "quota_us", "said"),
     [
-        ("0.20", 0, 0, "max", ""),
-        ("8.10", 8, 0, "max", ""),
-        ("7.30", 2, 0, "max", "other processes run or wait for them (load 7.30"),
-        ("0.10", 0, 30, "max", "the host takes 30% of their time (steal)"),
-        ("0.10", 0, 0, "150000", "the control group may use 1.5 of 8 CPUs"),
+        ({"user": 5, "idle": 95}, 0, 0, "max", ""),
+        ({"user": 90, "idle": 10}, 700, 0, "max", ""),
+        ({"user": 90, "idle": 10}, 0, 8, "max", ""),
+        (
+            {"user": 90, "idle": 10},
+            200,
+            0,
+            "max",
+            "other programs used 5.2 of 8 CPUs in the last 1.0 s",
+        ),
+        (
+            {"user": 50, "idle": 50},
+            0,
+            2,
+            "max",
+            "other programs used 4.0 of 8 CPUs in the last 1.0 s",
+        ),
+        ({"user": 90, "idle": 0, "steal": 10}, 720, 0, "max", "the host takes 10% of their time"),
+        ({"user": 2, "idle": 0}, 0, 0, "max", ""),
+        ({"user": 0, "idle": 99}, 0, 0, "150000", "the control group may use 1.5 of 8 CPUs"),
     ],
 )
 def test_shared_cores_are_described(
     system: Path,
     monkeypatch: pytest.MonkeyPatch,
-    load: str,
+    ticks: dict[str, int],
+    own: int,
     own_threads: int,
-    steal: int,
     quota_us: str,
     said: str,
 ) -> None:
     (system.parent / "own").write_text("0::/\n")
     quota(system, quota_us)
-    (system.parent / "loadavg").write_text(f"{load} 1.00 1.00 3/200 4711\n")
-    monkeypatch.setattr(machine, "_LOADAVG", system.parent / "loadavg")
-    monkeypatch.setattr(machine, "_STAT", system.parent / "stat")
-    monkeypatch.setattr(machine, "_TIMES_AT_IMPORT", [100, 0, 50, 800, 0, 0, 0, 7])
-    (system.parent / "stat").write_text(
-        f"cpu {150 - steal} 0 80 820 0 0 0 {7 + steal} 0 0\ncpu0 1 1 1\n"
-    )
-    found = machine.describe_cores(own_threads)
+    stat = system.parent / "stat"
+    monkeypatch.setattr(machine, "_STAT", stat)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    stat.write_text(cpu_lines(8, user=0, idle=0))
+    monkeypatch.setattr(os, "times", lambda: (1.0, 0.0, 0.0, 0.0, 5.0))
+    use = machine.CpuUse()
+    stat.write_text(cpu_lines(8, **ticks))
+    monkeypatch.setattr(os, "times", lambda: (1.0 + own / 100, 0.0, 0.0, 0.0, 6.0))
+    found = machine.describe_cores(own_threads, use)
     assert found.startswith(said) if said else found == ""
+
+
+def test_only_the_cpus_of_this_process_count(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = system.parent / "stat"
+    monkeypatch.setattr(machine, "_STAT", stat)
+    monkeypatch.setattr(os, "times", lambda: (0.0,) * 5)
+    for allowed, said in (({1}, ""), ({0, 1}, "used 1.0 of 2 CPUs"), ({40, 41}, "used 1.0 of 2")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cpus=allowed: cpus)
+        stat.write_text("cpu0 0 0 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0\n")
+        use = machine.CpuUse()
+        stat.write_text("cpu0 100 0 0 0 0 0 0 0\ncpu1 0 0 0 100 0 0 0 0\n")
+        found = use.describe()
+        assert said in found if said else found == ""

@@ -1194,14 +1194,13 @@ def test_status_shows_shared_cores_of_a_running_job(
     assert gptbatch("generate", *options)[0] == 0
     monkeypatch.setattr(
         "gptbatch.jobs.status.describe_cores",
-        lambda own_threads: "other processes run or wait for them",
+        lambda own_threads: "other programs used 2.0 of 2 CPUs",
     )
     assert "cores " not in gptbatch("status", "out")[1]
     (tmp_path / "out" / "_SUCCESS").unlink()
     with open_lock(tmp_path / "out" / ".gptbatch"):
         assert (
-            "cores    shared with other programs, if the run is on this machine: "
-            "other processes run or wait for them\n"
+            "cores    shared, if the run is on this machine: other programs used 2.0 of 2 CPUs\n"
         ) in gptbatch("status", "out")[1]
 
 

@@ -19,7 +19,7 @@ from gptbatch.pipeline.model.loading import LoadedModel
 from gptbatch.pipeline.output.part_runner import max_parts_in_flight
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.storage.location import location_of
-from gptbatch.pipeline.system.machine import cores, describe_cores
+from gptbatch.pipeline.system.machine import describe_cores
 
 FLOAT32_BYTES = 4
 # Fewer rows per step than this share of the batch size are worth a warning.
@@ -151,8 +151,8 @@ def find_warnings(
             f"the KV cache holds about {mean_batch_size:.0f} rows of this length at once, not "
             f"{requested}; a larger memory_gib or a smaller max_new_tokens lets more run"
         )
-    if loaded.model.device.type == "cpu" and (shared := describe_cores(cores().threads)):
-        found.append(f"other programs use the cores, and the estimate includes that: {shared}")
+    if loaded.model.device.type == "cpu" and (shared := describe_cores()):
+        found.append(f"the cores are shared, and the estimate includes that: {shared}")
     return found
 
 

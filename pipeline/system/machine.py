@@ -19,14 +19,17 @@ _MEMORY_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-# processes besides this one; below it the cores count as unshared
-MIN_OTHER_LOAD = 0.5
+# CPUs that other programs use; below it the cores count as unshared
+MIN_OTHER_CPUS = 0.5
 # share of CPU time; below it steal is not reported
 MIN_STEAL = 0.05
 # digits of a number in a file of the kernel
 MAX_DIGITS = 20
 # ticks (1/100 s) of all CPUs; a shorter interval gives no reliable share
 MIN_TICKS = 20
+# columns of /proc/stat: idle, iowait, steal; and steal alone
+NOT_USED = (3, 4, 7)
+STEAL = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +57,51 @@ def cores() -> Cores:
     return Cores(cpus, min(quotas, default=None))
 
 
-def describe_cores(own_threads: int = 0) -> str:
-    """Describe why the cores are shared with other work, "" where they are not.
+class CpuUse:
+    """The use of the CPUs of this process, from the creation of the object on.
+
+    It counts ticks of the CPUs, unlike the load average, in which a run that has ended counts for
+    minutes.
+    """
+
+    def __init__(self) -> None:
+        self._ticks, self._own = _cpu_ticks(), _own_ticks()
+
+    def describe(self, own_threads: int = 0) -> str:
+        """Describe which CPU time other programs and the host took; "" for none worth naming.
+
+        Args:
+            own_threads: Running threads of other processes that do not count as other programs.
+        """
+        ticks = [now - then for now, then in zip(_cpu_ticks(), self._ticks, strict=True)]
+        total, count = sum(ticks), _n_cpus()
+        if total < MIN_TICKS:
+            return ""
+        used = total - sum(ticks[column] for column in NOT_USED) - (_own_ticks() - self._own)
+        reasons = []
+        if (others := used / total * count) - own_threads >= MIN_OTHER_CPUS:
+            seconds = total / count / os.sysconf("SC_CLK_TCK")
+            reasons.append(
+                f"other programs used {others:.1f} of {count} CPUs in the last {seconds:.1f} s"
+            )
+        if (steal := ticks[STEAL] / total) >= MIN_STEAL:
+            reasons.append(f"the host takes {steal:.0%} of their time (steal)")
+        return "; ".join(reasons)
+
+
+def describe_cores(own_threads: int = 0, use: CpuUse | None = None) -> str:
+    """Describe why this process does not have its CPUs for itself, "" where it does.
 
     Args:
-        own_threads: Running threads of this process, which are part of the load.
+        own_threads: As in `CpuUse.describe`.
+        use: The use of the CPUs to describe; None is that since the start of the process.
     """
     found = cores()
     reasons = []
     if found.quota is not None and found.quota < found.cpus:
         reasons.append(f"the control group may use {found.quota:g} of {found.cpus} CPUs")
-    load = load_average()
-    if load - own_threads >= MIN_OTHER_LOAD:
-        reasons.append(
-            f"other processes run or wait for them (load {load:.2f} on {os.cpu_count()} CPUs)"
-        )
-    if (steal := _steal()) >= MIN_STEAL:
-        reasons.append(f"the host takes {steal:.0%} of their time (steal)")
+    if used := (use or _SINCE_IMPORT).describe(own_threads):
+        reasons.append(used)
     return "; ".join(reasons)
 
 
@@ -91,6 +122,40 @@ def cpu_flags() -> frozenset[str]:
     """Return the names that the kernel gives to the features of the CPU, such as avx512f."""
     # Features: on ARM
     return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def _n_cpus() -> int:
+    """Return the number of CPUs that `_cpu_ticks` counts."""
+    return max(1, len(_own_cpu_lines()))
+
+
+def _cpu_ticks() -> list[int]:
+    """Return the first 8 columns of /proc/stat, summed over the CPUs of this process."""
+    columns = [0] * 8
+    for line in _own_cpu_lines():
+        for column, word in enumerate(line.split()[1:9]):
+            columns[column] += _number(word) or 0
+    return columns
+
+
+def _own_cpu_lines() -> list[str]:
+    """Return the lines of /proc/stat of the CPUs that this process may run on.
+
+    A container may show its CPUs under other numbers; then these are all lines.
+    """
+    lines = {
+        line.split()[0]: line
+        for line in _read(_STAT).splitlines()
+        if line.startswith("cpu") and line[3:4].isdigit()
+    }
+    has_affinity = hasattr(os, "sched_getaffinity")
+    allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)} if has_affinity else set()
+    return [line for name, line in lines.items() if name in allowed or not allowed <= lines.keys()]
+
+
+def _own_ticks() -> float:
+    """Return the CPU time of this process and of its children that have ended, in ticks."""
+    return sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
 
 
 def _cpuinfo(key: str) -> str:
@@ -183,18 +248,6 @@ def _quota(folder: Path) -> float | None:
     return quota / period if quota and period else None
 
 
-def _steal() -> float:
-    """Return the share of CPU time stolen by the host since this module was imported."""
-    passed = [now - then for now, then in zip(_cpu_times(), _TIMES_AT_IMPORT, strict=False)]
-    is_long_enough = len(passed) == 8 and sum(passed) >= MIN_TICKS
-    return passed[7] / sum(passed) if is_long_enough else 0.0
-
-
-def _cpu_times() -> list[int]:
-    """Return the first 8 columns of the cpu line of /proc/stat, in ticks. Column 7 is steal."""
-    return [_number(word) or 0 for word in _read(_STAT).partition("\n")[0].split()[1:9]]
-
-
 def _with_parents(root: Path, path: str) -> list[Path]:
     """Return the folder of a control group and its parents, up to the root that is visible."""
     folder = root / path.strip("/")
@@ -236,4 +289,4 @@ def _number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else None
 
 
-_TIMES_AT_IMPORT = _cpu_times()
+_SINCE_IMPORT = CpuUse()
