@@ -112,7 +112,8 @@ def _lines(estimate: RunEstimate) -> list[str]:
     assert pilot is not None
     assert estimate.memory is not None
     assert estimate.disk_bytes is not None
-    assert estimate.part_s is not None
+    assert estimate.kill_rows is not None
+    assert estimate.kill_s is not None
     at_most = f"; at most {_time(took.limit_s)}, if every row reaches its max_new_tokens"
     limit = at_most if took.limit_s > 1.01 * took.expected_s else ""
     low, high = _time(took.low_s), _time(took.high_s)
@@ -134,7 +135,8 @@ def _lines(estimate: RunEstimate) -> list[str]:
         f"memory   {_memory(estimate.memory)}",
         f"disk     about {_size(estimate.disk_bytes)} in {estimate.parts:,} "
         f"part{'s' * (estimate.parts != 1)} of at most {estimate.part_rows:,} rows",
-        f"a kill   costs the unfinished parts; one takes about {_time(estimate.part_s)}",
+        f"a kill   costs up to about {estimate.kill_rows:,} rows of unfinished parts, or "
+        f"{_time(estimate.kill_s)}",
         f"pilot    {pilot.rows:,} rows in {pilot.seconds:.1f} s, of which {pilot.rows_stopped:,} "
         f"stopped by themselves; {pilot.steps:,} steps, R2 {pilot.r_squared:z.2f}",
         *(f"warning  {warning}" for warning in estimate.warnings),

@@ -280,8 +280,13 @@ def test_the_command_prints_lines_or_json(
     assert ran.code == 0, ran.stderr
     starts = [line.split()[0] for line in ran.stdout.splitlines()]
     assert starts[1:9] == ["rows", "tokens", "time", "price", "memory", "disk", "a", "pilot"]
+    options += ["--part-rows", "5", "--batch-size", "3"]
     ran = run_gptbatch("plan", *options, "--seconds", "1", "--json", cwd=tmp_path)
-    assert json.loads(ran.stdout)["rows"] == 40
+    found = json.loads(ran.stdout)
+    assert found["rows"] == 40
+    # 3 samples run and 9 wait, of 60 in 40 rows.
+    assert found["kill_rows"] == 5 + 8
+    assert 0 < found["kill_s"] < found["time"]["expected_s"]
     assert run_gptbatch("generate", *options, cwd=tmp_path).code == 0
     ran = run_gptbatch("plan", *options, cwd=tmp_path)
     assert "nothing is left to do" in ran.stdout

@@ -85,7 +85,9 @@ class RunEstimate:
         price: Price of the expected time, of low_s, high_s and limit_s. None without a price.
         memory: None if no row reaches the model.
         disk_bytes: Size of the parts.
-        part_s: Expected seconds per part.
+        kill_rows: Rows that a kill typically costs at most: those of one part, and those that the
+            engine holds, which finish out of order.
+        kill_s: Expected seconds to generate them.
         pilot: None if no row reaches the model.
         warnings: A sentence each.
     """
@@ -108,7 +110,8 @@ class RunEstimate:
     price: dict[str, float] | None = None
     memory: MemoryEstimate | None = None
     disk_bytes: int | None = None
-    part_s: float | None = None
+    kill_rows: int | None = None
+    kill_s: float | None = None
     pilot: PilotReport | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -180,8 +183,9 @@ def estimate_job(
         context_s=_seconds_per_cached_token(loaded),
         start_s=start_s,
     )
+    rows_held = (batching.batch_size + batching.max_waiting) * work.n_rows // work.n_samples
     return _with_prediction(
-        counted,
+        replace(counted, kill_rows=min(rows, counted.part_rows + rows_held)),
         pilot,
         predicted,
         price_per_hour,
@@ -219,6 +223,7 @@ def _with_prediction(
 ) -> RunEstimate:
     took, cost = predicted.time, predicted.cost
     written, tokens = pilot.written, counted.prompt_tokens + predicted.new_tokens
+    assert counted.kill_rows is not None
     disk_bytes = round(written.file_bytes * tokens + written.bytes_per_file * counted.parts)
     warnings = [*counted.warnings, *warnings]
     if warning := find_disk_warning(counted.output, disk_bytes):
@@ -244,7 +249,7 @@ def _with_prediction(
         },
         memory=memory,
         disk_bytes=disk_bytes,
-        part_s=(took.expected_s - took.start_s) * min(1.0, counted.part_rows / counted.rows),
+        kill_s=(took.expected_s - took.start_s) * counted.kill_rows / counted.rows,
         pilot=PilotReport(
             seconds=float(pilot.seconds.sum()),
             steps=len(pilot.seconds),
