@@ -142,7 +142,19 @@ def test_the_bar_shows_time_speed_and_errors(monkeypatch: pytest.MonkeyPatch) ->
     assert " 0 tokens/s" not in shown
 
 
-# -- status --watch ----------------------------------------------------------------------------
+# -- status ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("missing", "missing: no such folder; name the"), ("", "holds no run of gptbatch; name the")],
+)
+def test_status_says_that_a_new_run_may_be_checking_its_input(
+    tmp_path: Path, name: str, said: str
+) -> None:
+    done = run_gptbatch("status", tmp_path / name)
+    assert (done.code, said in done.stderr) == (66, True)
+    assert "after the check of its input)" in done.stderr
 
 
 def test_watching_a_finished_run_prints_it_once(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import click
 import pytest
 import yaml
-from click.testing import CliRunner
 
 from gptbatch.jobs.group import cli
 from gptbatch.pipeline import load_config
@@ -405,8 +404,3 @@ def test_the_airflow_task_retries_only_codes_that_a_retry_mends(airflow: dict[st
         with pytest.raises(airflow["Failed"], match=f"exited with {code}; a retry does not help"):
             generate(["sh", "-c", f"exit {code}"])
     check_command(airflow["COMMAND"])
-
-
-def test_status_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli, ["status", str(tmp_path)], standalone_mode=False)
-    assert "holds no run of gptbatch" in str(result.exception)

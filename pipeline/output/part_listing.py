@@ -77,7 +77,10 @@ def read_run_state(path: Location) -> FolderState | None:
         InputNotFoundError: There is no folder, or it holds other files.
     """
     if not path.exists():
-        raise InputNotFoundError(f"{path}: no such folder; name the output folder of a run")
+        raise InputNotFoundError(
+            f"{path}: no such folder; name the output folder of a run (a new run creates it after "
+            "the check of its input)"
+        )
     if not path.is_dir():
         raise InputNotFoundError(f"{path}: is not a folder; name the output folder of a run")
     try:

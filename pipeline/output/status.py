@@ -116,7 +116,8 @@ def output_status(
         if (index := _index(folder)) is not None:
             return index
         raise InputNotFoundError(
-            f"{path}: holds no run of gptbatch; name the output folder of a run"
+            f"{path}: holds no run of gptbatch; name the output folder of a run (a new run is "
+            "shown after the check of its input)"
         )
     return _status(folder, state, listing, progress, problems)
 
