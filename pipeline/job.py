@@ -17,6 +17,7 @@ from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
 from gptbatch.pipeline.model.checkpoint import Checkpoint, find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.output.error_limit import ErrorLimit
+from gptbatch.pipeline.output.existing_run import Target, inspect_output
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
 from gptbatch.pipeline.output.input_record import CheckedInput, check_input
@@ -24,7 +25,7 @@ from gptbatch.pipeline.output.lock import OutputLock, open_lock
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import find_continued_run, find_run
-from gptbatch.pipeline.output.run_output import RunOutput, Target, inspect_output
+from gptbatch.pipeline.output.run_output import RunOutput
 from gptbatch.pipeline.output.runs import open_run_folder
 from gptbatch.pipeline.output.shards import NO_SHARD, Shard
 from gptbatch.pipeline.storage.location import location_of

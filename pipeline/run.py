@@ -26,6 +26,12 @@ from gptbatch.pipeline.errors import InputRowsError, OutputConflictError, Storag
 from gptbatch.pipeline.job import CheckedJob, Job, check_job, find_job, lock_output
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device, threads_to_use
 from gptbatch.pipeline.output.error_limit import ErrorLimitError
+from gptbatch.pipeline.output.existing_run import (
+    ExistingRun,
+    Target,
+    confirm_complete,
+    inspect_output,
+)
 from gptbatch.pipeline.output.part_runner import PartRunner, Stop
 from gptbatch.pipeline.output.part_source import ListedParts, PartSource
 from gptbatch.pipeline.output.resume import (
@@ -34,13 +40,7 @@ from gptbatch.pipeline.output.resume import (
 )
 from gptbatch.pipeline.output.row_runner import Progress
 from gptbatch.pipeline.output.run_facts import collect_run_facts
-from gptbatch.pipeline.output.run_output import (
-    ExistingRun,
-    RunOutput,
-    Target,
-    confirm_complete,
-    inspect_output,
-)
+from gptbatch.pipeline.output.run_output import RunOutput
 from gptbatch.pipeline.output.runs import last_speed, open_run_folder
 from gptbatch.pipeline.output.shards import NO_SHARD, Shard, find_shard
 from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output

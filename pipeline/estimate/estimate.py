@@ -31,7 +31,8 @@ from gptbatch.pipeline.estimate.walk import Batching
 from gptbatch.pipeline.estimate.workload import Workload, count_workload
 from gptbatch.pipeline.job import CheckedJob, Job, check_job, find_job
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
-from gptbatch.pipeline.output.resume import check_same_input, find_kept_parts
+from gptbatch.pipeline.output.kept_parts import find_kept_parts
+from gptbatch.pipeline.output.resume import check_same_input
 from gptbatch.pipeline.output.row_runner import make_engine
 from gptbatch.pipeline.output.shards import find_shard
 
