@@ -7,28 +7,23 @@ rounding explains.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptbatch.pipeline.audit.loaded_run import LoadedRun
+from gptbatch.pipeline.audit.step_checks import OtherToken, StepChecks, check_steps
 from gptbatch.pipeline.config import EngineConfig
 from gptbatch.pipeline.output.schema import LOGPROB_COLUMNS, logprob_columns
 from gptbatch.pipeline.params.sampling_params import from_row
-from gptbatch.pipeline.types import ENDING_STOP_REASONS, TokenLogprobs
+from gptbatch.pipeline.types import ENDING_STOP_REASONS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from gptbatch.pipeline.audit.trace import RecordedRow
-    from gptbatch.pipeline.engine.row_adjustments import RowAdjustments, StepAdjustments
-    from gptbatch.pipeline.engine.sampling import SampledToken
-    from gptbatch.pipeline.engine.sampling_step import SampleRequest
 
 ROWS_PER_BATCH = 64
 # Relative to the largest logit of a step, by dtype: above all differences seen between reduction
@@ -131,139 +126,23 @@ def _verify_batch(
                 prompt=prompt, new=row["completion_token_ids"], params=from_row(row)
             )
     margins = [rows[number]["min_decision_margin"] for number in recorded]
-    checks = _check_steps(loaded_run, list(recorded.values()), margins)
+    checks = check_steps(loaded_run, list(recorded.values()), margins)
     for (number, tokens), check in zip(recorded.items(), checks, strict=True):
         verdicts[number] = _judge(loaded_run, rows[number], tokens, check, bits_equal=bits_equal)
     return [verdicts[number] for number in range(len(rows))]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _OtherToken:
-    """A step at which the weights give another token than the recorded one."""
-
-    step: int
-    recorded: int
-    sampled: int | None
-    distance: float
-    max_logit: float
-
-
-class _StepChecks:
-    """The steps of one row: those with other tokens, and the records of their logits.
-
-    Args:
-        adjustments: Of its logits; None for none. It has taken the tokens of the steps so far.
-    """
-
-    def __init__(self, adjustments: RowAdjustments | None) -> None:
-        self.adjustments = adjustments
-        self.other_tokens: list[_OtherToken] = []
-        self.min_decision_margin = math.inf
-        self.logits_hash = hashlib.sha256()
-        self.logprobs: list[TokenLogprobs] = []
-
-    def next_adjustments(self, token: int) -> StepAdjustments | None:
-        """Return the adjustments of the next step, whose recorded token is given."""
-        from gptbatch.pipeline.engine.row_adjustments import next_adjustments
-
-        step = next_adjustments(self.adjustments)
-        if self.adjustments is not None:
-            self.adjustments.add(token)
-        return step
-
-
-def _check_steps(
-    loaded_run: LoadedRun,
-    rows: Sequence[RecordedRow],
-    recorded_margins: Sequence[float | None],
-) -> list[_StepChecks]:
-    """Sample every step of every row again, and compare the tokens with the recorded ones."""
-    from gptbatch.pipeline.audit.trace import explain_step, step_hidden
-    from gptbatch.pipeline.engine.sampling_step import SampleRequest
-
-    model = loaded_run.loaded.model
-    checks = [_StepChecks(loaded_run.row_adjustments(row.params, row.prompt)) for row in rows]
-    # Margins above the recorded minimum need not be exact. The bound lies just above it, so that a
-    # larger minimum shows.
-    margin_bounds = [
-        math.inf if margin is None else math.nextafter(margin, math.inf)
-        for margin in recorded_margins
-    ]
-    for segments, hidden in step_hidden(model, rows):
-        steps = [(segment.row, step) for segment in segments for step in segment.steps]
-        requests = [
-            SampleRequest(
-                params=rows[index].params,
-                step=step,
-                margin_bound=margin_bounds[index],
-                adjustments=checks[index].next_adjustments(rows[index].new[step]),
-            )
-            for index, step in steps
-        ]
-        samples = _sample(loaded_run, requests, hidden, [checks[index] for index, _ in steps])
-        for number, ((index, step), sample) in enumerate(zip(steps, samples, strict=True)):
-            check, token = checks[index], rows[index].new[step]
-            if sample.decision_margin is not None:
-                check.min_decision_margin = min(check.min_decision_margin, sample.decision_margin)
-            if sample.logprobs is not None:
-                check.logprobs.append(sample.logprobs)
-            if sample.token != token:
-                (logits,) = model.logits(hidden[number : number + 1])
-                distance = explain_step(logits, requests[number], token).distance
-                check.other_tokens.append(
-                    _OtherToken(
-                        step=step,
-                        recorded=token,
-                        sampled=sample.token,
-                        distance=distance,
-                        max_logit=float(logits.abs().max()),
-                    )
-                )
-    return checks
-
-
-def _sample(
-    loaded_run: LoadedRun,
-    requests: Sequence[SampleRequest],
-    hidden: Tensor,
-    checks: Sequence[_StepChecks],
-) -> list[SampledToken]:
-    """Sample the tokens of steps, and hash their logits where the run recorded a digest.
-
-    Args:
-        loaded_run: The run.
-        requests: One per step.
-        hidden: The head's input (S, C).
-        checks: Those of the row of each step.
-    """
-    from gptbatch.pipeline.engine.sampling_step import sample_for_model
-    from gptbatch.pipeline.engine.two_pass_sampling import sample_from_hidden
-    from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS, logits_bytes
-
-    model = loaded_run.loaded.model
-    if not loaded_run.config.record_logits_digest:
-        return sample_from_hidden(model, hidden, requests)
-    samples: list[SampledToken] = []
-    for first in range(0, len(requests), MAX_HEAD_ROWS):
-        chunk = slice(first, first + MAX_HEAD_ROWS)
-        logits = model.logits(hidden[chunk])
-        for check, step_logits in zip(checks[chunk], logits.cpu(), strict=True):
-            check.logits_hash.update(logits_bytes(step_logits))
-        samples += sample_for_model(model, logits, requests[chunk])
-    return samples
 
 
 def _judge(
     loaded_run: LoadedRun,
     row: dict[str, Any],
     tokens: RecordedRow,
-    check: _StepChecks,
+    check: StepChecks,
     *,
     bits_equal: bool,
 ) -> Verdict:
     """Return the verdict of a row whose steps were sampled again."""
     relative = _tolerance(loaded_run.config.engine, tokens.params.repetition_penalty)
-    near_tie: _OtherToken | None = None
+    near_tie: OtherToken | None = None
     for other in check.other_tokens:
         is_near = other.sampled is not None and other.distance <= relative * other.max_logit
         if bits_equal or not is_near:
@@ -360,7 +239,7 @@ def _verdict(row: dict[str, Any], outcome: Outcome, problem: str = "") -> Verdic
     )
 
 
-def _token_verdict(row: dict[str, Any], outcome: Outcome, other: _OtherToken) -> Verdict:
+def _token_verdict(row: dict[str, Any], outcome: Outcome, other: OtherToken) -> Verdict:
     return Verdict(
         prompt_id=row["prompt_id"],
         prompt_index=row["prompt_index"],
