@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -417,7 +418,6 @@ def test_part_sizes_and_row_order_are_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
 ) -> None:
     monkeypatch.setattr(gptbatch.pipeline.audit.run_reader, "BATCH_ROWS", batch_rows)
-    monkeypatch.setattr(gptbatch.pipeline.audit.diff, "BATCH_ROWS", batch_rows)
     rows = many(31)
     shuffled = [rows[i * 12 % 31] for i in range(31)]
     assert shuffled != rows
@@ -473,7 +473,6 @@ def test_changed_rows_are_found_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
 ) -> None:
     monkeypatch.setattr(gptbatch.pipeline.audit.run_reader, "BATCH_ROWS", batch_rows)
-    monkeypatch.setattr(gptbatch.pipeline.audit.diff, "BATCH_ROWS", batch_rows)
     rows = [completion(f"id {i}", [i, i, 100 + i] if i % 3 else [i, i, i]) for i in range(31)]
     shuffled = [completion(f"id {i}", [i, i, i]) for i in (j * 12 % 31 for j in range(31))]
     a, b = (
@@ -484,6 +483,39 @@ def test_changed_rows_are_found_in_any_order(
         (one.prompt_id, one.token_index, one.token_a, one.token_b) for one in differences(a, b)
     ]
     assert found == [(f"id {i}", 2, 100 + i, i) for i in range(31) if i % 3]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_changes_are_those_that_a_naive_comparison_finds(tmp_path: Path, seed: int) -> None:
+    """Of parts that line up, and of parts whose rows are shuffled, missing or new."""
+    rng = random.Random(seed)
+    rows = [
+        failed(f"id {i}")
+        if rng.random() < 0.1
+        else completion(f"id {i}", range(rng.randrange(1, 6)))
+        for i in range(60)
+    ]
+    changed = [
+        rng.choice([failed(row.prompt.prompt_id), completion(row.prompt.prompt_id, (9, i))])
+        if rng.random() < 0.1
+        else row
+        for i, row in enumerate(rows)
+    ]
+    first = rng.randrange(50)
+    changed[first : first + 10] = rng.sample(changed[first : first + 10], 10)
+    if rng.random() < 0.5:
+        del changed[rng.randrange(60)]
+        changed.append(completion("new"))
+    a = write_run(tmp_path / "a", rows, part_rows=7)
+    b = write_run(tmp_path / "b", changed, part_rows=7)
+
+    def content(row: Completion) -> tuple[list[int], str]:
+        return list(row.token_ids), row.finish_reason
+
+    left, right = ({row.prompt.prompt_id: content(row) for row in made} for made in (rows, changed))
+    expected = [key for key in left if left[key] != right.get(key)]
+    expected += [key for key in right if key not in left]
+    assert [one.prompt_id for one in differences(a, b)] == expected
 
 
 def test_a_shorter_completion_differs_where_it_ends(tmp_path: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
-from gptbatch.pipeline.audit.run_reader import BATCH_ROWS, RunReader
-from gptbatch.pipeline.errors import StorageError
+from gptbatch.pipeline.audit.row_pairs import Row, unequal_pairs
+from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.output.environment import environment_differences
 from gptbatch.pipeline.output.part_plan import without_explained_hash
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
@@ -20,9 +18,7 @@ DifferenceKind = Literal[
     "prompt", "error", "tokens", "finish", "text", "logits", "only_in_a", "only_in_b"
 ]
 
-_COLUMNS = (
-    "prompt_id",
-    "sample_index",
+_COMPARED = (
     "prompt",
     "completion",
     "completion_token_ids",
@@ -39,11 +35,6 @@ _ROW_SETTINGS = tuple(
     for name, setting in SAMPLING_SETTINGS.items()
     if setting.column_type and name != "max_new_tokens"
 )
-# A version without samples has no sample_index.
-_COMPARED = tuple(name for name in _COLUMNS if name not in ("prompt_id", "sample_index"))
-# An id, or an id and a sample_index: most runs have one sample per row, and memory holds all keys.
-_Key = str | tuple[str, int]
-_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,49 +148,20 @@ class DiffSummary:
 
 
 def diff_runs(a: RunReader, b: RunReader) -> Iterator[RowDifference]:
-    """Yield the rows that differ, joined by prompt_id and sample_index, in the order of `a`.
+    """Yield the rows that differ, paired by prompt_id and sample_index, in the order of `a`.
 
-    Rows that only `b` has come last.
-
-    Timings and the texts of errors are not compared. Memory holds an id and a digest per row of
-    `b`, and a batch of rows of each run. Each run is read once; rows of `b` that differ are read a
-    second time, or several times where the orders differ.
+    Rows that only `b` has come last. Timings and the texts of errors are not compared. For memory,
+    and how often the runs are read, see `unequal_pairs`.
 
     Raises:
         StorageError: A part cannot be read, or a run holds an id twice.
     """
-    indices: dict[_Key, int] = {}
-    digests = bytearray()
-    for index, row in enumerate(b.rows(_COLUMNS)):
-        if indices.setdefault(_key(row), index) != index:
-            raise _duplicate_id(b, row["prompt_id"])
-        digests += _digest(row)
-    seen = bytearray(len(indices))
-    names = (*_COLUMNS, *_ROW_SETTINGS, "sampling_params")
-    reader = b.row_reader(names)
-    rows = a.rows(names)
-    while block := list(islice(rows, BATCH_ROWS)):
-        unequal: dict[_Key, int] = {}
-        for row in block:
-            index_b = indices.get(_key(row))
-            if index_b is None:
-                continue
-            if seen[index_b]:
-                raise _duplicate_id(a, row["prompt_id"])
-            seen[index_b] = True
-            if digests[index_b * _DIGEST_BYTES : (index_b + 1) * _DIGEST_BYTES] != _digest(row):
-                unequal[_key(row)] = index_b
-        partners = {_key(row): row for row in reader.take(sorted(unequal.values()))}
-        for row in block:
-            key = _key(row)
-            if key in partners:
-                if (difference := _compare(row, partners[key])) is not None:
-                    yield difference
-            elif key not in indices:
-                yield _only_in(key, "only_in_a")
-    for key, index in indices.items():
-        if not seen[index]:
-            yield _only_in(key, "only_in_b")
+    settings = (*_ROW_SETTINGS, "sampling_params")
+    for row_a, row_b in unequal_pairs(a, b, _COMPARED, settings):
+        if row_a is None or row_b is None:
+            yield _only_in(row_a, row_b)
+        elif (difference := _compare(row_a, row_b)) is not None:
+            yield difference
 
 
 def summarize(a: RunReader, b: RunReader, differences: Iterable[RowDifference]) -> DiffSummary:
@@ -262,20 +224,14 @@ def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
 
 
-def _key(row: dict[str, Any]) -> _Key:
-    """Return the id of a row, and the id and index of later samples."""
-    return (row["prompt_id"], index) if (index := row["sample_index"]) else row["prompt_id"]
-
-
-def _only_in(key: _Key, kind: DifferenceKind) -> RowDifference:
-    prompt_id, sample_index = (key, 0) if isinstance(key, str) else key
-    return RowDifference(prompt_id=prompt_id, sample_index=sample_index, kind=kind)
-
-
-def _digest(row: dict[str, Any]) -> bytes:
-    """Return a 16-byte hash of the compared columns."""
-    compared = [row[name] is None if name == "error" else row[name] for name in _COMPARED]
-    return hashlib.blake2b(repr(compared).encode(), digest_size=_DIGEST_BYTES).digest()
+def _only_in(row_a: Row | None, row_b: Row | None) -> RowDifference:
+    row = row_a or row_b
+    assert row is not None
+    return RowDifference(
+        prompt_id=row["prompt_id"],
+        sample_index=row["sample_index"] or 0,
+        kind="only_in_a" if row_a else "only_in_b",
+    )
 
 
 def _compare(a: dict[str, Any], b: dict[str, Any]) -> RowDifference | None:
@@ -337,11 +293,4 @@ def _sampled_alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """
     return all(a[name] == b[name] for name in ("temperature", "sampling_params")) and (
         a["temperature"] == 0 or all(a[name] == b[name] for name in _ROW_SETTINGS)
-    )
-
-
-def _duplicate_id(run: RunReader, prompt_id: str) -> StorageError:
-    return StorageError(
-        f"{run.path}: holds the id {prompt_id!r} twice, so that rows cannot be paired; does it "
-        "hold parts of two runs?"
     )
