@@ -25,7 +25,7 @@ from gptbatch.pipeline.config.problems import (
     describe_problem,
     join_problems,
     key_of,
-    nearest_key,
+    nearest_keys,
     setting_of_key,
     with_value,
 )
@@ -265,8 +265,8 @@ def _hint(name: str, keys: Collection[str]) -> str:
     word = name.removeprefix(ENVIRONMENT_PREFIX)
     if advice := advice_for(word):
         return f"; {advice}"
-    if key := nearest_key(word.lower(), keys):
-        return f"; did you mean {environment_name(key)}?"
+    if nearest := nearest_keys(word.lower(), keys):
+        return f"; did you mean {' or '.join(map(environment_name, nearest))}?"
     return f"; known are {', '.join(map(environment_name, keys))}"
 
 
