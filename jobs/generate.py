@@ -87,7 +87,8 @@ class _Generate(GroupedCommand):
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Validate every row and print token counts. Loads no model and writes nothing.",
+    help="Validate every row and the output folder, and print token counts. Loads no model and "
+    "writes nothing.",
 )
 @click.pass_context
 def generate(
@@ -114,6 +115,8 @@ def generate(
     config = command_config(context, config_file, settings, {"temperature": 0.0} if greedy else {})
     if dry_run:
         report = inspect_job(config)
+        if report.rows_kept:
+            print_message(f"the output holds {report.rows_kept:,} of the rows, which a run keeps")
         for line in _describe_fields(report):
             print_message(line)
         echo(json.dumps(asdict(report)))
