@@ -174,6 +174,7 @@ def command_config(
     config_file: str | None,
     settings: dict[str, Any],
     more: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
 ) -> JobConfig:
     """Return the config that the options of a command, the environment and a file give.
 
@@ -182,6 +183,7 @@ def command_config(
         config_file: A YAML file, or the name of a bundled config.
         settings: The values of the options by parameter.
         more: Further settings.
+        defaults: Settings that all others override.
     """
     options = {
         name.replace("__", "."): list(value) if isinstance(value, tuple) else value
@@ -189,7 +191,7 @@ def command_config(
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     } | more
     try:
-        return load_config(config_file, options=options)
+        return load_config(config_file, options=options, defaults=defaults)
     except ConfigError as error:
         if error.keys:
             raise click.UsageError(_in_option_words(str(error), options)) from error

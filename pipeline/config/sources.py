@@ -59,7 +59,11 @@ _SERVICE_VARIABLES = (
 
 
 def load_config(
-    file: str | None, *, environment: Mapping[str, str] = os.environ, options: Mapping[str, Any]
+    file: str | None,
+    *,
+    environment: Mapping[str, str] = os.environ,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
 ) -> JobConfig:
     """Merge options, environment and file, in this order of precedence, and validate the result.
 
@@ -68,12 +72,13 @@ def load_config(
             gpt2-cuda-fast.
         environment: Variables; those that begin with GPTBATCH_ are settings.
         options: Settings by config key. Nested keys are flat: "engine.dtype".
+        defaults: Settings that all others override.
 
     Raises:
         ConfigError: A setting is wrong. The message names its source and key. `keys` holds the
             keys that options give wrongly, and the required keys that nothing gives.
     """
-    layers: list[tuple[str, dict[str, Any]]] = []
+    layers: list[tuple[str, dict[str, Any]]] = [("defaults", dict(defaults or {}))]
     if file is not None:
         path = find_config(file)
         layers.append((str(path), _flatten(_read_yaml(path), str(path))))
