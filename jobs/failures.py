@@ -16,11 +16,11 @@ import click
 from gptbatch.jobs.limits import out_of_memory, out_of_threads
 from gptbatch.jobs.messages import clean, is_from_echo, print_message
 from gptbatch.pipeline.errors import ConfigError, GptbatchError, StoppedError, StorageError
+from gptbatch.pipeline.system.error_text import shortened
 
 EXIT_BUG = 70
 MAX_QUOTED = 200
 MAX_CAUSES = 20
-MAX_LIBRARY_TEXT = 300
 # the shell sets it to get completions of the command line from click
 COMPLETION_VARIABLE = "_GPTBATCH_COMPLETE"
 PACKAGE = "gptbatch"
@@ -147,9 +147,7 @@ def find_failed_library(error: BaseException) -> str | None:
 def describe_failed_library(library: str, error: BaseException) -> str:
     """Return the message of the library, and the environment variables that it may have read."""
     prefixes = (f"{library.upper()}_", *VARIABLE_PREFIXES.get(library, ()))
-    text = " ".join(str(error).split())
-    if len(text) > MAX_LIBRARY_TEXT:
-        text = f"{text[:MAX_LIBRARY_TEXT]}..."
+    text = shortened(" ".join(str(error).split()))
     found = sorted(name for name in os.environ if name.startswith(prefixes))
     variables = [f"{name}={_short(os.environ[name])}" for name in found]
     advice = (

@@ -87,7 +87,8 @@ class _Generate(GroupedCommand):
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Validate every row and print token counts. Loads no model and writes nothing.",
+    help="Validate every row and the output folder, and print token counts. Loads no model and "
+    "writes nothing.",
 )
 @click.pass_context
 def generate(
@@ -114,6 +115,8 @@ def generate(
     config = command_config(context, config_file, settings, {"temperature": 0.0} if greedy else {})
     if dry_run:
         report = inspect_job(config)
+        if report.rows_kept:
+            print_message(f"the output holds {report.rows_kept:,} of the rows, which a run keeps")
         for line in _describe_fields(report):
             print_message(line)
         echo(json.dumps(asdict(report)))
@@ -171,6 +174,7 @@ def command_config(
     config_file: str | None,
     settings: dict[str, Any],
     more: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
 ) -> JobConfig:
     """Return the config that the options of a command, the environment and a file give.
 
@@ -179,6 +183,7 @@ def command_config(
         config_file: A YAML file, or the name of a bundled config.
         settings: The values of the options by parameter.
         more: Further settings.
+        defaults: Settings that all others override.
     """
     options = {
         name.replace("__", "."): list(value) if isinstance(value, tuple) else value
@@ -186,7 +191,7 @@ def command_config(
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     } | more
     try:
-        return load_config(config_file, options=options)
+        return load_config(config_file, options=options, defaults=defaults)
     except ConfigError as error:
         if error.keys:
             raise click.UsageError(_in_option_words(str(error), options)) from error

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gptbatch.pipeline.estimate.resources import MemoryEstimate
 
 EXAMPLES = """\
-gptbatch plan --config gpt2-cpu --input prompts.jsonl --output out/mine
+gptbatch plan --config gpt2-cpu --input prompts.jsonl
 gptbatch plan --config gpt2-cpu --input prompts.jsonl --output out/mine --price-per-hour 0.19
 gptbatch plan --index --config gpt2-cpu --input 'data/*.jsonl.gz' --output out/mine"""
 
@@ -72,8 +72,8 @@ def plan(
     """Predict how long a run will take on this machine, and its memory and disk.
 
     Counts rows and tokens exactly, and runs some rows for --seconds with the settings of
-    `generate`. Writes nothing. Of a run that is partly done, it plans the rest; with --shard, the
-    parts of that shard.
+    `generate`. Writes nothing. With --output, it checks that folder and its disk, and plans the
+    rest of a run that is partly done there; with --shard, the parts of that shard.
 
     With --index, it writes the index of the input instead: `generate` with the same settings then
     begins without reading the input, and a shard begins at its own rows. Neither the model nor its
@@ -81,8 +81,8 @@ def plan(
     the output folder. The last one to finish writes the index; the others print
     "complete": false.
     """
-    config = command_config(context, config_file, settings, {})
     if index:
+        config = command_config(context, config_file, settings, {})
         for name in ESTIMATE_OPTIONS:
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 option = "--json" if name == "as_json" else "--" + name.replace("_", "-")
@@ -90,8 +90,9 @@ def plan(
         echo(json.dumps(asdict(plan_job(config))))
         return
     check_limits(computes=True)
-    from gptbatch.pipeline.estimate.estimate import estimate_job
+    from gptbatch.pipeline.estimate.estimate import NO_OUTPUT, estimate_job
 
+    config = command_config(context, config_file, settings, {}, {"output": NO_OUTPUT})
     estimate = estimate_job(
         config, seconds=seconds, price_per_hour=price_per_hour, report=print_message
     )
@@ -103,7 +104,8 @@ def _lines(estimate: RunEstimate) -> list[str]:
     rows = f"{estimate.rows:,}" + (
         f" left of {estimate.rows_total:,}; {done:,} are written" if done else ""
     )
-    lines = [f"{estimate.output}: a prediction; nothing is written", f"rows     {rows}"]
+    prefix = "" if estimate.output is None else f"{estimate.output}: "
+    lines = [f"{prefix}a prediction; nothing is written", f"rows     {rows}"]
     if estimate.time is None:
         reason = "all rows left become error rows" if estimate.rows else "nothing is left to do"
         return [*lines, f"time     {reason}", *(f"warning  {w}" for w in estimate.warnings)]

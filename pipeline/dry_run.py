@@ -7,6 +7,7 @@ import os
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.config_hash import job_identity
@@ -14,6 +15,7 @@ from gptbatch.pipeline.input.open_input import open_input
 from gptbatch.pipeline.input.row_warnings import FieldCounts
 from gptbatch.pipeline.input.tokenize import TokenizedInput, log_generation_warnings
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
+from gptbatch.pipeline.job import plan_parts
 from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import resolve_device
@@ -23,6 +25,7 @@ from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import (
     check_same_input,
     find_continued_run,
+    find_kept_parts,
     find_run,
     part_rows_of,
 )
@@ -50,6 +53,7 @@ class InputReport:
         max_new_tokens: Default limit of new tokens per row.
         rows_capped: Rows whose limit is more than the context leaves after the prompt.
         input_digest: SHA-256 of the content of all rows that decides the output.
+        rows_kept: Rows that the output holds and a run keeps; with a shard, those of its parts.
         prompt_fields: The fields that prompts are made of.
         setting_fields: Field that is a setting -> number of rows that have it.
         metadata_fields: Field that is metadata -> number of rows that have it; the first 1,000
@@ -68,6 +72,7 @@ class InputReport:
     max_new_tokens: int
     rows_capped: int
     input_digest: str
+    rows_kept: int
     prompt_fields: list[str] = field(default_factory=list)
     setting_fields: dict[str, int] = field(default_factory=dict)
     metadata_fields: dict[str, int] = field(default_factory=dict)
@@ -82,7 +87,7 @@ def inspect_job(config: JobConfig) -> InputReport:
     Raises:
         GptbatchError: The errors that `run_job` raises before it loads the model.
     """
-    find_shard(config.shard, os.environ)
+    shard = find_shard(config.shard, os.environ)
     check_placement(config)
     folder = OutputFolder(location_of(config.output))
     folder.check_creatable()
@@ -97,9 +102,8 @@ def inspect_job(config: JobConfig) -> InputReport:
     tokenizer = load_tokenizer(checkpoint.folder)
     log_generation_warnings(checkpoint)
     prompts = TokenizedInput(config, checkpoint, tokenizer, open_input(config))
-    continued = find_continued_run(
-        config, find_run(folder), lambda: job_identity(config, checkpoint, tokenizer)
-    )
+    identity = cache(lambda: job_identity(config, checkpoint, tokenizer))
+    continued = find_continued_run(config, find_run(folder), identity)
     field_counts = FieldCounts()
     summary = prompts.reader.check(
         part_rows=part_rows_of(config, continued),
@@ -107,8 +111,13 @@ def inspect_job(config: JobConfig) -> InputReport:
         required_ids=config.skip_row,
         field_counts=field_counts,
     )
+    rows_kept = 0
     if continued is not None:
         check_same_input(config, continued, summary)
+        plan = plan_parts(config, identity(), summary)
+        share = shard.parts(plan.n_parts)
+        files = folder.inspect_parts(continued, folder.read_hashes(), share)
+        rows_kept = find_kept_parts(files, plan).rows
     lengths = array("q")
     errors: Counter[str] = Counter()
 
@@ -138,6 +147,7 @@ def inspect_job(config: JobConfig) -> InputReport:
         max_new_tokens=config.max_new_tokens,
         rows_capped=prompts.rows_capped,
         input_digest=summary.digest,
+        rows_kept=rows_kept,
         prompt_fields=prompts.reader.defaults.prompt_paths,
         setting_fields=dict(field_counts.settings),
         metadata_fields=dict(field_counts.metadata),

@@ -116,16 +116,26 @@ def check_job(job: Job) -> CheckedJob:
         config, job.folder, job.reader, job.hashes, job.continued, is_whole=job.shard.is_whole
     )
     summary = checked.summary
-    identity = {
-        **job.identity,
+    ErrorLimit(config.max_row_errors, summary.rows).check(summary.bad_rows)
+    return CheckedJob(prompts=prompts, rows=checked, plan=plan_parts(config, job.identity, summary))
+
+
+def plan_parts(config: JobConfig, identity: dict[str, Any], summary: InputSummary) -> PartPlan:
+    """Return the parts of a job whose input is checked.
+
+    Args:
+        config: The settings of the job.
+        identity: The identity of the job, without its input.
+        summary: The result of checking the input.
+    """
+    whole = {
+        **identity,
         "input_digest": summary.digest,
         "rows": summary.rows,
         "limit": config.limit,
         "part_rows": summary.part_rows,
     }
-    ErrorLimit(config.max_row_errors, summary.rows).check(summary.bad_rows)
-    plan = PartPlan(identity=identity, input_digests=summary.part_digests)
-    return CheckedJob(prompts=prompts, rows=checked, plan=plan)
+    return PartPlan(identity=whole, input_digests=summary.part_digests)
 
 
 def lock_output(job: Job) -> OutputLock:

@@ -30,6 +30,7 @@ from gptbatch.pipeline.errors import (
 from gptbatch.pipeline.export import formats
 from gptbatch.pipeline.export.columns import Selection
 from gptbatch.pipeline.export.field_type import FieldType
+from gptbatch.pipeline.export.openai_results import OpenaiResults
 from gptbatch.pipeline.export.run import export_run
 from gptbatch.pipeline.input.csv_file import CsvFile
 from gptbatch.pipeline.output.schema import SCHEMA
@@ -199,13 +200,152 @@ def test_openai_results(run: Path, tmp_path: Path) -> None:
     assert "more than n_positions" in results[3]["error"]["message"]
 
 
+TOKEN_BYTES = [b"a", b" b", "é".encode()[:1], "é".encode()[1:], b"END", b"<eos>"]
+SAMPLE: dict[str, Any] = {
+    "prompt_id": "a",
+    "prompt_index": 0,
+    "sample_index": 0,
+    "prompt": "Hi!",
+    "error": None,
+    "completion": "a\xe9 b",
+    "completion_token_ids": [0, 2, 3, 1, 5],
+    "finish_reason": "stop",
+    "stop_reason": "end_of_text",
+    "prompt_tokens": 1,
+    "completion_tokens": 5,
+    "started_at": None,
+    "token_logprobs": [-0.5, -1.0, -1.5, -2.0, -2.5],
+    "top_logprob_ids": [0, 1, 3, 0, 3, 2, 4, 0, 5, 1],
+    "top_logprobs": [-0.5, -3.0, -0.1, -3.0, -1.5, -3.0, -0.1, -3.0, -2.5, -3.0],
+}
+WITHOUT_LOGPROBS = dict.fromkeys(["token_logprobs", "top_logprob_ids", "top_logprobs"])
+
+
+def choice(sample: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
+    results = OpenaiResults(model="m", is_chat=is_chat, find_token_bytes=lambda: TOKEN_BYTES)
+    (result,) = results.lines([sample])
+    (only,) = result["response"]["body"]["choices"]
+    assert isinstance(only, dict)
+    return only
+
+
 def test_openai_results_of_chats() -> None:
-    row = {"prompt_id": "a", "prompt_index": 0, "sample_index": 0, "completion": "Hi"}
-    row |= {"finish_reason": "stop", "error": None, "prompt_tokens": 1, "completion_tokens": 2}
-    (result,) = formats.openai_lines([row | {"started_at": None}], model="m", is_chat=True)
+    results = OpenaiResults(model="m", is_chat=True, find_token_bytes=list)
+    (result,) = results.lines([SAMPLE | WITHOUT_LOGPROBS])
     body = result["response"]["body"]
     assert body["object"] == "chat.completion"
-    assert body["choices"][0]["message"] == {"role": "assistant", "content": "Hi"}
+    (only,) = body["choices"]
+    assert only["message"] == {"role": "assistant", "content": "a\xe9 b"}
+    assert only["logprobs"] is None
+
+
+def test_log_probabilities_of_openai_completions() -> None:
+    """Fields of openai.types.completion_choice.Logprobs. Offsets begin after the prompt.
+
+    A token that is a part of a character begins where the character does.
+    """
+    assert choice(SAMPLE, is_chat=False)["logprobs"] == {
+        "tokens": ["a", r"bytes:\xc3", r"bytes:\xa9", " b"],
+        "token_logprobs": [-0.5, -1.0, -1.5, -2.0],
+        "top_logprobs": [
+            {"a": -0.5, " b": -3.0},
+            {r"bytes:\xa9": -0.1, "a": -3.0, r"bytes:\xc3": -1.0},
+            {r"bytes:\xa9": -1.5, r"bytes:\xc3": -3.0},
+            {"END": -0.1, "a": -3.0, " b": -2.0},
+        ],
+        "text_offset": [3, 4, 4, 5],
+    }
+    none_listed = SAMPLE | {"top_logprob_ids": [], "top_logprobs": []}
+    assert choice(none_listed, is_chat=False)["logprobs"]["top_logprobs"] is None
+
+
+def test_log_probabilities_of_openai_chat_completions() -> None:
+    """Fields of openai.types.chat.chat_completion.ChoiceLogprobs."""
+    logprobs = choice(SAMPLE, is_chat=True)["logprobs"]
+    assert logprobs["refusal"] is None
+    assert [token["token"] for token in logprobs["content"]] == ["a", r"\xc3", r"\xa9", " b"]
+    assert logprobs["content"][3] == {
+        "token": " b",
+        "bytes": [32, 98],
+        "logprob": -2.0,
+        "top_logprobs": [
+            {"token": "END", "bytes": [69, 78, 68], "logprob": -0.1},
+            {"token": "a", "bytes": [97], "logprob": -3.0},
+        ],
+    }
+    none_listed = SAMPLE | {"top_logprob_ids": [], "top_logprobs": []}
+    content = choice(none_listed, is_chat=True)["logprobs"]["content"]
+    assert [token["top_logprobs"] for token in content] == [[]] * 4
+
+
+@pytest.mark.parametrize(
+    ("completion", "stop_reason", "token_ids", "tokens"),
+    [
+        ("a", "stop_string", [0, 4], ["a"]),
+        ("aEN", "stop_string", [0, 4], ["a", "END"]),
+        ("aEND", "stop_string", [0, 4], ["a", "END"]),
+        ("", "stop_string", [4], []),
+        ("a", "stop_token", [0, 4], ["a"]),
+        ("aEND", "max_new_tokens", [0, 4], ["a", "END"]),
+        # an id that the tokenizer lacks
+        ("a", "window", [0, 99], ["a", ""]),
+    ],
+)
+def test_log_probabilities_are_those_of_the_tokens_of_the_text(
+    completion: str, stop_reason: str, token_ids: list[int], tokens: list[str]
+) -> None:
+    sample = SAMPLE | {"completion": completion, "stop_reason": stop_reason}
+    sample |= {"completion_token_ids": token_ids, "token_logprobs": [-1.0] * len(token_ids)}
+    sample |= {"top_logprob_ids": [], "top_logprobs": []}
+    assert choice(sample, is_chat=False)["logprobs"]["tokens"] == tokens
+    content = choice(sample, is_chat=True)["logprobs"]["content"]
+    assert [token["token"] for token in content] == tokens
+
+
+def test_openai_results_have_the_log_probabilities_of_the_run(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    model, output = Path(shutil.copytree(checkpoint, tmp_path / "model")), tmp_path / "out"
+    rows = [{"prompt": "The king"}, {"prompt": "A", "logprobs": 3}, {"prompt": "B", "logprobs": 0}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_gptbatch(
+        *("generate", "--model", model, "--input", tmp_path / "rows.jsonl"),
+        *("--output", output, "--max-new-tokens", "4"),
+    )
+    assert done.code == 0, done.stderr
+    arguments = ("export", output, "--to", tmp_path / "rows.out.jsonl", "--format", "openai")
+    assert run_gptbatch(*arguments).code == 0
+    found = [
+        result["response"]["body"]["choices"][0] for result in lines(tmp_path / "rows.out.jsonl")
+    ]
+    table = list(RunReader(output).rows())
+    assert found[0]["logprobs"] is None
+    for made, row in zip(found[1:], table[1:], strict=True):
+        logprobs = made["logprobs"]
+        n_tokens = len(logprobs["tokens"])
+        assert logprobs["token_logprobs"] == row["token_logprobs"][:n_tokens]
+        text = row["prompt"] + row["completion"]
+        for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+            assert token.startswith("bytes:") or text.startswith(token, offset)
+    assert all(3 <= len(top) <= 4 for top in found[1]["logprobs"]["top_logprobs"])
+
+    # without the tokenizer of the run, the texts of tokens are unknown
+    model.rename(tmp_path / "moved")
+    done = run_gptbatch(*arguments, "--overwrite")
+    assert done.code == 0
+    said = "log probabilities are left out, since the texts of tokens are unknown: "
+    assert f"{said}its checkpoint is not at {model}" in done.stderr
+    bodies = [result["response"]["body"] for result in lines(tmp_path / "rows.out.jsonl")]
+    assert {body["choices"][0]["logprobs"] is None for body in bodies} == {True}
+    other = json.loads((tmp_path / "moved/tokenizer.json").read_text())
+    other["model"]["merges"].pop()
+    shutil.copytree(tmp_path / "moved", model)
+    (model / "tokenizer.json").write_text(json.dumps(other))
+    done = run_gptbatch(*arguments, "--overwrite")
+    assert (done.code, f"{said}the tokenizer at {model} is not that" in done.stderr) == (0, True)
+    (model / "config.json").unlink()
+    done = run_gptbatch(*arguments, "--overwrite")
+    assert (done.code, f"{said}{model}/config.json: cannot be read" in done.stderr) == (0, True)
 
 
 def test_a_damaged_part_is_named_in_one_line_with_what_to_do(run: Path, tmp_path: Path) -> None:

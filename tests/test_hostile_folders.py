@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import pandas as pd
 import pyarrow as pa
@@ -21,7 +21,12 @@ import pytest
 from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import JobConfig, run_job
 from gptbatch.pipeline.audit.run_reader import RunReader
-from gptbatch.pipeline.errors import OutOfMemoryError, OutputConflictError, StorageError
+from gptbatch.pipeline.errors import (
+    OutOfMemoryError,
+    OutputConflictError,
+    OutputCreationError,
+    StorageError,
+)
 from gptbatch.pipeline.input.input_digest import input_digest
 from gptbatch.pipeline.output import part_writer
 from gptbatch.pipeline.output.claim import claim, write_manifest
@@ -1096,3 +1101,62 @@ def test_a_dry_run_reports_an_output_that_cannot_be_created(
     assert command(*arguments, tmp_path / "file")[0] == 78
     assert command(*arguments, tmp_path / "new" / "out")[0] == 0
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, where no folder can be made")
+def test_a_dry_run_tries_to_write_where_permissions_do_not_tell(
+    finished: Path, command: Command
+) -> None:
+    """For root, os.access allows everything."""
+    found = command(
+        *("generate", "--model", finished / "model", "--input", finished / "prompts.jsonl"),
+        *("--dry-run", "--output", "/proc/x/out"),
+    )
+    assert found[0] == 73
+    assert "/proc/x/out: cannot be created: /proc is not a writable folder (" in found[2]
+
+
+@pytest.mark.parametrize("inside", ["", ".gptbatch"])
+def test_a_folder_that_cannot_be_written(
+    inside: str, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A complete run needs no write; one that is not complete does."""
+    tried: list[Path] = []
+
+    def refuse(**options: Path) -> IO[bytes]:
+        tried.append(options["dir"])
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    if not inside:
+        shutil.rmtree(output / ".gptbatch")
+    OutputFolder(output).check_creatable()
+    assert not tried
+    (output / "_SUCCESS").unlink()
+    with pytest.raises(
+        OutputCreationError, match=r"out: cannot be written \(Read-only file system"
+    ):
+        OutputFolder(output).check_creatable()
+    assert tried == [output / inside]
+
+
+def test_a_dry_run_counts_the_rows_that_a_run_keeps(
+    finished: Path, output: Path, command: Command
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (output, *output.rglob("*"))}
+    run = ["generate", "--model", finished / "model", "--input", finished / "prompts.jsonl"]
+    run += ["--output", output, "--max-new-tokens", "4", "--part-rows", "3"]
+    rows = RunReader(output).n_rows
+    code, stdout, stderr = command(*run, "--dry-run")
+    assert (code, json.loads(stdout)["rows_kept"]) == (0, rows)
+    assert f"the output holds {rows} of the rows, which a run keeps\n" in stderr
+    assert {path: path.stat().st_mtime_ns for path in (output, *output.rglob("*"))} == before
+    code, stdout, _ = command(*run, "--dry-run", "--shard", "0/2")
+    assert 0 < json.loads(stdout)["rows_kept"] < rows
+    part = output / "part-000000.parquet"
+    part.write_bytes(part.read_bytes()[:-100])
+    code, stdout, _ = command(*run, "--dry-run")
+    assert (code, json.loads(stdout)["rows_kept"]) == (0, rows - 3)
+    assert json.loads(command(*run)[1].splitlines()[-1])["rows_kept"] == rows - 3
+    code, stdout, stderr = command(*run, "--dry-run", "--overwrite")
+    assert (json.loads(stdout)["rows_kept"], "which a run keeps" in stderr) == (0, False)

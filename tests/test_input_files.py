@@ -843,6 +843,10 @@ def test_ids_from_another_field_and_reserved_names_as_metadata(tmp_path: Path) -
         ({"max_tokens": 2}, "'max_tokens' in 2 rows (did you mean max_new_tokens?)"),
         ({"maxNewTokens": 2}, "'maxNewTokens' in 2 rows (did you mean max_new_tokens?)"),
         ({"temprature": 0}, "'temprature' in 2 rows (did you mean temperature?)"),
+        (
+            {"sead": 5, "stpo": "x"},
+            "'sead' in 2 rows (did you mean seed?); 'stpo' in 2 rows (did you mean stop?)",
+        ),
         ({"max_new_token": 1}, "'max_new_token' in 2 rows (did you mean max_new_tokens?)"),
         ({"topk": 1, "top-p": 0.9}, "'topk' in 2 rows (did you mean top_k?); 'top-p' in 2 rows"),
         (
@@ -858,6 +862,8 @@ def test_ids_from_another_field_and_reserved_names_as_metadata(tmp_path: Path) -
         (
             {
                 "speed": 1,
+                "step": "plan",
+                "min_x": 0.5,
                 "topic": "x",
                 "stopped": 1,
                 "model": "m",

@@ -292,6 +292,24 @@ def test_the_command_prints_lines_or_json(
     assert "nothing is left to do" in ran.stdout
 
 
+def test_a_plan_needs_no_output(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    """Also inside the folder of its own input, where none could be written."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(ROWS).rename(folder / "prompts.jsonl")
+    options = ["--model", str(checkpoint), "--dataset", str(folder), "--max-new-tokens", "8"]
+    options += ["--threads", "1", "--seconds", "1"]
+    before = sorted(folder.rglob("*"))
+    ran = run_gptbatch("plan", *options, cwd=folder)
+    assert ran.code == 0, ran.stderr
+    assert ran.stdout.startswith("a prediction; nothing is written\nrows     40\n")
+    ran = run_gptbatch("plan", *options, "--json", cwd=folder)
+    assert (json.loads(ran.stdout)["output"], json.loads(ran.stdout)["rows"]) == (None, 40)
+    assert sorted(folder.rglob("*")) == before
+    ran = run_gptbatch("plan", *options[:-2], "--index", cwd=folder)
+    assert (ran.code, "output is required" in ran.stderr) == (2, True)
+
+
 def test_the_index_has_no_pilot(tmp_path: Path) -> None:
     ran = run_gptbatch(
         "plan", "--index", "--seconds", "3", "--config", "demo", "--output", "out", cwd=tmp_path

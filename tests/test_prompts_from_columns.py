@@ -418,6 +418,68 @@ def test_error_rows_of_a_template_are_an_input_for_the_same_settings(
         assert first[name] == second[name]
 
 
+OWN_SETTINGS: dict[str, Any] = {
+    "seed": 5,
+    "temperature": 0.5,
+    "top_k": 40,
+    "stop": ["END"],
+    "logit_bias": {"7": -1.5},
+    "n": 2,
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_a_corrected_error_row_is_the_row_that_it_would_have_been(
+    kind: str, command: Command, tmp_path: Path
+) -> None:
+    """Cells of CSV and floats of tables become what JSON lines hold; other fields are unchanged."""
+    row: dict[str, Any] = {"id": 12, "prompt": "KING:", **OWN_SETTINGS, "note": "007"}
+    others: dict[str, Any] = {"id": 13, "prompt": "QUEEN:", "seed": None, "note": "1"}
+    if kind == "csv":
+        cells = {**row, "stop": '"[""END""]"', "logit_bias": '"{""7"": -1.5}"'}
+        values = ",".join(map(str, cells.values()))
+        for name, cell in (("good", "0.5"), ("bad", "oops")):
+            Path(f"{name}.csv").write_text(f"{','.join(cells)},top_p\n{values},{cell}\n")
+    elif kind == "parquet":
+        # as pandas writes whole numbers of columns with gaps
+        floats = {name: float(row[name]) for name in ("id", "seed", "top_k", "n")}
+        for name, top_p in (("good", 0.5), ("bad", 7.0)):
+            rows = [row | floats | {"top_p": top_p}]
+            rows += [others | {"id": 13.0, "top_p": 7.0}] if name == "bad" else []
+            pq.write_table(pa.Table.from_pylist(rows), f"{name}.parquet")
+    else:
+        write_lines(Path("good.jsonl"), {**row, "top_p": 0.5})
+        write_lines(Path("bad.jsonl"), {**row, "top_p": "oops"})
+    run = ("generate", "--on-bad-row", "record", "--dataset")
+    assert command(*run, f"good.{kind}", "--output", "good")[0] == 0
+    assert command(*run, f"bad.{kind}", "--output", "bad")[0] == 0
+    errors = Path("bad/.gptbatch/errors.jsonl").read_text()
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert lines[0].items() >= {**OWN_SETTINGS, "id": "12", "note": "007"}.items()
+    for line in lines:
+        line["top_p"] = 0.5
+    write_lines(Path("corrected.jsonl"), *lines)
+    assert command("generate", "--input", "corrected.jsonl", "--output", "again")[0] == 0
+    names = ("prompt_id", "seed", "sampling_params", "completion_token_ids", "top_p")
+    good, again = ([[row[name] for name in names] for row in outputs(o)] for o in ("good", "again"))
+    assert again[: len(good)] == good
+
+
+def test_a_repeated_id_keeps_the_settings_of_its_row(command: Command, tmp_path: Path) -> None:
+    row = {"id": "a", "prompt": "KING:", "seed": 5}
+    second = {**row, "seed": 6, "stop": ["END"], "note": 1.50}
+    write_lines(tmp_path / "rows.jsonl", row, second)
+    run = ("generate", "--input", "rows.jsonl", "--on-bad-row", "record")
+    assert command(*run, "--output", "out")[0] == 0
+    assert command("generate", "--input", "out/.gptbatch/errors.jsonl", "--output", "again")[0] == 0
+    (row,) = outputs("again")
+    assert (row["prompt_id"], row["seed"], row["sampling_params"]) == (
+        "line:2",
+        6,
+        '{"stop":["END"]}',
+    )
+
+
 # -- messages --------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -35,7 +36,7 @@ from gptbatch.pipeline.score import scoring
 from gptbatch.pipeline.score.pairs import EncodedPair, PairEncoder, fit
 from gptbatch.pipeline.score.run import score_input, score_run
 from gptbatch.pipeline.score.scoring import TokenPair, score_pairs
-from gptbatch.pipeline.score.table import COLUMNS
+from gptbatch.pipeline.score.table import COLUMNS, ScoreTable
 from gptbatch.pipeline.system.file_lock import FileLock
 from tests.conftest import has_kernels, our_model, random_model
 
@@ -357,12 +358,29 @@ def test_places_that_would_harm_are_refused(
     (run_folder / ".gptbatch").mkdir(parents=True)
     with pytest.raises(OutputConflictError, match="the output of a run"):
         score_input(config(checkpoint, rows_file, run_folder / "sub" / "s.parquet"))
+    table = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{"prompt": "a", "continuation": "b"}]), table)
     with pytest.raises(OutputConflictError, match="is a file of the input of this run"):
-        score_input(config(checkpoint, rows_file, rows_file, overwrite=True))
+        score_input(config(checkpoint, table, table, overwrite=True))
     with pytest.raises(ConfigError, match="file system"):
         score_input(
             config(checkpoint, rows_file, tmp_path).model_copy(update={"output": "s3://b/k"})
         )
+
+
+@pytest.mark.parametrize("name", ["s.csv", "s.jsonl", "s.CSV.gz", "s.txt", "s.parquet.gz"])
+def test_a_name_of_another_format_is_refused(
+    name: str, checkpoint: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """Before, the file was Parquet under that name."""
+    with pytest.raises(ConfigError, match=f"{name}: score writes Parquet, and the suffix '.*' is"):
+        score_input(config(checkpoint, rows_file, tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["scores", "s.PQ", "v1.2/scores"])
+def test_names_of_parquet_files(name: str, tmp_path: Path) -> None:
+    assert ScoreTable(str(tmp_path / name), overwrite=False).path == tmp_path / name
 
 
 def test_a_second_process_is_refused_and_a_killed_one_leaves_nothing(

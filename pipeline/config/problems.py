@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from gptbatch.pipeline.config.prompt_template import TemplateError
 from gptbatch.pipeline.errors import ConfigError
+from gptbatch.pipeline.params.misspelling import meant_names
 from gptbatch.pipeline.params.other_names import advice_for
 from gptbatch.pipeline.system.paths import PathError
 
@@ -99,17 +99,33 @@ def with_value(problem: ErrorDetails) -> str:
     return f"{message[0].lower()}{message[1:]}, not {shown}{quoted}"
 
 
-def nearest_key(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most like a name; None where none is.
+def nearest_keys(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known names that an unknown name may stand for, usually one; empty without any.
 
-    A name in a section, such as engine.dtype, is also found by its last part.
+    They are those that it misspells, else the longest of those whose words it has (`output` for
+    `output_dir`), else the shortest of those that have its words (`batch_size` for `batch`). A name
+    in a section, such as engine.dtype, is also found by its last part.
     """
-    words = {key.rpartition(".")[2]: key for key in known} | {key: key for key in known}
-    matches = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
-    return words[matches[0]] if matches else None
+    keys = {key.rpartition(".")[2]: key for key in known} | {key: key for key in known}
+    if meant := meant_names(name, keys):
+        return list(dict.fromkeys(keys[key] for key in meant))
+    words = _words(name)
+    inside = [key for key in keys if _is_long(_words(key)) and _words(key) <= words]
+    around = [key for key in keys if _is_long(words) and words <= _words(key)]
+    return [keys[key] for key in (sorted(inside, key=len)[-1:] or sorted(around, key=len)[:1])]
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:
-    """Return advice for an unknown name: the nearest known one, else all."""
-    key = nearest_key(name, known)
-    return f"; did you mean {key}?" if key else f"; known are {', '.join(known)}"
+    """Return advice for an unknown name: the nearest known ones, else all."""
+    keys = nearest_keys(name, known)
+    return f"; did you mean {' or '.join(keys)}?" if keys else f"; known are {', '.join(known)}"
+
+
+def _words(name: str) -> set[str]:
+    """Return the words of a name, without a plural s."""
+    return {word.removesuffix("s") for word in re.split(r"[-_. ]+", name.lower())}
+
+
+def _is_long(words: set[str]) -> bool:
+    """Return whether one word says something, as opposed to those of `in` and `n`."""
+    return max(map(len, words)) > 2

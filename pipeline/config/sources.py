@@ -25,7 +25,7 @@ from gptbatch.pipeline.config.problems import (
     describe_problem,
     join_problems,
     key_of,
-    nearest_key,
+    nearest_keys,
     setting_of_key,
     with_value,
 )
@@ -59,7 +59,11 @@ _SERVICE_VARIABLES = (
 
 
 def load_config(
-    file: str | None, *, environment: Mapping[str, str] = os.environ, options: Mapping[str, Any]
+    file: str | None,
+    *,
+    environment: Mapping[str, str] = os.environ,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
 ) -> JobConfig:
     """Merge options, environment and file, in this order of precedence, and validate the result.
 
@@ -68,12 +72,13 @@ def load_config(
             gpt2-cuda-fast.
         environment: Variables; those that begin with GPTBATCH_ are settings.
         options: Settings by config key. Nested keys are flat: "engine.dtype".
+        defaults: Settings that all others override.
 
     Raises:
         ConfigError: A setting is wrong. The message names its source and key. `keys` holds the
             keys that options give wrongly, and the required keys that nothing gives.
     """
-    layers: list[tuple[str, dict[str, Any]]] = []
+    layers: list[tuple[str, dict[str, Any]]] = [("defaults", dict(defaults or {}))]
     if file is not None:
         path = find_config(file)
         layers.append((str(path), _flatten(_read_yaml(path), str(path))))
@@ -265,8 +270,8 @@ def _hint(name: str, keys: Collection[str]) -> str:
     word = name.removeprefix(ENVIRONMENT_PREFIX)
     if advice := advice_for(word):
         return f"; {advice}"
-    if key := nearest_key(word.lower(), keys):
-        return f"; did you mean {environment_name(key)}?"
+    if nearest := nearest_keys(word.lower(), keys):
+        return f"; did you mean {' or '.join(map(environment_name, nearest))}?"
     return f"; known are {', '.join(map(environment_name, keys))}"
 
 

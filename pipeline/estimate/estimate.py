@@ -36,6 +36,8 @@ from gptbatch.pipeline.output.resume import check_same_input
 from gptbatch.pipeline.output.row_runner import make_engine
 from gptbatch.pipeline.output.shards import find_shard
 
+# the output of a job without one: nothing can be there
+NO_OUTPUT = f"{os.devnull}/out"
 # float32 elements to measure memory with: 256 MiB, more than a cache holds
 ELEMENTS_READ = 2**26
 # Below it, the fit of the pilot's steps is worth a warning.
@@ -68,7 +70,7 @@ class RunEstimate:
     """What a run will take.
 
     Attributes:
-        output: The output folder.
+        output: The output folder; None without one.
         rows_total: Rows of this run's parts.
         rows: Rows among them that are left; the others are written.
         samples: Samples of the rows that reach the model.
@@ -93,7 +95,7 @@ class RunEstimate:
         warnings: A sentence each.
     """
 
-    output: str
+    output: str | None
     rows_total: int
     rows: int
     samples: int = 0
@@ -127,7 +129,8 @@ def estimate_job(
     """Predict what `run_job` would take with this config, here and now.
 
     Args:
-        config: The settings of the job. With a shard, its parts.
+        config: The settings of the job. With a shard, its parts. The output NO_OUTPUT stands for a
+            new run in any folder.
         seconds: Seconds of the pilot.
         price_per_hour: Price of an hour of this machine, in any currency.
         report: Receives a line per step of the work.
@@ -138,7 +141,9 @@ def estimate_job(
     began_s = time.monotonic()
     shard = find_shard(config.shard, os.environ)
     job = find_job(config, shard)
-    job.folder.check_creatable()
+    output = None if config.output == NO_OUTPUT else config.output
+    if output is not None:
+        job.folder.check_creatable()
     resolve_device(config.engine)
     checked = check_job(job)
     check_s = time.monotonic() - began_s
@@ -150,7 +155,7 @@ def estimate_job(
     checked.prompts.log_warnings()
     lengths = sorted(work.prompt_lengths.elements())
     counted = RunEstimate(
-        output=config.output,
+        output=output,
         rows_total=sum(checked.plan.rows_of(number) for number in share),
         rows=rows,
         samples=work.n_samples,
@@ -227,7 +232,7 @@ def _with_prediction(
     assert counted.kill_rows is not None
     disk_bytes = round(written.file_bytes * tokens + written.bytes_per_file * counted.parts)
     warnings = [*counted.warnings, *warnings]
-    if warning := find_disk_warning(counted.output, disk_bytes):
+    if counted.output is not None and (warning := find_disk_warning(counted.output, disk_bytes)):
         warnings.append(warning)
     explained = r_squared(pilot.work, pilot.seconds, cost)
     if explained < MIN_R_SQUARED:

@@ -1,4 +1,4 @@
-"""Writes exported rows: as JSON lines, results of OpenAI's batch API, Parquet or CSV."""
+"""Writes exported rows: as JSON lines, Parquet or CSV."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import groupby
 from typing import IO, Any, BinaryIO
 
 import pyarrow as pa
@@ -15,18 +14,6 @@ import pyarrow.parquet as pq
 
 FACTS_KEY = b"gptbatch_export"
 ROW_GROUP_BYTES = 64 << 20
-# what `openai_lines` reads
-OPENAI_COLUMNS = (
-    "prompt_id",
-    "prompt_index",
-    "sample_index",
-    "completion",
-    "finish_reason",
-    "error",
-    "prompt_tokens",
-    "completion_tokens",
-    "started_at",
-)
 
 
 def write_parquet(
@@ -98,67 +85,6 @@ def rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
     """Yield the rows of batches."""
     for batch in batches:
         yield from batch.to_pylist()
-
-
-def openai_lines(
-    rows: Iterable[Mapping[str, Any]], *, model: str, is_chat: bool
-) -> Iterator[dict[str, Any]]:
-    """Yield the results of OpenAI's batch API: one per prompt, with a choice per sample.
-
-    A prompt of which a sample has an error has that error. Without any completion, its response is
-    null.
-
-    Args:
-        rows: The columns OPENAI_COLUMNS, samples of a prompt together.
-        model: The name of the model.
-        is_chat: Prompts are messages, so that the results are chat completions.
-    """
-    for index, group in groupby(rows, key=lambda row: row["prompt_index"]):
-        samples = list(group)
-        done = [sample for sample in samples if sample["error"] is None]
-        failed = next((sample for sample in samples if sample["error"] is not None), None)
-        yield {
-            "id": f"batch_req_{index}",
-            "custom_id": samples[0]["prompt_id"],
-            "response": {
-                "status_code": 200,
-                "request_id": f"req_{index}",
-                "body": _body(done, index, model, is_chat=is_chat),
-            }
-            if done
-            else None,
-            "error": failed and {"code": "row_error", "message": failed["error"]},
-        }
-
-
-def _body(
-    samples: list[Mapping[str, Any]], index: int, model: str, *, is_chat: bool
-) -> dict[str, Any]:
-    started_at = samples[0]["started_at"]
-    prompt_tokens = samples[0]["prompt_tokens"]
-    completion_tokens = sum(sample["completion_tokens"] for sample in samples)
-    return {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{index}",
-        "object": "chat.completion" if is_chat else "text_completion",
-        "created": 0 if started_at is None else int(started_at.timestamp()),
-        "model": model,
-        "choices": [_choice(sample, is_chat=is_chat) for sample in samples],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
-    }
-
-
-def _choice(sample: Mapping[str, Any], *, is_chat: bool) -> dict[str, Any]:
-    text = sample["completion"]
-    return {
-        "index": sample["sample_index"] or 0,
-        **({"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}),
-        "logprobs": None,
-        "finish_reason": sample["finish_reason"],
-    }
 
 
 @contextmanager

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from typing import Any, BinaryIO, Literal, get_args
 
 from gptbatch.pipeline.audit.run_reader import RunReader
-from gptbatch.pipeline.errors import ConfigError, IncompleteError, StorageError
+from gptbatch.pipeline.errors import ConfigError, IncompleteError, ModelError, StorageError
 from gptbatch.pipeline.export.columns import ExportTable, Selection
 from gptbatch.pipeline.export.formats import (
-    OPENAI_COLUMNS,
-    openai_lines,
     rows_of,
     write_csv,
     write_lines,
     write_parquet,
 )
+from gptbatch.pipeline.export.openai_results import OPENAI_COLUMNS, OpenaiResults
 from gptbatch.pipeline.output.run_facts import public_facts
 from gptbatch.pipeline.output.single_file import SingleFile
 from gptbatch.pipeline.output.stray_tables import describe_stray_tables
+from gptbatch.pipeline.system.bundled import locate
+
+logger = logging.getLogger("gptbatch")
 
 Format = Literal["jsonl", "openai", "parquet", "csv"]
 _SUFFIXES: dict[str, Format] = {
@@ -109,8 +113,7 @@ def export_run(
         elif file_format == "csv":
             write_csv(file, schema, table.batches(), suffix)
         elif file_format == "openai":
-            rows = rows_of(table.batches())
-            write_lines(file, openai_lines(rows, **_names(run)), suffix)
+            write_lines(file, _openai_results(run).lines(rows_of(table.batches())), suffix)
         else:
             write_lines(file, rows_of(table.batches()), suffix)
 
@@ -165,11 +168,37 @@ def _facts(run: RunReader) -> dict[str, Any]:
     return {**facts, "content_digest": run.content_digest, "complete": run.complete}
 
 
-def _names(run: RunReader) -> dict[str, Any]:
-    """Return the name of the model without folders, and whether prompts are chats."""
+def _openai_results(run: RunReader) -> OpenaiResults:
     model = str(run.facts.get("model") or "")
     is_hub_name = model.count("/") <= 1 and not model.startswith((".", "/", "~"))
-    return {
-        "model": model if is_hub_name else PurePath(model).name,
-        "is_chat": run.manifest["identity"].get("messages_field") is not None,
-    }
+    return OpenaiResults(
+        # the name without folders
+        model=model if is_hub_name else PurePath(model).name,
+        is_chat=run.manifest["identity"].get("messages_field") is not None,
+        find_token_bytes=partial(_find_token_bytes, run),
+    )
+
+
+def _find_token_bytes(run: RunReader) -> list[bytes]:
+    """Return the bytes of each token's text; nothing, with a warning, where they are unknown."""
+    from gptbatch.pipeline.input.tokenizer import PromptTokenizer
+    from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
+
+    name = str(run.facts.get("model_path") or run.facts.get("model") or "")
+    folder = locate(name)
+    try:
+        if not (name and folder.is_dir()):
+            raise ModelError(f"its checkpoint is not at {name}")
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.digest != run.manifest["identity"].get("tokenizer_digest"):
+            raise ModelError(f"the tokenizer at {name} is not that of the run")
+        if found := PromptTokenizer(tokenizer, start_token=None).token_bytes:
+            return found
+        raise ModelError("the tokens of its tokenizer are no bytes of text")
+    except (ModelError, StorageError) as error:
+        logger.warning(
+            "%s: log probabilities are left out, since the texts of tokens are unknown: %s",
+            run.path,
+            error,
+        )
+        return []

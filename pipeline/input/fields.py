@@ -5,12 +5,12 @@ Messages contain the name of the field, and no prompt.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from gptbatch.pipeline.input.strict_json import NumberText, check_utf8, json_type, shorten
 from gptbatch.pipeline.input.values import MISSING, is_null, parse_setting
+from gptbatch.pipeline.params.misspelling import meant_names
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 
 _COLUMNS = "columns, not rows: pandas writes rows with orient='records', lines=True"
@@ -202,7 +202,7 @@ def _hint_for_missing(fields: dict[str, Any], path: str, naming: Naming) -> str:
             " (a map of rows, not one row: "
             "jq -c 'to_entries[] | {id: .key} + .value' FILE > rows.jsonl)"
         )
-    if close := difflib.get_close_matches(path, list(fields), n=1):
+    if close := meant_names(path, fields):
         if naming == "prompt_template":
             return f" (did you mean {{{close[0]}}}?)"
         return f" ({_named(close[0], naming)} takes {close[0]})"

@@ -13,7 +13,9 @@ from gptbatch.pipeline.input.input_digest import InputDigests, PartDigest, input
 from gptbatch.pipeline.input.row_warnings import FieldCounts, RowWarnings
 from gptbatch.pipeline.input.rows import BadRow, RowDefaults, RowParser
 from gptbatch.pipeline.input.source import START, Place, RawRow, RowSource
-from gptbatch.pipeline.input.strict_json import shorten
+from gptbatch.pipeline.input.strict_json import parse_object, shorten, to_json
+from gptbatch.pipeline.params.sampling_params import to_json_value
+from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.types import Prompt
 
 _CHANGED = "the input has changed since it was checked"
@@ -268,13 +270,21 @@ class PromptReader:
         if isinstance(row, BadRow):
             return replace(row, own_id=None)
         used = f"was already used on {taken_by}"
+        # its own settings, which its line of errors.jsonl keeps
+        others = self.defaults.params(row.prompt_id, {}).as_dict()
+        own = {
+            name: to_json_value(value, SAMPLING_SETTINGS[name])
+            for name, value in row.params.as_dict().items()
+            if value != others[name]
+        }
+        fields = {} if row.metadata is None else parse_object(row.metadata)
         return BadRow(
             index=row.index,
             where=raw.where,
             label=raw.label,
             reason=f"id {shorten(row.prompt_id)} {used}; ids must be unique",
             text=row.text,
-            metadata=row.metadata,
+            metadata=to_json(fields | own) if fields or own else None,
         )
 
 

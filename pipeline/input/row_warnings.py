@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from gptbatch.pipeline.input.strict_json import shorten
+from gptbatch.pipeline.params.misspelling import meant_names
 from gptbatch.pipeline.params.other_names import advice_for, setting_of
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 
@@ -17,7 +17,6 @@ logger = logging.getLogger("gptbatch")
 _MAX_NAMED = 8
 # names of fields that are counted; rows may have keys of their own
 _MAX_COUNTED = 1000
-_SIMILARITY = 0.85
 # objects in which requests of other programs hold settings
 _CONTAINERS = ("parameters", "params", "options", "config", "kwargs", "settings")
 
@@ -151,10 +150,5 @@ def _resembled_setting(name: str) -> str | None:
         return name
     if (setting := setting_of(name)) is not None:
         return setting
-    close = difflib.get_close_matches(
-        name.lower(),
-        [known for known in SAMPLING_SETTINGS if len(known) > 8],
-        n=1,
-        cutoff=_SIMILARITY,
-    )
-    return close[0] if close else None
+    meant = meant_names(name, SAMPLING_SETTINGS)
+    return meant[0] if len(meant) == 1 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,8 +22,14 @@ from gptbatch.pipeline.input.prompt_text import render_template, take_messages
 from gptbatch.pipeline.input.row_warnings import FieldCounts, RowWarnings
 from gptbatch.pipeline.input.source import RawRow
 from gptbatch.pipeline.input.strict_json import MAX_NESTING, shorten, to_json
-from gptbatch.pipeline.input.values import MISSING, parse_id, to_json_values
-from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.input.values import (
+    MISSING,
+    is_null,
+    parse_id,
+    parse_setting,
+    to_json_values,
+)
+from gptbatch.pipeline.params.sampling_params import SamplingParams, to_json_value
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.types import Prompt
 
@@ -158,14 +165,15 @@ class RowParser:
             reason = f"nested deeper than {MAX_NESTING} levels"
         except ValueError as error:
             reason = str(error)
+        own_id = self._own_id(raw)
         row = BadRow(
             index=index,
             where=raw.where,
             label=raw.label,
             reason=reason,
             text=self._text,
-            metadata=_json_if_possible(self._fields),
-            own_id=self._own_id(raw),
+            metadata=_json_if_possible(self._fields_of_bad_row(own_id)),
+            own_id=own_id,
         )
         return row, _digest_input([row.prompt_id, reason, row.text, row.metadata])
 
@@ -216,6 +224,28 @@ class RowParser:
         if defaults.messages_field is not None:
             return take_messages(fields, defaults.messages_field, self.warnings.count_left_out)
         return take_prompt(fields, defaults.prompt_field)
+
+    def _fields_of_bad_row(self, own_id: str | None) -> dict[str, Any] | None:
+        """Return the fields of a bad row as a line of JSON must have them, None where unreadable.
+
+        A cell of CSV and a float of a table may stand for a whole number, as JSON text and 5.0 may
+        not. Values that cannot be read stay, to be corrected. Null stands for the run's setting.
+        """
+        if self._fields is None:
+            return None
+        fields = dict(self._fields)
+        for name in self.defaults.row_settings:
+            if name in fields and is_null(fields[name]):
+                del fields[name]
+            elif name in fields:
+                setting = SAMPLING_SETTINGS[name]
+                with suppress(ValueError):
+                    fields[name] = to_json_value(
+                        parse_setting(fields[name], name, setting), setting
+                    )
+        if own_id is not None and self.defaults.id_field in fields:
+            fields[self.defaults.id_field] = own_id
+        return fields
 
     def _own_id(self, raw: RawRow) -> str | None:
         """Return the id of a bad row, None where it cannot be read."""

@@ -236,24 +236,37 @@ class OutputFolder:
             ) from error
 
     def check_creatable(self) -> None:
-        """Check, without writing, that `create` can succeed.
+        """Check that `create` can succeed. Leaves nothing behind.
+
+        A file without a name is created in the nearest folder that exists: permissions do not tell
+        of read-only file systems and of `/proc`. A complete output need not be writable.
 
         Raises:
             OutputCreationError: `create` is sure to fail.
         """
-        if not isinstance(self.path, Path):
+        if not isinstance(self.path, Path) or not isinstance(self.work, Path):
+            return
+        # False where the name is too long, as opposed to Path.exists
+        if os.path.exists(self.path / SUCCESS):
             return
         nearest = next(
             folder
-            for folder in (self.path, *self.path.absolute().parents)
+            for folder in (self.work, self.path, *self.path.absolute().parents)
             if os.path.lexists(folder)
         )
-        if nearest != self.path and not (
-            nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-        ):
+        # `state` names files, and `refuse_links` links
+        if nearest in (self.work, self.path) and not nearest.is_dir():
+            return
+        try:
+            with tempfile.TemporaryFile(dir=nearest):
+                pass
+        except OSError as error:
+            problem = f"cannot be created: {nearest} is not a writable folder"
+            if nearest in (self.work, self.path):
+                problem = "cannot be written"
             raise OutputCreationError(
-                f"{self.path}: cannot be created: {nearest} is not a writable folder"
-            )
+                f"{self.path}: {problem} ({error.strerror or error})"
+            ) from error
 
     def list_parts(self) -> dict[int, Location]:
         """Return every entry with a part's name, by number, in order."""

@@ -236,6 +236,13 @@ def check_same_input(config: JobConfig, state: FolderState, summary: InputSummar
             f"{config.output}: another version wrote it, which did not record its number of rows; "
             f"{_advice(config)}"
         )
+    if rows > summary.rows == config.limit:
+        raise OutputConflictError(
+            f"{config.output}: holds a run of {rows} rows, and limit takes the first "
+            f"{config.limit}. Rows are added to an output, and never removed: the other "
+            f"{rows - summary.rows} stay. For the whole run, leave limit out or raise it; for "
+            f"{config.limit} rows alone, {_advice(config)}"
+        )
     if rows > summary.rows:
         raise OutputConflictError(
             f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows}; "

@@ -9,19 +9,22 @@ import json
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gptbatch.pipeline.errors import StorageError
+from gptbatch.pipeline.errors import ConfigError, StorageError
 from gptbatch.pipeline.output.schema import Column
 from gptbatch.pipeline.output.single_file import SingleFile
 from gptbatch.pipeline.storage.atomic_write import FileWriter
 
 FORMAT = "gptbatch-score-1"
 FACTS_KEY = b"gptbatch_score"
+# a name without a suffix is of no other format
+_SUFFIXES = (".parquet", ".pq", "")
 
 
 def _column(
@@ -130,12 +133,13 @@ class ScoreTable:
         path: The path.
 
     Raises:
-        ConfigError: The path is in an object store.
+        ConfigError: The path is in an object store, or its suffix is of another format.
         OutputConflictError: The path is a folder, in the output of a run, or another file.
     """
 
     def __init__(self, name: str, *, overwrite: bool) -> None:
         self._file, self._overwrite = SingleFile(name, command="score"), overwrite
+        _check_suffix(name)
         self.path = self._file.path
         self._identity = self._read_identity() if self._file.exists() else None
         if self._file.exists() and self._identity is None and not overwrite:
@@ -226,6 +230,17 @@ class ScoreTable:
             return dict(facts["identity"]) if facts["format"] == FORMAT else None
         except (OSError, KeyError, TypeError, ValueError, RecursionError, pa.ArrowException):
             return None
+
+
+def _check_suffix(name: str) -> None:
+    suffix = PurePath(name).suffix
+    if suffix.lower() not in _SUFFIXES:
+        raise ConfigError(
+            f"{name}: score writes Parquet, and the suffix {suffix!r} is of another format; name a "
+            "file such as scores.parquet, and convert it afterwards, as with read_parquet and "
+            "to_csv of pandas",
+            keys=("output",),
+        )
 
 
 def _sum(values: Any) -> int:

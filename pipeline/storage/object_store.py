@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 from gptbatch.pipeline.errors import ConfigError, StorageError
+from gptbatch.pipeline.system.error_text import shortened
 from gptbatch.pipeline.system.redact import redact
 
 # The client repeats requests after 5xx errors, lost connections and timeouts.
@@ -29,7 +30,6 @@ REQUEST_TIMEOUT_S = 60
 CONNECT_TIMEOUT_S = 10
 _STATUS = re.compile(r"status code: (\d{3} [A-Za-z ]+)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
-MAX_ERROR_CHARACTERS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,4 +295,4 @@ def _first_line(error: BaseException) -> str:
     status, code = _STATUS.search(text), _CODE.search(text)
     if status is not None:
         return f"{status[1].strip()}{f', {code[1]}' if code else ''}"
-    return redact(text.partition("\n")[0])[:MAX_ERROR_CHARACTERS]
+    return shortened(redact(text.partition("\n")[0]))
