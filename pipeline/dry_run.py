@@ -21,11 +21,11 @@ from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import resolve_device
 from gptbatch.pipeline.output.error_rows import describe_errors
 from gptbatch.pipeline.output.folder import OutputFolder
+from gptbatch.pipeline.output.kept_parts import find_kept_parts
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import (
     check_same_input,
     find_continued_run,
-    find_kept_parts,
     find_run,
     part_rows_of,
 )
