@@ -52,6 +52,7 @@ SETTINGS = {
     "tops": [],
     "topic": [],
     "nn": [],
+    "ns": [],
     "text": [],
     "id": [],
     "label": [],
@@ -124,6 +125,10 @@ def test_known_names_are_only_themselves() -> None:
     keys = list(config_fields())
     assert all(nearest_keys(key, keys) == [key] for key in keys)
     assert all(meant_names(key, SAMPLING_SETTINGS) == [key] for key in SAMPLING_SETTINGS)
+
+
+def test_long_names_take_no_time() -> None:
+    assert meant_names("temperature" * 1_000_000, SAMPLING_SETTINGS) == []
 
 
 def test_the_field_of_the_prompt() -> None:

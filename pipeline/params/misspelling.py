@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from gptbatch.pipeline.params.other_names import plain_name
 
@@ -12,12 +13,15 @@ _LETTERS_PER_ERROR = 5
 _WORDS = frozenset(("send", "shed", "shop", "slop", "speed", "step", "took"))
 
 
+_plain_known = lru_cache(maxsize=256)(plain_name)
+
+
 def meant_names(name: str, known: Iterable[str]) -> list[str]:
     """Return the known names that a name is most probably a misspelling of.
 
     Case, separators and a plural s do not count. A name of four letters may have one error, and a
     longer one an error per five letters: a wrong letter, one too many, one missing, or two that are
-    swapped. The first and the last of four letters are right, because `min_x` is not `min_p`.
+    swapped. A wrong letter of four is neither the first nor the last: `min_x` is not `min_p`.
 
     Returns:
         The known names with the fewest errors, usually one; empty without any.
@@ -25,21 +29,27 @@ def meant_names(name: str, known: Iterable[str]) -> list[str]:
     word = plain_name(name)
     if word in _WORDS:
         return []
-    errors = {key: n for key in known if (n := _errors(word, plain_name(key))) is not None}
+    errors = {key: n for key in known if (n := _errors(word, _plain_known(key))) is not None}
     return [key for key, n in errors.items() if n == min(errors.values())]
 
 
 def _errors(word: str, known: str) -> int | None:
     """Return the number of wrong letters; None where they are too many."""
+    shorter = min(len(word), len(known))
+    at_most = max(1, shorter // _LETTERS_PER_ERROR)
+    if word == known:
+        return 0
+    if shorter < _MIN_LETTERS or abs(len(word) - len(known)) > at_most:
+        return None
     if word.removesuffix("s") == known.removesuffix("s"):
         return 0
-    shorter = min(len(word), len(known))
-    is_rearranged = sorted(word) == sorted(known)
-    keeps_ends = (word[:1], word[-1:]) == (known[:1], known[-1:])
-    is_short = len(word) == len(known) == _MIN_LETTERS
-    if shorter < _MIN_LETTERS or (is_short and not (keeps_ends or is_rearranged)):
+    if len(word) == len(known) == _MIN_LETTERS:
+        keeps_ends = (word[0], word[-1]) == (known[0], known[-1])
+        if not keeps_ends and sorted(word) != sorted(known):
+            return None
+    # each letter that the other lacks is an error; found much faster than the distance
+    if len(set(word) - set(known)) > at_most:
         return None
-    at_most = max(1, shorter // _LETTERS_PER_ERROR)
     distance = edit_distance(word, known)
     return distance if distance <= at_most else None
 
