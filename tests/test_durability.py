@@ -398,7 +398,7 @@ def check_changed_input(long: Setting, output: Path, child: Child) -> None:
     before = {path: path.read_bytes() for path in output.glob("part-*.parquet")}
     code, child = long.run(output)
     assert code == 78
-    assert "holds a run of another input (input_digest differs" in child.stderr
+    assert "holds a run of another input (its " in child.stderr
     assert {path: path.read_bytes() for path in output.glob("part-*.parquet")} == before
 
 

@@ -694,7 +694,7 @@ def test_an_unchanged_input_in_a_bucket_is_not_read_again(
     assert not [key for method, key, _ in store.requests if method == "GET" and "a.jsonl" in key]
     changed = ObjectPath.parse(f"{store.url}/in/a.jsonl")
     changed.bucket.put(changed.key, changed.read_bytes().replace(b"king", b"lord"))
-    with pytest.raises(OutputConflictError, match="input_digest"):
+    with pytest.raises(OutputConflictError, match="another input"):
         run_job(config)
 
 

@@ -250,8 +250,9 @@ def check_same_input(config: JobConfig, state: FolderState, summary: InputSummar
         )
     if summary.prefix_digests.get(rows) != digest:
         raise OutputConflictError(
-            f"{config.output}: holds a run of another input (input_digest differs in its {rows} "
-            f"rows); {_advice(config)}"
+            f"{config.output}: holds a run of another input (its {rows} rows, of "
+            f"{state.manifest.get('input')!s:.200}, are not the first {rows} rows of this one); "
+            f"{_advice(config)}"
         )
 
 

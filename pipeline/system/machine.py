@@ -27,7 +27,7 @@ MIN_STEAL = 0.05
 MAX_DIGITS = 20
 # ticks (1/100 s) of all CPUs; a shorter interval gives no reliable share
 MIN_TICKS = 20
-# columns of /proc/stat: idle, iowait, steal; and steal alone
+# columns of /proc/stat in which nothing of this system ran; and the one of steal
 NOT_USED = (3, 4, 7)
 STEAL = 7
 
