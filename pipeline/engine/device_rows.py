@@ -117,9 +117,9 @@ class DeviceRows:
     def keep_logprobs(self, handles: Int64s, found: Int64s) -> None:
         """Keep what log probabilities take, until a row ends: most of their cost is objects."""
         requests = self.has_logprobs[handles]
-        # The buffer is another step's soon.
+        # Copies: the buffer is another step's soon, and a view of one row keeps those of all.
         for handle, own in zip(handles[requests].tolist(), found[requests], strict=True):
-            self.logprobs[handle].append(own)
+            self.logprobs[handle].append(own.copy())
 
     def read_tokens(self, handle: int) -> list[int]:
         """Return the new tokens that have arrived."""
