@@ -27,6 +27,7 @@ from gptbatch.pipeline.kernels.cuda.cutoff import (
     listed_mass,
     search,
 )
+from gptbatch.pipeline.kernels.cuda.launch import wait_for_previous
 from gptbatch.pipeline.kernels.cuda.masses import MIN_EXPONENT, distance, masses
 from gptbatch.pipeline.kernels.cuda.scores import best_tokens, nearest_outside
 from gptbatch.pipeline.kernels.cuda.state import (
@@ -280,6 +281,7 @@ def sample_filtered_kernel(
     TILE: tl.constexpr, SCORES: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """Sample one row per program: those that run, have a filter, and have a top_p or not."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     own = state + row * state_stride
     k = tl.load(own + TOP_K)
