@@ -34,6 +34,7 @@ SECTIONS = {
     "kernels": 60,
     "cpu-bits": 90,
     "engine": 150,
+    "dependent-launch": 70,
     "command": 130,
     "transformers": 80,
     "tests": 100,

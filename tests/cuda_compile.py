@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -186,6 +187,13 @@ def tiles(dtype: torch.dtype) -> list[tuple[str, Tile]]:
     ]
 
 
+def waits_first(ptx: str) -> bool | None:
+    """Return whether a kernel waits for the one before it, before its memory; None: never."""
+    accesses = re.findall(r"griddepcontrol\.\w+|(?:ld|st|red|atom|cp\.async)[\w.]*\.global", ptx)
+    waits = [access for access in accesses if access.startswith("griddepcontrol")]
+    return accesses[0] == "griddepcontrol.wait" and len(waits) == 1 if waits else None
+
+
 def describe(binary: Any) -> dict[str, Any]:
     """Return counts of instructions, registers, and the memory of a compiled kernel."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -207,13 +215,21 @@ def describe(binary: Any) -> dict[str, Any]:
         "registers": int(registers[1]),
         "stack_bytes": int(registers[2]),
         "shared_bytes": binary.metadata.shared,
+        "is_dependent": binary.metadata.launch_pdl,
+        "waits_first": waits_first(binary.asm["ptx"]),
         **found,
         **{text: binary.asm["ptx"].count(text) for text in PTX},
     }
 
 
-def compiled(name: str, dtype: str, capability: int, **options: Any) -> list[dict[str, Any]]:
-    """Return the description of each kernel that a launcher launches; options as `launch`."""
+def compiled(
+    name: str, dtype: str, capability: int, *, dependent: bool = False, **options: Any
+) -> list[dict[str, Any]]:
+    """Return the description of each kernel that a launcher launches; options as `launch`.
+
+    Kernels of one process are all dependent, or none.
+    """
+    launch_module.DEPENDENT_LAUNCH = tl.constexpr(dependent)
     with compiling(capability) as kernels:
         launch(name, getattr(torch, dtype), **options)
     return [{"call": f"{name} {dtype} {options}", **describe(kernel)} for kernel in kernels]

@@ -89,8 +89,9 @@ def check_nothing_is_left(engine: DeviceEngine) -> None:
     assert not any(rows.sequences)
     assert not rows.decodes.any()
     assert not engine._left_to_host
-    assert engine._adjustments.n_free == len(rows.handle_at)
-    assert not engine._adjustments._automata._automata
+    adjustments = engine._batch._adjustments
+    assert adjustments.n_free == len(rows.handle_at)
+    assert not adjustments._automata._automata
     pool = cache.pool  # type: ignore[attr-defined]
     assert pool.n_in_use == pool._n_reserved == 0
 

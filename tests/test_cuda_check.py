@@ -71,7 +71,7 @@ def test_sections_for_which_no_time_is_left_are_skipped(
 def test_the_sections_of_most_worth_run_on_a_fake_device(tmp_path: Path) -> None:
     """Their bits and times mean nothing, but for a verify of the command's output."""
     pytest.importorskip("triton")
-    sections = ["machine", "kernels", "engine", "command", "host"]
+    sections = ["machine", "kernels", "engine", "dependent-launch", "command", "host"]
     program = Path(cuda_check.__file__)
     done = subprocess.run(
         [sys.executable, program, "--fake", "--out", tmp_path, "--sections", *sections],

@@ -96,6 +96,22 @@ def test_the_samplers_do_not_spill_and_round_as_ieee_754_says(capability: int) -
     assert registers[1] <= 80, registers
 
 
+@pytest.mark.parametrize(("capability", "dependent"), [(80, True), (90, True), (90, False)])
+def test_dependent_kernels_wait_before_they_read_or_write(capability: int, dependent: bool) -> None:
+    """Compute capability 8.0 has no such instruction, and without the constant there is none."""
+    names = ("embed", "norm", "linear", "store", "attend", "adjust", "logprobs", "sample")
+    options = f"{capability}, dependent={dependent}"
+    calls = [f"compiled('{name}', 'bfloat16', {options})" for name in (*names, "advance")]
+    calls += [f"compiled('{name}', 'float32', {options})" for name in ("attend", "linear")]
+    calls += [f"compiled('attend', 'bfloat16', {options}, int8=True)"]
+    kernels = [kernel for launch in compiled(calls) for kernel in launch]
+    assert len({kernel["kernel"] for kernel in kernels}) == 14
+    can_depend = dependent and capability >= 90
+    for kernel in kernels:
+        assert kernel["is_dependent"] == can_depend, kernel
+        assert kernel["waits_first"] == (True if can_depend else None), kernel
+
+
 @pytest.mark.parametrize(("dtype", "cache"), [("float32", "auto"), ("bfloat16", "int8")])
 def test_all_kernels_of_a_run_are_compiled_first_and_once(
     tmp_path: Path, dtype: str, cache: str

@@ -8,10 +8,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gptbatch.pipeline.engine.engine import Engine
+from gptbatch.pipeline.engine.sequence import Sequence
 from gptbatch.pipeline.kv_cache.spec import RAGGED, TRITON
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.types import TokenizedPrompt
@@ -21,7 +23,11 @@ from tests.triton_interpreter import IS_INTERPRETED, interpreted
 
 pytest.importorskip("triton")
 from gptbatch.pipeline.engine import device_automata
+from gptbatch.pipeline.engine.device_automata import DeviceAutomata
 from gptbatch.pipeline.engine.device_engine import DeviceEngine
+from gptbatch.pipeline.engine.device_rows import DeviceRows
+from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout
+from gptbatch.pipeline.kernels.cuda.logprobs import WIDTH
 from tests.device_cases import (
     SHAPE,
     TOKEN_BYTES,
@@ -152,6 +158,34 @@ def test_bad_words_that_the_device_has_no_memory_for_are_those_of_the_host(
     engine = device_engine(model, batch_size=3, lag=1)
     assert_equal(run(engine, prompts), cpu_completions(cpu_model, prompts))
     assert host_steps
+
+
+def test_bad_words_without_space_make_no_automaton(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = AdjustmentLayout(rows=2, n_positions=8, vocab_size=300, n_token_bytes=900)
+    automata = DeviceAutomata(layout, TOKEN_BYTES)
+    monkeypatch.setattr(device_automata, "MAX_STATES", 6)
+    assert automata.hold(("abc",))
+
+    def refuse(words: object) -> None:
+        raise AssertionError("an automaton is made")
+
+    monkeypatch.setattr(device_automata, "automaton_table", refuse)
+    assert not automata.hold(("ab", "c"))
+
+
+def test_log_probabilities_of_a_row_keep_no_others() -> None:
+    """A view would keep the numbers of all rows of a step while the row runs."""
+    rows = DeviceRows(3, 1, n_positions=8, vocab_size=300)
+    sequences = [Sequence(tokenized(index, [5, index])) for index in range(3)]
+    handles = np.array([rows.start(index, each) for index, each in enumerate(sequences)])
+    rows.has_logprobs[handles] = True
+    found = np.arange(3 * WIDTH).reshape(3, WIDTH)
+    rows.keep_logprobs(handles, found)
+    found[:] = 0
+    for index, handle in enumerate(handles.tolist()):
+        (own,) = rows.logprobs[handle]
+        assert own.base is None
+        assert own[0] == index * WIDTH
 
 
 @pytest.mark.slow

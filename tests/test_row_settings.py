@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gptbatch.pipeline.engine import reference
-from gptbatch.pipeline.engine.bad_words import BadWords
+from gptbatch.pipeline.engine.bad_words import BadWords, count_states
 from gptbatch.pipeline.engine.engine import Engine, SchedulingOptions
 from gptbatch.pipeline.engine.logit_adjustments import adjusted_logits
 from gptbatch.pipeline.engine.row_adjustments import RowAdjustments
@@ -349,6 +349,7 @@ def test_banned_tokens_are_those_that_would_complete_a_bad_word(
     words: list[str], before: list[int]
 ) -> None:
     automaton = BadWords(TOKEN_BYTES).automaton(tuple(words))
+    assert count_states([word.encode() for word in words]) == len(automaton._table)
     text, state = b"", 0
     for token in before:
         # a completion never holds a bad word

@@ -20,6 +20,8 @@ SECTIONS = {
     "linear-bits": "linears:linear_bits",
     "linear-times": "linears:linear_times",
     "engine": "engines:engine",
+    "dependent-launch": "engines:dependent_launch",
+    "dependent-one": "engines:dependent_one",
     "transformers": "engines:transformers_rates",
     "command": "commands:command",
     "start": "commands:start",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from benchmarks.cuda.common import (
     C,
     H,
     report,
+    run_part,
 )
 from gptbatch.pipeline.bench.random_model import random_model, write_random_checkpoint
 from gptbatch.pipeline.kv_cache.spec import TRITON
@@ -41,14 +41,7 @@ def start() -> None:
         for threads in (cores().threads, 1):
             part = f"start-one:{int(dtype == 'float32')}:{threads}"
             with tempfile.TemporaryDirectory() as cache:
-                child = subprocess.run(
-                    [sys.executable, "-m", "benchmarks.cuda", part],
-                    env={**os.environ, "TRITON_CACHE_DIR": cache},
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
-            found[f"{dtype}, {threads} threads"] = json.loads(child.stdout.splitlines()[-1])
+                found[f"{dtype}, {threads} threads"] = run_part(part, TRITON_CACHE_DIR=cache)
             report(found)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +124,19 @@ def synchronize() -> None:
 
 def report(found: dict[str, Any]) -> None:
     print(json.dumps(found), flush=True)
+
+
+def run_part(part: str, **environment: str) -> dict[str, Any]:
+    """Run a part of a section in a process of its own; return its last object."""
+    child = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cuda", part],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return found
 
 
 def out_folder() -> Path:

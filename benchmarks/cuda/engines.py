@@ -1,11 +1,13 @@
-"""Sections `engine` and `transformers`: new tokens/s of our engine, and of `generate` beside it."""
+"""Sections `engine`, `dependent-launch` and `transformers`: our engine; `generate` beside it."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import Any
 
 import torch
+import triton
 
 from benchmarks.cuda.common import (
     CONFIG,
@@ -20,12 +22,14 @@ from benchmarks.cuda.common import (
     C,
     H,
     report,
+    run_part,
     synchronize,
 )
 from benchmarks.cuda.kernels import FILTERS
 from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.engine.device_engine import DeviceEngine
 from gptbatch.pipeline.engine.device_self_test import device_engine_problem
+from gptbatch.pipeline.kernels.cuda import launch as launch_module
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype
 from gptbatch.pipeline.kv_cache.spec import TRITON
 from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
@@ -173,6 +177,36 @@ def profile(device_engine: DeviceEngine, rows: int) -> dict[str, float]:
         for event in profiler.key_averages()
         if event.device_time_total / steps > 0.5
     }
+
+
+def dependent_launch() -> None:
+    """Compare steps with and without dependent launch: microseconds, tokens and margins."""
+    parts = [run_part(f"dependent-one:{flag}") for flag in (0, 1)]
+    found: dict[str, Any] = {}
+    for key in parts[0]:
+        values = [part[key] for part in parts]
+        if "us" in key:
+            found[f"{key}: plain, dependent"] = values
+        else:
+            found[f"{key} equal"] = values[0] == values[1]
+    report(found)
+
+
+def dependent_one(is_dependent: int) -> None:
+    """Measure steps in bfloat16, all kernels dependent or none."""
+    launch_module.DEPENDENT_LAUNCH = triton.language.constexpr(bool(is_dependent))
+    model = random_model(
+        CONFIG, dtype=DTYPES["bfloat16"], device=torch.device(DEVICE), backend=TRITON
+    )
+    found: dict[str, Any] = {}
+    for rows in (ROW_COUNTS[0], ROW_COUNTS[-1]):
+        device_engine = DeviceEngine(model=model, batch_size=rows, eos_token_ids=())
+        runs = [run(device_engine, prompts(rows)) for _ in range(2 if IS_FAKE else 4)]
+        seconds = min(seconds for _, seconds in runs)
+        found[f"{rows} rows, step_us"] = round(seconds / NEW_TOKENS * 1e6)
+        outcome = [(done.token_ids, done.min_decision_margin) for done in runs[-1][0]]
+        found[f"{rows} rows, bits"] = hashlib.sha256(repr(outcome).encode()).hexdigest()
+    report(found)
 
 
 def transformers_rates() -> None:

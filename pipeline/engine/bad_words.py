@@ -98,6 +98,11 @@ class BadWordAutomaton:
         return self._banned[state]
 
 
+def count_states(words: Sequence[bytes]) -> int:
+    """Return the states of the automaton of bad words, without making it."""
+    return len({word[:end] for word in words for end in range(len(word) + 1)})
+
+
 def automaton_table(words: Sequence[bytes]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
     """Return the next state by state and byte, and whether a bad word ends in each state.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from gptbatch.pipeline.engine.bad_words import automaton_table
+from gptbatch.pipeline.engine.bad_words import automaton_table, count_states
 from gptbatch.pipeline.kernels.cuda.adjustments import MAX_STATES, AdjustmentLayout
 
 Int32s = npt.NDArray[np.int32]
@@ -51,10 +51,12 @@ class DeviceAutomata:
     def hold(self, words: tuple[str, ...]) -> bool:
         """Take space for an automaton, until `release`; return whether there is enough."""
         if words not in self._automata:
-            table, accepts = automaton_table([word.encode() for word in words])
-            first = self._first_fit(len(table))
+            encoded_words = [word.encode() for word in words]
+            # Before the automaton is made: of rows that find no space there may be many.
+            first = self._first_fit(count_states(encoded_words))
             if first is None:
                 return False
+            table, accepts = automaton_table(encoded_words)
             encoded = np.where(accepts[table], -1 - table, table).astype(np.int16)
             self._automata[words] = _Automaton(first, encoded)
         self._automata[words].n_rows += 1

@@ -3,7 +3,7 @@
 Decoding needs nothing of the host: the device takes each new token as its next input and ends rows
 by EOS tokens and by length (kernels/cuda/advance.py). The host launches a step, and reads the
 tokens of the step `lag` steps before it. It schedules prompts and writes what changes
-(device_changes.py). A row's tokens depend on nothing but the row, so the lag changes none.
+(device_batch.py). A row's tokens depend on nothing but the row, so the lag changes none.
 
     host    launch 7   read 5   launch 8   read 6
     device     ... 6 ......... 7 ......... 8
@@ -22,26 +22,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from gptbatch.pipeline.engine.device_adjustments import DeviceAdjustments
-from gptbatch.pipeline.engine.device_changes import PendingChanges
-from gptbatch.pipeline.engine.device_logprobs import token_logprobs
-from gptbatch.pipeline.engine.device_queue import Arrival, DeviceQueue
-from gptbatch.pipeline.engine.device_rows import Bools, DeviceRows, Int64s
-from gptbatch.pipeline.engine.device_sampling import (
-    has_top_p,
-    keeps_full_vocab,
-    state_row,
-)
+from gptbatch.pipeline.engine.device_batch import DeviceBatch
+from gptbatch.pipeline.engine.device_queue import DeviceQueue, LaunchedStep
+from gptbatch.pipeline.engine.device_rows import DeviceRows
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.engine.row_adjustments import RowAdjustments, next_adjustments
 from gptbatch.pipeline.engine.sampling import SampledToken
 from gptbatch.pipeline.engine.sampling_step import SampleRequest, sample_for_model
-from gptbatch.pipeline.engine.sequence import ScheduledChunk, Sequence
+from gptbatch.pipeline.engine.sequence import Sequence
 from gptbatch.pipeline.engine.streams import CudaStream, Stream
 from gptbatch.pipeline.kernels.cuda.kernels import TRITON, Kernels
 from gptbatch.pipeline.kernels.cuda.state import NO_TOKEN
@@ -51,43 +45,13 @@ from gptbatch.pipeline.kv_cache.interface import KVCache
 from gptbatch.pipeline.model.device_step import (
     CHUNK_SIZES,
     DeviceStep,
-    StepShape,
-    padded_chunk_rows,
-    padded_decode_rows,
 )
-from gptbatch.pipeline.types import Completion, TokenLogprobs
+from gptbatch.pipeline.types import Completion
 
 # The host has this many steps of time to read, schedule and launch.
 LAG = 2
 # A step takes more prompt tokens by this factor while less than half of the batch decodes.
 FILLING = 4
-
-
-@dataclass(slots=True, kw_only=True)
-class _Launched:
-    """A step whose tokens are to arrive. Arrays are by index at the time of the launch.
-
-    Attributes:
-        arrival: Its tokens.
-        handles: Of the sequences.
-        is_sampled: Rows that get a token on the device.
-        host_rows: Rows that the host samples.
-        n_rows: Sequences that it computes.
-        n_prefilled: Prompt tokens among the prefill rows.
-        context: Sum of the contexts of the sequences that decode.
-        n_padding: Rows without a token.
-        released: Handles that only this step and those before it hold.
-    """
-
-    arrival: Arrival
-    handles: Int64s
-    is_sampled: Bools
-    host_rows: list[int]
-    n_rows: int
-    n_prefilled: int
-    context: int
-    n_padding: int
-    released: list[int] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -139,13 +103,9 @@ class DeviceEngine(Engine):
         """Return the completions of the running sequences as far as their tokens have arrived."""
         rows, completions = self._rows, []
         for handle in rows.live():
-            sequence = copy(self._sequence(handle))
+            sequence = copy(rows.sequence(handle))
             if rows.n_read[handle]:
-                sequence.tokens = [*sequence.tokens, *rows.read_tokens(handle)]
-                sequence.logprobs = self._read_logprobs(handle)
-                sequence.min_decision_margin = float(rows.margins[handle])
-                sequence.first_token_s = float(rows.first_s[handle])
-                sequence.last_token_s = self._read_s
+                rows.write_to(sequence, handle, self._read_s)
             if sequence.n_new_tokens:
                 completions.append(self._completion(sequence))
         return completions
@@ -165,10 +125,17 @@ class DeviceEngine(Engine):
             self.model, cache, self.kernels, self.eos_token_ids, n_token_bytes=n_token_bytes
         )
         self._queue = DeviceQueue(step, self.stream, max_in_flight=self.lag + 1)
-        self._rows = DeviceRows(len(step.state), self.lag + 1, self._n_positions)
-        self._adjustments = DeviceAdjustments(step.adjustment_layout, self._stop_rule)
-        self._changes = PendingChanges()
-        self._in_flight: deque[_Launched] = deque()
+        self._rows = DeviceRows(
+            len(step.state),
+            self.lag + 1,
+            n_positions=self._n_positions,
+            vocab_size=self.model.config.vocab_size,
+        )
+        adjustments = DeviceAdjustments(step.adjustment_layout, self._stop_rule)
+        self._batch = DeviceBatch(
+            self._rows, adjustments, cache.tables, self.model.config.vocab_size
+        )
+        self._in_flight: deque[LaunchedStep] = deque()
         self._read_s = time.monotonic()
         self.stream.catch_up()
         return cache
@@ -177,17 +144,15 @@ class DeviceEngine(Engine):
         """Start all sequences again whose tokens have not all arrived; see `Engine`."""
         rows, running = self._rows, self._scheduler.running
         for handle in rows.live():
-            sequence = rows.sequences[handle]
-            assert sequence is not None
             if rows.index_of[handle] < 0:
-                running.append(sequence)
+                running.append(rows.sequence(handle))
             if not rows.needs_host[handle]:
                 self.stats.new_tokens -= int(rows.n_read[handle])
         # Free the buffers of the device before there are new ones.
         self._in_flight.clear()
         assert self.stream is not None
         self.stream.reset()
-        del self._queue, self._rows
+        del self._queue, self._rows, self._batch
         super()._restart_with_half_the_batch(failure)
 
     def _launch(self) -> bool:
@@ -198,7 +163,7 @@ class DeviceEngine(Engine):
         prefilling: list[int] = np.flatnonzero(~rows.has_prompt[: len(running)]).tolist()
         chunks = self._scheduler.schedule_prefill(prefilling, min(budget, CHUNK_SIZES[-1]))
         self._start_new(chunks, time.monotonic())
-        prompt = self._take_chunks(chunks)
+        prompt = self._batch.take_chunks(chunks, self._needs_host)
         decodes = rows.decodes[: len(running)].copy()
         n_decoding, n_prefilled = int(decodes.sum()), prompt.shape[1]
         if not n_decoding and not n_prefilled:
@@ -206,19 +171,11 @@ class DeviceEngine(Engine):
         if not n_decoding:
             decodes = decodes[:0]
         handles = rows.handle_at[: len(decodes)].copy()
-        shape = StepShape(
-            decode_rows=padded_decode_rows(len(running)) if n_decoding else 0,
-            chunk_rows=padded_chunk_rows(n_prefilled),
-            full_vocab=bool(rows.keeps_all[handles][decodes].any()),
-            adjusts=bool((rows.adjustments[handles][decodes] >= 0).any()),
-            logprobs=bool(rows.has_logprobs[handles][decodes].any()),
-            top_p=bool(rows.has_top_p[handles][decodes].any()),
-        )
-        arrival = self._queue.launch(shape, self._changes, prompt)
-        self._changes = PendingChanges()
+        shape = self._batch.shape(decodes, len(running), n_prefilled)
+        arrival = self._queue.launch(shape, self._batch.take_changes(), prompt)
         is_sampled = decodes & ~rows.needs_host[handles]
         host_rows: list[int] = np.flatnonzero(decodes & ~is_sampled).tolist()
-        launched = _Launched(
+        launched = LaunchedStep(
             arrival=arrival,
             handles=handles,
             is_sampled=is_sampled,
@@ -227,7 +184,7 @@ class DeviceEngine(Engine):
             n_rows=n_decoding + sum(not chunk.needs_logits for chunk in chunks),
             n_prefilled=n_prefilled,
             context=int((rows.n_prompt + rows.n_launched)[handles[is_sampled]].sum())
-            + sum(len(self._sequence(int(handles[index])).tokens) for index in host_rows),
+            + sum(len(rows.sequence(int(handles[index])).tokens) for index in host_rows),
             n_padding=shape.decode_rows + shape.chunk_rows - n_decoding - n_prefilled,
         )
         self._in_flight.append(launched)
@@ -238,87 +195,24 @@ class DeviceEngine(Engine):
         self._free(np.flatnonzero(ended).tolist())
         return True
 
-    def _take_chunks(self, chunks: list[ScheduledChunk]) -> Int64s:
-        """Start the sequences of chunks on the device.
-
-        Returns:
-            Tokens, positions and sequences of the prompt tokens but the last of each, (3, n).
-        """
-        rows, tables = self._rows, self._cache_tables()
-        tokens: list[int] = []
-        positions: list[int] = []
-        seq_indices: list[int] = []
-        for chunk in chunks:
-            sequence, index = chunk.sequence, chunk.seq_index
-            count = len(chunk.tokens) - chunk.needs_logits
-            tokens += chunk.tokens[:count]
-            positions += range(chunk.first, chunk.first + count)
-            seq_indices += [index] * count
-            handle = int(rows.handle_at[index])
-            if rows.sequences[handle] is not sequence:
-                handle = rows.start(index, sequence)
-                self._set_sampler(handle, sequence)
-                if not chunk.needs_logits:
-                    self._changes.set(index, state_row(tables[index]))
-            if chunk.needs_logits:
-                self._decode(handle, sequence)
-        return np.array([tokens, positions, seq_indices], np.int64)
-
-    def _set_sampler(self, handle: int, sequence: Sequence) -> None:
-        params, vocab_size = sequence.params, self.model.config.vocab_size
-        rows, is_of_host = self._rows, self._needs_host(sequence)
-        rows.needs_host[handle] = is_of_host
-        rows.has_logprobs[handle] = params.logprobs is not None and not is_of_host
-        rows.keeps_all[handle] = keeps_full_vocab(params, vocab_size)
-        rows.has_top_p[handle] = has_top_p(params)
-
     def _needs_host(self, sequence: Sequence) -> bool:
         is_left = id(sequence.source) in self._left_to_host
         return is_left or self.model.config.vocab_size == 1
 
     def _new_adjustments(self, sequence: Sequence) -> RowAdjustments | None:
         if not self._needs_host(sequence):
-            if self._adjustments.hold(sequence.params.bad_words):
+            if self._batch.hold(sequence.params):
                 return None
             self._left_to_host.add(id(sequence.source))
         return super()._new_adjustments(sequence)
 
-    def _decode(self, handle: int, sequence: Sequence) -> None:
-        """Let a sequence decode from its last token on, in the next step."""
-        rows = self._rows
-        index = int(rows.index_of[handle])
-        if not rows.needs_host[handle] and RowAdjustments.are_needed(sequence.params):
-            rows.adjustments[handle], numbers = self._adjustments.start(sequence)
-            self._changes.adjustments.append(numbers)
-        row = state_row(
-            self._cache_tables()[index],
-            sequence,
-            budget=int(rows.budgets[handle]),
-            vocab_size=self.model.config.vocab_size,
-            host_samples=bool(rows.needs_host[handle]),
-            adjustments=int(rows.adjustments[handle]),
-        )
-        self._changes.set(index, row)
-        rows.decodes[index] = rows.has_prompt[index] = True
-
-    def _cache_tables(self) -> Int64s:
-        assert isinstance(self._cache, DeviceKVCache)
-        return self._cache.tables
-
     def _free(self, seq_indices: list[int]) -> None:
         """Take sequences out of the batch, finished or with their last token on its way."""
-        for index in seq_indices:
-            place = int(self._rows.adjustments[self._rows.handle_at[index]])
-            if place >= 0:
-                self._adjustments.free(place)
-            self._rows.leave(index)
-            self._changes.stop(index)
+        self._batch.leave(seq_indices)
         _, moves = self._scheduler.free(seq_indices)
-        for source, target in moves:
-            self._rows.move(source, target)
-            self._changes.move(source, target)
+        self._batch.move(moves)
 
-    def _read(self, launched: _Launched) -> None:
+    def _read(self, launched: LaunchedStep) -> None:
         """Take the tokens of a step."""
         rows, handles = self._rows, launched.handles
         tokens, margins = launched.arrival.wait()
@@ -331,7 +225,7 @@ class DeviceEngine(Engine):
         rows.first_s[read[rows.n_read[read] == 0]] = now
         rows.append(read, tokens[is_token], margins[is_token])
         if launched.arrival.logprobs is not None:
-            self._keep_logprobs(launched.arrival.logprobs[: len(handles)][is_token], read)
+            rows.keep_logprobs(read, launched.arrival.logprobs[: len(handles)][is_token])
         self._count(launched, len(read) + len(launched.host_rows), now)
         self.stats.new_tokens += len(read)
         is_last = np.isin(tokens, self.eos_token_ids) | (
@@ -346,22 +240,7 @@ class DeviceEngine(Engine):
         for handle in launched.released:
             rows.release(handle)
 
-    def _keep_logprobs(self, found: Int64s, handles: Int64s) -> None:
-        """Keep what log probabilities take, until a row ends: most of their cost is objects."""
-        rows = self._rows
-        requests = rows.has_logprobs[handles]
-        # The buffer is another step's soon.
-        for handle, own in zip(handles[requests].tolist(), found[requests], strict=True):
-            rows.logprobs[handle].append(own)
-
-    def _read_logprobs(self, handle: int) -> list[TokenLogprobs]:
-        """Return the log probabilities of the new tokens that have arrived."""
-        found, n_top = self._rows.logprobs[handle], self._sequence(handle).params.logprobs
-        if not found or n_top is None:
-            return []
-        return token_logprobs(np.stack(found), n_top, self.model.config.vocab_size)
-
-    def _count(self, launched: _Launched, n_decoded: int, now: float) -> None:
+    def _count(self, launched: LaunchedStep, n_decoded: int, now: float) -> None:
         """Count a step."""
         stats = self.stats
         stats.steps += 1
@@ -378,8 +257,7 @@ class DeviceEngine(Engine):
     def _check(self, handle: int, now: float) -> None:
         """Take the latest token of a row; finish the row if it ends with it."""
         rows = self._rows
-        sequence = rows.sequences[handle]
-        assert sequence is not None
+        sequence = rows.sequence(handle)
         assert sequence.stop_check is not None
         n_read = int(rows.n_read[handle])
         # The host looks only at the last token of most rows.
@@ -387,18 +265,13 @@ class DeviceEngine(Engine):
         reason = sequence.stop_check.add(int(rows.tokens[handle, n_read - 1]))
         if reason is not None:
             sequence.stop_reason = reason
-            sequence.tokens += rows.read_tokens(handle)
-            if rows.has_logprobs[handle]:
-                sequence.logprobs = self._read_logprobs(handle)
-            sequence.min_decision_margin = float(rows.margins[handle])
-            sequence.first_token_s, sequence.last_token_s = float(rows.first_s[handle]), now
+            rows.write_to(sequence, handle, now)
             self._finish(handle, sequence)
 
     def _fail(self, handle: int, token: int, now: float) -> None:
         """Finish a row without a token; start it again where the host can tell why."""
         rows = self._rows
-        sequence = rows.sequences[handle]
-        assert sequence is not None
+        sequence = rows.sequence(handle)
         assert token == NO_TOKEN.value
         if rows.adjustments[handle] < 0:
             sequence.tokens += rows.read_tokens(handle)
@@ -412,10 +285,10 @@ class DeviceEngine(Engine):
         self._take_out(handle)
         self._scheduler.add(sequence.source)
 
-    def _sample_on_host(self, launched: _Launched, now: float) -> None:
+    def _sample_on_host(self, launched: LaunchedStep, now: float) -> None:
         """Sample rows from the logits of the step before which nothing else was launched."""
         handles = [int(launched.handles[index]) for index in launched.host_rows]
-        sequences = [self._sequence(handle) for handle in handles]
+        sequences = [self._rows.sequence(handle) for handle in handles]
         requests = [
             SampleRequest(
                 params=sequence.params,
@@ -432,12 +305,7 @@ class DeviceEngine(Engine):
             if sequence.is_finished:
                 self._finish(handle, sequence)
             else:
-                self._decode(handle, sequence)
-
-    def _sequence(self, handle: int) -> Sequence:
-        sequence = self._rows.sequences[handle]
-        assert sequence is not None
-        return sequence
+                self._batch.decode(handle)
 
     def _finish(self, handle: int, sequence: Sequence) -> None:
         self._left_to_host.discard(id(sequence.source))

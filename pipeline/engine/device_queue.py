@@ -7,7 +7,7 @@ arrive in another one. Each step in flight has buffers of its own.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gptbatch.pipeline.engine.device_changes import PendingChanges
+from gptbatch.pipeline.engine.device_rows import Bools
 from gptbatch.pipeline.kernels.cuda.state import POSITION
 from gptbatch.pipeline.model.device_step import CHUNK_SIZES
 
@@ -45,6 +46,33 @@ class Arrival:
         """Wait for them; return tokens and margins (S,)."""
         self.mark.wait()
         return self.out[:, 0].copy(), self.out[:, 1].copy().view(np.float64)
+
+
+@dataclass(slots=True, kw_only=True)
+class LaunchedStep:
+    """A step whose tokens are to arrive. Arrays are by index at the time of the launch.
+
+    Attributes:
+        arrival: Its tokens.
+        handles: Of the sequences.
+        is_sampled: Rows that get a token on the device.
+        host_rows: Rows that the host samples.
+        n_rows: Sequences that it computes.
+        n_prefilled: Prompt tokens among the prefill rows.
+        context: Sum of the contexts of the sequences that decode.
+        n_padding: Rows without a token.
+        released: Handles that only this step and those before it hold.
+    """
+
+    arrival: Arrival
+    handles: Int64s
+    is_sampled: Bools
+    host_rows: list[int]
+    n_rows: int
+    n_prefilled: int
+    context: int
+    n_padding: int
+    released: list[int] = field(default_factory=list)
 
 
 class DeviceQueue:

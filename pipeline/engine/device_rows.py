@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from gptbatch.pipeline.engine.device_logprobs import token_logprobs
 from gptbatch.pipeline.engine.sequence import Sequence
 
 Int64s = npt.NDArray[np.int64]
@@ -41,7 +42,9 @@ class DeviceRows:
         tokens: The new tokens (handles, n_positions).
     """
 
-    def __init__(self, max_seqs: int, max_in_flight: int, n_positions: int) -> None:
+    def __init__(
+        self, max_seqs: int, max_in_flight: int, *, n_positions: int, vocab_size: int
+    ) -> None:
         # Each step in flight may hold other sequences, and others that are finished wait for it.
         count = max_seqs * 2 * (max_in_flight + 1)
         self.handle_at = np.full(max_seqs, -1, np.int64)
@@ -57,7 +60,7 @@ class DeviceRows:
         self.n_prompt, self.budgets, self.n_launched, self.n_read = np.zeros((4, count), np.int64)
         self.first_s, self.margins = np.zeros((2, count))
         self.tokens = np.zeros((count, n_positions), np.int32)
-        self._free = list(range(count))
+        self._free, self._vocab_size = list(range(count)), vocab_size
 
     @property
     def n_free(self) -> int:
@@ -68,6 +71,12 @@ class DeviceRows:
     def n_draining(self) -> int:
         """Sequences that have left the batch, and whose last tokens are to arrive."""
         return int(np.count_nonzero(~self.is_done & (self.index_of < 0)))
+
+    def sequence(self, handle: int) -> Sequence:
+        """Return the sequence of a handle that is not free."""
+        sequence = self.sequences[handle]
+        assert sequence is not None
+        return sequence
 
     def start(self, index: int, sequence: Sequence) -> int:
         """Give a sequence at an index a handle."""
@@ -105,10 +114,27 @@ class DeviceRows:
         self.n_read[handles] += 1
         self.margins[handles] = margins
 
+    def keep_logprobs(self, handles: Int64s, found: Int64s) -> None:
+        """Keep what log probabilities take, until a row ends: most of their cost is objects."""
+        requests = self.has_logprobs[handles]
+        # Copies: the buffer is another step's soon, and a view of one row keeps those of all.
+        for handle, own in zip(handles[requests].tolist(), found[requests], strict=True):
+            self.logprobs[handle].append(own.copy())
+
     def read_tokens(self, handle: int) -> list[int]:
         """Return the new tokens that have arrived."""
         tokens: list[int] = self.tokens[handle, : self.n_read[handle]].tolist()
         return tokens
+
+    def write_to(self, sequence: Sequence, handle: int, last_s: float) -> None:
+        """Give a sequence the new tokens that have arrived, the last one at this time."""
+        sequence.tokens = [*sequence.tokens, *self.read_tokens(handle)]
+        n_top = sequence.params.logprobs
+        if self.logprobs[handle] and n_top is not None:
+            found = np.stack(self.logprobs[handle])
+            sequence.logprobs = token_logprobs(found, n_top, self._vocab_size)
+        sequence.min_decision_margin = float(self.margins[handle])
+        sequence.first_token_s, sequence.last_token_s = float(self.first_s[handle]), last_s
 
     def release(self, handle: int) -> None:
         """Free a handle, which no step holds any more."""

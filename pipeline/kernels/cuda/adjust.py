@@ -47,7 +47,7 @@ from gptbatch.pipeline.kernels.cuda.adjustments import (
     TEXT_STATE,
     Adjustments,
 )
-from gptbatch.pipeline.kernels.cuda.launch import launch
+from gptbatch.pipeline.kernels.cuda.launch import launch, wait_for_previous
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, POSITION, STEP, TOKEN
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
 from gptbatch.pipeline.kernels.cuda.tokens import can_be_sampled
@@ -177,6 +177,7 @@ def adjust_kernel(
     LANES: tl.constexpr,
 ):
     """Adjust one row per program where the row runs and has adjustments."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     own = state + row * state_stride
     place = tl.load(own + ADJUSTMENTS)
@@ -236,6 +237,7 @@ def mask_kernel(
     PER: tl.constexpr,
 ):
     """Mask PER blocks of one row, and find their largest logits."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     own = state + row * state_stride
     place = tl.load(own + ADJUSTMENTS)

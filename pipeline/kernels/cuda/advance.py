@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptbatch.pipeline.kernels.cuda.launch import launch
+from gptbatch.pipeline.kernels.cuda.launch import launch, wait_for_previous
 from gptbatch.pipeline.kernels.cuda.state import (
     BUDGET,
     HOST_SAMPLES,
@@ -35,6 +35,7 @@ ROWS = 128
 @triton.jit(do_not_specialize=["S", "N_EOS"])
 def advance_kernel(sampled, state, eos_token_ids, out, state_stride, S, N_EOS, SIZE: tl.constexpr):
     """Advance SIZE rows per program; out (S, 2) int64."""
+    wait_for_previous()
     row = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     own = state + row.to(tl.int64) * state_stride
     position = tl.load(own + POSITION, mask=row < S, other=-1)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gptbatch.pipeline.kernels.constants import HEAD_SIZE_MULTIPLE
 from gptbatch.pipeline.kernels.cuda.arithmetic import exp, sum_lanes
-from gptbatch.pipeline.kernels.cuda.launch import launch
+from gptbatch.pipeline.kernels.cuda.launch import launch, wait_for_previous
 from gptbatch.pipeline.kernels.cuda.state import BLOCK_TOKENS
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, quantize, quantize_twin
 
@@ -65,6 +65,7 @@ def attend_float32_kernel(
     SIZE: tl.constexpr,
 ):
     """Attend by the queries of qkv (M, 3 C): out (M, C). SIZE: 2^n, at least D and 32."""
+    wait_for_previous()
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
     table = tables + tl.load(seq_indices + row).to(tl.int64) * table_stride
@@ -118,6 +119,7 @@ def attend_int8_kernel(
     SIZE: tl.constexpr,
 ):
     """Attend as `attend_float32_kernel`, over a cache of whole numbers. SIZE: 2^n, at least D."""
+    wait_for_previous()
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
     table = tables + tl.load(seq_indices + row).to(tl.int64) * table_stride
@@ -175,6 +177,7 @@ def attend_half_kernel(
     SIZE: tl.constexpr,
 ):
     """Attend as `attend_float32_kernel`, over a cache of 16-bit numbers. SIZE: 2^n, at least D."""
+    wait_for_previous()
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
     table = tables + tl.load(seq_indices + row).to(tl.int64) * table_stride

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptbatch.pipeline.kernels.cuda.launch import launch
+from gptbatch.pipeline.kernels.cuda.launch import launch, wait_for_previous
 from gptbatch.pipeline.kernels.cuda.state import POSITION, TOKEN
 
 
@@ -35,6 +35,7 @@ def embed_kernel(
     SIZE: tl.constexpr,
 ):
     """Embed one token per program."""
+    wait_for_previous()
     row = tl.program_id(0)
     is_decode = row < S
     own = state + row.to(tl.int64) * state_stride

@@ -11,12 +11,33 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+from triton.language.target_info import cuda_capability_geq
+
+# Programmatic dependent launch: a kernel of a step starts while the blocks of the one before it
+# end, and waits for them. Off until a GPU has measured it: section `dependent-launch` of
+# benchmarks/cuda_check.py.
+DEPENDENT_LAUNCH = tl.constexpr(False)
 
 _only_compiles = contextvars.ContextVar("only_compiles", default=False)
 
 
+@triton.jit
+def wait_for_previous():
+    """Wait until the kernel before has ended and its writes are visible: every kernel's first line.
+
+    The kernel before has itself waited for those before it.
+    """
+    if DEPENDENT_LAUNCH:  # noqa: SIM102
+        if cuda_capability_geq(9, 0):
+            gdc_wait()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel; inside `compile_side_by_side`, only compile it."""
+    if DEPENDENT_LAUNCH.value and triton.runtime.driver.active.get_current_target().arch >= 90:
+        options["launch_pdl"] = True
     kernel.run(*arguments, grid=grid, warmup=_only_compiles.get(), **options)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptbatch.pipeline.kernels.cuda.arithmetic import ACTIVATIONS, activate
-from gptbatch.pipeline.kernels.cuda.launch import launch
+from gptbatch.pipeline.kernels.cuda.launch import launch, wait_for_previous
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS, Tile, tile_for
 
 
@@ -58,6 +58,7 @@ def linear_kernel(
 
     The tiles of rows run side by side, so that they share the weights in the L2 cache.
     """
+    wait_for_previous()
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)

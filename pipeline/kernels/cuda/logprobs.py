@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gptbatch.pipeline.kernels.cuda.adjust import LANES
 from gptbatch.pipeline.kernels.cuda.adjustments import FIELDS, N_ENTRIES, Adjustments
-from gptbatch.pipeline.kernels.cuda.launch import launch
+from gptbatch.pipeline.kernels.cuda.launch import launch, wait_for_previous
 from gptbatch.pipeline.kernels.cuda.masses import mass_bits, masses
 from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, LOGPROBS, POSITION
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
@@ -87,6 +87,7 @@ def measure_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Measure one row per program where the row runs and has log probabilities."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     own = state + row * state_stride
     n_top = tl.load(own + LOGPROBS).to(tl.int32) - 1
@@ -125,6 +126,7 @@ def look_up_kernel(
     LANES: tl.constexpr,
 ):
     """Look up the logit of one row's token per program."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     own = state + row * state_stride
     has_logprobs = (tl.load(own + POSITION) >= 0) & (tl.load(own + LOGPROBS) >= 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptbatch.pipeline.kernels.cuda.arithmetic import sum_lanes
-from gptbatch.pipeline.kernels.cuda.launch import launch
+from gptbatch.pipeline.kernels.cuda.launch import launch, wait_for_previous
 
 # Wider rows are read three times: the time to compile grows with the cube of the pieces.
 MAX_HELD_WIDTH = tl.constexpr(1024)
@@ -51,6 +51,7 @@ def factor_of(squares, EPSILON: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def norm_kernel(x, weight, bias, y, EPSILON: tl.constexpr, C: tl.constexpr):
     """Normalize x (M, C) into y (M, C): lane j adds the elements j mod 32."""
+    wait_for_previous()
     lane = tl.arange(0, 32)
     x += tl.program_id(0).to(tl.int64) * C
     y += tl.program_id(0).to(tl.int64) * C

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptbatch.pipeline.kernels.cuda.filtered import sample_filtered_kernel
-from gptbatch.pipeline.kernels.cuda.launch import launch
+from gptbatch.pipeline.kernels.cuda.launch import launch, wait_for_previous
 from gptbatch.pipeline.kernels.cuda.masses import mass_bits
 from gptbatch.pipeline.kernels.cuda.state import (
     FULL_VOCAB,
@@ -61,6 +61,7 @@ def sample_all_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Sample one row per program where the row runs and keeps the full vocabulary."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     own = state + row * state_stride
     keeps_all = (tl.load(own + POSITION) >= 0) & (tl.load(own + TOP_K) == FULL_VOCAB)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gptbatch.pipeline.kernels.constants import INT8_MAX, INT8_MIN_ABSMAX
 from gptbatch.pipeline.kernels.cuda.arithmetic import WHOLE
-from gptbatch.pipeline.kernels.cuda.launch import launch
+from gptbatch.pipeline.kernels.cuda.launch import launch, wait_for_previous
 from gptbatch.pipeline.kernels.cuda.state import BLOCK_TOKENS
 
 MIN_ABSMAX, LARGEST_INT8 = tl.constexpr(INT8_MIN_ABSMAX), tl.constexpr(float(INT8_MAX))
@@ -61,6 +61,7 @@ def store_kernel(
     INT8: tl.constexpr,
 ):
     """Store one key or value of one head per program: (M, 2 H). Empty rows store nothing."""
+    wait_for_previous()
     row, part_head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
     if position >= 0:

@@ -59,8 +59,9 @@ def ceil_bits(x):
 
 @triton.jit
 def list_blocks(block_max, blocks, low, BLOCKS, SIZE: tl.constexpr):
-    """List the blocks whose largest logit has ordered bits of at least `low`; return their number.
+    """List the blocks whose largest logit has ordered bits of at least `low`.
 
+    Returns their number, and the largest logits of all blocks.
     All reads of the scratch memory of the row before this call are done after it.
     """
     b = tl.arange(0, SIZE)
@@ -70,7 +71,7 @@ def list_blocks(block_max, blocks, low, BLOCKS, SIZE: tl.constexpr):
     tl.debug_barrier()
     tl.store(blocks + place, b, mask=reaches)
     tl.debug_barrier()
-    return tl.sum(reaches.to(tl.int32))
+    return tl.sum(reaches.to(tl.int32)), maxima
 
 
 @triton.jit
@@ -83,21 +84,26 @@ def columns_of(blocks, first, count, V, BN: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def largest_below(
+def neighbours(
     logits, block_max, blocks, bound, V, BLOCKS, BN: tl.constexpr, SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Return the largest logit whose ordered bits are below the bound; -inf for none."""
-    b = tl.arange(0, SIZE)
-    maxima = tl.load(block_max + b, mask=b < BLOCKS, other=float("-inf"))
+    """Return the largest logit below the bound and the smallest from there on, in float64.
+
+    They are -inf and inf where there is none.
+    """
+    count, maxima = list_blocks(block_max, blocks, bound, BLOCKS, SIZE)
     largest = tl.max(tl.where(ordered_bits(maxima) < bound, maxima, float("-inf")), axis=0)
-    count = list_blocks(block_max, blocks, bound, BLOCKS, SIZE)
-    found = tl.full((TILE,), float("-inf"), tl.float32)
+    below = tl.full((TILE,), float("-inf"), tl.float32)
+    above = -below
     for first in range(0, count, TILE // BN):
         column, is_column = columns_of(blocks, first, count, V, BN, TILE)
         z = tl.load(logits + column, mask=is_column, other=float("-inf"))
-        found = tl.maximum(found, tl.where(ordered_bits(z) < bound, z, float("-inf")))
-    return tl.maximum(largest, tl.max(found, axis=0))
+        is_below = ordered_bits(z) < bound
+        below = tl.maximum(below, tl.where(is_below, z, float("-inf")))
+        above = tl.minimum(above, tl.where(is_below | (is_column == 0), float("inf"), z))
+    largest = tl.maximum(largest, tl.max(below, axis=0))
+    return largest.to(tl.float64), tl.min(above, axis=0).to(tl.float64)
 
 
 @triton.jit
@@ -113,22 +119,6 @@ def largest_besides(
         tl.max(tl.where(b == token // BN, float("-inf"), maxima), axis=0),
         tl.max(tl.where(column == token, float("-inf"), beside), axis=0),
     )
-
-
-@triton.jit
-def smallest_from(
-    logits, block_max, blocks, bound, V, BLOCKS, BN: tl.constexpr, SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Return the smallest logit whose ordered bits are at least the bound; inf for none."""
-    count = list_blocks(block_max, blocks, bound, BLOCKS, SIZE)
-    found = tl.full((TILE,), float("inf"), tl.float32)
-    for first in range(0, count, TILE // BN):
-        column, is_column = columns_of(blocks, first, count, V, BN, TILE)
-        z = tl.load(logits + column, mask=is_column, other=float("-inf"))
-        is_found = is_column & (ordered_bits(z) >= bound)
-        found = tl.minimum(found, tl.where(is_found, z, float("inf")))
-    return tl.min(found, axis=0)
 
 
 @triton.jit
