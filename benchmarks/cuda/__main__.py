@@ -14,7 +14,7 @@ SECTIONS = {
     "machine": "machine:machine",
     "graph-nodes": "machine:graph_nodes",
     "kernels": "kernels:kernels",
-    "cpu-bits": "kernels:cpu_bits",
+    "cpu-bits": "cpu_bits:cpu_bits",
     "kernel-times": "kernels:kernel_times",
     "compile": "linears:compile_all",
     "linear-bits": "linears:linear_bits",

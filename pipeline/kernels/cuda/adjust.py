@@ -67,44 +67,17 @@ def adjusted(z, times, bias, repetition, frequency, presence):
 
 
 @triton.jit
-def adjust_row(
-    own,
-    logits,
-    block_max,
-    head,
-    penalties,
-    tokens,
-    times,
-    bias,
-    originals,
-    history,
-    automata,
-    token_starts,
-    token_bytes,
-    BLOCKS,
-    SIZE: tl.constexpr,
+def adjust_entries(
+    logits, head, penalties, tokens, times, bias, originals, count, token, is_new, is_finite,
     LANES: tl.constexpr,
-):
-    """Adjust one row; the pointers are those of the row."""
-    b = tl.arange(0, SIZE)
-    maxima = tl.load(block_max + b, mask=b < BLOCKS, other=float("-inf"))
-    is_finite = can_be_sampled(maxima)
-    tl.store(head + IS_FINITE, is_finite.to(tl.int32))
-    token = tl.load(own + TOKEN).to(tl.int32)
-    # Of the first new token, the latest one is the last of the prompt.
-    is_new = tl.load(own + STEP) > 0
+):  # fmt: skip
+    """Adjust the logits of a row's entries, among them that of its latest new token."""
     repetition = tl.load(penalties + REPETITION)
     frequency = tl.load(penalties + FREQUENCY)
     presence = tl.load(penalties + PRESENCE)
-
-    count, length = tl.load(head + N_ENTRIES), tl.load(head + N_HISTORY)
-    automaton, text_state = tl.load(head + AUTOMATON), tl.load(head + TEXT_STATE)
-    # All threads have read the header before one of them changes it.
-    tl.debug_barrier()
-    lane = tl.arange(0, LANES)
     n_found = count * 0
     for first in range(0, count, LANES):
-        e = first + lane
+        e = first + tl.arange(0, LANES)
         is_entry = e < count
         t = tl.load(tokens + e, mask=is_entry, other=0)
         n = tl.load(times + e, mask=is_entry, other=-1)
@@ -127,6 +100,12 @@ def adjust_row(
         z = adjusted(z, count * 0 + 1, frequency * 0.0, repetition, frequency, presence)
         tl.store(logits + token, z, mask=is_finite)
 
+
+@triton.jit
+def forbid_ngrams(
+    logits, head, history, length, token, is_new, is_finite, LANES: tl.constexpr
+):  # fmt: skip
+    """Forbid the tokens that complete an n-gram of the history, with the latest token in it."""
     size = tl.load(head + NGRAM_SIZE)
     if size > 0:
         if is_new:
@@ -137,69 +116,61 @@ def adjust_row(
         # Each n-gram i, i + 1, ..., i + size - 1 whose tokens but the last are the latest ones.
         n_ngrams = length - size + 1
         for first in range(0, n_ngrams, LANES):
-            i = first + lane
+            i = first + tl.arange(0, LANES)
             is_equal = i < n_ngrams
             for j in range(size - 1):
                 earlier = tl.load(history + i + j, mask=is_equal, other=-1)
                 is_equal = is_equal & (earlier == tl.load(history + n_ngrams + j))
             last = tl.load(history + i + size - 1, mask=is_equal, other=0)
             tl.store(logits + last, float("-inf"), mask=is_equal & is_finite)
-    if is_new & (automaton >= 0):
-        table = automata + automaton.to(tl.int64) * 256
-        for i in range(tl.load(token_starts + token), tl.load(token_starts + token + 1)):
-            byte = tl.load(token_bytes + i).to(tl.int32)
-            following = tl.load(table + text_state * 256 + byte).to(tl.int32)
-            text_state = tl.maximum(following, -1 - following)
-        tl.store(head + TEXT_STATE, text_state)
+
+
+@triton.jit
+def follow_text(head, automata, token_starts, token_bytes, automaton, text_state, token):
+    """Let the row's automaton take the bytes of its latest token."""
+    table = automata + automaton.to(tl.int64) * 256
+    for i in range(tl.load(token_starts + token), tl.load(token_starts + token + 1)):
+        byte = tl.load(token_bytes + i).to(tl.int32)
+        following = tl.load(table + text_state * 256 + byte).to(tl.int32)
+        text_state = tl.maximum(following, -1 - following)
+    tl.store(head + TEXT_STATE, text_state)
 
 
 @triton.jit
 def adjust_kernel(
-    logits,
-    block_max,
-    state,
-    header,
-    penalties,
-    tokens,
-    times,
-    bias,
-    originals,
-    history,
-    automata,
-    token_starts,
-    token_bytes,
-    stride,
-    state_stride,
-    entries,
-    positions,
-    BLOCKS,
-    SIZE: tl.constexpr,
-    LANES: tl.constexpr,
-):
+    logits, block_max, state, header, penalties, tokens, times, bias, originals, history,
+    automata, token_starts, token_bytes, stride, state_stride, entries, positions, BLOCKS,
+    SIZE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Adjust one row per program where the row runs and has adjustments."""
     wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     own = state + row * state_stride
     place = tl.load(own + ADJUSTMENTS)
     if (tl.load(own + POSITION) >= 0) & (place >= 0):
-        adjust_row(
-            own,
-            logits + row * stride,
-            block_max + row * BLOCKS,
-            header + place * FIELDS,
-            penalties + place * N_PENALTIES,
-            tokens + place * entries,
-            times + place * entries,
-            bias + place * entries,
-            originals + place * entries,
-            history + place * positions,
-            automata,
-            token_starts,
-            token_bytes,
-            BLOCKS,
-            SIZE,
-            LANES,
-        )
+        head = header + place * FIELDS
+        b = tl.arange(0, SIZE)
+        maxima = tl.load(block_max + row * BLOCKS + b, mask=b < BLOCKS, other=float("-inf"))
+        is_finite = can_be_sampled(maxima)
+        tl.store(head + IS_FINITE, is_finite.to(tl.int32))
+        token = tl.load(own + TOKEN).to(tl.int32)
+        # Of the first new token, the latest one is the last of the prompt.
+        is_new = tl.load(own + STEP) > 0
+        count, length = tl.load(head + N_ENTRIES), tl.load(head + N_HISTORY)
+        automaton, text_state = tl.load(head + AUTOMATON), tl.load(head + TEXT_STATE)
+        # All threads have read the header before one of them changes it.
+        tl.debug_barrier()
+        first = place * entries
+        adjust_entries(
+            logits + row * stride, head, penalties + place * N_PENALTIES, tokens + first,
+            times + first, bias + first, originals + first, count, token, is_new, is_finite, LANES,
+        )  # fmt: skip
+        forbid_ngrams(
+            logits + row * stride, head, history + place * positions, length, token, is_new,
+            is_finite, LANES,
+        )  # fmt: skip
+        if is_new & (automaton >= 0):
+            follow_text(head, automata, token_starts, token_bytes, automaton, text_state, token)
 
 
 @triton.jit
@@ -220,22 +191,9 @@ def is_banned(table, text_state, token_starts, token_bytes, token, is_token):
 
 @triton.jit
 def mask_kernel(
-    logits,
-    block_max,
-    state,
-    header,
-    masks,
-    automata,
-    token_starts,
-    token_bytes,
-    stride,
-    state_stride,
-    words,
-    V,
-    BLOCKS,
-    BN: tl.constexpr,
-    PER: tl.constexpr,
-):
+    logits, block_max, state, header, masks, automata, token_starts, token_bytes,
+    stride, state_stride, words, V, BLOCKS, BN: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
     """Mask PER blocks of one row, and find their largest logits."""
     wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
