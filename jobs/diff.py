@@ -33,7 +33,8 @@ DIFFERENT = 1
     "all.",
 )
 @click.option("--common", is_flag=True, help="Compare only the ids that both runs have.")
-def diff(a: Location, b: Location, limit: int, common: bool) -> int:
+@click.option("--no-text", is_flag=True, help="Leave out prompts and completions.")
+def diff(a: Location, b: Location, limit: int, common: bool, no_text: bool) -> int:
     """Compare the runs in the output folders A and B row by row, joined by id and sample.
 
     Prints the number of rows that differ, the settings that differ (A / B), and the rows, with at
@@ -74,7 +75,7 @@ def diff(a: Location, b: Location, limit: int, common: bool) -> int:
         sample = f" sample {difference.sample_index}" if summary.unit == "samples" else ""
         echo(f"row {difference.prompt_id!r}{sample}: {_in_words(difference)}")
         for name, text in (("A", difference.excerpt_a), ("B", difference.excerpt_b)):
-            if text is not None:
+            if text is not None and not no_text:
                 echo(f"  {name} {json.dumps(text, ensure_ascii=False)}")
     count = summary.different + (0 if common else summary.missing_in_a + summary.missing_in_b)
     if count > len(shown):

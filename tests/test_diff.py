@@ -753,6 +753,8 @@ def test_the_command_prints_a_line_per_difference(tmp_path: Path, gptbatch_diff:
         summary["missing_in_a"],
         summary["missing_in_b"],
     ) == (1, 5, 1, 1)
+    _, without_texts, _ = gptbatch_diff(a, b, "--no-text")
+    assert without_texts == [line for line in lines if not line.startswith("  ")]
 
 
 def test_the_command_shows_where_texts_part(tmp_path: Path, gptbatch_diff: Diff) -> None:
