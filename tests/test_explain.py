@@ -368,7 +368,7 @@ def test_rows_that_are_cut_are_named(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--explain", "nine"], 66, "no row has the id 'nine'; the run has 10 rows"),
+        (["--explain", "nine"], 66, "no row has the id 'nine'; the run has 10 samples of 9 rows"),
         (["--explain", "samples#2"], 66, "row 'samples' has no sample 2; it has the samples 0, 1"),
         (["--explain", "plain#1"], 66, "row 'plain' has no sample 1; it has the sample 0"),
         (["--explain", "nine#1"], 66, "no row has the id 'nine#1'"),
