@@ -405,7 +405,8 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
         "5",
         "line:7",
     ]
-    assert (found[3]["note"], found[3]["error"]) == ("n", reasons[4])
+    assert (found[3]["note"], found[3]["error"]) == ("n", "old")
+    assert found[3]["gptbatch_error"] == reasons[4]
     # a line that was not parsed has no prompt; it and the bad setting are refused
     assert [row["prompt"] for row in found] == [
         None,
@@ -434,7 +435,7 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
         rows[4]["seed"],
         "king " * 100,
     )
-    assert json.loads(again[3]["metadata"]) == {"note": "n", "error": reasons[4]}
+    assert json.loads(again[3]["metadata"]) == {"note": "n", "error": "old"}
 
     # the same command finds nothing to do; another way to treat bad rows is another matter
     repeated = generate(tmp_path, "--input", "prompts.jsonl", "--on-bad-row", "record")[1]

@@ -616,6 +616,9 @@ def test_a_duplicate_id_is_an_error(tmp_path: Path) -> None:
     for a, b in ((fine, double), (double, fine)):
         with pytest.raises(StorageError, match="double: holds the id 'id 1' twice"):
             differences(a, b)
+    twice = write_run(tmp_path / "twice", [completion("new"), *many(4), completion("new")])
+    with pytest.raises(StorageError, match="twice: holds the id 'new' twice"):
+        differences(twice, fine)
 
 
 def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None:

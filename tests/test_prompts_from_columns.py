@@ -755,7 +755,7 @@ def test_the_index_of_a_row_is_its_id_without_an_id_field(command: Command, tmp_
     assert [row["prompt_id"] for row in rows] == ["0", "1"]
     assert [row["metadata"] for row in rows] == ['{"id": "same"}'] * 2
     (line,) = Path("out/.gptbatch/errors.jsonl").read_text().splitlines()
-    assert json.loads(line) == row | {"error": rows[0]["error"]}
+    assert json.loads(line) == row | {"gptbatch_error": rows[0]["error"]}
 
 
 def test_the_dry_run_prints_settings_and_metadata(command: Command, tmp_path: Path) -> None:

@@ -497,6 +497,52 @@ def test_a_bad_row_loses_nothing(checkpoint: Path, write_rows: WriteRows, tmp_pa
     assert lines[1].items() >= {"id": "a", "prompt": ["KING:"], "topic": "y"}.items()
 
 
+def test_the_input_digest_of_bad_rows_stays(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """It is that of the rows as they were read, so that outputs of earlier versions go on."""
+    rows = [
+        {"id": 5, "prompt": "KING:", "temperature": -1, "seed": None, "topic": "x"},
+        {"id": "a", "prompt": ["KING:"], "top_k": 3},
+        {"id": "b", "prompt": "KING:"},
+    ]
+    generate(checkpoint, write_rows(rows), tmp_path / "out", on_bad_row="record")
+    manifest = json.loads((tmp_path / "out/_manifest.json").read_text())
+    digest = "9da4cf886835a46b05653e81eb67ec4a36c1ffb599cef8fe9f6eb3b523bd0755"
+    assert manifest["identity"]["input_digest"] == digest
+
+
+def test_corrected_rows_with_nested_fields_are_as_if_right_at_first(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    fields: Row = {"prompt_field": "p.text", "id_field": "meta.id", "on_bad_row": "record"}
+    rows: list[Row] = [
+        {"meta": {"id": 5, "k": 1}, "p": {"text": "KING:", "page": 2}, "seed": 3},
+        {"meta": {"id": "b"}, "p": {"text": "A queen"}, "seed": 4},
+    ]
+    right = generate(checkpoint, write_rows(rows), tmp_path / "right", **fields)
+    wrong = [rows[0] | {"seed": "x"}, rows[1] | {"p": {"text": 7}}]
+    generate(checkpoint, write_rows(wrong), tmp_path / "wrong", **fields)
+    lines = (tmp_path / "wrong/.gptbatch/errors.jsonl").read_text().splitlines()
+    mended = [json.loads(lines[0]) | {"seed": 3}, json.loads(lines[1]) | {"p.text": "A queen"}]
+    again = generate(checkpoint, write_rows(mended), tmp_path / "again", **fields)
+    names = ("prompt_id", "prompt", "seed", "metadata", "completion_token_ids")
+    assert [[row[name] for name in names] for row in again] == [
+        [row[name] for name in names] for row in right
+    ]
+
+
+def test_a_bad_row_with_a_used_id_gets_another_one(
+    checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows = write_rows([{"id": "b", "prompt": "KING:"}, {"id": "b", "prompt": "L", "seed": "x"}])
+    _, bad = generate(checkpoint, rows, tmp_path / "out", on_bad_row="record")
+    line = json.loads((tmp_path / "out/.gptbatch/errors.jsonl").read_text())
+    assert bad["prompt_id"] == line["id"] == "line:2"
+    assert "seed" in bad["error"]
+    assert "id 'b' was already used on line 1" in bad["error"]
+
+
 def test_verify_and_diff_tell_rows_from_samples(
     checkpoint: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,7 @@ def unequal_pairs(
     names = (*_KEY_COLUMNS, *compared, *others)
     lined_up, joined = _line_up(a, b)
     partners = _Partners(b, joined, compared, others)
-    alone: list[_Key] = []
+    alone: set[_Key] = set()
     for number, (left, right) in enumerate(zip_longest(a.batches(names), b.batches(names))):
         if number in lined_up:
             differ = _differ(left, right, compared)
@@ -60,12 +60,14 @@ def unequal_pairs(
         elif left is not None:
             for row, partner in partners.unequal(left.to_pylist(), a):
                 if partner is None:
-                    alone.append(_key(row))
+                    if (key := _key(row)) in alone:
+                        raise _duplicate_id(a, row)
+                    alone.add(key)
                 yield row, partner
         else:
             break
     left_over = partners.left_over()
-    _require_unique(a, lined_up, {a: set(alone), b: set(left_over)})
+    _require_unique(a, lined_up, {a: alone, b: set(left_over)})
     for key in left_over:
         prompt_id, sample_index = (key, 0) if isinstance(key, str) else key
         yield None, {"prompt_id": prompt_id, "sample_index": sample_index}

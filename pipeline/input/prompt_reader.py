@@ -267,9 +267,9 @@ class PromptReader:
 
     def _duplicate(self, raw: RawRow, row: Prompt | BadRow, taken_by: str) -> BadRow:
         """Return the error row of a row whose id is that of another row."""
+        used = f"id {shorten(row.prompt_id)} was already used on {taken_by}; ids must be unique"
         if isinstance(row, BadRow):
-            return replace(row, own_id=None)
-        used = f"was already used on {taken_by}"
+            return replace(row, own_id=None, reason=f"{row.reason}; {used}")
         # its own settings, which its line of errors.jsonl keeps
         others = self.defaults.params(row.prompt_id, {}).as_dict()
         own = {
@@ -282,7 +282,7 @@ class PromptReader:
             index=row.index,
             where=raw.where,
             label=raw.label,
-            reason=f"id {shorten(row.prompt_id)} {used}; ids must be unique",
+            reason=used,
             text=row.text,
             metadata=to_json(fields | own) if fields or own else None,
         )

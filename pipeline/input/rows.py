@@ -33,6 +33,9 @@ from gptbatch.pipeline.params.sampling_params import SamplingParams, to_json_val
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.types import Prompt
 
+# The field of a line of errors.jsonl that says why the row is one. It is no metadata: the corrected
+# row has no error.
+REASON_FIELD = "gptbatch_error"
 # json.dumps makes an encoder per call
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -47,8 +50,8 @@ class BadRow:
         label: The row in the whole input: `line 3`, or `row 2`.
         reason: The error. It never quotes the prompt.
         text: The prompt, "" where it could not be read.
-        metadata: The other fields as JSON text, id and settings among them; None where they could
-            not be read.
+        metadata: The other fields as JSON text, settings among them; None where they could not be
+            read.
         own_id: The id of the row; None where it could not be read, or is that of another row.
     """
 
@@ -166,6 +169,7 @@ class RowParser:
         except ValueError as error:
             reason = str(error)
         own_id = self._own_id(raw)
+        as_read = _json_if_possible(self._fields)
         row = BadRow(
             index=index,
             where=raw.where,
@@ -175,11 +179,12 @@ class RowParser:
             metadata=_json_if_possible(self._fields_of_bad_row(own_id)),
             own_id=own_id,
         )
-        return row, _digest_input([row.prompt_id, reason, row.text, row.metadata])
+        return row, _digest_input([row.prompt_id, reason, row.text, as_read])
 
     def _parse(self, index: int, raw: RawRow) -> tuple[Prompt, bytes]:
         """Parse a row. Errors name the field and, prompts aside, the value."""
         fields = raw.parse()
+        fields.pop(REASON_FIELD, None)
         self._fields = dict(fields)
         defaults = self.defaults
         # a container may be on several paths
@@ -228,12 +233,19 @@ class RowParser:
     def _fields_of_bad_row(self, own_id: str | None) -> dict[str, Any] | None:
         """Return the fields of a bad row as a line of JSON must have them, None where unreadable.
 
-        A cell of CSV and a float of a table may stand for a whole number, as JSON text and 5.0 may
-        not. Values that cannot be read stay, to be corrected. Null stands for the run's setting.
+        In CSV and tables, "5" and 5.0 are whole numbers; in JSON lines they are not. Values that
+        cannot be read stay, to be corrected. Null stands for the run's setting. The id is left out
+        where it can be read, and a nested prompt that cannot is a field of its own.
         """
         if self._fields is None:
             return None
-        fields = dict(self._fields)
+        fields, defaults = dict(self._fields), self.defaults
+        if own_id is not None and defaults.id_field:
+            take_field(fields, defaults.id_field)
+        if defaults.template is None:
+            path = defaults.messages_field or defaults.prompt_field
+            if (value := take_field(fields, path)) is not MISSING:
+                fields[path] = value
         for name in self.defaults.row_settings:
             if name in fields and is_null(fields[name]):
                 del fields[name]
@@ -243,8 +255,6 @@ class RowParser:
                     fields[name] = to_json_value(
                         parse_setting(fields[name], name, setting), setting
                     )
-        if own_id is not None and self.defaults.id_field in fields:
-            fields[self.defaults.id_field] = own_id
         return fields
 
     def _own_id(self, raw: RawRow) -> str | None:

@@ -1,8 +1,8 @@
 """The error rows of an output: the file `errors.jsonl`, and a sentence that counts them.
 
-A line of errors.jsonl holds a row's id, prompt, settings and other fields, and `error`, the reason.
-The file can be the input of another run, once its rows are corrected. A line that could not be
-parsed has no prompt, and is refused until it has one.
+A line of errors.jsonl holds a row's id, prompt, settings and other fields, and `gptbatch_error`,
+the reason. The file can be the input of another run, once its rows are corrected: a run leaves the
+reasons out. A line that could not be parsed has no prompt, and is refused until it has one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gptbatch.pipeline.errors import StorageError
-from gptbatch.pipeline.input.rows import RowDefaults
+from gptbatch.pipeline.input.rows import REASON_FIELD, RowDefaults
 from gptbatch.pipeline.input.strict_json import parse_object, to_json
 from gptbatch.pipeline.output.folder import ERRORS, OutputFolder
 from gptbatch.pipeline.output.json_models import Part
@@ -40,7 +40,7 @@ _COLUMNS = [
     "error",
 ]
 _ADVICE = {
-    "bad_row": "mend them in the input",
+    "bad_row": "mend them in a copy of errors.jsonl, for a run into another output",
     "too_long": "context_overflow: truncate_left keeps the end of such prompts",
     "empty_prompt": "give them a prompt",
     "unknown_token": "the model lacks a token of the tokenizer",
@@ -147,18 +147,12 @@ def _to_line(row: dict[str, Any], defaults: RowDefaults) -> str:
         is_default = value == setting.default == getattr(defaults.sampling, name)
         if name in defaults.row_settings and (setting.column_type or not is_default):
             columns[name] = to_json_value(value, setting)
-    columns["error"] = row["error"]
+    columns[REASON_FIELD] = row["error"]
     fields = {key: json.dumps(value, ensure_ascii=False) for key, value in columns.items()}
     if defaults.messages_field is not None:
         fields[defaults.messages_field] = row["prompt"] or "null"
-    # the fields of a template are metadata, and one may be called `error`
-    paths = [] if defaults.template is None else defaults.prompt_paths
-    kept = {name for path in paths for name in (path, path.partition(".")[0])}
     if row["metadata"] is not None:
-        others = parse_object(row["metadata"])
-        # The metadata of a bad row holds its own id and settings.
-        fields |= {
-            key: to_json(value) for key, value in others.items() if key != "error" or key in kept
-        }
+        # The metadata of a bad row holds its own settings.
+        fields |= {key: to_json(value) for key, value in parse_object(row["metadata"]).items()}
     pairs = (f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in fields.items())
     return "{" + ", ".join(pairs) + "}"
