@@ -100,7 +100,8 @@ def test_the_preflight_names_all_that_is_missing_and_what_to_do(
         "cuda-check cannot run here:",
         "ModuleNotFoundError: No module named 'no_such_module'",
         "ModuleNotFoundError: No module named 'none_such'",
-        "not installed: no-such-package, none-such; pip install no-such-package none-such",
+        "not installed: no-such-package, none-such",
+        "pip install no-such-package none-such; or leave sections out by --sections",
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch finds no CUDA device; --fake tries"):

@@ -139,8 +139,9 @@ def linear_bits() -> None:
                         expected = y
                         if dtype == "float32":
                             chain = fma_chain(x[:64], w[:64])
-                            unequal = (y[:64, :64] != chain).sum().item()
-                            found[f"chain of fma, K {depth}: unequal of 4096"] = unequal
+                            # The chain rounds twice, so a few may differ.
+                            count = (y[:64, :64] != chain).sum().item()
+                            found[f"chain of fma, K {depth}: of 4096 differ"] = count
                     found["compared"] += 1
                     if not torch.equal(y, expected[:rows]):
                         share = (y != expected[:rows]).float().mean().item()

@@ -40,7 +40,8 @@ def preflight(modules: Iterable[str], *, needs_gpu: bool) -> None:
             if problem not in problems:
                 problems.append(problem)
     if problems and (missing := missing_packages()):
-        problems.append(f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")
+        problems.append(f"not installed: {', '.join(missing)}")
+        problems.append(f"pip install {' '.join(missing)}; or leave sections out by --sections")
     if not problems and needs_gpu:
         problems += filter(None, [gpu_problem()])
     if problems:
