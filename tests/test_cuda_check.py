@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import cuda_check
+from benchmarks.cuda import __main__ as sections
+from benchmarks.cuda import preflight
 from tests.paths import REPOSITORY
 
 SECTIONS = """
 import json, sys, time
 name = sys.argv[1]
+if name == "preflight":
+    sys.exit("cannot run: fails needs more" if "fails early" in sys.argv else 0)
 print(json.dumps({"found": 1}), flush=True)
 if name == "hangs":
     print('{"found', flush=True)
@@ -33,7 +39,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "__init__.py").touch()
     (package.parent / "__init__.py").touch()
     (package / "__main__.py").write_text(SECTIONS)
-    limits = {"good": 30, "fails": 30, "hangs": 3, "differs": 30}
+    limits = {"good": 30, "fails": 30, "hangs": 3, "differs": 30, "fails early": 30}
     monkeypatch.setattr(cuda_check, "REPOSITORY", tmp_path)
     monkeypatch.setattr(cuda_check, "SECTIONS", limits)
     monkeypatch.setattr(cuda_check, "MIN_SECONDS", 1.0)
@@ -43,7 +49,10 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_section_that_goes_wrong_costs_only_its_own_results(
     program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["cuda_check.py", "--out", str(program)])
+    sections = ["good", "fails", "hangs", "differs"]
+    monkeypatch.setattr(
+        sys, "argv", ["cuda_check.py", "--out", str(program), "--sections", *sections]
+    )
     with pytest.raises(SystemExit, match=r"failed: fails, hangs, differs$"):
         cuda_check.main()
     results = json.loads((program / "results.json").read_text())
@@ -61,28 +70,94 @@ def test_a_section_that_goes_wrong_costs_only_its_own_results(
 def test_sections_for_which_no_time_is_left_are_skipped(
     program: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["cuda_check.py", "--out", str(program), "--seconds", "0"])
+    arguments = ["--out", str(program), "--seconds", "0", "--sections", "good", "fails"]
+    monkeypatch.setattr(sys, "argv", ["cuda_check.py", *arguments])
     cuda_check.main()
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {found["skipped"] for found in results.values()} == {"no time left"}
+
+
+def test_it_ends_before_the_first_section_where_a_package_is_missing(
+    program: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cuda_check.py", "--out", str(program)])
+    with pytest.raises(SystemExit):
+        cuda_check.main()
+    assert "cannot run: fails needs more" in capfd.readouterr().err
+    assert not program.exists()
+
+
+def test_the_preflight_names_all_that_is_missing_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modules = preflight.modules_of({"tests": "tests:tests"}, ["tests"])
+    assert {"gptbatch.pipeline.config", "benchmarks.cuda.tests", "pytest_timeout"} <= {*modules}
+    monkeypatch.setattr(preflight, "EXTRA_PACKAGES", ("no-such-package", "pytest", "none-such"))
+    preflight.preflight(["json"], needs_gpu=False)
+    with pytest.raises(SystemExit) as caught:
+        preflight.preflight(["json", "no_such_module", "none_such.part"], needs_gpu=False)
+    assert str(caught.value).splitlines() == [
+        "cuda-check cannot run here:",
+        "ModuleNotFoundError: No module named 'no_such_module'",
+        "ModuleNotFoundError: No module named 'none_such'",
+        "not installed: no-such-package, none-such",
+        "pip install no-such-package none-such; or leave sections out by --sections",
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch finds no CUDA device; --fake tries"):
+        preflight.preflight(["json"], needs_gpu=True)
+
+
+def test_the_sections_of_most_worth_fit_into_the_time() -> None:
+    limits = list(cuda_check.SECTIONS.items())
+    first = [name for name, _ in limits[:8]]
+    assert first[-1] == "kernel-times"
+    assert sum(limit for _, limit in limits[:8]) <= 540
+    assert {*cuda_check.SECTIONS} < {*sections.SECTIONS}
+
+
+def test_a_child_that_outlives_its_kill_does_not_hold_up_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process in a call of the driver of a GPU is killed when the call returns."""
+
+    class Stuck:
+        pid = 1
+
+        def wait(self, limit: float) -> None:
+            raise subprocess.TimeoutExpired("", limit)
+
+    killed = []
+    monkeypatch.setattr(os, "killpg", lambda pid, signal: killed.append(pid))
+    cuda_check.stop(Stuck())  # type: ignore[arg-type]
+    assert killed == [1]
+
+
+def test_the_last_object_is_found_before_lines_that_are_cut_off_or_of_others() -> None:
+    assert cuda_check.last_object('{"a": 1}\n{"a": 2}\nWARNING {\n{"a"') == {"a": 2}
+    assert cuda_check.last_object("Killed\n") == {}
 
 
 @pytest.mark.slow
 def test_the_sections_of_most_worth_run_on_a_fake_device(tmp_path: Path) -> None:
     """Their bits and times mean nothing, but for a verify of the command's output."""
     pytest.importorskip("triton")
-    sections = ["machine", "kernels", "engine", "dependent-launch", "command", "host"]
+    names = ["machine", "build", "cpu-bits", "engine", "command", "host", "kernels"]
+    names += ["dependent-launch"]
     program = Path(cuda_check.__file__)
     done = subprocess.run(
-        [sys.executable, program, "--fake", "--out", tmp_path, "--sections", *sections],
+        [sys.executable, program, "--fake", "--out", tmp_path, "--sections", *names],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
     )
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == sections, done.stderr
+    assert list(results) == names, done.stderr
+    assert done.returncode == 0
     failures = {name: found["error"] for name, found in results.items() if "error" in found}
     assert not failures, (tmp_path / "log.txt").read_text()[-5000:]
     command = results["command"]
-    assert command["gpt2-cuda, 10 rows, verified on the CPU"]["mismatches"] == 0
+    assert command["problems"] == []
+    assert command["float32, sampled again on the CPU"]["rows"] == 10
+    assert command["float32, sampled again on the CPU"]["rows with another token"] == 0
     assert command["gpt2-cuda-fast, 40 rows"]["rows"] == 40

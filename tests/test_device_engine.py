@@ -7,7 +7,7 @@ The twins round another way than the C++ kernels, so margins are compared with a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -159,17 +159,30 @@ def test_rows_that_still_run_are_returned_as_far_as_they_came(model: GPT) -> Non
     assert engine.stats.decode_context > 0
 
 
+def of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def of_capture() -> None:
+    """Fail as the capture of a CUDA graph, whose end hides why."""
+    try:
+        of_memory()
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("failure", [of_memory, of_capture])
 @pytest.mark.parametrize("lag", [0, 4])
 @pytest.mark.parametrize("at_wait", [False, True])
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
-    model: GPT, cpu_model: GPT, lag: int, at_wait: bool
+    model: GPT, cpu_model: GPT, lag: int, at_wait: bool, failure: Callable[[], None]
 ) -> None:
     left = [9, 25, 40]
 
     def fails() -> None:
         left[:] = [count - 1 for count in left]
         if 0 in left:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            failure()
 
     prompts = random_prompts(random.Random(7), 24)
     stream = LateStream(10**9 if at_wait else 0, fails)
@@ -182,10 +195,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 
 
 def test_out_of_memory_with_one_row_names_it(model: GPT) -> None:
-    def fails() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    engine = device_engine(model, batch_size=2, stream=LateStream(0, fails))
+    engine = device_engine(model, batch_size=2, stream=LateStream(0, of_memory))
     with pytest.raises(OutOfMemoryError, match="even with row '0' alone"):
         run(engine, [tokenized(0, [1, 2])])
 

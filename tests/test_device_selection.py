@@ -242,6 +242,37 @@ def test_without_the_self_test_the_kernels_are_compiled_and_run_once(
         assert "self-test" not in caplog.text
 
 
+@pytest.mark.usefixtures("twins_everywhere")
+@pytest.mark.parametrize("fails_in", ["the self-test", "the engine's self-test"])
+def test_a_device_that_takes_no_more_work_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch, fails_in: str
+) -> None:
+    """Padded attention, or the engine of the host, would fail with an unrelated message."""
+    from gptbatch.pipeline.config import EngineConfig
+    from gptbatch.pipeline.engine import device_self_test, selection
+    from gptbatch.pipeline.errors import DeviceError
+    from gptbatch.pipeline.kv_cache import interface
+    from gptbatch.pipeline.model import self_test
+    from gptbatch.pipeline.model.loading import prepare_model
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(interface, "select_backend", lambda name, device: TRITON)
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    monkeypatch.setattr(GPT, "device", torch.device("cuda"))
+    monkeypatch.setattr(self_test, "select_batch_invariant_kernels", fails)
+    monkeypatch.setattr(device_self_test, "device_engine_problem", fails)
+    model, cpu = packed_model(TRITON), torch.device("cpu")
+    message = r"cuda fail \(CUDA error: an illegal .* again with engine.attention: padded"
+    if fails_in == "the self-test":
+        with pytest.raises(DeviceError, match=message):
+            prepare_model(EngineConfig(), cpu, lambda _: model, batch_invariance="auto")
+    else:
+        with pytest.raises(DeviceError, match=message):
+            selection.new_engine(model, batch_size=2, eos_token_ids=())
+
+
 def test_a_gpu_without_memory_for_the_model_is_a_clear_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

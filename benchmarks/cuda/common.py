@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cuda.preflight import is_fake
+from benchmarks.cuda_check import last_object
 from gptbatch.pipeline.kernels.cuda.linear import column_major
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS, Tile
+from gptbatch.pipeline.kv_cache.quantization import CacheDtype
 from gptbatch.pipeline.model.config import GPTConfig
 
-IS_FAKE = os.environ.get("CUDA_CHECK_FAKE") == "1"
+IS_FAKE = is_fake()
 DEVICE = "cpu" if IS_FAKE else "cuda"
 C, H, INNER, LAYERS, VOCAB, POSITIONS = (
     (32, 2, 64, 1, 300, 160) if IS_FAKE else (768, 12, 3072, 12, 50257, 1024)
@@ -72,6 +75,13 @@ FLOAT_TILES = [
     Tile(128, 128, 16, 8, 3),
     Tile(128, 128, 16, 4, 3),
 ]
+# Runs: dtype and cache.
+CASES: tuple[tuple[str, CacheDtype], ...] = (
+    ("bfloat16", "auto"),
+    ("float32", "auto"),
+    ("bfloat16", "int8"),
+    ("float32", "int8"),
+)
 ROW_COUNTS = (16, 32) if IS_FAKE else (64, 256, 1024)
 
 
@@ -127,16 +137,16 @@ def report(found: dict[str, Any]) -> None:
 
 
 def run_part(part: str, **environment: str) -> dict[str, Any]:
-    """Run a part of a section in a process of its own; return its last object."""
+    """Run a part of a section in a process of its own; return its last object, with an error."""
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.cuda", part],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
+        check=False,
     )
-    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return found
+    found = last_object(child.stdout)
+    return {"error": f"{part}: exit {child.returncode}", **found} if child.returncode else found
 
 
 def out_folder() -> Path:

@@ -34,6 +34,7 @@ from gptbatch.pipeline.system.machine import cores
 
 # Tiles whose bits are compared at other K: smaller ones too, which run on mma.sync
 BITS_HALF_TILES = [
+    Tile(64, 16, 128, 4, 4),
     Tile(64, 32, 64, 4, 4),
     Tile(64, 64, 32, 4, 3),
     Tile(64, 64, 128, 8, 3),
@@ -138,8 +139,9 @@ def linear_bits() -> None:
                         expected = y
                         if dtype == "float32":
                             chain = fma_chain(x[:64], w[:64])
-                            unequal = (y[:64, :64] != chain).sum().item()
-                            found[f"chain of fma, K {depth}: unequal of 4096"] = unequal
+                            # The chain rounds twice, so a few may differ.
+                            count = (y[:64, :64] != chain).sum().item()
+                            found[f"chain of fma, K {depth}: of 4096 differ"] = count
                     found["compared"] += 1
                     if not torch.equal(y, expected[:rows]):
                         share = (y != expected[:rows]).float().mean().item()
@@ -175,9 +177,9 @@ def linear_times() -> None:
                     calls = [run_linear(name, x, w, tile) for w in weights]
                     key = f"{dtype} {rows} {name} {list(asdict(tile).values())}"
                     note(table, best, key, functools.partial(run_all, calls), copies)
-            report({"best": best})
-    (out_folder() / "tiles.json").write_text(json.dumps(best))
-    (out_folder() / "linear_times.json").write_text(json.dumps(table, indent=0))
+                (out_folder() / "tiles.json").write_text(json.dumps(best))
+                (out_folder() / "linear_times.json").write_text(json.dumps(table, indent=0))
+                report({"best": best})
 
 
 def run_all(calls: Iterable[Callable[[], object]]) -> None:

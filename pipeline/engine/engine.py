@@ -399,9 +399,15 @@ def _error_without_token(sequence: Sequence, sampled: SampledToken) -> RowError:
     )
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an allocation failed; torch has an error type only for some of them."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed; torch has an error type only for some of them.
+
+    An error that came up while an allocation failed counts, too: the end of the capture of a CUDA
+    graph has one of its own.
+    """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if error.__context__ is not None and is_out_of_memory(error.__context__):
         return True
     return any(
         words in str(error)

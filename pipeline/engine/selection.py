@@ -9,6 +9,7 @@ import torch
 
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.errors import OutOfMemoryError
+from gptbatch.pipeline.system.device import raise_if_device_failed
 from gptbatch.pipeline.system.error_text import first_line
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ def new_engine(model: GPT, **options: Any) -> Engine:
     Args:
         model: A loaded model.
         **options: The other attributes of `Engine`.
+
+    Raises:
+        DeviceError: The device failed in the self-test, and takes no more work.
     """
     is_plain = not options.get("record_logits") and options.get("window_full", "stop") == "stop"
     if not (model.backend.triton and is_plain):
@@ -39,6 +43,7 @@ def new_engine(model: GPT, **options: Any) -> Engine:
         except (torch.OutOfMemoryError, OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - a driver or a GPU may fail in any way
+            raise_if_device_failed(model.device, error)
             model.device_engine_problem = first_line(error)
         if model.device_engine_problem:
             logger.warning(

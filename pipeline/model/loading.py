@@ -17,6 +17,7 @@ from gptbatch.pipeline.config import BatchInvarianceSetting, EngineConfig, unpor
 from gptbatch.pipeline.errors import DeviceError, OutOfMemoryError
 from gptbatch.pipeline.model.checkpoint import Checkpoint
 from gptbatch.pipeline.model.config import GPTConfig
+from gptbatch.pipeline.system.device import raise_if_device_failed
 from gptbatch.pipeline.system.error_text import first_line
 from gptbatch.pipeline.system.machine import cores, free_memory_bytes
 from gptbatch.pipeline.types import NOISE_VERSION, BatchInvariance
@@ -198,6 +199,9 @@ def _try_triton(model: GPT, *, has_self_test: bool) -> tuple[SelfTestReport | No
 
     Returns:
         The report of the self-test, if it came to an end, and what is wrong; "" for nothing.
+
+    Raises:
+        DeviceError: The device failed, and takes no more work.
     """
     import torch
 
@@ -215,6 +219,7 @@ def _try_triton(model: GPT, *, has_self_test: bool) -> tuple[SelfTestReport | No
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - a compiler, a driver or a GPU may fail in any way
+        raise_if_device_failed(model.device, error)
         return None, first_line(error)
     if not report.passed:
         return report, f"the bits of a row depend on the batch: {', '.join(report.failures)}"
