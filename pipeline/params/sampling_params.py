@@ -64,7 +64,8 @@ class SamplingParams:
         """Return which settings contradict each other; "" where none do."""
         if self.n > 1 and self.temperature == 0:
             return (
-                f"n is {self.n}, and temperature 0 gives equal samples; set a temperature, or n 1"
+                f"n is {self.n}, and temperature 0 gives equal samples; set a temperature above 0, "
+                "or n to 1"
             )
         if self.min_new_tokens > self.max_new_tokens:
             return (
