@@ -20,8 +20,13 @@ from gptbatch.pipeline.model.checkpoint import find_checkpoint
 from gptbatch.pipeline.model.config import parse_config
 from gptbatch.pipeline.model.loading import resolve_device
 from gptbatch.pipeline.output.error_rows import describe_errors
-from gptbatch.pipeline.output.folder import OutputFolder
-from gptbatch.pipeline.output.kept_parts import find_kept_parts
+from gptbatch.pipeline.output.folder import FolderState, OutputFolder
+from gptbatch.pipeline.output.kept_parts import (
+    check_replaceable,
+    find_kept_parts,
+    numbers_to_inspect,
+)
+from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.placement import check_placement
 from gptbatch.pipeline.output.resume import (
     check_same_input,
@@ -103,7 +108,8 @@ def inspect_job(config: JobConfig) -> InputReport:
     log_generation_warnings(checkpoint)
     prompts = TokenizedInput(config, checkpoint, tokenizer, open_input(config))
     identity = cache(lambda: job_identity(config, checkpoint, tokenizer))
-    continued = find_continued_run(config, find_run(folder), identity)
+    state = find_run(folder)
+    continued = find_continued_run(config, state, identity)
     field_counts = FieldCounts()
     summary = prompts.reader.check(
         part_rows=part_rows_of(config, continued),
@@ -115,9 +121,10 @@ def inspect_job(config: JobConfig) -> InputReport:
     if continued is not None:
         check_same_input(config, continued, summary)
         plan = plan_parts(config, identity(), summary)
-        share = shard.parts(plan.n_parts)
-        files = folder.inspect_parts(continued, folder.read_hashes(), share)
-        rows_kept = find_kept_parts(files, plan).rows
+        rows_kept = _count_kept_rows(folder, continued, plan, shard.parts(plan.n_parts))
+    elif state is not None:
+        check_replaceable(state, folder.inspect_parts(state, folder.read_hashes(), state.parts))
+        folder.check_writable()
     lengths = array("q")
     errors: Counter[str] = Counter()
 
@@ -152,3 +159,12 @@ def inspect_job(config: JobConfig) -> InputReport:
         setting_fields=dict(field_counts.settings),
         metadata_fields=dict(field_counts.metadata),
     )
+
+
+def _count_kept_rows(folder: OutputFolder, state: FolderState, plan: PartPlan, share: range) -> int:
+    """Return the rows that a run keeps, and check that it can write the others."""
+    numbers = numbers_to_inspect(state, share, plan.n_parts)
+    kept = find_kept_parts(folder.inspect_parts(state, folder.read_hashes(), numbers), plan)
+    if len(kept.parts) < len(share):
+        folder.check_writable()
+    return kept.rows

@@ -667,11 +667,12 @@ def test_foreign_files_with_names_of_parts(generate: Generate, tmp_path: Path) -
     mine.write_bytes(kept)
     beyond = tmp_path / "out" / "part-000007.parquet"
     beyond.write_bytes(b"not a part")
-    expect(
-        generate(tmp_path, "--input", "prompts.jsonl"),
-        78,
-        "part-000007.parquet: this run has 3 parts, and no such one",
-    )
+    for options in ([], ["--dry-run"], ["--dry-run", "--overwrite", "--seed", "1"]):
+        expect(
+            generate(tmp_path, "--input", "prompts.jsonl", *options),
+            78,
+            "part-000007.parquet: this run has 3 parts, and no such one",
+        )
     assert beyond.read_bytes() == b"not a part"
 
 

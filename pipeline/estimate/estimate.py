@@ -31,7 +31,7 @@ from gptbatch.pipeline.estimate.walk import Batching
 from gptbatch.pipeline.estimate.workload import Workload, count_workload
 from gptbatch.pipeline.job import CheckedJob, Job, check_job, find_job
 from gptbatch.pipeline.model.loading import LoadedModel, load_model, resolve_device
-from gptbatch.pipeline.output.kept_parts import find_kept_parts
+from gptbatch.pipeline.output.kept_parts import find_kept_parts, numbers_to_inspect
 from gptbatch.pipeline.output.resume import check_same_input
 from gptbatch.pipeline.output.row_runner import make_engine
 from gptbatch.pipeline.output.shards import find_shard
@@ -147,8 +147,11 @@ def estimate_job(
     resolve_device(config.engine)
     checked = check_job(job)
     check_s = time.monotonic() - began_s
-    kept, share = _kept_parts(job, checked), shard.parts(checked.plan.n_parts)
+    share = shard.parts(checked.plan.n_parts)
+    kept = _kept_parts(job, checked, share)
     parts = [number for number in share if number not in kept]
+    if output is not None and parts:
+        job.folder.check_writable()
     rows = sum(checked.plan.rows_of(number) for number in parts)
     report(f"tokenizing {rows:,} rows")
     work = count_workload(checked.prompts, checked.summary, parts, report)
@@ -268,13 +271,15 @@ def _with_prediction(
     )
 
 
-def _kept_parts(job: Job, checked: CheckedJob) -> set[int]:
-    """Return the numbers of the parts that a run keeps."""
+def _kept_parts(job: Job, checked: CheckedJob, share: range) -> set[int]:
+    """Return the numbers of the parts that a run of this share keeps."""
     state, plan = job.continued, checked.plan
     if state is None:
         return set()
     check_same_input(job.config, state, checked.summary)
-    files = job.folder.inspect_parts(state, job.hashes, range(plan.n_parts))
+    files = job.folder.inspect_parts(
+        state, job.hashes, numbers_to_inspect(state, share, plan.n_parts)
+    )
     return set(find_kept_parts(files, plan).parts)
 
 

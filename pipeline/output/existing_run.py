@@ -16,7 +16,12 @@ from gptbatch.pipeline.errors import OutputBusyError, StorageError
 from gptbatch.pipeline.input.prompt_reader import InputSummary
 from gptbatch.pipeline.output.file_hashes import FileHashes
 from gptbatch.pipeline.output.folder import FolderState, OutputFolder
-from gptbatch.pipeline.output.kept_parts import KeptParts, check_replaceable, find_kept_parts
+from gptbatch.pipeline.output.kept_parts import (
+    KeptParts,
+    check_replaceable,
+    find_kept_parts,
+    numbers_to_inspect,
+)
 from gptbatch.pipeline.output.lock import OutputLock
 from gptbatch.pipeline.output.part_plan import PartPlan
 from gptbatch.pipeline.output.resume import (
@@ -130,8 +135,7 @@ def inspect_output(
             "same command again"
         )
     check_same_input(config, state, summary)
-    # A part beyond the last is refused.
-    numbers = {number for number in state.parts if number in target.share or number >= plan.n_parts}
+    numbers = numbers_to_inspect(state, target.share, plan.n_parts)
     kept = find_kept_parts(folder.inspect_parts(state, hashes, numbers), plan)
     logger.info("%d of %d parts are written", len(kept.parts), len(target.share))
     return ExistingRun(state=state, is_replaced=False, kept=kept)

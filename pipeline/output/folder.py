@@ -224,49 +224,57 @@ class OutputFolder:
         Raises:
             OutputCreationError: It cannot be created or written.
         """
-        if not isinstance(self.work, Path):
+        if not isinstance(self.path, Path) or not isinstance(self.work, Path):
             return
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.work):
-                pass
+            for folder in (self.work, self.path):
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
         except OSError as error:
             raise OutputCreationError(
                 f"{self.path}: cannot be created or written ({error.strerror or error})"
             ) from error
 
     def check_creatable(self) -> None:
+        """Check that `create` can succeed, unless `_SUCCESS` exists. Leaves nothing behind.
+
+        A complete output need not be writable.
+
+        Raises:
+            OutputCreationError: `create` is sure to fail.
+        """
+        # False where the name is too long, as opposed to Path.exists
+        if not isinstance(self.path, Path) or not os.path.exists(self.path / SUCCESS):
+            self.check_writable()
+
+    def check_writable(self) -> None:
         """Check that `create` can succeed. Leaves nothing behind.
 
-        A file without a name is created in the nearest folder that exists: permissions do not tell
-        of read-only file systems and of `/proc`. A complete output need not be writable.
+        A file without a name is created in the folder and in `.gptbatch`, or in the nearest folder
+        that exists: permissions do not tell of read-only file systems and of `/proc`.
 
         Raises:
             OutputCreationError: `create` is sure to fail.
         """
         if not isinstance(self.path, Path) or not isinstance(self.work, Path):
             return
-        # False where the name is too long, as opposed to Path.exists
-        if os.path.exists(self.path / SUCCESS):
-            return
-        nearest = next(
-            folder
-            for folder in (self.work, self.path, *self.path.absolute().parents)
-            if os.path.lexists(folder)
-        )
+        existing = [folder for folder in (self.work, self.path) if os.path.lexists(folder)]
         # `state` names files, and `refuse_links` links
-        if nearest in (self.work, self.path) and not nearest.is_dir():
+        if not all(folder.is_dir() for folder in existing):
             return
-        try:
-            with tempfile.TemporaryFile(dir=nearest):
-                pass
-        except OSError as error:
-            problem = f"cannot be created: {nearest} is not a writable folder"
-            if nearest in (self.work, self.path):
-                problem = "cannot be written"
-            raise OutputCreationError(
-                f"{self.path}: {problem} ({error.strerror or error})"
-            ) from error
+        parents = (folder for folder in self.path.absolute().parents if os.path.lexists(folder))
+        for folder in existing or [next(parents)]:
+            try:
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                problem = f"cannot be created: {folder} is not a writable folder"
+                if existing:
+                    problem = "cannot be written"
+                raise OutputCreationError(
+                    f"{self.path}: {problem} ({error.strerror or error})"
+                ) from error
 
     def list_parts(self) -> dict[int, Location]:
         """Return every entry with a part's name, by number, in order."""

@@ -40,6 +40,19 @@ class KeptParts:
         return sum(part.errors for part in self.parts.values())
 
 
+def numbers_to_inspect(state: FolderState, share: range, n_parts: int) -> set[int]:
+    """Return the numbers of the files that a run inspects.
+
+    These are its share, and those beyond the last part, which `find_kept_parts` refuses.
+
+    Args:
+        state: The run in the folder.
+        share: The parts of this run.
+        n_parts: Parts of the job.
+    """
+    return {number for number in state.parts if number in share or number >= n_parts}
+
+
 def find_kept_parts(files: dict[int, PartFile], plan: PartPlan) -> KeptParts:
     """Return the parts that are kept.
 
