@@ -201,6 +201,7 @@ def test_openai_results(run: Path, tmp_path: Path) -> None:
 
 
 TOKEN_BYTES = [b"a", b" b", "é".encode()[:1], "é".encode()[1:], b"END", b"<eos>"]
+TOKEN_BYTES += [b"\xe2\x80", b"\x94END", b"\xe2", b"\x80"]
 SAMPLE: dict[str, Any] = {
     "prompt_id": "a",
     "prompt_index": 0,
@@ -285,6 +286,10 @@ def test_log_probabilities_of_openai_chat_completions() -> None:
         ("aEN", "stop_string", [0, 4], ["a", "END"]),
         ("aEND", "stop_string", [0, 4], ["a", "END"]),
         ("", "stop_string", [4], []),
+        # a character without its last byte, before the stop string, and one that ends in its token
+        ("a\ufffd", "stop_string", [0, 2, 4], ["a", None]),
+        ("a\u2014", "stop_string", [0, 6, 7], ["a", None, None]),
+        ("a\ufffd", "stop_string", [0, 8, 9, 4], ["a", None, None]),
         ("a", "stop_token", [0, 4], ["a"]),
         ("aEND", "max_new_tokens", [0, 4], ["a", "END"]),
         # an id that the tokenizer lacks
@@ -292,14 +297,16 @@ def test_log_probabilities_of_openai_chat_completions() -> None:
     ],
 )
 def test_log_probabilities_are_those_of_the_tokens_of_the_text(
-    completion: str, stop_reason: str, token_ids: list[int], tokens: list[str]
+    completion: str, stop_reason: str, token_ids: list[int], tokens: list[str | None]
 ) -> None:
+    """None stands for a token that is not a text."""
     sample = SAMPLE | {"completion": completion, "stop_reason": stop_reason}
     sample |= {"completion_token_ids": token_ids, "token_logprobs": [-1.0] * len(token_ids)}
     sample |= {"top_logprob_ids": [], "top_logprobs": []}
-    assert choice(sample, is_chat=False)["logprobs"]["tokens"] == tokens
+    found = choice(sample, is_chat=False)["logprobs"]["tokens"]
+    assert [None if token.startswith("bytes:") else token for token in found] == tokens
     content = choice(sample, is_chat=True)["logprobs"]["content"]
-    assert [token["token"] for token in content] == tokens
+    assert [None if "\\x" in token["token"] else token["token"] for token in content] == tokens
 
 
 def test_openai_results_have_the_log_probabilities_of_the_run(

@@ -139,14 +139,22 @@ class OpenaiResults:
         token_ids = sample["completion_token_ids"]
         if sample["stop_reason"] in ("end_of_text", "stop_token"):
             token_ids = token_ids[:-1]
+        completion = sample["completion"]
+        before_stop = 0 if sample["stop_reason"] == "stop_string" and not completion else None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        offsets, n_characters = [], 0
+        offsets: list[int] = []
+        text = ""
         for token in token_ids:
-            if sample["stop_reason"] == "stop_string" and n_characters >= len(sample["completion"]):
-                break
-            offsets.append(n_characters)
-            n_characters += len(decoder.decode(self._bytes(token)))
-        return offsets
+            offsets.append(len(text))
+            text += decoder.decode(self._bytes(token))
+            if sample["stop_reason"] == "stop_string":
+                # The completion has U+FFFD for a character without its last bytes.
+                cut = decoder.getstate()[0].decode("utf-8", "replace")
+                if len(text) + len(cut) == len(completion) and text + cut == completion:
+                    before_stop = len(offsets)
+                if len(text) > len(completion):
+                    break
+        return offsets[:before_stop]
 
     def _chat_token(self, token: int, logprob: float) -> dict[str, Any]:
         content = self._bytes(token)
