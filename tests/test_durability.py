@@ -474,9 +474,9 @@ def test_a_larger_limit_continues_the_run(setting: Setting, tmp_path: Path) -> N
     code, child = setting.run(output, "--limit", "15")
     assert code == 78
     assert (
-        "out: holds a run of 20 rows, and limit takes the first 15. Rows are added to an output, "
-        "and never removed: the other 5 stay. For the whole run, leave limit out or raise it; for "
-        "15 rows alone, name another output, or use --overwrite\n"
+        "out: holds a run of 20 rows, and limit takes the first 15 rows. Rows are added to an "
+        "output, and never removed. For the whole run, leave limit out or raise it, if the input "
+        "still has 20 rows; for the first 15 rows alone, name another output, or use --overwrite\n"
     ) in child.stderr
     code, child = setting.run(output, "--limit", "29")
     assert (code, child.summary["rows_kept"], child.summary["rows"]) == (0, 18, 11), child.stderr

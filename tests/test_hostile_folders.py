@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -1116,6 +1117,42 @@ def test_a_dry_run_tries_to_write_where_permissions_do_not_tell(
     assert "/proc/x/out: cannot be created: /proc is not a writable folder (" in found[2]
 
 
+def test_a_dry_run_finds_a_folder_read_only(
+    finished: Path,
+    output: Path,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Parts go into the folder above `.gptbatch`. A complete output needs no write."""
+    writable = tempfile.TemporaryFile
+
+    def refuse(**options: Any) -> Any:
+        if options["dir"] == output:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return writable(**options)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text((finished / "prompts.jsonl").read_text() + '{"id": "new", "prompt": "A"}\n')
+
+    def dry_run(*more: str | Path, source: Path = finished / "prompts.jsonl") -> tuple[int, bool]:
+        code, _, stderr = command(
+            *("generate", "--model", finished / "model", "--input", source, "--output", output),
+            *("--max-new-tokens", "4", "--part-rows", "3", "--dry-run", *more),
+        )
+        return code, "out: cannot be written (Read-only file system)" in stderr
+
+    assert dry_run() == (0, False)
+    assert dry_run("--overwrite") == (73, True)
+    assert dry_run(source=longer) == (73, True)
+    (output / "part-000000.parquet").unlink()
+    assert dry_run() == (73, True)
+    assert dry_run("--shard", "1/2") == (0, False)
+    (output / "_SUCCESS").unlink()
+    assert dry_run("--shard", "1/2") == (73, True)
+
+
 @pytest.mark.parametrize("inside", ["", ".gptbatch"])
 def test_a_folder_that_cannot_be_written(
     inside: str, output: Path, monkeypatch: pytest.MonkeyPatch
@@ -1138,6 +1175,21 @@ def test_a_folder_that_cannot_be_written(
     ):
         OutputFolder(output).check_creatable()
     assert tried == [output / inside]
+
+
+def test_a_limit_of_one_on_an_input_that_became_shorter(
+    finished: Path, output: Path, command: Command, tmp_path: Path
+) -> None:
+    """Without the limit, the input would still be too short."""
+    (tmp_path / "short.jsonl").write_text('{"id": "r0", "prompt": "The king 0"}\n')
+    run = ["generate", "--model", finished / "model", "--input", tmp_path / "short.jsonl"]
+    run += ["--output", output, "--max-new-tokens", "4", "--part-rows", "3", "--dry-run"]
+    code, _, stderr = command(*run, "--limit", "1")
+    assert code == 78
+    assert "limit takes the first row. Rows are added to an output" in stderr
+    assert "leave limit out or raise it, if the input still has 7 rows; for the first row" in stderr
+    code, _, stderr = command(*run)
+    assert (code, "holds a run of 7 rows, but the input has 1;" in stderr) == (78, True)
 
 
 def test_a_dry_run_counts_the_rows_that_a_run_keeps(

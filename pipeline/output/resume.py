@@ -237,16 +237,16 @@ def check_same_input(config: JobConfig, state: FolderState, summary: InputSummar
             f"{_advice(config)}"
         )
     if rows > summary.rows == config.limit:
+        first = "the first row" if config.limit == 1 else f"the first {config.limit} rows"
         raise OutputConflictError(
-            f"{config.output}: holds a run of {rows} rows, and limit takes the first "
-            f"{config.limit}. Rows are added to an output, and never removed: the other "
-            f"{rows - summary.rows} stay. For the whole run, leave limit out or raise it; for "
-            f"{config.limit} rows alone, {_advice(config)}"
+            f"{config.output}: holds a run of {rows} rows, and limit takes {first}. Rows are added "
+            "to an output, and never removed. For the whole run, leave limit out or raise it, if "
+            f"the input still has {rows} rows; for {first} alone, {_advice(config)}"
         )
     if rows > summary.rows:
         raise OutputConflictError(
-            f"{config.output}: holds a run of {rows} rows, but the input has {summary.rows}; "
-            f"{_advice(config)}"
+            f"{config.output}: holds a run of {rows} row{'s' * (rows > 1)}, but the input has "
+            f"{summary.rows}; {_advice(config)}"
         )
     if summary.prefix_digests.get(rows) != digest:
         raise OutputConflictError(
