@@ -13,7 +13,9 @@ from gptbatch.pipeline.engine.sampling import kept_set_size
 from gptbatch.pipeline.estimate.walk import Batching
 from gptbatch.pipeline.estimate.workload import Workload
 from gptbatch.pipeline.input.tokenize import TokenizedInput
+from gptbatch.pipeline.kernels.huge_pages import memory_of_ranges
 from gptbatch.pipeline.kv_cache.block_pool import blocks_for
+from gptbatch.pipeline.kv_cache.spec import KVCacheSpec
 from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS
 from gptbatch.pipeline.model.loading import LoadedModel
 from gptbatch.pipeline.output.part_runner import max_parts_in_flight
@@ -39,7 +41,8 @@ class MemoryEstimate:
         limit_bytes: The sum, with all that the cache may keep and the rows of all parts in flight.
         process_bytes: Weights, libraries and the rest of the process.
         weights_bytes: The weights among these, in the layout of the kernels.
-        cache_bytes: Keys and values of the running rows at their longest.
+        cache_bytes: Keys and values of the running rows at their longest, on whole huge pages where
+            the system has these.
         cache_limit_bytes: The same with the prefixes of finished rows, which stay while they fit.
         cache_bytes_per_token: Keys and values of one token.
         logits_bytes: The logits of a step.
@@ -90,10 +93,9 @@ def estimate_memory(
     )[: batching.batch_size]
     running = sum(blocks_for(length, size) for length in longest)
     kept = blocks_for(work.prompt_tokens, size) if batching.share_prefixes else 0
-    block_bytes = size * spec.bytes_per_token
     rows = batching.batch_size + batching.max_waiting
-    cache = min(running, batching.n_blocks) * block_bytes
-    cache_limit = min(running + kept, batching.n_blocks) * block_bytes
+    cache = _cache_bytes(spec, running, batching.n_blocks)
+    cache_limit = _cache_bytes(spec, running + kept, batching.n_blocks)
     logits = min(batching.batch_size, MAX_HEAD_ROWS) * spec.config.vocab_size * FLOAT32_BYTES
     rows_held = min(work.n_rows, TYPICAL_PARTS_IN_FLIGHT * part_rows) * row_bytes
     rows_limit = min(work.n_rows, max_parts_in_flight(rows, part_rows) * part_rows) * row_bytes
@@ -108,6 +110,19 @@ def estimate_memory(
         logits_bytes=logits,
         rows_bytes=round(rows_held),
         rows_limit_bytes=round(rows_limit),
+    )
+
+
+def _cache_bytes(spec: KVCacheSpec, n_used: int, n_blocks: int) -> int:
+    """Return the memory of a KV cache of which the first `n_used` blocks are written."""
+    used = min(n_used, n_blocks) * spec.block_size * spec.bytes_per_token
+    if not (spec.backend.paged and spec.device.type == "cpu"):
+        return used
+    # The blocks of a head are neighbours; see `PagedKVCache`.
+    n_layer, n_head = spec.config.n_layer, spec.config.n_head
+    head_block_bytes = spec.block_size * spec.bytes_per_token // (n_layer * n_head)
+    return n_layer * memory_of_ranges(
+        min(n_used, n_blocks) * head_block_bytes, n_blocks * head_block_bytes, n_head
     )
 
 
