@@ -145,7 +145,7 @@ def test_tsv_cells_are_separated_by_tabs(tmp_path: Path) -> None:
         ("prompt,seed\n\na,1\n", ":2: the line is empty"),
         (
             "prompt,seed\n,1\n",
-            ':2: prompt must be a string, not null; in a CSV file, "" is an empty text',
+            ':2: prompt must be a string, not null; "" is an empty text and an empty cell is null',
         ),
         ("prompt,seed\na,x\n", ":2: seed must be a whole number, not the string 'x'"),
         ("prompt,seed\na,-1\n", ":2: seed must be 0 to"),

@@ -246,7 +246,7 @@ BAD_LINES = [  # a line, and what is said of it
     ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice in one object"),
     ('{"prompt": "a", "x": {"y": 1, "y": 2}}', "the key 'y' stands twice in one object"),
     ("{}", "there is no field 'prompt'"),
-    ('{"prompt": null}', "prompt must be a string, not null"),
+    ('{"prompt": null, "note": "x"}', "prompt must be a string, not null"),
     ('{"prompt": 5}', "prompt must be a string, not a number"),
     ('{"prompt": ["a"]}', "prompt must be a string, not an array"),
     ('{"prompt": "\\ud800"}', "a lone surrogate (U+D800) is not text"),

@@ -213,7 +213,6 @@ def test_values_are_inserted_as_the_input_has_them(
         ({"a": ["x"]}, "{a.1}", "there is no field 'a.1'"),
         ({"a": ["x"]}, "{a.-1}", "there is no field 'a.-1'"),
         ({"a": None}, "{a}", "a, which prompt_template names, must be a string, a number, "),
-        ({"a": None}, "{a}", "not null; in a CSV file, "),
         ({"a": ["x"]}, "{a}", "true or false, not an array"),
         ({"a": {"text": "x"}}, "{a}", "not an object ({a.text} takes the text inside)"),
         ('{"a": "\\ud800"}', "{a}", "a lone surrogate (U+D800) is not text"),
@@ -562,6 +561,13 @@ def test_a_message_cannot_hold_the_end_of_a_message(model: Path) -> None:
 )
 def test_bad_messages_are_bad_rows(tmp_path: Path, row: Any, reason: str) -> None:
     assert reason in problem(job(tmp_path, row, messages_field="chat"))
+
+
+@pytest.mark.parametrize("rows", ['id,chat\na,"[""x""]"\n', "id,chat\na,\n", "chat\nx\n"])
+def test_a_cell_of_a_csv_file_holds_no_messages(tmp_path: Path, rows: str) -> None:
+    (tmp_path / "chats.csv").write_text(rows)
+    config = job(tmp_path, dataset=str(tmp_path / "chats.csv"), messages_field="chat")
+    assert "chat must be an array of messages, which a cell of a CSV file cannot" in problem(config)
 
 
 def test_the_prompt_of_a_chat_is_its_json(tmp_path: Path) -> None:

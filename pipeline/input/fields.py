@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from gptbatch.pipeline.input.csv_file import CellText
 from gptbatch.pipeline.input.strict_json import NumberText, check_utf8, json_type, shorten
 from gptbatch.pipeline.input.values import MISSING, is_null, parse_setting
 from gptbatch.pipeline.params.misspelling import meant_names
@@ -133,6 +134,7 @@ def take_prompt(fields: dict[str, Any], path: str) -> str:
     if not isinstance(text, str) or isinstance(text, NumberText):
         raise ValueError(
             f"{path} must be a string, not {json_type(text)}"
+            f"{_hint_for_null(fields) if text is None else ''}"
             f"{hint_for_type(text, path, 'prompt_field')}"
         )
     check_utf8(text)
@@ -149,10 +151,17 @@ def missing_field(fields: dict[str, Any], path: str, naming: Naming) -> ValueErr
     )
 
 
+def has_cells(fields: dict[str, Any]) -> bool:
+    """Return whether a row is one of a CSV file; a row without any text has none."""
+    return any(isinstance(value, CellText) for value in fields.values())
+
+
+def _hint_for_null(fields: dict[str, Any]) -> str:
+    return '; "" is an empty text and an empty cell is null' if has_cells(fields) else ""
+
+
 def hint_for_type(value: Any, path: str, naming: Naming) -> str:
     """Return advice for a field that holds no text; "" without any."""
-    if value is None:
-        return '; in a CSV file, "" is an empty text and an empty cell is null'
     if isinstance(value, bytes):
         return "; cast the column to text"
     if not isinstance(value, dict):

@@ -12,6 +12,7 @@ from gptbatch.pipeline.config.prompt_template import TemplatePart
 from gptbatch.pipeline.input.csv_file import CellText
 from gptbatch.pipeline.input.fields import (
     find_field,
+    has_cells,
     hint_for_type,
     missing_field,
     name_fields,
@@ -59,7 +60,7 @@ def _text_of(value: Any, fields: dict[str, Any], path: str) -> str:
         raise missing_field(fields, path, "prompt_template")
     if isinstance(value, str):
         return str(value)
-    if value is None and any(isinstance(cell, CellText) for cell in fields.values()):
+    if value is None and has_cells(fields):
         # Most programs write an empty text as an empty cell of a CSV file.
         return ""
     if not is_null(value) and not isinstance(value, dict | list | tuple):
@@ -70,7 +71,7 @@ def _text_of(value: Any, fields: dict[str, Any], path: str) -> str:
     found = "infinity" if isinstance(value, float) and not is_null(value) else kind
     raise ValueError(
         f"{path}, which prompt_template names, must be a string, a number, true or false, not "
-        f"{found}{hint_for_type(None if is_null(value) else value, path, 'prompt_template')}"
+        f"{found}{hint_for_type(value, path, 'prompt_template')}"
     )
 
 
@@ -89,6 +90,11 @@ def take_messages(fields: dict[str, Any], path: str, left_out: Callable[[str], N
     value = take_field(fields, path)
     if value is MISSING:
         raise missing_field(fields, path, "messages_field")
+    if isinstance(value, CellText) or has_cells(fields):
+        raise ValueError(
+            f"{path} must be an array of messages, which a cell of a CSV file cannot hold; write "
+            "the rows as JSON lines or Parquet"
+        )
     value = to_json_values(value, left_out, path)
     message_contents(value, path)
     return to_json(value)

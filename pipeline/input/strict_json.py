@@ -81,7 +81,10 @@ def json_type(value: Any) -> str:
     if isinstance(value, (NumberText, int, float)):
         return "a number"
     names: dict[type, str] = {str: "a string", list: "an array", dict: "an object"}
-    return names.get(type(value), f"a value of type {type(value).__name__}")
+    return next(
+        (name for kind, name in names.items() if isinstance(value, kind)),
+        f"a value of type {type(value).__name__}",
+    )
 
 
 def shorten(value: Any) -> str:
