@@ -259,9 +259,19 @@ def _load(
     Returns the seconds that it took, too.
     """
     config, recorded = job.config, existing.facts(job.shard)
-    rows = sum(checked.plan.rows_of(number) for number in job.shard.parts(checked.plan.n_parts))
+    plan, shard = checked.plan, job.shard
+    rows = sum(plan.rows_of(number) for number in shard.parts(plan.n_parts))
+    if shard.count > 1 and not shard.parts(plan.n_parts):
+        logger.warning(
+            "shard %s has no part of its own: the job has %d part%s of up to %d rows, fewer than "
+            "shards; a new output with a smaller part_rows has more",
+            shard,
+            plan.n_parts,
+            "s" if plan.n_parts > 1 else "",
+            plan.part_rows,
+        )
     engine = _engine_config(config, recorded)
-    _log_loading(config.model, engine, job.shard, rows - existing.kept.rows, cpu_use)
+    _log_loading(config.model, engine, shard, rows - existing.kept.rows, cpu_use)
     began_s = time.monotonic()
     loaded = models.loaded = models.loaded or load_model(
         job.checkpoint,

@@ -325,6 +325,19 @@ def test_the_last_shard_finishes_and_others_skip_what_is_done(
     setting.check_complete(output)
 
 
+def test_a_shard_without_parts_says_so(setting: Setting, tmp_path: Path) -> None:
+    """It generates the part of the other shard, which has not begun."""
+    options = ("--limit", "4", "--part-rows", "10")
+    code, child = setting.run(tmp_path / "out", *options, "--shard", "0/2")
+    assert (code, child.summary["rows"]) == (0, 4), child.stderr
+    assert (
+        "shard 0/2 has no part of its own: the job has 1 part of up to 10 rows, fewer than shards; "
+        "a new output with a smaller part_rows has more\n"
+    ) in child.stderr
+    code, child = setting.run(tmp_path / "other", *options, "--shard", "1/2")
+    assert (code, "no part of its own" in child.stderr) == (0, False), child.stderr
+
+
 def test_a_shard_generates_its_damaged_parts_again(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
     wait_all(start(setting, output, "0/2"))
