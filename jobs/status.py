@@ -107,6 +107,8 @@ def _lines(found: OutputStatus) -> list[str]:
     if found.batch_invariance is not None:
         lines.append(f"bits     {_BITS.get(found.batch_invariance, found.batch_invariance)}")
     lines += [f"problem  {problem}" for problem in found.problems]
+    if found.state == "unfinished" and found.last_state == "stopped":
+        lines.append("next     the run was stopped; run the same command again")
     if found.state == "indexed":
         lines.append("next     `gptbatch generate` with the same settings begins the run")
     if found.tokens_per_s is not None:

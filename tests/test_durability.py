@@ -213,6 +213,9 @@ def test_a_signal_stops_a_run_that_can_be_continued(
     assert not (output / "_SUCCESS").exists()
     check_parts(output)
     assert run_states(output) == ["stopped"]
+    shown = long.launcher.run("status", output)[1].stdout
+    assert f"{output}: unfinished\n" in shown
+    assert "next     the run was stopped; run the same command again\n" in shown
     assert not list(output.glob(".gptbatch/runs/*/crash_journal.json")), "a stop is not a crash"
     done = sum(pq.read_metadata(path).num_rows for path in output.glob("part-*.parquet"))
     assert 18 <= done < 300

@@ -62,6 +62,9 @@ class OutputStatus:
         config_hash: Hash of all settings that decide tokens.
         batch_invariance: "portable", "verified", "unverified" or "off"; None before the first run
             has loaded its model.
+        last_state: State of the last run, as its `progress.json` says: "loading", "running",
+            "complete", "stopped" or "failed". A killed run leaves one of the first two. None
+            without a run.
         problems: Problems of the folder, a sentence each.
     """
 
@@ -85,6 +88,7 @@ class OutputStatus:
     updated_at: str | None
     config_hash: str | None
     batch_invariance: str | None
+    last_state: str | None
     problems: list[str]
 
 
@@ -149,6 +153,7 @@ def _index(folder: OutputFolder) -> OutputStatus | None:
         updated_at=None,
         config_hash=None,
         batch_invariance=None,
+        last_state=None,
         problems=[],
     )
 
@@ -209,6 +214,7 @@ def _status(
         updated_at=progress.updated_at if progress is not None else None,
         config_hash=identity.get("config_hash"),
         batch_invariance=None if state is None else state.manifest.get("batch_invariance"),
+        last_state=progress.state if progress is not None else None,
         problems=problems,
     )
 

@@ -12,8 +12,6 @@ from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.errors import StorageError
 from gptbatch.pipeline.output.folder import ERRORS, OutputFolder
-from gptbatch.pipeline.output.progress_file import read_progress
-from gptbatch.pipeline.output.runs import list_runs
 from gptbatch.pipeline.output.status import OutputStatus, output_status
 from gptbatch.pipeline.report.run_columns import RunColumns, read_columns
 from gptbatch.pipeline.report.series import TimeAxis, Timeline, time_axis, timeline
@@ -154,20 +152,12 @@ class RunView:
             return "complete"
         if self.status.state == "running":
             return "running"
-        state = _last_state(OutputFolder(self.run.path))
-        return _ENDS.get(state or "", "unfinished")
+        return _ENDS.get(self.status.last_state or "", "unfinished")
 
     @property
     def has_error_file(self) -> bool:
         """Whether the folder has errors.jsonl."""
         return (OutputFolder(self.run.path).work / ERRORS).exists()
-
-
-def _last_state(folder: OutputFolder) -> str | None:
-    """Return the last recorded state of the latest run of a folder."""
-    found = [progress for run in list_runs(folder.work) if (progress := read_progress(run.path))]
-    latest = max(found, key=lambda progress: progress.updated_at or "", default=None)
-    return None if latest is None else latest.state
 
 
 def _differs(value: Any, default: Any) -> bool:
