@@ -88,8 +88,8 @@ def check_no_foreign_parts(files: dict[int, PartFile], n_parts: int) -> None:
         refuse_foreign(file)
         if number >= n_parts:
             raise OutputConflictError(
-                f"{file.path}: this run has {n_parts} parts, and no such one; move it away, or "
-                "name another output"
+                f"{file.path}: this run has {n_parts} part{'s' * (n_parts != 1)}, and no such one; "
+                "move it away, or name another output"
             )
 
 
