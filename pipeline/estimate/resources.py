@@ -15,7 +15,7 @@ from gptbatch.pipeline.estimate.workload import Workload
 from gptbatch.pipeline.input.tokenize import TokenizedInput
 from gptbatch.pipeline.kv_cache.block_pool import blocks_for
 from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS
-from gptbatch.pipeline.model.loading import LoadedModel
+from gptbatch.pipeline.model.loading import LoadedModel, threads_to_use
 from gptbatch.pipeline.output.part_runner import max_parts_in_flight
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.storage.location import location_of
@@ -151,8 +151,10 @@ def find_warnings(
             f"the KV cache holds about {mean_batch_size:.0f} rows of this length at once, not "
             f"{requested}; a larger memory_gib or a smaller max_new_tokens lets more run"
         )
-    if loaded.model.device.type == "cpu" and (shared := describe_cores()):
-        found.append(f"the cores are shared, and the estimate includes that: {shared}")
+    if loaded.model.device.type == "cpu":
+        threads = threads_to_use(prompts.config.engine.threads)
+        if shared := describe_cores(threads):
+            found.append(f"the cores are shared, and the estimate includes that: {shared}")
     return found
 
 
