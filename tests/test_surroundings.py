@@ -1197,10 +1197,10 @@ def test_status_shows_shared_cores_of_a_running_job(
         "1",
     ]
     assert gptbatch("generate", *options)[0] == 0
-    (run,) = list_runs(tmp_path / "out" / ".gptbatch")
-    progress = read_progress(run.path)
-    assert progress is not None
-    assert progress.threads == 1
+    (before,) = list_runs(tmp_path / "out" / ".gptbatch")
+    recorded = read_progress(before.path)
+    assert recorded is not None
+    assert recorded.threads == 1
     seen = []
 
     def describe(own_threads: int, use: CpuUse) -> str:
