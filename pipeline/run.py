@@ -46,6 +46,7 @@ from gptbatch.pipeline.output.shards import NO_SHARD, Shard, find_shard
 from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output
 from gptbatch.pipeline.storage.location import location_of
 from gptbatch.pipeline.system.machine import CpuUse, describe_cores
+from gptbatch.pipeline.system.nouns import noun
 from gptbatch.pipeline.system.redact import redact
 
 logger = logging.getLogger("gptbatch")
@@ -300,17 +301,14 @@ def _log_loading(
     """
     device = resolve_device(engine)
     threads = _cpu_threads(engine, device.type)
-    where = (
-        f"cpu with {threads} thread{'s' if threads > 1 else ''}"
-        if device.type == "cpu"
-        else str(device)
-    )
+    where = f"cpu with {threads} {noun(threads, 'thread')}" if device.type == "cpu" else str(device)
     loading_logger.info(
-        "loading %s as %s on %s for %d rows%s",
+        "loading %s as %s on %s for %d %s%s",
         redact(model),
         engine.dtype,
         where,
         rows,
+        noun(rows, "row"),
         "" if shard.is_whole else f" of shard {shard}",
     )
     if device.type == "cpu" and (shared := describe_cores(threads, cpu_use)):

@@ -20,6 +20,7 @@ from gptbatch.pipeline.output.part_runner import max_parts_in_flight
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.storage.location import location_of
 from gptbatch.pipeline.system.machine import describe_cores
+from gptbatch.pipeline.system.nouns import noun
 
 FLOAT32_BYTES = 4
 # Fewer rows per step than this share of the batch size are worth a warning.
@@ -126,9 +127,11 @@ def find_row_warnings(work: Workload) -> list[str]:
     found = []
     for kind, count in sorted(work.error_kinds.items()):
         advice = "; context_overflow: truncate_left cuts them" if kind == "too_long" else ""
-        found.append(f"{count:,} rows will be error rows: {kind}{advice}")
+        what = noun(count, "row will be an error row", "rows will be error rows")
+        found.append(f"{count:,} {what}: {kind}{advice}")
     if work.truncated:
-        found.append(f"{work.truncated:,} prompts lose their first tokens (context_overflow)")
+        whose = noun(work.truncated, "prompt loses its", "prompts lose their")
+        found.append(f"{work.truncated:,} {whose} first tokens (context_overflow)")
     return found
 
 
