@@ -38,9 +38,9 @@ def diff(a: Location, b: Location, limit: int, common: bool, no_text: bool) -> i
     """Compare the runs in the output folders A and B row by row, joined by id and sample.
 
     Prints the number of rows that differ, the settings that differ (A / B), and the rows, with at
-    most 60 characters of their texts from where these part. The last line is a JSON object, whose
-    counts are of samples. Rows with equal tokens but another min_decision_margin or logits_digest
-    count as equal_from_other_logits.
+    most 60 characters of their texts from where these first differ. The last line is a JSON object,
+    whose counts are of samples. Rows with equal tokens but another min_decision_margin or
+    logits_digest count as equal_from_other_logits.
 
     Exits with 0 if both runs have the same ids with the same prompts, tokens, finish reasons and
     texts, else with 1. With --common, rows of only one run are ignored; without a common id the

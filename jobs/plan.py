@@ -17,6 +17,7 @@ from gptbatch.jobs.limits import check_limits
 from gptbatch.jobs.messages import echo, print_message
 from gptbatch.jobs.options import GroupedCommand, config_options
 from gptbatch.pipeline.cluster.plan import plan_job
+from gptbatch.pipeline.system.nouns import noun
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.estimate.estimate import RunEstimate
@@ -136,21 +137,25 @@ def _lines(estimate: RunEstimate) -> list[str]:
         *lines,
         f"memory   {_memory(estimate.memory)}",
         f"disk     about {_size(estimate.disk_bytes)} in {estimate.parts:,} "
-        f"part{'s' * (estimate.parts != 1)} of at most {estimate.part_rows:,} rows",
-        f"a kill   costs up to about {estimate.kill_rows:,} rows of unfinished parts, or "
+        f"{noun(estimate.parts, 'part')} of at most {estimate.part_rows:,} "
+        f"{noun(estimate.part_rows, 'row')}",
+        f"a kill   costs up to about {estimate.kill_rows:,} {noun(estimate.kill_rows, 'row')} of "
+        "unfinished parts, or "
         f"{_time(estimate.kill_s)}",
-        f"pilot    {pilot.rows:,} rows in {pilot.seconds:.1f} s, of which {pilot.rows_stopped:,} "
-        f"stopped by themselves; {pilot.steps:,} steps, R2 {pilot.r_squared:z.2f}",
+        f"pilot    {pilot.rows:,} {noun(pilot.rows, 'row')} in {pilot.seconds:.1f} s, of which "
+        f"{pilot.rows_stopped:,} stopped by themselves; {pilot.steps:,} "
+        f"{noun(pilot.steps, 'step')}, R2 {pilot.r_squared:z.2f}",
         *(f"warning  {warning}" for warning in estimate.warnings),
     ]
 
 
 def _speed(estimate: RunEstimate) -> str:
     assert estimate.time is not None
+    assert estimate.batch_size is not None
     seconds = estimate.time.expected_s - estimate.time.start_s
     return (
-        f"{estimate.new_tokens / seconds:,.0f} tokens/s with up to {estimate.batch_size} rows at "
-        "once"
+        f"{estimate.new_tokens / seconds:,.0f} tokens/s with up to {estimate.batch_size} "
+        f"{noun(estimate.batch_size, 'row')} at once"
     )
 
 

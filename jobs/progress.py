@@ -12,6 +12,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from gptbatch.pipeline.system.nouns import noun
+
 LINE_EVERY_S = 5.0
 REFRESH_S = 0.2
 
@@ -50,7 +52,7 @@ class Bar:
         if remaining_s is not None:
             shown.insert(0, f"{tqdm.format_interval(remaining_s)} left")
         if errors:
-            shown.append(f"{errors} errors")
+            shown.append(f"{errors} {noun(errors, 'error')}")
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         # A shard that helps others generates more than its own rows.
         self._bar.total = max(self._total, self._done + rows)
@@ -82,7 +84,7 @@ class Lines:
         # the reader of standard error may have closed it
         with suppress(OSError):
             click.echo(
-                f"{done} of {total} rows, {errors} errors, {speed}{left}",
+                f"{done} of {total} rows, {errors} {noun(errors, 'error')}, {speed}{left}",
                 err=True,
             )
 

@@ -163,7 +163,7 @@ def _score_run(
     if run.stray_tables:
         raise StorageError(f"{from_run}: {describe_stray_tables(run.stray_tables)}")
     if not run.complete:
-        print_message(f"{from_run} is not complete; scoring the {run.n_rows} rows that it holds")
+        print_message(f"{from_run} is not complete; scoring the {run.described_rows} that it holds")
     overrides = Overrides(
         model=settings["model"] and expand_path(settings["model"]),
         allow_pickle=bool(settings["allow_pickle"]),

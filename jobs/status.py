@@ -14,12 +14,16 @@ from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.messages import echo
 from gptbatch.jobs.options import Command
 from gptbatch.jobs.signals import Signals
+from gptbatch.pipeline.output.folder import OutputFolder
+from gptbatch.pipeline.output.runs import processes_here
 from gptbatch.pipeline.output.status import OutputStatus, output_status
 from gptbatch.pipeline.storage.location import Location
-from gptbatch.pipeline.system.machine import cores, describe_cores
+from gptbatch.pipeline.system.machine import CpuUse, cores, describe_cores
 
 MAX_NAMED = 10
 WATCH_INTERVAL_S = 2.0
+# The use of the cores is measured for this long.
+CORES_S = 0.3
 # By batch invariance.
 _BITS = {
     "portable": "portable: they depend on neither the batch nor the machine",
@@ -47,7 +51,7 @@ def status(context: click.Context, /, output: Location, as_json: bool, watch: bo
     """
     if not watch:
         found = output_status(output)
-        echo(_json(found) if as_json else "\n".join(_lines(found)))
+        echo(_json(found) if as_json else "\n".join(_lines(found, output)))
         return
     try:
         _watch(output, as_json)
@@ -65,8 +69,8 @@ def _watch(output: Location, as_json: bool) -> None:
         if found != shown:
             if shown is not None and not as_json:
                 _erase(lines)
-            shown, lines = found, _lines(found)
-            echo(_json(found) if as_json else "\n".join(lines))
+            shown, lines = found, [_json(found)] if as_json else _lines(found, output)
+            echo("\n".join(lines))
         if found.state != "running":
             return
         time.sleep(WATCH_INTERVAL_S)
@@ -86,7 +90,7 @@ def _json(found: OutputStatus) -> str:
     return json.dumps(asdict(found))
 
 
-def _lines(found: OutputStatus) -> list[str]:
+def _lines(found: OutputStatus, output: Location) -> list[str]:
     damaged = _first(found.parts_damaged, len(found.parts_damaged))
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.errors.items())
     lines = [
@@ -116,9 +120,19 @@ def _lines(found: OutputStatus) -> list[str]:
         lines.append(f"speed    {found.tokens_per_s:.0f} tokens/s{left} (at {found.updated_at})")
     elif found.state == "running":
         lines.append("speed    not known yet: the run checks its input, or loads the model")
-    if found.state == "running" and (shared := describe_cores(cores().threads)):
-        lines.append(f"cores    shared, if the run is on this machine: {shared}")
+    if found.state == "running" and (shared := _shared_cores(output)):
+        lines.append(f"cores    shared: {shared}")
     return lines
+
+
+def _shared_cores(output: Location) -> str:
+    """Measure what other programs take from the runs on this machine; "" without such runs."""
+    runs = processes_here(OutputFolder(output).work)
+    if not runs:
+        return ""
+    use = CpuUse(runs)
+    time.sleep(CORES_S)
+    return describe_cores(sum(threads or cores().threads for threads in runs.values()), use)
 
 
 def _parts_left(found: OutputStatus) -> str:

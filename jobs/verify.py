@@ -14,6 +14,7 @@ from gptbatch.jobs.arguments import OutputArgument
 from gptbatch.jobs.messages import echo, print_message
 from gptbatch.jobs.options import Command, print_checkpoint, reopen_options
 from gptbatch.pipeline.storage.location import Location
+from gptbatch.pipeline.system.nouns import noun
 
 if TYPE_CHECKING:
     from gptbatch.pipeline.audit.loaded_run import LoadedRun
@@ -75,7 +76,7 @@ def verify(
     counts = _check_rows(loaded_run, selected)
     mismatches, near_ties, first = counts.mismatches, counts.near_ties, counts.first_mismatch
     echo(
-        f"{describe_rows(counts.samples, counts.rows)} checked, "
+        f"{describe_rows(counts.samples, counts.rows, run.has_samples)} checked, "
         f"{_count(mismatches, 'mismatch', 'mismatches')}"
         + (f", {_count(near_ties, 'near tie')}" if reasons else "")
         + (f", {_count(counts.error_rows, 'error row')} skipped" if counts.error_rows else "")
@@ -161,7 +162,11 @@ def _raise_if_rows_are_missing(run: RunReader, counts: _Counts) -> None:
 
     if not counts.samples and not (run.complete and run.n_rows == 0):
         reason = (
-            f"all {counts.error_rows} rows looked at are error rows"
+            noun(
+                counts.error_rows,
+                "the row looked at is an error row",
+                f"all {counts.error_rows} rows looked at are error rows",
+            )
             if counts.error_rows
             else "it holds no rows yet"
         )
@@ -175,7 +180,7 @@ def _raise_if_rows_are_missing(run: RunReader, counts: _Counts) -> None:
 
 
 def _count(count: int, one: str, many: str | None = None) -> str:
-    return f"{count} {one if count == 1 else many or f'{one}s'}"
+    return f"{count} {noun(count, one, many)}"
 
 
 def _in_words(verdict: Verdict) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.input.config_hash import job_identity
 from gptbatch.pipeline.input.open_input import open_input
-from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader
+from gptbatch.pipeline.input.prompt_reader import InputSummary, PromptReader, Purpose
 from gptbatch.pipeline.input.tokenize import TokenizedInput, log_generation_warnings
 from gptbatch.pipeline.input.tokenizer import LoadedTokenizer
 from gptbatch.pipeline.input.tokenizer_loading import load_tokenizer
@@ -78,8 +78,14 @@ class CheckedJob:
         return self.rows.summary
 
 
-def find_job(config: JobConfig, shard: Shard) -> Job:
-    """Find the model and the input, and check that the output folder holds no other job."""
+def find_job(config: JobConfig, shard: Shard, purpose: Purpose = "generated") -> Job:
+    """Find the model and the input, and check that the output folder holds no other job.
+
+    Args:
+        config: The settings of the job.
+        shard: The parts of this run.
+        purpose: What is done with the rows, for messages.
+    """
     check_placement(config)
     folder = OutputFolder(location_of(config.output))
     state = find_run(folder)
@@ -103,7 +109,7 @@ def find_job(config: JobConfig, shard: Shard) -> Job:
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         identity=identity,
-        reader=open_input(config),
+        reader=open_input(config, purpose=purpose),
     )
 
 

@@ -46,6 +46,7 @@ from gptbatch.pipeline.output.shards import NO_SHARD, Shard, find_shard
 from gptbatch.pipeline.output.summary import RunSummary, summarize_complete_output
 from gptbatch.pipeline.storage.location import location_of
 from gptbatch.pipeline.system.machine import CpuUse, describe_cores
+from gptbatch.pipeline.system.nouns import noun
 from gptbatch.pipeline.system.redact import redact
 
 logger = logging.getLogger("gptbatch")
@@ -191,6 +192,7 @@ def _run(
                 return summarize_complete_output(config, facts, time.monotonic() - began_s)
             resolve_device(config.engine)
             loaded, load_s = _load(job, checked, existing, models, cpu_use)
+            progress_file.threads = _cpu_threads(config.engine, loaded.model.device.type)
             stop = stop or _NeverStops()
             with stop.deferred():
                 facts = collect_run_facts(config, checked.plan.identity, job.checkpoint, loaded)
@@ -308,22 +310,24 @@ def _log_loading(
     This is the first line of a run.
     """
     device = resolve_device(engine)
-    threads = threads_to_use(engine.threads)
-    where = (
-        f"cpu with {threads} thread{'s' if threads > 1 else ''}"
-        if device.type == "cpu"
-        else str(device)
-    )
+    threads = _cpu_threads(engine, device.type)
+    where = f"cpu with {threads} {noun(threads, 'thread')}" if device.type == "cpu" else str(device)
     loading_logger.info(
-        "loading %s as %s on %s for %d rows%s",
+        "loading %s as %s on %s for %d %s%s",
         redact(model),
         engine.dtype,
         where,
         rows,
+        noun(rows, "row"),
         "" if shard.is_whole else f" of shard {shard}",
     )
-    if device.type == "cpu" and (shared := describe_cores(use=cpu_use)):
+    if device.type == "cpu" and (shared := describe_cores(threads, cpu_use)):
         loading_logger.info("the cores are shared, which costs speed: %s", shared)
+
+
+def _cpu_threads(engine: EngineConfig, device_type: str) -> int:
+    """Return the number of CPU threads that compute; on a GPU, the one that launches kernels."""
+    return threads_to_use(engine.threads) if device_type == "cpu" else 1
 
 
 def _generate(runner: PartRunner, output: RunOutput) -> None:

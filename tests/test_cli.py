@@ -557,11 +557,11 @@ def test_progress_is_plain_lines_without_a_terminal(
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     lines = progress.Lines()
     lines.begin(100, 0)
-    for rows in (1, 20, 30):
-        lines.update(rows=rows, errors=2, completion_tokens=rows * 50, remaining_s=40.3)
+    for rows, errors in ((1, 0), (20, 1), (30, 2)):
+        lines.update(rows=rows, errors=errors, completion_tokens=rows * 50, remaining_s=40.3)
     lines.end()
     assert capfd.readouterr().err.splitlines() == [
-        "20 of 100 rows, 2 errors, 100 tokens/s, about 40 s left"
+        "20 of 100 rows, 1 error, 100 tokens/s, about 40 s left"
     ]
 
 

@@ -25,6 +25,9 @@ SENTENCE = f"The {'long ' * 20}sentence has 'a quotation, of words'."
         ("x" * MAX_CHARACTERS, "x" * MAX_CHARACTERS),
         (f"{'x' * (MAX_CHARACTERS - 1)}. More.", f"{'x' * (MAX_CHARACTERS - 1)}."),
         ("version 1.2 " * 30, f"{'version 1.2 ' * 24}version ..."),
+        (f"Error no. {'5 of a disk ' * 30}", f"Error no. {'5 of a disk ' * 23}5 of a ..."),
+        (f"Short. {'Long words ' * 40}", f"Short. {'Long words ' * 26}..."),
+        (f"{'Long words ' * 20}e.g. {'more ' * 40}", f"{'Long words ' * 20}e.g. {'more ' * 14}..."),
         ("x" * 400, f"{'x' * (MAX_CHARACTERS - 4)} ..."),
     ],
 )

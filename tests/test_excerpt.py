@@ -14,11 +14,13 @@ from gptbatch.pipeline.system.excerpt import excerpts, value_excerpts
         ("king", "queen", ("king", "queen")),
         ("", "queen", ("", "queen")),
         ("0123456789abcdef", "0123456789abcDEF", ("...bcdef", "...bcDEF")),
-        ("0123456789abcdef", "0123", ("...23456789ab...", "...23")),
-        ("0123456789abcdef", "X123456789", ("0123456789...", "X123456789")),
+        ("0123456789abcdef", "0123", ("0123456...", "0123")),
+        ("0123456789abcdef", "X123456789", ("0123456...", "X123456789")),
+        ("0123456789abcdefghijklm", "0123456789abcdeXghijklm", ("...defg...", "...deXg...")),
     ],
 )
-def test_texts_are_shown_from_where_they_part(a: str, b: str, expected: tuple[str, str]) -> None:
+def test_texts_from_where_they_first_differ(a: str, b: str, expected: tuple[str, str]) -> None:
+    assert max(map(len, expected)) <= 10
     assert excerpts(a, b, length=10) == expected
     assert excerpts(b, a, length=10) == expected[::-1]
 

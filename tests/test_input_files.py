@@ -847,6 +847,7 @@ def test_ids_from_another_field_and_reserved_names_as_metadata(tmp_path: Path) -
             {"sead": 5, "stpo": "x"},
             "'sead' in 2 rows (did you mean seed?); 'stpo' in 2 rows (did you mean stop?)",
         ),
+        ({"stopp": "x"}, "'stopp' in 2 rows (did you mean top_p or stop?)"),
         ({"max_new_token": 1}, "'max_new_token' in 2 rows (did you mean max_new_tokens?)"),
         ({"topk": 1, "top-p": 0.9}, "'topk' in 2 rows (did you mean top_k?); 'top-p' in 2 rows"),
         (

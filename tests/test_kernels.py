@@ -34,6 +34,7 @@ from gptbatch.pipeline.kv_cache.spec import PADDED
 from gptbatch.pipeline.model.config import Activation
 from gptbatch.pipeline.model.linear import ACTIVATIONS, use_threads
 from gptbatch.pipeline.params.sampling_params import SamplingParams
+from gptbatch.pipeline.system.error_text import shortened
 from tests.conftest import has_kernels, run_gptbatch
 from tests.paths import REPOSITORY
 from tests.processes import LIMIT_S, child_environment, is_running, wait_for
@@ -182,6 +183,11 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             '[ "$1" = --version ] && exit 0\n'
             'echo "linear.cpp:1: error: no such header" >&2; exit 1',
             "exit code 1): linear.cpp:1: error: no such",
+        ),
+        (
+            '[ "$1" = --version ] && exit 0\n'
+            f'echo "linear.cpp:1: error: {"no such word " * 40}" >&2; exit 1',
+            f"exit code 1): {shortened('linear.cpp:1: error: ' + 'no such word ' * 40)}",
         ),
     ],
 )

@@ -238,21 +238,12 @@ def cpu_lines(count: int, *, user: int, idle: int, steal: int = 0) -> str:
     [
         ({"user": 5, "idle": 95}, 0, 0, "max", ""),
         ({"user": 90, "idle": 10}, 700, 0, "max", ""),
-        ({"user": 90, "idle": 10}, 0, 8, "max", ""),
-        (
-            {"user": 90, "idle": 10},
-            200,
-            0,
-            "max",
-            "other programs used 5.2 of 8 CPUs in the last 1.0 s",
-        ),
-        (
-            {"user": 50, "idle": 50},
-            0,
-            2,
-            "max",
-            "other programs used 4.0 of 8 CPUs in the last 1.0 s",
-        ),
+        ({"user": 90, "idle": 10}, 200, 8, "max", "other programs used 5.2 of 8 CPUs in the last"),
+        ({"user": 50, "idle": 50}, 0, 5, "max", "other programs used 4.0 of 8 CPUs in the last"),
+        ({"user": 50, "idle": 50}, 0, None, "max", "other programs used 4.0 of 8 CPUs in the last"),
+        # enough CPUs for both
+        ({"user": 50, "idle": 50}, 0, 4, "max", ""),
+        ({"user": 50, "idle": 50}, 0, 5, "400000", "the control group may use 4 of 8 CPUs"),
         ({"user": 90, "idle": 0, "steal": 10}, 720, 0, "max", "the host takes 10% of their time"),
         ({"user": 2, "idle": 0}, 0, 0, "max", ""),
         ({"user": 0, "idle": 99}, 0, 0, "150000", "the control group may use 1.5 of 8 CPUs"),
@@ -263,7 +254,7 @@ def test_shared_cores_are_described(
     monkeypatch: pytest.MonkeyPatch,
     ticks: dict[str, int],
     own: int,
-    own_threads: int,
+    own_threads: int | None,
     quota_us: str,
     said: str,
 ) -> None:
@@ -279,6 +270,28 @@ def test_shared_cores_are_described(
     monkeypatch.setattr(os, "times", lambda: (1.0 + own / 100, 0.0, 0.0, 0.0, 6.0))
     found = machine.describe_cores(own_threads, use)
     assert found.startswith(said) if said else found == ""
+    if quota_us == "400000":
+        assert "other programs" not in found
+
+
+@pytest.mark.usefixtures("eight_cpus")
+@pytest.mark.parametrize("said", ["", "other programs used 3.6 of 8 CPUs in the last 1.0 s"])
+def test_the_time_of_a_watched_run_is_not_that_of_other_programs(
+    system: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """The run uses 4 CPUs; eight are in use, or four."""
+    stat, process = system.parent / "stat", system.parent / "17" / "stat"
+    process.parent.mkdir()
+    monkeypatch.setattr(machine, "_STAT", stat)
+    monkeypatch.setattr(machine, "_PROCESSES", system.parent)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(os, "times", lambda: (0.0,) * 5)
+    stat.write_text(cpu_lines(8, user=0, idle=0))
+    process.write_text("17 (a) b) S 1 2 3 4 5 6 7 8 9 10 50 30 20 0 20 0\n")
+    use = machine.CpuUse([17])
+    stat.write_text(cpu_lines(8, user=95 if said else 50, idle=5 if said else 50))
+    process.write_text("17 (a) b) S 1 2 3 4 5 6 7 8 9 10 350 130 20 0 20 0\n")
+    assert use.describe(8) == said
 
 
 def test_only_the_cpus_of_this_process_count(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import string
+import time
 
 import pytest
 
@@ -24,6 +25,7 @@ SETTINGS = {
     "stpo": ["stop"],
     "stp": [],
     "stops": ["stop"],
+    "stopp": ["top_p", "stop"],
     "mni_p": ["min_p"],
     "tok_k": ["top_k"],
     "Top-K": ["top_k"],
@@ -129,6 +131,23 @@ def test_known_names_are_only_themselves() -> None:
 
 def test_long_names_take_no_time() -> None:
     assert meant_names("temperature" * 1_000_000, SAMPLING_SETTINGS) == []
+
+
+def test_many_similar_names_take_no_time() -> None:
+    letters = zip("temperature" * 2, "TEMPERATURE" * 2, strict=True)
+    known = list(map("".join, itertools.islice(itertools.product(*letters), 30_000)))
+    began_s = time.process_time()
+    assert meant_names("temperature" * 2, known) == known
+    assert time.process_time() - began_s < 3
+
+
+def test_a_misspelt_field_is_looked_for_among_the_first() -> None:
+    fields = dict.fromkeys((f"question_{number:04}" for number in range(10_000)), "x")
+    for path, hint in {
+        "qestion_0000": "takes question_0000)",
+        "qestion_9999": "names the one to use",
+    }.items():
+        assert hint in str(missing_field(fields, path, "prompt_field"))
 
 
 def test_the_field_of_the_prompt() -> None:

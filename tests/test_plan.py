@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptbatch.jobs.cli import run_command
 from gptbatch.pipeline import EngineConfig, JobConfig, inspect_job, run_parts
 from gptbatch.pipeline.engine.engine import Engine
 from gptbatch.pipeline.estimate import forecast as forecast_module
@@ -290,6 +291,26 @@ def test_the_command_prints_lines_or_json(
     assert run_gptbatch("generate", *options, cwd=tmp_path).code == 0
     ran = run_gptbatch("plan", *options, cwd=tmp_path)
     assert "nothing is left to do" in ran.stdout
+
+
+def test_the_command_speaks_of_one_row(
+    checkpoint: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(checkpoint), "--max-new-tokens", "8", "--threads", "1"]
+    options += ["--seconds", "1", "--part-rows", "1"]
+    path = str(write_rows([{"prompt": "a"}]))
+    assert run_command(["plan", *options, "--input", path]) == 0
+    shown = capsys.readouterr().out
+    for said in (
+        " with up to 1 row at once",
+        "in 1 part of at most 1 row\n",
+        "a kill   costs up to about 1 row of unfinished parts, ",
+        "pilot    1 row in ",
+    ):
+        assert said in shown
+    path = str(write_rows([{"prompt": 5}]))
+    assert run_command(["plan", *options, "--input", path]) == 65
+    assert "1 bad of 1 rows; nothing was predicted\n" in capsys.readouterr().err
 
 
 def test_a_plan_needs_no_output(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_bad_rows_of_a_shard_leave_no_piece(tmp_path: Path) -> None:
     with pytest.raises(InputRowsError) as caught:
         plan_job(shard_of(config, 1, 3))
     assert str(caught.value) == (
-        "1 bad of 40 rows (40 to 79 of 120); nothing was generated\n"
+        "1 bad of 40 rows (40 to 79 of 120); nothing was indexed\n"
         f"{tmp_path}/in/a.jsonl:51: prompt must be a string, not a number"
     ), "the line in the file"
     assert not (tmp_path / "out").exists()

@@ -213,6 +213,7 @@ def test_one_machine_goes_on_where_another_stopped_and_a_third_checks(
     assert verified.summary | {"verify_s": 0} == {
         "complete": True,
         "rows_checked": count,
+        "samples_checked": count,
         "mismatches": 0,
         "near_ties": 0,
         "error_rows_skipped": 0,

@@ -477,7 +477,7 @@ def test_the_command(in_folder: Path, capfd: pytest.CaptureFixture[str]) -> None
         (["missing"], 66, "missing: no such folder; name the output folder of a run"),
         (["out", "missing"], 66, "missing: no such folder"),
         (["out", "--html", "notes.html"], 78, "notes.html: is another file, not a report"),
-        (["out", "--html", "out"], 78, "out: is a folder; name a file"),
+        (["out", "--html", "out"], 78, "out: is the output of a run; name a file outside of it"),
         (["out", "--html", "no/report.html"], 73, "there is no folder"),
         (["out", "--html", "pipe"], 78, "pipe: is no regular file"),
         (["out", "--html", "/dev/null"], 78, "/dev/null: is no regular file"),

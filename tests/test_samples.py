@@ -553,6 +553,9 @@ def test_verify_and_diff_tell_rows_from_samples(
     *_, said, summary = capsys.readouterr().out.splitlines()
     assert said.startswith("4 samples of 2 rows checked, 0 mismatches")
     assert (json.loads(summary)["rows_checked"], json.loads(summary)["samples_checked"]) == (2, 4)
+    # also where each of them is of another row
+    assert run_command(["verify", str(tmp_path / "a"), "--rows", "2"]) == 0
+    assert capsys.readouterr().out.startswith("2 samples of 2 rows checked, 0 mismatches")
     assert run_command(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     first, *rows, summary = capsys.readouterr().out.splitlines()
     assert first.startswith("6 samples are in both runs: ")

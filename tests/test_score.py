@@ -303,7 +303,7 @@ def test_bad_rows_are_listed_before_the_model_loads(
     with pytest.raises(InputRowsError) as caught:
         score_input(config(checkpoint, bad, tmp_path / "s.parquet"))
     message = str(caught.value)
-    assert message.startswith("8 bad of 10 rows")
+    assert message.startswith("8 bad of 10 rows; nothing was scored\n")
     for line, reason in [
         (2, "there is neither a field 'continuation' nor 'choices'"),
         (3, "there are both 'continuation' and 'choices'"),
@@ -339,7 +339,7 @@ def test_a_finished_file_is_kept_and_another_is_not_overwritten(
             summary.tokens,
         )
         limited = job.model_copy(update={"limit": 2})
-        with pytest.raises(OutputConflictError, match=r"of another job \(input_digest differ"):
+        with pytest.raises(OutputConflictError, match=r"of another job \(input_digest differs\)"):
             score_input(limited)
     assert output.read_bytes() == content
     assert score_input(limited.model_copy(update={"overwrite": True})).rows == 2
@@ -358,6 +358,10 @@ def test_places_that_would_harm_are_refused(
     (run_folder / ".gptbatch").mkdir(parents=True)
     with pytest.raises(OutputConflictError, match="the output of a run"):
         score_input(config(checkpoint, rows_file, run_folder / "sub" / "s.parquet"))
+    with pytest.raises(
+        OutputConflictError, match="run: is the output of a run; name a file outside of it"
+    ):
+        score_input(config(checkpoint, rows_file, run_folder))
     table = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_pylist([{"prompt": "a", "continuation": "b"}]), table)
     with pytest.raises(OutputConflictError, match="is a file of the input of this run"):
@@ -368,7 +372,7 @@ def test_places_that_would_harm_are_refused(
         )
 
 
-@pytest.mark.parametrize("name", ["s.csv", "s.jsonl", "s.CSV.gz", "s.txt", "s.parquet.gz"])
+@pytest.mark.parametrize("name", ["s.csv", "s.jsonl", "s.CSV.gz", "s.parquet.gz", "s.xlsx"])
 def test_a_name_of_another_format_is_refused(
     name: str, checkpoint: Path, rows_file: Path, tmp_path: Path
 ) -> None:
@@ -378,7 +382,7 @@ def test_a_name_of_another_format_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-@pytest.mark.parametrize("name", ["scores", "s.PQ", "v1.2/scores"])
+@pytest.mark.parametrize("name", ["scores", "s.PQ", "v1.2/scores", "scores_t0.8", "gpt2-v1.5"])
 def test_names_of_parquet_files(name: str, tmp_path: Path) -> None:
     assert ScoreTable(str(tmp_path / name), overwrite=False).path == tmp_path / name
 

@@ -38,6 +38,9 @@ from gptbatch.pipeline.errors import ConfigError, ModelError
 from gptbatch.pipeline.output.error_rows import describe_errors
 from gptbatch.pipeline.output.lock import open_lock
 from gptbatch.pipeline.output.placement import check_placement
+from gptbatch.pipeline.output.progress_file import ProgressFile, read_progress
+from gptbatch.pipeline.output.runs import list_runs, open_run_folder
+from gptbatch.pipeline.system.machine import CpuUse
 from gptbatch.pipeline.system.openmp import limit_spinning
 from gptbatch.pipeline.system.paths import PathError, expand_path
 from gptbatch.pipeline.system.redact import redact
@@ -1190,18 +1193,36 @@ def test_status_shows_shared_cores_of_a_running_job(
         "out",
         "--max-new-tokens",
         "2",
+        "--threads",
+        "1",
     ]
     assert gptbatch("generate", *options)[0] == 0
-    monkeypatch.setattr(
-        "gptbatch.jobs.status.describe_cores",
-        lambda own_threads: "other programs used 2.0 of 2 CPUs",
-    )
+    (before,) = list_runs(tmp_path / "out" / ".gptbatch")
+    recorded = read_progress(before.path)
+    assert recorded is not None
+    assert recorded.threads == 1
+    seen = []
+
+    def describe(own_threads: int, use: CpuUse) -> str:
+        seen.append((own_threads, use))
+        return "other programs used 2.0 of 2 CPUs"
+
+    monkeypatch.setattr("gptbatch.jobs.status.describe_cores", describe)
     assert "cores " not in gptbatch("status", "out")[1]
+    work = tmp_path / "out" / ".gptbatch"
     (tmp_path / "out" / "_SUCCESS").unlink()
-    with open_lock(tmp_path / "out" / ".gptbatch"):
-        assert (
-            "cores    shared, if the run is on this machine: other programs used 2.0 of 2 CPUs\n"
-        ) in gptbatch("status", "out")[1]
+    with open_lock(work):
+        assert "cores " not in gptbatch("status", "out")[1]
+        with open_run_folder(work) as run:
+            progress = ProgressFile(
+                run.path, run.writer, rows_total=1, rows_kept=0, error_rows_kept=0
+            )
+            progress.threads = 3
+            progress.write("running")
+            shown = [gptbatch("status", "out")[1] for _ in range(2)]
+    assert all("\ncores    shared: other programs used 2.0 of 2 CPUs\n" in text for text in shown)
+    assert [threads for threads, _ in seen] == [3, 3]
+    assert seen[0][1] is not seen[1][1]
 
 
 def test_status_says_what_is_left_and_names_parts_only_where_no_run_writes_them(

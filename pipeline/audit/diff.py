@@ -63,7 +63,7 @@ class RowDifference:
         stop_reason_a: The column of run a.
         stop_reason_b: The column of run b.
         excerpt_a: At most 60 characters of the completion of run a (of its prompt where the prompts
-            differ), from where the texts part. None where they are equal, or one is null.
+            differ), from where the texts first differ. None where they are equal, or one is null.
         excerpt_b: The same of run b.
     """
 

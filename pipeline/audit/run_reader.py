@@ -30,6 +30,7 @@ from gptbatch.pipeline.output.schema import SCHEMA
 from gptbatch.pipeline.storage.location import Location
 from gptbatch.pipeline.storage.regular_file import named_in_errors, open_whole
 from gptbatch.pipeline.system.error_text import first_line
+from gptbatch.pipeline.system.nouns import noun
 from gptbatch.pipeline.system.yaml_reader import MAX_RECORDED_BYTES, YamlError, parse_yaml_mapping
 
 BATCH_ROWS = 2048
@@ -110,7 +111,12 @@ class RunReader:
     @property
     def described_rows(self) -> str:
         """The rows that it holds: `6 rows`, or `12 samples of 6 rows`."""
-        return describe_rows(self.n_rows, self.rows_done)
+        return describe_rows(self.n_rows, self.rows_done, self.has_samples)
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether rows have several samples."""
+        return self.n_rows != self.rows_done
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -270,10 +276,10 @@ class RowReader:
         return self._batch
 
 
-def describe_rows(samples: int, rows: int) -> str:
-    """Return counts in words: `6 rows`, or `12 samples of 6 rows`."""
-    counted = f"{rows} row{'s' * (rows != 1)}"
-    return counted if samples == rows else f"{samples} sample{'s' * (samples != 1)} of {counted}"
+def describe_rows(samples: int, rows: int, has_samples: bool) -> str:
+    """Return counts in words: `6 rows`, or `12 samples of 6 rows` where rows have several."""
+    counted = f"{rows} {noun(rows, 'row')}"
+    return f"{samples} {noun(samples, 'sample')} of {counted}" if has_samples else counted
 
 
 def _foreign_files(listing: PartListing, recorded: Mapping[str, str]) -> list[str]:

@@ -74,7 +74,7 @@ def plan_job(config: JobConfig) -> Plan:
     if state is not None:
         check_format(config.output, state)
         check_part_rows(config, state)
-    reader = open_input(config)
+    reader = open_input(config, purpose="indexed")
     if shard.is_whole:
         return _complete(config, _check_all(config, folder, reader, state))
     work = PlanShard(config, folder, reader, shard, part_rows_of(config, state))

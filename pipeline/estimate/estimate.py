@@ -35,6 +35,7 @@ from gptbatch.pipeline.output.kept_parts import find_kept_parts, numbers_to_insp
 from gptbatch.pipeline.output.resume import check_same_input
 from gptbatch.pipeline.output.row_runner import make_engine
 from gptbatch.pipeline.output.shards import find_shard
+from gptbatch.pipeline.system.nouns import noun
 
 # the output of a job without one: nothing can be there
 NO_OUTPUT = f"{os.devnull}/out"
@@ -140,7 +141,7 @@ def estimate_job(
     """
     began_s = time.monotonic()
     shard = find_shard(config.shard, os.environ)
-    job = find_job(config, shard)
+    job = find_job(config, shard, "predicted")
     output = None if config.output == NO_OUTPUT else config.output
     if output is not None:
         job.folder.check_creatable()
@@ -153,7 +154,7 @@ def estimate_job(
     if output is not None and parts:
         job.folder.check_writable()
     rows = sum(checked.plan.rows_of(number) for number in parts)
-    report(f"tokenizing {rows:,} rows")
+    report(f"tokenizing {rows:,} {noun(rows, 'row')}")
     work = count_workload(checked.prompts, checked.summary, parts, report)
     checked.prompts.log_warnings()
     lengths = sorted(work.prompt_lengths.elements())

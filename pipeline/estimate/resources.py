@@ -17,11 +17,12 @@ from gptbatch.pipeline.kernels.huge_pages import memory_of_ranges
 from gptbatch.pipeline.kv_cache.block_pool import blocks_for
 from gptbatch.pipeline.kv_cache.spec import KVCacheSpec
 from gptbatch.pipeline.model.lm_head import MAX_HEAD_ROWS
-from gptbatch.pipeline.model.loading import LoadedModel
+from gptbatch.pipeline.model.loading import LoadedModel, threads_to_use
 from gptbatch.pipeline.output.part_runner import max_parts_in_flight
 from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.storage.location import location_of
 from gptbatch.pipeline.system.machine import describe_cores
+from gptbatch.pipeline.system.nouns import noun
 
 FLOAT32_BYTES = 4
 # Fewer rows per step than this share of the batch size are worth a warning.
@@ -141,9 +142,11 @@ def find_row_warnings(work: Workload) -> list[str]:
     found = []
     for kind, count in sorted(work.error_kinds.items()):
         advice = "; context_overflow: truncate_left cuts them" if kind == "too_long" else ""
-        found.append(f"{count:,} rows will be error rows: {kind}{advice}")
+        what = noun(count, "row will be an error row", "rows will be error rows")
+        found.append(f"{count:,} {what}: {kind}{advice}")
     if work.truncated:
-        found.append(f"{work.truncated:,} prompts lose their first tokens (context_overflow)")
+        whose = noun(work.truncated, "prompt loses its", "prompts lose their")
+        found.append(f"{work.truncated:,} {whose} first tokens (context_overflow)")
     return found
 
 
@@ -166,8 +169,10 @@ def find_warnings(
             f"the KV cache holds about {mean_batch_size:.0f} rows of this length at once, not "
             f"{requested}; a larger memory_gib or a smaller max_new_tokens lets more run"
         )
-    if loaded.model.device.type == "cpu" and (shared := describe_cores()):
-        found.append(f"the cores are shared, and the estimate includes that: {shared}")
+    if loaded.model.device.type == "cpu":
+        threads = threads_to_use(prompts.config.engine.threads)
+        if shared := describe_cores(threads):
+            found.append(f"the cores are shared, and the estimate includes that: {shared}")
     return found
 
 

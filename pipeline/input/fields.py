@@ -6,6 +6,7 @@ Messages contain the name of the field, and no prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Literal
 
 from gptbatch.pipeline.input.csv_file import CellText
@@ -16,6 +17,8 @@ from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 
 _COLUMNS = "columns, not rows: pandas writes rows with orient='records', lines=True"
 _MAX_NAMED_FIELDS = 12
+# fields among which a misspelt name is looked for
+_MAX_COMPARED = 100
 # Requests of OpenAI's batch API become rows: the body, with its id and its limit of tokens.
 OPENAI_TO_ROWS = (
     "jq -c '.body + {id: .custom_id, max_new_tokens: (.body.max_completion_tokens // "
@@ -211,7 +214,7 @@ def _hint_for_missing(fields: dict[str, Any], path: str, naming: Naming) -> str:
             " (a map of rows, not one row: "
             "jq -c 'to_entries[] | {id: .key} + .value' FILE > rows.jsonl)"
         )
-    if close := meant_names(path, fields):
+    if close := meant_names(path, islice(fields, _MAX_COMPARED)):
         if naming == "prompt_template":
             return f" (did you mean {{{close[0]}}}?)"
         return f" ({_named(close[0], naming)} takes {close[0]})"

@@ -8,7 +8,7 @@ from gptbatch.pipeline.config import JobConfig
 from gptbatch.pipeline.config.prompt_template import parse_template
 from gptbatch.pipeline.input.dataset import DatasetSplit
 from gptbatch.pipeline.input.input_files import InputFiles
-from gptbatch.pipeline.input.prompt_reader import PromptReader
+from gptbatch.pipeline.input.prompt_reader import PromptReader, Purpose
 from gptbatch.pipeline.input.rows import RowDefaults
 from gptbatch.pipeline.input.source import RowSource
 from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
@@ -16,12 +16,15 @@ from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 logger = logging.getLogger("gptbatch")
 
 
-def open_input(config: JobConfig, source: RowSource | None = None) -> PromptReader:
+def open_input(
+    config: JobConfig, source: RowSource | None = None, *, purpose: Purpose = "generated"
+) -> PromptReader:
     """Open the input that a config names: files of rows, or a split of a dataset.
 
     Args:
         config: The settings of the job.
         source: Rows to read instead of those that the config names.
+        purpose: What is done with the rows, for messages.
 
     Raises:
         InputNotFoundError: There is no such file.
@@ -34,6 +37,7 @@ def open_input(config: JobConfig, source: RowSource | None = None) -> PromptRead
         record_bad=config.on_bad_row == "record",
         finds_duplicates=config.ids == "checked",
         defaults=defaults,
+        purpose=purpose,
     )
 
 

@@ -106,7 +106,7 @@ def check_parts(
     if bad.count and not reader.record_bad:
         raise InputRowsError(
             f"{bad.count} bad of {end - first} rows ({first} to {end - 1} of {count.rows}); "
-            f"nothing was generated\n{bad.describe()}"
+            f"nothing was {reader.purpose}\n{bad.describe()}"
         )
     digests.finish()
     return CheckedParts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Literal
 
 from gptbatch.pipeline.errors import ConfigError, InputRowsError
 from gptbatch.pipeline.input.bad_rows import BadRows
@@ -50,6 +51,9 @@ class InputSummary:
     duplicates: dict[int, str]
 
 
+Purpose = Literal["generated", "indexed", "predicted", "scored"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptReader:
     """The prompts of an input.
@@ -61,6 +65,7 @@ class PromptReader:
         record_bad: Bad rows become error rows of the output. Otherwise `check` rejects them.
         finds_duplicates: Rows whose id another row has are bad. Otherwise all ids are taken to be
             unique.
+        purpose: What is done with the rows, in the message that they are bad.
     """
 
     source: RowSource
@@ -68,6 +73,7 @@ class PromptReader:
     limit: int | None = None
     record_bad: bool = False
     finds_duplicates: bool = True
+    purpose: Purpose = "generated"
 
     def rows(self) -> Iterator[tuple[RawRow, Prompt | BadRow]]:
         """Yield every row in input order. Duplicate ids are not detected here."""
@@ -261,7 +267,7 @@ class PromptReader:
                 if row.index in duplicates:
                     bad.add(self._duplicate(raw, row, duplicates[row.index]))
         return InputRowsError(
-            f"{bad.count} bad of {rows} rows; nothing was generated\n{bad.describe()}"
+            f"{bad.count} bad of {rows} rows; nothing was {self.purpose}\n{bad.describe()}"
             f"{_ID_HINT if duplicates else ''}"
         )
 

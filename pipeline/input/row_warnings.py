@@ -51,7 +51,7 @@ class RowWarnings:
         self._left_out: Counter[str] = Counter()
         self._own: Counter[str] = Counter()
         self._differing: Counter[str] = Counter()
-        self._resembled: dict[str, str | None] = {}
+        self._resembled: dict[str, list[str] | None] = {}
 
     def count_settings(self, fields: Mapping[str, Any], prefix: str = "") -> None:
         """Count the fields of an object that look like settings.
@@ -65,7 +65,7 @@ class RowWarnings:
         """
         for name, value in fields.items():
             if name not in self._resembled:
-                self._resembled[name] = _resembled_setting(name)
+                self._resembled[name] = _resembled_settings(name)
             if self._resembled[name] is not None:
                 self._settings[prefix + name] += 1
             elif isinstance(value, dict) and name.lower() in _CONTAINERS:
@@ -133,22 +133,21 @@ class RowWarnings:
 
     def _described(self, name: str, count: int) -> str:
         short = name.rpartition(".")[2]
-        setting = self._resembled[short]
-        hint = f"did you mean {setting}?" if setting and setting != short else advice_for(short)
+        settings = self._resembled[short]
+        hint = f"did you mean {' or '.join(settings)}?" if settings else advice_for(short)
         return f"{shorten(name)} in {count} row{'s' * (count > 1)}" + (
-            f" ({hint})" if hint and setting != short else ""
+            f" ({hint})" if hint and settings != [short] else ""
         )
 
 
-def _resembled_setting(name: str) -> str | None:
-    """Return the setting that a field name resembles.
+def _resembled_settings(name: str) -> list[str] | None:
+    """Return the settings that a field name resembles, usually one.
 
     Returns:
-        None for other names, and "" for a setting without an equivalent here.
+        None for other names; empty for a setting without an equivalent here.
     """
     if name in SAMPLING_SETTINGS:
-        return name
+        return [name]
     if (setting := setting_of(name)) is not None:
-        return setting
-    meant = meant_names(name, SAMPLING_SETTINGS)
-    return meant[0] if len(meant) == 1 else None
+        return [setting] if setting else []
+    return meant_names(name, SAMPLING_SETTINGS) or None

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from gptbatch.pipeline.system.error_text import shortened
+
 BUILD_TIMEOUT_S = 600.0
 VERSION_TIMEOUT_S = 10.0
 # A process that reads its standard input. The read returns when the building process ends, however
@@ -133,4 +135,4 @@ def _start(command: list[str], temporary: str, group: int) -> subprocess.Popen[s
 def _first_error(stderr: str) -> str:
     lines = stderr.splitlines()
     errors = [line for line in lines if "error" in line.lower()] or lines or ["no message"]
-    return errors[0][:300]
+    return shortened(errors[0])

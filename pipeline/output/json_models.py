@@ -160,6 +160,7 @@ class ProgressContent(_StrictModel):
     error_rows: Count
     tokens_per_s: Annotated[float, Field(ge=0)] | None = None
     remaining_s: Annotated[float, Field(ge=0)] | None = None
+    threads: Count | None = None
     updated_at: Time | None = None
 
 

@@ -38,6 +38,9 @@ class ProgressFile:
         rows_total: Rows of the parts of this run.
         rows_kept: Rows among them that earlier runs have done.
         error_rows_kept: Error rows among these.
+
+    Attributes:
+        threads: CPU threads of the run. None before its model is loaded.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class ProgressFile:
         self._rows = self._errors = self._tokens = 0
         self._remaining_s: float | None = None
         self._last_speed: ProgressContent | None = None
+        self.threads: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -147,6 +151,7 @@ class ProgressFile:
             "remaining_s": None
             if self._remaining_s is None or state != "running"
             else round(self._remaining_s, 1),
+            "threads": self.threads,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "updated_at": updated_at,

@@ -9,7 +9,7 @@ from gptbatch.pipeline.output.json_models import ProgressContent
 from gptbatch.pipeline.output.local_run import LocalRunFolder, list_local_runs
 from gptbatch.pipeline.output.object_run import ObjectRunFolder, list_object_runs
 from gptbatch.pipeline.output.progress_file import read_progress
-from gptbatch.pipeline.output.run_folder import OtherRun, RunFolder
+from gptbatch.pipeline.output.run_folder import OtherRun, RunFolder, pid_space
 from gptbatch.pipeline.storage.location import Location
 
 
@@ -41,6 +41,20 @@ def list_runs(work: Location) -> Sequence[OtherRun]:
 def live_runs(work: Location) -> list[OtherRun]:
     """Return the runs that are going on."""
     return [run for run in list_runs(work) if run.is_live()]
+
+
+def processes_here(work: Location) -> dict[int, int | None]:
+    """Return the processes of this machine that hold a live run.
+
+    Returns:
+        Number of the process -> CPU threads of its run. None before its model is loaded.
+    """
+    found = {}
+    for run in live_runs(work):
+        content, progress = run.holder(), read_progress(run.path)
+        if content is not None and content.pid_space == pid_space():
+            found[content.pid] = None if progress is None else progress.threads
+    return found
 
 
 def last_speed(work: Location) -> ProgressContent | None:

@@ -52,14 +52,18 @@ class SingleFile:
                 keys=("output",),
             )
         self.path = location
-        if self.path.is_dir():
-            raise OutputConflictError(f"{name}: is a folder; name a file in it")
-        for folder in self.path.absolute().parents:
+        path = self.path.absolute()
+        for folder in (path, *path.parents):
             if (folder / MANIFEST).exists() or (folder / WORK).exists():
-                raise OutputConflictError(
-                    f"{name}: lies in {folder}, the output of a run, whose readers would take it "
-                    "for a part; name a file outside of it"
+                problem = (
+                    "is the output of a run"
+                    if folder == path
+                    else f"lies in {folder}, the output of a run, whose readers would take it for "
+                    "a part"
                 )
+                raise OutputConflictError(f"{name}: {problem}; name a file outside of it")
+        if path.is_dir():
+            raise OutputConflictError(f"{name}: is a folder; name a file in it")
 
     def exists(self) -> bool:
         """Return whether there is a file of this name, or a link."""

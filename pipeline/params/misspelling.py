@@ -30,7 +30,8 @@ def meant_names(name: str, known: Iterable[str]) -> list[str]:
     if word in _WORDS:
         return []
     errors = {key: n for key in known if (n := _errors(word, _plain_known(key))) is not None}
-    return [key for key, n in errors.items() if n == min(errors.values())]
+    fewest = min(errors.values(), default=None)
+    return [key for key, n in errors.items() if n == fewest]
 
 
 def _errors(word: str, known: str) -> int | None:

@@ -69,7 +69,7 @@ class ScoreReader:
     """
 
     def __init__(self, config: JobConfig, fields: ScoreFields) -> None:
-        reader = open_input(config)
+        reader = open_input(config, purpose="scored")
         self._reader: PromptReader = replace(
             reader,
             source=_ContinuationSource(reader.source, fields),

@@ -6,6 +6,7 @@ The file appears whole, or not at all.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,8 +24,11 @@ from gptbatch.pipeline.storage.atomic_write import FileWriter
 
 FORMAT = "gptbatch-score-1"
 FACTS_KEY = b"gptbatch_score"
-# a name without a suffix is of no other format
-_SUFFIXES = (".parquet", ".pq", "")
+_OTHER_SUFFIX = re.compile(
+    r"\.(arrow|avro|csv|feather|html?|ipc|jsonl?|md|ndjson|npy|npz|orc|pdf|pickle|pkl|sqlite|tsv"
+    r"|txt|xlsx?|xml|ya?ml|bz2|gz|xz|zip|zst)",
+    re.IGNORECASE,
+)
 
 
 def _column(
@@ -156,8 +160,9 @@ class ScoreTable:
         if self._identity is not None and not self._overwrite:
             assert isinstance(self._identity, dict)
             differing = [key for key in identity if self._identity.get(key) != identity[key]]
+            what = f"{', '.join(differing)} differ{'s' * (len(differing) == 1)}"
             raise self._file.conflict(
-                f"holds the scores of another job ({', '.join(differing) or 'its keys'} differ)"
+                f"holds the scores of another job ({what if differing else 'its keys differ'})"
             )
         return False
 
@@ -234,7 +239,7 @@ class ScoreTable:
 
 def _check_suffix(name: str) -> None:
     suffix = PurePath(name).suffix
-    if suffix.lower() not in _SUFFIXES:
+    if _OTHER_SUFFIX.fullmatch(suffix):
         raise ConfigError(
             f"{name}: score writes Parquet, and the suffix {suffix!r} is of another format; name a "
             "file such as scores.parquet, and convert it afterwards, as with read_parquet and "

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 
 MAX_CHARACTERS = 300
-_SENTENCE_END = re.compile(r"[.!?](?=\s)")
+# sentences shorter than this are no message of their own
+MIN_CHARACTERS = MAX_CHARACTERS // 2
+# a sentence follows, unlike the point of an abbreviation
+_SENTENCE_END = re.compile(r"[.!?](?=\s[A-Z\"'`])")
 
 
 def first_line(error: BaseException) -> str:
@@ -19,12 +22,12 @@ def first_line(error: BaseException) -> str:
 def shortened(line: str) -> str:
     """Return the whole sentences at the start of a line, at most 300 characters.
 
-    Where the first sentence is longer, its words are followed by an ellipsis.
+    Where these are fewer than 150 characters, words follow, and an ellipsis.
     """
     if len(line) <= MAX_CHARACTERS:
         return line
-    start = line[: MAX_CHARACTERS + 1]
-    if ends := [match.end() for match in _SENTENCE_END.finditer(start)]:
-        return start[: ends[-1]]
-    start = start[: MAX_CHARACTERS - 4]
+    ends = [match.end() for match in _SENTENCE_END.finditer(line[: MAX_CHARACTERS + 2])]
+    if ends and ends[-1] >= MIN_CHARACTERS:
+        return line[: ends[-1]]
+    start = line[: MAX_CHARACTERS - 4]
     return f"{start.rpartition(' ')[0] or start} ..."

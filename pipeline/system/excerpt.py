@@ -1,4 +1,4 @@
-"""Short excerpts of two values that differ, from where they part. Imports only the library."""
+"""Short excerpts of two values, from where they first differ. Imports only the library."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ MAX_CHARACTERS = 60
 MAX_VALUE_CHARACTERS = 24
 # Of an excerpt's characters, one in this many stands before the first difference.
 SHARE_BEFORE = 4
+ELLIPSIS = "..."
 
 
 def first_difference(a: Sequence[object], b: Sequence[object]) -> int:
@@ -19,16 +20,21 @@ def first_difference(a: Sequence[object], b: Sequence[object]) -> int:
 
 
 def excerpts(a: str, b: str, length: int = MAX_CHARACTERS) -> tuple[str, str]:
-    """Return two texts from shortly before their first difference; "..." marks what is left out."""
-    first = 0
-    if max(len(a), len(b)) > length:
-        first = max(0, first_difference(a, b) - length // SHARE_BEFORE)
-    before = "..." if first else ""
-    short_a, short_b = (
-        before + text[first : first + length] + ("..." if len(text) > first + length else "")
-        for text in (a, b)
-    )
-    return short_a, short_b
+    """Return two texts from shortly before their first difference, in at most `length` characters.
+
+    An ellipsis marks what is left out, and counts.
+    """
+    if max(len(a), len(b)) <= length:
+        return a, b
+    first = first_difference(a, b) - length // SHARE_BEFORE
+    return _shortened(a, first, length), _shortened(b, first, length)
+
+
+def _shortened(text: str, first: int, length: int) -> str:
+    """Return a text from the character `first` on, in at most `length` characters."""
+    if first > len(ELLIPSIS):
+        text = ELLIPSIS + text[first:]
+    return text if len(text) <= length else text[: length - len(ELLIPSIS)] + ELLIPSIS
 
 
 def value_excerpts(a: Any, b: Any) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _LOADAVG = Path("/proc/loadavg")
 _STAT = Path("/proc/stat")
+_PROCESSES = Path("/proc")
 _CPUINFO = Path("/proc/cpuinfo")
 # limit, usage, and file cache in memory.stat; of version 2 and 1
 _MEMORY_FILES = (
@@ -27,6 +29,8 @@ MIN_STEAL = 0.05
 MAX_DIGITS = 20
 # ticks (1/100 s) of all CPUs; a shorter interval gives no reliable share
 MIN_TICKS = 20
+# fields of /proc/PID/stat after the name: CPU time of a process and of its children that have ended
+PROCESS_TICKS = slice(11, 15)
 # columns of /proc/stat in which nothing of this system ran; and the one of steal
 NOT_USED = (3, 4, 7)
 STEAL = 7
@@ -62,24 +66,34 @@ class CpuUse:
 
     It counts ticks of the CPUs, unlike the load average, in which a run that has ended counts for
     minutes.
+
+    Args:
+        processes: Numbers of processes that do not count as other programs, besides this one.
     """
 
-    def __init__(self) -> None:
-        self._ticks, self._own = _cpu_ticks(), _own_ticks()
+    def __init__(self, processes: Iterable[int] = ()) -> None:
+        self._processes = tuple(processes)
+        self._ticks, self._own = _cpu_ticks(), self._own_ticks()
 
-    def describe(self, own_threads: int = 0) -> str:
-        """Describe which CPU time other programs and the host took; "" for none worth naming.
+    def describe(self, own_threads: int | None = None) -> str:
+        """Describe which CPU time other programs and the host took; "" where it costs no speed.
+
+        Other programs cost speed where they and the own threads need more CPUs than there are.
 
         Args:
-            own_threads: Running threads of other processes that do not count as other programs.
+            own_threads: Threads of the own programs; at most `Cores.threads` of them count. None is
+                that number.
         """
         ticks = [now - then for now, then in zip(_cpu_ticks(), self._ticks, strict=True)]
         total, count = sum(ticks), _n_cpus()
         if total < MIN_TICKS:
             return ""
-        used = total - sum(ticks[column] for column in NOT_USED) - (_own_ticks() - self._own)
+        used = total - sum(ticks[column] for column in NOT_USED) - (self._own_ticks() - self._own)
+        usable = cores().threads
+        threads = usable if own_threads is None else min(usable, own_threads)
         reasons = []
-        if (others := used / total * count) - own_threads >= MIN_OTHER_CPUS:
+        others = used / total * count
+        if others >= MIN_OTHER_CPUS and others + threads > count:
             seconds = total / count / os.sysconf("SC_CLK_TCK")
             reasons.append(
                 f"other programs used {others:.1f} of {count} CPUs in the last {seconds:.1f} s"
@@ -88,8 +102,11 @@ class CpuUse:
             reasons.append(f"the host takes {steal:.0%} of their time (steal)")
         return "; ".join(reasons)
 
+    def _own_ticks(self) -> float:
+        return _own_ticks() + sum(map(_process_ticks, self._processes))
 
-def describe_cores(own_threads: int = 0, use: CpuUse | None = None) -> str:
+
+def describe_cores(own_threads: int | None = None, use: CpuUse | None = None) -> str:
     """Describe why this process does not have its CPUs for itself, "" where it does.
 
     Args:
@@ -156,6 +173,13 @@ def _own_cpu_lines() -> list[str]:
 def _own_ticks() -> float:
     """Return the CPU time of this process and of its children that have ended, in ticks."""
     return sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
+
+
+def _process_ticks(process: int) -> int:
+    """Return the CPU time of another process and of its children that have ended, in ticks."""
+    # The name of the program stands in parentheses, and may hold any character.
+    fields = _read(_PROCESSES / str(process) / "stat").rpartition(")")[2].split()
+    return sum(_number(field) or 0 for field in fields[PROCESS_TICKS])
 
 
 def _cpuinfo(key: str) -> str:
