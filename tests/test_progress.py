@@ -138,7 +138,7 @@ def test_the_bar_shows_time_speed_and_errors(monkeypatch: pytest.MonkeyPatch) ->
     bar.end()
     shown = stderr.getvalue()
     assert "| 5/10 rows [00:00, 01:15 left, " in shown
-    assert " tokens/s, 1 errors]" in shown
+    assert " tokens/s, 1 error]" in shown
     assert " 0 tokens/s" not in shown
 
 
