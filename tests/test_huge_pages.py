@@ -81,4 +81,5 @@ def test_a_process_takes_no_more_memory() -> None:
     memory[:, :n_bytes] = 1
     taken = resident_bytes() - before
     # A system that has no huge page left gives small ones.
-    assert taken < memory_of_ranges(n_bytes, stride, n_ranges) + MIB
+    # torch and other threads take about 1 MiB meanwhile; ranges that straddle two take 16 more.
+    assert taken < memory_of_ranges(n_bytes, stride, n_ranges) + 6 * MIB
