@@ -1334,7 +1334,8 @@ def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(
         (
             {"new_kind": 2, "bad_row": 1},
             9,
-            "3 of 9 rows are errors: 1 bad_row (mend them in the input), 2 new_kind",
+            "3 of 9 rows are errors: 1 bad_row (mend them in a copy of errors.jsonl, for a run "
+            "into another output), 2 new_kind",
         ),
     ],
 )
