@@ -93,6 +93,7 @@ class HeadWorker {
         }
       }
     }
+    gemm_.finish();
     previous_ = h;
     prefetcher_ = attention_.prefetcher(0, attention_.n_tiles(), h);
     prefetcher_.prefetch(MIN_PREFETCH_DISTANCE);
@@ -129,7 +130,7 @@ class HeadWorker {
     const T* weights = weights_ + panel * in_ * NR;
     const T* next_weights = weights_ + next_panel * in_ * NR;
     if (previous_ < 0) {
-      row_tiles.template multiply<0>(row_tile, weights, next_weights, nullptr, epilogue);
+      row_tiles.template multiply<0>(row_tile, weights, next_weights, nullptr, epilogue, gemm_);
       return;
     }
     const int64_t all = attention_.n_tokens() * panels_;
@@ -137,7 +138,7 @@ class HeadWorker {
     const int64_t end = attention_.n_tiles() * done / all;
     const char* const* lines = list_lines(end, LISTED_LINES_PER_STEP * row_tiles.prefetch_steps());
     row_tiles.template multiply<LISTED_LINES_PER_STEP>(row_tile, weights, next_weights, lines,
-                                                       epilogue);
+                                                       epilogue, gemm_);
     attention_.attend(from, end, previous_, head_, prefetcher_);
   }
 
@@ -159,6 +160,7 @@ class HeadWorker {
   HeadQkv<T> head_{};           // of the previous head
   BlockPrefetcher prefetcher_;  // likewise
   int turn_ = 0;
+  GemmThread<T, T> gemm_;
   Buffers& buffers_ = buffers();
 };
 

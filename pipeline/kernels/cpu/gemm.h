@@ -117,6 +117,16 @@ inline void gemm_rows(int64_t rows, const T* x, int64_t in, const T* panel, P pr
 
 namespace gptbatch {
 
+// What a thread keeps from one tile to the next. finish() completes the last tile.
+template <class T, class Y>
+struct GemmThread {
+  void finish() {}
+};
+#ifdef __AMX_BF16__
+template <class Y>
+struct GemmThread<BFloat16, Y> : AmxGemm<Y> {};
+#endif
+
 // Rows of x, cut into row tiles of about equal height: a short last tile would waste registers.
 template <class T>
 class RowTiles {
@@ -124,6 +134,7 @@ class RowTiles {
   RowTiles(const T* x, int64_t rows, int64_t in) : x_(x), rows_(rows), in_(in) {
     const int64_t panel_lines = in * NR * static_cast<int64_t>(sizeof(T)) / CACHE_LINE_BYTES;
     count_ = (rows + max_rows() - 1) / max_rows();
+    amx_height_ = ((rows + count_ - 1) / count_ + 1) / 2;
     k_steps_ = in / (uses_amx<T>() ? AMX_K_STEP : GemmStep<T>::K_STEP);
     lines_per_tile_ = (panel_lines + count_ - 1) / count_;
     prefetches_per_step_ = uses_amx<T>() ? (lines_per_tile_ + k_steps_ - 1) / k_steps_ : 1;
@@ -141,7 +152,7 @@ class RowTiles {
   // into the share of the next tile.
   template <int LISTED_PER_STEP, class Y>
   void multiply(int64_t tile, const T* panel, const T* next_panel, const char* const* listed,
-                const Epilogue<Y>& epilogue) const {
+                const Epilogue<Y>& epilogue, GemmThread<T, Y>& thread) const {
     const int64_t row = first_row(tile), rows = first_row(tile + 1) - row;
     const int64_t first_line = tile * std::min(lines_per_tile_, prefetch_steps());
     const GemmPrefetch<LISTED_PER_STEP> prefetch{
@@ -150,7 +161,8 @@ class RowTiles {
 #ifdef __AMX_BF16__
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (uses_amx<T>())
-        return gemm_tile_amx(rows, x, in_, panel, prefetch, prefetches_per_step_, epilogue);
+        return thread.multiply(rows, amx_height_, x, in_, panel, prefetch, prefetches_per_step_,
+                               epilogue);
     }
 #endif
     gemm_rows<T>(rows, x, in_, panel, prefetch, epilogue);
@@ -158,7 +170,7 @@ class RowTiles {
 
  private:
   const T* x_;
-  int64_t rows_, in_, count_, k_steps_, lines_per_tile_, prefetches_per_step_;
+  int64_t rows_, in_, count_, amx_height_, k_steps_, lines_per_tile_, prefetches_per_step_;
 };
 
 }  // namespace gptbatch

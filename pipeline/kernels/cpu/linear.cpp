@@ -44,7 +44,7 @@ void linear(const T* x, int64_t rows, int64_t in, const T* packed, int64_t out, 
   const int64_t chunk_rows = ((rows + chunks - 1) / chunks + tile_rows - 1) / tile_rows * tile_rows;
   const int64_t threads =
       rows * in * out < MIN_PARALLEL_MULTIPLICATIONS ? 1 : max_threads();
-  const auto work = [&](int64_t item) {
+  const auto work = [&](int64_t item, GemmThread<T, Y>& thread) {
     const int64_t chunk = item / panels, panel = item % panels, column = panel * NR;
     const int64_t first = std::min(rows, chunk * chunk_rows);
     const int64_t last = std::min(rows, first + chunk_rows);
@@ -58,15 +58,16 @@ void linear(const T* x, int64_t rows, int64_t in, const T* packed, int64_t out, 
                                  out,
                                  std::min(NR, out - column),
                                  activation};
-      tiles.template multiply<0>(tile, packed + panel * panel_size, next_panel, nullptr, epilogue);
+      tiles.template multiply<0>(tile, packed + panel * panel_size, next_panel, nullptr, epilogue,
+                                 thread);
     }
   };
-  if (threads == 1) {
-    const StandardFloatMode mode;
-    for (int64_t item = 0; item < chunks * panels; item++) work(item);
-  } else {
-    parallel_for_each(chunks * panels, 1, work);
-  }
+  std::atomic<int64_t> next{0};
+  on_threads(std::min(threads, chunks * panels), [&] {
+    GemmThread<T, Y> thread;
+    for (int64_t item; (item = next.fetch_add(1)) < chunks * panels;) work(item, thread);
+    thread.finish();
+  });
 }
 
 template void pack_weight(const float*, int64_t, int64_t, int64_t, float*);
