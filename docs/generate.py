@@ -40,6 +40,9 @@ TYPES = {
 }
 DEFAULT_IN_HELP = re.compile(r"\s*Default: (.+)\.$")
 
+# commands that take every setting as an option; a table of their own has those options
+ALL_SETTINGS = ("generate", "plan")
+
 # exit codes that no error class of gptbatch has, or that more than the class leads to
 OTHER_EXIT_CODES = {
     0: "The work is done. Error rows do not count as a failure. Nothing left to do is also 0.",
@@ -72,7 +75,7 @@ FOLDERS = {
     "pipeline/export": "the rows of a run for other programs",
     "pipeline/estimate": "predicting a run: the command `plan`",
     "pipeline/bench": "measuring speed",
-    "pipeline/doctor": "what this machine gives: the command `doctor`",
+    "pipeline/doctor": "checking this machine: the command `doctor`",
     "pipeline/system": "the machine, paths, secrets",
     "configs": "bundled configs, scheduler templates and the demo",
 }
@@ -155,7 +158,8 @@ def command_options(name: str) -> str:
 
 def _usage_and_options(command: click.Command, context: click.Context) -> list[str]:
     usage = command.get_usage(context).removeprefix("Usage: ")
-    keys = {key.replace(".", "__") for key in config_fields()} if "generate" in usage else set()
+    has_all = command.name in ALL_SETTINGS
+    keys = {key.replace(".", "__") for key in config_fields()} if has_all else set()
     rows = [
         _row(
             _code(", ".join(option.opts)),

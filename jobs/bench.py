@@ -1,4 +1,4 @@
-"""`gptbatch bench`: measures tokens per second, the time per part, and the machine's ceiling."""
+"""`gptbatch bench`: measures tokens per second, the time per operation, the machine's ceiling."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ if TYPE_CHECKING:
     help="Attention backend. auto: ragged where the C++ kernels can be built, else padded.",
 )
 @click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads. Default: the number that PyTorch finds."
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads. Default: the number that PyTorch finds, at most the CPU quota.",
 )
 @click.option(
     "--batch-size",
@@ -106,8 +108,8 @@ def bench(context: click.Context, /, **options: Any) -> None:
     ragged         256 prompts of 4 to 640 tokens, 8 to 256 new tokens each
     shared_prefix  128 prompts with the same first 384 tokens, 48 new tokens each
 
-    Prints medians over the repeats, the time per part, and the ceiling of the machine, which is
-    measured in the same run. The last line is a JSON object.
+    Prints medians over the repeats, the time per operation, and the ceiling of the machine, which
+    is measured in the same run. The last line is a JSON object.
     """  # noqa: D301
     context.obj = options
     if context.invoked_subcommand is None:
@@ -161,8 +163,8 @@ def _bench(options: dict[str, Any]) -> None:
         f"{rates.read_gb_per_s:.0f} GB/s of memory)"
     )
     echo("seconds of one repeat, with torch.profiler:")
-    for part, seconds in found.seconds_by_part.items():
-        echo(f"  {part:<12} {seconds:8.2f}")
+    for operation, seconds in found.seconds_by_operation.items():
+        echo(f"  {operation:<12} {seconds:8.2f}")
     summary = {
         **_described(options, model),
         "batch_invariance": loaded.batch_invariance,

@@ -1,4 +1,4 @@
-"""`gptbatch doctor`: shows what this machine gives, and what to improve."""
+"""`gptbatch doctor`: checks this machine, and says what to improve."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDTH, NAME_WIDTH = 100, 18
 @click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 def doctor(as_json: bool) -> None:
-    """Show what this machine gives: kernels, batch invariance, memory, versions, settings.
+    """Check this machine: kernels, batch invariance, limits, packages, settings.
 
     Builds the C++ kernels if they are not built, runs the batch-invariance self-test on a tiny
     random model, and compares golden digests. Reads no input and writes no output.

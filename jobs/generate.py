@@ -60,7 +60,7 @@ class _Generate(GroupedCommand):
     "--workers",
     type=click.IntRange(1),
     metavar="N",
-    help="Workers on the cluster. Each loads the model once.",
+    help="Workers on the cluster. Each loads the model once. Required with --on ray.",
 )
 @click.option(
     "--ray-address",
@@ -73,7 +73,7 @@ class _Generate(GroupedCommand):
     default=1,
     show_default=True,
     metavar="N",
-    help="CPUs per worker.",
+    help="CPUs per worker; also its threads, unless --threads is given.",
 )
 @click.option(
     "--worker-gpus",

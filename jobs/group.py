@@ -25,7 +25,10 @@ COMMANDS = {
         "gptbatch.jobs.check_model",
         "Compare a checkpoint in gptbatch and in transformers.",
     ),
-    "doctor": ("gptbatch.jobs.doctor", "Show what this machine gives, and what to improve."),
+    "doctor": (
+        "gptbatch.jobs.doctor",
+        "Check this machine: kernels, limits, packages, batch invariance.",
+    ),
     "bench": ("gptbatch.jobs.bench", "Measure new tokens per second."),
     "train-demo": ("gptbatch.jobs.train_demo", "Train the small GPT-2 of the demo."),
 }
@@ -88,7 +91,7 @@ def cli(verbose: bool) -> None:
       73  output cannot be created
       74  I/O error
       75  stopped by a signal, or out of memory; the same command continues
-          finish: parts are missing
+          finish, export: rows are missing; `generate` continues
       78  bad config, model or machine, or the output folder holds another job
     """  # noqa: D301
     from gptbatch.jobs.messages import set_up_logging

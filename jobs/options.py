@@ -100,9 +100,16 @@ class Group(click.Group):
 
 
 class GroupedCommand(Command):
-    """A command whose `--help` groups the options of the config keys and ends with examples."""
+    """A command whose `--help` groups the options of the config keys and ends with examples.
+
+    Attributes:
+        example: Command lines.
+        lists_settings: `--help` shows the options of config keys. Otherwise the description of the
+            command says which there are.
+    """
 
     example = ""
+    lists_settings = True
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         titles = option_groups()
@@ -115,8 +122,9 @@ class GroupedCommand(Command):
                     record
                 )
         for title, records in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+            if title == "Run" or self.lists_settings:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Examples"):
@@ -258,7 +266,7 @@ def reopen_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--threads",
             type=click.IntRange(1, 1024),
-            help="CPU threads. Default: the number that PyTorch finds.",
+            help="CPU threads. Default: the number that PyTorch finds, at most the CPU quota.",
         ),
         click.option(
             "--device",

@@ -33,6 +33,7 @@ ESTIMATE_OPTIONS = ("seconds", "price_per_hour", "as_json")
 
 class _Plan(GroupedCommand):
     example = EXAMPLES
+    lists_settings = False
 
 
 @click.command(cls=_Plan)
@@ -72,9 +73,11 @@ def plan(
 ) -> None:
     """Predict how long a run will take on this machine, and its memory and disk.
 
-    Counts rows and tokens exactly, and runs some rows for --seconds with the settings of
-    `generate`. Writes nothing. With --output, it checks that folder and its disk, and plans the
-    rest of a run that is partly done there; with --shard, the parts of that shard.
+    Takes all settings of `generate` as options: see `gptbatch generate --help`.
+
+    Counts rows and tokens exactly, and runs rows for --seconds. Writes nothing. With --output, it
+    checks that folder and its disk, and plans the rest of a run that is partly done there; with
+    --shard, the parts of that shard.
 
     With --index, it writes the index of the input instead: `generate` with the same settings then
     begins without reading the input, and a shard begins at its own rows. Neither the model nor its

@@ -51,8 +51,8 @@ def report(
     """Write an HTML file that shows the run in the output folder OUTPUT.
 
     It shows what ran and how it ended, tokens per second over time, times, lengths, errors,
-    decision margins, and a browser of some hundred rows. With OTHER, it compares the two runs. The
-    file has at most 2 MB and loads nothing: any browser opens it without a network.
+    decision margins, and a browser of up to 530 rows. With OTHER, it compares the two runs. The
+    file has at most 2 MB and is self-contained: it makes no network requests.
 
     With --explain, it shows why each token of a row was sampled, and which token other settings
     would have sampled with the same noise.

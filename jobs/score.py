@@ -86,8 +86,8 @@ class _Score(GroupedCommand):
     "--on-lost-text",
     type=click.Choice(["error", "warn"]),
     help=(
-        "Action for a text with characters that the tokenizer drops. error: write an error row. "
-        "warn: score the rest. Default: error."
+        "Action for a text with characters that the tokenizer drops (byte-level ones, such as "
+        "GPT-2's, drop none). error: write an error row. warn: score the rest. Default: error."
     ),
 )
 @click.option(

@@ -24,12 +24,11 @@ MAX_NAMED = 10
 WATCH_INTERVAL_S = 2.0
 # The use of the cores is measured for this long.
 CORES_S = 0.3
-# By batch invariance.
-_BITS = {
-    "portable": "portable: they depend on neither the batch nor the machine",
-    "verified": "verified: they do not depend on the batch",
-    "unverified": "unverified: they may depend on the batch",
-    "off": "not tested (batch_invariance: off)",
+_BATCH_INVARIANCE = {
+    "portable": "portable: bits depend on neither the batch nor the machine",
+    "verified": "verified: bits do not depend on the batch",
+    "unverified": "unverified: bits may depend on the batch",
+    "off": "off: not tested",
 }
 
 
@@ -104,12 +103,16 @@ def _lines(found: OutputStatus, output: Location) -> list[str]:
         ),
         f"parts    {found.parts_done} of {found.parts_total}"
         + _parts_left(found)
-        + (f", damaged {damaged}: recomputed by the next run" if found.parts_damaged else ""),
+        + (
+            f", damaged {damaged}: generated again by a run of the same shard, or without --shard"
+            if found.parts_damaged
+            else ""
+        ),
         f"errors   {sum(found.errors.values())}" + (f" ({kinds})" if kinds else ""),
         f"tokens   {found.prompt_tokens} of prompts, {found.completion_tokens} of completions",
     ]
-    if found.batch_invariance is not None:
-        lines.append(f"bits     {_BITS.get(found.batch_invariance, found.batch_invariance)}")
+    if (level := found.batch_invariance) is not None:
+        lines.append(f"batch invariance  {_BATCH_INVARIANCE.get(level, level)}")
     lines += [f"problem  {problem}" for problem in found.problems]
     if found.state == "unfinished" and found.last_state == "stopped":
         lines.append("next     the run was stopped; run the same command again")

@@ -56,7 +56,7 @@ class OutputConflictError(ConfigError):
 
 
 class InputRowsError(GptbatchError):
-    """Rows that cannot be read or hold invalid values; the message names the first 20."""
+    """Rows that cannot be read or hold invalid values; the message names the first 20 reasons."""
 
     exit_code = 65
 

@@ -418,7 +418,7 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
     ]
     (tmp_path / "again").mkdir()
     options = ("--input", str(errors), "--context-overflow", "truncate_left")
-    expect(generate(tmp_path / "again", *options), 65, "2 bad of 6 rows")
+    expect(generate(tmp_path / "again", *options), 65, "2 of 6 rows are bad")
     mended = tmp_path / "mended.jsonl"
     mended.write_text(
         "".join(
@@ -440,7 +440,7 @@ def test_bad_rows_are_recorded(generate: Generate, tmp_path: Path) -> None:
     # the same command finds nothing to do; another way to treat bad rows is another matter
     repeated = generate(tmp_path, "--input", "prompts.jsonl", "--on-bad-row", "record")[1]
     assert repeated.summary["rows_kept"] == 7
-    expect(generate(tmp_path, "--input", "prompts.jsonl"), 65, "3 bad of 7 rows")
+    expect(generate(tmp_path, "--input", "prompts.jsonl"), 65, "3 of 7 rows are bad")
 
 
 IDS_OF_BAD_ROWS: list[tuple[dict[str, Any], str]] = [

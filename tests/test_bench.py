@@ -53,10 +53,10 @@ def test_bench_prints_what_belongs_together(options: tuple[str, ...]) -> None:
     assert found["ceiling_tokens_per_s"] * found["ceiling_share"] == pytest.approx(
         found["tokens_per_s"], rel=0.01
     )
-    parts = found["seconds_by_part"]
-    assert all(seconds >= 0 for seconds in parts.values()), parts
-    assert parts["linears"] > 0
-    assert parts["attention"] > 0
+    operations = found["seconds_by_operation"]
+    assert all(seconds >= 0 for seconds in operations.values()), operations
+    assert operations["linears"] > 0
+    assert operations["attention"] > 0
     assert found["ceiling_rates"]["gemm_gflops"] > 1
     shared = "shared_prefix" in options
     assert (found["prefix_share"] > 0.5) == (shared and found["attention"] == "ragged")

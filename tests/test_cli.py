@@ -589,6 +589,13 @@ def test_check_model_of_a_different_model(
     assert "the model of gptbatch and transformers do not agree" in stderr
 
 
+def test_the_help_of_plan_names_generate_instead_of_its_settings() -> None:
+    shown = CliRunner().invoke(cli, ["plan", "--help"]).output
+    assert "gptbatch generate --help" in shown
+    assert "--price-per-hour" in shown
+    assert "--temperature" not in shown
+
+
 def test_every_command_has_help() -> None:
     for name in COMMANDS:
         result = CliRunner().invoke(cli, [name, "--help"])

@@ -213,7 +213,7 @@ FOOTERS: dict[str, Callable[[dict[str, Any]], object] | str] = {
 def test_a_footer_with_wrong_types_is_damage(output: Path, command: Command, name: str) -> None:
     change_footer(output / "part-000001.parquet", FOOTERS[name])
     code, stdout, _ = command("status", output)
-    assert (code, "damaged 1: recomputed by the next run" in stdout) == (0, True)
+    assert (code, "damaged 1: generated again by a run of the same shard" in stdout) == (0, True)
     for arguments in (("verify", output), ("diff", output, output)):
         code, _, stderr = command(*arguments)
         assert (code, "part-000001.parquet: cannot be read (" in stderr) == (74, True)

@@ -972,7 +972,7 @@ def test_text_that_is_not_utf8_fails_in_its_own_row(tmp_path: Path) -> None:
     offsets = pa.py_buffer(struct.pack("<4i", 0, 1, 2, 3))
     texts = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffc"))
     pq.write_table(pa.table({"prompt": texts}), tmp_path / "rows.parquet")
-    assert "1 bad of 3 rows" in problem(tmp_path / "rows.parquet")
+    assert "1 of 3 rows is bad" in problem(tmp_path / "rows.parquet")
     assert "row 1: column 'prompt' cannot be read (UnicodeDecodeError" in problem(
         tmp_path / "rows.parquet"
     )

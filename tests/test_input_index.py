@@ -141,7 +141,7 @@ def test_problems_of_many_files_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(InputRowsError) as caught:
         reader(tmp_path).check()
     message = str(caught.value)
-    assert "3 bad of 5 rows" in message
+    assert "3 of 5 rows are bad" in message
     assert f"{tmp_path / 'a.jsonl'}:2: " in message
     assert f"{tmp_path / 'b.jsonl'}:2: " in message
     assert f"{tmp_path / 'b.jsonl'}:3: id 'same' was already used on line 1" in message
@@ -308,7 +308,7 @@ def test_a_file_that_changes_unseen_is_found_when_its_part_is_read(
 def test_bad_rows_leave_no_plan(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{}\n")
     config = job(checkpoint, tmp_path / "out", tmp_path / "a.jsonl")
-    with pytest.raises(InputRowsError, match="1 bad of 1 rows"):
+    with pytest.raises(InputRowsError, match="1 of 1 row is bad"):
         plan_job(config)
     assert not (tmp_path / "out").exists()
     assert plan_job(config.model_copy(update={"on_bad_row": "record"})).bad_rows == 1

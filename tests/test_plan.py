@@ -310,7 +310,7 @@ def test_the_command_speaks_of_one_row(
         assert said in shown
     path = str(write_rows([{"prompt": 5}]))
     assert run_command(["plan", *options, "--input", path]) == 65
-    assert "1 bad of 1 rows; nothing was predicted\n" in capsys.readouterr().err
+    assert "1 of 1 row is bad; nothing was predicted\n" in capsys.readouterr().err
 
 
 def test_a_plan_needs_no_output(checkpoint: Path, write_rows: WriteRows, tmp_path: Path) -> None:

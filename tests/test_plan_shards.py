@@ -194,7 +194,7 @@ def test_bad_rows_of_a_shard_leave_no_piece(tmp_path: Path) -> None:
     with pytest.raises(InputRowsError) as caught:
         plan_job(shard_of(config, 1, 3))
     assert str(caught.value) == (
-        "1 bad of 40 rows (40 to 79 of 120); nothing was indexed\n"
+        "1 of 40 rows is bad (rows 40 to 79 of 120 were checked); nothing was indexed\n"
         f"{tmp_path}/in/a.jsonl:51: prompt must be a string, not a number"
     ), "the line in the file"
     assert not (tmp_path / "out").exists()
@@ -247,7 +247,7 @@ def test_trusted_ids_are_not_compared(tmp_path: Path, count: int) -> None:
     config = job(source, tmp_path / "out", ids="trusted")
     plan = plan_job(config) if count == 1 else check_same(config, tmp_path, count)
     assert (plan.rows, plan.bad_rows, plan.complete) == (102, 0, True)
-    with pytest.raises(InputRowsError, match="2 bad of 102 rows"):
+    with pytest.raises(InputRowsError, match="2 of 102 rows are bad"):
         plan_job(config.model_copy(update={"ids": "checked"}))
 
 

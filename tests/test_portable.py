@@ -128,7 +128,8 @@ def test_the_level_is_recorded_everywhere(config: dict[str, Any], cache_dtype: C
         assert facts["environment"]["arithmetic"] == golden.ARITHMETIC
     assert output_status(output).batch_invariance == "portable"
     shown = run_gptbatch("status", output)
-    assert "bits     portable: they depend on neither the batch nor the machine" in shown.stdout
+    line = "batch invariance  portable: bits depend on neither the batch nor the machine\n"
+    assert line in shown.stdout
 
 
 @pytest.mark.parametrize("engine", [{"attention": "padded"}, {"dtype": "bfloat16"}])

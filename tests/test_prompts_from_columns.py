@@ -754,7 +754,7 @@ def test_the_index_of_a_row_is_its_id_without_an_id_field(command: Command, tmp_
     write_lines(tmp_path / "rows.jsonl", row, {**row, "prompt": "The king"})
     code, _, said = command("generate", "--input", "rows.jsonl", "--output", "out")
     assert code == 65
-    assert "an empty id_field uses the row index instead" in said
+    assert "an empty id_field uses the row index instead, so ids and seeds change" in said
     run = ("generate", "--id-field", "", "--row-settings", "none")
     assert command(*run, "--input", "rows.jsonl", "--output", "out")[0] == 0
     rows = outputs("out")

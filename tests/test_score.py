@@ -303,7 +303,7 @@ def test_bad_rows_are_listed_before_the_model_loads(
     with pytest.raises(InputRowsError) as caught:
         score_input(config(checkpoint, bad, tmp_path / "s.parquet"))
     message = str(caught.value)
-    assert message.startswith("8 bad of 10 rows; nothing was scored\n")
+    assert message.startswith("8 of 10 rows are bad; nothing was scored\n")
     for line, reason in [
         (2, "there is neither a field 'continuation' nor 'choices'"),
         (3, "there are both 'continuation' and 'choices'"),

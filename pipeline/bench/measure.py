@@ -73,7 +73,7 @@ class Measurement:
         padding_share: Padding rows among all rows of the forward passes.
         prefix_share: Prompt tokens taken from the prefix cache.
         tokens_per_step: Mean tokens per step.
-        seconds_by_part: Seconds of one more repeat, under torch.profiler. prefill and decode
+        seconds_by_operation: Seconds of one more repeat, under torch.profiler. prefill and decode
             divide each step by its tokens. linears, attention (with the QKV projection where one
             kernel computes both), head, sampling and other are the model's operators. waiting is
             time outside of operators. On a GPU only prefill and decode.
@@ -88,7 +88,7 @@ class Measurement:
     padding_share: float
     prefix_share: float
     tokens_per_step: float
-    seconds_by_part: dict[str, float]
+    seconds_by_operation: dict[str, float]
     ceiling_rates: CeilingRates
     ceiling_tokens_per_s: float
     ceiling_share: float
@@ -144,7 +144,7 @@ def measure(
         padding_share=stats.padding_tokens / (computed + stats.padding_tokens),
         prefix_share=stats.cached_tokens / workload.prompt_tokens,
         tokens_per_step=computed / stats.steps,
-        seconds_by_part=_seconds_by_part(engine, lambda: run(repeats + 1)),
+        seconds_by_operation=_seconds_by_operation(engine, lambda: run(repeats + 1)),
         ceiling_rates=ceiling_rates,
         ceiling_tokens_per_s=workload.new_tokens / ceiling_s,
         ceiling_share=ceiling_s / wall,
@@ -175,7 +175,7 @@ def measure_reading(device: torch.device, *, n_elements: int = ELEMENTS_READ) ->
     return elements.nbytes / min(_time(elements.sum) for _ in range(READ_TRIES)) / 1e9
 
 
-def _seconds_by_part(engine: Engine, run: Callable[[], float]) -> dict[str, float]:
+def _seconds_by_operation(engine: Engine, run: Callable[[], float]) -> dict[str, float]:
     if engine.model.device.type != "cpu":
         # torch.profiler measures CPU operators here, not the device's kernels.
         run()

@@ -110,8 +110,8 @@ class JobConfig(Section):
     id_field: str = Field(
         "id",
         description=(
-            "Field of a row that holds its id. Dots select nested values. If empty, the id is the "
-            "index of the row."
+            "Field of a row that holds its id. Dots select nested values. Empty: the id is the "
+            "row index, so ids and seeds change when rows are reordered."
         ),
     )
     row_settings: RowSettings | None = Field(
@@ -134,17 +134,17 @@ class JobConfig(Section):
         le=2**31 - 1,
         description=(
             "Rows of the input per Parquet file; a crash costs those of unfinished files. Default: "
-            "512 divided by n, more above 5 million rows, or the value of the run that is "
-            "continued."
+            "that of the run that is continued; else 512, and more above 5.12 million rows; with n "
+            "above 1, 512 / n."
         ),
     )
     shard: Annotated[Name, AfterValidator(checked_shard)] | None = Field(
         None,
         description=(
-            "Generate block I of N blocks of parts, I from 0 to N - 1; `plan` checks their rows. "
-            "All shards write into one folder, and a shard of `generate` that is done helps "
-            "others. auto: from the variables of Slurm, Kubernetes, SkyPilot, torchrun or MPI. "
-            "Default: all parts."
+            "Shard I of N, I from 0 to N - 1: generate its range of parts, then missing parts of "
+            "other shards. All shards write into one folder. `plan` predicts the shard, and `plan "
+            "--index` checks its rows. auto: from the variables of Slurm, Kubernetes, SkyPilot, "
+            "torchrun or MPI. Default: all parts."
         ),
     )
     overwrite: bool = Field(
@@ -219,8 +219,9 @@ class JobConfig(Section):
     on_lost_text: Literal["error", "warn"] = Field(
         "error",
         description=(
-            "Action for a prompt with characters that the tokenizer drops. error: write an error "
-            "row. warn: generate without them, and log the number of such rows."
+            "Action for a prompt with characters that the tokenizer drops (byte-level ones, such "
+            "as GPT-2's, drop none). error: write an error row. warn: generate without them, and "
+            "log the number of such rows."
         ),
     )
     context_overflow: Literal["error", "truncate_left"] = Field(

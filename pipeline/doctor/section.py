@@ -15,7 +15,7 @@ class Section:
 
     Attributes:
         facts: Values for JSON. `error` is the only key where the probe failed.
-        warnings: What makes runs slower or less certain, and what to do.
+        warnings: What makes runs slower or not batch-invariant, and what to do.
         problems: What makes runs fail, and what to do.
     """
 

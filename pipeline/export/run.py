@@ -68,7 +68,7 @@ def export_run(
     allow_incomplete: bool = False,
     overwrite: bool = False,
 ) -> ExportSummary:
-    """Write the rows of a run to one file, in their order. Memory holds some thousands of rows.
+    """Write the rows of a run to one file, in their order. Reads batches of 2,048 rows.
 
     Args:
         run: The run.

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 from gptbatch.pipeline.input.rows import BadRow
+from gptbatch.pipeline.system.nouns import noun
 
 MAX_NAMED_REASONS = 20
 MAX_NAMED_ROWS_PER_REASON = 6
@@ -28,6 +29,10 @@ class BadRows:
             rows = self._rows.setdefault(row.reason, [])
             if len(rows) < MAX_NAMED_ROWS_PER_REASON:
                 rows.append(row)
+
+    def summary(self, rows: int) -> str:
+        """Return the share of bad rows: `2 of 4 rows are bad`."""
+        return f"{self.count} of {rows} {noun(rows, 'row')} {noun(self.count, 'is', 'are')} bad"
 
     def describe(self) -> str:
         """Return a line per reason in row order: the first row, then numbers of other rows."""

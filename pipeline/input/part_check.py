@@ -105,7 +105,7 @@ def check_parts(
     warnings.log(reader.source.name, count.rows, limit=reader.limit)
     if bad.count and not reader.record_bad:
         raise InputRowsError(
-            f"{bad.count} bad of {end - first} rows ({first} to {end - 1} of {count.rows}); "
+            f"{bad.summary(end - first)} (rows {first} to {end - 1} of {count.rows} were checked); "
             f"nothing was {reader.purpose}\n{bad.describe()}"
         )
     digests.finish()

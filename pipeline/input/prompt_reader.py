@@ -20,7 +20,10 @@ from gptbatch.pipeline.params.settings import SAMPLING_SETTINGS
 from gptbatch.pipeline.types import Prompt
 
 _CHANGED = "the input has changed since it was checked"
-_ID_HINT = "\nid_field reads ids from another field; an empty id_field uses the row index instead"
+_ID_HINT = (
+    "\nid_field reads ids from another field; an empty id_field uses the row index instead, so ids "
+    "and seeds change when rows are reordered"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +270,7 @@ class PromptReader:
                 if row.index in duplicates:
                     bad.add(self._duplicate(raw, row, duplicates[row.index]))
         return InputRowsError(
-            f"{bad.count} bad of {rows} rows; nothing was {self.purpose}\n{bad.describe()}"
+            f"{bad.summary(rows)}; nothing was {self.purpose}\n{bad.describe()}"
             f"{_ID_HINT if duplicates else ''}"
         )
 

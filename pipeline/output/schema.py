@@ -122,8 +122,8 @@ COLUMNS = (
     _fixed(
         "min_decision_margin",
         pa.float64(),
-        "smallest decision margin of all steps: the change of logits that could change a token; "
-        "null without a step",
+        "smallest decision margin of all steps: no token changes if every logit changes by less "
+        "than half of it; null without a step",
         nullable=True,
         unit="logits",
     ),

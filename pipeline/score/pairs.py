@@ -2,8 +2,9 @@
 
 The rules are those of its `TemplateLM` and `HFLM`:
 
-1. Blanks at the end of the context move to the front of the continuation.
-2. Context and continuation are encoded as one text, and cut at the length of the encoded context.
+1. Whitespace at the end of the context moves to the front of the continuation.
+2. The context is encoded alone: n tokens. The continuation is what follows the first n tokens of
+   context and continuation encoded together.
 3. An empty context is the start token. The continuation is then encoded without the tokenizer's
    template. If it begins with the start token, this token is the context.
 4. A pair that is too long loses tokens at its front: the last n_positions + 1 tokens remain.
@@ -76,7 +77,7 @@ class PairEncoder:
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedPair]:
         """Encode pairs of context and continuation."""
-        moved = [_move_blanks(context, continuation) for context, continuation in pairs]
+        moved = [_move_whitespace(context, continuation) for context, continuation in pairs]
         contexts = list(dict.fromkeys(context for context, _ in moved))
         encoded = dict(zip(contexts, self.encode(contexts), strict=True))
         wholes = self.encode([context + continuation for context, continuation in moved])
@@ -155,7 +156,7 @@ def fit(pair: EncodedPair, *, n_positions: int, vocab_size: int) -> EncodedPair:
     return replace(pair, context=pair.context[dropped:], context_dropped=dropped)
 
 
-def _move_blanks(context: str, continuation: str) -> tuple[str, str]:
+def _move_whitespace(context: str, continuation: str) -> tuple[str, str]:
     stripped = context.rstrip()
     return stripped, context[len(stripped) :] + continuation
 

@@ -54,7 +54,7 @@ COLUMNS = (
     _column(
         "continuation_token_ids",
         pa.list_(pa.int32()),
-        "its tokens, and the blanks at the end of the prompt; with --from, completion_token_ids; "
+        "its tokens, and the whitespace that ends the prompt; with --from, completion_token_ids; "
         "empty for an error",
     ),
     _column(
