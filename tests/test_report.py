@@ -26,13 +26,14 @@ from gptbatch.pipeline.report import series
 from gptbatch.pipeline.report.build import build_report
 from gptbatch.pipeline.report.distribution_sections import _draw_log
 from gptbatch.pipeline.report.document import MARK, Document, Section, note, to_json
+from gptbatch.pipeline.report.part_facts import describe_facts
 from gptbatch.pipeline.report.row_sample import MAX_ERROR_ROWS, choose_rows
 from gptbatch.pipeline.report.run_columns import read_columns, row_hash
 from gptbatch.pipeline.report.run_view import RunView
 from gptbatch.pipeline.system.file_lock import FileLock
 from gptbatch.pipeline.types import Completion, TokenLogprobs
 from tests.paths import REPOSITORY
-from tests.test_diff import TIMING, completion, failed, many, write_run
+from tests.test_diff import FACTS, TIMING, completion, failed, many, write_run
 
 HOSTILE = {
     "script": "</script><img src=x onerror=alert(1)>",
@@ -363,6 +364,41 @@ def test_samples_log_probabilities_and_large_seeds(tmp_path: Path) -> None:
     assert [row["seed"] for row in shown] == [str(2**63 - 1 - index) for index in range(3)]
     assert shown[0]["token_logprobs"] == [-0.5] * 4
     assert "Perplexity" in html
+
+
+def test_facts_that_differ_between_parts_name_their_parts(tmp_path: Path) -> None:
+    other = {"environment": {**FACTS["environment"], "torch": "2.14.0"}, "host": "node-2"}
+    path = write_run(
+        tmp_path / "out",
+        many(21),
+        facts={"host": "node-1", "versions": {"numpy": "2.4", "pyarrow": None}},
+        facts_of_parts={1: other, 2: other, 4: other, 6: other, 8: other, 9: {"host": "node-3"}},
+    )
+    facts = describe_facts(RunReader(path))
+    assert facts["host"] == (
+        "3 different: node-1 (parts 0, 3, 5 and 2 more); node-2 (parts 1 to 2, 4, 6 and 1 more); "
+        "node-3 (part 9)"
+    )
+    assert facts["environment.torch"] == (
+        "2 different: 2.13.0 (parts 0, 3, 5 and 3 more); 2.14.0 (parts 1 to 2, 4, 6 and 1 more)"
+    )
+    assert (facts["device"], facts["versions.numpy"]) == ("cpu", "2.4")
+    assert "versions.pyarrow" not in facts
+    html = build_report(path).html
+    assert facts["host"] in html
+    assert facts["environment.torch"] in html
+    assert "The parts were computed in 2 environments." in html
+
+
+def test_facts_of_many_values_and_of_no_part(tmp_path: Path) -> None:
+    hosts = {number: {"host": f"node-{number}"} for number in range(1, 11)}
+    run = RunReader(write_run(tmp_path / "many", many(22), facts_of_parts=hosts))
+    text = describe_facts(run)["host"]
+    assert text.startswith("11 different: not recorded (part 0); node-1 (part 1); ")
+    assert text.endswith("; node-7 (part 7); and 3 more")
+    assert len(run.environments) == 1
+    none_yet = RunReader(write_run(tmp_path / "none", many(2), facts={"host": "a"}, first_rows=0))
+    assert describe_facts(none_yet)["host"] == "a"
 
 
 # -- two runs --------------------------------------------------------------------------------------
