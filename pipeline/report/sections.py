@@ -91,13 +91,14 @@ def ends_section(view: RunView) -> Section:
     ends = [end for end in ends if end[1]]
     bar = svg.share_bar(
         [
-            (f"{name}: {count:,} rows, {share:.1%}", share, style)
+            (f"{name}: {count:,} {view.unit}, {share:.1%}", share, style)
             for name, count, share, style in ends
         ],
         "Finish reasons",
     )
     html = render(
         "ends.html",
+        unit=view.unit,
         ends=ends,
         bar=bar,
         kinds=view.status.errors,
@@ -112,9 +113,16 @@ def rows_section(view: RunView, *, with_text: bool, max_bytes: int) -> Section:
     rows, characters = browsed_rows(
         view.run, view.columns, with_text=with_text, max_bytes=max_bytes
     )
-    html = render("rows.html", shown=len(rows), total=len(view.columns), with_text=with_text)
+    html = render(
+        "rows.html",
+        shown=len(rows),
+        total=len(view.columns),
+        unit=view.unit,
+        with_text=with_text,
+    )
     data = {
         "rows": rows,
+        "unit": view.unit,
         "cut": characters,
         "output": str(view.run.path),
         "with_text": with_text,
