@@ -32,7 +32,12 @@ DIFFERENT = 1
     help="Maximum number of differing rows (samples, where rows have several) to print; 0 prints "
     "all.",
 )
-@click.option("--common", is_flag=True, help="Compare only the ids that both runs have.")
+@click.option(
+    "--common",
+    is_flag=True,
+    help="Compare only the samples, by id and sample index, that both runs have. The others are "
+    "counted, and do not change the exit code.",
+)
 @click.option("--no-text", is_flag=True, help="Leave out prompts and completions.")
 def diff(a: Location, b: Location, limit: int, common: bool, no_text: bool) -> int:
     """Compare the runs in the output folders A and B row by row, joined by id and sample.
@@ -43,7 +48,7 @@ def diff(a: Location, b: Location, limit: int, common: bool, no_text: bool) -> i
     logits_digest count as equal_from_other_logits.
 
     Exits with 0 if both runs have the same ids with the same prompts, tokens, finish reasons and
-    texts, else with 1. With --common, rows of only one run are ignored; without a common id the
+    texts, else with 1. With --common, samples of only one run are ignored; without a common one the
     exit code is 66.
     """
     from gptbatch.pipeline.audit.diff import diff_runs, settings_that_differ, summarize

@@ -124,6 +124,7 @@ def _lines(estimate: RunEstimate) -> list[str]:
     limit = at_most if took.limit_s > 1.01 * took.expected_s else ""
     low, high = _time(took.low_s), _time(took.high_s)
     between = f" ({low} to {high})" if low != high else ""
+    fit = "" if pilot.r_squared is None else f", R2 {pilot.r_squared:z.2f}"
     lines += [
         f"tokens   {estimate.prompt_tokens:,} of prompts{samples} (median "
         f"{estimate.prompt_tokens_median} per row, at most {estimate.prompt_tokens_max}), about "
@@ -147,7 +148,7 @@ def _lines(estimate: RunEstimate) -> list[str]:
         f"{_time(estimate.kill_s)}",
         f"pilot    {pilot.rows:,} {noun(pilot.rows, 'row')} in {pilot.seconds:.1f} s, of which "
         f"{pilot.rows_stopped:,} stopped by themselves; {pilot.steps:,} "
-        f"{noun(pilot.steps, 'step')}, R2 {pilot.r_squared:z.2f}",
+        f"{noun(pilot.steps, 'step')}{fit}",
         *(f"warning  {warning}" for warning in estimate.warnings),
     ]
 

@@ -103,7 +103,10 @@ class _Score(GroupedCommand):
     help="With --from: continue if the SHA-256 of the weights is not that of the run.",
 )
 @click.option(
-    "--output", required=True, metavar="FILE", help="Parquet file to write, in any folder."
+    "--output",
+    required=True,
+    metavar="FILE",
+    help="Parquet file to write, in any folder. A name without a suffix is a file, too.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 @click.pass_context

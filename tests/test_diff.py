@@ -35,7 +35,7 @@ from gptbatch.pipeline.types import Completion, Prompt, RowError, Sample, Timing
 from tests.processes import LIMIT_S, child_environment
 
 IDENTITY = {"config_hash": "f" * 64, "dtype": "float32", "seed": 0}
-FACTS = {
+FACTS: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "batch_invariance": "unverified",
@@ -93,25 +93,36 @@ def write_run(
     facts: dict[str, Any] | None = None,
     first_rows: int | None = None,
     texts: Mapping[str, str] | None = None,
+    facts_of_parts: Mapping[int, dict[str, Any]] | None = None,
 ) -> Path:
     """Write a run as generate does.
 
     Args:
         path: The output folder.
-        completions: Its rows.
+        completions: Its rows; those with a sample_index above 0 are samples of the row before.
         part_rows: Rows per part.
         identity: Keys of the identity that differ.
         facts: Facts that differ.
         first_rows: Stop after these rows, like a killed run.
         texts: Texts of completions by id; others have one that names the id.
+        facts_of_parts: Facts of parts that another run has written, by number.
     """
     texts = texts or {}
+    rows: list[list[Sample]] = []
+    for one in completions:
+        if not one.prompt.sample_index:
+            rows.append([])
+        placed = dataclasses.replace(
+            one, prompt=dataclasses.replace(one.prompt, index=len(rows) - 1)
+        )
+        text = texts.get(one.prompt.prompt_id, f"private {one.prompt.prompt_id}")
+        rows[-1].append(Sample(placed, None if one.error else text))
     folder = OutputFolder(path)
     folder.create()
-    digests = ["0" * 64] * count_parts(part_rows, len(completions))
+    digests = ["0" * 64] * count_parts(part_rows, len(rows))
     identity = {
         **IDENTITY,
-        "rows": len(completions),
+        "rows": len(rows),
         "part_rows": part_rows,
         "input_digest": input_digest(digests),
         **(identity or {}),
@@ -121,16 +132,11 @@ def write_run(
     claim(folder, files, "seed: 0\nengine:\n  dtype: float32\n", facts)
     plan = PartPlan(identity=identity, input_digests=digests)
     writer = PartWriter(path, files, FileHashes(), plan=plan, facts=facts)
-    rows = []
-    for index, one in enumerate(completions[:first_rows]):
-        placed = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, index=index))
-        text = texts.get(one.prompt.prompt_id, f"private {one.prompt.prompt_id}")
-        rows.append([Sample(placed, None if one.error else text)])
-    parts = [
-        writer.write(number, found)
-        for number in range(plan.n_parts)
-        if (found := part_of(rows, plan, number)) is not None
-    ]
+    parts = []
+    for number in range(plan.n_parts):
+        writer.facts = {**facts, **(facts_of_parts or {}).get(number, {})}
+        if (found := part_of(rows[:first_rows], plan, number)) is not None:
+            parts.append(writer.write(number, found))
     if first_rows is None:
         known = {part.number: part for part in parts}
         done = finish(folder, files, identity, FileHashes(), known, row_defaults())

@@ -379,7 +379,19 @@ def test_what_is_refused_leaves_no_file(run: Path, tmp_path: Path) -> None:
         ("rows.csv", ConfigError, "jsonl does not fit", {"file_format": "jsonl"}),
         ("rows.jsonl", ConfigError, "csv does not fit", {"file_format": "csv"}),
         ("rows.parquet.gz", ConfigError, "compressed inside", {}),
-        ("a.jsonl", ConfigError, "no 'foo'", {"selection": Selection(columns=["foo"])}),
+        ("a.jsonl", ConfigError, "no 'foo'; its", {"selection": Selection(columns=["foo"])}),
+        (
+            "a.jsonl",
+            ConfigError,
+            r"no 'id' \(did you mean prompt_id\?\), 'promt' \(did you mean prompt\?\); its",
+            {"selection": Selection(columns=["id", "promt"])},
+        ),
+        (
+            "a.jsonl",
+            ConfigError,
+            "; --metadata makes columns of other fields of the rows",
+            {"selection": Selection(columns=["topic"])},
+        ),
         (
             "a.jsonl",
             InputNotFoundError,

@@ -288,6 +288,8 @@ def test_the_command_prints_lines_or_json(
     # 3 samples run and 9 wait, of 60 in 40 rows.
     assert found["kill_rows"] == 5 + 8
     assert 0 < found["kill_s"] < found["time"]["expected_s"]
+    assert found["pilot"]["steps"] >= 10
+    assert found["pilot"]["r_squared"] <= 1
     assert run_gptbatch("generate", *options, cwd=tmp_path).code == 0
     ran = run_gptbatch("plan", *options, cwd=tmp_path)
     assert "nothing is left to do" in ran.stdout
@@ -306,8 +308,14 @@ def test_the_command_speaks_of_one_row(
         "in 1 part of at most 1 row\n",
         "a kill   costs up to about 1 row of unfinished parts, ",
         "pilot    1 row in ",
+        " stopped by themselves; 6 steps\n",
     ):
         assert said in shown
+    # a few steps are explained by the four costs of any fit
+    assert run_command(["plan", *options, "--input", path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pilot"]["steps"], found["pilot"]["r_squared"]) == (6, None)
+    assert not any("R2" in warning for warning in found["warnings"])
     path = str(write_rows([{"prompt": 5}]))
     assert run_command(["plan", *options, "--input", path]) == 65
     assert "1 of 1 row is bad; nothing was predicted\n" in capsys.readouterr().err

@@ -26,13 +26,14 @@ from gptbatch.pipeline.report import series
 from gptbatch.pipeline.report.build import build_report
 from gptbatch.pipeline.report.distribution_sections import _draw_log
 from gptbatch.pipeline.report.document import MARK, Document, Section, note, to_json
+from gptbatch.pipeline.report.part_facts import describe_facts
 from gptbatch.pipeline.report.row_sample import MAX_ERROR_ROWS, choose_rows
 from gptbatch.pipeline.report.run_columns import read_columns, row_hash
 from gptbatch.pipeline.report.run_view import RunView
 from gptbatch.pipeline.system.file_lock import FileLock
 from gptbatch.pipeline.types import Completion, TokenLogprobs
 from tests.paths import REPOSITORY
-from tests.test_diff import TIMING, completion, failed, many, write_run
+from tests.test_diff import FACTS, TIMING, completion, failed, many, write_run
 
 HOSTILE = {
     "script": "</script><img src=x onerror=alert(1)>",
@@ -365,7 +366,110 @@ def test_samples_log_probabilities_and_large_seeds(tmp_path: Path) -> None:
     assert "Perplexity" in html
 
 
+def test_facts_that_differ_between_parts_name_their_parts(tmp_path: Path) -> None:
+    other = {"environment": {**FACTS["environment"], "torch": "2.14.0"}, "host": "node-2"}
+    path = write_run(
+        tmp_path / "out",
+        many(21),
+        facts={"host": "node-1", "versions": {"numpy": "2.4", "pyarrow": None}},
+        facts_of_parts={1: other, 2: other, 4: other, 6: other, 8: other, 9: {"host": "node-3"}},
+    )
+    facts = describe_facts(RunReader(path))
+    assert facts["host"] == (
+        "3 different: node-1 (parts 0, 3, 5 and 2 more); node-2 (parts 1 to 2, 4, 6 and 1 more); "
+        "node-3 (part 9)"
+    )
+    assert facts["environment.torch"] == (
+        "2 different: 2.13.0 (parts 0, 3, 5 and 3 more); 2.14.0 (parts 1 to 2, 4, 6 and 1 more)"
+    )
+    assert (facts["device"], facts["versions.numpy"]) == ("cpu", "2.4")
+    assert "versions.pyarrow" not in facts
+    html = build_report(path).html
+    assert facts["host"] in html
+    assert facts["environment.torch"] in html
+    assert "The parts were computed in 2 environments." in html
+    assert "Parts of B were computed in 2 environments." in build_report(path, path).html
+
+
+def test_facts_of_many_values_and_of_no_part(tmp_path: Path) -> None:
+    hosts = {number: {"host": f"node-{number}"} for number in range(1, 11)}
+    run = RunReader(write_run(tmp_path / "many", many(22), facts_of_parts=hosts))
+    text = describe_facts(run)["host"]
+    assert text.startswith("11 different: not recorded (part 0); node-1 (part 1); ")
+    assert text.endswith("; node-7 (part 7); and 3 more")
+    assert len(run.environments) == 1
+    none_yet = RunReader(write_run(tmp_path / "none", many(2), facts={"host": "a"}, first_rows=0))
+    assert describe_facts(none_yet)["host"] == "a"
+
+
+def with_samples(n: int) -> list[Completion]:
+    """Return 4 rows of n samples, of which sample i has i + 1 tokens."""
+    rows = []
+    for index in range(4 * n):
+        row = completion(f"id {index // n}", range(1 + index % n))
+        prompt = dataclasses.replace(row.prompt, sample_index=index % n)
+        rows.append(dataclasses.replace(row, prompt=prompt))
+    return rows
+
+
+def test_samples_are_called_so(tmp_path: Path) -> None:
+    html = build_report(write_run(tmp_path / "out", with_samples(3))).html
+    assert "All 12 samples." in html
+    assert Elements(html).data("rows")["unit"] == "samples"
+    assert '<th scope="col">ended by</th><th scope="col">samples</th>' in html
+
+
 # -- two runs --------------------------------------------------------------------------------------
+
+
+def figures(html: str) -> dict[str, list[list[str]]]:
+    """Return the rows of each table of figures, by the first title of its header."""
+    (part,) = re.findall("<h3>Figures</h3>(.*?)<h3>", html, re.DOTALL)
+    tables = {}
+    for table in part.split("<table>")[1:]:
+        header, *rows = (
+            re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]
+        )
+        tables[header[0]] = rows
+    return tables
+
+
+def test_changes_are_of_what_both_runs_have(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", [*many(40), failed("bad")])
+    b = write_run(tmp_path / "b", [completion("new"), *many(10)[5:], completion("id 3", [3, 4])])
+    html = build_report(a, b).html
+    found = figures(html)
+    assert list(found) == ["whole runs", "rows in both"]
+    assert found["whole runs"][:3] == [
+        ["rows", "41", "7"],
+        ["error rows", "1", "0"],
+        ["new tokens", "120", "21"],
+    ]
+    assert found["rows in both"][:3] == [
+        ["error rows", "0", "0", "equal"],
+        ["new tokens", "18", "17", "-5.6%"],
+        ["new tokens per row, mean", "3", "2.833", "-5.6%"],
+    ]
+    assert "Changes are of the 6 rows in both runs only." in html
+    assert "35 rows are only in A." in html
+    assert "1 row is only in B." in html
+    other = write_run(tmp_path / "other", [completion("else")])
+    assert list(figures(build_report(a, other).html)) == ["whole runs"]
+    (same,) = figures(build_report(a, a).html).values()
+    assert same[0] == ["rows", "41", "41", "equal"]
+
+
+def test_runs_of_another_n_are_compared_by_sample(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", with_samples(1))
+    b = write_run(tmp_path / "b", with_samples(3))
+    html = build_report(a, b).html
+    found = figures(html)
+    assert found["whole runs"][0] == ["samples", "4", "12"]
+    assert found["samples in both"][1:3] == [
+        ["new tokens", "4", "4", "equal"],
+        ["new tokens per sample, mean", "1", "1", "equal"],
+    ]
+    assert "8 samples are only in B." in html
 
 
 def test_two_runs(tmp_path: Path) -> None:

@@ -144,6 +144,12 @@ def test_diff_pairs_samples(
     assert run_command(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["equal"], summary["missing_in_b"], summary["missing_in_a"]) == (20, 10, 0)
+    assert run_command(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--common"]) == 0
+    said = capsys.readouterr().out.splitlines()[:2]
+    assert said == [
+        "20 samples are in both runs: all are equal",
+        "10 samples are only in A, and not compared",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from array import array
 from bisect import bisect_left, bisect_right
@@ -47,8 +48,11 @@ class RunReader:
     Attributes:
         path: The output folder.
         manifest: The manifest, with the identity of the job.
-        facts: The facts of the run: model, device, environment and others.
-        environments: A footer of each environment in which parts were computed. A run that was
+        facts: The facts in the manifest: model, device, environment and others. Parts may have
+            others.
+        facts_of_parts: The different facts of parts, each with the numbers of its parts. A run on
+            several machines has several.
+        environments: The facts of each environment in which parts were computed. A run that was
             continued elsewhere has more than one, unless all of them are portable.
         parts: The part files, in order.
         n_rows: Rows of the table in them: one per sample.
@@ -94,7 +98,8 @@ class RunReader:
         self.stray_tables = state.stray_tables + _foreign_files(listing, recorded)
         self.state, self.listing = state, replace(listing, footers=[])
         self.parts = [self.path / part.name for part in listing.parts]
-        self.environments = _environments(listing.footers)
+        self.facts_of_parts = _facts_of_parts(listing)
+        self.environments = _environments(facts for facts, _ in self.facts_of_parts)
         counts = [part.samples for part in listing.parts]
         self.n_rows = sum(counts)
         self.rows_done = sum(part.rows for part in listing.parts)
@@ -302,12 +307,22 @@ def _foreign_files(listing: PartListing, recorded: Mapping[str, str]) -> list[st
     return foreign
 
 
-def _environments(footers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the footer of the first part of each environment."""
+def _facts_of_parts(listing: PartListing) -> list[tuple[dict[str, Any], list[int]]]:
+    """Return the different facts of parts, each with the numbers of its parts."""
+    found: dict[str, tuple[dict[str, Any], list[int]]] = {}
+    for part, footer in zip(listing.parts, listing.footers, strict=True):
+        facts = facts_of(footer)
+        _, numbers = found.setdefault(json.dumps(facts, sort_keys=True), (facts, []))
+        numbers.append(part.number)
+    return list(found.values())
+
+
+def _environments(recorded: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first facts of each environment."""
     environments: list[dict[str, Any]] = []
-    for footer in footers:
-        if all(environment_differences(known, footer) for known in environments):
-            environments.append(footer)
+    for facts in recorded:
+        if all(environment_differences(known, facts) for known in environments):
+            environments.append(facts)
     return environments
 
 

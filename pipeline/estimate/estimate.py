@@ -43,6 +43,8 @@ NO_OUTPUT = f"{os.devnull}/out"
 ELEMENTS_READ = 2**26
 # Below it, the fit of the pilot's steps is worth a warning.
 MIN_R_SQUARED = 0.5
+# The fit has four costs, so that it explains a few steps in any case.
+MIN_STEPS_OF_R_SQUARED = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,8 @@ class PilotReport:
         rows: Rows that it has begun.
         rows_stopped: Rows among them that stopped by themselves.
         step_cost: Seconds per unit of work of a step; see `step_cost.WORK`.
-        r_squared: Share of the variance between steps that these explain.
+        r_squared: Share of the variance between steps that these explain. None for fewer than
+            MIN_STEPS_OF_R_SQUARED steps.
     """
 
     seconds: float
@@ -63,7 +66,7 @@ class PilotReport:
     rows: int
     rows_stopped: int
     step_cost: dict[str, float]
-    r_squared: float
+    r_squared: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,8 +241,10 @@ def _with_prediction(
     warnings = [*counted.warnings, *warnings]
     if counted.output is not None and (warning := find_disk_warning(counted.output, disk_bytes)):
         warnings.append(warning)
-    explained = r_squared(pilot.work, pilot.seconds, cost)
-    if explained < MIN_R_SQUARED:
+    explained = None
+    if len(pilot.seconds) >= MIN_STEPS_OF_R_SQUARED:
+        explained = r_squared(pilot.work, pilot.seconds, cost)
+    if explained is not None and explained < MIN_R_SQUARED:
         warnings.append(
             f"the work of the pilot's {len(pilot.seconds)} steps explains little of their times "
             f"(R2 {explained:z.2f}), so the time may be off by more than its range"

@@ -18,6 +18,7 @@ from gptbatch.pipeline.input.strict_json import shorten
 from gptbatch.pipeline.input.values import MISSING
 from gptbatch.pipeline.output.part_file import GENERATE_AGAIN
 from gptbatch.pipeline.output.schema import SCHEMA
+from gptbatch.pipeline.params.misspelling import meant_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,11 +146,18 @@ def _column_names(selection: Selection) -> list[str]:
         return [n for n in SCHEMA.names if n != "metadata" or not selection.all_metadata]
     if unknown := [name for name in selection.columns if name not in SCHEMA.names]:
         raise ConfigError(
-            f"columns: the table has no {', '.join(map(shorten, unknown))}; its columns are "
-            f"{', '.join(SCHEMA.names)}",
+            f"columns: the table has no {', '.join(shorten(n) + _hint(n) for n in unknown)}; its "
+            f"columns are {', '.join(SCHEMA.names)}; --metadata makes columns of other fields of "
+            "the rows",
             keys=("columns",),
         )
     return list(dict.fromkeys(selection.columns))
+
+
+def _hint(name: str) -> str:
+    """Return the columns that a name may stand for, in words; "" for none."""
+    meant = ["prompt_id"] if name.lower() == "id" else meant_names(name, SCHEMA.names)
+    return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
 def _metadata(batch: pa.RecordBatch) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,6 @@ smallest hashes of their ids, so that two reports on the same runs show the same
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from array import array
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,9 @@ from gptbatch.pipeline.audit.diff import (
 )
 from gptbatch.pipeline.audit.run_reader import RunReader
 from gptbatch.pipeline.report import series, svg
+from gptbatch.pipeline.report.compare_figures import figure_tables
 from gptbatch.pipeline.report.document import Section, render, template_text, to_json
+from gptbatch.pipeline.report.part_facts import value_text
 from gptbatch.pipeline.report.row_sample import Row, fit
 from gptbatch.pipeline.report.run_columns import row_hash
 from gptbatch.pipeline.report.run_view import RunView
@@ -64,11 +65,15 @@ class _Differences:
         token_indices: Index of the first token that differs, of all rows whose tokens differ.
         near_ties: Number of them with a margin below NEAR_TIE in one of the runs.
         only: The first ids that only one run has, with the run.
+        only_in_a: Hashes of all samples that only run A has.
+        only_in_b: The same of run B.
     """
 
     token_indices: array[int] = field(default_factory=lambda: array("i"))
     near_ties: int = 0
     only: list[tuple[str, RowDifference]] = field(default_factory=list)
+    only_in_a: array[int] = field(default_factory=lambda: array("Q"))
+    only_in_b: array[int] = field(default_factory=lambda: array("Q"))
     _kept: list[tuple[int, int, RowDifference]] = field(default_factory=list)
 
     def passing(self, differences: Iterable[RowDifference]) -> Iterator[RowDifference]:
@@ -82,17 +87,18 @@ class _Differences:
         return [one for _, _, one in sorted(self._kept, key=lambda kept: -kept[0])]
 
     def _add(self, number: int, difference: RowDifference) -> None:
+        if difference.kind == "logits":
+            return
+        hashed = row_hash(difference.prompt_id, difference.sample_index)
         if difference.kind in ("only_in_a", "only_in_b"):
+            (self.only_in_a if difference.kind == "only_in_a" else self.only_in_b).append(hashed)
             if len(self.only) < MAX_ONLY_IN_ONE:
                 self.only.append((difference.kind[-1].upper(), difference))
-            return
-        if difference.kind == "logits":
             return
         if difference.kind == "tokens" and difference.token_index is not None:
             self.token_indices.append(difference.token_index)
             self.near_ties += _smaller_margin(difference) < NEAR_TIE
         # A heap with the largest hash on top.
-        hashed = row_hash(difference.prompt_id, difference.sample_index)
         entry = (-hashed, number, difference)
         if len(self._kept) < MAX_PAIRS:
             heapq.heappush(self._kept, entry)
@@ -115,13 +121,16 @@ def compare_section(a: RunView, b: RunView, *, with_text: bool) -> tuple[DiffSum
         states=(a.ended, b.ended),
         summary=summary,
         verdict=_verdict(summary),
-        figures=_figures(a, b),
+        tables=figure_tables(a, b, found.only_in_a, found.only_in_b, summary),
         settings=[_shown(one) for one in settings_that_differ(a.run, b.run)],
+        environments={"A": len(a.run.environments), "B": len(b.run.environments)},
         near_ties=found.near_ties,
         near_tie=NEAR_TIE,
         tokens_differ=len(found.token_indices),
         chart=svg.both_widths(
-            partial(_draw_first_differences, found.token_indices), (540, 170), (340, 150)
+            partial(_draw_first_differences, found.token_indices, summary.unit),
+            (540, 170),
+            (340, 150),
         )
         if found.token_indices
         else None,
@@ -133,7 +142,12 @@ def compare_section(a: RunView, b: RunView, *, with_text: bool) -> tuple[DiffSum
         id="compare",
         title="Two runs",
         html=html,
-        data={"pairs": pairs, "cut": characters, "with_text": with_text},
+        data={
+            "pairs": pairs,
+            "unit": summary.unit,
+            "cut": characters,
+            "with_text": with_text,
+        },
         script=template_text("compare.js"),
     )
     return summary, section
@@ -151,64 +165,17 @@ def _smaller_margin(difference: RowDifference) -> float:
 
 
 def _shown(difference: SettingDifference) -> tuple[str, str, str]:
-    a, b = (
-        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        for value in (difference.a, difference.b)
-    )
-    return difference.name, a, b
+    return difference.name, value_text(difference.a), value_text(difference.b)
 
 
-def _figures(a: RunView, b: RunView) -> list[tuple[str, str, str, str]]:
-    """Return (name, value of A, value of B, change) of the main figures."""
-    left, right = _numbers(a), _numbers(b)
-    return [
-        (name, _form(name, left[name]), _form(name, right[name]), _change(left[name], right[name]))
-        for name in left
-    ]
-
-
-def _numbers(view: RunView) -> dict[str, float]:
-    totals, columns = view.totals, view.columns
-    nan = math.nan
-    new = columns.completion_tokens[np.isfinite(columns.started_s)]
-    return {
-        "rows": totals.rows,
-        "error rows": totals.error_rows,
-        "new tokens": totals.new_tokens,
-        "new tokens per row, mean": float(new.mean()) if len(new) else nan,
-        "new tokens/s": nan if totals.tokens_per_s is None else totals.tokens_per_s,
-        "time of work": nan if totals.active_s is None else totals.active_s,
-        "queue, time p50": series.distribution(columns.queue_s).quantiles[0],
-        "prefill, time p50": series.distribution(columns.prefill_s).quantiles[0],
-        "decode, time p50": series.distribution(columns.decode_s).quantiles[0],
-        "decision margin, p50": series.distribution(columns.margins).quantiles[0],
-    }
-
-
-def _form(name: str, value: float) -> str:
-    if not math.isfinite(value):
-        return ""
-    if "time" in name:
-        return svg.duration(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _change(a: float, b: float) -> str:
-    if not (math.isfinite(a) and math.isfinite(b)):
-        return ""
-    if a == b:
-        return "equal"
-    return f"{b / a - 1:+.1%}" if a else ""
-
-
-def _draw_first_differences(indices: array[int], size: tuple[int, int]) -> Markup:
+def _draw_first_differences(indices: array[int], unit: str, size: tuple[int, int]) -> Markup:
     edges, counts = series.linear_histogram(np.array(indices, np.int32))
     plot = svg.Plot(
         svg.number_axis(float(edges[-1]), float(edges[0]), 8),
         svg.number_axis(float(counts.max()), count=3),
         size=size,
         title="First token that differs",
-        description=f"{len(indices):,} rows.",
+        description=f"{len(indices):,} {unit}.",
     )
     plot.bars(edges, counts, "c4", series.bin_labels(edges, counts, "as index"))
     return plot.markup()

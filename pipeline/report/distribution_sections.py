@@ -14,7 +14,7 @@ from gptbatch.pipeline.report.run_columns import Floats, Integers, RunColumns
 from gptbatch.pipeline.report.run_view import RunView
 
 WIDE, NARROW = (540, 230), (340, 210)
-QUANTILE_HEADER = ("", "rows", "mean", "smallest", "p50", "p90", "p99", "largest")
+QUANTILE_HEADER = ("mean", "smallest", "p50", "p90", "p99", "largest")
 MARGIN_LIMITS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _SHARES = (0, 0.25, 0.5, 0.75, 1)
 _Size = tuple[int, int]
@@ -30,7 +30,7 @@ def distribution_section(view: RunView) -> Section:
     rows.append(_quantile_row("first token", first_token_s, svg.duration))
     del first_token_s
     figures = [
-        _figure("Times: share of rows at or below", partial(_draw_times, times)),
+        _figure(f"Times: share of {view.unit} at or below", partial(_draw_times, times)),
         _figure(
             "Milliseconds per new token, by tokens of prompt and completion", _speed_chart(view)
         ),
@@ -39,12 +39,14 @@ def distribution_section(view: RunView) -> Section:
     lengths = []
     for name, style in (("prompt", "c5"), ("completion", "c1")):
         values = getattr(columns, f"{name}_tokens")[ran]
-        figures.append(_figure(f"Tokens of {name}s: rows", partial(_draw_lengths, values, style)))
+        draw = partial(_draw_lengths, values, style)
+        figures.append(_figure(f"Tokens of {name}s: {view.unit}", draw))
         lengths.append(_quantile_row(f"{name} tokens", values, _count))
     html = render(
         "distributions.html",
         figures=figures if ran.any() else [],
-        header=QUANTILE_HEADER,
+        unit=view.unit,
+        header=("", view.unit, *QUANTILE_HEADER),
         rows=rows,
         lengths=lengths,
     )
@@ -60,11 +62,13 @@ def margin_section(view: RunView) -> Section:
     figures, rows = [], []
     if n_margins:
         draw = partial(_draw_log, margins, "c6", "logits")
-        figures.append(_figure("Smallest decision margin of each row, in logits: rows", draw))
+        one = view.unit.removesuffix("s")
+        title = f"Smallest decision margin of each {one}, in logits: {view.unit}"
+        figures.append(_figure(title, draw))
         rows.append(_quantile_row("margin", margins, _number))
     if len(perplexities):
         draw = partial(_draw_log, perplexities, "c3", "")
-        figures.append(_figure("Perplexity of each completion: rows", draw))
+        figures.append(_figure(f"Perplexity of each completion: {view.unit}", draw))
         rows.append(_quantile_row("perplexity", perplexities, _number))
     below = [(limit, int((margins < limit).sum())) for limit in MARGIN_LIMITS]
     html = render(
@@ -74,7 +78,8 @@ def margin_section(view: RunView) -> Section:
         if n_margins
         else [],
         has_perplexity=len(perplexities) > 0,
-        header=QUANTILE_HEADER,
+        unit=view.unit,
+        header=("", view.unit, *QUANTILE_HEADER),
         rows=rows,
     )
     return Section(id="margins", title="Margins", html=html)

@@ -206,6 +206,17 @@ def row_hash(prompt_id: str, sample_index: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(data.encode(), digest_size=8).digest(), "little")
 
 
+def row_hashes(run: RunReader) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Return row_hash of all rows of a run, in the order of the table.
+
+    Raises:
+        StorageError: A part cannot be read.
+    """
+    batches = run.batches(["prompt_id", "sample_index"])
+    hashes = [_hashes(batch["prompt_id"], batch["sample_index"]) for batch in batches]
+    return np.concatenate([np.zeros(0, np.uint64), *hashes])
+
+
 def _hashes(ids: pa.Array, samples: pa.Array) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """Return row_hash of a batch."""
     blake2b = hashlib.blake2b

@@ -81,6 +81,11 @@ class RunView:
         self.status: OutputStatus = output_status(path, (self.run.state, self.run.listing))
         self.columns: RunColumns = read_columns(self.run)
 
+    @property
+    def unit(self) -> str:
+        """The word for rows of the table: "samples" where a row of the input has several."""
+        return "samples" if self.run.has_samples else "rows"
+
     @cached_property
     def axis(self) -> TimeAxis | None:
         """The time axis; None if no row ever ran."""

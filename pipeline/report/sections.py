@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import numpy as np
 
 from gptbatch.pipeline.report import series, svg
 from gptbatch.pipeline.report.document import Section, moment, render, template_text
+from gptbatch.pipeline.report.part_facts import describe_facts, value_text
 from gptbatch.pipeline.report.row_sample import browsed_rows
 from gptbatch.pipeline.report.run_view import RunView
 
@@ -16,18 +14,17 @@ from gptbatch.pipeline.report.run_view import RunView
 def summary_section(view: RunView) -> Section:
     """Return the section of what ran, how it ended, and its totals."""
     status = view.status
-    facts = view.run.facts
-    environment = facts.get("environment") or {}
-    ran = {
-        "model": facts.get("model"),
-        "input": facts.get("input"),
-        "dtype": facts.get("dtype"),
-        "device": " ".join(
-            str(part) for part in (facts.get("device"), environment.get("device_class")) if part
-        ),
-        "batch invariance": facts.get("batch_invariance"),
-        "host": facts.get("host"),
+    facts = describe_facts(view.run)
+    names = {
+        "model": "model",
+        "input": "input",
+        "dtype": "dtype",
+        "device": "device",
+        "environment.device_class": "device class",
+        "batch_invariance": "batch invariance",
+        "host": "host",
     }
+    ran = {shown: facts[name] for name, shown in names.items() if name in facts}
     axis = view.axis
     if axis is not None:
         ran["first step"] = moment(axis.began_s)
@@ -37,13 +34,12 @@ def summary_section(view: RunView) -> Section:
         status=status,
         ended=view.ended,
         tiles=_tiles(view),
-        ran={key: value for key, value in ran.items() if value},
-        changed={key: _value(value) for key, value in view.changed_settings.items()},
-        config={key: _value(value) for key, value in view.config.items()},
-        environments=[
-            {key: _value(value) for key, value in one.items()} for one in view.run.environments
-        ],
-        versions=facts.get("versions") or {},
+        ran=ran,
+        n_environments=len(view.run.environments),
+        changed={key: value_text(value) for key, value in view.changed_settings.items()},
+        config={key: value_text(value) for key, value in view.config.items()},
+        environment=_group(facts, "environment"),
+        versions=_group(facts, "versions"),
         digests={
             "config hash": status.config_hash,
             "content digest": view.run.content_digest if view.run.parts else "",
@@ -95,13 +91,14 @@ def ends_section(view: RunView) -> Section:
     ends = [end for end in ends if end[1]]
     bar = svg.share_bar(
         [
-            (f"{name}: {count:,} rows, {share:.1%}", share, style)
+            (f"{name}: {count:,} {view.unit}, {share:.1%}", share, style)
             for name, count, share, style in ends
         ],
         "Finish reasons",
     )
     html = render(
         "ends.html",
+        unit=view.unit,
         ends=ends,
         bar=bar,
         kinds=view.status.errors,
@@ -116,9 +113,16 @@ def rows_section(view: RunView, *, with_text: bool, max_bytes: int) -> Section:
     rows, characters = browsed_rows(
         view.run, view.columns, with_text=with_text, max_bytes=max_bytes
     )
-    html = render("rows.html", shown=len(rows), total=len(view.columns), with_text=with_text)
+    html = render(
+        "rows.html",
+        shown=len(rows),
+        total=len(view.columns),
+        unit=view.unit,
+        with_text=with_text,
+    )
     data = {
         "rows": rows,
+        "unit": view.unit,
         "cut": characters,
         "output": str(view.run.path),
         "with_text": with_text,
@@ -126,6 +130,9 @@ def rows_section(view: RunView, *, with_text: bool, max_bytes: int) -> Section:
     return Section(id="rows", title="Rows", html=html, data=data, script=template_text("rows.js"))
 
 
-def _value(value: Any) -> str:
-    """Return a setting as it stands in a config."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def _group(facts: dict[str, str], group: str) -> dict[str, str]:
+    """Return the facts of a group, without its name."""
+    prefix = f"{group}."
+    return {
+        name.removeprefix(prefix): value for name, value in facts.items() if name.startswith(prefix)
+    }

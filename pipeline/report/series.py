@@ -234,7 +234,7 @@ def linear_histogram(values: Integers, bins: int = 40) -> tuple[Floats, Floats]:
 
 
 def bin_labels(edges: Floats, counts: Floats, unit: str, *, whole: bool = True) -> list[str]:
-    """Return a text for each bin of a histogram: `10 to 19 tokens: 5 rows`.
+    """Return a text for each bin of a histogram: `10 to 19 tokens: 5`.
 
     Args:
         edges: The edges of the bins.
@@ -248,7 +248,7 @@ def bin_labels(edges: Floats, counts: Floats, unit: str, *, whole: bool = True) 
             values = f"{left:.3g} to {right:.3g}"
         else:
             values = f"{left:,.0f}" + (f" to {right - 1:,.0f}" if right - left > 1 else "")
-        labels.append(f"{values} {unit}: {count:,.0f} rows".replace(" :", ":"))
+        labels.append(f"{values} {unit}: {count:,.0f}".replace(" :", ":"))
     return labels
 
 

@@ -1,5 +1,5 @@
 const { make, number, shown, cutNote, textBlock } = report;
-const { pairs, cut, with_text: withText } = report.data("compare");
+const { pairs, unit, cut, with_text: withText } = report.data("compare");
 const root = section.querySelector(".browser");
 const kinds = [...new Set(pairs.map((pair) => pair.kind))].sort();
 
@@ -66,7 +66,7 @@ function excerpt(pair) {
 if (root)
   report.browser(root, {
     rows: pairs,
-    noun: "rows",
+    noun: unit,
     columns: [
       { title: "id", value: (pair) => pair.a.prompt_index * 1e4 + pair.a.sample_index, cell: name },
       { title: "differs by", value: (pair) => pair.kind, cell: (pair) => pair.kind },

@@ -1,5 +1,5 @@
 const { make, number, shown, duration } = report;
-const { rows, cut, output, with_text: withText } = report.data("rows");
+const { rows, unit, cut, output, with_text: withText } = report.data("rows");
 
 const seconds = (row) =>
   row.prefill_s === undefined ? null : row.prefill_s + (row.decode_s ?? 0);
@@ -83,7 +83,7 @@ function details(row) {
 const any = ["all", () => true];
 report.browser(section.querySelector(".browser"), {
   rows,
-  noun: "rows",
+  noun: unit,
   columns: [
     { title: "id", value: (row) => row.prompt_index * 1e4 + row.sample_index, cell: name },
     { title: "ended by", value: ended, cell: ended },
