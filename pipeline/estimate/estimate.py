@@ -54,7 +54,8 @@ class PilotReport:
         steps: Number of its steps.
         rows: Rows that it has begun.
         rows_stopped: Rows among them that stopped by themselves.
-        step_cost: Seconds per unit of work of a step; see `step_cost.WORK`.
+        step_cost: Seconds per step (`steps`), decoded token (`decoded_tokens`), token of its
+            context (`decode_context`) and prefilled token (`prefilled_tokens`).
         r_squared: Share of the variance between steps that these explain.
     """
 
@@ -85,14 +86,15 @@ class RunEstimate:
         part_rows: Rows per part.
         batch_size: The most rows that run at once.
         mean_batch_size: Expected rows per step, before the end.
-        time: None if no row reaches the model.
-        price: Price of the expected time, of low_s, high_s and limit_s. None without a price.
-        memory: None if no row reaches the model.
+        time: The predicted seconds. None if no row reaches the model.
+        price: Price of the times expected_s, low_s, high_s and limit_s, by these names. None
+            without `--price-per-hour`.
+        memory: The predicted bytes. None if no row reaches the model.
         disk_bytes: Size of the parts.
         kill_rows: Rows that a kill typically costs at most: those of one part, and those that the
             engine holds, which finish out of order.
         kill_s: Expected seconds to generate them.
-        pilot: None if no row reaches the model.
+        pilot: The measurements of the pilot. None if no row reaches the model.
         warnings: A sentence each.
     """
 
