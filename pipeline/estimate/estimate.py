@@ -54,8 +54,7 @@ class PilotReport:
         steps: Number of its steps.
         rows: Rows that it has begun.
         rows_stopped: Rows among them that stopped by themselves.
-        step_cost: Seconds per step (`steps`), decoded token (`decoded_tokens`), token of its
-            context (`decode_context`) and prefilled token (`prefilled_tokens`).
+        step_cost: Seconds per unit of work of a step; see `step_cost.WORK`.
         r_squared: Share of the variance between steps that these explain.
     """
 
