@@ -1,13 +1,15 @@
 """Write the generated parts of the documentation from the code: `python docs/generate.py`.
 
-These are the tables of cli.md, output.md and scoring.md, and the tree of files in architecture.md.
-Such a part stands between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. All other
-text is written by hand. tests/test_docs.py fails where a part is out of date.
+These are the tables of cli.md, json.md, output.md, python.md and scoring.md, and the tree of files
+in architecture.md. Such a part stands between two comments, `<!-- generated: NAME -->` and
+`<!-- end -->`. All other text is written by hand. tests/test_docs.py fails where a part is out of
+date.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import itertools
 import re
@@ -15,21 +17,34 @@ import textwrap
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
+from gptbatch import pipeline
 from gptbatch.jobs.generate import generate
 from gptbatch.jobs.group import COMMANDS, cli
 from gptbatch.jobs.options import option_groups, option_name
 from gptbatch.pipeline import errors
+from gptbatch.pipeline.audit.diff import DiffSummary
+from gptbatch.pipeline.cluster.on_ray import RaySummary
+from gptbatch.pipeline.cluster.plan import Plan
 from gptbatch.pipeline.config import config_fields
+from gptbatch.pipeline.dry_run import InputReport
+from gptbatch.pipeline.estimate.estimate import PilotReport, RunEstimate
+from gptbatch.pipeline.estimate.forecast import TimeEstimate
+from gptbatch.pipeline.estimate.resources import MemoryEstimate
+from gptbatch.pipeline.export.run import ExportSummary
+from gptbatch.pipeline.output.finish_folder import FinishedOutput
 from gptbatch.pipeline.output.schema import COLUMNS, Column
+from gptbatch.pipeline.output.status import OutputStatus
+from gptbatch.pipeline.score.run import ScoreSummary
 from gptbatch.pipeline.score.table import COLUMNS as SCORE_COLUMNS
 
 DOCS = Path(__file__).resolve().parent
 REPOSITORY = DOCS.parent
-DOCUMENTS = ("cli.md", "output.md", "scoring.md", "architecture.md")
+DOCUMENTS = ("cli.md", "json.md", "output.md", "python.md", "scoring.md", "architecture.md")
 SECTION = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 TYPES = {
@@ -37,6 +52,36 @@ TYPES = {
     "integer range": "whole number",
     "float": "number",
     "float range": "number",
+}
+# types of Python as they appear in JSON
+JSON_TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+    NoneType: "null",
+}
+# values of Python in docstrings
+JSON_VALUES = {"None": "`null`", "True": "`true`", "False": "`false`"}
+# dataclasses that commands print as JSON objects, by name
+RESULTS = {
+    result.__name__: result
+    for result in (
+        OutputStatus,
+        InputReport,
+        RunEstimate,
+        TimeEstimate,
+        MemoryEstimate,
+        PilotReport,
+        Plan,
+        FinishedOutput,
+        DiffSummary,
+        ExportSummary,
+        ScoreSummary,
+        RaySummary,
+    )
 }
 DEFAULT_IN_HELP = re.compile(r"\s*Default: (.+)\.$")
 
@@ -102,10 +147,12 @@ def updated(document: str) -> str:
 def _section(name: str) -> str:
     if name in SECTIONS:
         return SECTIONS[name]()
-    kind, _, command = name.partition(" ")
-    if kind != "options" or command not in COMMANDS:
-        raise KeyError(f"no generated section is called {name!r}")
-    return command_options(command)
+    kind, _, subject = name.partition(" ")
+    if kind == "options" and subject in COMMANDS:
+        return command_options(subject)
+    if kind == "keys" and subject in RESULTS:
+        return result_keys(RESULTS[subject])
+    raise KeyError(f"no generated section is called {name!r}")
 
 
 def config_options() -> str:
@@ -215,6 +262,50 @@ def columns(kind: str, table: tuple[Column, ...] = COLUMNS) -> str:
     return "\n".join([*_header("column", "type", "may be null", "unit", "meaning"), *rows]) + "\n"
 
 
+def result_keys(result: type) -> str:
+    """One row per field of a dataclass, with its meaning from the docstring.
+
+    Raises:
+        KeyError: The docstring leaves a field out.
+    """
+    hints, meanings = get_type_hints(result), described_attributes(result)
+    rows = [
+        _row(_code(field.name), _json_type(hints[field.name]), _sentence(meanings[field.name]))
+        for field in dataclasses.fields(result)
+    ]
+    return "\n".join([*_header("key", "type", "meaning"), *rows]) + "\n"
+
+
+def described_attributes(described: type) -> dict[str, str]:
+    """Return what a docstring says of each attribute, in terms of JSON."""
+    listed = (inspect.getdoc(described) or "").partition("Attributes:\n")[2]
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
+    values = re.compile(rf"\b({'|'.join(JSON_VALUES)})\b")
+    return {name: values.sub(lambda value: JSON_VALUES[value[1]], text) for name, text in found}
+
+
+def _json_type(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return " or ".join(map(_json_type, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return "string"
+    return "object" if dataclasses.is_dataclass(hint) else JSON_TYPES[get_origin(hint) or hint]
+
+
+def python_names() -> str:
+    """One row per function and type of `gptbatch.pipeline`, without the errors."""
+    functions, types = [], []
+    for name in pipeline.__all__:
+        member = getattr(pipeline, name)
+        purpose = (inspect.getdoc(member) or "").partition("\n")[0]
+        if inspect.isfunction(member):
+            arguments = ", ".join(inspect.signature(member).parameters)
+            functions.append(_row(_code(f"{name}({arguments})"), purpose))
+        elif not issubclass(member, errors.GptbatchError):
+            types.append(_row(_code(name), purpose))
+    return "\n".join([*_header("name", "purpose"), *functions, *types]) + "\n"
+
+
 def tree() -> str:
     """Every source file with the first sentence of its docstring or leading comment."""
     lines = []
@@ -255,6 +346,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "config options": config_options,
     "exit codes": exit_codes,
     "tree": tree,
+    "python names": python_names,
     "deterministic columns": lambda: columns("deterministic"),
     "observed columns": lambda: columns("observed"),
     "score columns": lambda: columns("deterministic", table=SCORE_COLUMNS),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gptbatch.pipeline.audit.loaded_run import LoadedRun
     from gptbatch.pipeline.audit.replay import Replay
     from gptbatch.pipeline.audit.trace import Candidate, StepTrace
+    from gptbatch.pipeline.types import Completion
 
 # the text of a token id at its position
 TokenText = Callable[[int], str]
@@ -94,7 +95,7 @@ def replay(
         return
     if trace:
         echo("\n".join(_table(replayed.trace, text_of_step)) + "\n")
-    text = f" [{completion.error}]" if replayed.text is None else replayed.text
+    text = f" [{_error(completion)}]" if replayed.text is None else replayed.text
     echo(f"{row['prompt']}{text}\n")
     echo(
         _verdict(
@@ -141,7 +142,7 @@ def _summary(
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
         "stop_string": completion.stop_string,
-        "error": completion.error,
+        "error": _error(completion),
         "prompt": row["prompt"],
         "completion": replayed.text,
         "completion_token_ids": completion.token_ids,
@@ -152,6 +153,11 @@ def _summary(
         "logits_digest": completion.logits_digest,
         "recorded_logits_digest": row["logits_digest"],
     }
+
+
+def _error(completion: Completion) -> str | None:
+    """Return why changed settings give no completion."""
+    return None if completion.error is None else completion.error.reason
 
 
 def _verdict(

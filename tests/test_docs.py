@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import fnmatch
@@ -26,7 +27,7 @@ import pytest
 from gptbatch.jobs.cli import run_command
 from gptbatch.jobs.group import COMMANDS
 from gptbatch.jobs.options import option_name
-from gptbatch.pipeline import errors
+from gptbatch.pipeline import PartSource, Progress, Stop, errors
 from gptbatch.pipeline.config import config_fields
 from gptbatch.pipeline.doctor.examine import examine_machine
 from gptbatch.pipeline.output.schema import COLUMNS
@@ -197,6 +198,58 @@ def test_the_functions_of_the_walks_exist() -> None:
             assert re.search(rf"\b(def|class) {part}\b", code), f"{path}: {name}"
 
 
+# -- messages and variables --------------------------------------------------------------------
+
+CODE = [path for folder in ("jobs", "pipeline") for path in (REPOSITORY / folder).rglob("*.py")]
+MIN_WORDS = 5
+FORMAT_FIELD = re.compile(r"%(?:\.\d+)?[sdf]")
+# a name that is read from the environment; the last two are those of shards.py
+VARIABLES = (
+    re.compile(r"environ(?:ment)?(?:\.get|\.setdefault)?[(\[]\"([A-Z_]+)\""),
+    re.compile(r"_number\(environment, \"(\w+)\""),
+    re.compile(r"_from_pair\(\"(\w+)\", \"(\w+)\"\)"),
+)
+
+
+def texts_of_code() -> str:
+    """Return all texts of the code, a line each; `...` stands for values that are inserted."""
+    texts = []
+    for path in CODE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (
+                    str(part.value) if isinstance(part, ast.Constant) else PLACEHOLDER
+                    for part in node.values
+                )
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(FORMAT_FIELD.sub(PLACEHOLDER, node.value))
+    return "\n".join(texts)
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
+    code = texts_of_code()
+    spans = re.findall(r"`([^`]+)`", TEXTS[DOCS / "troubleshooting.md"])
+    messages = [" ".join(span.split()) for span in spans if not span.startswith("gptbatch ")]
+    messages = [message for message in messages if len(message.split()) >= MIN_WORDS]
+    assert len(messages) >= 30
+    for message in messages:
+        for fragment in message.split(PLACEHOLDER):
+            assert fragment.strip() in code, message
+
+
+def test_variables_of_the_environment_are_documented() -> None:
+    found: set[str] = set()
+    for path in CODE:
+        text = path.read_text(encoding="utf-8")
+        for pattern in VARIABLES:
+            for match in pattern.finditer(text):
+                found.update(match.groups())
+    assert {"CXX", "GOMP_SPINCOUNT", "SLURM_PROCID", "WORLD_SIZE"} <= found
+    for name in found:
+        assert f"`{name}`" in TEXTS[DOCS / "operations.md"], name
+
+
 # -- examples ----------------------------------------------------------------------------------
 
 
@@ -274,6 +327,47 @@ def test_the_keys_of_doctor_are_documented() -> None:
     section = TEXTS[DOCS / "cli.md"].partition("## gptbatch doctor")[2].partition("\n## ")[0]
     for key in keys_of(found) - listed | {"versions", "variables"}:
         assert f"`{key}`" in section, key
+
+
+def documented_keys(heading: str) -> set[str]:
+    """Return the keys in the tables below a heading of json.md."""
+    section = TEXTS[DOCS / "json.md"].partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    tables = [block for block in section.strip().split("\n\n") if block.startswith("| key |")]
+    cells = [line.split("|")[1] for table in tables for line in table.splitlines()]
+    return set(re.findall(r"`(\w+)`", " ".join(cells)))
+
+
+@pytest.mark.parametrize(
+    ("heading", "arguments"),
+    [
+        ("status --json", ["status", "OUT", "--json"]),
+        ("verify", ["verify", "OUT", "--rows", "1"]),
+        ("replay --json", ["replay", "OUT", "--prompt-id", "demo-199", "--trace", "--json"]),
+        ("diff", ["diff", "OUT", "OUT"]),
+        ("export", ["export", "OUT", "--to", "rows.jsonl"]),
+        ("report", ["report", "OUT", "OUT", "--html", "report.html"]),
+    ],
+)
+def test_the_keys_of_results_are_documented(
+    heading: str,
+    arguments: list[str],
+    demo_output: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = str(demo_output / "demo")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run_command([output if word == "OUT" else word for word in arguments]) == 0
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith("{")]
+    assert set().union(*map(json.loads, lines)) == documented_keys(heading)
+
+
+def test_the_methods_of_protocols_are_documented() -> None:
+    for protocol in (Progress, Stop, PartSource):
+        for name, _ in inspect.getmembers(protocol, inspect.isfunction):
+            if not name.startswith("_"):
+                assert f"`{name}(" in TEXTS[DOCS / "python.md"], f"{protocol.__name__}.{name}"
 
 
 @pytest.fixture

@@ -467,6 +467,16 @@ def test_a_row_is_replayed_with_other_parameters(output: Path, command: Command)
     assert "with seed 5" in lines[-1]
 
 
+def test_a_replay_whose_settings_forbid_every_token_says_so(output: Path, command: Command) -> None:
+    settings = ("--allowed-token-ids", "5", "--stop-token-ids", "5", "--min-new-tokens", "3")
+    code, lines = command("replay", output, "--prompt-id", "r7", *settings, "--json")
+    summary = json.loads(lines[-1])
+    reason = "the settings of the row forbid every token as new token 0"
+    assert (code, summary["completion"], summary["error"]) == (0, None, reason)
+    code, lines = command("replay", output, "--prompt-id", "r7", *settings)
+    assert (code, lines[0].endswith(f"[{reason}]")) == (0, True)
+
+
 def test_error_rows_and_unknown_ids_cannot_be_replayed(output: Path, command: Command) -> None:
     code, lines = command("replay", output, "--prompt-id", "nobody", error=True)
     assert code == 66

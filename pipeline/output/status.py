@@ -49,7 +49,7 @@ class OutputStatus:
         parts_total: Parts of the whole output.
         parts_done: Parts that are written.
         n_parts_missing: Number of missing parts.
-        parts_missing: Numbers of the first MAX_MISSING_PARTS missing parts.
+        parts_missing: Numbers of the missing parts, at most 1,000 of them (MAX_MISSING_PARTS).
         parts_damaged: Numbers of damaged parts.
         errors: Number of error rows by kind.
         prompt_tokens: Sum over the rows that are done.
