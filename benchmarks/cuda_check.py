@@ -3,11 +3,14 @@
     python benchmarks/cuda_check.py [--out DIR] [--sections NAME ...] [--seconds 540] [--fake]
 
 Imports first what the sections need, and ends with a list of what is missing. Then runs each
-section in a process of its own, so that one that fails or hangs costs only its own results. A
-section prints a JSON object that grows with its findings. What all sections print is in
-DIR/log.txt; their last objects are in DIR/results.json, which is written after each of them, and in
-the last line of the output. Exits with 1 if a section fails or finds bits that differ. A section
-for which no time is left is skipped.
+section in a process of its own, so that one that fails or hangs costs only its own results. Most
+sections run cases: an exception costs only its case. After a case that hangs or ends the process,
+the next case runs in a new process.
+
+A section prints a JSON object that grows with its findings. What all sections print is in
+DIR/log.txt. Their last objects are in DIR/results.json, which is written every second, and in the
+last line of the output. Exits with 1 if a section fails or finds bits that differ. A section for
+which no time is left is skipped.
 
 --fake runs tiny shapes by torch on a CPU, to try the program itself: its results mean nothing, and
 bits that differ are no failure.
@@ -24,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,13 +39,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SECTIONS = {
     "machine": 20,
     "build": 60,
-    "cpu-bits": 120,
+    "cpu-bits": 100,
     "engine": 125,
     "command": 100,
-    "transformers": 60,
-    "host": 15,
+    "kernels": 45,
+    "transformers": 50,
     "kernel-times": 35,
-    "kernels": 60,
     "tests": 100,
     "dependent-launch": 70,
     "compile": 60,
@@ -49,11 +52,14 @@ SECTIONS = {
     "linear-times": 90,
     "graph-nodes": 30,
     "start": 100,
+    "host": 15,
 }
 # A section does not begin with less.
 MIN_SECONDS = 5.0
 # A process that was killed is gone by then, but for one that waits for the driver of a GPU.
 KILL_SECONDS = 5.0
+# The findings of a section that runs go to the results file this often.
+KEEP_SECONDS = 1.0
 
 
 def main() -> None:
@@ -78,9 +84,13 @@ def main() -> None:
     for section in args.sections:
         limit = min(SECTIONS[section], ends_at - time.monotonic())
         started = time.monotonic()
-        results[section] = run_section(section, args.out, limit)
-        results[section]["wall_s"] = round(time.monotonic() - started, 1)
-        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+        def keep(found: dict[str, Any], section: str = section) -> None:
+            results[section] = found
+            write_results(args.out, results)
+
+        found = run_section(section, args.out, limit, keep)
+        keep({**found, "wall_s": round(time.monotonic() - started, 1)})
         print(section, json.dumps(results[section]), flush=True)
     if background is not None:
         try:
@@ -89,11 +99,18 @@ def main() -> None:
             stop(background)
         lines = (args.out / "cpu-tests.txt").read_text(errors="replace").splitlines()
         results["cpu-tests"] = {"rc": background.returncode, "last_line": lines[-1:]}
-        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_results(args.out, results)
     print(json.dumps(results))
     failures = [name for name, found in results.items() if has_failed(found, fake=args.fake)]
     if failures:
         sys.exit(f"failed: {', '.join(failures)}")
+
+
+def write_results(out: Path, results: dict[str, Any]) -> None:
+    """Replace the results file at once, so that it is whole whenever the program is killed."""
+    new = out / "results.new"
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    new.replace(out / "results.json")
 
 
 def preflight(sections: list[str]) -> None:
@@ -111,11 +128,7 @@ def has_failed(found: dict[str, Any], *, fake: bool = False) -> bool:
         return bool(found.get("error") or found.get("rc"))
     equal_bits = [value for key, value in found.items() if "equal" in key]
     return bool(
-        found.get("error")
-        or found.get("rc")
-        or found.get("different")
-        or found.get("problems")
-        or not all(equal_bits)
+        found.get("error") or found.get("rc") or found.get("problems") or not all(equal_bits)
     )
 
 
@@ -136,29 +149,74 @@ def start_cpu_tests(out: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def run_section(section: str, out: Path, limit: float) -> dict[str, Any]:
-    """Run a section in a child process; return its JSON object, or what went wrong."""
+def run_section(
+    section: str, out: Path, limit: float, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Run a section in a child process; return its JSON object, or what went wrong.
+
+    A section of cases that ends before its last one goes on with the next, in another process.
+
+    Args:
+        section: Name of the section.
+        out: Folder of log.txt.
+        limit: The most seconds.
+        keep: Takes the findings so far, while the section runs.
+    """
     if limit < MIN_SECONDS:
         return {"skipped": "no time left"}
+    ends_at = time.monotonic() + limit
+    before: dict[str, Any] = {}
+    part = section
+    while True:
+        seconds = ends_at - time.monotonic()
+        found = before
+        for each in run_process(part, out, seconds):
+            found = joined(before, each)
+            keep(found)
+        case = found.pop("case", None)
+        if "error" not in found or case is None:
+            return found
+        number, name = case
+        error = f"{name}: {found.pop('error')}"
+        if ends_at - time.monotonic() < MIN_SECONDS:
+            return {"error": error, **found}
+        found["problems"].append(error)
+        before, part = found, f"{section}:{number + 1}"
+
+
+def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Return the findings of two processes of a section."""
+    if not before:
+        return found
+    return {**before, **found, "problems": [*before["problems"], *found.get("problems", ())]}
+
+
+def run_process(part: str, out: Path, limit: float) -> Iterator[dict[str, Any]]:
+    """Run a section, or its cases from one on, in a child process; yield its findings so far."""
     output = out / "log.txt"
     environment = {**child_environment(), "CUDA_CHECK_OUT": str(out.resolve())}
     begins_at = output.stat().st_size if output.exists() else 0
+    ends_at = time.monotonic() + limit
     with output.open("a") as file:
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.cuda", section],
+            [sys.executable, "-m", "benchmarks.cuda", part],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
             cwd=REPOSITORY,
             start_new_session=True,
         )
-        try:
-            child.wait(limit)
-        except subprocess.TimeoutExpired:
+        while (seconds := ends_at - time.monotonic()) > 0:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(min(seconds, KEEP_SECONDS))
+                break
+            yield _found(output, begins_at)
+        else:
             stop(child)
-            return {"error": f"stopped after {limit:.0f} s", **_found(output, begins_at)}
+            yield {"error": f"stopped after {limit:.0f} s", **_found(output, begins_at)}
+            return
     found = _found(output, begins_at)
-    return found if child.returncode == 0 else {"error": f"exit {child.returncode}", **found}
+    yield found if child.returncode == 0 else {"error": f"exit {child.returncode}", **found}
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:

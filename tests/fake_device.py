@@ -159,7 +159,9 @@ class LateStream:
         while self._n_done < count:
             self._fails()
             self._n_done += 1
-            self._works.popleft()()
+            # A device has no modes of torch.
+            with torch.inference_mode():
+                self._works.popleft()()
 
     def reset(self) -> None:
         """Drop all work."""

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,13 +16,28 @@ import torch
 from benchmarks import cuda_check
 from benchmarks.cuda import __main__ as sections
 from benchmarks.cuda import preflight
+from tests.conftest import has_kernels
 from tests.paths import REPOSITORY
 
 SECTIONS = """
-import json, sys, time
-name = sys.argv[1]
+import json, os, sys, time
+name, _, first = sys.argv[1].partition(":")
 if name == "preflight":
     sys.exit("cannot run: fails needs more" if "fails early" in sys.argv else 0)
+if name == "cases":
+    found = {"problems": []}
+    for case in range(int(first or 0), 4):
+        found["case"] = [case, f"case {case}"]
+        print(json.dumps(found), flush=True)
+        if case == 1:
+            os.kill(os.getpid(), 9)
+        if case == 3:
+            sys.exit(3)
+        found[f"case {case} equal"] = True
+    found.pop("case", None)
+    print(json.dumps(found), flush=True)
+    sys.exit(0)
+print("a line", flush=True)
 print(json.dumps({"found": 1}), flush=True)
 if name == "hangs":
     print('{"found', flush=True)
@@ -31,6 +48,39 @@ print(json.dumps({"found": 2, "bits equal": name != "differs"}), flush=True)
 """
 
 
+# A case that hangs.
+TAKES_TOO_LONG = """
+import time
+from benchmarks.cuda.parts import run_cases
+
+run_cases({"ends": lambda _: None, "hangs": lambda _: time.sleep(60)}, 0, limit=0.1)
+"""
+
+NO_DEVICE_ENGINE = """
+from benchmarks.cuda import fake
+
+fake.install()
+from benchmarks.cuda import cpu_bits
+
+def broken(**_):
+    raise RuntimeError("cannot capture")
+
+cpu_bits.DeviceEngine = broken
+cpu_bits.cpu_bits()
+"""
+
+
+def run_fake(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program on a fake device."""
+    environment = {"CUDA_CHECK_FAKE": "1", "TRITON_INTERPRET": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**cuda_check.child_environment(), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Sections that go wrong in known ways. Returns the folder of results."""
@@ -39,7 +89,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "__init__.py").touch()
     (package.parent / "__init__.py").touch()
     (package / "__main__.py").write_text(SECTIONS)
-    limits = {"good": 30, "fails": 30, "hangs": 3, "differs": 30, "fails early": 30}
+    limits = {"good": 30, "fails": 30, "hangs": 3, "differs": 30, "fails early": 30, "cases": 30}
     monkeypatch.setattr(cuda_check, "REPOSITORY", tmp_path)
     monkeypatch.setattr(cuda_check, "SECTIONS", limits)
     monkeypatch.setattr(cuda_check, "MIN_SECONDS", 1.0)
@@ -65,6 +115,115 @@ def test_a_section_that_goes_wrong_costs_only_its_own_results(
         "differs": {"found": 2, "bits equal": False},
     }
     assert '{"found": 1}' in (program / "log.txt").read_text()
+
+
+def test_a_section_goes_on_with_the_case_after_one_that_ends_its_process(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--out", str(program), "--sections", "cases", "good"]
+    monkeypatch.setattr(sys, "argv", ["cuda_check.py", *arguments])
+    with pytest.raises(SystemExit, match=r"failed: cases$"):
+        cuda_check.main()
+    results = json.loads((program / "results.json").read_text())
+    results["cases"].pop("wall_s")
+    assert results["cases"] == {
+        "problems": ["case 1: exit -9", "case 3: exit 3"],
+        "case 0 equal": True,
+        "case 2 equal": True,
+    }
+    assert results["good"]["found"] == 2
+
+
+def test_findings_are_in_the_results_file_while_their_section_runs(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[str] = []
+    write_results = cuda_check.write_results
+
+    def record(out: Path, results: dict[str, Any]) -> None:
+        write_results(out, results)
+        kept.append((out / "results.json").read_text())
+
+    monkeypatch.setattr(cuda_check, "write_results", record)
+    arguments = ["--out", str(program), "--sections", "hangs"]
+    monkeypatch.setattr(sys, "argv", ["cuda_check.py", *arguments])
+    with pytest.raises(SystemExit, match=r"failed: hangs$"):
+        cuda_check.main()
+    assert {"hangs": {"found": 1}} in [json.loads(text) for text in kept]
+
+
+def test_a_case_that_raises_is_a_problem_and_spares_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.cuda import parts
+
+    def works(found: parts.Found) -> None:
+        found["bits equal"] = True
+
+    def breaks(found: parts.Found) -> None:
+        found["before"] = 1
+        raise ValueError("no such kernel\nmore")
+
+    # Its timer would end this process.
+    monkeypatch.setattr(parts, "faulthandler", Mock())
+    monkeypatch.setattr(parts, "synchronize", lambda: None)
+    parts.run_cases({"skipped": breaks, "breaks": breaks, "works": works}, 1, limit=60)
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[0]) == {"problems": [], "case": [1, "breaks"]}
+    assert json.loads(lines[-1]) == {
+        "problems": ["breaks: ValueError: no such kernel"],
+        "before": 1,
+        "bits equal": True,
+    }
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    # The process ends, and cuda_check.py goes on with the next case.
+    monkeypatch.setattr(parts, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        parts.run_cases({"breaks": breaks, "works": works}, 0, limit=60)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["case"] == [0, "breaks"]
+    assert found["problems"] == ["breaks: ValueError: no such kernel"]
+
+
+def test_a_case_that_takes_too_long_ends_its_process() -> None:
+    pytest.importorskip("triton")
+    done = run_fake(TAKES_TOO_LONG)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["case"] == [1, "hangs"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_kernels(), reason="no C++ compiler")
+def test_bits_of_the_host_are_kept_where_the_engine_of_the_device_fails() -> None:
+    pytest.importorskip("triton")
+    done = run_fake(NO_DEVICE_ENGINE)
+    assert done.returncode == 0, done.stderr
+    found = cuda_check.last_object(done.stdout)
+    assert found["problems"] == [
+        "gelu_tanh auto: RuntimeError: cannot capture",
+        "gelu_tanh int8: RuntimeError: cannot capture",
+    ]
+    assert {f"gelu_tanh {cache}: logits equal" for cache in ("auto", "int8")} < {*found}
+
+
+def test_a_part_that_is_killed_keeps_what_it_printed(
+    program: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.cuda.parts import run_part
+
+    # Its fake package comes first for python -m.
+    monkeypatch.chdir(program.parent)
+    assert [*run_part("fails")] == [{"found": 1}, {"error": "fails: exit 3", "found": 1}]
+    assert capsys.readouterr().out == "a line\n"
+    killed = [*run_part("cases")]
+    assert killed[-1]["error"] == "cases: exit -9"
+    assert killed[-1]["case 0 equal"]
 
 
 def test_sections_for_which_no_time_is_left_are_skipped(
@@ -112,7 +271,7 @@ def test_the_sections_of_most_worth_fit_into_the_time() -> None:
     limits = list(cuda_check.SECTIONS.items())
     first = [name for name, _ in limits[:8]]
     assert first[-1] == "kernel-times"
-    assert sum(limit for _, limit in limits[:8]) <= 540
+    assert sum(limit for _, limit in limits[:8]) <= 535
     assert {*cuda_check.SECTIONS} < {*sections.SECTIONS}
 
 
@@ -143,7 +302,7 @@ def test_the_sections_of_most_worth_run_on_a_fake_device(tmp_path: Path) -> None
     """Their bits and times mean nothing, but for a verify of the command's output."""
     pytest.importorskip("triton")
     names = ["machine", "build", "cpu-bits", "engine", "command", "host", "kernels"]
-    names += ["dependent-launch"]
+    names += ["dependent-launch", "kernel-times"]
     program = Path(cuda_check.__file__)
     done = subprocess.run(
         [sys.executable, program, "--fake", "--out", tmp_path, "--sections", *names],

@@ -159,6 +159,44 @@ def test_rows_that_still_run_are_returned_as_far_as_they_came(model: GPT) -> Non
     assert engine.stats.decode_context > 0
 
 
+def test_an_engine_that_is_dropped_leaves_no_work_to_the_device(model: GPT) -> None:
+    """Another engine may get its memory."""
+    prompts = [tokenized(i, [5, i], max_new_tokens=20) for i in range(4)]
+    stream = LateStream()
+    steps = device_engine(model, lag=2, stream=stream).generate(iter(prompts))
+    for _ in range(5):
+        next(steps)
+    assert stream._works
+    del steps
+    assert not stream._works
+
+    def broken_input() -> Iterator[TokenizedPrompt | None]:
+        yield from [*prompts, None, None, None]
+        raise ValueError("no more input")
+
+    with pytest.raises(ValueError, match="no more input"):
+        [*device_engine(model, lag=2, stream=stream).generate(broken_input())]
+    assert not stream._works
+
+
+def test_a_device_that_fails_hides_no_other_failure(model: GPT) -> None:
+    is_lost = False
+
+    def fails() -> None:
+        if is_lost:
+            raise RuntimeError("the device is lost")
+
+    def prompts() -> Iterator[TokenizedPrompt | None]:
+        nonlocal is_lost
+        yield from [tokenized(0, [5], max_new_tokens=20), None, None, None]
+        is_lost = True
+        raise ValueError("no more input")
+
+    engine = device_engine(model, lag=2, stream=LateStream(fails=fails))
+    with pytest.raises(ValueError, match="no more input"):
+        [*engine.generate(prompts())]
+
+
 def of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -16,7 +16,7 @@ from gptbatch.pipeline.kernels.cuda.adjustments import AdjustmentLayout, Adjustm
 from gptbatch.pipeline.kernels.cuda.attend import attend
 from gptbatch.pipeline.kernels.cuda.linear import new_logits
 from gptbatch.pipeline.kernels.cuda.sample import scratch_sizes
-from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, POSITION, STEP, TOKEN
+from gptbatch.pipeline.kernels.cuda.state import ADJUSTMENTS, HEADER, POSITION, STEP, TOKEN
 from gptbatch.pipeline.kernels.cuda.store import LayerCache, store
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS
 from gptbatch.pipeline.params.sampling_params import SamplingParams
@@ -38,6 +38,9 @@ TOKEN_BYTES = [
 
 N_TOKEN_BYTES = sum(map(len, TOKEN_BYTES))
 
+# Blocks per table, as in the engine: their stride is compiled into the kernels.
+TABLE_BLOCKS = -(-POSITIONS // 64)
+
 
 class Case:
     """Rows of one length over a cache in random blocks; unused places hold garbage."""
@@ -45,7 +48,10 @@ class Case:
     def __init__(self, rows: int, context: int, dtype: torch.dtype, *, int8: bool = False) -> None:
         per_row = -(-context // 64)
         n_blocks, shape = rows * per_row, (rows * per_row, 2, H, 64)
-        self.tables = torch.randperm(n_blocks, device=DEVICE).view(rows, per_row)
+        blocks = torch.randperm(n_blocks, device=DEVICE).view(rows, per_row)
+        state = torch.zeros(rows, HEADER + TABLE_BLOCKS, dtype=torch.int64, device=DEVICE)
+        self.tables = state[:, HEADER:]
+        self.tables[:, :per_row] = blocks
         self.seq_indices = torch.arange(rows, device=DEVICE, dtype=torch.int32)
         self.positions = torch.full((rows,), context - 1, device=DEVICE, dtype=torch.int32)
         self.qkv = random(rows, 3 * C, dtype=dtype)
@@ -55,7 +61,7 @@ class Case:
             self.cache = LayerCache(data, torch.rand(shape, device=DEVICE) / 100)
         else:
             data = random(*shape, C // H, dtype=dtype)
-            data[self.tables[:, -1], :, :, (context - 1) % 64 + 1 :] = float("nan")
+            data[blocks[:, -1], :, :, (context - 1) % 64 + 1 :] = float("nan")
             self.cache = LayerCache(data)
 
     @property
@@ -85,7 +91,8 @@ def sampler_case(rows: int, *, width: float = 3.0, **settings: Any) -> dict[str,
     block_max.copy_(padded.view(rows, -1, MAX_COLUMNS).amax(dim=2))
     params = sampler_params(rows, **settings)
     small, large = scratch_sizes(block_max.shape[1])
-    states = state_of([{"step": 5, "params": each} for each in params], vocab_size=VOCAB)
+    fields = [{"step": 5, "params": each} for each in params]
+    states = state_of(fields, blocks=TABLE_BLOCKS, vocab_size=VOCAB)
     return {
         "logits": logits,
         "block_max": block_max,

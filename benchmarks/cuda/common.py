@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda.preflight import is_fake
-from benchmarks.cuda_check import last_object
 from gptbatch.pipeline.kernels.cuda.linear import column_major
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS, Tile
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype
@@ -134,19 +131,6 @@ def synchronize() -> None:
 
 def report(found: dict[str, Any]) -> None:
     print(json.dumps(found), flush=True)
-
-
-def run_part(part: str, **environment: str) -> dict[str, Any]:
-    """Run a part of a section in a process of its own; return its last object, with an error."""
-    child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.cuda", part],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    found = last_object(child.stdout)
-    return {"error": f"{part}: exit {child.returncode}", **found} if child.returncode else found
 
 
 def out_folder() -> Path:

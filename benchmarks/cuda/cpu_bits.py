@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 
 from benchmarks.cuda.cases import FILTERS, TOKEN_BYTES
 from benchmarks.cuda.common import CONFIG, DEVICE, IS_FAKE, VOCAB, report
+from benchmarks.cuda.parts import Found, run_cases
 from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.engine.device_engine import DeviceEngine
 from gptbatch.pipeline.engine.engine import Engine
@@ -17,7 +20,8 @@ from gptbatch.pipeline.kv_cache.spec import RAGGED, TRITON, Backend
 from gptbatch.pipeline.model.compiling import compile_kernels
 from gptbatch.pipeline.model.config import Activation
 from gptbatch.pipeline.model.gpt import GPT, Block
-from gptbatch.pipeline.types import TokenizedPrompt
+from gptbatch.pipeline.system.machine import cores
+from gptbatch.pipeline.types import Completion, TokenizedPrompt
 from tests.arithmetic_digests import prompts
 from tests.conftest import has_kernels
 
@@ -31,9 +35,11 @@ CASES += [
 ]
 # Tokens of the prompts.
 LENGTHS = (3, 70, 1, 129, 17, 40, 66, 5, 30, 9)
+# The most seconds of a case.
+LIMIT = 40
 
 
-def cpu_bits() -> None:
+def cpu_bits(first: int = 0) -> None:
     """Compare the float32 kernels with the C++ kernels of the CPU, bit for bit.
 
     The digests of all logits, tokens and margins of a model as wide as GPT-2, with every activation
@@ -42,29 +48,51 @@ def cpu_bits() -> None:
     if not has_kernels():
         report({"error": "the C++ kernels cannot be built here"})
         return
-    found: dict[str, Any] = {}
-    models: dict[Backend, GPT] = {}
+    # The import of tests.conftest leaves one thread.
+    torch.set_num_threads(cores().threads)
+    cases = {
+        f"{activation} {cache_dtype}": functools.partial(
+            compare_case, n_layer, activation, cache_dtype
+        )
+        for n_layer, activation, cache_dtype in CASES[: 2 if IS_FAKE else None]
+    }
+    run_cases(cases, first, LIMIT)
+
+
+def compare_case(
+    n_layer: int, activation: Activation, cache_dtype: CacheDtype, found: Found
+) -> None:
+    """Compare the engine of the host with that of the CPU, then the engine of the device."""
+    key = f"{activation} {cache_dtype}"
+    cpu, triton = (model_of(n_layer, backend) for backend in (RAGGED, TRITON))
+    for model in (cpu, triton):
+        model.cache_dtype = cache_dtype
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.mlp_in.activation = activation
+        model.blocks.fuse()
+    if not IS_FAKE:
+        compile_kernels(triton)
     rows = prompts(VOCAB, LENGTHS[: 5 if IS_FAKE else None], 12)
     rows += [*adjusted_prompts(rows), *filtered_prompts(rows)]
-    for n_layer, activation, cache_dtype in CASES[: 2 if IS_FAKE else None]:
-        if not models or n_layer != models[TRITON].config.n_layer:
-            models = {backend: new_model(n_layer, backend) for backend in (RAGGED, TRITON)}
-        for model in models.values():
-            model.cache_dtype = cache_dtype
-            for module in model.modules():
-                if isinstance(module, Block):
-                    module.mlp_in.activation = activation
-            model.blocks.fuse()
-        if not IS_FAKE:
-            compile_kernels(models[TRITON])
-        found |= {
-            f"{activation} {cache_dtype}: {what} equal": is_equal
-            for what, is_equal in equal_bits(models, rows).items()
-        }
-        report(found)
+    options: dict[str, Any] = {"batch_size": 7, "eos_token_ids": (), "token_bytes": TOKEN_BYTES}
+    expected = run(Engine(model=cpu, record_logits=True, **options), rows)
+    host = run(Engine(model=triton, record_logits=True, **options), rows)
+    note_equal(found, f"{key}: logits", expected, host, lambda done: done.logits_digest)
+    note_equal(found, f"{key}: tokens", expected, host, lambda done: done.token_ids)
+    report(found)
+    device = run(DeviceEngine(model=triton, **options), rows)
+    compared: dict[str, Callable[[Completion], object]] = {
+        "tokens": lambda done: done.token_ids,
+        "margins": lambda done: done.min_decision_margin,
+        "log probabilities": lambda done: done.logprobs,
+    }
+    for what, value in compared.items():
+        note_equal(found, f"{key}: {what} of the device", expected, device, value)
 
 
-def new_model(n_layer: int, backend: Backend) -> GPT:
+@functools.cache
+def model_of(n_layer: int, backend: Backend) -> GPT:
     """Return a float32 model on the CPU or on the device."""
     return random_model(
         replace(CONFIG, n_layer=n_layer),
@@ -74,27 +102,25 @@ def new_model(n_layer: int, backend: Backend) -> GPT:
     )
 
 
-def equal_bits(models: dict[Backend, GPT], rows: list[TokenizedPrompt]) -> dict[str, bool]:
-    """Return whether the three engines have equal bits, by what is compared."""
-    options: dict[str, Any] = {"batch_size": 7, "eos_token_ids": (), "token_bytes": TOKEN_BYTES}
-    engines = [Engine(model=model, record_logits=True, **options) for model in models.values()]
-    engines.append(DeviceEngine(model=models[TRITON], **options))
-    cpu, host, device = (
-        sorted(
-            (done for some in engine.generate(iter(rows)) for done in some),
-            key=lambda done: done.prompt.index,
-        )
-        for engine in engines
-    )
-    both, all_three = [*zip(cpu, device, strict=True)], [*zip(cpu, host, device, strict=True)]
-    return {
-        "logits": all(a.logits_digest == b.logits_digest for a, b, _ in all_three),
-        "tokens": all(a.token_ids == b.token_ids == c.token_ids for a, b, c in all_three),
-        "margins of the device": all(
-            a.min_decision_margin == b.min_decision_margin for a, b in both
-        ),
-        "log probabilities of the device": all(a.logprobs == b.logprobs for a, b in both),
-    }
+def run(engine: Engine, rows: list[TokenizedPrompt]) -> list[Completion]:
+    """Return the completions in order."""
+    ended = [done for some in engine.generate(iter(rows)) for done in some]
+    return sorted(ended, key=lambda done: done.prompt.index)
+
+
+def note_equal(
+    found: Found,
+    key: str,
+    expected: list[Completion],
+    completions: list[Completion],
+    value: Callable[[Completion], object],
+) -> None:
+    """Note whether a value of all completions is equal, and the rows in which it is not."""
+    pairs = zip(expected, completions, strict=True)
+    rows = [a.prompt.index for a, b in pairs if value(a) != value(b)]
+    found[f"{key} equal"] = not rows
+    if rows:
+        found[f"{key}: rows that differ"] = rows
 
 
 def adjusted_prompts(rows: list[TokenizedPrompt]) -> list[TokenizedPrompt]:

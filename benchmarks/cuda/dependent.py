@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.cuda.common import CONFIG, DEVICE, DTYPES, ROW_COUNTS, report, run_part
+from benchmarks.cuda.common import CONFIG, DEVICE, DTYPES, ROW_COUNTS, report
 from benchmarks.cuda.engines import measure_rates, new_engine
+from benchmarks.cuda.parts import run_part
 from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.kernels.cuda import launch as launch_module
 from gptbatch.pipeline.kv_cache.spec import TRITON
@@ -18,9 +19,12 @@ from gptbatch.pipeline.kv_cache.spec import TRITON
 def dependent_launch() -> None:
     """Compare steps with and without dependent launch: microseconds, tokens and margins."""
     found: dict[str, Any] = {"problems": []}
-    plain, dependent = (run_part(f"dependent-one:{flag}") for flag in (0, 1))
-    for part in (plain, dependent):
-        found["problems"] += filter(None, [part.pop("error", None)])
+    for flag, name in enumerate(("plain", "dependent")):
+        for part in run_part(f"dependent-one:{flag}"):
+            found["problems"] += filter(None, [part.pop("error", None)])
+            found[name] = part
+            report(found)
+    plain, dependent = found["plain"], found["dependent"]
     for key in plain.keys() & dependent.keys():
         if "us" in key:
             found[f"{key}: plain, dependent"] = [plain[key], dependent[key]]

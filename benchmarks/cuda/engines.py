@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
-import traceback
 from collections import Counter
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from benchmarks.cuda.common import (
     report,
     synchronize,
 )
+from benchmarks.cuda.parts import Case, Found, run_cases
 from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.engine import streams
 from gptbatch.pipeline.engine.device_engine import DeviceEngine
@@ -38,7 +40,6 @@ from gptbatch.pipeline.model.compiling import compile_kernels
 from gptbatch.pipeline.model.gpt import GPT
 from gptbatch.pipeline.model.self_test import select_batch_invariant_kernels
 from gptbatch.pipeline.params.sampling_params import SamplingParams
-from gptbatch.pipeline.system.error_text import first_line
 from gptbatch.pipeline.types import Completion, Prompt, TokenizedPrompt
 
 PROMPT_TOKENS, NEW_TOKENS = (4, 8) if IS_FAKE else (32, 128)
@@ -50,8 +51,18 @@ THEIR_SHAPE: dict[str, Any] = {
     "n_layer": LAYERS,
     "n_head": H,
 }
-# The longest row of `prompts`: the caches hold so much for each.
+# The longest row of `prompts`: the caches hold as many tokens of each.
 MAX_TOKENS = 2 * (PROMPT_TOKENS + NEW_TOKENS)
+# The most seconds of a case.
+LIMIT = 40
+
+Run = tuple[str, CacheDtype]
+# Tokens and the decision margin of a row.
+Bits = tuple[list[int], float | None]
+# The run whose filters are measured: bfloat16 with int8.
+FILTERS_RUN = CASES[2]
+# Of the row counts so far, by run: what `bits_of` returns.
+_results: dict[Run, dict[int, list[Bits]]] = {}
 
 
 def prompts(rows: int, ragged: bool = False, **settings: Any) -> list[TokenizedPrompt]:
@@ -74,7 +85,7 @@ def prompts(rows: int, ragged: bool = False, **settings: Any) -> list[TokenizedP
     return made
 
 
-def run(engine: DeviceEngine, rows: list[TokenizedPrompt]) -> tuple[list[Completion], float]:
+def generate(engine: DeviceEngine, rows: list[TokenizedPrompt]) -> tuple[list[Completion], float]:
     """Return the completions in order, and the seconds."""
     synchronize()
     began = time.monotonic()
@@ -110,24 +121,39 @@ class TimedStream(streams.CudaStream):
         self._calls.clear()
 
 
-def engine() -> None:
-    """Measure the engine of the device on GPT-2 124M with random weights; compare its bits."""
-    found: dict[str, Any] = {"problems": []}
-    for name, cache_dtype in CASES:
-        key = f"{name} cache {cache_dtype}"
-        try:
-            measure_case(found, key, name, cache_dtype)
-        except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
-            traceback.print_exc()
-            found["problems"].append(f"{key}: {type(error).__name__}: {first_line(error)}")
-        report(found)
-        # The memory of a case that failed, which its traceback held.
-        gc.collect()
-        torch.cuda.empty_cache()
+def engine(first: int = 0) -> None:
+    """Measure the engine of the device on GPT-2 124M with random weights; compare its bits.
+
+    The rates of all runs come first. Profiles come last: they slow down the steps that follow.
+    """
+    cases: dict[str, Case] = {}
+    for run in CASES:
+        for rows in ROW_COUNTS:
+            cases[f"{key_of(run)}, {rows} rows"] = partial(note_rates, run, rows)
+    # The others take a minute on a fake device, which has no profiles.
+    if not IS_FAKE:
+        cases |= {f"{key_of(run)}, ragged": partial(note_ragged, run) for run in CASES}
+        cases |= {f"{key_of(run)}, self-tests": partial(note_self_tests, run) for run in CASES}
+        # The sampler is the same in all runs.
+        for settings in FILTERS:
+            name = f"{key_of(FILTERS_RUN)}, {settings}"
+            cases[name] = partial(note_filter, FILTERS_RUN, settings)
+        for run in CASES:
+            for rows in (ROW_COUNTS[0], ROW_COUNTS[-1]):
+                cases[f"{key_of(run)}, {rows} rows, kernels"] = partial(note_kernels, run, rows)
+    run_cases(cases, first, LIMIT)
 
 
-def measure_case(found: dict[str, Any], key: str, name: str, cache_dtype: CacheDtype) -> None:
-    """Run the self-tests and measure a model of one dtype and cache, at all row counts."""
+def key_of(run: Run) -> str:
+    """Return how findings name a run."""
+    name, cache_dtype = run
+    return f"{name} cache {cache_dtype}"
+
+
+@functools.cache
+def model_of(run: Run) -> GPT:
+    """Return a model of one dtype and cache, whose kernels are compiled."""
+    name, cache_dtype = run
     model = random_model(
         CONFIG,
         dtype=DTYPES[name],
@@ -135,53 +161,98 @@ def measure_case(found: dict[str, Any], key: str, name: str, cache_dtype: CacheD
         backend=TRITON,
         cache_dtype=cache_dtype,
     )
-    note_self_tests(found, key, model)
-    results: dict[int, list[tuple[list[int], float | None]]] = {}
-    for rows in ROW_COUNTS:
-        device_engine, stream = new_engine(model, rows)
-        results[rows], rates = measure_rates(device_engine, rows)
-        rates |= {"captures": stream.captures, "capture_s": round(stream.capture_s, 2)}
-        found[f"{key}, {rows} rows"] = rates
+    if not IS_FAKE:
+        compile_kernels(model)
+    return model
+
+
+def note_rates(run: Run, rows: int, found: Found) -> None:
+    """Measure equal rows, and compare their bits with those of the row counts before."""
+    key = key_of(run)
+    device_engine, stream = new_engine(model_of(run), rows)
+    results, rates = measure_rates(device_engine, rows)
+    rates |= {"captures": stream.captures, "capture_s": round(stream.capture_s, 2)}
+    found[f"{key}, {rows} rows"] = rates
+    for fewer, expected in _results.setdefault(run, {}).items():
+        found[f"{key}: bits equal at {fewer} and {rows} rows"] = results[:fewer] == expected
+    _results[run][rows] = results
+
+
+def note_ragged(run: Run, found: Found) -> None:
+    """Measure rows of many lengths, twice the rows that run at once.
+
+    A new shape of a step costs a capture, so the second time counts.
+    """
+    rows = 2 * ROW_COUNTS[-1]
+    device_engine, stream = new_engine(model_of(run), ROW_COUNTS[-1])
+    many = prompts(rows, ragged=True)
+    total = sum(each.prompt.params.max_new_tokens for each in many)
+    times: list[dict[str, int]] = []
+    found[f"{key_of(run)}, {rows} ragged rows, half at once"] = times
+    for _ in range(2):
+        captures = stream.captures
+        _, seconds = generate(device_engine, many)
+        times.append(
+            {"tokens_per_s": round(total / seconds), "captures": stream.captures - captures}
+        )
         report(found)
-        if not IS_FAKE:
-            rates["kernels_us"] = profile(device_engine, rows)
-            report(found)
-        if rows == ROW_COUNTS[-1] and not IS_FAKE:
-            note_ragged(found, key, device_engine)
-            # The sampler is the same in all cases.
-            if (name, cache_dtype) == ("bfloat16", "int8"):
-                note_filters(found, key, device_engine)
-        del device_engine, stream
-        torch.cuda.empty_cache()
-    most = results[ROW_COUNTS[-1]]
-    found[f"{key}: bits equal at all row counts"] = all(
-        results[rows] == most[:rows] for rows in ROW_COUNTS
-    )
 
 
-def note_self_tests(found: dict[str, Any], key: str, model: GPT) -> None:
-    """Compile the kernels, and run the self-tests of a start."""
-    # They take a minute on a fake device.
-    if IS_FAKE:
-        return
+def note_self_tests(run: Run, found: Found) -> None:
+    """Run the self-tests of a start."""
+    key, model = key_of(run), model_of(run)
     began = time.monotonic()
-    n_compiled = compile_kernels(model)
-    compiled_at = time.monotonic()
     failures = select_batch_invariant_kernels(model).failures
-    problem = device_engine_problem(model)
-    found["problems"] += [f"{key}: {each}" for each in (*failures, problem) if each]
-    found[f"{key}: self-tests"] = {
-        "compiled": n_compiled,
-        "compile_s": round(compiled_at - began, 1),
-        "failures": failures,
-        "device engine": problem,
-        "seconds": round(time.monotonic() - compiled_at, 1),
-    }
+    found[f"{key}: self-test, s"] = round(time.monotonic() - began, 1)
+    found["problems"] += [f"{key}: {failure}" for failure in failures]
     report(found)
+    began = time.monotonic()
+    problem = device_engine_problem(model)
+    found[f"{key}: self-test of the device engine, s"] = round(time.monotonic() - began, 1)
+    if problem:
+        found["problems"].append(f"{key}: {problem}")
+
+
+def note_filter(run: Run, settings: dict[str, Any], found: Found) -> None:
+    """Measure rows whose cutoff may lie anywhere in the vocabulary; compare with fewer rows."""
+    few, rows = ROW_COUNTS[0], ROW_COUNTS[-1]
+    device_engine, _ = new_engine(model_of(run), rows)
+    expected, _ = generate(device_engine, prompts(few, **settings))
+    runs = [generate(device_engine, prompts(rows, **settings)) for _ in range(3)]
+    seconds = min(seconds for _, seconds in runs)
+    found[f"{key_of(run)}, {rows} rows, {settings}"] = {
+        "tokens_per_s": round(rows * NEW_TOKENS / seconds),
+        "step_us": round(seconds / NEW_TOKENS * 1e6),
+    }
+    is_equal = bits_of(runs[-1][0][:few]) == bits_of(expected)
+    found[f"{key_of(run)}, {settings}: bits equal at {few} and {rows} rows"] = is_equal
+
+
+def note_kernels(run: Run, rows: int, found: Found) -> None:
+    """Note microseconds per step by kernel, from a profile of replayed steps."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    device_engine, _ = new_engine(model_of(run), rows)
+    # Captures.
+    for _ in range(2):
+        generate(device_engine, prompts(rows))
+    steps = device_engine.stats.steps
+    with torch_profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        generate(device_engine, prompts(rows))
+    steps = device_engine.stats.steps - steps
+    found[f"{key_of(run)}, {rows} rows, kernels_us"] = {
+        event.key: round(event.device_time_total / steps, 1)
+        for event in profiler.key_averages()
+        if event.device_time_total / steps > 0.5
+    }
 
 
 def new_engine(model: GPT, rows: int) -> tuple[DeviceEngine, TimedStream]:
     """Return an engine whose cache holds this number of the longest rows, and its stream."""
+    # The memory of the engine before.
+    gc.collect()
+    torch.cuda.empty_cache()
     spec, stream = model.cache_spec, TimedStream()
     memory = spec.capacity_for([MAX_TOKENS] * rows) * spec.bytes_per_token
     made = DeviceEngine(
@@ -190,14 +261,12 @@ def new_engine(model: GPT, rows: int) -> tuple[DeviceEngine, TimedStream]:
     return made, stream
 
 
-def measure_rates(
-    device_engine: DeviceEngine, rows: int
-) -> tuple[list[tuple[list[int], float | None]], dict[str, Any]]:
+def measure_rates(device_engine: DeviceEngine, rows: int) -> tuple[list[Bits], dict[str, Any]]:
     """Return tokens and margins of equal rows, and their rates."""
     # Compiles, captures, and then replays.
     times = []
     for _ in range(2 if IS_FAKE else 4):
-        ended, seconds = run(device_engine, prompts(rows))
+        ended, seconds = generate(device_engine, prompts(rows))
         times.append(seconds)
     rates = {
         "tokens_per_s": round(rows * NEW_TOKENS / min(times)),
@@ -205,62 +274,12 @@ def measure_rates(
         "seconds": [round(each, 3) for each in times],
         "halvings": device_engine.stats.halvings,
     }
-    return [(done.token_ids, done.min_decision_margin) for done in ended], rates
+    return bits_of(ended), rates
 
 
-def note_ragged(found: dict[str, Any], key: str, device_engine: DeviceEngine) -> None:
-    """Measure rows of many lengths, twice the rows that run at once."""
-    rows = 2 * ROW_COUNTS[-1]
-    many = prompts(rows, ragged=True)
-    _, seconds = run(device_engine, many)
-    total = sum(each.prompt.params.max_new_tokens for each in many)
-    found[f"{key}, {rows} ragged rows, half at once: tokens/s"] = round(total / seconds)
-    report(found)
-
-
-def note_filters(found: dict[str, Any], key: str, device_engine: DeviceEngine) -> None:
-    """Measure rows whose cutoff may lie anywhere in the vocabulary."""
-    rows = ROW_COUNTS[-1]
-    for settings in FILTERS:
-        rates, is_equal = filter_rates(device_engine, rows, settings)
-        found[f"{key}, {rows} rows, {settings}"] = rates
-        found[f"{key}, {settings}: bits equal at two row counts"] = is_equal
-        report(found)
-
-
-def filter_rates(
-    device_engine: DeviceEngine, rows: int, settings: dict[str, Any]
-) -> tuple[dict[str, int], bool]:
-    """Measure rows with a filter; compare their bits with those of fewer rows."""
-    few = ROW_COUNTS[0]
-    expected, _ = run(device_engine, prompts(few, **settings))
-    runs = [run(device_engine, prompts(rows, **settings)) for _ in range(3)]
-    seconds = min(seconds for _, seconds in runs)
-    found = [(done.token_ids, done.min_decision_margin) for done in runs[-1][0][:few]]
-    rates = {
-        "tokens_per_s": round(rows * NEW_TOKENS / seconds),
-        "step_us": round(seconds / NEW_TOKENS * 1e6),
-    }
-    return rates, found == [(done.token_ids, done.min_decision_margin) for done in expected]
-
-
-def profile(device_engine: DeviceEngine, rows: int) -> dict[str, float] | str:
-    """Return microseconds per step by kernel, or why there is no profile here."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
-    steps = device_engine.stats.steps
-    try:
-        with torch_profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            run(device_engine, prompts(rows))
-        steps = device_engine.stats.steps - steps
-        return {
-            event.key: round(event.device_time_total / steps, 1)
-            for event in profiler.key_averages()
-            if event.device_time_total / steps > 0.5
-        }
-    except Exception as error:  # noqa: BLE001 - it is reported, and the rest goes on
-        return f"{type(error).__name__}: {first_line(error)}"
+def bits_of(completions: list[Completion]) -> list[Bits]:
+    """Return tokens and margins."""
+    return [(done.token_ids, done.min_decision_margin) for done in completions]
 
 
 def transformers_rates() -> None:

@@ -27,6 +27,7 @@ from benchmarks.cuda.common import (
     time_us,
     weight,
 )
+from benchmarks.cuda.parts import Case, Found, run_cases
 from gptbatch.pipeline.kernels.cuda.launch import compile_side_by_side
 from gptbatch.pipeline.kernels.cuda.linear import column_major, linear
 from gptbatch.pipeline.kernels.cuda.tiles import MAX_COLUMNS, Tile
@@ -51,6 +52,8 @@ BITS_FLOAT_TILES = [
 ]
 BITS_DEPTHS = (768, 1024, 3072, 4096, 5120, 6400)
 BITS_COLUMNS = 256
+# The most seconds of a case of `linear-bits`.
+LIMIT = 20
 
 
 def bits_weight(w: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ def compile_all() -> None:
     try:
         found["compiled"] = compile_side_by_side(launches, cores().threads)
     except Exception as error:  # noqa: BLE001 - it is reported, and the rest was compiled
-        found["failure"] = str(error)[:300]
+        found["problems"] = [str(error)[:300]]
     report({**found, "seconds": round(time.monotonic() - began, 1)})
 
 
@@ -122,43 +125,52 @@ def fma_chain(x: Tensor, w: Tensor) -> Tensor:
     return total
 
 
-def linear_bits() -> None:
+def linear_bits(first: int = 0) -> None:
     """Compare the bits of linears over tiles and row counts; float32 also with a chain of fma."""
-    torch.manual_seed(0)
-    found: dict[str, Any] = {"compared": 0, "different": []}
-    for dtype in DTYPES:
-        for depth in BITS_DEPTHS:
-            x, w = (random(1024, depth, dtype=DTYPES[dtype]) for _ in range(2))
-            w = bits_weight(w[:BITS_COLUMNS].contiguous())
-            expected: Tensor | None = None
-            for tile in BITS_FLOAT_TILES if dtype == "float32" else BITS_HALF_TILES:
-                for rows in (1024, tile.bm, 2 * tile.bm, 3 * tile.bm):
-                    y = torch.full((rows, BITS_COLUMNS), float("nan"), device=DEVICE)
-                    linear(x[:rows], w, None, None, y, tile=tile)
-                    if expected is None:
-                        expected = y
-                        if dtype == "float32":
-                            chain = fma_chain(x[:64], w[:64])
-                            # The chain rounds twice, so a few may differ.
-                            count = (y[:64, :64] != chain).sum().item()
-                            found[f"chain of fma, K {depth}: of 4096 differ"] = count
-                    found["compared"] += 1
-                    if not torch.equal(y, expected[:rows]):
-                        share = (y != expected[:rows]).float().mean().item()
-                        found["different"].append([dtype, depth, asdict(tile), rows, share])
-            report(found)
-    # Shuffled rows, and rows beside others.
+    cases: dict[str, Case] = {
+        f"{dtype}, K {depth}": functools.partial(compare_tiles, dtype, depth)
+        for dtype in DTYPES
+        for depth in BITS_DEPTHS
+    }
+    cases |= {f"{dtype}, shuffled": functools.partial(compare_shuffled, dtype) for dtype in DTYPES}
+    run_cases(cases, first, LIMIT)
+
+
+def compare_tiles(dtype: str, depth: int, found: Found) -> None:
+    """Compare all tiles at several row counts."""
+    x, w = (random(1024, depth, dtype=DTYPES[dtype]) for _ in range(2))
+    w = bits_weight(w[:BITS_COLUMNS].contiguous())
+    expected: Tensor | None = None
+    compared = 0
+    different: list[str] = []
+    for tile in BITS_FLOAT_TILES if dtype == "float32" else BITS_HALF_TILES:
+        for rows in (1024, tile.bm, 2 * tile.bm, 3 * tile.bm):
+            y = torch.full((rows, BITS_COLUMNS), float("nan"), device=DEVICE)
+            linear(x[:rows], w, None, None, y, tile=tile)
+            expected = y if expected is None else expected
+            compared += 1
+            if not torch.equal(y, expected[:rows]):
+                share = (y != expected[:rows]).float().mean().item()
+                different.append(f"{dtype}, K {depth}, {tile}, {rows} rows: {share:.1%} differ")
+    found[f"{dtype}, K {depth}: products compared"] = compared
+    found["problems"] += different[:20]
+    if dtype == "float32":
+        assert expected is not None
+        # The chain rounds twice, so a few may differ.
+        count = (expected[:64, :64] != fma_chain(x[:64], w[:64])).sum().item()
+        found[f"chain of fma, K {depth}: of 4096 differ"] = count
+
+
+def compare_shuffled(dtype: str, found: Found) -> None:
+    """Compare shuffled rows: each row is beside others."""
     order = torch.randperm(1024, device=DEVICE)
-    for dtype in DTYPES:
-        tile = BITS_FLOAT_TILES[1] if dtype == "float32" else BITS_HALF_TILES[0]
-        x, w = (random(1024, 768, dtype=DTYPES[dtype]) for _ in range(2))
-        w = bits_weight(w[:BITS_COLUMNS].contiguous())
-        ys = [torch.empty(1024, BITS_COLUMNS, device=DEVICE) for _ in range(2)]
-        linear(x, w, None, None, ys[0], tile=tile)
-        linear(x[order].contiguous(), w, None, None, ys[1], tile=tile)
-        found[f"shuffled rows equal, {dtype}"] = torch.equal(ys[0][order], ys[1])
-    found["different"] = found["different"][:20]
-    report(found)
+    tile = BITS_FLOAT_TILES[1] if dtype == "float32" else BITS_HALF_TILES[0]
+    x, w = (random(1024, 768, dtype=DTYPES[dtype]) for _ in range(2))
+    w = bits_weight(w[:BITS_COLUMNS].contiguous())
+    ys = [torch.empty(1024, BITS_COLUMNS, device=DEVICE) for _ in range(2)]
+    linear(x, w, None, None, ys[0], tile=tile)
+    linear(x[order].contiguous(), w, None, None, ys[1], tile=tile)
+    found[f"shuffled rows equal, {dtype}"] = torch.equal(ys[0][order], ys[1])
 
 
 def linear_times() -> None:

@@ -38,12 +38,13 @@ def machine() -> None:
     source = torch.randn(SIZE, device=DEVICE)
     target = torch.empty_like(source)
     found["copy_gb_s"] = 2 * 4 * SIZE / time_us(lambda: target.copy_(source), 1) / 1000
+    report(found)
     for name, size in (("bfloat16", 8192 // SCALE), ("float32", 4096 // SCALE)):
         a, b = (random(size, size, dtype=DTYPES[name]) for _ in range(2))
         y = torch.empty_like(a)
         us = time_us(functools.partial(torch.matmul, a, b, out=y), 1, 10)
         found[f"matmul_{name}_tflops"] = 2 * size**3 / us / 1e6
-    report(found)
+        report(found)
 
 
 # triton compiles it: annotations of types would mean something else

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 
@@ -46,7 +48,7 @@ from gptbatch.pipeline.model.device_step import (
     CHUNK_SIZES,
     DeviceStep,
 )
-from gptbatch.pipeline.types import Completion
+from gptbatch.pipeline.types import Completion, TokenizedPrompt
 
 # The host has this many steps of time to read, schedule and launch.
 LAG = 2
@@ -85,6 +87,21 @@ class DeviceEngine(Engine):
         """Keys and values of each layer."""
         assert isinstance(self._cache, DeviceKVCache)
         return self._cache.layers
+
+    def generate(self, prompts: Iterator[TokenizedPrompt | None]) -> Iterator[list[Completion]]:
+        """Yield completions; see `Engine`.
+
+        If the caller stops early or anything fails, the device first finishes the steps in flight:
+        they write to the memory of this engine, which another one may get.
+        """
+        try:
+            yield from super().generate(prompts)
+        except BaseException:
+            assert self.stream is not None
+            # The device may have failed, too.
+            with suppress(Exception):
+                self.stream.mark().wait()
+            raise
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:

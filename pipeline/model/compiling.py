@@ -35,9 +35,30 @@ def compile_kernels(model: GPT, threads: int | None = None) -> int:
 
     Returns:
         The number of kernels that were not cached. Where they cannot be compiled ahead, 0: they are
-        compiled when they are launched.
+        compiled when they are launched. A kernel that failed raises its error again then.
     """
     began = time.monotonic()
+    try:
+        count = compile_or_raise(model, threads or cores().threads)
+    except Exception as error:  # noqa: BLE001 - another version of triton may fail in any way
+        logger.info("Triton kernels are compiled when they are launched (%s)", first_line(error))
+        return 0
+    if count:
+        logger.info(
+            "compiled %d Triton kernels in %.1f s; they are kept in %s",
+            count,
+            time.monotonic() - began,
+            cache_folder(),
+        )
+    return count
+
+
+def compile_or_raise(model: GPT, threads: int) -> int:
+    """Compile as `compile_kernels` does; return the number of kernels that were not cached.
+
+    Raises:
+        Exception: The failure of the first kernel that cannot be compiled.
+    """
     spec = replace(model.cache_spec, device=torch.device("meta"))
     cache = DeviceKVCache(spec, MAX_ROWS, capacity=1)
     step = DeviceStep(model, cache, TRITON, (), n_token_bytes=1)
@@ -53,19 +74,7 @@ def compile_kernels(model: GPT, threads: int | None = None) -> int:
                 step.run(_shape(rows, adjusts=adjusts))
             rows += 1
 
-    try:
-        count = compile_side_by_side(launches, threads or cores().threads)
-    except Exception as error:  # noqa: BLE001 - another version of triton may fail in any way
-        logger.info("Triton kernels are compiled when they are launched (%s)", first_line(error))
-        return 0
-    if count:
-        logger.info(
-            "compiled %d Triton kernels in %.1f s; they are kept in %s",
-            count,
-            time.monotonic() - began,
-            cache_folder(),
-        )
-    return count
+    return compile_side_by_side(launches, threads)
 
 
 def _shape(rows: int, *, adjusts: bool) -> StepShape:
