@@ -188,8 +188,12 @@ def _in_words(verdict: Verdict) -> str:
     row = f"row {verdict.prompt_id!r} (index {verdict.prompt_index}{sample})"
     if verdict.step is None:
         return f"{row}: {verdict.problem}"
+    distance = (
+        "no change of the logits would give the recorded one"
+        if verdict.distance is None
+        else f"the recorded one is {verdict.distance:.3g} from winning"
+    )
     return (
         f"{row}: step {verdict.step}: token {verdict.recorded_token} is recorded, "
-        f"{verdict.problem}; "
-        f"the recorded one is {verdict.distance:.3g} from winning"
+        f"{verdict.problem}; {distance}"
     )

@@ -145,6 +145,20 @@ def test_a_changed_token_is_named(output: Path, command: Command) -> None:
     assert first["distance"] > 0
 
 
+def test_a_token_that_the_settings_of_its_row_forbid_has_no_distance(
+    output: Path, command: Command
+) -> None:
+    def forbid(row: dict[str, Any]) -> None:
+        allowed = set(row["completion_token_ids"]) - {row["completion_token_ids"][7]}
+        row["sampling_params"] = json.dumps({"allowed_token_ids": sorted(allowed)})
+
+    change(output, long_row(output), forbid)
+    code, lines = command("verify", output, "--all")
+    assert (code, "no change of the logits would give the recorded one" in lines[0]) == (1, True)
+    assert "Infinity" not in lines[-1]
+    assert json.loads(lines[-1])["first_mismatch"]["distance"] is None
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -49,7 +49,8 @@ class Verdict:
         step: The first step whose token differs; None where none does.
         recorded_token: The recorded token of that step.
         sampled_token: The token that the weights give; None for logits that are not finite.
-        distance: How far, in logits, the recorded token was from being sampled at that step.
+        distance: How far, in logits, the recorded token was from being sampled at that step. None
+            where no change of finite logits samples it.
     """
 
     prompt_id: str
@@ -249,5 +250,5 @@ def _token_verdict(row: dict[str, Any], outcome: Outcome, other: OtherToken) -> 
         step=other.step,
         recorded_token=other.recorded,
         sampled_token=other.sampled,
-        distance=other.distance,
+        distance=other.distance if math.isfinite(other.distance) else None,
     )
