@@ -7,6 +7,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from gptbatch.pipeline.bench.random_model import random_model
 from gptbatch.pipeline.engine import streams
 from gptbatch.pipeline.engine.device_engine import DeviceEngine
 from gptbatch.pipeline.engine.device_self_test import device_engine_problem
+from gptbatch.pipeline.engine.engine import EngineStats
 from gptbatch.pipeline.kv_cache.quantization import CacheDtype
 from gptbatch.pipeline.kv_cache.spec import TRITON
 from gptbatch.pipeline.model.compiling import compile_kernels
@@ -43,6 +45,8 @@ from gptbatch.pipeline.params.sampling_params import SamplingParams
 from gptbatch.pipeline.types import Completion, Prompt, TokenizedPrompt
 
 PROMPT_TOKENS, NEW_TOKENS = (4, 8) if IS_FAKE else (32, 128)
+# The beginning that rows of `shared_prompts` have in common.
+PREFIX_TOKENS = 128 if IS_FAKE else 384
 THEIR_SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "n_positions": POSITIONS,
@@ -83,6 +87,13 @@ def prompts(rows: int, ragged: bool = False, **settings: Any) -> list[TokenizedP
             )
         )
     return made
+
+
+def shared_prompts(rows: int, seed: int) -> list[TokenizedPrompt]:
+    """Return equal rows, all after the same prefix, which follows from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    prefix = torch.randint(VOCAB, (PREFIX_TOKENS,), generator=generator).tolist()
+    return [replace(each, token_ids=prefix + each.token_ids) for each in prompts(rows)]
 
 
 def generate(engine: DeviceEngine, rows: list[TokenizedPrompt]) -> tuple[list[Completion], float]:
@@ -133,6 +144,7 @@ def engine(first: int = 0) -> None:
     # The others take a minute on a fake device, which has no profiles.
     if not IS_FAKE:
         cases |= {f"{key_of(run)}, ragged": partial(note_ragged, run) for run in CASES}
+        cases |= {f"{key_of(run)}, shared prefix": partial(note_shared, run) for run in CASES}
         cases |= {f"{key_of(run)}, self-tests": partial(note_self_tests, run) for run in CASES}
         # The sampler is the same in all runs.
         for settings in FILTERS:
@@ -196,6 +208,26 @@ def note_ragged(run: Run, found: Found) -> None:
             {"tokens_per_s": round(total / seconds), "captures": stream.captures - captures}
         )
         report(found)
+
+
+def note_shared(run: Run, found: Found) -> None:
+    """Measure rows with a shared prefix, another one each time, and compare bits of some of them.
+
+    The second time replays what the first one captured.
+    """
+    few, rows = ROW_COUNTS[0], ROW_COUNTS[-1]
+    key = f"{key_of(run)}, {rows} rows after the same {PREFIX_TOKENS} tokens"
+    device_engine, _ = new_engine(model_of(run), rows)
+    times: list[dict[str, int]] = []
+    found[key] = times
+    for seed in range(2):
+        device_engine.stats = EngineStats()
+        ended, seconds = generate(device_engine, shared_prompts(rows, seed))
+        cached = device_engine.stats.cached_tokens
+        times.append({"tokens_per_s": round(rows * NEW_TOKENS / seconds), "cached_tokens": cached})
+        report(found)
+    expected, _ = generate(new_engine(model_of(run), few)[0], shared_prompts(few, 1))
+    found[f"{key}: bits equal at {few} rows"] = bits_of(ended[:few]) == bits_of(expected)
 
 
 def note_self_tests(run: Run, found: Found) -> None:
