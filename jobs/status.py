@@ -24,6 +24,8 @@ MAX_NAMED = 10
 WATCH_INTERVAL_S = 2.0
 # The use of the cores is measured for this long.
 CORES_S = 0.3
+# How a run without a process has ended, by its last state.
+_ENDED = {"stopped": "stopped", "loading": "killed", "running": "killed"}
 _BATCH_INVARIANCE = {
     "portable": "portable: bits depend on neither the batch nor the machine",
     "verified": "verified: bits do not depend on the batch",
@@ -114,8 +116,8 @@ def _lines(found: OutputStatus, output: Location) -> list[str]:
     if (level := found.batch_invariance) is not None:
         lines.append(f"batch invariance  {_BATCH_INVARIANCE.get(level, level)}")
     lines += [f"problem  {problem}" for problem in found.problems]
-    if found.state == "unfinished" and found.last_state == "stopped":
-        lines.append("next     the run was stopped; run the same command again")
+    if found.state == "unfinished" and found.last_state in _ENDED:
+        lines.append(f"next     the run was {_ENDED[found.last_state]}; run the same command again")
     if found.state == "indexed":
         lines.append("next     `gptbatch generate` with the same settings begins the run")
     if found.tokens_per_s is not None:

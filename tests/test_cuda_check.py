@@ -27,7 +27,7 @@ if name == "preflight":
 if name == "cases":
     found = {"problems": []}
     for case in range(int(first or 0), 4):
-        found["case"] = [case, f"case {case}"]
+        found["case"] = [case, 4, f"case {case}"]
         print(json.dumps(found), flush=True)
         if case == 1:
             os.kill(os.getpid(), 9)
@@ -170,7 +170,7 @@ def test_a_case_that_raises_is_a_problem_and_spares_the_others(
     monkeypatch.setattr(parts, "synchronize", lambda: None)
     parts.run_cases({"skipped": breaks, "breaks": breaks, "works": works}, 1, limit=60)
     lines = capsys.readouterr().out.splitlines()
-    assert json.loads(lines[0]) == {"problems": [], "case": [1, "breaks"]}
+    assert json.loads(lines[0]) == {"problems": [], "case": [1, 3, "breaks"]}
     assert json.loads(lines[-1]) == {
         "problems": ["breaks: ValueError: no such kernel"],
         "before": 1,
@@ -185,7 +185,7 @@ def test_a_case_that_raises_is_a_problem_and_spares_the_others(
     with pytest.raises(RuntimeError, match="illegal memory access"):
         parts.run_cases({"breaks": breaks, "works": works}, 0, limit=60)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["case"] == [0, "breaks"]
+    assert found["case"] == [0, 2, "breaks"]
     assert found["problems"] == ["breaks: ValueError: no such kernel"]
 
 
@@ -194,7 +194,7 @@ def test_a_case_that_takes_too_long_ends_its_process() -> None:
     done = run_fake(TAKES_TOO_LONG)
     assert done.returncode == 1
     assert "Timeout" in done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["case"] == [1, "hangs"]
+    assert json.loads(done.stdout.splitlines()[-1])["case"] == [1, 2, "hangs"]
 
 
 @pytest.mark.slow

@@ -503,6 +503,15 @@ def test_op_linear_and_layer_norm_reject_wrong_inputs() -> None:
         torch.ops.gptbatch.linear(
             torch.zeros(2, 3, dtype=torch.float64), packed, 5, None, None, "none"
         )
+    with pytest.raises(RuntimeError, match="x has no columns"):
+        torch.ops.gptbatch.linear(
+            torch.zeros(2, 0),
+            torch.ops.gptbatch.pack_weight(torch.zeros(5, 0)),
+            5,
+            None,
+            None,
+            "none",
+        )
     with pytest.raises(RuntimeError, match="unknown activation selu"):
         torch.ops.gptbatch.linear(torch.zeros(2, 3), packed, 5, None, None, "selu")
     with pytest.raises(RuntimeError, match="layer_norm: the shapes or dtypes"):

@@ -450,7 +450,7 @@ def test_changes_are_of_what_both_runs_have(tmp_path: Path) -> None:
         ["new tokens", "18", "17", "-5.6%"],
         ["new tokens per row, mean", "3", "2.833", "-5.6%"],
     ]
-    assert "Changes are of the 6 rows in both runs only." in html
+    assert "Changes compare only what both runs have: 6 rows." in html
     assert "35 rows are only in A." in html
     assert "1 row is only in B." in html
     other = write_run(tmp_path / "other", [completion("else")])

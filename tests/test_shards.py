@@ -348,6 +348,25 @@ def test_a_shard_generates_its_damaged_parts_again(setting: Setting, tmp_path: P
     setting.check_complete(output)
 
 
+def test_no_shard_completes_an_output_with_damage_inside_a_part(
+    setting: Setting, launcher: Launcher, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    wait_all(start(setting, output, "0/2"))
+    (output / "_SUCCESS").unlink()
+    part = output / "part-000003.parquet"
+    content = bytearray(part.read_bytes())
+    content[200] ^= 1
+    part.write_bytes(content)
+    code, child = launcher.run("finish", output)
+    assert (code, "part-000003.parquet: is not whole" in child.stderr) == (75, True)
+    (other,) = wait_all(start(setting, output, "1/2"))
+    assert (other.summary["complete"], (output / "_SUCCESS").exists()) == (False, False)
+    (owner,) = wait_all(start(setting, output, "0/2"))
+    assert (owner.summary["rows"], owner.summary["complete"]) == (6, True)
+    setting.check_complete(output)
+
+
 def test_finish_completes_an_output_without_model_and_input(
     setting: Setting, launcher: Launcher, tmp_path: Path
 ) -> None:

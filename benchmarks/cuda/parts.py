@@ -38,7 +38,7 @@ def run_cases(cases: Mapping[str, Case], first: int, limit: float) -> None:
     """
     found: Found = {"problems": []}
     for number, (name, case) in list(enumerate(cases.items()))[first:]:
-        found["case"] = [number, name]
+        found["case"] = [number, len(cases), name]
         report(found)
         # By a thread that needs no lock of Python: a kernel that hangs does not stop it.
         faulthandler.dump_traceback_later(limit * LIMIT_FACTOR, exit=True)

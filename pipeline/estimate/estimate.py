@@ -88,15 +88,15 @@ class RunEstimate:
         part_rows: Rows per part.
         batch_size: The most rows that run at once.
         mean_batch_size: Expected rows per step, before the end.
-        time: The predicted seconds. None if no row reaches the model.
+        time: The predicted seconds. None if no row is left that reaches the model.
         price: Price of the times expected_s, low_s, high_s and limit_s, by these names. None
             without `--price-per-hour`.
-        memory: The predicted bytes. None if no row reaches the model.
+        memory: The predicted bytes. None if no row is left that reaches the model.
         disk_bytes: Size of the parts.
         kill_rows: Rows that a kill typically costs at most: those of one part, and those that the
             engine holds, which finish out of order.
         kill_s: Expected seconds to generate them.
-        pilot: The measurements of the pilot. None if no row reaches the model.
+        pilot: The measurements of the pilot. None if no row is left that reaches the model.
         warnings: A sentence each.
     """
 

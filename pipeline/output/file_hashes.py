@@ -158,9 +158,11 @@ class FileHashes:
         except OSError:
             return False
 
-    def is_recorded(self, path: Location) -> bool:
-        """Return whether a hash is recorded for a part: it was read back when it was written."""
-        return path.name in self._parts
+    def has_changed(self, path: Location) -> bool:
+        """Return whether a part has another size, times or inode than `confirm_parts` recorded."""
+        recorded = self._parts.get(path.name)
+        has_stat = recorded is not None and recorded["stat"] is not None
+        return has_stat and not self.is_unchanged(path)
 
     def recorded_sha256(self, path: Location) -> str | None:
         """Return the recorded hash of a part; None for none."""

@@ -60,8 +60,8 @@ def finish(
         writer: Writes files atomically.
         identity: The identity of the job, its input included.
         hashes: The recorded hashes of the parts.
-        known: Parts whose content has been checked, by number. Of others the content is read,
-            unless its hash is recorded.
+        known: Parts whose content has been checked, by number. The content of others is read if
+            no hash is recorded, and that of any part whose size or times have changed.
         defaults: The names of the input's fields, for errors.jsonl.
         max_row_errors: The setting of the job.
 
@@ -77,7 +77,10 @@ def finish(
         number, path = entry
         if number in known and (hashes.is_unchanged(path) or writer.wrote(path)):
             return PartFile(path=path, state="sound", part=known[number])
-        return inspect_part(path, content=number not in known and not hashes.is_recorded(path))
+        sha256 = hashes.recorded_sha256(path)
+        # A run reads back what it writes, and records the hash.
+        is_read = hashes.has_changed(path) or (number not in known and sha256 is None)
+        return inspect_part(path, content=is_read, sha256=sha256)
 
     # Not by a listing, which may be older than the last parts.
     n_parts = count_parts(identity["part_rows"], identity["rows"])

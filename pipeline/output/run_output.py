@@ -191,7 +191,7 @@ class RunOutput:
         except IncompleteError as error:
             if target.shard.is_whole:
                 raise
-            logger.info("%s", error)
+            logger.warning("not complete: %s", error)
             return False
         return True
 

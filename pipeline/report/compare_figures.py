@@ -37,6 +37,9 @@ def figure_tables(
     """
     unit = summary.unit
     run_a, run_b = (_run_figures(view, unit) for view in (a, b))
+    whole_runs: Table = (("whole runs", "A", "B"), _side_by_side(run_a, run_b))
+    if not summary.common:
+        return [whole_runs]
     both_a, both_b = (
         _sample_figures(view.columns, _rows_in_both(view, alone), unit)
         for view, alone in ((a, only_in_a), (b, only_in_b))
@@ -44,10 +47,7 @@ def figure_tables(
     with_change = ("A", "B", "change")
     if not (summary.missing_in_a or summary.missing_in_b):
         return [(("", *with_change), _with_changes(run_a | both_a, run_b | both_b))]
-    tables: list[Table] = [(("whole runs", "A", "B"), _side_by_side(run_a, run_b))]
-    if summary.common:
-        tables.append(((f"{unit} in both", *with_change), _with_changes(both_a, both_b)))
-    return tables
+    return [whole_runs, ((f"{unit} in both", *with_change), _with_changes(both_a, both_b))]
 
 
 def _run_figures(view: RunView, unit: str) -> dict[str, float]:

@@ -170,7 +170,9 @@ class RowTiles {
 
  private:
   const T* x_;
-  int64_t rows_, in_, count_, amx_height_, k_steps_, lines_per_tile_, prefetches_per_step_;
+  int64_t rows_, in_, count_, k_steps_, lines_per_tile_, prefetches_per_step_;
+  // Rows of each of the two AMX tiles: the same for all row tiles, which saves configurations.
+  int64_t amx_height_;
 };
 
 }  // namespace gptbatch

@@ -100,6 +100,7 @@ Tensor prepare_input(const Tensor& x, const Tensor& packed, int64_t out_features
   TORCH_CHECK(x.scalar_type() == packed.scalar_type() && is_supported(x.scalar_type()),
               "linear: x and packed must have one supported dtype; got ", x.scalar_type(), " and ",
               packed.scalar_type());
+  TORCH_CHECK(packed.size(1) > 0, "linear: x has no columns");
   const int64_t padding = packed.size(1) - x.size(1);
   const int64_t max_padding = x.scalar_type() == at::kFloat ? 0 : bfloat16_k_multiple() - 1;
   const int64_t panels = (out_features + panel_columns() - 1) / panel_columns();
