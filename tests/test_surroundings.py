@@ -1332,10 +1332,9 @@ def test_error_rows_are_counted_at_the_end_and_in_the_dry_run(
             "1 of 1 row is an error: 1 not_finite (dtype: float32 has the widest range)",
         ),
         (
-            {"new_kind": 2, "bad_row": 1},
+            {"new_kind": 2, "empty_prompt": 1},
             9,
-            "3 of 9 rows are errors: 1 bad_row (mend them in a copy of errors.jsonl, for a run "
-            "into another output), 2 new_kind",
+            "3 of 9 rows are errors: 1 empty_prompt (give them a prompt), 2 new_kind",
         ),
     ],
 )

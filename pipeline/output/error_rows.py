@@ -40,7 +40,6 @@ _COLUMNS = [
     "error",
 ]
 _ADVICE = {
-    "bad_row": "mend them in a copy of errors.jsonl, for a run into another output",
     "too_long": "context_overflow: truncate_left keeps the end of such prompts",
     "empty_prompt": "give them a prompt",
     "unknown_token": "the model lacks a token of the tokenizer",
