@@ -237,8 +237,8 @@ class RunOutput:
             kinds.update(part.error_kinds)
         if described := describe_errors(kinds, self.target.plan.total_rows):
             logger.warning(
-                "%s; %s has the reasons, and the prompts that were read: correct them in a copy, and "
-                "run that into another output",
+                "%s; %s has the reasons, and the prompts that were read: correct them in a copy, "
+                "and run that into another output",
                 described,
                 self.folder.work / ERRORS,
             )
