@@ -435,6 +435,29 @@ def test_op_linear_matches_torch_and_rows_are_independent(
                 assert torch.equal(y, whole[part])
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_op_linear_has_the_bits_of_single_rows_at_every_row_count(activation: Activation) -> None:
+    needs_compiler()
+    if not torch.ops.gptbatch.has_bfloat16():
+        pytest.skip("this CPU does not compute in bfloat16")
+    generator = torch.Generator().manual_seed(1)
+    x, weight, residual = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((70, 96), (100, 96), (70, 100))
+    )
+    packed = torch.ops.gptbatch.pack_weight(weight)
+    linear = torch.ops.gptbatch.linear
+    single = torch.cat(
+        [
+            linear(x[r : r + 1], packed, 100, None, residual[r : r + 1], activation)
+            for r in range(70)
+        ]
+    )
+    for rows in range(1, 71):
+        y = linear(x[:rows], packed, 100, None, residual[:rows], activation)
+        assert torch.equal(y, single[:rows]), rows
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_op_pack_weight_into_used_memory(dtype: torch.dtype) -> None:
     needs_compiler()

@@ -69,7 +69,7 @@ def problem_of(case: Case, found: Found) -> str:
 
 
 def run_part(part: str, **environment: str) -> Iterator[Found]:
-    """Run a part of a section in a process of its own; yield its objects as they come.
+    """Run a part of a section in a new process, and yield each JSON object that it prints.
 
     Its other lines are passed on. Where it fails, one more object has its "error".
     """

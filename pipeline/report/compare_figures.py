@@ -21,9 +21,10 @@ _Rows = slice | np.ndarray[Any, np.dtype[np.bool_]]
 def figure_tables(
     a: RunView, b: RunView, only_in_a: array[int], only_in_b: array[int], summary: DiffSummary
 ) -> list[Table]:
-    """Return one table where both runs have the same samples, else one of runs and one of samples.
+    """Return one table if both runs have the same samples, else one of the whole runs.
 
-    The latter holds the samples that both runs have. Only figures of the same samples show changes.
+    A table of the samples that both have follows the latter. Only figures of the same samples show
+    changes.
 
     Args:
         a: Run A.
